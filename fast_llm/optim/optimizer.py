@@ -1,0 +1,115 @@
+"""AdamW over fp32 weights, wherever these live.
+
+The optimizer sees plain local tensors: all of a weight on one process, a shard of it under ZeRO. AdamW is
+elementwise, so the same code serves both. The update is PyTorch's fused kernel: one pass over weight,
+gradient and both moments, which also applies clipping and the loss scale.
+
+    m = β1 m + (1-β1) g;  v = β2 v + (1-β2) g²
+    w -= lr · ( (m / (1-β1^t)) / (sqrt(v / (1-β2^t)) + ε) + λ w )       (Loshchilov & Hutter 2019)
+
+λ is `weight_decay` for matrices, embeddings and the output head included; 0 for norms and biases.
+Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fast_llm.config.train import OptimizerConfig
+
+
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of all elements: a float64 scalar on the gradients' device."""
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+
+def clip_factor(norm: float, limit: float | None) -> float:
+    """What gradients of this global norm are multiplied by so that it becomes at most `limit`."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+
+class Optimizer:
+    """AdamW's moments for a set of named fp32 weights, and the update."""
+
+    def __init__(self, weights: Mapping[str, Tensor], config: OptimizerConfig):
+        """`weights` are updated in place; those with two or more dimensions decay.
+
+        The number of dimensions is that of the whole weight, which a shard along the first one keeps.
+        """
+        self.config = config
+        self.weights = dict(weights)
+        self.updates = 0
+        dtype = torch.bfloat16 if config.moments_dtype == "bf16" else torch.float32
+        self.exp_avg = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
+        self.groups = {
+            decay: [name for name, weight in self.weights.items() if weight.numel() and (weight.dim() > 1) == (decay > 0)]
+            for decay in {config.weight_decay, 0.0}
+        }
+        if config.weight_decay == 0:
+            self.groups = {0.0: [name for name, weight in self.weights.items() if weight.numel()]}
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: float, factor: float) -> None:
+        """One update with `factor` times the gradients (fp32, shaped as the weights)."""
+        self.updates += 1
+        for decay, names in self.groups.items():
+            if self.config.moments_dtype == "fp32":
+                self._update(names, gradients, self.exp_avg, self.exp_avg_sq, learning_rate, decay, factor)
+                continue
+            for name in names:  # one weight at a time: the fp32 copies of its moments are short-lived
+                first = {name: self.exp_avg[name].float()}
+                second = {name: self.exp_avg_sq[name].float()}
+                self._update([name], gradients, first, second, learning_rate, decay, factor)
+                self.exp_avg[name].copy_(first[name])
+                self.exp_avg_sq[name].copy_(second[name])
+
+    def _update(
+        self,
+        names: list[str],
+        gradients: Mapping[str, Tensor],
+        exp_avg: Mapping[str, Tensor],
+        exp_avg_sq: Mapping[str, Tensor],
+        learning_rate: float,
+        decay: float,
+        factor: float,
+    ) -> None:
+        if not names:
+            return
+        device = self.weights[names[0]].device
+        adamw(
+            [self.weights[name] for name in names],
+            [gradients[name] for name in names],
+            [exp_avg[name] for name in names],
+            [exp_avg_sq[name] for name in names],
+            [],
+            # The kernel counts up by itself, a tensor per weight.
+            [torch.full((), self.updates - 1.0, device=device) for _ in names],
+            fused=True,
+            # The kernel divides the gradients by this.
+            grad_scale=None if factor == 1 else torch.full((), 1 / factor, device=device),
+            amsgrad=False,
+            beta1=self.config.beta_1,
+            beta2=self.config.beta_2,
+            lr=learning_rate * self.config.default_learning_rate_scale,
+            weight_decay=decay,
+            eps=self.config.epsilon,
+            maximize=False,
+        )
+
+    def decayed(self) -> tuple[int, int]:
+        """How many of the weights on this process decay, and how many do not."""
+        with_decay = sum(self.weights[name].numel() for name in self.groups.get(self.config.weight_decay, []))
+        total = sum(weight.numel() for weight in self.weights.values())
+        return (with_decay, total - with_decay) if self.config.weight_decay else (0, total)
+
+
+def is_finite(*numbers: float) -> bool:
+    """Whether all of them are neither infinite nor NaN."""
+    return all(math.isfinite(number) for number in numbers)

@@ -1,0 +1,81 @@
+"""ZeRO on FSDP2: what each `zero_stage` shards, and when gradients meet.
+
+fp32 weights, their gradients after reduction and the optimizer's moments are always sharded over the data
+axis. Each block of the model is a unit whose weights are gathered together, in the training dtype; gradients
+are reduced in fp32 (Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
+
+zero_stage   gathered weights                    full gradients              communication
+1            kept from first to last use         fp32, kept over the step    once a step
+2            kept from first to last use         of a block at a time        gradients every micro-batch
+3            of a block at a time                of a block at a time        weights twice and gradients every micro-batch
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+class ShardedWeights:
+    """The weights of a model, sharded over the processes of a mesh."""
+
+    def __init__(
+        self, model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
+    ):
+        """`model` may be on the meta device; its shards are allocated here, with undefined values."""
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rotary angles stay fp32
+        )
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3)
+        root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        model.to_empty(device=mesh.device_type)
+        assert isinstance(root, FSDPModule)
+        self.model = root
+        self.zero_stage = zero_stage
+        # Taken now: while weights are gathered the module shows these instead of the shards.
+        self.parameters = dict(model.named_parameters())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What checkpoints and exports hold, by name: DTensors."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def local(self) -> dict[str, Tensor]:
+        """The part of each fp32 weight that this process updates: its shard, which may be empty."""
+        return {name: _local(tensor) for name, tensor in self.tensors.items()}
+
+    def local_gradients(self) -> dict[str, Tensor]:
+        """The gradient of each of `local`, in fp32, averaged over the processes."""
+        return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+
+    def before_micro_batch(self, first: bool, last: bool) -> None:
+        """Get ready for a forward and a backward pass."""
+        if first:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        self.model.set_is_last_backward(last)
+        self.model.set_requires_gradient_sync(last or self.zero_stage > 1)
+        self.model.set_reshard_after_backward(last or self.zero_stage == 3)
+
+    def publish(self) -> None:
+        """Let the model compute with the present shards: drop weights that are still gathered."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(weight: Tensor, local: Tensor) -> Tensor:
+    """`local` as the part of a tensor that is spread as `weight` is."""
+    if not isinstance(weight, DTensor):
+        return local
+    return DTensor.from_local(
+        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )

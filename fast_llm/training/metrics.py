@@ -1,0 +1,259 @@
+"""What is logged: how it is averaged, what it is called, where it goes.
+
+Every record goes to the log, to metrics.jsonl and, if they are asked for, to TensorBoard and Weights &
+Biases, under the same names. Speed counts training alone: time spent in validation, saving and exporting is
+left out. Rates: model FLOP/s counts the causal half of attention; MFU divides it by the device's peak for
+dense bf16 products and is left out where that is not known.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from fast_llm.config.batch import BatchPlan
+from fast_llm.config.train import TrainConfig
+from fast_llm.errors import MissingPackage
+from fast_llm.model.cost import Cost
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.training.run import Run, write_whole
+from fast_llm.training.step import StepResult
+
+logger = logging.getLogger("fast_llm")
+
+
+class Metrics:
+    """Gathers the results of steps and writes them when due."""
+
+    def __init__(self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchPlan, cost: Cost, first: int):
+        """`first`: the step from which this start of the run goes on."""
+        self.config = config
+        self.run = run
+        self.mesh = mesh
+        self.batch = batch
+        self.cost = cost
+        self.device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else None
+        self.first = self.last_written = first
+        self.seconds = self.seconds_at_last = 0.0  # of training, since this start and at the last record
+        self.waited_at_last = 0.0
+        self._since = time.perf_counter()
+        self._steps: list[StepResult] = []
+        self.skipped_in_a_row = 0
+        self.global_max_reserved = 0.0
+        self.tensorboard = _open_tensorboard(config, run)
+        self.wandb = _open_wandb(config, run)
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Time spent inside does not count as time of steps."""
+        self.seconds += time.perf_counter() - self._since
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+    def add(self, step: int, result: StepResult) -> None:
+        """Take note of one step."""
+        self._steps.append(result)
+        self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
+        if self.run.progress is not None:
+            elapsed = self.seconds + time.perf_counter() - self._since
+            rate = (step - self.first) * self.batch.batch_size * self.config.batch.sequence_length / elapsed
+            left = elapsed / (step - self.first) * (self.config.training.train_iters - step)
+            self.run.progress.show(
+                step,
+                self.config.training.train_iters,
+                f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {_duration(left)} left",
+            )
+
+    def write(self, step: int, waited: float) -> None:
+        """Write a training record for the steps since the last one; `waited`: seconds for data since the start."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        good = [result for result in steps if result.updated]
+        train_iters = self.config.training.train_iters
+        tokens = self.batch.batch_size * self.config.batch.sequence_length
+        step_time = (self.seconds - self.seconds_at_last) / len(steps)
+        average = self.seconds / (step - self.first)
+        remaining = average * (train_iters - step)
+        model_flops = self.cost.model_flops_per_token * tokens / step_time / self.mesh.size
+        peak = self.cost.peak_flops(self.device_name) if self.device_name else None
+        values: dict[str, Any] = {
+            "run": self.run.number,
+            "step": step,
+            "phase": "training",
+            "iteration": step,
+            "train_iters": train_iters,
+            "batch_size": self.batch.batch_size,
+            "consumed_samples": step * self.batch.batch_size,
+            "consumed_tokens": step * tokens,
+            "language_model_loss": sum(r.loss for r in good) / len(good) if good else math.nan,
+            "grad_norm": steps[-1].gradient_norm,
+            "learning_rate": steps[-1].learning_rate,
+            "loss_scale": None,
+            "skipped_iters": len(steps) - len(good),
+            "nan_iters": sum(not math.isfinite(r.loss) for r in steps),
+            "target_tokens": sum(r.targets for r in steps),
+            "step_time_ms": step_time * 1e3,
+            "step_time_average_ms": average * 1e3,
+            "data_wait_ms": (waited - self.waited_at_last) / len(steps) * 1e3,
+            "tokens_per_sec_per_gpu": tokens / step_time / self.mesh.size,
+            "model_tflops": model_flops / 1e12,
+            "hardware_tflops": self.cost.hardware_flops_per_token * tokens / step_time / self.mesh.size / 1e12,
+            "mfu": model_flops / peak if peak else None,
+            "remaining_time": remaining,
+            "completion_time": (datetime.now().astimezone() + timedelta(seconds=remaining)).isoformat(timespec="seconds"),
+            "percent_done": 100 * step / train_iters,
+            **self._memory(),
+        }
+        self.seconds_at_last, self.waited_at_last, self.last_written = self.seconds, waited, step
+        self._send(step, "Training", values)
+        memory = " | ".join(f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in self._memory_names())
+        mfu = f" ({100 * values['mfu']:.1f} % MFU)" if values["mfu"] else ""
+        logger.info(
+            f"Training @ iteration {step:{len(str(train_iters))}d}/{train_iters}"
+            f" | consumed samples: {values['consumed_samples']:,} | consumed tokens: {values['consumed_tokens']:,}"
+            f" | batch size: {self.batch.batch_size}"
+            f" | step time: {values['step_time_ms']:.2f} ms"
+            f" | throughput: {values['model_tflops']:.2f} tflop/s (model) | {values['hardware_tflops']:.2f} tflop/s"
+            f" (hardware){mfu} | {values['tokens_per_sec_per_gpu']:.2f} tokens/s/gpu"
+            f" | waited for data: {values['data_wait_ms']:.2f} ms"
+            f" | Memory {memory}"
+            f" | learning rate: {values['learning_rate']:.3e} | grad norm: {values['grad_norm']:.4f}"
+            f" | skipped iterations: {values['skipped_iters']} | nan iterations: {values['nan_iters']}"
+            f" | average step time {values['step_time_average_ms']:.2f} ms"
+            f" | remaining {_duration(remaining)}"
+            f" | completion {values['completion_time'][:19].replace('T', ' ')} ({values['percent_done']:.2f} %)"
+            f" | language model loss: {values['language_model_loss']:.5f} | run: {self.run.number}"
+        )
+
+    def write_evaluation(self, step: int, phase: str, losses: dict[str, float], tokens: int, seconds: float) -> None:
+        """Write the losses of a `validation` or `test`: `language_model_loss` and one per further set."""
+        values: dict[str, Any] = {
+            "run": self.run.number,
+            "step": step,
+            "phase": phase,
+            "iteration": step,
+            "train_iters": self.config.training.train_iters,
+            **losses,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        self._send(step, phase.capitalize(), values)
+        text = " | ".join(
+            f"{name.replace('_', ' ')}: {loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})"
+            for name, loss in losses.items()
+        )
+        logger.info(
+            f"{phase.capitalize()} @ iteration {step}/{self.config.training.train_iters} | {text}"
+            f" | {tokens:,} tokens in {seconds:.1f} s | run: {self.run.number}"
+        )
+
+    def close(self, status: str) -> None:
+        """Flush everything; `status` ends up in W&B's alert, if these are wanted."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            alert = self.config.training.wandb.alert
+            if alert.status_updates if alert.status_updates is not None else alert.interval is not None:
+                self.wandb.alert(title=f"Run {status}!", text=str(self.config.run.experiment_dir), level="INFO")
+            self.wandb.finish()
+
+    def _send(self, step: int, phase: str, values: dict[str, Any]) -> None:
+        self.run.record(values)
+        numbers = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, int | float) and name not in ("step", "iteration", "run")
+        }
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({phase: numbers}, step=step)
+            if self.config.training.wandb.alert.due(step):
+                text = "\n".join(f"{name}: {value:.6g}" for name, value in numbers.items())
+                self.wandb.alert(title=f"{phase} results", text=text, level="INFO")
+
+    def _memory_names(self) -> list[str]:
+        if self.mesh.device.type == "cuda":
+            return ["allocated", "max_allocated", "reserved", "max_reserved", "global_max_reserved"]
+        return ["resident"]
+
+    def _memory(self) -> dict[str, float]:
+        mebibyte = 2**20
+        if self.mesh.device.type != "cuda":
+            return {"resident": psutil.Process().memory_info().rss / mebibyte}
+        values = {
+            "allocated": torch.cuda.memory_allocated() / mebibyte,
+            "max_allocated": torch.cuda.max_memory_allocated() / mebibyte,
+            "reserved": torch.cuda.memory_reserved() / mebibyte,
+            "max_reserved": torch.cuda.max_memory_reserved() / mebibyte,
+        }
+        torch.cuda.reset_peak_memory_stats()
+        self.global_max_reserved = max(self.global_max_reserved, values["max_reserved"])
+        return values | {"global_max_reserved": self.global_max_reserved}
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _open_tensorboard(config: TrainConfig, run: Run) -> Any:
+    if not config.training.tensorboard or not run.is_main or run.folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingPackage("tensorboard", "tensorboard", "training.tensorboard: true") from error
+    return SummaryWriter(log_dir=str(run.folder / "tensorboard"))
+
+
+def _open_wandb(config: TrainConfig, run: Run) -> Any:
+    """Weights & Biases, going on with the same chart when the experiment goes on."""
+    settings = config.training.wandb
+    if settings is None or not run.is_main:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingPackage("wandb", "wandb", "training.wandb") from error
+    identity = run.folder / "wandb_config.yaml" if run.folder is not None else None
+    known = yaml.safe_load(identity.read_text()) if identity is not None and identity.exists() else {}
+    name = config.run.experiment_name or (run.folder.name if run.folder is not None else "default")
+    handle = wandb.init(
+        id=known.get("id") or wandb.util.generate_id(),
+        project=settings.project_name,
+        entity=settings.entity_name,
+        group=settings.group_name,
+        name=name,
+        config=config.model_dump(mode="json"),
+        resume="allow",
+        save_code=False,
+        dir=str(run.folder) if run.folder is not None else None,
+    )
+    if identity is not None:
+        write_whole(
+            identity,
+            yaml.safe_dump(
+                {
+                    "id": handle.id,
+                    "project": settings.project_name,
+                    "name": name,
+                    "entity": settings.entity_name,
+                    "group": settings.group_name,
+                }
+            ),
+        )
+    return handle

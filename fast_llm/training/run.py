@@ -1,0 +1,157 @@
+"""The experiment folder, and what is written to it and to the terminal while a run goes on.
+
+<experiment_dir>/
+├── config.yaml              the resolved configuration, itself valid input
+├── metrics.jsonl            one record a line, appended across restarts
+├── pretrained/              config.json and tokenizer of the model that was loaded; exports copy them
+├── runs/<k>/logs/           logs_rank_<r>.txt of the k-th start
+├── tensorboard/             with `training.tensorboard`
+├── checkpoint/<step>/       training state
+└── export/llama/<step>/     Hugging Face folders
+
+Without `run.experiment_dir` nothing is written and the log goes to the terminal alone.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("fast_llm")
+
+
+class Run:
+    """One start of an experiment: its number, its folder, its logs."""
+
+    def __init__(self, folder: Path | None, rank: int, processes: int, timestamps: bool, number: int):
+        self.folder = folder
+        self.is_main = rank == 0
+        self.number = number
+        self.progress = ProgressLine(sys.stderr) if self.is_main and sys.stderr.isatty() else None
+        self._records: Any = None
+        prefix = f"[Rank {rank:0{len(str(processes - 1))}d}] " if processes > 1 else ""
+        formatter = logging.Formatter(("%(asctime)s " if timestamps else "") + prefix + "%(message)s")
+        handlers: list[logging.Handler] = []
+        if self.is_main:
+            handlers.append(_TerminalHandler(self.progress))
+        if folder is not None:
+            logs = folder / "runs" / str(number) / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            width = len(str(processes - 1))
+            handlers.append(logging.FileHandler(logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        for handler in handlers:
+            handler.setFormatter(formatter)
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl: floats unrounded, NaN and infinities as null."""
+        if self.folder is None or not self.is_main:
+            return
+        if self._records is None:
+            path = self.folder / "metrics.jsonl"
+            _drop_torn_line(path)
+            self._records = path.open("a", encoding="utf-8")
+        line = {key: None if value != value or value in (_INFINITY, -_INFINITY) else value for key, value in values.items()}
+        self._records.write(json.dumps(line) + "\n")
+        self._records.flush()
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """All records of this experiment, the oldest first; a line that a crash tore is left out."""
+        if self.folder is None or not (self.folder / "metrics.jsonl").exists():
+            return []
+        records = []
+        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        if self.progress is not None:
+            self.progress.clear()
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+        for handler in list(logger.handlers):
+            handler.close()
+            logger.removeHandler(handler)
+
+
+_INFINITY = float("inf")
+
+
+def next_run_number(folder: Path | None) -> int:
+    """0 for the first start in this folder, then 1, 2, …"""
+    if folder is None or not (folder / "runs").is_dir():
+        return 0
+    numbers = [int(entry.name) for entry in (folder / "runs").iterdir() if entry.name.isdigit()]
+    return max(numbers, default=-1) + 1
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A crash can leave half a line at the end, to which the next record would be glued."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end != len(data):
+            file.truncate(end)
+
+
+class _TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """The log on the terminal, not mixed up with the progress line."""
+
+    def __init__(self, progress: "ProgressLine | None"):
+        super().__init__(sys.stdout)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.progress is not None:
+            self.progress.clear()
+        super().emit(record)
+
+
+class ProgressLine:
+    """One line at the bottom of a terminal, rewritten a few times a second."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.shown = 0.0
+
+    def show(self, done: int, total: int, text: str) -> None:
+        """A bar of `done` out of `total`, and `text` behind it."""
+        now = time.monotonic()
+        if now - self.shown < 0.2 and done != total:
+            return
+        self.shown = now
+        filled = round(24 * done / max(total, 1))
+        line = f"{'━' * filled}{'─' * (24 - filled)} {done:,}/{total:,} {text}"
+        self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+        self.stream.flush()
+
+    def clear(self) -> None:
+        """Make room for a log line."""
+        if self.shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()

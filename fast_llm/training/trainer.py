@@ -1,0 +1,260 @@
+"""The loop, top to bottom: what happens at a step is written here and nowhere else.
+
+step → log → validation → checkpoint → export → stop. All that a run needs to go on is in a checkpoint: the
+fp32 weights, both moments, and a few numbers. Data and learning rate are functions of these numbers.
+"""
+
+import logging
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.checkpoint import state
+from fast_llm.checkpoint.llama import export_config
+from fast_llm.checkpoint.weights import export_llama, load_weights
+from fast_llm.config.train import CallbackConfig, TrainConfig
+from fast_llm.data.loader import Loader
+from fast_llm.errors import TrainingStopped
+from fast_llm.model.llama import init_weights
+from fast_llm.parallel.fsdp import ShardedWeights, like
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.parallel.single import SingleWeights
+from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.metrics import Metrics
+from fast_llm.training.plan import Plan
+from fast_llm.training.run import Run
+from fast_llm.training.step import Step, evaluate
+
+logger = logging.getLogger("fast_llm")
+
+
+class Trainer:
+    """Trains until `train_iters`, from wherever the run stands."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        run: Run,
+        model: nn.Module,
+        weights: SingleWeights | ShardedWeights,
+        step: Step,
+        interrupt: Interrupt,
+    ):
+        self.plan = plan
+        self.config: TrainConfig = plan.config
+        self.mesh = mesh
+        self.run = run
+        self.model = model
+        self.weights = weights
+        self.train_step = step
+        self.interrupt = interrupt
+        self.done = 0  # steps
+        self.samples = 0  # sequences that these consumed
+        self.last_saved = -1
+        self.stopping = False
+
+    def fit(self) -> None:
+        """Train, from the newest checkpoint if there is one."""
+        training = self.config.training
+        self.restore()
+        self.metrics = Metrics(self.config, self.run, self.mesh, self.plan.batch, self.plan.cost, self.done)
+        if self.done == 0 and self.config.training.validation.interval is not None:
+            self.validate(0)
+        with self.loader("training", self.samples, training.train_iters - self.done) as batches:
+            for step, batch in enumerate(batches, start=self.done + 1):
+                result = self.train_step(batch, stop=self.interrupt.signal != 0)
+                self.done, self.samples = step, self.samples + self.plan.batch.batch_size
+                self.stopping |= result.stop
+                self.metrics.add(step, result)
+                if training.logs.due(step) or step == training.train_iters:
+                    self.metrics.write(step, batches.wait_seconds)
+                self.check_finite(step)
+                with self.metrics.not_training():
+                    if training.validation.due(step) and not self.stopping:
+                        self.validate(step)
+                    if training.checkpoint.due(step) or (self.stopping and self.run.folder is not None):
+                        self.save(step)
+                    if training.export.due(step) and not self.stopping:
+                        self.export(step)
+                if training.shutdown.due(step) and step < training.train_iters:
+                    logger.info(f"Stopping after step {step}, as training.shutdown asks; the same command goes on.")
+                    return
+                if self.stopping:
+                    break
+        if self.stopping:
+            logger.info(f"Stopped by a signal after step {self.done}; the same command goes on from here.")
+            return
+        self.finish()
+
+    def finish(self) -> None:
+        """What is due at the end and not there yet; a finished run that is started again comes here at once."""
+        training, step = self.config.training, self.done
+        recorded = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
+        recorded = self.mesh.share(recorded)
+        if training.validation.interval is not None and ("validation", step) not in recorded:
+            self.validate(step)
+        if training.test_iters and ("test", step) not in recorded and not self.stopping:
+            self.validate(step, phase="test", iterations=training.test_iters)
+        if training.checkpoint.interval is not None:
+            self.save(step)
+        if training.export.interval is not None:
+            self.export(step)
+        logger.info(f"Training is complete: {step} steps.")
+
+    def validate(self, step: int, phase: str = "validation", iterations: int | None = None) -> None:
+        """The loss on the same sequences every time, and on each of `data.validation_sets`."""
+        started = time.perf_counter()
+        iterations = iterations or self.config.training.validation.iterations
+        losses: dict[str, float] = {}
+        tokens = 0
+        sets = {"language_model_loss": phase}
+        if phase == "validation":
+            sets |= {f"{name}_loss": name for name in self.plan.dataset.validation_sets}
+        for metric, name in sets.items():
+            total = [0.0, 0.0]
+            with self.loader(name, 0, self.plan.evaluation_steps(name, iterations)) as batches:
+                for batch in batches:
+                    loss, targets = evaluate(self.model, batch, self.mesh)
+                    *sums, stops = self.mesh.sum(loss, targets, float(self.interrupt.signal != 0))
+                    total = [total[0] + sums[0], total[1] + sums[1]]
+                    if stops:
+                        self.stopping = True
+                        logger.info(f"{phase.capitalize()} at step {step} was broken off by a signal.")
+                        return
+            losses[metric] = total[0] / max(total[1], 1)
+            tokens += int(total[1])
+        self.metrics.write_evaluation(step, phase, losses, tokens, time.perf_counter() - started)
+
+    def restore(self) -> None:
+        """Go on from the newest complete checkpoint, else start from the pretrained model or from noise."""
+        path = self.plan.checkpoint
+        if path is not None:
+            info = state.read_info(path)
+            state.load(path, self.state(), self.mesh.patient)
+            self.done, self.samples = info["step"], info["samples"]
+            self.train_step.optimizer.updates = info["updates"]
+            self.train_step.loss_scale.load(info["loss_scale"])
+            self.last_saved = self.done
+            logger.info(f"Going on from {path}, after step {self.done}.")
+        elif self.plan.pretrained_checkpoint is not None:
+            path = self.plan.pretrained_checkpoint
+            with_moments = self.config.pretrained.optimizer_state
+            state.load(path, self.state() if with_moments else self.state(moments=False), self.mesh.patient, partial=True)
+            logger.info(f"Starting from the weights of {path}.")
+        elif self.plan.source is not None and self.config.pretrained.model_weights:
+            load_weights(self.weights.tensors, self.plan.source)
+            logger.info(f"Starting from the weights of {self.plan.source}.")
+        else:
+            init_weights(self.weights.tensors, self.config.model.base_model, self.config.model.distributed.seed)
+            logger.info("Starting from random weights.")
+        self.weights.publish()
+        self.mesh.wait()
+
+    def state(self, moments: bool = True) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint."""
+        tensors = self.weights.tensors
+        optimizer = self.train_step.optimizer
+        parts: Mapping[str, Mapping[str, Tensor]] = {
+            "exp_avg": optimizer.exp_avg if moments else {},
+            "exp_avg_sq": optimizer.exp_avg_sq if moments else {},
+        }
+        return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
+            f"{part}/{name}": like(tensors[name], local) for part, locals_ in parts.items() for name, local in locals_.items()
+        }
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, unless this step has one, and delete those that are not kept."""
+        if self.last_saved == step:
+            return
+        assert self.run.folder is not None
+        started = time.perf_counter()
+        settings = self.config.training.checkpoint
+        root = self.run.folder / "checkpoint"
+        info: dict[str, Any] = {
+            "step": step,
+            "samples": self.samples,
+            "updates": self.train_step.optimizer.updates,
+            "loss_scale": self.train_step.loss_scale.state(),
+            "identity": self.plan.identity,
+            "settings": self.config.model_dump(mode="json"),
+        }
+        path = state.save(root, step, self.state(), info, self.mesh.patient)
+        self.last_saved = step
+        if self.run.is_main:
+            checkpoints.prune(root, settings.keep, settings.is_permanent)
+            self.callback(settings.callback, path)
+        self.mesh.wait()
+        logger.info(f"Saved {path} in {time.perf_counter() - started:.1f} s.")
+
+    def export(self, step: int) -> None:
+        """Write a Hugging Face folder, unless this step has one."""
+        assert self.run.folder is not None
+        settings = self.config.training.export
+        path = self.run.folder / "export" / settings.format / str(step)
+        if self.mesh.share(checkpoints.is_complete(path)):
+            return
+        started = time.perf_counter()
+        dtype = settings.data_type or self.config.model.distributed.training_dtype
+        export_llama(
+            path,
+            self.weights.tensors,
+            config=export_config(self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokenizer_ids),
+            dtype=dtype,
+            files=self.plan.small_files(self.run.folder),
+            parameters_per_file=settings.parameters_per_file,
+            info={"step": step},
+            group=self.mesh.patient,
+        )
+        if self.run.is_main:
+            checkpoints.prune(path.parent, settings.keep, settings.is_permanent)
+            self.callback(settings.callback, path)
+        self.mesh.wait()
+        logger.info(f"Exported {path} in {time.perf_counter() - started:.1f} s.")
+
+    def callback(self, config: CallbackConfig, path: Path) -> None:
+        """Start the user's script with what was just written, and do not wait for it."""
+        if config.script is None:
+            return
+        words = shlex.split(config.script) if isinstance(config.script, str) else list(config.script)
+        environment = os.environ | config.environment | {"FAST_LLM_SAVED": str(path)}
+        try:
+            subprocess.Popen(words, env=environment)
+        except OSError as error:
+            logger.warning(f"The callback {shlex.join(words)} could not be started: {error}")
+
+    def check_finite(self, step: int) -> None:
+        """Give up after several steps in a row whose loss or gradients are not finite."""
+        limit = self.config.optimizer.max_nonfinite_steps
+        if self.metrics.skipped_in_a_row >= limit and self.train_step.loss_scale.exhausted:
+            raise TrainingStopped(
+                f"step {step}: loss or gradients were not finite {limit} times in a row"
+                " (optimizer.max_nonfinite_steps). The weights were not touched by these steps, and the last"
+                " checkpoint is whole. Look at the data of these steps, lower optimizer.learning_rate.base, or"
+                " go on from an earlier checkpoint."
+            )
+
+    def loader(self, phase: str, first_sample: int, steps: int) -> Loader:
+        """This process's micro-batches of `steps` steps from sequence `first_sample` of a phase on."""
+        config = self.config
+        return Loader(
+            self.plan.dataset,
+            phase,
+            self.plan.batch,
+            rank=self.mesh.rank,
+            processes=self.mesh.size,
+            first_sample=first_sample,
+            steps=steps,
+            isolate=not config.batch.cross_document_attention,
+            workers=config.training.num_workers,
+            prefetch=config.training.prefetch_factor or 2,
+            pin=self.mesh.device.type == "cuda",
+            warn_ms=config.data.data_sample_warn_time_ms,
+        )
