@@ -1,0 +1,196 @@
+"""This process's micro-batches, from any sequence of the run on.
+
+With b sequences a micro-batch and P processes, micro-batch m of process r in a step that begins at sequence s
+holds sequences s + (m·P + r)·b … + b. Threads read ahead (NumPy copies without holding Python's lock); an
+error in one of them is raised where the batch is taken. Resuming is a matter of another s.
+Letters: B sequences of a micro-batch, S tokens of a sequence.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast_llm.config.batch import BatchPlan
+from fast_llm.data.dataset import Dataset, Packed
+from fast_llm.errors import DataError
+from fast_llm.model.attention import Documents
+from fast_llm.model.loss import IGNORED
+
+logger = logging.getLogger("fast_llm")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    tokens: Tensor  # int64 B S
+    labels: Tensor  # int64 B S, -100 where there is nothing to predict
+    positions: Tensor  # int64 B S
+    documents: Documents | None  # None: each sequence is one document
+    targets: int  # labels that are not -100
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from pinned memory the copy runs beside the computation."""
+        if device.type == "cpu":
+            return self
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            None if self.documents is None else self.documents.to(device),
+            self.targets,
+        )
+
+    def pin(self) -> "Batch":
+        """The same in page-locked memory."""
+        documents = self.documents
+        if documents is not None:
+            documents = Documents(documents.lengths, documents.boundaries.pin_memory(), documents.longest)
+        return Batch(
+            self.tokens.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), documents, self.targets
+        )
+
+
+class Loader:
+    """Iterates over steps; each gives this process's micro-batches."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        phase: str,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        processes: int,
+        vocab_size: int,
+        first_sample: int,
+        steps: int,
+        isolate: bool,
+        workers: int,
+        prefetch: int,
+        pin: bool = False,
+        warn_ms: float = 1000,
+    ):
+        """`first_sample`: the sequence with which the first step begins; `workers`: threads; `prefetch`: steps ahead
+        for each of them; `isolate`: keep documents apart; `warn_ms`: warn when a step's batches take longer."""
+        self.dataset, self.phase, self.plan = dataset, phase, plan
+        self.rank, self.processes = rank, processes
+        self.vocab_size = vocab_size
+        self.first_sample, self.steps = first_sample, steps
+        self.isolate, self.pin, self.warn_ms = isolate, pin, warn_ms
+        self.ahead = workers * prefetch
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
+        self.wait_seconds = 0.0
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave no thread behind."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        waiting: deque[Future[list[Batch]]] = deque()
+        submitted = 0
+        for step in range(self.steps):
+            started = time.perf_counter()
+            if self.pool is None:
+                batches = self.step(step)
+            else:
+                while submitted < min(self.steps, step + 1 + self.ahead):
+                    waiting.append(self.pool.submit(self.step, submitted))
+                    submitted += 1
+                batches = waiting.popleft().result()
+            self.wait_seconds += time.perf_counter() - started
+            yield batches
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of the step-th step, counted from 0."""
+        started = time.perf_counter()
+        begin = self.first_sample + step * self.plan.batch_size
+        size = self.plan.micro_batch_size
+        batches = [
+            self.micro_batch(begin + (number * self.processes + self.rank) * size)
+            for number in range(self.plan.micro_batches)
+        ]
+        milliseconds = (time.perf_counter() - started) * 1e3
+        if milliseconds > self.warn_ms:
+            logger.warning(
+                f"Making one step's {len(batches)} batches took {milliseconds:.0f} ms (sequences from {begin} on);"
+                " is the storage slow?"
+            )
+        return batches
+
+    def micro_batch(self, first: int) -> Batch:
+        """Sequences `first` … of the phase."""
+        size, length = self.plan.micro_batch_size, self.dataset.length
+        tokens = np.empty((size, length + 1), np.int64)
+        positions = np.empty((size, length), np.int64)
+        starts = []
+        for row in range(size):
+            packed = self.dataset.read(self.phase, first + row)
+            tokens[row] = packed.tokens
+            starts.append(packed.starts)
+            self._check(packed, first + row)
+        labels = tokens[:, 1:].copy()
+        if not self.isolate:
+            positions[:] = np.arange(length)
+            return self._batch(tokens, labels, positions, None, labels.size)
+        lengths: list[int] = []
+        targets = labels.size
+        for row, begins in enumerate(starts):
+            inside = begins[begins < length]
+            row_lengths = np.diff(inside, append=length)
+            positions[row] = np.arange(length) - np.repeat(inside, row_lengths)
+            labels[row, begins[1:] - 1] = IGNORED
+            targets -= len(begins) - 1
+            lengths += row_lengths.tolist()
+        boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        boundaries[1:] = torch.cumsum(torch.tensor(lengths), 0)
+        return self._batch(tokens, labels, positions, Documents(tuple(lengths), boundaries, max(lengths)), targets)
+
+    def _batch(
+        self,
+        tokens: np.ndarray,  # type: ignore[type-arg]
+        labels: np.ndarray,  # type: ignore[type-arg]
+        positions: np.ndarray,  # type: ignore[type-arg]
+        documents: Documents | None,
+        targets: int,
+    ) -> Batch:
+        batch = Batch(
+            torch.from_numpy(tokens[:, :-1].copy()),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            documents,
+            targets,
+        )
+        return batch.pin() if self.pin else batch
+
+    def _check(self, packed: Packed, index: int) -> None:
+        """A token that the model does not have would read foreign memory on a GPU."""
+        largest, smallest = int(packed.tokens.max()), int(packed.tokens.min())
+        if largest < self.vocab_size and smallest >= 0:
+            return
+        place = int(packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin())
+        for stretch in self.dataset.locate(self.phase, index):
+            if place < stretch.tokens:
+                raise DataError(
+                    f"{stretch.prefix}: document {stretch.document} holds token"
+                    f" {largest if largest >= self.vocab_size else smallest} at its place {stretch.begin + place}, but the"
+                    f" model's vocab_size is {self.vocab_size}; the data was made with another tokenizer or is damaged"
+                )
+            place -= stretch.tokens

@@ -1,0 +1,211 @@
+"""Llama 1 to 3.2, as if there were one device.
+
+A decoder of pre-normalised blocks: grouped-query attention with rotary positions, and a gated MLP (Touvron
+et al. 2023; "The Llama 3 Herd of Models", 2024). Parameters carry Hugging Face's names, so that there is
+nothing to convert. Everything parallel is applied from outside; the seams are `SelfAttention.core` (what
+mixes tokens) and `Block.feed_forward` (what recomputation wraps).
+
+Letters: B sequences, S tokens of a sequence, E hidden size, H query heads, K key and value heads, D head
+dimensions, F MLP size, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast_llm.config.train import BaseModelConfig, TransformerConfig
+from fast_llm.model.attention import Documents, attention
+from fast_llm.model.loss import cross_entropy
+from fast_llm.model.rope import rotary, rotate
+
+Angles = tuple[Tensor, Tensor]
+
+
+class Llama(nn.Module):
+    """Embedding, blocks, norm and head."""
+
+    def __init__(self, config: BaseModelConfig, cross_entropy_impl: str = "fused"):
+        super().__init__()
+        self.config = config
+        self.cross_entropy_impl = cross_entropy_impl
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.transformer.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Documents | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S] at positions [B, S]; with labels [B, S] their summed loss.
+
+        The loss is an fp32 scalar, -Σ log p over labels that are not -100. Without `documents` each sequence is one.
+        """
+        hidden = self.model(tokens, positions, documents)
+        if labels is None:
+            logits: Tensor = self.lm_head(hidden)
+            return logits
+        return cross_entropy(
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            labels.flatten(),
+            self.cross_entropy_impl,
+            self.config.cross_entropy_splits,
+        )
+
+
+class Decoder(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: BaseModelConfig):
+        super().__init__()
+        transformer = config.transformer
+        self.config = transformer
+        self.embed_tokens = nn.Embedding(config.vocab_size, transformer.hidden_size)
+        self.layers = nn.ModuleList(Block(transformer) for _ in range(transformer.num_layers))
+        self.norm = RMSNorm(transformer)
+
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Documents | None) -> Tensor:
+        """Hidden states [B, S, E]."""
+        hidden = self.embed_tokens(tokens)
+        angles = rotary(positions, self.config.rotary, self.config.kv_channels, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, angles, documents)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, angles: Angles, documents: Documents | None) -> Tensor:
+        """The residual stream [B, S, E] after this block."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), angles, documents)
+        return hidden + self.feed_forward(hidden)
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """The MLP of the normalised residual stream."""
+        out: Tensor = self.mlp(self.post_attention_layernorm(hidden))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.head_dim = config.kv_channels
+        self.flash = config.use_flash_attention
+        bias = config.add_linear_biases in ("everywhere", "only_attention")
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.head_groups * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+        self.core: Callable[..., Tensor] = attention
+
+    def forward(self, x: Tensor, angles: Angles, documents: Documents | None) -> Tensor:
+        """[B, S, E] → [B, S, E]."""
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S H D
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S K D
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        out: Tensor = self.o_proj(self.core(q, k, v, documents, self.flash).flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        bias = config.add_linear_biases in ("everywhere", "only_mlp")
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, E] → [B, S, E]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (Zhang & Sennrich 2019), the statistics in fp32."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.epsilon = config.normalization.epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., E] → [..., E]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+@torch.no_grad()
+def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: int) -> None:
+    """Random weights, in place; plain tensors or DTensors by name.
+
+    Each weight is drawn as a whole from a generator of its own, seeded by `seed` and its name: so they are the
+    same whatever the number of processes and the order. Matrices are normal, then clamped; biases are 0 and
+    norms 1.
+    """
+    for name, weight in weights.items():
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if weight.dim() == 1:
+            whole = torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            std, low, high = _spread(name, config)
+            whole = torch.randn(weight.shape, generator=generator) * std
+            if low is not None or high is not None:
+                whole.clamp_(low if low is not None else -math.inf, high if high is not None else math.inf)
+        _fill(weight, whole)
+
+
+def _spread(name: str, config: BaseModelConfig) -> tuple[float, float | None, float | None]:
+    """Standard deviation and limits of a matrix."""
+    t = config.transformer
+    base = t.init_method_std if t.init_method_std is not None else t.hidden_size**-0.5
+    output = base / math.sqrt(2 * max(t.num_layers, 1))
+    part = name.split(".")[-2]
+    if part in ("embed_tokens", "lm_head"):
+        std, key, default = config.init_method_std_embed, config, base
+        low, high = key.init_method_min_embed, key.init_method_max_embed
+    elif part in ("q_proj", "k_proj", "v_proj"):
+        std, default, low, high = t.init_method_std_qkv, base, t.init_method_min_qkv, t.init_method_max_qkv
+    elif part == "o_proj":
+        std, default = t.init_method_std_attn_proj, output
+        low, high = t.init_method_min_attn_proj, t.init_method_max_attn_proj
+    elif part == "down_proj":
+        std, default, low, high = t.init_method_std_mlp_2, output, t.init_method_min_mlp_2, t.init_method_max_mlp_2
+    else:
+        std, default, low, high = t.init_method_std_mlp_1, base, t.init_method_min_mlp_1, t.init_method_max_mlp_1
+    low = t.init_method_min if low is None else low
+    high = t.init_method_max if high is None else high
+    return (default if std is None else std), low, high
+
+
+def _fill(weight: Tensor, whole: Tensor) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(weight, DTensor):
+        spread = distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.to_local().copy_(spread.to_local())
+    else:
+        weight.copy_(whole)
