@@ -71,11 +71,12 @@ class Document:
 
     def where(self, path: str) -> str:
         """`file:line` of a dotted path, or of the nearest section around it."""
+        inside = next((place for known, place in self.places.items() if known.startswith(path + ".")), None)
         while path:
             if path in self.places:
                 return self.places[path]
             path = path.rpartition(".")[0]
-        return self.source
+        return inside or self.source
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a dotted path."""
@@ -274,13 +275,20 @@ def _names(folder: Path) -> list[str]:
 Kind = TypeVar("Kind", bound=Section)
 
 
-def validate(kind: type[Kind], document: Document, refused: Mapping[str, str] | None = None) -> Kind:
-    """The Section that a Document describes. `refused`: dotted path → what to use instead.
+def validate(
+    kind: type[Kind],
+    document: Document,
+    refused: Mapping[str, str] | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> Kind:
+    """The Section that a Document describes.
 
+    `refused`: dotted path → what to use instead. `renamed`: old dotted path → new one, in the same section.
     Raises ConfigError with every mistake.
     """
     refused = refused or {}
     problems: list[str] = []
+    document = _with_new_names(document, renamed or {}, problems)
     values = _without_refused(document, refused, problems)
     try:
         section = kind.model_validate(values)
@@ -290,6 +298,46 @@ def validate(kind: type[Kind], document: Document, refused: Mapping[str, str] | 
     if problems or section is None:
         raise ConfigError(problems)
     return section
+
+
+def dump(section: Section) -> str:
+    """A resolved configuration as YAML, itself valid input."""
+    values = section.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper whose lists of plain values stand in one line."""
+
+
+def _one_line(dumper: _Dumper, value: list[Any]) -> yaml.Node:
+    plain = not any(isinstance(item, list | dict) for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=plain)
+
+
+_Dumper.add_representer(list, _one_line)
+
+
+def _with_new_names(document: Document, renamed: Mapping[str, str], problems: list[str]) -> Document:
+    values, places = document.values, dict(document.places)
+    for old, new in renamed.items():
+        if document.get(old, _ABSENT) is _ABSENT:
+            continue
+        if document.get(new, _ABSENT) is not _ABSENT:
+            problems.append(f"{document.where(old)}: {old}: an older name of {new}, which is given too; keep that one")
+        values = _moved(values, old.split("."), new.rpartition(".")[2])
+        places[new] = document.where(old)
+    return Document(values, places, document.source)
+
+
+_ABSENT = object()
+
+
+def _moved(values: Values, keys: list[str], name: str) -> Values:
+    if len(keys) == 1:
+        rest = {key: value for key, value in values.items() if key != keys[0]}
+        return {**rest, name: rest.get(name, values[keys[0]])}
+    return {**values, keys[0]: _moved(values[keys[0]], keys[1:], name)}
 
 
 def _without_refused(document: Document, refused: Mapping[str, str], problems: list[str]) -> Values:
@@ -395,10 +443,32 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
     return [kind for part in getattr(annotation, "__args__", ()) for kind in sections(part)]
 
 
+# What other trainers call it.
+_COMMON = {
+    "lr": "optimizer.learning_rate.base",
+    "min_lr": "optimizer.learning_rate.minimum",
+    "warmup_steps": "optimizer.learning_rate.warmup_iterations",
+    "max_steps": "training.train_iters",
+    "steps": "training.train_iters",
+    "seq_len": "batch.sequence_length",
+    "seq_length": "batch.sequence_length",
+    "max_seq_len": "batch.sequence_length",
+    "global_batch_size": "batch.batch_size",
+    "grad_clip": "optimizer.gradient_norm_clipping",
+    "max_grad_norm": "optimizer.gradient_norm_clipping",
+    "gradient_accumulation_steps": "batch.depth_first_micro_batches",
+    "seed": "model.distributed.seed",
+    "dtype": "model.distributed.training_dtype",
+    "precision": "model.distributed.training_dtype",
+    "output_dir": "run.experiment_dir",
+}
+
+
 def _nearest(path: str, known: list[str]) -> str:
     above, _, name = path.rpartition(".")
     siblings = [other for other in known if other.rpartition(".")[0] == above]
-    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.75)
+    near = [_COMMON[name]] if name in _COMMON and _COMMON[name] in known else []
+    near = near or difflib.get_close_matches(path, siblings, n=1, cutoff=0.75)
     if not near:
         flat = {other.replace(".", "_").replace("s_", "_"): other for other in known}
         near = [flat[key] for key in difflib.get_close_matches(path.replace(".", "_").replace("s_", "_"), flat, n=1, cutoff=0.85)]

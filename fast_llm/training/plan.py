@@ -6,27 +6,37 @@ would go on from. `--validate` prints the result and ends here; training goes on
 """
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fast_llm import __version__
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import llama
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.checks import check
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import TrainConfig
+from fast_llm.config.section import Document, dump, show, validate
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
-from fast_llm.errors import ConfigError, DataError, UserError
+from fast_llm.errors import ConfigError, MissingPackage, UserError
 from fast_llm.model.cost import Cost, cost
 
 logger = logging.getLogger("fast_llm")
+
+# Settings that decide what is trained; the rest may change when a run goes on.
+_FIXED = (
+    "data.format",
+    "data.path",
+    "data.split",
+    "batch.sequence_length",
+    "batch.cross_document_attention",
+    "model.distributed.seed",
+)
+_SHAPE = "model.base_model"
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,345 @@ class Plan:
     batch: BatchPlan
     dataset: Dataset
     cost: Cost
-    source: Path | None  # the pretrained model's folder, weights included
+    source: Path | None  # the pretrained model's folder
     source_config: dict[str, Any] | None  # its config.json
-    files_from: Path | None  # where its small files are
-    tokenizer_ids: dict[str, int | None]
+    small_files: dict[str, bytes]  # what goes along with exports: tokenizer, generation_config.json
+    tokens: dict[str, int | None]  # ids of BOS and EOS
     checkpoint: Path | None  # the newest good one, to go on from
-    pretrained_checkpoint: Path | None  # `pretrained.format: distributed`
+    done: int  # the steps that it has behind it
     identity: dict[str, Any]  # what may not change on resume
     changes: list[str]  # what did change since the checkpoint
 
+    @property
+    def folder(self) -> Path | None:
+        """The experiment folder."""
+        name = self.config.run.experiment_dir
+        return None if name is None else Path(name).expanduser()
+
     def evaluation_steps(self, phase: str, iterations: int) -> int:
-        """How many batches of a phase are measured: as many as asked for, or as a further set has."""
+        """How many batches of a phase are measured: as many as asked for, of a further set at most all it has."""
         if phase in ("validation", "test"):
             return iterations
-        return max(1, min(iterations, self.dataset.sequences(phase) // self.batch.batch_size))
+        return min(iterations, self.dataset.sequences(phase) // self.batch.batch_size)
+
+
+def make_plan(document: Document, processes: int, weights: bool) -> Plan:
+    """Read and check everything; `weights`: also fetch those of a model on the Hub.
+
+    Raises UserErrors that name all that is wrong, as far as one look can tell.
+    """
+    folder = _experiment(document)
+    weights = weights and document.get("pretrained.model_weights", True) is True
+    source, source_config, small = _pretrained(document, folder, weights)
+    if source_config is not None:
+        values = {"model": {"base_model": llama.architecture(source_config, f"{source}/config.json")}}
+        document = document.under(values, f"{source}/config.json")
+    config = validate(TrainConfig, document, REFUSED, RENAMED)
+    problems = check(config, document, processes)
+    problems += _packages(config)
+    if problems:
+        raise ConfigError(problems)
+    batch = plan_batch(config.batch, processes)
+    model, training = config.model.base_model, config.training
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        """So that a mistake in one thing does not hide those in others."""
+        try:
+            return action()
+        except UserError as error:
+            problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
+            return None
+
+    tokens: dict[str, int | None] = {"bos": None, "eos": None}
+    fingerprint = None
+    tokenizer_at = config.data.tokenizer.path or (source if "tokenizer.json" in small else None)
+    if tokenizer_at is not None:
+        loaded = attempt(lambda: tokenizer.load(str(tokenizer_at)))
+        if loaded is not None:
+            tokens = {"bos": loaded.bos, "eos": loaded.eos}
+            fingerprint = loaded.fingerprint
+    dataset = attempt(
+        lambda: open_dataset(
+            config.data, config.batch.sequence_length, config.model.distributed.seed, model.vocab_size
+        )
+    )
+    if dataset is not None:
+        attempt(lambda: dataset.check_vocabulary(model.vocab_size, fingerprint))
+        split = config.data.split
+        if training.validation.interval is not None and training.validation.iterations is not None:
+            name, count = "training.validation.iterations", training.validation.iterations
+            attempt(lambda: dataset.require("validation", count, batch.batch_size, name, split))
+            for further in dataset.validation_sets:
+                attempt(lambda further=further: dataset.require(further, 1, batch.batch_size, "batch.batch_size", split))
+        if training.test_iters:
+            attempt(lambda: dataset.require("test", training.test_iters, batch.batch_size, "training.test_iters", split))
+        if training.train_iters and not dataset.sequences("training"):
+            problems.append("data.split: leaves no sequence for training")
+        if source is not None and not small.keys() & {"tokenizer.json"} and not small.keys() & {"tokenizer.model"}:
+            small |= _dataset_tokenizer(dataset)
+        elif source is None:
+            small |= _dataset_tokenizer(dataset)
+            described = next(iter(dataset.described.values()), {}).get("tokenizer", {})
+            tokens = {name: described.get(name) for name in ("bos", "eos")}
+    checkpoint = checkpoints.latest(folder / "checkpoint") if folder is not None else None
+    local = config.pretrained.path is not None and Path(config.pretrained.path).expanduser().is_dir()
+    from_weights = config.pretrained.model_weights and config.pretrained.format == "llama" and checkpoint is None
+    if source is not None and from_weights and (local or weights):
+        problems += attempt(lambda: llama.check_weights(source, model)) or []
+    identity = _identity(config, batch, dataset) if dataset is not None else {}
+    done, changes = 0, []
+    if checkpoint is not None:
+        manifest = checkpoints.read_manifest(checkpoint)
+        done = manifest.step
+        found, changes = _compare(manifest.info, config, identity, checkpoint)
+        problems += found
+        if done > training.train_iters:
+            problems.append(
+                f"training.train_iters: given {training.train_iters}, but {checkpoint} has {done} steps behind it;"
+                " raise it, or choose another run.experiment_dir"
+            )
+    costs = cost(model, config.batch.sequence_length)
+    if folder is not None:
+        problems += _disk(folder, config, costs.parameters)
+    if problems:
+        raise ConfigError(problems)
+    return Plan(
+        config, processes, batch, dataset, costs, source, source_config, small, tokens, checkpoint, done, identity, changes
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words and numbers."""
+    config, batch, training = plan.config, plan.batch, plan.config.training
+    tokens = batch.batch_size * config.batch.sequence_length
+    transformer = config.model.base_model.transformer
+    stage = config.model.multi_stage.zero_stage or 1
+    parameters = plan.cost.parameters
+    state = checkpoint_bytes(config, parameters)
+    lines = [
+        f"Model         {parameters:,} parameters: {transformer.num_layers} layers of {transformer.hidden_size},"
+        f" {transformer.num_attention_heads} heads in {transformer.head_groups} groups, vocabulary"
+        f" {config.model.base_model.vocab_size:,}",
+        f"Start         {_start(plan)}",
+        f"Precision     computes in {config.model.distributed.training_dtype}; fp32 weights and gradients,"
+        f" {config.optimizer.moments_dtype} moments",
+        f"Processes     {plan.processes}" + (f", zero_stage {stage}" if plan.processes > 1 else " (nothing is sharded)"),
+        f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
+        f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches × {plan.processes} processes",
+        f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
+        f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
+    ]
+    for name, count in plan.dataset.epochs("training", training.train_iters * batch.batch_size).items():
+        source = next(s for s in plan.dataset.phases["training"].sources if s.name == name)
+        lines.append(f"Data          {name}: {source.tokens:,} tokens to train on, {count:.3g} epochs")
+    if training.validation.interval is not None and training.validation.iterations is not None:
+        measured = training.validation.iterations * tokens
+        lines.append(
+            f"Validation    at the start, every {training.validation.interval:,} steps and at the end, on the same"
+            f" {measured:,} of {plan.dataset.tokens('validation'):,} tokens"
+            + "".join(f"; {name}" for name in plan.dataset.validation_sets)
+        )
+    if training.checkpoint.interval is not None:
+        kept = training.checkpoint.keep
+        lines.append(
+            f"Checkpoints   every {training.checkpoint.interval:,} steps, {_bytes(state)} each"
+            + (f", {kept} kept: {_bytes(state * (kept + 1))} at most" if kept else ", all kept")
+            + (", and the permanent ones" if training.checkpoint.keep_every else "")
+        )
+    if training.export.interval is not None:
+        size = export_bytes(config, parameters)
+        count = training.train_iters // training.export.interval + bool(training.train_iters % training.export.interval)
+        count = min(count, training.export.keep or count)
+        lines.append(f"Exports       every {training.export.interval:,} steps, {_bytes(size)} each, {_bytes(size * count)} in all")
+    if plan.folder is not None:
+        lines.append(f"Disk          {_bytes(_free(plan.folder))} free at {plan.folder}")
+    return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
+
+
+def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
+    """The size of a checkpoint: fp32 weights and two moments."""
+    return parameters * (8 if config.optimizer.moments_dtype == "bf16" else 12)
+
+
+def export_bytes(config: TrainConfig, parameters: int) -> int:
+    """The size of an export's weights."""
+    dtype = config.training.export.data_type or config.model.distributed.training_dtype
+    return parameters * (4 if dtype == "fp32" else 2)
+
+
+def prepare_folder(plan: Plan) -> None:
+    """Write what an experiment folder holds before the first step; on the first process."""
+    from fast_llm.training.run import write_whole
+
+    folder = plan.folder
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", dump(plan.config))
+    if plan.small_files or plan.source_config is not None:
+        (folder / "pretrained").mkdir(exist_ok=True)
+        for name, content in plan.small_files.items():
+            target = folder / "pretrained" / name
+            if not target.exists() or target.read_bytes() != content:
+                target.write_bytes(content)
+
+
+def _experiment(document: Document) -> Path | None:
+    name = document.get("run.experiment_dir")
+    return Path(name).expanduser() if isinstance(name, str) else None
+
+
+def _pretrained(
+    document: Document, folder: Path | None, weights: bool
+) -> tuple[Path | None, dict[str, Any] | None, dict[str, bytes]]:
+    """The pretrained model's folder, its config.json, and its small files."""
+    path = document.get("pretrained.path")
+    if not isinstance(path, str):
+        return None, None, {}
+    if document.get("pretrained.format", "llama") == "distributed":
+        source = Path(path).expanduser()
+        kept = source.parent.parent / "pretrained"  # beside the checkpoint's folder
+        config = llama.read_json(kept / "config.json") if (kept / "config.json").exists() else None
+        checkpoints.verify(source)
+        return source, config, _small(kept)
+    copy = folder / "pretrained" if folder is not None else None
+    if not Path(path).expanduser().exists() and copy is not None and (copy / "config.json").exists():
+        # The run has its own weights by now; the model it came from may be gone.
+        if checkpoints.find(copy.parent / "checkpoint"):
+            return copy, llama.read_json(copy / "config.json"), _small(copy)
+    try:
+        source = llama.fetch(path, weights)
+        return source, llama.read_json(source / "config.json"), _small(source)
+    except UserError as error:
+        raise ConfigError([f"{document.where('pretrained.path')}: pretrained.path: {error}"]) from error
+
+
+def _small(folder: Path) -> dict[str, bytes]:
+    return {
+        name: (folder / name).read_bytes()
+        for name in llama.SMALL_FILES
+        if (folder / name).is_file() and (folder / name).stat().st_size < 2**28
+    }
+
+
+def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
+    """The tokenizer that travels with the data, for a model that has none."""
+    for path, described in dataset.described.items():
+        place = described.get("tokenizer", {}).get("path")
+        if isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts:
+            return {k: v for k, v in _small(Path(path).parent / place).items() if k != "config.json"}
+    return {}
+
+
+def _packages(config: TrainConfig) -> list[str]:
+    wanted = [
+        ("tensorboard", "tensorboard", "training.tensorboard: yes", config.training.tensorboard),
+        ("wandb", "wandb", "training.wandb", config.training.wandb is not None),
+    ]
+    return [
+        str(MissingPackage(package, extra, why))
+        for package, extra, why, needed in wanted
+        if needed and importlib.util.find_spec(package) is None
+    ]
+
+
+def _identity(config: TrainConfig, batch: BatchPlan, dataset: Dataset) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    found = {name: _at(values, name) for name in _FIXED}
+    found["batch.batch_size"] = batch.batch_size
+    found["data (its content)"] = dataset.fingerprint()
+    shape = dict(values["model"]["base_model"])
+    transformer = {
+        name: value
+        for name, value in shape.pop("transformer").items()
+        if not name.startswith("init_method") and name not in ("use_flash_attention", "mlp_recompute_level")
+    }
+    shape = {k: v for k, v in shape.items() if not k.startswith(("init_method", "cross_entropy"))}
+    return found | {f"{_SHAPE}.{k}": v for k, v in shape.items()} | {f"{_SHAPE}.transformer.{k}": v for k, v in transformer.items()}
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        values = values[key]
+    return values
+
+
+def _compare(
+    info: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any], checkpoint: Path
+) -> tuple[list[str], list[str]]:
+    """What changed since the checkpoint: without consent, and all of it."""
+    problems, changes = [], []
+    for name, value in identity.items():
+        before = info["identity"].get(name)
+        if before == value:
+            continue
+        changes.append(f"{name}: {show(before)} → {show(value)}")
+        place = name.partition(" ")[0]
+        if name.startswith(_SHAPE):
+            problems.append(f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; a model can not change its shape")
+        elif place not in config.run.accept_changes and not (
+            place == "data" and any(accepted.startswith("data") for accepted in config.run.accept_changes)
+        ):
+            consent = "data.path" if place == "data" else place
+            problems.append(
+                f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; set it back, choose"
+                f" another run.experiment_dir, or consent with run.accept_changes=[{consent}]"
+            )
+    now, then = _flat(config.model_dump(mode="json")), _flat(info["settings"])
+    for name in sorted(now.keys() | then.keys()):
+        if now.get(name) != then.get(name) and name not in identity and not name.startswith(("run.", _SHAPE)):
+            changes.append(f"{name}: {show(then.get(name))} → {show(now.get(name))}")
+    return problems, changes
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{above}{key}.")
+        else:
+            found[above + key] = value
+    return found
+
+
+def _disk(folder: Path, config: TrainConfig, parameters: int) -> list[str]:
+    """Whether the folder can be written to and holds at least one checkpoint and one export."""
+    there = _existing(folder)
+    if not os.access(there, os.W_OK):
+        return [f"run.experiment_dir: {there} can not be written to"]
+    if (folder.exists() and not folder.is_dir()) or not there.is_dir():
+        return [f"run.experiment_dir: {folder} can not be a folder: {there} is a file"]
+    needed = checkpoint_bytes(config, parameters) * (config.training.checkpoint.interval is not None)
+    needed += export_bytes(config, parameters) * (config.training.export.interval is not None)
+    if needed > _free(folder):
+        return [
+            f"run.experiment_dir: a checkpoint and an export need {_bytes(needed)}, but {there} has"
+            f" {_bytes(_free(folder))} free"
+        ]
+    return []
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(_existing(folder.absolute())).free
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def _start(plan: Plan) -> str:
+    if plan.checkpoint is not None:
+        return f"goes on from {plan.checkpoint}, after step {plan.done}"
+    if plan.source is not None and plan.config.pretrained.model_weights:
+        return f"the weights of {plan.source}"
+    return "random weights" + (f" in the shape of {plan.source}" if plan.source is not None else "")

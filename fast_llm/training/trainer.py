@@ -58,6 +58,7 @@ class Trainer:
         self.interrupt = interrupt
         self.done = 0  # steps
         self.samples = 0  # sequences that these consumed
+        self.skipped = 0  # the last steps in a row that did not update
         self.last_saved = -1
         self.stopping = False
 
@@ -66,6 +67,7 @@ class Trainer:
         training = self.config.training
         self.restore()
         self.metrics = Metrics(self.config, self.run, self.mesh, self.plan.batch, self.plan.cost, self.done)
+        self.metrics.skipped_in_a_row = self.skipped
         if self.done == 0 and self.config.training.validation.interval is not None:
             self.validate(0)
         with self.loader("training", self.samples, training.train_iters - self.done) as batches:
@@ -135,21 +137,22 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, else start from the pretrained model or from noise."""
-        path = self.plan.checkpoint
+        path, pretrained = self.plan.checkpoint, self.config.pretrained
         if path is not None:
-            info = state.read_info(path)
+            info = checkpoints.read_manifest(path).info
             state.load(path, self.state(), self.mesh.patient)
             self.done, self.samples = info["step"], info["samples"]
+            self.skipped = info["skipped"]
             self.train_step.optimizer.updates = info["updates"]
             self.train_step.loss_scale.load(info["loss_scale"])
             self.last_saved = self.done
             logger.info(f"Going on from {path}, after step {self.done}.")
-        elif self.plan.pretrained_checkpoint is not None:
-            path = self.plan.pretrained_checkpoint
-            with_moments = self.config.pretrained.optimizer_state
-            state.load(path, self.state() if with_moments else self.state(moments=False), self.mesh.patient, partial=True)
-            logger.info(f"Starting from the weights of {path}.")
-        elif self.plan.source is not None and self.config.pretrained.model_weights:
+        elif self.plan.source is not None and pretrained.model_weights and pretrained.format == "distributed":
+            state.load(self.plan.source, self.state(pretrained.optimizer_state), self.mesh.patient)
+            if pretrained.optimizer_state:
+                self.train_step.optimizer.updates = checkpoints.read_manifest(self.plan.source).info["updates"]
+            logger.info(f"Starting from the weights of {self.plan.source}.")
+        elif self.plan.source is not None and pretrained.model_weights:
             load_weights(self.weights.tensors, self.plan.source)
             logger.info(f"Starting from the weights of {self.plan.source}.")
         else:
@@ -183,6 +186,7 @@ class Trainer:
             "samples": self.samples,
             "updates": self.train_step.optimizer.updates,
             "loss_scale": self.train_step.loss_scale.state(),
+            "skipped": self.metrics.skipped_in_a_row,
             "identity": self.plan.identity,
             "settings": self.config.model_dump(mode="json"),
         }
@@ -206,11 +210,11 @@ class Trainer:
         export_llama(
             path,
             self.weights.tensors,
-            config=export_config(self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokenizer_ids),
+            config=export_config(self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokens),
             dtype=dtype,
-            files=self.plan.small_files(self.run.folder),
+            files={name: data for name, data in self.plan.small_files.items() if name != "config.json"},
             parameters_per_file=settings.parameters_per_file,
-            info={"step": step},
+            step=step,
             group=self.mesh.patient,
         )
         if self.run.is_main:
@@ -250,6 +254,7 @@ class Trainer:
             self.plan.batch,
             rank=self.mesh.rank,
             processes=self.mesh.size,
+            vocab_size=config.model.base_model.vocab_size,
             first_sample=first_sample,
             steps=steps,
             isolate=not config.batch.cross_document_attention,

@@ -1,0 +1,47 @@
+"""Which activations of an MLP are computed again in the backward pass instead of being kept.
+
+level                   computed again                              kept per token (F: MLP size, E: hidden size)
+none                    nothing                                     3F + 2E
+activation              SiLU and the product with the up projection     2F + 2E
+activation_and_input    also the normalised input                   2F + E
+full                    the whole MLP, its matrix products included     E
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from fast_llm.model.llama import Block
+
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
+
+
+def apply_recompute(block: Block, level: str) -> None:
+    """Change what a block keeps, not what it computes."""
+    if level == "none":
+        return
+    if level == "activation":
+        block.mlp.forward = _recomputed(block.mlp.forward, keep_products=True)  # type: ignore[method-assign]
+    else:
+        keep = level == "activation_and_input"
+        block.feed_forward = _recomputed(block.feed_forward, keep_products=keep)  # type: ignore[method-assign]
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], keep_products: bool) -> Callable[[Tensor], Tensor]:
+    contexts: dict[str, Any] = {}
+    if keep_products:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+
+    def recomputed(x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return out
+
+    return recomputed
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
