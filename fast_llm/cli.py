@@ -25,7 +25,13 @@ The same command goes on with a run that was stopped. All settings: docs/setting
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 if training could not go on, 2 for a user's mistake."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse does not take settings on both sides of an option by itself.
+    parsed, further = parser.parse_known_args(arguments)
+    if unknown := [word for word in further if word.startswith("-") or not hasattr(parsed, "settings")]:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if further:
+        parsed.settings = [*parsed.settings, *further]
     try:
         code: int = parsed.run(parsed)
         return code

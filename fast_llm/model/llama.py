@@ -37,6 +37,13 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        """PyTorch would part tied weights when it moves them off the meta device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
     def forward(
         self,
         tokens: Tensor,
