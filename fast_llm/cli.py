@@ -64,15 +64,25 @@ def _parser() -> argparse.ArgumentParser:
         ("convert", "gpt", _convert, "turn a checkpoint into a Hugging Face model, or back"),
     ):
         command = commands.add_parser(
-            name, help=text, description=text, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument(
-            "settings", nargs="*", metavar=f"[{kind}] a.b=c", help="settings that win over the file; the last of a name wins"
+            "settings",
+            nargs="*",
+            metavar=f"[{kind}] a.b=c",
+            help="settings that win over the file; the last of a name wins",
         )
         command.add_argument("-c", "--config", metavar="FILE", help="the YAML file")
         if name == "train":
             command.add_argument(
-                "-v", "--validate", action="store_true", help="check all that can be checked, print the plan, and stop"
+                "-v",
+                "--validate",
+                action="store_true",
+                help="check all that can be checked, print the plan, and stop",
             )
         command.set_defaults(run=function, kind=kind)
     demo = commands.add_parser("demo", help="see everything once, on this machine")
@@ -140,7 +150,8 @@ def _convert(parsed: argparse.Namespace) -> int:
 def _demo(parsed: argparse.Namespace) -> int:
     from fast_llm.demo import demo
 
-    return demo(parsed.folder)
+    demo(parsed.folder)
+    return 0
 
 
 if __name__ == "__main__":

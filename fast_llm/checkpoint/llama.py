@@ -8,6 +8,7 @@ headers are read here, by hand and with every length checked, so that mistakes s
 import json
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,20 @@ SMALL_FILES = (
 )
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST_HEADER = 100 * 2**20  # bytes
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_WIDTHS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 
 
 def fetch(path: str, weights: bool) -> Path:
@@ -102,7 +116,11 @@ def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         refuse("hidden_act", "silu")
     for key in ("quantization_config", "auto_map"):
         if config.get(key):
-            refuse(key, "absent: " + ("unquantized weights are trained" if key.startswith("q") else "no code of a model is run"))
+            refuse(
+                key,
+                "absent: "
+                + ("unquantized weights are trained" if key.startswith("q") else "no code of a model is run"),
+            )
     if config.get("attention_dropout"):
         refuse("attention_dropout", "0: there is no dropout")
     if problems:
@@ -222,7 +240,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
             f"{folder}: holds pytorch_model.bin, a pickle that could run code when read; convert it to safetensors"
             " (AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) where you trust it)"
         )
-    raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json; is this a model folder?")
+    raise CheckpointError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; is this a model folder?"
+    )
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -247,14 +267,16 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                     raise CheckpointError(f"{path}: {name} has the shape {tensor['shape']}")
                 count *= extent
             if not 0 <= begin <= end <= size - 8 - length or end - begin != count:
-                raise CheckpointError(f"{path}: {name} does not lie where its header says; the file is cut off or damaged")
+                raise CheckpointError(
+                    f"{path}: {name} does not lie where its header says; the file is cut off or damaged"
+                )
             spans.append((begin, end, name))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file, though the index names it; fetch it (`git lfs pull`)") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
     spans.sort()
-    for (_, end, one), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, one), (begin, _, other) in pairwise(spans):
         if begin < end:
             raise CheckpointError(f"{path}: {one} and {other} overlap")
     result: dict[str, dict[str, Any]] = header

@@ -94,9 +94,10 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
     for name, tensor in tensors.items():
         if name not in there:
             raise CheckpointError(f"{path}: {name} is missing; it is a checkpoint of another model")
-        if tuple(there[name].size) != tuple(tensor.shape):
+        size = getattr(there[name], "size", ())
+        if tuple(size) != tuple(tensor.shape):
             raise CheckpointError(
-                f"{path}: {name} has the shape {list(there[name].size)}, must be {list(tensor.shape)};"
+                f"{path}: {name} has the shape {list(size)}, must be {list(tensor.shape)};"
                 " it is a checkpoint of another model"
             )
     with torch.no_grad():

@@ -149,9 +149,7 @@ def export_llama(
                 (partial / name).write_bytes(content)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             names += [*files, "config.json"]
-            folders.publish(
-                partial, path, "export", step, {}, folders.digests(partial, sorted(set(names)))
-            )
+            folders.publish(partial, path, "export", step, {}, folders.digests(partial, sorted(set(names))))
     except Exception as problem:  # the others must hear of it, whatever it is
         error = f"{path}: could not be exported: {problem}"
     _agree(error, group)

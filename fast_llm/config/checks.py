@@ -81,15 +81,27 @@ def _experiment_dir(config: TrainConfig) -> Breaches:
 def _validation(config: TrainConfig) -> Breaches:
     validation, split = config.training.validation, config.data.split
     if validation.interval is not None and validation.iterations is None:
-        yield "training.validation.iterations", "needed with training.validation.interval: how many batches, e.g. 25"
+        yield (
+            "training.validation.iterations",
+            "needed with training.validation.interval: how many batches, e.g. 25",
+        )
     if validation.iterations is not None and validation.interval is None:
-        yield "training.validation.interval", "needed with training.validation.iterations: every how many steps, e.g. 1000"
+        yield (
+            "training.validation.interval",
+            "needed with training.validation.iterations: every how many steps, e.g. 1000",
+        )
     if config.data.format == "random":
         return
     if validation.interval is not None and split[1] == 0:
-        yield "data.split", f"given {split}, which leaves no documents for validation; give it a share, e.g. [99, 1, 0]"
+        yield (
+            "data.split",
+            f"given {split}, which leaves no documents for validation; give it a share, e.g. [99, 1, 0]",
+        )
     if config.training.test_iters and split[2] == 0:
-        yield "data.split", f"given {split}, which leaves no documents for training.test_iters; give it a share, e.g. [98, 1, 1]"
+        yield (
+            "data.split",
+            f"given {split}, which leaves no documents for training.test_iters; give it a share, e.g. [98, 1, 1]",
+        )
     if config.training.train_iters and split[0] == 0:
         yield "data.split", f"given {split}, which leaves no documents for training"
     if not config.data.path:
@@ -107,7 +119,10 @@ def _model(config: TrainConfig) -> Breaches:
             f"given {heads}, must divide hidden_size {transformer.hidden_size}, or kv_channels must be given",
         )
     elif transformer.kv_channels % 2:
-        yield f"{above}.kv_channels", f"given {transformer.kv_channels}, must be even: rotary embedding turns pairs"
+        yield (
+            f"{above}.kv_channels",
+            f"given {transformer.kv_channels}, must be even: rotary embedding turns pairs",
+        )
     rotary = transformer.rotary
     if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
         yield (
@@ -119,9 +134,15 @@ def _model(config: TrainConfig) -> Breaches:
 def _pretrained(config: TrainConfig) -> Breaches:
     pretrained = config.pretrained
     if pretrained.optimizer_state and pretrained.format != "distributed":
-        yield "pretrained.optimizer_state", "a Hugging Face folder has no moments; only format: distributed has"
+        yield (
+            "pretrained.optimizer_state",
+            "a Hugging Face folder has no moments; only format: distributed has",
+        )
     if pretrained.optimizer_state and not pretrained.model_weights:
-        yield "pretrained.optimizer_state", "moments without their weights are of no use; set model_weights: yes"
+        yield (
+            "pretrained.optimizer_state",
+            "moments without their weights are of no use; set model_weights: yes",
+        )
     if pretrained.format == "distributed" and pretrained.path is None:
         yield "pretrained.path", "format: distributed needs the folder of a checkpoint"
 

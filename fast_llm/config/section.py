@@ -147,7 +147,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _build(node: yaml.Node, path: str, name: str, places: dict[str, str], problems: list[str], loader: _Loader, depth: int = 0) -> Any:
+def _build(
+    node: yaml.Node,
+    path: str,
+    name: str,
+    places: dict[str, str],
+    problems: list[str],
+    loader: _Loader,
+    depth: int = 0,
+) -> Any:
     line = f"{name}:{node.start_mark.line + 1}"
     if path:
         places[path] = line
@@ -172,11 +180,15 @@ def _build(node: yaml.Node, path: str, name: str, places: dict[str, str], proble
             places[here] = at
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, f"{path}.{i}", name, places, problems, loader, depth + 1) for i, item in enumerate(node.value)]
+        return [
+            _build(item, f"{path}.{i}", name, places, problems, loader, depth + 1) for i, item in enumerate(node.value)
+        ]
     try:
         return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError, OverflowError):
-        problems.append(f"{line}: {path or 'the file'}: {str(getattr(node, 'value', ''))[:60]!r} can not be read as a value")
+        problems.append(
+            f"{line}: {path or 'the file'}: {str(getattr(node, 'value', ''))[:60]!r} can not be read as a value"
+        )
         return None
 
 
@@ -188,7 +200,13 @@ def _parse(text: str, name: str, path: str = "") -> tuple[Any, dict[str, str], l
         loader = _Loader(text)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                return None, places, [f"{name}:{event.start_mark.line + 1}: anchors (&) and aliases (*) are not supported; write it out"]
+                return (
+                    None,
+                    places,
+                    [
+                        f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}: anchors (&) and aliases (*) are not supported; write it out"
+                    ],
+                )
         node = loader.get_single_node()  # type: ignore[no-untyped-call]
         value = None if node is None else _build(node, path, name, places, problems, loader)
     except yaml.MarkedYAMLError as error:
@@ -242,7 +260,7 @@ def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Document:
             place[keys[-1]] = value
             for known in [known for known in places if known == name or known.startswith(name + ".")]:
                 del places[known]
-            places |= {at: f"override {override}" for at in inner} | {name: f"override {override}"}
+            places |= dict.fromkeys(inner, f"override {override}") | {name: f"override {override}"}
     if problems:
         raise ConfigError(problems)
     return Document(values, places, str(path) if path is not None else "the command line")
@@ -385,10 +403,22 @@ def _explain(kind: type[Section], document: Document, error: ValidationError) ->
 
 def _is_key(part: Any, document: Document, loc: tuple[Any, ...]) -> bool:
     """Pydantic puts the tried types of a union into the path; they are no keys."""
-    return isinstance(part, int) or bool(re.fullmatch(r"[^\[\]()]+", str(part))) and str(part) not in _TYPE_NAMES
+    return isinstance(part, int) or (bool(re.fullmatch(r"[^\[\]()]+", str(part))) and str(part) not in _TYPE_NAMES)
 
 
-_TYPE_NAMES = {"int", "float", "str", "bool", "none", "list", "tuple", "dict", "constrained-int", "constrained-str", "constrained-float"}
+_TYPE_NAMES = {
+    "int",
+    "float",
+    "str",
+    "bool",
+    "none",
+    "list",
+    "tuple",
+    "dict",
+    "constrained-int",
+    "constrained-str",
+    "constrained-float",
+}
 
 
 def _allowed(detail: Any) -> str:
@@ -471,7 +501,10 @@ def _nearest(path: str, known: list[str]) -> str:
     near = near or difflib.get_close_matches(path, siblings, n=1, cutoff=0.75)
     if not near:
         flat = {other.replace(".", "_").replace("s_", "_"): other for other in known}
-        near = [flat[key] for key in difflib.get_close_matches(path.replace(".", "_").replace("s_", "_"), flat, n=1, cutoff=0.85)]
+        near = [
+            flat[key]
+            for key in difflib.get_close_matches(path.replace(".", "_").replace("s_", "_"), flat, n=1, cutoff=0.85)
+        ]
     if not near:
         near = [other for other in known if other.rpartition(".")[2] == name][:1]
     if not near:

@@ -64,7 +64,9 @@ class CallbackConfig(Section):
         words = ("token", "key", "secret", "password", "credential")
         for name in value:
             if any(word in name.lower() for word in words):
-                raise ValueError(f"{name} looks like a secret, which would be written into config.yaml; set it in the environment that training is started in")
+                raise ValueError(
+                    f"{name} looks like a secret, which would be written into config.yaml; set it in the environment that training is started in"
+                )
         return value
 
 
@@ -314,7 +316,9 @@ class TransformerConfig(Section):
     num_attention_heads: Positive = 8
     head_groups: Positive = 1
     """Heads of keys and values, each shared by a group of query heads."""
-    kv_channels: Positive = Field(default_factory=lambda data: max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1)))
+    kv_channels: Positive = Field(
+        default_factory=lambda data: max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
+    )
     """Dimensions of a head; by default hidden_size / num_attention_heads."""
     ffn_hidden_size: Positive = Field(default_factory=lambda data: 4 * data.get("hidden_size", 1))
     """Inner size of the MLP; by default 4 × hidden_size."""

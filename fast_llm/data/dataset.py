@@ -178,9 +178,7 @@ class Phase:
 class Dataset:
     """All phases of a run's data."""
 
-    def __init__(
-        self, phases: dict[str, Phase], described: dict[str, dict[str, Any]], length: int, seed: int
-    ):
+    def __init__(self, phases: dict[str, Phase], described: dict[str, dict[str, Any]], length: int, seed: int):
         self.phases = phases
         self.described = described  # path of each dataset → what its dataset.json says ({} for a bare prefix)
         self.length = length
@@ -273,24 +271,22 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
     Raises DataError for files that are missing, damaged or hold nothing to train on.
     """
     if config.format == "random":
-        source = RandomSource(length, vocab_size, seed)
         phases = {
-            name: Phase(name, [source], [1.0], seed + position)
+            name: Phase(name, [RandomSource(length, vocab_size, seed + position)], [1.0], seed)
             for position, (name, share) in enumerate(zip(PHASES, config.split, strict=True))
             if share
         }
         return Dataset(phases, {}, length, seed)
     described: dict[str, dict[str, Any]] = {}
-    if len(config.path) == 1:
-        weighted = [(1.0, config.path[0])]
-    else:
-        weighted = list(zip(config.path[::2], config.path[1::2], strict=True))
+    alone = len(config.path) == 1
+    weighted = [(1.0, config.path[0])] if alone else list(zip(config.path[::2], config.path[1::2], strict=True))
     opened = [(float(weight), path, _shards(path, described)) for weight, path in weighted]
     phases = {}
     for position, name in enumerate(PHASES):
         if not config.split[position]:
             continue
-        sources, weights = [], []
+        sources: list[Source | RandomSource] = []
+        weights: list[float] = []
         for weight, path, groups in opened:
             for number, (share, files) in enumerate(groups):
                 label = path if len(groups) == 1 else f"{path} ({number})"
@@ -406,9 +402,10 @@ def _slots(weights: Sequence[float], names: Sequence[str]) -> list[int]:
 
 @functools.lru_cache(maxsize=256)
 def _key(seed: int, name: str, number: int) -> tuple[int, ...]:
-    data = hashlib.sha256(f"{seed} {name} {number}".encode()).digest() + hashlib.sha256(
-        f"{seed} {name} {number} ".encode()
-    ).digest()
+    data = (
+        hashlib.sha256(f"{seed} {name} {number}".encode()).digest()
+        + hashlib.sha256(f"{seed} {name} {number} ".encode()).digest()
+    )
     return tuple(int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
 
 

@@ -55,7 +55,11 @@ class Batch:
         if documents is not None:
             documents = Documents(documents.lengths, documents.boundaries.pin_memory(), documents.longest)
         return Batch(
-            self.tokens.pin_memory(), self.labels.pin_memory(), self.positions.pin_memory(), documents, self.targets
+            self.tokens.pin_memory(),
+            self.labels.pin_memory(),
+            self.positions.pin_memory(),
+            documents,
+            self.targets,
         )
 
 

@@ -211,7 +211,9 @@ def _local_files(config: PrepareConfig) -> list[str] | None:
         kinds = {_kind(path) for path in files}
         if len(kinds) > 1:
             names = ", ".join(sorted(str(kind or "text") for kind in kinds))
-            raise DataError(f"dataset.path: {source.path} mixes kinds of files ({names}); choose with dataset.data_files")
+            raise DataError(
+                f"dataset.path: {source.path} mixes kinds of files ({names}); choose with dataset.data_files"
+            )
         return files
     if any(sign in source.path for sign in "*?["):
         return sorted(path for path in glob.glob(str(place), recursive=True) if Path(path).is_file())
@@ -245,7 +247,14 @@ def _settings(
     """What decides the bytes of the token files."""
     source = config.dataset
     return {
-        "dataset": [source.path, source.config_name, source.data_directory, source.data_files, source.split, source.field],
+        "dataset": [
+            source.path,
+            source.config_name,
+            source.data_directory,
+            source.data_files,
+            source.split,
+            source.field,
+        ],
         "rows": rows,
         "tokenizer": loaded.fingerprint,
         "bos": front,
@@ -372,10 +381,16 @@ def _tokenize(rows: tuple[int, int]) -> _Part:
 
     def encode() -> None:
         for (row, _), encoding in zip(
-            pending, loaded.tokenizer.encode_batch_fast([text for _, text in pending], add_special_tokens=False), strict=True
+            pending,
+            loaded.tokenizer.encode_batch_fast([text for _, text in pending], add_special_tokens=False),
+            strict=True,
         ):
             tokens = encoding.ids
-            document = [*([front] if front is not None else []), *tokens, *([back] if back is not None else [])]
+            document = [
+                *([front] if front is not None else []),
+                *tokens,
+                *([back] if back is not None else []),
+            ]
             ids.append(np.array(document, dtype=np.int64))
             part.lengths.append(len(document))
             part.rows.append(row)
@@ -401,7 +416,13 @@ def _tokenize(rows: tuple[int, int]) -> _Part:
 
 
 def _close(
-    writer: TokenFileWriter, output: Path, rank: int, number: int, next_row: int, counts: _Counts, settings: dict[str, Any]
+    writer: TokenFileWriter,
+    output: Path,
+    rank: int,
+    number: int,
+    next_row: int,
+    counts: _Counts,
+    settings: dict[str, Any],
 ) -> None:
     """Publish a token file, then its record."""
     info = writer.close()
@@ -420,7 +441,7 @@ def _close(
 
 def _records(output: Path, rank: int) -> list[Path]:
     """The records of this rank's finished token files, in order, without a gap."""
-    found = []
+    found: list[Path] = []
     while (path := output / f"shard_{rank}_{len(found)}.json").exists():
         found.append(path)
     return found
@@ -543,7 +564,11 @@ class _Progress:
             return
         self.shown = now
         left = (now - self.started) / done * (self.rows - done)
-        line = f"{done:,}/{self.rows:,} rows ({100 * done / self.rows:.0f} %), {tokens:,} tokens, {tokens / (now - self.started):,.0f} tokens/s, {left:,.0f} s left"
+        rate = tokens / (now - self.started)
+        share = 100 * done / self.rows
+        line = (
+            f"{done:,}/{self.rows:,} rows ({share:.0f} %), {tokens:,} tokens, {rate:,.0f} tokens/s, {left:,.0f} s left"
+        )
         sys.stderr.write(f"\r\x1b[K{line}" if self.terminal else line + "\n")
         sys.stderr.flush()
 
@@ -551,6 +576,6 @@ class _Progress:
         if self.terminal:
             sys.stderr.write("\r\x1b[K")
         seconds = max(time.monotonic() - self.started, 1e-9)
-        logger.info(f"Tokenized {self.rows:,} rows: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s.")
-
-
+        logger.info(
+            f"Tokenized {self.rows:,} rows: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s."
+        )

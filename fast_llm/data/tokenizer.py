@@ -1,12 +1,16 @@
 """A model's tokenizer: its files, its BOS and EOS, and a fingerprint that tells it from others.
 
-Read with `tokenizers` from tokenizer.json; transformers is not needed. Whether documents begin with BOS is
-what the tokenizer itself does, hence what the model was trained with: Llama 3 puts BOS in front, SmolLM2 and GPT-2
-put nothing.
+Read with `tokenizers` from tokenizer.json; neither transformers nor torch is needed. Whether documents begin with BOS
+is what the tokenizer itself does, hence what the model was trained with: Llama 3's puts BOS in front; SmolLM2's and
+GPT-2's, whose BOS is their EOS, put nothing. Which tokens these are is looked up where a model's folder says it, in
+this order: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json.
+
+A tokenizer of 128,000 tokens is read in about a second.
 """
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,20 @@ from tokenizers import Tokenizer
 
 from fast_llm.errors import DataError, MissingPackage
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+MAIN = "tokenizer.json"
+FILES = (
+    MAIN,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_IDS = ("generation_config.json", "config.json")
 _LARGEST = 2**28  # bytes
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -24,19 +40,24 @@ class Loaded:
     """A tokenizer and what goes with it."""
 
     tokenizer: Tokenizer
-    path: Path  # tokenizer.json
+    """Neither truncates nor pads."""
+    path: Path
+    """Its tokenizer.json."""
     bos: int | None
     eos: int | None
     adds_bos: bool
-    vocab_size: int  # the largest id, and one
+    """Whether the model was trained with BOS in front of each document."""
+    vocab_size: int
+    """The largest id, and one."""
     fingerprint: str
-    files: list[Path]  # all that belongs to it
+    files: list[Path]
+    """All that belongs to it, tokenizer.json first."""
 
 
 def load(path: str) -> Loaded:
-    """The tokenizer of a folder, of a tokenizer.json, or of a model on the Hub.
+    """The tokenizer of a folder, of a tokenizer.json, or of a model on the Hub (`organisation/name`, also `…@revision`).
 
-    Raises DataError if there is none or it can not be read.
+    Raises DataError if there is none or it can not be read, MissingPackage for the Hub without huggingface_hub.
     """
     file = _find(path)
     content = _json(file)
@@ -47,26 +68,43 @@ def load(path: str) -> Loaded:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     bos, eos = (_special(file.parent, tokenizer, name) for name in ("bos", "eos"))
-    adds_bos = bos is not None and tokenizer.encode("").ids[:1] == [bos]
     settings = _optional(file.parent / "tokenizer_config.json")
-    if bos is not None and settings.get("add_bos_token") is True:
-        adds_bos = True
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    adds_bos = bos is not None and (
+        tokenizer.encode("").ids[:1] == [bos] or settings.get("add_bos_token") is True
+    )
     return Loaded(
         tokenizer,
         file,
         bos,
         eos,
         adds_bos,
-        max(vocabulary.values(), default=-1) + 1,
-        _fingerprint(content),
-        [file.parent / name for name in FILES if (file.parent / name).is_file()] if file.name == FILES[0] else [file],
+        max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+        _digest(content),
+        [file, *(file.parent / name for name in FILES[1:] if (file.parent / name).is_file())],
     )
 
 
-def _fingerprint(content: dict[str, Any]) -> str:
-    """sha256 of what decides the tokens, whatever the order and spacing of the file."""
-    decisive = {key: value for key, value in content.items() if key not in ("truncation", "padding", "version")}
+def fingerprint(path: str | Path) -> str:
+    """sha256 of what decides a tokenizer's tokens; `path` is its folder or its tokenizer.json.
+
+    Raises DataError as `load` does.
+    """
+    return _digest(_json(_find(str(path))))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Equal for equal tokenizers: of any order and spacing of the file, written by old or new `tokenizers`."""
+    decisive = {
+        key: value for key, value in content.items() if key not in ("truncation", "padding", "version")
+    }
+    if isinstance(decisive.get("model"), dict):
+        # Files of before 2024 spell merges "a b" instead of ["a", "b"], and lack settings that came later.
+        model = {key: value for key, value in decisive["model"].items() if value is not None and value is not False}
+        if isinstance(model.get("merges"), list):
+            model["merges"] = [
+                merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]
+            ]
+        decisive["model"] = model
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -75,38 +113,52 @@ def _find(path: str) -> Path:
     if place.is_file():
         return place
     if place.is_dir():
-        if (place / "tokenizer.json").is_file():
-            return place / "tokenizer.json"
-        if (place / "tokenizer.model").is_file():
-            raise DataError(
-                f"{path}: has only tokenizer.model; make tokenizer.json of it with"
-                f" transformers.AutoTokenizer.from_pretrained({path!r}).save_pretrained({path!r})"
-            )
-        raise DataError(f"{path}: no tokenizer.json in this folder; give the model's folder")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise DataError(f"{path}: no such file or folder, and not the name of a model on the Hugging Face Hub")
+        return _in_folder(place, path)
+    if not _HUB.fullmatch(path) or path.startswith("."):
+        raise DataError(
+            f"{path}: no such file or folder, and not a model on the Hugging Face Hub (organisation/name)"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingPackage("huggingface_hub", "hf", f"{path} is no folder here; fetching it from the Hub") from error
     name, _, revision = path.partition("@")
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, "config.json", "generation_config.json"])
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, *_IDS])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: not here, and it could not be fetched from the Hugging Face Hub: {reason}") from error
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise DataError(f"{path}: has no tokenizer.json on the Hub")
-    return Path(folder) / "tokenizer.json"
+        text = str(error).strip()
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise DataError(
+            f"{path}: no folder here, and it could not be fetched from the Hugging Face Hub: {reason} Without a network,"
+            " give the model's folder; for a model that asks for consent, `hf auth login` first"
+        ) from error
+    return _in_folder(Path(folder), path)
+
+
+def _in_folder(folder: Path, path: str) -> Path:
+    if (folder / MAIN).is_file():
+        return folder / MAIN
+    if (folder / "tokenizer.model").is_file():
+        raise DataError(
+            f"{path}: has only tokenizer.model; make {MAIN} of it once: python -c 'from transformers import AutoTokenizer;"
+            f' AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")\''
+        )
+    raise DataError(f"{path}: no {MAIN} in it; give the model's folder")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes() if path.stat().st_size <= _LARGEST else b""
+        if path.stat().st_size > _LARGEST:
+            raise DataError(f"{path}: larger than {_LARGEST // 2**20} MiB; this is no tokenizer")
+        data = path.read_bytes()
         if data.startswith(b"version https://git-lfs"):
-            raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+            raise DataError(
+                f"{path}: a Git LFS pointer, not the file itself; fetch it with `git -C {path.parent} lfs pull`"
+            )
         content = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: can not be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a JSON object")
@@ -118,16 +170,17 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _special(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
-    """The id of BOS or EOS, from wherever a model folder says it."""
+    """The id of BOS or EOS, from wherever a model's folder says it."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _optional(folder / file).get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and tokenizer.token_to_id(text) is not None:
-            found: int = tokenizer.token_to_id(text)
-            return found
-    for file in ("generation_config.json", "config.json"):
+        if isinstance(text, str):
+            found: int | None = tokenizer.token_to_id(text)
+            if found is not None:
+                return found
+    for file in _IDS:
         number = _optional(folder / file).get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and tokenizer.id_to_token(number) is not None:
+        if isinstance(number, int) and number >= 0 and tokenizer.id_to_token(number) is not None:
             return number
     return None

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from fast_llm.config.train import BaseModelConfig
 
 # Dense bf16 products, FLOP/s, from the makers' data sheets (without sparsity).
-_PEAKS = {"B300": 2.25e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "V100": 125e12}
+_PEAKS = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "V100": 125e12,
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,12 @@ def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, ffn = t.hidden_size, t.ffn_hidden_size
     queries, keys = t.num_attention_heads * t.kv_channels, t.head_groups * t.kv_channels
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+    attention = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
     mlp = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
     for layer in range(t.num_layers):
         above = f"model.layers.{layer}"

@@ -17,7 +17,7 @@ except ImportError:
 if AVAILABLE:
 
     @triton.jit
-    def _softmax_cross_entropy(
+    def _softmax_cross_entropy(  # type: ignore[no-untyped-def]
         logits, labels, losses, row_stride, vocabulary, ignored: tl.constexpr, BLOCK: tl.constexpr
     ):
         """One row: running maximum and sum (Milakov & Gimelshein 2018), then the gradient over the logits."""
@@ -28,9 +28,7 @@ if AVAILABLE:
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, vocabulary, BLOCK):
-            x = tl.load(logits + begin + offsets, mask=begin + offsets < vocabulary, other=float("-inf")).to(
-                tl.float32
-            )
+            x = tl.load(logits + begin + offsets, mask=begin + offsets < vocabulary, other=float("-inf")).to(tl.float32)
             new = tl.maximum(largest, x)
             # A lane that has seen nothing yet holds -inf, and -inf - -inf is not a number.
             total = total * tl.where(largest == float("-inf"), 0.0, tl.exp(largest - new)) + tl.where(

@@ -200,9 +200,19 @@ def _spread(name: str, config: BaseModelConfig) -> tuple[float, float | None, fl
         std, default = t.init_method_std_attn_proj, output
         low, high = t.init_method_min_attn_proj, t.init_method_max_attn_proj
     elif part == "down_proj":
-        std, default, low, high = t.init_method_std_mlp_2, output, t.init_method_min_mlp_2, t.init_method_max_mlp_2
+        std, default, low, high = (
+            t.init_method_std_mlp_2,
+            output,
+            t.init_method_min_mlp_2,
+            t.init_method_max_mlp_2,
+        )
     else:
-        std, default, low, high = t.init_method_std_mlp_1, base, t.init_method_min_mlp_1, t.init_method_max_mlp_1
+        std, default, low, high = (
+            t.init_method_std_mlp_1,
+            base,
+            t.init_method_min_mlp_1,
+            t.init_method_max_mlp_1,
+        )
     low = t.init_method_min if low is None else low
     high = t.init_method_max if high is None else high
     return (default if std is None else std), low, high

@@ -26,9 +26,7 @@ def frequencies(config: RotaryConfig, head_dim: int, device: torch.device) -> Te
     low, high = config.low_frequency_factor, config.high_frequency_factor
     blend = (config.original_context_length / wavelengths - low) / (high - low)
     blended = (1 - blend) * turns / config.scale_factor + blend * turns
-    stretched = torch.where(
-        wavelengths > config.original_context_length / low, turns / config.scale_factor, blended
-    )
+    stretched = torch.where(wavelengths > config.original_context_length / low, turns / config.scale_factor, blended)
     return torch.where(wavelengths < config.original_context_length / high, turns, stretched)
 
 

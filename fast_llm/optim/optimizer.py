@@ -49,7 +49,9 @@ class Optimizer:
         self.exp_avg = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
         self.exp_avg_sq = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
         self.groups = {
-            decay: [name for name, weight in self.weights.items() if weight.numel() and (weight.dim() > 1) == (decay > 0)]
+            decay: [
+                name for name, weight in self.weights.items() if weight.numel() and (weight.dim() > 1) == (decay > 0)
+            ]
             for decay in {config.weight_decay, 0.0}
         }
         if config.weight_decay == 0:

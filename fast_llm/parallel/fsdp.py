@@ -10,6 +10,8 @@ zero_stage   gathered weights                    full gradients              com
 3            of a block at a time                of a block at a time        weights twice and gradients every micro-batch
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -63,7 +65,7 @@ class ShardedWeights:
 
     def publish(self) -> None:
         """Let the model compute with the present shards: drop weights that are still gathered."""
-        for module in self.model.modules():
+        for module in cast(nn.Module, self.model).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -77,5 +79,10 @@ def like(weight: Tensor, local: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return local
     return DTensor.from_local(
-        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
     )

@@ -42,9 +42,7 @@ class Mesh:
 
     def sum(self, *numbers: torch.Tensor | float) -> list[float]:
         """Each number summed over all processes. The step's one synchronisation with the device."""
-        stacked = torch.stack(
-            [torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers]
-        )
+        stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers])
         if self.size > 1:
             dist.all_reduce(stacked)
         values: list[float] = stacked.tolist()

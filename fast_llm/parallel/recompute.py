@@ -25,10 +25,10 @@ def apply_recompute(block: Block, level: str) -> None:
     if level == "none":
         return
     if level == "activation":
-        block.mlp.forward = _recomputed(block.mlp.forward, keep_products=True)  # type: ignore[method-assign]
+        block.mlp.forward = _recomputed(block.mlp.forward, keep_products=True)  # type: ignore
     else:
         keep = level == "activation_and_input"
-        block.feed_forward = _recomputed(block.feed_forward, keep_products=keep)  # type: ignore[method-assign]
+        block.feed_forward = _recomputed(block.feed_forward, keep_products=keep)  # type: ignore
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], keep_products: bool) -> Callable[[Tensor], Tensor]:

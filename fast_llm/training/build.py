@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fast_llm.config.train import TrainConfig
-from fast_llm.model.llama import Llama
+from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
@@ -74,6 +74,7 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[nn.Module, SingleWeigh
         model = Llama(config.model.base_model, implementation)
     blocks = list(model.model.layers)
     for block in blocks:
+        assert isinstance(block, Block)
         apply_recompute(block, config.model.base_model.transformer.mlp_recompute_level)
     if not config.run.torch_dynamo_enable:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from fast_llm.config.batch import BatchPlan
-from fast_llm.config.train import TrainConfig
+from fast_llm.config.train import AlertConfig, TrainConfig
 from fast_llm.errors import MissingPackage
 from fast_llm.model.cost import Cost
 from fast_llm.parallel.mesh import Mesh
@@ -49,6 +49,7 @@ class Metrics:
         self.global_max_reserved = 0.0
         self.tensorboard = _open_tensorboard(config, run)
         self.wandb = _open_wandb(config, run)
+        self.alert = config.training.wandb.alert if config.training.wandb is not None else AlertConfig()
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
@@ -113,7 +114,9 @@ class Metrics:
             "hardware_tflops": self.cost.hardware_flops_per_token * tokens / step_time / self.mesh.size / 1e12,
             "mfu": model_flops / peak if peak else None,
             "remaining_time": remaining,
-            "completion_time": (datetime.now().astimezone() + timedelta(seconds=remaining)).isoformat(timespec="seconds"),
+            "completion_time": (datetime.now().astimezone() + timedelta(seconds=remaining)).isoformat(
+                timespec="seconds"
+            ),
             "percent_done": 100 * step / train_iters,
             **self._memory(),
         }
@@ -165,7 +168,7 @@ class Metrics:
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
-            alert = self.config.training.wandb.alert
+            alert = self.alert
             if alert.status_updates if alert.status_updates is not None else alert.interval is not None:
                 self.wandb.alert(title=f"Run {status}!", text=str(self.config.run.experiment_dir), level="INFO")
             self.wandb.finish()
@@ -182,7 +185,7 @@ class Metrics:
                 self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
         if self.wandb is not None:
             self.wandb.log({phase: numbers}, step=step)
-            if self.config.training.wandb.alert.due(step):
+            if self.alert.due(step):
                 text = "\n".join(f"{name}: {value:.6g}" for name, value in numbers.items())
                 self.wandb.alert(title=f"{phase} results", text=text, level="INFO")
 

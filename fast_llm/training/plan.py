@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             tokens = {"bos": loaded.bos, "eos": loaded.eos}
             fingerprint = loaded.fingerprint
     dataset = attempt(
-        lambda: open_dataset(
-            config.data, config.batch.sequence_length, config.model.distributed.seed, model.vocab_size
-        )
+        lambda: open_dataset(config.data, config.batch.sequence_length, config.model.distributed.seed, model.vocab_size)
     )
     if dataset is not None:
         attempt(lambda: dataset.check_vocabulary(model.vocab_size, fingerprint))
@@ -117,24 +116,26 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             name, count = "training.validation.iterations", training.validation.iterations
             attempt(lambda: dataset.require("validation", count, batch.batch_size, name, split))
             for further in dataset.validation_sets:
-                attempt(lambda further=further: dataset.require(further, 1, batch.batch_size, "batch.batch_size", split))
+                attempt(partial(dataset.require, further, 1, batch.batch_size, "batch.batch_size", split))
         if training.test_iters:
-            attempt(lambda: dataset.require("test", training.test_iters, batch.batch_size, "training.test_iters", split))
+            attempt(
+                lambda: dataset.require("test", training.test_iters, batch.batch_size, "training.test_iters", split)
+            )
         if training.train_iters and not dataset.sequences("training"):
             problems.append("data.split: leaves no sequence for training")
         if source is not None and not small.keys() & {"tokenizer.json"} and not small.keys() & {"tokenizer.model"}:
             small |= _dataset_tokenizer(dataset)
         elif source is None:
             small |= _dataset_tokenizer(dataset)
-            described = next(iter(dataset.described.values()), {}).get("tokenizer", {})
-            tokens = {name: described.get(name) for name in ("bos", "eos")}
+            described: dict[str, Any] = next(iter(dataset.described.values()), {})
+            tokens = {name: described.get("tokenizer", {}).get(name) for name in ("bos", "eos")}
     checkpoint = checkpoints.latest(folder / "checkpoint") if folder is not None else None
     local = config.pretrained.path is not None and Path(config.pretrained.path).expanduser().is_dir()
     from_weights = config.pretrained.model_weights and config.pretrained.format == "llama" and checkpoint is None
     if source is not None and from_weights and (local or weights):
         problems += attempt(lambda: llama.check_weights(source, model)) or []
     identity = _identity(config, batch, dataset) if dataset is not None else {}
-    done, changes = 0, []
+    done, changes = 0, list[str]()
     if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)
         done = manifest.step
@@ -151,7 +152,19 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     if problems:
         raise ConfigError(problems)
     return Plan(
-        config, processes, batch, dataset, costs, source, source_config, small, tokens, checkpoint, done, identity, changes
+        config,
+        processes,
+        batch,
+        dataset,
+        costs,
+        source,
+        source_config,
+        small,
+        tokens,
+        checkpoint,
+        done,
+        identity,
+        changes,
     )
 
 
@@ -170,7 +183,8 @@ def describe(plan: Plan) -> str:
         f"Start         {_start(plan)}",
         f"Precision     computes in {config.model.distributed.training_dtype}; fp32 weights and gradients,"
         f" {config.optimizer.moments_dtype} moments",
-        f"Processes     {plan.processes}" + (f", zero_stage {stage}" if plan.processes > 1 else " (nothing is sharded)"),
+        f"Processes     {plan.processes}"
+        + (f", zero_stage {stage}" if plan.processes > 1 else " (nothing is sharded)"),
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
         f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches × {plan.processes} processes",
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
@@ -197,7 +211,9 @@ def describe(plan: Plan) -> str:
         size = export_bytes(config, parameters)
         count = training.train_iters // training.export.interval + bool(training.train_iters % training.export.interval)
         count = min(count, training.export.keep or count)
-        lines.append(f"Exports       every {training.export.interval:,} steps, {_bytes(size)} each, {_bytes(size * count)} in all")
+        lines.append(
+            f"Exports       every {training.export.interval:,} steps, {_bytes(size)} each, {_bytes(size * count)} in all"
+        )
     if plan.folder is not None:
         lines.append(f"Disk          {_bytes(_free(plan.folder))} free at {plan.folder}")
     return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
@@ -250,10 +266,10 @@ def _pretrained(
         checkpoints.verify(source)
         return source, config, _small(kept)
     copy = folder / "pretrained" if folder is not None else None
-    if not Path(path).expanduser().exists() and copy is not None and (copy / "config.json").exists():
+    gone = not Path(path).expanduser().exists()
+    if gone and copy is not None and (copy / "config.json").exists() and checkpoints.find(copy.parent / "checkpoint"):
         # The run has its own weights by now; the model it came from may be gone.
-        if checkpoints.find(copy.parent / "checkpoint"):
-            return copy, llama.read_json(copy / "config.json"), _small(copy)
+        return copy, llama.read_json(copy / "config.json"), _small(copy)
     try:
         source = llama.fetch(path, weights)
         return source, llama.read_json(source / "config.json"), _small(source)
@@ -302,7 +318,11 @@ def _identity(config: TrainConfig, batch: BatchPlan, dataset: Dataset) -> dict[s
         if not name.startswith("init_method") and name not in ("use_flash_attention", "mlp_recompute_level")
     }
     shape = {k: v for k, v in shape.items() if not k.startswith(("init_method", "cross_entropy"))}
-    return found | {f"{_SHAPE}.{k}": v for k, v in shape.items()} | {f"{_SHAPE}.transformer.{k}": v for k, v in transformer.items()}
+    return (
+        found
+        | {f"{_SHAPE}.{k}": v for k, v in shape.items()}
+        | {f"{_SHAPE}.transformer.{k}": v for k, v in transformer.items()}
+    )
 
 
 def _at(values: Mapping[str, Any], path: str) -> Any:
@@ -323,7 +343,9 @@ def _compare(
         changes.append(f"{name}: {show(before)} → {show(value)}")
         place = name.partition(" ")[0]
         if name.startswith(_SHAPE):
-            problems.append(f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; a model can not change its shape")
+            problems.append(
+                f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; a model can not change its shape"
+            )
         elif place not in config.run.accept_changes and not (
             place == "data" and any(accepted.startswith("data") for accepted in config.run.accept_changes)
         ):

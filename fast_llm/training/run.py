@@ -59,7 +59,9 @@ class Run:
             path = self.folder / "metrics.jsonl"
             _drop_torn_line(path)
             self._records = path.open("a", encoding="utf-8")
-        line = {key: None if value != value or value in (_INFINITY, -_INFINITY) else value for key, value in values.items()}
+        line = {
+            key: None if value != value or value in (_INFINITY, -_INFINITY) else value for key, value in values.items()
+        }
         self._records.write(json.dumps(line) + "\n")
         self._records.flush()
 

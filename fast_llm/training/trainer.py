@@ -114,7 +114,7 @@ class Trainer:
     def validate(self, step: int, phase: str = "validation", iterations: int | None = None) -> None:
         """The loss on the same sequences every time, and on each of `data.validation_sets`."""
         started = time.perf_counter()
-        iterations = iterations or self.config.training.validation.iterations
+        iterations = iterations or self.config.training.validation.iterations or 1
         losses: dict[str, float] = {}
         tokens = 0
         sets = {"language_model_loss": phase}
@@ -170,7 +170,9 @@ class Trainer:
             "exp_avg_sq": optimizer.exp_avg_sq if moments else {},
         }
         return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
-            f"{part}/{name}": like(tensors[name], local) for part, locals_ in parts.items() for name, local in locals_.items()
+            f"{part}/{name}": like(tensors[name], local)
+            for part, locals_ in parts.items()
+            for name, local in locals_.items()
         }
 
     def save(self, step: int) -> None:
