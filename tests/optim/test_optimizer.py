@@ -1,0 +1,69 @@
+"""AdamW against torch.optim.AdamW and against the formula in float64."""
+
+import pytest
+import torch
+
+from fast_llm.config.train import OptimizerConfig
+from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (7, 5), "a.bias": (7,), "norm.weight": (5,), "empty": (0, 5)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(weight.shape, generator=generator) for name, weight in weights().items()}
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_equals_the_formula_in_float64(factor: float) -> None:
+    config = OptimizerConfig(weight_decay=0.1, beta_1=0.9, beta_2=0.95)
+    found = weights()
+    optimizer = Optimizer(found, config)
+    expected = {name: weight.double() for name, weight in weights().items()}
+    first = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    second = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    for step in range(1, 21):
+        rate = 1e-2 / step
+        optimizer.step(gradients(step), rate, factor)
+        for name, gradient in gradients(step).items():
+            g = gradient.double() * factor
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g * g
+            moved = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+            decay = 0.1 if name == "a.weight" else 0.0
+            expected[name] = expected[name] - rate * (moved + decay * expected[name])
+    for name, weight in found.items():
+        # Twenty updates, each rounded once or twice in fp32 (6e-8).
+        assert (weight - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
+
+
+def test_only_matrices_decay() -> None:
+    found = weights()
+    optimizer = Optimizer(found, OptimizerConfig(weight_decay=0.5))
+    optimizer.step({name: torch.zeros_like(weight) for name, weight in found.items()}, 0.1, 1.0)
+    for name, before in weights().items():
+        assert torch.equal(found[name], before * 0.95 if name == "a.weight" else before), name
+
+
+def test_bf16_moments_are_near() -> None:
+    exact, rounded = weights(), weights()
+    one = Optimizer(exact, OptimizerConfig())
+    other = Optimizer(rounded, OptimizerConfig(moments_dtype="bf16"))
+    assert other.exp_avg["a.weight"].dtype == torch.bfloat16
+    for step in range(1, 11):
+        one.step(gradients(step), 1e-2, 1.0)
+        other.step(gradients(step), 1e-2, 1.0)
+    moved = (exact["a.weight"] - weights()["a.weight"]).norm()
+    # bf16 rounds to 8 bits: an update's direction is kept to a per cent.
+    assert 0 < (exact["a.weight"] - rounded["a.weight"]).norm() < 0.02 * moved
+
+
+def test_norm_and_clipping() -> None:
+    parts = [torch.full((3,), 2.0), torch.full((2, 2), -1.0), torch.empty(0)]
+    assert squared_norm(parts).item() == pytest.approx(16, rel=1e-6)  # norms are fp32
+    assert clip_factor(4.0, 1.0) == pytest.approx(1 / (4 + 1e-6))
+    assert clip_factor(0.5, 1.0) == 1 and clip_factor(4.0, None) == 1

@@ -1,0 +1,124 @@
+"""Gradients of every ZeRO stage × accumulation × number of processes against one process without FSDP2."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from fast_llm.config.section import Document, validate
+from fast_llm.config.train import BaseModelConfig
+from fast_llm.model.attention import Documents
+from fast_llm.model.llama import Llama, init_weights
+from fast_llm.parallel.fsdp import ShardedWeights, like
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.parallel.recompute import apply_recompute
+from fast_llm.parallel.single import SingleWeights
+from tests.helpers import TINY, spawn
+
+SEQUENCES, LENGTH = 8, 12
+# Where documents end in each sequence, so that micro-batches have different numbers of targets.
+CUTS = [(12,), (5, 7), (1, 11), (12,), (4, 4, 4), (6, 6), (12,), (11, 1)]
+
+
+def model_config(tied: bool, recompute: str) -> BaseModelConfig:
+    # 255 and 63 do not divide by 2 or 4: shards are uneven, and some are empty (norms of 63 on 4 processes are not).
+    transformer = TINY["transformer"] | {"hidden_size": 63, "kv_channels": 16, "mlp_recompute_level": recompute}
+    values = TINY | {"vocab_size": 255, "tie_word_embeddings": tied, "transformer": transformer}
+    return validate(BaseModelConfig, Document(values, {}, ""))
+
+
+def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Documents, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(255, (SEQUENCES, LENGTH + 1), generator=generator)[first : first + count]
+    labels = tokens[:, 1:].clone()
+    positions, lengths = [], []
+    for row in range(count):
+        cut = CUTS[first + row]
+        positions.append(torch.cat([torch.arange(n) for n in cut]))
+        for end in np.cumsum(cut)[:-1]:
+            labels[row, end - 1] = -100
+        lengths += cut
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return tokens[:, :-1], torch.stack(positions), Documents(tuple(lengths), ends, max(lengths)), labels
+
+
+def gradients(
+    zero_stage: int, accumulation: int, dtype: torch.dtype, tied: bool = False, recompute: str = "none"
+) -> dict[str, np.ndarray]:
+    """Of the second of two steps, so that weights that were not updated everywhere would show. Stage 0: no FSDP2."""
+    mesh = Mesh(60, 60)
+    config = model_config(tied, recompute)
+    with torch.device("meta"):
+        model = Llama(config)
+    for block in model.model.layers:
+        apply_recompute(block, recompute)
+    weights: SingleWeights | ShardedWeights
+    if zero_stage == 0:
+        weights = SingleWeights(model, dtype, mesh.device)
+    else:
+        data = mesh.data if mesh.data is not None else init_device_mesh("cpu", (1,))
+        weights = ShardedWeights(model, list(model.model.layers), data, zero_stage, dtype)
+    init_weights(weights.tensors, config, 0)
+    weights.publish()
+    size = SEQUENCES // (accumulation * mesh.size)
+    found = {}
+    for _ in range(2):
+        for number in range(accumulation):
+            weights.before_micro_batch(number == 0, number == accumulation - 1)
+            tokens, positions, documents, labels = micro_batch((number * mesh.size + mesh.rank) * size, size)
+            (model(tokens, positions, documents, labels) * mesh.size / (SEQUENCES * LENGTH)).backward()
+        found = weights.local_gradients()
+        with torch.no_grad():
+            for name, local in weights.local().items():
+                local.sub_(found[name], alpha=0.5)
+        weights.publish()
+    whole = {name: like(tensor, found[name]) for name, tensor in weights.tensors.items()}
+    return {n: (g.full_tensor() if isinstance(g, DTensor) else g).numpy().copy() for n, g in whole.items()}
+
+
+@functools.cache
+def reference(dtype: torch.dtype, tied: bool) -> dict[str, np.ndarray]:
+    return spawn(1, gradients, 0, 1, dtype, tied)[0]
+
+
+def worst(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float(np.linalg.norm(found[n] - e) / np.linalg.norm(e)) for n, e in expected.items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_fp32(world: int, zero_stage: int, accumulation: int) -> None:
+    accumulation = min(accumulation, SEQUENCES // world)
+    for found in spawn(world, gradients, zero_stage, accumulation, torch.float32):
+        assert worst(found, reference(torch.float32, False)) < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_fp32_one_process_accumulates(accumulation: int) -> None:
+    assert worst(spawn(1, gradients, 0, accumulation, torch.float32)[0], reference(torch.float32, False)) < 1e-6
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_tied_embeddings(zero_stage: int) -> None:
+    for found in spawn(2, gradients, zero_stage, 2, torch.float32, True):
+        assert worst(found, reference(torch.float32, True)) < 1e-6
+
+
+@pytest.mark.parametrize("level", ["activation", "activation_and_input", "full"])
+@pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 3)])
+def test_recomputation_changes_nothing(world: int, zero_stage: int, level: str) -> None:
+    for found in spawn(world, gradients, zero_stage, 2, torch.float32, False, level):
+        assert worst(found, reference(torch.float32, False)) < 1e-6
+
+
+@pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (1, 1), (2, 1), (2, 2), (2, 3)])
+def test_bf16_is_near_and_sums_in_fp32(world: int, zero_stage: int) -> None:
+    for found in spawn(world, gradients, zero_stage, 2, torch.bfloat16):
+        assert all(gradient.dtype == np.float32 for gradient in found.values())
+        # Two layers of products whose inputs hold 8 bits: rounding of 0.4 % an operation, some ten in a row.
+        assert worst(found, reference(torch.float32, False)) < 0.03

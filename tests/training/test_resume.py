@@ -1,0 +1,139 @@
+"""A run that was interrupted ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fast_llm.checkpoint import folder
+from tests.helpers import spawn
+from tests.training.runs import losses, records, run, settings, weights, write_tokens
+
+
+def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
+    return settings(
+        root,
+        f"training.train_iters={steps}",
+        "training.validation.interval=4",
+        "training.validation.iterations=1",
+        "training.checkpoint.interval=2",
+        "training.checkpoint.keep=2",
+        "training.export.interval=4",
+        "optimizer.learning_rate.decay_style=cosine",
+        "optimizer.learning_rate.decay_iterations=8",
+        f"run.experiment_dir={root}/{name}",
+        *further,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 1), (2, 2), (2, 3)])
+def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: int, dtype: str) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    how = (f"model.multi_stage.zero_stage={zero_stage}", f"model.distributed.training_dtype={dtype}")
+    assert spawn(world, run, arguments(tmp_path, "whole", 8, *how)) == [0] * world
+    for steps in (4, 8):
+        assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert losses(tmp_path / "whole", "validation") == losses(tmp_path / "parts", "validation")
+    whole, parts = (weights(tmp_path / name / "checkpoint" / "8") for name in ("whole", "parts"))
+    assert whole == parts and len(whole) >= 3 * 20
+    exports = [tmp_path / name / "export" / "llama" / "8" / "model.safetensors" for name in ("whole", "parts")]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def test_other_numbers_of_processes_go_on_with_the_same_data(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    assert spawn(1, run, arguments(tmp_path, "whole", 8)) == [0]
+    for world, zero_stage, steps in ((2, 3, 2), (4, 1, 4), (1, 1, 6), (2, 2, 8)):
+        how = f"model.multi_stage.zero_stage={zero_stage}"
+        assert spawn(world, run, arguments(tmp_path, "parts", steps, how)) == [0] * world
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    # Sums over the batch are taken in another order: 6e-8 an addition, magnified a little by eight updates of Adam.
+    assert all(abs(found[step] - loss) < 2e-6 * loss for step, loss in expected.items())
+    exports = [tmp_path / name / "export" / "llama" / "4" / "model.safetensors" for name in ("whole", "parts")]
+    assert exports[0].stat().st_size == exports[1].stat().st_size
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    run(arguments(tmp_path, "whole", 8))
+    run(arguments(tmp_path, "parts", 4))
+    newest = next((tmp_path / "parts" / "checkpoint" / "4").glob("*.safetensors"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    run(arguments(tmp_path, "parts", 8))
+    assert "checkpoint/2, after step 2" in capsys.readouterr().out
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "fast_llm.cli", "train", "gpt", *arguments]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    steps = 40
+    how = (f"optimizer.learning_rate.decay_iterations={steps}",)
+    assert spawn(1, run, arguments(tmp_path, "whole", steps, *how)) == [0]
+    arguments_ = arguments(tmp_path, "killed", steps, *how)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for kill_after in (3, 11, 12, 26):  # records: in the middle of steps, validations, saves and exports
+        with subprocess.Popen(command(arguments_), env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if metrics.exists() and max(records(tmp_path / "killed"), default=0) >= kill_after:
+                    break
+                time.sleep(0.002)
+            process.kill()
+        newest = folder.latest(tmp_path / "killed" / "checkpoint")
+        assert newest is not None or kill_after == 3
+    assert spawn(1, run, arguments_) == [0]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert weights(tmp_path / "whole" / "checkpoint" / "40") == weights(tmp_path / "killed" / "checkpoint" / "40")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    arguments_ = arguments(tmp_path, "run", 5000, "training.checkpoint.interval=5000", "training.validation.interval=5000")
+    with subprocess.Popen(command(arguments_), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        wait_for(tmp_path / "run", 3, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "Stopped by a signal after step" in output
+    newest = folder.latest(tmp_path / "run" / "checkpoint")
+    assert newest is not None and int(newest.name) == max(losses(tmp_path / "run"))
+
+
+def wait_for(run_folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    """Until a run has written a step's record."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_folder / "metrics.jsonl").exists() and max(records(run_folder), default=0) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not get that far")
+
+
+def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    assert run(arguments(tmp_path, "run", 4, "training.export.interval=null", "training.validation.interval=null", "training.validation.iterations=null")) == 0
+    assert not (tmp_path / "run" / "export").exists()
+    assert run(arguments(tmp_path, "run", 4)) == 0
+    assert (tmp_path / "run" / "export" / "llama" / "4" / "config.json").exists()
+    assert 4 in losses(tmp_path / "run", "validation")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert run(arguments(tmp_path, "run", 4)) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert "Training is complete" in capsys.readouterr().out
