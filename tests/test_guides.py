@@ -1,0 +1,141 @@
+"""Every command and YAML block of README and guides is run, in order, in one folder, as a reader would.
+
+What a machine without a network, eight GPUs and a hundred gigabytes can not do is run against these stand-ins:
+
+- `git clone https://huggingface.co/…`, `git lfs install`: a small Llama takes the place of Llama-3.1-8B
+- `bigcode/the-stack-dedup`: a folder of parquet with a column `content`
+- `--nproc_per_node 8` becomes 2; four nodes become one
+- sizes: overrides after the command, in SMALLER
+- `make demo`: its model is put where the demo leaves it; `make test` is what runs this
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fast_llm.demo import RECIPE, SHAPE, write_code
+from tests.training.runs import run
+
+ROOT = Path(__file__).parent.parent
+GUIDES = ["docs/data-preparation.md", "docs/training-llama-3.1-8b.md", "README.md", "docs/quick-start.md"]
+SMALLER = (
+    "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
+    " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1 batch.sequence_length=64 data.split=[80,20,0]"
+)
+NOT_RUN = ("git lfs install", "make demo", "make test")
+
+
+def blocks(guide: str) -> list[tuple[str, str]]:
+    """Language and content of each code block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / guide).read_text(), flags=re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the stand-ins."""
+    folder = tmp_path_factory.mktemp("guides")
+    model = folder / "stand-in-model"
+    write_code(folder / "my-texts")
+    for path in sorted((folder / "my-texts").iterdir())[40:]:
+        path.unlink()
+    (folder / "prose.jsonl").write_text("".join(json.dumps({"text": "text"}) + "\n" for _ in range(3)))
+    from fast_llm.demo import train_tokenizer
+
+    shutil.copytree(folder / "my-texts", folder / "code")
+    train_tokenizer(folder, model)
+    shape = SHAPE | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    (model / "config.json").write_text(json.dumps(shape))
+    run(
+        [
+            f"pretrained.path={model}",
+            "pretrained.model_weights=no",
+            "data.format=random",
+            "training.export.interval=1",
+            "model.distributed.training_dtype=bf16",
+            f"run.experiment_dir={folder}/made",
+        ]
+    )
+    made = folder / "made" / "export" / "llama" / "0"
+    shutil.copytree(made, folder / "fast-llm-tutorial" / "pretrained-model")
+    shutil.copytree(made, folder / "fast-llm-demo" / "prose-run" / "export" / "llama" / "280")
+    for name in ("docs", "fast_llm"):
+        shutil.copytree(ROOT / name, folder / name)
+    from datasets import Dataset
+
+    (folder / "the-stack").mkdir()
+    texts = [path.read_text(errors="replace") for path in sorted((folder / "my-texts").iterdir())]
+    Dataset.from_dict({"content": texts}).to_parquet(str(folder / "the-stack" / "data.parquet"))
+    return folder
+
+
+def shrunk(command: str) -> str:
+    """A command of a guide, as it can be run here."""
+    if "huggingface.co" in command:
+        return "test -f fast-llm-tutorial/pretrained-model/model.safetensors"
+    command = re.sub(r"--nnodes 4 (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500", r"--standalone \1", command)
+    command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
+    command = re.sub(r"\btorchrun\b", "python -m torch.distributed.run", command)
+    if "--config train-config.yaml" in command:
+        command += " " + SMALLER
+    if "--config prepare-config.yaml" in command:
+        command += " dataset.path=the-stack loading_workers=1 tokenize_workers=2"
+    return command.replace("checkpoint/100000", "checkpoint/4")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_guide(guide: str, place: Path) -> None:
+    tools = Path(sys.executable).parent
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(place / "hub"),
+    }
+    ran = 0
+    for language, content in blocks(guide):
+        if language == "yaml":
+            name = re.match(r"# file: (\S+)\n", content)
+            assert name, f"{guide}: a YAML block does not say which file it is"
+            (place / name[1]).write_text(content)
+            if name[1] == "mix.yaml":
+                (place / "mixed.yaml").write_text(content)
+                check = "fast-llm train --config mix.yaml --validate pretrained.path=fast-llm-tutorial/pretrained-model training.train_iters=2"
+                check += " batch.sequence_length=64 training.validation.interval=1 training.validation.iterations=1"
+                execute(check, place, environment)
+        elif language == "bash":
+            for command in content.replace("\\\n", " ").splitlines():
+                if command.strip() and command not in NOT_RUN:
+                    execute(shrunk(command), place, environment)
+                    ran += 1
+        elif language == "python":
+            (place / "block.py").write_text(content.replace("/20000/", "/4/"))
+            execute("python block.py", place, environment)
+            ran += 1
+        else:
+            raise AssertionError(f"{guide}: a block in {language} is not run")
+    assert ran >= 3
+
+
+def execute(command: str, place: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_recipe_of_the_guide_is_the_recipe() -> None:
+    recipe = next(content for language, content in blocks(GUIDES[1]) if language == "yaml")
+    assert recipe == "# file: train-config.yaml\n" + RECIPE.read_text()
+    assert yaml.safe_load(recipe)["training"]["train_iters"] == 100_000
+
+
+def test_the_tree_of_the_readme_names_every_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "fast_llm").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert f" {path.name} " in readme, f"README.md does not say what {path.relative_to(ROOT)} is for"
