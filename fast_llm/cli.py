@@ -1,6 +1,7 @@
 """`fast-llm train|prepare|convert|demo`: read the YAML, call one function, print errors.
 
-Nothing heavy is imported before it is needed: help, mistakes and `--validate` never load torch.
+Nothing heavy is imported before it is needed: help, mistakes and `--validate` never load torch. Of several
+processes that torchrun started, only the first tells a mistake that all of them see.
 """
 
 import argparse
@@ -10,7 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fast_llm import __version__
-from fast_llm.errors import DataError, UserError
+from fast_llm.errors import ConfigError, DataError, UserError
+
+_SETTINGS = """Settings stand in the YAML file, or on the command line as section.setting=value, which wins; the last of a
+name wins. Values are YAML: training.train_iters=1_000 data.split=[9,1,0] run.experiment_dir=null
+All settings: docs/settings.md, or `python -m fast_llm.config.reference`."""
 
 _EXAMPLES = """examples:
   fast-llm demo                                                     see everything once, on this machine
@@ -20,16 +25,55 @@ _EXAMPLES = """examples:
   torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
   fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL
 
-The same command goes on with a run that was stopped. All settings: docs/settings.md"""
+The words gpt and gpt_memmap may be left out. `fast-llm COMMAND --help` tells more of each."""
+
+_TRAIN = f"""Train a model, or go on with it: the same command goes on from the newest checkpoint of
+run.experiment_dir, and does nothing when training is finished.
+
+{_SETTINGS}"""
+
+_TRAIN_EXAMPLES = """examples:
+  fast-llm train gpt --config train.yaml --validate                 check everything, print the plan, stop
+  fast-llm train gpt --config train.yaml                            train on this machine's GPU, or its CPU
+  fast-llm train gpt --config train.yaml training.train_iters=50 optimizer.learning_rate.base=3e-5
+  torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
+                                                                    on 8 GPUs of this machine
+
+exit codes: 0 done, 1 training could not go on, 2 a mistake to mend, 128 + n stopped by signal n"""
+
+_PREPARE = f"""Turn documents into token files: `output_path: data/code` gives data/code/ and data/code.json, which is what
+data.path of `train` names. A run that was interrupted goes on where it stopped.
+
+{_SETTINGS}"""
+
+_PREPARE_EXAMPLES = """examples:
+  fast-llm prepare gpt_memmap --config prepare.yaml
+  fast-llm prepare output_path=data/code dataset.path=code/*.jsonl.gz dataset.field=content tokenizer.path=Llama-3.1-8B
+  fast-llm prepare --config prepare.yaml tokenize_workers=32"""
+
+_CONVERT = f"""Turn a checkpoint of training into a Hugging Face folder, or a Hugging Face folder into a checkpoint.
+
+{_SETTINGS}"""
+
+_CONVERT_EXAMPLES = """examples:
+  fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL
+  fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL output.data_type=fp32
+  fast-llm convert gpt input.format=llama input.path=MODEL output.format=distributed output.path=START/checkpoint/0"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 1 if training could not go on, 2 for a user's mistake."""
+    """Run a command; the exit code: 0, 1 if training could not go on, 2 for a user's mistake, 130 after Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows × as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.print_help()
+        return 2
     # argparse does not take settings on both sides of an option by itself.
     parsed, further = parser.parse_known_args(arguments)
     if unknown := [word for word in further if word.startswith("-") or not hasattr(parsed, "settings")]:
-        parser.error(f"unknown: {' '.join(unknown)}")
+        parser.error(f"unknown: {' '.join(unknown)}; settings have the form section.setting=value")
     if further:
         parsed.settings = [*parsed.settings, *further]
     try:
@@ -37,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         # Before training all processes say the same; in it, data can fail on one of them.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):
+        if _first() or isinstance(error, DataError):
             print(f"fast-llm {parsed.command}: {_report(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -45,75 +89,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: UserError) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if len(lines) == 1 else f"{len(lines)} mistakes\n" + "\n".join(f"  {line}" for line in lines)
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    return problems[0] if len(problems) == 1 else f"{len(problems)} mistakes\n  " + "\n  ".join(problems)
+
+
+def _first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    """How many processes torchrun started."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) == 0:
+        raise ConfigError(
+            [f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes; unset it"]
+        )
+    return int(given)
 
 
 def _parser() -> argparse.ArgumentParser:
+    def shaped(**more: Any) -> dict[str, Any]:
+        return {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more}
+
     parser = argparse.ArgumentParser(
         prog="fast-llm",
-        description="Continued pretraining of Llama models from one YAML file.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **shaped(description="Continued pretraining of Llama models from one YAML file.", epilog=_EXAMPLES),
     )
     parser.add_argument("--version", action="version", version=f"fast-llm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, kind, function, text in (
-        ("train", "gpt", _train, "train a model, or go on with it"),
-        ("prepare", "gpt_memmap", _prepare, "turn documents into token files"),
-        ("convert", "gpt", _convert, "turn a checkpoint into a Hugging Face model, or back"),
+    for name, kind, function, text, description, examples in (
+        ("train", "gpt", _train, "train a model, or go on with it", _TRAIN, _TRAIN_EXAMPLES),
+        ("prepare", "gpt_memmap", _prepare, "turn documents into token files", _PREPARE, _PREPARE_EXAMPLES),
+        (
+            "convert",
+            "gpt",
+            _convert,
+            "turn a checkpoint into a Hugging Face model, or back",
+            _CONVERT,
+            _CONVERT_EXAMPLES,
+        ),
     ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=_EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument(
-            "settings",
-            nargs="*",
-            metavar=f"[{kind}] a.b=c",
-            help="settings that win over the file; the last of a name wins",
-        )
+        command = commands.add_parser(name, help=text, **shaped(description=description, epilog=examples))
+        command.add_argument("settings", nargs="*", metavar=f"[{kind}] a.b=c", help="settings that win over the file")
         command.add_argument("-c", "--config", metavar="FILE", help="the YAML file")
-        if name == "train":
-            command.add_argument(
-                "-v",
-                "--validate",
-                action="store_true",
-                help="check all that can be checked, print the plan, and stop",
-            )
+        checked = "check all that can be checked, print the plan, and stop" if name == "train" else "check, and stop"
+        command.add_argument("-v", "--validate", action="store_true", help=checked)
         command.set_defaults(run=function, kind=kind)
-    demo = commands.add_parser("demo", help="see everything once, on this machine")
+    about = """Make a tokenizer, a corpus of prose and one of code from what Python brings, pretrain a small Llama on prose
+and continue it on code with the recipe's YAML; compare, kill, resume. A few minutes on two cores, no network."""
+    demo = commands.add_parser("demo", help="see everything once, on this machine", **shaped(description=about))
     demo.add_argument("folder", nargs="?", default="fast-llm-demo", help="where to (default: fast-llm-demo)")
     demo.set_defaults(run=_demo)
     return parser
 
 
-def _read(parsed: argparse.Namespace) -> Any:
+def _read(parsed: argparse.Namespace, example: str) -> Any:
+    """The document that file and settings give. Raises ConfigError if neither is given."""
     from fast_llm.config.section import read
-    from fast_llm.errors import ConfigError
 
     settings = list(parsed.settings)
     if settings and "=" not in settings[0]:
         kind = settings.pop(0)
         if kind != parsed.kind:
-            raise ConfigError([f"{kind}: must be {parsed.kind} or a setting a.b=c"])
+            hint = f"; a file is given as --config {kind}" if kind.endswith((".yaml", ".yml")) else ""
+            raise ConfigError([f"{kind}: must be {parsed.kind} or a setting a.b=c{hint}"])
+    if parsed.config is None and not settings:
+        raise ConfigError([f"no settings: give --config FILE, or section.setting=value; for example `{example}`"])
     return read(parsed.config, settings)
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from fast_llm.errors import ConfigError
-
-    if parsed.config is None and not parsed.settings:
-        raise ConfigError(["--config FILE is missing: the YAML file that says what to train"])
-    document = _read(parsed)
+    document = _read(parsed, "fast-llm train gpt --config train.yaml")
     from fast_llm.training.plan import describe, make_plan
 
-    plan = make_plan(document, int(os.environ.get("WORLD_SIZE", "1")), weights=not parsed.validate)
+    plan = make_plan(document, _processes(), weights=not parsed.validate)
     if parsed.validate:
-        if os.environ.get("RANK", "0") == "0":
+        if _first():
             print(describe(plan))
         return 0
     from fast_llm.training.build import train
@@ -125,9 +177,13 @@ def _prepare(parsed: argparse.Namespace) -> int:
     import logging
 
     from fast_llm.config.prepare import PREPARE_REFUSED, PrepareConfig
-    from fast_llm.config.section import validate
+    from fast_llm.config.section import dump, validate
 
-    config = validate(PrepareConfig, _read(parsed), PREPARE_REFUSED)
+    document = _read(parsed, "fast-llm prepare gpt_memmap --config prepare.yaml")
+    config = validate(PrepareConfig, document, PREPARE_REFUSED)
+    if parsed.validate:
+        print(dump(config), end="")
+        return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fast_llm").setLevel(logging.INFO)
     from fast_llm.data.prepare import prepare
@@ -137,10 +193,14 @@ def _prepare(parsed: argparse.Namespace) -> int:
 
 
 def _convert(parsed: argparse.Namespace) -> int:
-    from fast_llm.config.prepare import ConvertConfig
-    from fast_llm.config.section import validate
+    from fast_llm.config.prepare import CONVERT_REFUSED, ConvertConfig
+    from fast_llm.config.section import dump, validate
 
-    config = validate(ConvertConfig, _read(parsed))
+    document = _read(parsed, "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL")
+    config = validate(ConvertConfig, document, CONVERT_REFUSED)
+    if parsed.validate:
+        print(dump(config), end="")
+        return 0
     from fast_llm.training.convert import convert
 
     convert(config)

@@ -75,7 +75,8 @@ def _worker(
         store = dist.FileStore(str(Path(folder) / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         results.put((rank, None, function(*args)))
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # training leaves the group by itself
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))

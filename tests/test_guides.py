@@ -50,7 +50,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     shutil.copytree(folder / "my-texts", folder / "code")
     train_tokenizer(folder, model)
-    shape = SHAPE | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    shape = SHAPE | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
     (model / "config.json").write_text(json.dumps(shape))
     run(
         [
@@ -105,9 +111,8 @@ def test_guide(guide: str, place: Path) -> None:
             assert name, f"{guide}: a YAML block does not say which file it is"
             (place / name[1]).write_text(content)
             if name[1] == "mix.yaml":
-                (place / "mixed.yaml").write_text(content)
-                check = "fast-llm train --config mix.yaml --validate pretrained.path=fast-llm-tutorial/pretrained-model training.train_iters=2"
-                check += " batch.sequence_length=64 training.validation.interval=1 training.validation.iterations=1"
+                check = "fast-llm train --config mix.yaml --validate pretrained.path=fast-llm-tutorial/pretrained-model"
+                check += " training.train_iters=2 batch.sequence_length=64 training.validation.interval=1 training.validation.iterations=1"
                 execute(check, place, environment)
         elif language == "bash":
             for command in content.replace("\\\n", " ").splitlines():
@@ -124,7 +129,9 @@ def test_guide(guide: str, place: Path) -> None:
 
 
 def execute(command: str, place: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 

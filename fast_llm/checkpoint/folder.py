@@ -213,14 +213,20 @@ def is_complete(folder: Path) -> bool:
     return all(_size(folder / name) == entry["size"] for name, entry in manifest.files.items())
 
 
-def _candidates(root: Path) -> list[Path]:
-    """What is not hidden and has something called a manifest. Strangers of every kind have none."""
+def _manifests(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
+    """Of what is not hidden and has something called a manifest. Strangers of every kind have none."""
     try:
-        entries = list(root.iterdir())
+        # os.path.isfile is false, not an error, for symlink loops and folders that can not be read
+        entries = [e for e in root.iterdir() if e.name[:1] != "." and os.path.isfile(e / MANIFEST)]
     except OSError:
         return []
-    # os.path.isfile is false, not an error, for symlink loops and folders that can not be read
-    return [entry for entry in entries if entry.name[:1] != "." and os.path.isfile(entry / MANIFEST)]
+    found: list[tuple[Path, Manifest | CheckpointError]] = []
+    for path in sorted(entries):
+        try:
+            found.append((path, read_manifest(path)))
+        except CheckpointError as error:
+            found.append((path, error))
+    return found
 
 
 def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
@@ -228,27 +234,18 @@ def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
 
     Manifests are read, files are not. Of two with one step the one that is being replaced comes first.
     """
-    found = []
-    for path in _candidates(root):
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue
-        if kind in (None, manifest.kind):
-            found.append((manifest.step, path))
+    found = [(m.step, path) for path, m in _manifests(root) if isinstance(m, Manifest) and kind in (None, m.kind)]
     return sorted(found, key=lambda item: (item[0], _REPLACED.fullmatch(item[1].name) is None, item[1].name))
 
 
 def latest(root: Path, kind: str = "checkpoint", content: bool = True) -> Path | None:
     """The newest checkpoint under `root` that is whole; damaged ones are named in the log and passed over.
 
-    `content`: whether digests are compared, too, or only sizes.
+    `content`: whether digests are compared too, or only sizes.
     """
-    for path in _candidates(root):
-        try:
-            read_manifest(path)
-        except CheckpointError as error:
-            logger.warning(f"Passed over: {error}")
+    for _, manifest in _manifests(root):
+        if isinstance(manifest, CheckpointError):
+            logger.warning(f"Passed over: {manifest}")
     for _, path in reversed(find(root, kind)):
         if not content and is_complete(path):
             return path
@@ -296,7 +293,10 @@ def clean(root: Path) -> None:
             if is_complete(final):
                 delete(entry)
             elif not os.path.lexists(final):
-                entry.rename(final)
+                try:
+                    entry.rename(final)
+                except OSError as error:
+                    logger.warning(f"{entry} could not be named {final.name} again: {error.strerror}")
 
 
 def delete(path: Path) -> None:

@@ -1,15 +1,21 @@
 """Training state in and out, through torch's distributed checkpoint (DCP).
 
 DCP's planner knows which process holds which part of a tensor, so that a checkpoint of one layout is read by
-any other. Its Hugging Face storage keeps tensors in safetensors with their offsets in the header; nothing
-is pickled. Everything that is not a tensor is JSON in the folder's manifest.
+any other. The parts lie in safetensors files whose headers say where in the whole they belong, as DCP's own
+Hugging Face storage has them; that one reads them too. Nothing is pickled: everything that is not a tensor is
+JSON in the folder's manifest.
 
-Each process writes and hashes its own files; the first publishes the folder when all are done.
+Each process writes and hashes its own files; the first publishes the folder when all are done. The same state
+in the same layout gives the same bytes. Host memory: one process's part of one tensor.
 """
 
-import logging
+import json
+import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -17,12 +23,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.weights import _agree, _readable
+from fast_llm.checkpoint.llama import read_header
+from fast_llm.checkpoint.weights import gather, header, is_main, raw, sort, together, whole_group
 from fast_llm.errors import CheckpointError
 
-LARGEST_FILE = 2**32  # bytes that one process writes to one file: DCP holds a file in memory
+LARGEST_FILE = 2**32  # bytes, if no single part is larger; files are hashed and read in parallel
+
+# With one process DCP says what the code says already.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def save(
@@ -32,75 +47,58 @@ def save(
     info: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write `<root>/<step>`, whole or not at all; every process calls it.
+    """Write `<root>/<step>`, whole or not at all; every process calls it with the same names in the same order.
 
-    `group`: a gloo group with patience, or None with one process. Raises CheckpointError on all processes if one fails.
+    `tensors`: tensors, the same on all processes, or DTensors, named `part/name`; `info`: what JSON can hold.
+    `group`: on which processes wait for one another, the default one if not given; give one with patience.
+    Raises CheckpointError on all processes if one fails; what stood there is still there then.
     """
+    group = whole_group(group)
     final = root / str(step)
-    main = group is None or dist.get_rank() == 0
-    error: str | None = None
-    box: list[Any] = [None]
-    if main:
-        box[0] = folders.partial_name(final)
-        try:
-            box[0].mkdir(parents=True)
-        except OSError as problem:
-            error = f"{box[0]}: {problem.strerror}"
-    _agree(error, group)
-    if group is not None:
-        dist.broadcast_object_list(box, src=0, group=group)
-    partial: Path = box[0]
-    files: dict[str, dict[str, Any]] = {}
+    what = f"{final}: could not be saved"
+    partial: Path | None = None
     try:
-        writer = dcp.HuggingFaceStorageWriter(
-            str(partial), fqn_to_index_mapping=_files(tensors, group), save_distributed=True
-        )
-        dcp.save(
-            dict(tensors),
-            storage_writer=writer,
-            planner=DefaultSavePlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
-        rank = 0 if group is None else dist.get_rank(group)
-        mine = sorted(path.name for path in partial.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-        for name in mine:
-            _readable(partial / name)
-        files = folders.digests(partial, mine)
-    except Exception as problem:  # the others must hear of it, whatever it is
-        error = f"{final}: could not be saved: {_first_line(problem)}"
-    _agree(error, group)
-    listed = [files]
-    if group is not None:
-        listed = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(listed, files, group=group)
-    if main:
-        try:
-            everything = {name: entry for part in listed for name, entry in part.items()}
-            folders.publish(partial, final, "checkpoint", step, info, everything)
-        except OSError as problem:
-            error = f"{final}: could not be published: {problem.strerror}"
-    _agree(error, group)
+        with together(what, group):
+            if is_main(group):
+                partial = folders.begin(final)
+        into = gather(partial, group)[0]
+        assert into is not None
+        with together(what, group):
+            writer = _Writer(into)
+            # DCP has an agreement of its own: where it fails, it fails on all processes.
+            dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=DefaultSavePlanner(),
+                process_group=group,
+                no_dist=group is None,
+            )
+        files: dict[str, dict[str, Any]] = {}
+        with together(what, group):
+            files = folders.digests(into, writer.written)
+        everything = {name: entry for part in gather(files, group) for name, entry in part.items()}
+        with together(what, group):
+            if partial is not None:
+                folders.publish(partial, final, "checkpoint", step, info, everything)
+    except BaseException:
+        if partial is not None:
+            rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
 def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Fill tensors or DTensors of any layout from a checkpoint; every process calls it.
+    """Fill tensors or DTensors of any layout from a checkpoint, converting dtypes; every process calls it.
 
-    Raises CheckpointError if one is missing or has another shape.
+    Of each part (the name up to the first `/`) that is asked for, all tensors must be asked for and be there.
+    Digests are not compared here: `folder.verify` and `folder.latest` do. Raises CheckpointError on all processes
+    if one fails; `tensors` are undefined then.
     """
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    there = reader.read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        if name not in there:
-            raise CheckpointError(f"{path}: {name} is missing; it is a checkpoint of another model")
-        size = getattr(there[name], "size", ())
-        if tuple(size) != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{path}: {name} has the shape {list(size)}, must be {list(tensor.shape)};"
-                " it is a checkpoint of another model"
-            )
-    with torch.no_grad():
+    group = whole_group(group)
+    with together("", group):
+        reader = _Reader(path)
+        _check(path, reader.read_metadata(), tensors)
+    with together(f"{path}: could not be loaded", group), torch.no_grad():
         dcp.load(
             dict(tensors),
             storage_reader=reader,
@@ -110,26 +108,121 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
         )
 
 
-def _files(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, int]:
-    """Which of a process's files each tensor goes to, counted from 1."""
-    processes = 1 if group is None else dist.get_world_size(group)
-    mapping, number, filled = {}, 1, 0
+class _Writer(dcp.StorageWriter):
+    """Writes a process's parts to safetensors files, one part after the other.
+
+    DCP's own HuggingFaceStorageWriter holds a file twice in memory, and its bytes differ from time to time.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written: list[str] = []
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to forget."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tell each process its number, for the names of its files."""
+        return [replace(plan, storage_data=number) for number, plan in enumerate(plans, start=1)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write what this process is to write."""
+        for number, items in enumerate(_split(plan.items), start=1):
+            parts = {item.index.fqn: (_part(item).properties.dtype, tuple(_part(item).chunk.sizes)) for item in items}
+            assert len(parts) == len(items), "a process has one part of a tensor at most"
+            by_name = {item.index.fqn: item for item in items}
+            offsets = {name: {"saved_offsets": list(_part(by_name[name]).chunk.offsets)} for name in sorted(parts)}
+            file_name = f"shard-{plan.storage_data:05d}-{number:05d}.safetensors"
+            self.written.append(file_name)
+            with (self.folder / file_name).open("wb") as file:
+                file.write(header(sort(parts), {"DCP_SHARDING_INFO": json.dumps(offsets)}))
+                for name in sort(parts):
+                    tensor = planner.resolve_data(by_name[name])
+                    assert isinstance(tensor, Tensor)
+                    file.write(raw(tensor))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """The headers say it all."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Not used: the folder is given."""
+        return True
+
+
+class _Listed(FileSystem):
+    """A folder in which only some files are seen."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def ls(self, path: Any) -> list[str]:
+        return [str(Path(path) / name) for name in self.names]
+
+
+class _Reader(dcp.HuggingFaceStorageReader):
+    """Reads the files that a manifest names; DCP's own reads whatever safetensors lie in the folder."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        names = sorted(folders.read_manifest(path).files)
+        self.fs = _Listed(names)
+        for name in names:
+            read_header(path / name)
+
+    def read_metadata(self) -> Metadata:
+        try:
+            return super().read_metadata()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: a file's header does not say which parts it holds: {error}") from error
+
+
+def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor]) -> None:
+    """DCP itself leaves what no file covers as it was, and reads over what is there besides."""
+    other = "it is a checkpoint of another model"
+    there: dict[str, Any] = found.state_dict_metadata
+    parts = {name.partition("/")[0] for name in tensors}
+    strange = sorted(name for name in there.keys() - tensors.keys() if name.partition("/")[0] in parts)
+    if strange:
+        raise CheckpointError(f"{path}: holds {strange[0]}, which the model has not; {other}")
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() // processes
-        if filled and filled + size > LARGEST_FILE:
-            number, filled = number + 1, 0
-        mapping[name] = number
+        if name not in there:
+            raise CheckpointError(f"{path}: {name} is missing; {other}, or one without it")
+        saved: TensorStorageMetadata = there[name]
+        if tuple(saved.size) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{path}: {name} has the shape {list(saved.size)}, must be {list(tensor.shape)}; {other}"
+            )
+        chunks = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in saved.chunks if math.prod(chunk.sizes)}
+        covered = sum(math.prod(chunk.sizes) for chunk in saved.chunks)
+        if covered != tensor.numel() or sum(chunks.values()) != covered or any(min(c, default=0) < 0 for c in chunks):
+            raise CheckpointError(f"{path}: the parts of {name} do not make up the whole")
+
+
+def _part(item: WriteItem) -> TensorWriteData:
+    assert item.tensor_data is not None, "what is not a tensor belongs into info"
+    return item.tensor_data
+
+
+def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """What goes into each file."""
+    files: list[list[WriteItem]] = []
+    filled = 0
+    for item in items:
+        size = math.prod(_part(item).chunk.sizes) * _part(item).properties.dtype.itemsize
+        if not files or filled + size > LARGEST_FILE:
+            files.append([])
+            filled = 0
+        files[-1].append(item)
         filled += size
-    return mapping
-
-
-def _first_line(error: BaseException) -> str:
-    """The cause of DCP's errors, which come wrapped with a traceback for each process."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
+    return files

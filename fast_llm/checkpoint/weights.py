@@ -1,54 +1,134 @@
 """Weights in and out as safetensors, whatever they are spread over.
 
-Reading, each process takes from each file only the slices it holds, straight to where they live. Writing,
-weights are gathered one at a time and the first process writes a file whenever it is full, so that host
-memory holds one file's weights at most. The bytes depend on the weights alone, not on the processes.
+Reading, each process takes from each file only the slices it holds, straight to where they live; files are
+mapped, so host memory holds one tensor's slice at a time. Writing, weights are rounded to the dtype asked for,
+gathered a batch at a time (256 MiB, or one weight if that is larger), and the first process appends the batch
+to its file. The bytes depend on the weights alone, not on the processes: a safetensors file is the length of
+its header (8 bytes), the header (JSON, padded to 8 bytes) and the tensors one after the other.
 """
 
 import json
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.llama import weight_files
+from fast_llm.checkpoint.llama import is_spare, weight_files
 from fast_llm.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INDEX = "model.safetensors.index.json"
+BATCH = 2**28  # bytes
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_Value = TypeVar("_Value")
+
+
+def gather(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
+    """The value of each process, on every process."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def together(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A block that every process enters; where it fails on one, it raises on all of them when all are through.
+
+    Failing files raise CheckpointError, `what` with the reason. A fault of ours is raised as it is where it
+    happened. Inside, no process may wait for another after the first thing that can fail on one alone.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    # The others must hear of it, whatever it is. (DCP's is no Exception.)
+    except (Exception, CheckpointException) as problem:
+        error = problem
+    reasons = [reason for reason in gather(None if error is None else _reason(error), group) if reason]
+    if not reasons:
+        return
+    if error is not None and not _is_of_files(error):
+        raise error
+    raise CheckpointError(f"{what}: {reasons[0]}" if what else reasons[0]) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """DCP's errors come wrapped, one for each process."""
+    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+
+
+def _is_of_files(error: BaseException) -> bool:
+    return all(isinstance(cause, OSError | SafetensorError | CheckpointError) for cause in _causes(error))
+
+
+def _reason(error: BaseException) -> str:
+    cause = _causes(error)[0]
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{cause.strerror}" + (f" ({cause.filename})" if cause.filename else "")
+    text = str(cause).strip()
+    return text if isinstance(cause, CheckpointError) else (text.splitlines() or [type(cause).__name__])[0]
+
+
+def is_main(group: dist.ProcessGroup | None) -> bool:
+    """Whether this is the process that writes what is written once."""
+    return group is None or dist.get_rank(group) == 0
+
+
+def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """`group`, or else the default one, or none with one process."""
+    return dist.group.WORLD if group is None and dist.is_initialized() else group
 
 
 @torch.no_grad()
 def load_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     """Fill tensors or DTensors, by name, from a folder of safetensors files, converting dtypes.
 
-    Raises CheckpointError unless every one of them is there with its shape.
+    Raises CheckpointError unless the folder holds every one of them with its shape, and no others.
     """
     files = weight_files(folder)
-    missing = [name for name in weights if name not in files]
+    missing = sorted(weights.keys() - files.keys())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    for path in sorted({files[name] for name in weights}):
-        with safe_open(path, framework="pt") as file:
-            for name, weight in weights.items():
-                if files[name] != path:
-                    continue
-                source = file.get_slice(name)
-                if tuple(source.get_shape()) != tuple(weight.shape):
-                    raise CheckpointError(
-                        f"{path}: {name} has the shape {source.get_shape()}, must be {list(weight.shape)}"
-                    )
-                local, region = _region(weight)
-                if local.numel():
-                    local.copy_(source[region])
+    strange = sorted(name for name in files.keys() - weights.keys() if not is_spare(name))
+    if strange:
+        raise CheckpointError(f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}")
+    by_file: dict[Path, list[str]] = {}
+    for name in weights:
+        by_file.setdefault(files[name], []).append(name)
+    for path, names in sorted(by_file.items()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    source = file.get_slice(name)
+                    if tuple(source.get_shape()) != tuple(weights[name].shape):
+                        raise CheckpointError(
+                            f"{path}: {name} has the shape {source.get_shape()}, must be {list(weights[name].shape)}"
+                        )
+                    local, region = _region(weights[name])
+                    if local.numel():
+                        local.copy_(source[region])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: can not be read: {_reason(error)}") from error
 
 
 def _region(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -60,6 +140,7 @@ def _region(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     return weight.to_local(), region
 
 
+@torch.no_grad()
 def save_weights(
     weights: Mapping[str, Tensor],
     folder: Path,
@@ -67,55 +148,97 @@ def save_weights(
     parameters_per_file: int,
     group: dist.ProcessGroup | None = None,
 ) -> list[str]:
-    """Write weights as safetensors files with their index; every process calls it. The files' names.
+    """Write weights as `model.safetensors`, or as several files with their index. The files' names.
 
-    `dtype` None keeps each weight's own. `group`: on which processes wait while one writes.
+    Every process calls it with tensors or DTensors in the same order. `dtype` None keeps each weight's own.
+    `group`: on which processes wait while one writes; give one with patience. Raises CheckpointError.
     """
-    plan: list[list[str]] = [[]]
+    group = whole_group(group)
+    kinds = {name: DTYPES[dtype] if dtype else weight.dtype for name, weight in weights.items()}
+    plan = _split(weights, parameters_per_file)
+    total = 0
+    for file_name, names in plan.items():
+        tensors = sort({name: (kinds[name], tuple(weights[name].shape)) for name in names})
+        names[:] = tensors
+        total += sum(kinds[name].itemsize * weights[name].numel() for name in names)
+        for number, batch in enumerate(_batches(weights, names, kinds)):
+            with together(f"{folder / file_name}: could not be written", group):
+                wholes = {name: _whole(weights[name].detach().to(kinds[name])) for name in batch}
+                if is_main(group):
+                    with (folder / file_name).open("ab" if number else "wb") as file:
+                        if not number:
+                            file.write(header(tensors, {}))
+                        for name, whole in wholes.items():
+                            if kinds[name] == torch.float16 and not whole.isfinite().all():
+                                raise CheckpointError(f"{name} has values beyond fp16's range; choose bf16 or fp32")
+                            file.write(raw(whole))
+                del wholes
+    written = list(plan)
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {n: file for file in plan for n in plan[file]}}
+        with together(f"{folder / INDEX}: could not be written", group):
+            if is_main(group):
+                (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        written.append(INDEX)
+    return written
+
+
+def sort(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes in the order that safetensors has in a file: the wider dtypes first, so that all are aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+
+def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow in this order.
+
+    safetensors' own writer puts its metadata in another order each time and wants all tensors at once.
+    """
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    begin = 0
+    for name, (dtype, shape) in tensors.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, little endian, as safetensors files hold them."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _split(weights: Mapping[str, Tensor], parameters_per_file: int) -> dict[str, list[str]]:
+    """Which weights each file holds, in the order given."""
+    parts: list[list[str]] = [[]]
     filled = 0
     for name, weight in weights.items():
-        if plan[-1] and filled + weight.numel() > parameters_per_file:
-            plan.append([])
+        if parts[-1] and filled + weight.numel() > parameters_per_file:
+            parts.append([])
             filled = 0
-        plan[-1].append(name)
+        parts[-1].append(name)
         filled += weight.numel()
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    names = [
-        f"model-{i:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else "model.safetensors"
-        for i in range(1, len(plan) + 1)
-    ]
-    total = 0
-    for file_name, inside in zip(names, plan, strict=True):
-        gathered = {}
-        for name in inside:
-            whole = _whole(weights[name].detach())
-            if main:
-                gathered[name] = whole.to("cpu", DTYPES[dtype] if dtype else whole.dtype, copy=True).contiguous()
-                total += gathered[name].nbytes
-        if main:
-            save_file(gathered, folder / file_name, metadata={"format": "pt"})
-            _readable(folder / file_name)
-        if group is not None:
-            dist.barrier(group)
-    if main and len(plan) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: file for file, inside in zip(names, plan, strict=True) for name in sorted(inside)},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        names.append("model.safetensors.index.json")
-    return names
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": names for i, names in enumerate(parts, start=1)}
+
+
+def _batches(weights: Mapping[str, Tensor], names: list[str], kinds: Mapping[str, torch.dtype]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    filled = 0
+    for name in names:
+        size = weights[name].numel() * kinds[name].itemsize
+        if batch and filled + size > BATCH:
+            yield batch
+            batch, filled = [], 0
+        batch.append(name)
+        filled += size
+    yield batch
 
 
 def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def _readable(path: Path) -> None:
-    """safetensors writes files that only their owner may read; give them what the umask says."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def export_llama(
@@ -131,36 +254,25 @@ def export_llama(
 ) -> None:
     """Write a complete Hugging Face folder, which is there whole or not at all; every process calls it.
 
-    `files`: small files that go along, by name (tokenizer, generation_config.json).
+    `files`: small files that go along, by name (tokenizer, generation_config.json). Raises CheckpointError on all
+    processes if it fails on one; what stood at `path` is still there then.
     """
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    partial = folders.partial_name(path)
-    error: str | None = None
-    if main:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as problem:
-            error = f"{partial}: {problem.strerror}"
-    _agree(error, group)
+    group = whole_group(group)
+    what = f"{path}: could not be exported"
+    partial: Path | None = None
     try:
-        names = save_weights(weights, partial, dtype, parameters_per_file, group)
-        if main:
-            for name, content in files.items():
-                (partial / name).write_bytes(content)
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            names += [*files, "config.json"]
-            folders.publish(partial, path, "export", step, {}, folders.digests(partial, sorted(set(names))))
-    except Exception as problem:  # the others must hear of it, whatever it is
-        error = f"{path}: could not be exported: {problem}"
-    _agree(error, group)
-
-
-def _agree(error: str | None, group: dist.ProcessGroup | None) -> None:
-    """Raise CheckpointError on every process if one of them has an error."""
-    errors = [error]
-    if group is not None:
-        errors = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, error, group=group)
-    found = [text for text in errors if text]
-    if found:
-        raise CheckpointError(found[0])
+        with together(what, group):
+            if is_main(group):
+                partial = folders.begin(path)
+        # Only the first process writes, so the others need no folder.
+        names = save_weights(weights, partial or path, dtype, parameters_per_file, group)
+        with together(what, group):
+            if partial is not None:
+                small = {**files, "config.json": json.dumps(config, indent=2).encode() + b"\n"}
+                for name, content in small.items():
+                    (partial / name).write_bytes(content)
+                folders.publish(partial, path, "export", step, {}, folders.digests(partial, [*names, *small]))
+    except BaseException:
+        if partial is not None:
+            rmtree(partial, ignore_errors=True)
+        raise

@@ -1,4 +1,4 @@
-"""How a batch is dealt to processes and micro-batches."""
+"""How a batch is dealt to processes and micro-batches: arithmetic that explains itself where it does not come out."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ class BatchPlan:
 
 
 def plan_batch(batch: BatchConfig, processes: int) -> BatchPlan:
-    """What of the batch is not given follows from the rest.
+    """One step of `batch` on so many processes. What is not given follows from the rest; with neither size given a
+    micro-batch is one sequence.
 
     Raises ConfigError where the numbers do not fit together.
     """
@@ -44,8 +45,8 @@ def plan_batch(batch: BatchConfig, processes: int) -> BatchPlan:
     if given is not None and given != size // unit:
         raise ConfigError(
             [
-                f"batch.depth_first_micro_batches: given {given}, but batch_size {size} /"
-                f" ({words}) = {size // unit}; leave it out"
+                f"batch.{'depth_first' if sequential is None else 'sequential'}_micro_batches: given {given}, but"
+                f" batch_size {size} / ({words}) = {size // unit}; leave it out"
             ]
         )
     return BatchPlan(size, micro, size // unit)

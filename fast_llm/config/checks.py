@@ -1,67 +1,200 @@
-"""The laws across settings, one function each. Each gives (dotted path, what is wrong) for every breach."""
+"""The laws across settings, one function each.
 
+Each gives its breaches: the dotted paths that it concerns, the one to point at first, and what is wrong. A law whose
+settings are wrong in themselves is not told; so all that is wrong with a file can be said at once:
+
+    validate(TrainConfig, document, REFUSED, RENAMED, laws=partial(breaches, processes=8))
+"""
+
+import math
 from collections.abc import Iterator
 
 from fast_llm.config.batch import plan_batch
-from fast_llm.config.section import Document
+from fast_llm.config.section import Breach, Document
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 
-Breaches = Iterator[tuple[str, str]]
+Breaches = Iterator[Breach]
+
+
+def breaches(config: TrainConfig, processes: int) -> Breaches:
+    """Every breach of a law by this configuration on so many processes."""
+    yield from _batch(config, processes)
+    for law in (
+        _micro_sequence,
+        _cross_entropy_splits,
+        _data_path,
+        _split,
+        _learning_rate,
+        _loss_scale,
+        _sub_intervals,
+        _keep_every,
+        _experiment_dir,
+        _validation,
+        _heads,
+        _rotary,
+        _initialization,
+        _pretrained,
+        _compilation,
+        _steps,
+    ):
+        yield from law(config)
 
 
 def check(config: TrainConfig, document: Document, processes: int) -> list[str]:
-    """Every breach, with its place in the file."""
-    problems = [
-        f"{document.where(path)}: {path}: {text}"
-        for law in (
-            _learning_rate,
-            _intervals,
-            _experiment_dir,
-            _validation,
-            _model,
-            _pretrained,
-            _compilation,
-            _training_steps,
-        )
-        for path, text in law(config)
-    ]
+    """Every breach as a message with its place in the file."""
+    return [f"{document.where(paths[0])}: {paths[0]}: {text}" for paths, text in breaches(config, processes)]
+
+
+_BATCH = tuple(
+    f"batch.{name}"
+    for name in (
+        "batch_size",
+        "micro_batch_size",
+        "sequential_micro_batches",
+        "depth_first_micro_batches",
+        "breadth_first_micro_batches",
+    )
+)
+
+
+def _batch(config: TrainConfig, processes: int) -> Breaches:
     try:
         plan_batch(config.batch, processes)
     except ConfigError as error:
-        problems += [f"{document.where('batch.batch_size')}: {problem}" for problem in error.problems]
-    return problems
+        for problem in error.problems:
+            path, _, text = problem.partition(": ")
+            yield (path, *_BATCH), text
+
+
+def _micro_sequence(config: TrainConfig) -> Breaches:
+    batch = config.batch
+    if batch.micro_sequence_length not in (None, batch.sequence_length):
+        yield (
+            ("batch.micro_sequence_length", "batch.sequence_length"),
+            f"given {batch.micro_sequence_length}, must be sequence_length {batch.sequence_length}: sequences are"
+            " computed whole; leave it out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
+        )
+
+
+def _cross_entropy_splits(config: TrainConfig) -> Breaches:
+    model = config.model.base_model
+    if model.cross_entropy_splits is not None and model.cross_entropy_impl == "torch":
+        yield (
+            ("model.base_model.cross_entropy_splits", "model.base_model.cross_entropy_impl"),
+            f"given {model.cross_entropy_splits}, but cross_entropy_impl: torch computes all logits at once; use fused",
+        )
+
+
+def _data_path(config: TrainConfig) -> Breaches:
+    style, given = config.data.format, config.data.path
+    concerned = ("data.path", "data.format")
+    if style == "random":
+        if given:
+            yield concerned, "format: random reads no path; leave it out, or set format: file"
+    elif not given:
+        yield (
+            concerned,
+            f"missing: format: {style} needs it; give the dataset.json of `fast-llm prepare` with format: file, or try"
+            " things with format: random",
+        )
+    elif style == "file":
+        if len(given) != 1 or not isinstance(given[0], str) or not given[0]:
+            yield (
+                concerned,
+                "format: file needs one path, the dataset.json of `fast-llm prepare`; format: list takes several",
+            )
+    elif len(given) > 1 or not isinstance(given[0], str) or not given[0]:
+        weights, paths = given[::2], given[1::2]
+        if (
+            len(given) % 2
+            or not all(isinstance(path, str) and path for path in paths)
+            or not all(type(weight) in (int, float) and 0 < weight < math.inf for weight in weights)
+        ):
+            yield (
+                concerned,
+                "format: list needs one path, or weights above 0 and paths in turn:"
+                " [0.9, code/dataset.json, 0.1, prose/dataset.json]",
+            )
+        elif twice := next((path for path in paths if paths.count(path) > 1), None):
+            yield concerned, f"names {twice} twice; name it once, with the sum of its weights"
+
+
+def _split(config: TrainConfig) -> Breaches:
+    if config.data.format == "random":
+        return
+    training, split = config.training, config.data.split
+    shown = [int(share) if share == int(share) else share for share in split]
+    for share, wanted, setting, example in (
+        (split[0], training.train_iters > 0, "training.train_iters", "[99, 1, 0]"),
+        (split[1], training.validation.interval is not None, "training.validation.interval", "[99, 1, 0]"),
+        (split[2], training.test_iters > 0, "training.test_iters", "[98, 1, 1]"),
+    ):
+        if wanted and not share:
+            yield (
+                ("data.split", "data.format", setting),
+                f"given {shown}, which leaves no documents for {setting}; give them a share, e.g. {example}",
+            )
 
 
 def _learning_rate(config: TrainConfig) -> Breaches:
     rate, above = config.optimizer.learning_rate, "optimizer.learning_rate"
+    style, end, warmup = f"{above}.decay_style", f"{above}.decay_iterations", f"{above}.warmup_iterations"
     if rate.decay_style != "constant" and rate.decay_iterations is None:
         yield (
-            f"{above}.decay_iterations",
-            f"decay_style {rate.decay_style} needs the step at which it ends, e.g. {config.training.train_iters or 100_000}",
+            (end, style),
+            f"missing: decay_style {rate.decay_style} needs the step at which it ends,"
+            f" e.g. {config.training.train_iters or 100_000}",
         )
     if rate.decay_iterations is not None and rate.warmup_iterations >= rate.decay_iterations:
         yield (
-            f"{above}.warmup_iterations",
-            f"given {rate.warmup_iterations}, must be below decay_iterations {rate.decay_iterations}, which includes the warmup",
+            (warmup, end),
+            f"given {rate.warmup_iterations}, must be below decay_iterations {rate.decay_iterations}, which counts"
+            " from the start and includes the warmup",
         )
     if rate.minimum > rate.base:
-        yield f"{above}.minimum", f"given {rate.minimum}, must be at most base {rate.base}"
+        yield (
+            (f"{above}.minimum", f"{above}.base"),
+            f"given {rate.minimum}, must be at most base {rate.base}",
+        )
 
 
-def _intervals(config: TrainConfig) -> Breaches:
+def _loss_scale(config: TrainConfig) -> Breaches:
+    scaler, above = config.optimizer.gradient_scaler, "optimizer.gradient_scaler"
+    if scaler.minimum > scaler.initial:
+        yield (
+            (f"{above}.minimum", f"{above}.initial"),
+            f"given {scaler.minimum}, must be at most initial {scaler.initial}",
+        )
+
+
+def _sub_intervals(config: TrainConfig) -> Breaches:
     training = config.training
     if not training.shutdown.within(training.checkpoint):
         yield (
-            "training.shutdown.interval",
+            ("training.shutdown.interval", "training.shutdown.offset", "training.checkpoint"),
             f"given {training.shutdown.interval}, must be a multiple of training.checkpoint.interval"
-            f" ({training.checkpoint.interval}) with the same offset: a run can only stop where it saves",
+            f" ({_number(training.checkpoint.interval)}) with the same offset: a run can only stop where it saves",
         )
     if training.wandb is not None and not training.wandb.alert.within(training.logs):
         yield (
-            "training.wandb.alert.interval",
-            f"given {training.wandb.alert.interval}, must be a multiple of training.logs.interval ({training.logs.interval})",
+            ("training.wandb.alert.interval", "training.wandb.alert.offset", "training.logs"),
+            f"given {training.wandb.alert.interval}, must be a multiple of training.logs.interval"
+            f" ({_number(training.logs.interval)}) with the same offset: an alert posts what is logged",
         )
+
+
+def _number(value: int | None) -> str:
+    return "null" if value is None else str(value)
+
+
+def _keep_every(config: TrainConfig) -> Breaches:
+    for name, saved in (("checkpoint", config.training.checkpoint), ("export", config.training.export)):
+        if saved.keep_every is not None and saved.interval is None:
+            yield (
+                (f"training.{name}.keep_every", f"training.{name}.interval"),
+                f"given {saved.keep_every}, but nothing is saved: set training.{name}.interval",
+            )
 
 
 def _experiment_dir(config: TrainConfig) -> Breaches:
@@ -75,89 +208,116 @@ def _experiment_dir(config: TrainConfig) -> Breaches:
         ("training.tensorboard", training.tensorboard),
     ):
         if wanted:
-            yield name, "needs a folder to write to: set run.experiment_dir"
+            yield (name, "run.experiment_dir"), "needs a folder to write to: set run.experiment_dir"
 
 
 def _validation(config: TrainConfig) -> Breaches:
-    validation, split = config.training.validation, config.data.split
+    validation = config.training.validation
+    every, many = "training.validation.interval", "training.validation.iterations"
     if validation.interval is not None and validation.iterations is None:
-        yield (
-            "training.validation.iterations",
-            "needed with training.validation.interval: how many batches, e.g. 25",
-        )
+        yield (many, every), "missing: training.validation.interval needs it: on how many batches, e.g. 25"
     if validation.iterations is not None and validation.interval is None:
+        yield (every, many), "missing: training.validation.iterations needs it: every how many steps, e.g. 1000"
+    if config.data.validation_sets and validation.interval is None:
         yield (
-            "training.validation.interval",
-            "needed with training.validation.iterations: every how many steps, e.g. 1000",
+            (every, "data.validation_sets"),
+            "missing: data.validation_sets are measured every so many steps, e.g. 1000",
         )
-    if config.data.format == "random":
-        return
-    if validation.interval is not None and split[1] == 0:
-        yield (
-            "data.split",
-            f"given {split}, which leaves no documents for validation; give it a share, e.g. [99, 1, 0]",
-        )
-    if config.training.test_iters and split[2] == 0:
-        yield (
-            "data.split",
-            f"given {split}, which leaves no documents for training.test_iters; give it a share, e.g. [98, 1, 1]",
-        )
-    if config.training.train_iters and split[0] == 0:
-        yield "data.split", f"given {split}, which leaves no documents for training"
-    if not config.data.path:
-        yield "data.path", "no data: give the dataset.json of `fast-llm prepare` and format: file"
 
 
-def _model(config: TrainConfig) -> Breaches:
+def _heads(config: TrainConfig) -> Breaches:
     transformer, above = config.model.base_model.transformer, "model.base_model.transformer"
     heads, groups = transformer.num_attention_heads, transformer.head_groups
+    names = {name: f"{above}.{name}" for name in ("num_attention_heads", "head_groups", "hidden_size", "kv_channels")}
     if heads % groups:
-        yield f"{above}.head_groups", f"given {groups}, must divide num_attention_heads {heads}"
+        yield (
+            (names["head_groups"], names["num_attention_heads"]),
+            f"given {groups}, must divide num_attention_heads {heads}",
+        )
     if "kv_channels" not in transformer.model_fields_set and transformer.hidden_size % heads:
         yield (
-            f"{above}.num_attention_heads",
+            (names["num_attention_heads"], names["hidden_size"], names["kv_channels"]),
             f"given {heads}, must divide hidden_size {transformer.hidden_size}, or kv_channels must be given",
         )
     elif transformer.kv_channels % 2:
         yield (
-            f"{above}.kv_channels",
+            (names["kv_channels"], names["hidden_size"], names["num_attention_heads"]),
             f"given {transformer.kv_channels}, must be even: rotary embedding turns pairs",
         )
-    rotary = transformer.rotary
+
+
+def _rotary(config: TrainConfig) -> Breaches:
+    rotary, above = config.model.base_model.transformer.rotary, "model.base_model.transformer.rotary"
     if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
         yield (
-            f"{above}.rotary.high_frequency_factor",
+            (f"{above}.high_frequency_factor", f"{above}.low_frequency_factor", f"{above}.type"),
             f"given {rotary.high_frequency_factor}, must be above low_frequency_factor {rotary.low_frequency_factor}",
         )
 
 
+def _initialization(config: TrainConfig) -> Breaches:
+    base = config.model.base_model
+    transformer, above = base.transformer, "model.base_model.transformer"
+    lowest, highest = transformer.init_method_min, transformer.init_method_max
+    pairs = [("init_method_min", "init_method_max", lowest, highest, above)]
+    for part in ("qkv", "attn_proj", "mlp_1", "mlp_2", "embed"):
+        section, path = (base, "model.base_model") if part == "embed" else (transformer, above)
+        low, high = getattr(section, f"init_method_min_{part}"), getattr(section, f"init_method_max_{part}")
+        if low is not None or high is not None:
+            low, high = lowest if low is None else low, highest if high is None else high
+            pairs.append((f"init_method_min_{part}", f"init_method_max_{part}", low, high, path))
+    for low_name, high_name, low, high, path in pairs:
+        if low is not None and high is not None and low > high:
+            yield (
+                (f"{path}.{low_name}", f"{path}.{high_name}", f"{above}.init_method_min", f"{above}.init_method_max"),
+                f"given {low}, must be at most {high_name} {high}",
+            )
+
+
 def _pretrained(config: TrainConfig) -> Breaches:
     pretrained = config.pretrained
+    state, style, path = "pretrained.optimizer_state", "pretrained.format", "pretrained.path"
     if pretrained.optimizer_state and pretrained.format != "distributed":
-        yield (
-            "pretrained.optimizer_state",
-            "a Hugging Face folder has no moments; only format: distributed has",
-        )
+        yield (state, style), "given yes, but a Hugging Face folder has no moments; only format: distributed has"
     if pretrained.optimizer_state and not pretrained.model_weights:
         yield (
-            "pretrained.optimizer_state",
-            "moments without their weights are of no use; set model_weights: yes",
+            (state, "pretrained.model_weights"),
+            "given yes, but moments are of no use without their weights; set model_weights: yes",
         )
     if pretrained.format == "distributed" and pretrained.path is None:
-        yield "pretrained.path", "format: distributed needs the folder of a checkpoint"
+        yield (path, style), "missing: format: distributed needs the folder of a checkpoint"
 
 
 def _compilation(config: TrainConfig) -> Breaches:
     if config.model.multi_stage.compile_all and not config.run.torch_dynamo_enable:
-        yield "model.multi_stage.compile_all", "given yes, but run.torch_dynamo_enable: no forbids it"
+        yield (
+            ("model.multi_stage.compile_all", "run.torch_dynamo_enable"),
+            "given yes, but run.torch_dynamo_enable: no forbids it",
+        )
+    if config.model.base_model.cross_entropy_impl == "triton" and not config.run.enable_triton_kernels:
+        yield (
+            ("model.base_model.cross_entropy_impl", "run.enable_triton_kernels"),
+            "given triton, but run.enable_triton_kernels: no forbids it",
+        )
 
 
-def _training_steps(config: TrainConfig) -> Breaches:
-    splits = config.model.base_model.cross_entropy_splits
-    if splits is not None and config.batch.micro_batch_size is not None:
-        tokens = config.batch.micro_batch_size * config.batch.sequence_length
-        if tokens % splits:
-            yield (
-                "model.base_model.cross_entropy_splits",
-                f"given {splits}, must divide the {tokens} tokens of a micro-batch",
-            )
+def _steps(config: TrainConfig) -> Breaches:
+    """0 steps are allowed where something is measured or saved."""
+    training = config.training
+    if not (
+        training.train_iters
+        or training.test_iters
+        or training.validation.interval is not None
+        or training.export.interval is not None
+        or training.checkpoint.interval is not None
+    ):
+        yield (
+            (
+                "training.train_iters",
+                "training.test_iters",
+                "training.validation",
+                "training.export",
+                "training.checkpoint",
+            ),
+            "given 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to measure or save)",
+        )

@@ -1,48 +1,57 @@
-"""The configuration of `prepare` and of `convert`."""
+"""The configuration of `prepare` and of `convert`.
+
+As in train.py the text under a setting is its documentation, and what Fast-LLM 0.2 had besides is refused by name.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from fast_llm.config.section import Section
-from fast_llm.config.train import DType, Positive
+from fast_llm.config.mistakes import Words, instead
+from fast_llm.config.section import Count, Positive, Section, Text
+from fast_llm.config.train import DType
+
+Processes = Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")]
 
 
 class SourceConfig(Section):
     """Documents, read through Hugging Face's `datasets`."""
 
-    path: str
+    path: Text
     """A dataset on the Hub, or a local file, folder or pattern: parquet, jsonl (also .gz, .zst), arrow, plain text
     and source files (a file is a document)."""
-    config_name: str | None = None
+    config_name: Text | None = None
     """Which configuration of a Hub dataset."""
-    data_directory: str | None = None
+    data_directory: Text | None = None
     """Which folder of a Hub dataset, or of a local one."""
-    data_files: str | list[str] | None = None
+    data_files: Annotated[Text | list[Text], Words("a pattern, or a list of patterns")] | None = None
     """Which files, as patterns."""
-    split: str = "train"
+    split: Text = "train"
     """Which split."""
-    field: str = "text"
+    field: Text = "text"
     """The column that holds the document."""
     data_type: Literal["uint8", "uint16", "int16", "int32", "int64"] | None = None
     """Integer type of the tokens; null is the smallest that holds the vocabulary."""
-    trust_remote_code: Literal[False] = False
+    trust_remote_code: Annotated[
+        bool,
+        instead({True: "`datasets` runs no code from datasets any more; convert such a dataset to parquet"}),
+    ] = False
     """Only no: `datasets` runs no code from datasets any more; convert such a dataset to parquet."""
     disable_disk_space_check: bool = False
     """Start even if the result may not fit on the disk."""
 
 
 def _auto(value: Any) -> Any:
-    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+    return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
-Choice = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_auto)]
+Choice = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_auto), Words("auto, yes or no")]
 
 
 class TokenizerConfig(Section):
     """The tokenizer: the model's own."""
 
-    path: str
+    path: Text
     """Folder with tokenizer.json, that file, or a model on the Hub."""
     bos: Choice = "auto"
     """Whether a document begins with the BOS token; auto is: as the tokenizer does it, hence as the model was trained."""
@@ -55,20 +64,28 @@ class WorldConfig(Section):
 
     world_size: Positive | None = None
     """How many; null is WORLD_SIZE of the environment, or 1."""
-    rank: Annotated[int, Field(ge=0)] | None = None
-    """Which of them this is; null is RANK of the environment, or 0."""
+    rank: Count | None = None
+    """Which of them this is, from 0; null is RANK of the environment, or 0."""
+
+    @field_validator("rank")
+    @classmethod
+    def _one_of_them(cls, value: int | None, info: ValidationInfo) -> int | None:
+        world = info.data.get("world_size")
+        if value is not None and world is not None and value >= world:
+            raise ValueError(f"given {value}, must be below distributed.world_size {world}: ranks count from 0")
+        return value
 
 
 class PrepareConfig(Section):
-    """The whole file of `prepare`."""
+    """The YAML file of `fast-llm prepare`."""
 
-    output_path: str
+    output_path: Text
     """Folder of the token files; their metadata is written beside it, with `.json` behind its name."""
-    loading_workers: Positive = 1
+    loading_workers: Processes = 1
     """Processes that `datasets` reads with."""
-    tokenize_workers: Positive = 1
+    tokenize_workers: Processes = 1
     """Processes that tokenize."""
-    tokens_per_shard: Annotated[int, Field(ge=100_000)] = 10**9
+    tokens_per_shard: Annotated[int, Field(ge=100_000, le=2**62), Words("an integer of 100000 or more")] = 10**9
     """A token file is closed by the document that brings it to this many tokens."""
     dataset: SourceConfig
     tokenizer: TokenizerConfig
@@ -88,23 +105,52 @@ class ConvertInput(Section):
 
     format: Literal["llama", "distributed"] = "distributed"
     """`distributed`: a checkpoint of training. `llama`: a Hugging Face folder."""
-    path: str
+    path: Text
+    """The folder of the checkpoint (`<experiment_dir>/checkpoint/<step>`) or model; a model may be on the Hub."""
 
 
 class ConvertOutput(Section):
     """What it becomes."""
 
     format: Literal["llama", "distributed"] = "llama"
-    path: str
+    """`llama`: a Hugging Face folder. `distributed`: a checkpoint without moments, to start training from."""
+    path: Text
+    """The folder to write."""
     data_type: DType | None = None
-    """dtype of the weights; null is bf16 for a checkpoint trained in it, else as it is."""
-    parameters_per_file: Annotated[int, Field(ge=2**20)] = 2**32
+    """Of a Hugging Face folder's weights; null is what a checkpoint was trained in, or what a model has."""
+    parameters_per_file: Annotated[int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")] = (
+        2**32
+    )
+    """The most parameters in one file of a Hugging Face folder."""
 
 
 class ConvertConfig(Section):
-    """The whole of `convert`."""
+    """The settings of `fast-llm convert`."""
 
     input: ConvertInput
     output: ConvertOutput
     exist_ok: bool = False
     """Do nothing, successfully, if the output is already there and whole."""
+
+    @field_validator("output")
+    @classmethod
+    def _fits_input(cls, value: ConvertOutput, info: ValidationInfo) -> ConvertOutput:
+        source = info.data.get("input")
+        if value.format == "distributed":
+            if source is not None and source.format == "distributed":
+                raise ValueError("format: distributed of a checkpoint is what it is already; copy the folder")
+            for name in ("data_type", "parameters_per_file"):
+                if name in value.model_fields_set:
+                    raise ValueError(f"{name} belongs to format: llama; a checkpoint holds fp32 weights")
+        return value
+
+
+CONVERT_REFUSED: dict[str, str] = {
+    "use_cpu": "conversion always runs on the CPU; leave it out",
+    "layers_per_step": "all weights are converted at once, which takes 4 bytes of memory for each; leave it out",
+    "input.model_weights": "weights are always converted; leave it out",
+    "input.optimizer_state": "moments are not converted; copy the checkpoint's folder to keep them",
+    "input.load_config": "the model's shape comes from its configuration; leave it out",
+    "output.model_weights": "weights are always converted; leave it out",
+    "output.optimizer_state": "moments are not converted; copy the checkpoint's folder to keep them",
+}

@@ -1,19 +1,30 @@
 """The configuration of `train`: the YAML file, section for section, in its order.
 
 The text under a setting is its documentation (docs/settings.md is made from it). What users of Fast-LLM 0.2
-may have in their files and this project does not do is refused by name, in REFUSED at the end.
+may have in their files and this project does not do is refused by name: whole settings in REFUSED at the end,
+single values where they stand (`instead`). Laws across sections are in checks.py.
 """
 
+import re
+import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from fast_llm.config.section import Interval, Section
+from fast_llm.config.mistakes import Words, instead
+from fast_llm.config.section import (
+    Count,
+    Interval,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Text,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1), Words("a number from 0 to below 1")]
+Seconds = Annotated[float, Field(gt=0, le=10**9), Words("a number of seconds above 0")]
+Workers = Annotated[int, Field(ge=0, le=1024), Words("an integer from 0 to 1024")]
 
 _DTYPES = {
     spelling: name
@@ -21,6 +32,7 @@ _DTYPES = {
         "fp32": ("fp32", "float32", "float"),
         "bf16": ("bf16", "bfloat16"),
         "fp16": ("fp16", "float16", "half"),
+        "fp64": ("fp64", "float64", "double"),  # refused below
     }.items()
     for spelling in spellings
 }
@@ -30,13 +42,20 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
 
 
-DType = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_dtype)]
+_NO_FP64 = instead({"fp64": "the highest precision is fp32"})
+# A dtype in any of its spellings; it becomes the short one.
+DType = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    BeforeValidator(_dtype),
+    _NO_FP64,
+    Words("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
+]
 
 
 class LogsConfig(Interval):
     """When metrics are written."""
 
-    interval: int | None = Field(default=100, gt=0)
+    interval: Positive | None = 100
     """Every so many steps a line in the log and a record in metrics.jsonl; null is never."""
 
 
@@ -44,28 +63,41 @@ class ValidationConfig(Interval):
     """When and on how much the validation loss is measured: before the first step, every `interval` steps and
     at the end, always on the same sequences, so that the losses can be compared."""
 
-    iterations: int | None = Field(default=None, gt=0)
-    """Batches (of `batch.batch_size` sequences) that one validation measures."""
+    iterations: Positive | None = None
+    """Batches (of `batch.batch_size` sequences) that one validation measures. Needed with `interval`."""
 
 
 class CallbackConfig(Section):
     """A program that is started after something was saved, on the first process, and not waited for."""
 
-    script: str | list[str] | None = None
-    """The command: a line as for a shell, or a list of words. FAST_LLM_SAVED in its environment is the folder
-    that was written."""
+    script: Annotated[str | list[str], Words("a command, or a list of its words")] | None = None
+    """The command: a line as for a shell, or a list of words; null is none. FAST_LLM_SAVED in its environment is the
+    folder that was written."""
     environment: dict[str, str] = {}
     """Further environment variables of it. Secrets do not belong here: they would be written into config.yaml
     and checkpoints; set them where training is started, the program inherits them."""
 
+    @field_validator("script")
+    @classmethod
+    def _some_word(cls, value: str | list[str] | None) -> str | list[str] | None:
+        try:
+            words = shlex.split(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"given {value}, which is no command line: {str(error).lower()}") from error
+        if words is not None and not (words and words[0]):
+            raise ValueError("given no word, must begin with a program; leave it out for none")
+        return value
+
     @field_validator("environment")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        words = ("token", "key", "secret", "password", "credential")
         for name in value:
-            if any(word in name.lower() for word in words):
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name} can not name an environment variable; use letters, digits and _")
+            if re.search("token|key|secret|password|credential", name, re.IGNORECASE):
                 raise ValueError(
-                    f"{name} looks like a secret, which would be written into config.yaml; set it in the environment that training is started in"
+                    f"{name} looks like a secret, which would be written into config.yaml; set it in the environment"
+                    " that training is started in"
                 )
         return value
 
@@ -73,9 +105,10 @@ class CallbackConfig(Section):
 class SavedConfig(Interval):
     """When something is saved and how much of it is kept."""
 
-    keep_every: int | None = Field(default=None, gt=0)
+    keep_every: Positive | None = None
     """Every so many of them is permanent and not counted in `keep`: those whose step is a multiple of
-    `keep_every` × `interval`, counted from `offset`. (Fast-LLM 0.2 was off by one here.)"""
+    `keep_every` × `interval`, counted from `offset`. With `interval: 1000` and `keep_every: 10` these are steps
+    10000, 20000, … (Fast-LLM 0.2 was off by one here: 9000, 19000, …)"""
     callback: CallbackConfig = CallbackConfig()
 
     def is_permanent(self, step: int) -> bool:
@@ -86,27 +119,46 @@ class SavedConfig(Interval):
 
 
 class CheckpointConfig(SavedConfig):
-    """Training state, from which the same command goes on: fp32 weights and both moments, 12 bytes a weight."""
+    """Training state, from which the same command goes on: fp32 weights and both moments, 12 bytes a weight. Also
+    saved after the last step and when training is told to stop, if `interval` is set."""
 
-    keep: int | None = Field(default=5, gt=0)
+    keep: Positive | None = 5
     """The newest so many are kept; null is all."""
 
 
 class ExportConfig(SavedConfig):
-    """Hugging Face folders: weights, configuration and tokenizer, in `export/<format>/<step>/`."""
+    """Hugging Face folders: weights, configuration and tokenizer, in `export/<format>/<step>/`. Also written after
+    the last step, if `interval` is set."""
 
-    keep: int | None = Field(default=None, gt=0)
+    keep: Positive | None = None
     """The newest so many are kept; null is all."""
-    format: Literal["llama"] = "llama"
-    """The kind of model folder. (Fast-LLM 0.2's default was a format of its own.)"""
-    model_weights: Literal[True] = True
-    """Exports hold weights."""
-    optimizer_state: Literal[False] | None = None
-    """Exports hold no optimizer state; checkpoints do."""
-    parameters_per_file: int = Field(default=2**32, ge=2**20)
+    format: Annotated[
+        Literal["llama"],
+        instead(
+            {
+                "distributed": "a checkpoint is written by training.checkpoint; exports have format llama",
+                "fast_llm": "a checkpoint is written by training.checkpoint; exports have format llama",
+                "auto": "exports have format llama",
+                **dict.fromkeys(
+                    ("starcoder2", "mistral", "mixtral", "qwen2"),
+                    "the models here are Llamas; exports have format llama",
+                ),
+            }
+        ),
+    ] = "llama"
+    """The kind of model folder: a Llama of Hugging Face's transformers."""
+    model_weights: Annotated[bool, instead({False: "an export without weights is no model; set interval: null"})] = True
+    """Only yes: exports hold weights."""
+    optimizer_state: (
+        Annotated[bool, instead({True: "a Hugging Face folder holds no optimizer state; checkpoints do"})] | None
+    ) = None
+    """Only no: exports hold no optimizer state, checkpoints do."""
+    parameters_per_file: Annotated[int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")] = (
+        2**32
+    )
     """The most parameters in one safetensors file."""
     data_type: DType | None = None
-    """The dtype of exported weights; null is `model.distributed.training_dtype`. (Fast-LLM 0.2 exported fp32.)"""
+    """The dtype of exported weights; null is `model.distributed.training_dtype`."""
 
 
 class ShutdownConfig(Interval):
@@ -121,13 +173,14 @@ class AlertConfig(Interval):
 
 
 class WandbConfig(Section):
-    """Weights & Biases, on as soon as this section stands in the file. (In Fast-LLM 0.2 it stayed silent without an
-    entity.)"""
+    """Weights & Biases, on as soon as one of these settings stands in the file."""
 
-    entity_name: str | None = None
+    entity_name: Text | None = None
     """User or team; null is your default one."""
-    project_name: str = "fast_llm"
-    group_name: str = "default"
+    project_name: Text = "fast_llm"
+    """The project that the run appears in."""
+    group_name: Text = "default"
+    """The group of runs in it."""
     alert: AlertConfig = AlertConfig()
 
 
@@ -138,11 +191,11 @@ class TrainingConfig(Section):
     """Steps in all. 0 only measures the validation loss and exports, if these are asked for."""
     test_iters: Count = 0
     """Batches whose loss is measured on the test split after the last step; 0 is none."""
-    num_workers: Count = 2
+    num_workers: Workers = 2
     """Threads that make batches ahead of the step; 0 makes them in between."""
-    prefetch_factor: int | None = Field(default=None, gt=0)
+    prefetch_factor: Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")] | None = None
     """Steps' batches that each of these keeps ready; null is 2."""
-    timeout: PositiveFloat | None = 3600
+    timeout: Seconds | None = 3600
     """Seconds that processes wait for one another while one saves, exports or reads weights; null is a week."""
     logs: LogsConfig = LogsConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -151,24 +204,34 @@ class TrainingConfig(Section):
     shutdown: ShutdownConfig = ShutdownConfig()
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
-    wandb: WandbConfig | None = None
+    wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None
 
 
 class BatchConfig(Section):
-    """How many sequences a step takes, and how they are dealt. What is left out follows from the rest."""
+    """How many sequences a step takes, and how they are dealt. What is left out follows from the rest:
+    batch_size = micro_batch_size × sequential_micro_batches × processes."""
 
     micro_batch_size: Positive | None = None
-    """Sequences in one forward and backward pass of a process."""
+    """Sequences in one forward and backward pass of a process; null follows from the rest, or is 1."""
     batch_size: Positive | None = None
-    """Sequences in one step, over all processes and micro-batches."""
+    """Sequences in one step, over all processes and micro-batches; null follows from the rest."""
     depth_first_micro_batches: Positive | None = None
-    """Micro-batches of a process one after the other (gradient accumulation)."""
-    breadth_first_micro_batches: Literal[1] | None = None
-    """Only 1: more of them need pipeline parallelism."""
+    """Micro-batches of a process one after the other (gradient accumulation); null follows from the rest."""
+    breadth_first_micro_batches: (
+        Annotated[
+            int,
+            Field(ge=1, le=1),
+            Words("1: more of them need pipeline parallelism; use depth_first_micro_batches"),
+        ]
+        | None
+    ) = None
+    """Only 1: more of them need pipeline parallelism; use depth_first_micro_batches."""
     sequential_micro_batches: Positive | None = None
-    """Micro-batches of a process in all: the product of the two above."""
+    """Micro-batches of a process in all: the product of the two above; null follows from the rest."""
     sequence_length: Positive = 2048
     """Tokens of a sequence."""
+    micro_sequence_length: Positive | None = None
+    """Only the same as sequence_length: sequences are computed whole."""
     cross_document_attention: bool = False
     """Whether tokens see documents before theirs in the same sequence, as in Fast-LLM 0.2. By default documents
     are kept apart, as when Llama 3.1 was pretrained: no attention, positions that start again, and no
@@ -178,31 +241,56 @@ class BatchConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer of data without one of its own."""
 
-    path: str | None = None
+    path: Text | None = None
     """Folder or tokenizer.json with which the data was made; it is compared with the model's."""
+
+
+def _weights_and_paths(value: Any) -> Any:
+    """A lone path becomes a list; weights written as text ("0.9") become numbers."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or len(value) % 2:
+        return value
+    number = re.compile(r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
+    return [
+        float(item) if i % 2 == 0 and isinstance(item, str) and number.fullmatch(item) else item
+        for i, item in enumerate(value)
+    ]
 
 
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    format: Literal["file", "list", "random"] = "list"
+    format: Annotated[
+        Literal["file", "list", "random"], instead({"sample": "use random, which makes its tokens up as well"})
+    ] = "list"
     """`file`: the dataset.json that `prepare` writes. `list`: token files' prefixes or dataset.json files, one or in
     turn with weights (`[0.9, code/dataset.json, 0.1, prose/dataset.json]`). `random`: random tokens, to try things."""
-    path: Annotated[list[Any], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    path: Annotated[
+        list[Any],  # text and numbers, which checks.py looks at
+        BeforeValidator(_weights_and_paths),
+        Words("a path, or a list of weights and paths in turn"),
+    ] = []
     """One path, or what `format: list` says; relative to the working directory."""
-    split: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=3)] = [969, 30, 1]
-    """Shares of the documents for training, validation and test, in each shard from front to back."""
+    split: Annotated[
+        list[Annotated[float, Field(ge=0, le=10**15)]],
+        Field(min_length=1, max_length=3),
+        Words("a list of one to three numbers of 0 or more"),
+    ] = [969, 30, 1]
+    """Shares of the documents for training, validation and test, in each shard from front to back. What is left out
+    is 0."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    validation_sets: dict[str, str] = {}
-    """Further datasets whose loss is measured at every validation: name → dataset.json or prefix. With the
-    old domain among them one sees what is forgotten. The loss is logged as `<name>_loss`."""
+    validation_sets: dict[str, Text] = {}
+    """Further datasets whose loss is measured at every validation: name → dataset.json or prefix; all their
+    documents are used. With the old domain among them one sees what is forgotten. The loss is logged as
+    `<name>_loss`."""
     data_sample_warn_time_ms: PositiveFloat = 1000
     """Warn when making one step's batches takes longer, in milliseconds."""
 
     @field_validator("split")
     @classmethod
     def _some_share(cls, value: list[float]) -> list[float]:
-        if sum(value) <= 0:
+        if not any(value):
             raise ValueError(f"given {value}, at least one share must be above 0")
         return value + [0.0] * (3 - len(value))
 
@@ -210,39 +298,27 @@ class DataConfig(Section):
     @classmethod
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not name.isidentifier() or name in ("training", "validation", "test", "language_model"):
-                raise ValueError(f"{name} can not name a set; use letters, digits and _")
+            taken = ("training", "validation", "test", "language_model")
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in taken:
+                raise ValueError(
+                    f"{name} can not name a set; use letters, digits and _, and none of {', '.join(taken)}"
+                )
         return value
-
-    @model_validator(mode="after")
-    def _path_fits_format(self) -> "DataConfig":
-        count = len(self.path)
-        if self.format == "file" and (count != 1 or not isinstance(self.path[0], str)):
-            raise ValueError(f"format: file needs one path, the dataset.json of `fast-llm prepare`; given {count}")
-        if self.format == "random" and count:
-            raise ValueError("format: random reads no path; leave data.path out")
-        if self.format == "list":
-            if count == 0 or (count == 1 and isinstance(self.path[0], str)):
-                return self  # no path at all is explained where it is needed
-            weights, prefixes = self.path[::2], self.path[1::2]
-            right = count and count % 2 == 0 and all(isinstance(prefix, str) for prefix in prefixes)
-            if not right or not all(isinstance(w, int | float) and not isinstance(w, bool) and w > 0 for w in weights):
-                raise ValueError("format: list needs one path, or weights above 0 and paths in turn: [0.9, a, 0.1, b]")
-            if len(set(prefixes)) != len(prefixes):
-                raise ValueError("format: list names a path twice; add up its weights")
-        return self
 
 
 class LearningRateConfig(Section):
     """The learning rate: a linear warmup from 0, then a decay."""
 
-    base: Annotated[float, Field(ge=0)] = 1e-4
+    base: NonNegativeFloat = 1e-4
     """The highest."""
-    minimum: Annotated[float, Field(ge=0)] = 0.0
+    minimum: NonNegativeFloat = 0.0
     """The one at the end of the decay and after it."""
     decay_style: Literal["constant", "linear", "power", "cosine"] = "constant"
+    """How it falls from base to minimum: not at all, in a straight line (with decay_power: along a power), or along
+    half a cosine. linear and power are the same."""
     decay_iterations: Positive | None = None
-    """The step at which the decay ends, counted from the start of training: it includes the warmup."""
+    """The step at which the decay ends, counted from the start of training: it includes the warmup. Needed by every
+    style but constant."""
     decay_power: PositiveFloat = 1.0
     """Exponent of the share of the decay that is done."""
     warmup_iterations: Count = 0
@@ -255,9 +331,11 @@ class GradientScalerConfig(Section):
     constant: PositiveFloat | None = None
     """A fixed factor, with any dtype; null is a dynamic one for fp16 and none otherwise."""
     initial: PositiveFloat = 65536
+    """The dynamic factor at the start."""
     minimum: PositiveFloat = 1.0
+    """The lowest that the dynamic factor falls to."""
     window: Positive = 1000
-    """Clean steps before it doubles."""
+    """Steps without overflow before the dynamic factor doubles."""
     hysteresis: Positive = 2
     """Overflows that are put up with before it halves."""
 
@@ -265,17 +343,23 @@ class GradientScalerConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. Norms and biases do not decay; every matrix does, embeddings and head included."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay: each update takes learning rate × this of a matrix."""
     beta_1: Share = 0.9
+    """Decay of the mean of gradients."""
     beta_2: Share = 0.999
+    """Decay of the mean of their squares."""
     epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean of squares."""
     gradient_norm_clipping: PositiveFloat | None = 1.0
     """The largest L2 norm of all gradients together; null is no clipping."""
-    default_learning_rate_scale: Annotated[float, Field(ge=0)] = 1.0
+    default_learning_rate_scale: NonNegativeFloat = 1.0
     """Factor on the learning rate."""
     learning_rate: LearningRateConfig = LearningRateConfig()
     gradient_scaler: GradientScalerConfig = GradientScalerConfig()
-    moments_dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(_dtype)] = "fp32"
+    moments_dtype: Annotated[
+        Literal["fp32", "bf16"], BeforeValidator(_dtype), _NO_FP64, Words("fp32 or bf16 (float32, bfloat16)")
+    ] = "fp32"
     """The dtype of both moments. bf16 saves 4 bytes a weight."""
     max_nonfinite_steps: Positive = 5
     """Steps in a row with infinite or NaN gradients after which training stops. Such steps never touch the weights."""
@@ -284,51 +368,79 @@ class OptimizerConfig(Section):
 class NormalizationConfig(Section):
     """RMSNorm."""
 
-    type: Literal["rms_norm"] = "rms_norm"
-    """Llama's. (Fast-LLM 0.2's default was layer_norm.)"""
+    type: Annotated[Literal["rms_norm"], instead({"layer_norm": "a Llama's norm is rms_norm"})] = "rms_norm"
+    """Llama's."""
     epsilon: PositiveFloat = 1e-5
+    """Added to the mean of squares."""
 
 
 class RotaryConfig(Section):
     """Rotary position embedding."""
 
-    type: Literal["default", "llama3"] = "default"
-    """`llama3` stretches low frequencies as Llama 3.1 does. (Fast-LLM 0.2's default was none.)"""
+    type: Annotated[
+        Literal["default", "llama3"],
+        instead(
+            {
+                "none": "a Llama has rotary positions: default, or llama3 with Llama 3.1's scaling",
+                "yarn": "no Llama up to 3.2 uses it; use llama3",
+            }
+        ),
+    ] = "default"
+    """`default`: none of the scaling below. `llama3`: stretches low frequencies as Llama 3.1 does."""
     theta: PositiveFloat = 10000
+    """The base of the frequencies."""
     scale_factor: PositiveFloat = 8.0
+    """llama3: by how much low frequencies are stretched."""
     low_frequency_factor: PositiveFloat = 1.0
+    """llama3: waves longer than original_context_length divided by this are stretched in full."""
     high_frequency_factor: PositiveFloat = 4.0
+    """llama3: waves shorter than original_context_length divided by this are not stretched."""
     original_context_length: Positive = 8192
+    """llama3: the context, in tokens, that the model had before."""
 
 
 def _biases(value: Any) -> Any:
-    return {True: "everywhere", False: "nowhere"}.get(value, value) if isinstance(value, bool) else value
+    return ("everywhere" if value else "nowhere") if isinstance(value, bool) else value
 
 
-Std = Annotated[float, Field(ge=0)] | None
+Std = Annotated[float, Field(ge=0), Words("a number of 0 or more")] | None
 
 
 class TransformerConfig(Section):
-    """The blocks. With `pretrained.path` their shape comes from the model's config.json."""
+    """The blocks. With `pretrained.path` their shape comes from the model's config.json: leave it out."""
 
-    num_layers: Count = 12
+    num_layers: Annotated[int, Field(gt=0, le=10_000), Words("an integer from 1 to 10000")] = 12
+    """Blocks."""
     hidden_size: Positive = 1024
+    """Dimensions of the residual stream."""
     num_attention_heads: Positive = 8
+    """Heads of queries."""
     head_groups: Positive = 1
-    """Heads of keys and values, each shared by a group of query heads."""
+    """Heads of keys and values, each shared by a group of query heads; divides num_attention_heads."""
     kv_channels: Positive = Field(
-        default_factory=lambda data: max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
+        default_factory=lambda data: max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1)),
+        json_schema_extra={"default": "hidden_size / num_attention_heads"},
     )
-    """Dimensions of a head; by default hidden_size / num_attention_heads."""
-    ffn_hidden_size: Positive = Field(default_factory=lambda data: 4 * data.get("hidden_size", 1))
-    """Inner size of the MLP; by default 4 × hidden_size."""
-    gated: Literal[True] = True
-    """Llama's MLP has a gate. (Fast-LLM 0.2's default was none.)"""
-    activation_type: Literal["silu"] = "silu"
+    """Dimensions of a head; even."""
+    ffn_hidden_size: Positive = Field(
+        default_factory=lambda data: 4 * data.get("hidden_size", 1),
+        json_schema_extra={"default": "4 × hidden_size"},
+    )
+    """Inner size of the MLP."""
+    gated: Annotated[bool, instead({False: "a Llama's MLP has a gate"})] = True
+    """Only yes: Llama's MLP has a gate."""
+    activation_type: Annotated[
+        Literal["silu"],
+        instead(dict.fromkeys(("gelu", "relu", "squared_relu"), "a Llama's activation is silu")),
+    ] = "silu"
+    """Llama's."""
     add_linear_biases: Annotated[
-        Literal["nowhere", "everywhere", "only_attention", "only_mlp"], BeforeValidator(_biases)
+        Literal["nowhere", "everywhere", "only_attention", "only_mlp"],
+        BeforeValidator(_biases),
+        instead({"only_attn_qkv": "Llamas have biases in all of attention (only_attention) or in none of it"}),
+        Words("yes, no, or one of nowhere, everywhere, only_attention, only_mlp"),
     ] = "nowhere"
-    """Which linear layers have biases; yes and no are everywhere and nowhere. (Fast-LLM 0.2's default was yes.)"""
+    """Which linear layers have biases; yes and no are everywhere and nowhere."""
     normalization: NormalizationConfig = NormalizationConfig()
     rotary: RotaryConfig = RotaryConfig()
     use_flash_attention: bool = True
@@ -340,34 +452,44 @@ class TransformerConfig(Section):
     init_method_std: Std = None
     """Standard deviation of random matrices; null is hidden_size^-0.5."""
     init_method_min: float | None = None
-    """Random matrices are clamped to this from below."""
+    """Random matrices are clamped to this from below; null is no clamping."""
     init_method_max: float | None = None
     """And to this from above."""
     init_method_std_qkv: Std = None
     """Of the projections to queries, keys and values; null is init_method_std."""
     init_method_min_qkv: float | None = None
+    """Their lower clamp; null is init_method_min."""
     init_method_max_qkv: float | None = None
+    """Their upper clamp; null is init_method_max."""
     init_method_std_attn_proj: Std = None
     """Of attention's output projection; null is init_method_std / √(2 num_layers)."""
     init_method_min_attn_proj: float | None = None
+    """Its lower clamp; null is init_method_min."""
     init_method_max_attn_proj: float | None = None
+    """Its upper clamp; null is init_method_max."""
     init_method_std_mlp_1: Std = None
     """Of gate and up projections; null is init_method_std."""
     init_method_min_mlp_1: float | None = None
+    """Their lower clamp; null is init_method_min."""
     init_method_max_mlp_1: float | None = None
+    """Their upper clamp; null is init_method_max."""
     init_method_std_mlp_2: Std = None
     """Of the down projection; null is init_method_std / √(2 num_layers)."""
     init_method_min_mlp_2: float | None = None
+    """Its lower clamp; null is init_method_min."""
     init_method_max_mlp_2: float | None = None
+    """Its upper clamp; null is init_method_max."""
 
 
 class BaseModelConfig(Section):
-    """The model. With `pretrained.path` its shape comes from there."""
+    """The model. With `pretrained.path` its shape comes from there: leave it out."""
 
     vocab_size: Positive = 49152
+    """Rows of the embedding."""
     max_position_embeddings: Positive = 2048
     """The context length that an export's config.json states; training does not use it."""
     tie_word_embeddings: bool = True
+    """Whether embedding and head are one matrix."""
     transformer: TransformerConfig = TransformerConfig()
     cross_entropy_impl: Literal["auto", "torch", "fused", "triton"] = "auto"
     """`fused`: the logits of a few tokens at a time, never all of them; `triton`: as fused, with a GPU kernel;
@@ -377,13 +499,15 @@ class BaseModelConfig(Section):
     init_method_std_embed: Std = None
     """Of embedding and head; null is transformer.init_method_std."""
     init_method_min_embed: float | None = None
+    """Their lower clamp; null is transformer.init_method_min."""
     init_method_max_embed: float | None = None
+    """Their upper clamp; null is transformer.init_method_max."""
 
 
 class MultiStageConfig(Section):
     """How training state is spread over processes."""
 
-    zero_stage: Literal[1, 2, 3] | None = None
+    zero_stage: Annotated[int, Field(ge=1, le=3), Words("1, 2 or 3")] | None = None
     """What is sharded over processes: always optimizer state, fp32 weights and reduced gradients; from 2 on also
     full gradients, with 3 also the weights that are computed with. null is 1. One process shards nothing."""
     compile_all: bool = False
@@ -395,21 +519,31 @@ class DistributedConfig(Section):
 
     training_dtype: DType = "fp32"
     """The dtype that is computed in. Weights, gradients and their sums are kept in fp32 besides."""
-    optimization_dtype: Annotated[Literal["fp32"], BeforeValidator(_dtype)] = "fp32"
-    """The optimizer works in fp32."""
-    tensor_parallel: Literal[1] = 1
-    """Only 1: spread training state with zero_stage 3 instead."""
-    pipeline_parallel: Literal[1] = 1
-    """Only 1: spread training state with zero_stage 3 instead."""
-    sequence_data_parallel: Literal[1] = 1
-    """Only 1: use a smaller micro_batch_size and mlp_recompute_level for long sequences."""
-    timeout: PositiveFloat = 60
+    optimization_dtype: Annotated[
+        Literal["fp32"], BeforeValidator(_dtype), _NO_FP64, Words("fp32; optimizer.moments_dtype: bf16 saves memory")
+    ] = "fp32"
+    """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 saves memory."""
+    tensor_parallel: Annotated[
+        int, Field(ge=1, le=1), Words("1: spread training state with model.multi_stage.zero_stage: 3 instead")
+    ] = 1
+    """Only 1: spread training state with zero_stage: 3 instead."""
+    pipeline_parallel: Annotated[
+        int, Field(ge=1, le=1), Words("1: spread training state with model.multi_stage.zero_stage: 3 instead")
+    ] = 1
+    """Only 1: spread training state with zero_stage: 3 instead."""
+    sequence_data_parallel: Annotated[
+        int, Field(ge=1, le=1), Words("1: for long sequences use micro_batch_size: 1 and mlp_recompute_level: full")
+    ] = 1
+    """Only 1: for long sequences use micro_batch_size: 1 and mlp_recompute_level: full."""
+    timeout: Seconds = 60
     """Seconds a process waits for the others within a step. Saves, exports and reading weights have
     training.timeout."""
-    seed: Count = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63), Words("an integer from 0 to 2^63 - 1")] = 1234
     """Of random weights and the order of the data."""
-    reproducible_init: Literal[True] = True
-    """Random weights are the same whatever the number of processes."""
+    reproducible_init: Annotated[
+        bool, instead({False: "random weights are always the same whatever the number of processes"})
+    ] = True
+    """Only yes: random weights are the same whatever the number of processes."""
 
 
 class ModelConfig(Section):
@@ -423,37 +557,57 @@ class ModelConfig(Section):
 class PretrainedConfig(Section):
     """The model to start from."""
 
-    path: str | None = None
-    """A folder, or a model on the Hugging Face Hub (`meta-llama/Llama-3.1-8B`)."""
-    format: Literal["llama", "distributed"] = "llama"
-    """`llama`: a Hugging Face folder. `distributed`: a checkpoint of this project."""
+    path: Text | None = None
+    """A folder, or a model on the Hugging Face Hub (`meta-llama/Llama-3.1-8B`); null starts from random weights."""
+    format: Annotated[
+        Literal["llama", "distributed"],
+        BeforeValidator(lambda value: "llama" if value == "auto" else value),
+        instead(
+            {
+                "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use llama",
+                **dict.fromkeys(("starcoder2", "mistral", "mixtral", "qwen2"), "the models here are Llamas"),
+            }
+        ),
+        Words("llama (or auto), or distributed"),
+    ] = "llama"
+    """`llama` (or `auto`): a Hugging Face folder. `distributed`: a checkpoint of this project."""
     model_weights: bool = True
     """Whether to start from its weights; no takes its shape alone and starts from random ones."""
     optimizer_state: bool = False
-    """Whether to start from its moments too; only a checkpoint has them."""
-    load_config: Literal["architecture"] = "architecture"
-    """The model's shape comes from its configuration, everything else from this file."""
+    """Whether to start from its moments too; only a checkpoint (`format: distributed`) has them."""
+    load_config: Annotated[
+        Literal["architecture"],
+        instead(
+            {
+                "none": "the model's shape always comes from its configuration",
+                "model": "settings other than the model's shape come from this file alone",
+                "fast_llm": "settings other than the model's shape come from this file alone",
+            }
+        ),
+    ] = "architecture"
+    """Only this: the model's shape comes from its configuration, everything else from this file."""
 
 
 class RunConfig(Section):
     """Where the run is written to."""
 
-    experiment_dir: str | None = None
+    experiment_dir: Text | None = None
     """The folder for checkpoints, exports, logs and metrics; null writes nothing."""
-    experiment_name: str | None = None
+    experiment_name: Text | None = None
     """The name in Weights & Biases; null is the folder's."""
     log_timestamps: bool = True
+    """Begin lines of the log with the time."""
     torch_dynamo_enable: bool = True
     """No forbids torch.compile everywhere."""
     enable_triton_kernels: bool = True
     """No forbids Triton kernels of this project."""
-    accept_changes: list[str] = []
+    accept_changes: list[Text] = []
     """Settings that may differ from those of the checkpoint although they change what is trained (as
     `data.path`, `batch.batch_size`, `model.distributed.seed`)."""
 
 
 class TrainConfig(Section):
-    """The whole file."""
+    """The YAML file of `fast-llm train`."""
 
     training: TrainingConfig = TrainingConfig()
     batch: BatchConfig = BatchConfig()
@@ -464,12 +618,16 @@ class TrainConfig(Section):
     run: RunConfig = RunConfig()
 
 
+_BASE, _TRANSFORMER = "model.base_model", "model.base_model.transformer"
+
 # Spellings of before, and where their values go.
 RENAMED = {
     "pretrained.load_weights": "pretrained.model_weights",
     "pretrained.load_optimizer": "pretrained.optimizer_state",
-    "model.base_model.transformer.normalization.normalization_type": "model.base_model.transformer.normalization.type",
-    "model.base_model.transformer.normalization.layer_norm_eps": "model.base_model.transformer.normalization.epsilon",
+    "training.export.load_weights": "training.export.model_weights",
+    "training.export.load_optimizer": "training.export.optimizer_state",
+    f"{_TRANSFORMER}.normalization.normalization_type": f"{_TRANSFORMER}.normalization.type",
+    f"{_TRANSFORMER}.normalization.layer_norm_eps": f"{_TRANSFORMER}.normalization.epsilon",
     "model.distributed.distributed_timeout": "model.distributed.timeout",
 }
 
@@ -478,23 +636,10 @@ def _all(section: str, names: str, sentence: str) -> dict[str, str]:
     return {f"{section}.{name}": sentence for name in names.split()}
 
 
-_BASE, _TRANSFORMER = "model.base_model", "model.base_model.transformer"
-_ONLY_LLAMA = "the models here are Llamas, which have none; leave it out"
+_DEBUGGING = "a debugging aid of Fast-LLM 0.2; use a debugger, or torch.profiler"
 
-# What is not done here, and what to use instead.
+# What is not done here, and what to use instead. A section's sentence serves all settings inside without their own.
 REFUSED: dict[str, str] = {
-    **_all(
-        "schedule",
-        "pipeline_overlap data_overlap data_batch_warn_time_ms throttle_cpu throttle_cpu_rate throttle_cpu_delay"
-        " debug_schedule debug_send_recv profile_schedule estimate_critical_batch skip_step",
-        "steps are scheduled by PyTorch; leave it out (data.data_sample_warn_time_ms warns of slow data)",
-    ),
-    **_all(
-        "profiling",
-        "cpu cuda skip wait warmup cycles averages trace table_width ranks log export",
-        "run a few steps under torch.profiler instead, or nsys on a GPU",
-    ),
-    "batch.micro_sequence_length": "sequences are computed whole; use mlp_recompute_level or a smaller micro_batch_size to save memory",
     "batch.num_micro_sequences": "sequences are computed whole; leave it out",
     "data.fim": "fill-in-the-middle is not done while training; write it into the documents before `fast-llm prepare`",
     "data.datasets": "describe the data with data.format and data.path (and data.validation_sets)",
@@ -503,17 +648,19 @@ REFUSED: dict[str, str] = {
     "data.multiprocessing_context": "batches are made by threads (training.num_workers); leave it out",
     "data.tokenizer.format": "tokenizers are Hugging Face's tokenizer.json; leave it out",
     "optimizer.learning_rate.schedule": "use decay_style, decay_iterations, warmup_iterations and minimum",
-    "pretrained.timeout": "use training.timeout",
-    **_all(
-        _BASE,
-        "use_position_embeddings use_absolute_position_embeddings",
-        "positions are rotary (transformer.rotary); leave it out",
-    ),
-    f"{_BASE}.parallel_embeddings": "embeddings are spread with multi_stage.zero_stage; leave it out",
+    "pretrained.timeout": "reading weights has training.timeout",
+    f"{_BASE}.use_position_embeddings": "positions are rotary (transformer.rotary); leave it out",
+    f"{_BASE}.use_absolute_position_embeddings": "positions are rotary (transformer.rotary); leave it out",
+    f"{_BASE}.parallel_embeddings": "embeddings are spread with model.multi_stage.zero_stage; leave it out",
     f"{_BASE}.sequence_first": "activations are laid out batch first; leave it out",
     f"{_BASE}.logit_z_loss": "the loss is the cross entropy alone; leave it out",
     f"{_BASE}.logits_scale_factor": "the loss is the cross entropy of the unscaled logits; leave it out",
     f"{_BASE}.use_megatron_initialization": "random weights follow init_method_std; leave it out",
+    **_all(
+        _BASE,
+        "prediction_heads prediction_loss_coefficient",
+        "Llamas predict one token; leave it out",
+    ),
     **_all(
         _TRANSFORMER,
         "num_experts num_shared_experts num_experts_per_token expert_routing_type expert_auxiliary_loss_coefficient"
@@ -523,22 +670,29 @@ REFUSED: dict[str, str] = {
     **_all(
         _TRANSFORMER,
         "mlp_lr_scale attention_lr_scale",
-        "one learning rate serves all parameters (optimizer.default_learning_rate_scale scales it)",
+        "one learning rate serves all parameters; optimizer.default_learning_rate_scale scales it",
     ),
-    f"{_TRANSFORMER}.attention_softmax_scale_power": "attention is scaled by kv_channels^-0.5, as in every Llama; leave it out",
-    **_all(_TRANSFORMER, "window_size max_window_layers attention_dropout hidden_dropout", _ONLY_LLAMA),
-    f"{_TRANSFORMER}.full_precision_residual": "the residual stream has training_dtype; train in fp32 for more",
+    f"{_TRANSFORMER}.attention_softmax_scale_power": "attention is scaled by kv_channels^-0.5, as in every Llama;"
+    " leave it out",
+    **_all(
+        _TRANSFORMER,
+        "window_size max_window_layers",
+        "a Llama's attention has no window; shorten batch.sequence_length to save work",
+    ),
+    **_all(
+        _TRANSFORMER,
+        "attention_dropout hidden_dropout",
+        "Llamas are trained without dropout; use optimizer.weight_decay",
+    ),
+    f"{_TRANSFORMER}.full_precision_residual": "the residual stream has model.distributed.training_dtype; fp32 is more"
+    " precise",
     f"{_TRANSFORMER}.use_rotary_embeddings": "Llamas always have them; choose transformer.rotary.type",
     f"{_TRANSFORMER}.rotary_embedding_scale": "give transformer.rotary.theta = exp(-rotary_embedding_scale)",
     f"{_TRANSFORMER}.triton_rotary": "rotary embedding is PyTorch's; leave it out",
-    **_all(
-        _TRANSFORMER,
-        "debug_transformer debug_transformer_memory random_bias_init",
-        "a debugging aid of Fast-LLM 0.2; use a debugger or torch.profiler",
-    ),
+    **_all(_TRANSFORMER, "debug_transformer debug_transformer_memory random_bias_init", _DEBUGGING),
     **_all(
         f"{_TRANSFORMER}.normalization",
-        "zero_centered zero_centered_normalization initialization_range",
+        "zero_centered zero_centered_normalization initialization_range layer_norm_init_range",
         "Llama's norms are weighted by 1 at the start; leave it out",
     ),
     **_all(
@@ -550,7 +704,7 @@ REFUSED: dict[str, str] = {
     **_all(
         f"{_TRANSFORMER}.rotary",
         "attention_factor beta_fast beta_slow",
-        "belongs to YaRN, which no Llama up to 3.2 uses; use type llama3",
+        "belongs to YaRN, which no Llama up to 3.2 uses; use type: llama3",
     ),
     **_all(
         "model.multi_stage",
@@ -562,15 +716,15 @@ REFUSED: dict[str, str] = {
         "model.multi_stage",
         "debug_layer_outputs debug_layer_gradients debug_param_init debug_param_gradients debug_all_param_gradients"
         " debug_param_update debug_global_tensors debug_activation_memory debug_tensor_parallel",
-        "a debugging aid of Fast-LLM 0.2; use a debugger or torch.profiler",
+        _DEBUGGING,
     ),
     **_all(
         "model.distributed",
         "world_size rank local_world_size",
         "torchrun tells each process its place; start with `torchrun --nproc_per_node N --no-python fast-llm …`",
     ),
-    "model.distributed.sequence_tensor_parallel": "there is no tensor parallelism yet; use zero_stage 3",
-    "model.distributed.pipeline_first": "there is no pipeline parallelism yet; use zero_stage 3",
+    "model.distributed.sequence_tensor_parallel": "there is no tensor parallelism; use model.multi_stage.zero_stage: 3",
+    "model.distributed.pipeline_first": "there is no pipeline parallelism; use model.multi_stage.zero_stage: 3",
     **_all(
         "model.distributed",
         "dp_seed_shift pp_seed_shift pp_gen_init_seed_shift tp_seed_shift tp_gen_init_seed_shift sample_seed_shift"
@@ -578,7 +732,32 @@ REFUSED: dict[str, str] = {
         "all randomness follows from model.distributed.seed; leave it out",
     ),
     "run.structured_logs": "logs always go to runs/<k>/logs and metrics to metrics.jsonl; leave it out",
-    "run.enable_all_loggers": "set the level of other loggers in Python's own way; leave it out",
-    "run.tensor_logs": "tensors are not logged; look at metrics.jsonl",
-    "run.triton_linear_kernels": "matrix products are cuBLAS'; leave it out",
+    "run.enable_all_loggers": "the log holds this project's messages; leave it out",
+    "run.tensor_logs": "tensors are not logged; look at metrics.jsonl, or use a debugger",
+    "run.triton_linear_kernels": "matrix products are PyTorch's; leave it out",
+    "schedule": "PyTorch schedules the work of a step; leave the section out",
+    "schedule.pipeline_overlap": "there is no pipeline parallelism; use model.multi_stage.zero_stage: 3",
+    "schedule.data_overlap": "PyTorch overlaps communication and computation by itself; leave it out",
+    "schedule.data_batch_warn_time_ms": "use data.data_sample_warn_time_ms",
+    **_all(
+        "schedule",
+        "throttle_cpu throttle_cpu_rate throttle_cpu_delay",
+        "the CPU runs ahead of the device by itself; leave it out",
+    ),
+    **_all("schedule", "debug_schedule debug_send_recv", _DEBUGGING),
+    "schedule.profile_schedule": "run a few steps under torch.profiler instead",
+    "schedule.estimate_critical_batch": "was never done; leave it out",
+    "schedule.skip_step": "to measure the loss without updates set training.train_iters: 0 and training.validation",
+    "profiling": "run a few steps under torch.profiler instead, or nsys on a GPU",
+    **_all("profiling", "cpu cuda", "run a few steps under torch.profiler instead, or nsys on a GPU"),
+    **_all(
+        "profiling",
+        "skip wait warmup cycles ranks",
+        "there is no profiler in the loop; choose the steps in torch.profiler.schedule",
+    ),
+    **_all(
+        "profiling",
+        "averages trace table_width log export",
+        "there is no profiler in the loop; torch.profiler prints tables and writes traces",
+    ),
 }

@@ -2,24 +2,37 @@
 
 A *source* is one dataset: the documents of a phase (training, validation, test) of all its token files, one
 after the other, T tokens. With sequences of L tokens it has n = (T - 1) // L of them; number k holds tokens
-[k·L, k·L + L], the last of which is only predicted. Nothing is indexed or cached: opening takes no time,
-and nothing can be out of date.
+[k·L, k·L + L], the last of which is only predicted. Nothing is indexed or cached: opening reads the index files
+once, and nothing can be out of date. Reading a sequence takes some 50 µs, whatever the size of the data.
 
-Order. Sequence i of a run depends on the seed and i alone. In a single source it is number
-permutation(seed, source, epoch = i // n)(i mod n): a Feistel network over the smallest even number of bits that
-holds n, eight rounds keyed by sha256("<seed> <source> <epoch>"), walked until it lands below n. So each
-sequence comes once per epoch, in an order that differs between epochs.
+Order. Sequence i of a run depends on the seed and i alone; what follows is all there is to it. If there is a
+single source, it is the source's number π(i mod n) in epoch e = i // n, so that each comes once an epoch, in an
+order that differs between epochs. π is a permutation of 0 … n - 1: a Feistel network (Black & Rogaway 2002).
 
-Mixtures. Several sources with weights are dealt in blocks of 4096 sequences: source j has q_j slots of each
-(its weight, rounded), and the slots of block b are permuted as above under the name "mixture". Slot s of
-source j in block b is that source's sequence b·q_j + (s - slots of the sources before j).
+    a = ⌈√n⌉,  b = ⌈n / a⌉
+    k_0 … k_7 = the 64 bytes of sha512("<seed> <s> <e>") as u64, little endian; s: the source's place, from 0
+    mix(x)    = the finalizer of splitmix64 (Steele et al. 2014): x ^= x >> 30; x *= 0xBF58476D1CE4E5B9;
+                x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31, in u64
+    π(x):  l, r = x // b, x mod b;  for j = 0, 2, 4, 6:  l = (l + mix(r ^ k_j)) mod a;  r = (r + mix(l ^ k_j+1)) mod b
+           y = l·b + r, and if y ≥ n (there are fewer than a such) the same again with x = y
+
+Mixtures. Several sources with weights share the sequences by halving. With W_s = round(2⁵³ · (the weights of the
+sources before s) / (all weights)), sources lo … hi - 1 and the t-th sequence that goes to any of them (in the
+beginning all of them, and t = i): mid = (lo + hi) // 2, g(t) = ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋; if
+g(t + 1) > g(t) it is the g(t)-th of sources lo … mid - 1, else the (t - g(t))-th of the others. The t that a
+source is left with counts its sequences and takes the place of i above. So of any number of sequences, of each
+single batch too, every source has its share, to within half a sequence a halving; weights may be as small as they like.
 """
 
+import bisect
 import functools
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +43,13 @@ from fast_llm.config.train import DataConfig
 from fast_llm.data.tokenfile import TokenFile, digest
 from fast_llm.errors import DataError
 
+logger = logging.getLogger("fast_llm")
+
 PHASES = ("training", "validation", "test")
-BLOCK = 4096  # sequences
-_ROUNDS = 8
-_MASK = 2**64 - 1
+UNIT = 2**53  # all weights together
 LARGEST_METADATA = 2**30  # bytes
+_MASK = 2**64 - 1
+_ENDS = 2**20  # bytes of a file's beginning and end that tell it from others
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,12 @@ class Slice:
     first: int
     last: int
 
-    @property
+    @functools.cached_property
     def begin(self) -> int:
         """First token in the file."""
         return self.file.start_of(self.first)
 
-    @property
+    @functools.cached_property
     def end(self) -> int:
         """Behind the last token in the file."""
         return self.file.start_of(self.last)
@@ -81,18 +96,18 @@ class Source:
         self.name = name
         self.slices = [part for part in slices if part.end > part.begin]
         self.length = length
-        self.ends = np.cumsum([part.end - part.begin for part in self.slices], dtype=np.int64)
-        self.tokens = int(self.ends[-1]) if self.slices else 0
+        self.ends = list(accumulate(part.end - part.begin for part in self.slices))
+        self.tokens = self.ends[-1] if self.ends else 0
         self.documents = sum(part.last - part.first for part in self.slices)
         self.sequences = max(0, (self.tokens - 1) // length)
 
     def parts(self, number: int) -> Iterator[tuple[Slice, int, int]]:
         """The stretches [begin, end) of token files that sequence `number` consists of."""
         begin, left = number * self.length, self.length + 1
-        which = int(np.searchsorted(self.ends, begin, side="right"))
+        which = bisect.bisect_right(self.ends, begin)
         while left:
             part = self.slices[which]
-            ahead = int(self.ends[which]) - begin
+            ahead = self.ends[which] - begin
             take = min(left, ahead)
             end = part.end - ahead + take
             yield part, end - take, end
@@ -101,17 +116,21 @@ class Source:
     def read(self, number: int) -> Packed:
         """Sequence `number`, below `sequences`."""
         tokens = np.empty(self.length + 1, np.int64)
-        starts = [np.zeros(1, np.int64)]
+        starts: list[NDArray[np.int64]] = []
         filled = 0
         for part, begin, end in self.parts(number):
             file = part.file
             tokens[filled : filled + end - begin] = file.tokens_at(begin, end)
             first = file.document_at(begin)
-            last = file.document_at(end - 1)
-            inside = np.asarray(file.starts[first + 1 : last + 1], np.int64) // file.dtype.itemsize
-            starts += [np.array([filled]), inside - begin + filled]
+            last = file.document_at(end - 1, first)
+            inside = file.starts[first : last + 1] // file.dtype.itemsize
+            inside[0] = begin  # a document that begins further ahead goes on here
+            starts.append(inside + (filled - begin))
             filled += end - begin
-        return Packed(tokens, np.unique(np.concatenate(starts)))
+        all_starts = starts[0] if len(starts) == 1 else np.concatenate(starts)
+        different = np.ones(len(all_starts), bool)  # documents without tokens begin where the next one does
+        np.not_equal(all_starts[1:], all_starts[:-1], out=different[1:])
+        return Packed(tokens, all_starts[different])
 
     def locate(self, number: int) -> list[Stretch]:
         """Which documents sequence `number` is made of."""
@@ -152,27 +171,53 @@ class Phase:
 
     def __init__(self, name: str, sources: Sequence[Source | RandomSource], weights: Sequence[float], seed: int):
         self.name, self.sources, self.seed = name, sources, seed
-        self.slots = _slots(weights, [source.name for source in sources])
-        self.edges = np.cumsum([0, *self.slots])
+        sums = list(accumulate(weights, initial=0.0))
+        self.edges = [round(before / sums[-1] * UNIT) for before in sums]
 
     def find(self, index: int) -> tuple[Source | RandomSource, int, int]:
         """The source of sequence `index`, its number there, and its epoch."""
-        which, inside = 0, index
-        if len(self.sources) > 1:
-            block, place = divmod(index, BLOCK)
-            slot = permute(place, BLOCK, _key(self.seed, "mixture", block))
-            which = int(np.searchsorted(self.edges, slot, side="right")) - 1
-            inside = block * self.slots[which] + slot - int(self.edges[which])
-        source = self.sources[which]
+        low, high, inside = 0, len(self.sources), index
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = self._left(low, middle, high, inside)
+            if self._left(low, middle, high, inside + 1) > before:
+                high, inside = middle, before
+            else:
+                low, inside = middle, inside - before
+        source = self.sources[low]
         epoch, place = divmod(inside, source.sequences)
-        return source, permute(place, source.sequences, _key(self.seed, source.name, epoch)), epoch
+        return source, permute(place, source.sequences, _keys(self.seed, low, epoch)), epoch
 
-    @property
+    def counts(self, sequences: int) -> list[int]:
+        """How many of the first `sequences` sequences are each source's."""
+        counts = [0] * len(self.sources)
+        waiting = [(0, len(self.sources), sequences)]
+        while waiting:
+            low, high, share = waiting.pop()
+            if high - low == 1:
+                counts[low] = share
+                continue
+            middle = (low + high) // 2
+            left = self._left(low, middle, high, share)
+            waiting += [(low, middle, left), (middle, high, share - left)]
+        return counts
+
+    def _left(self, low: int, middle: int, high: int, share: int) -> int:
+        """How many of the first `share` sequences of sources low … high - 1 are of those below middle."""
+        left, whole = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
+        # Weights that round to nothing beside others never get here, but `counts` visits them.
+        return (2 * share * left + whole) // (2 * whole) if whole else share
+
+    @functools.cached_property
     def sequences(self) -> int:
         """How many come before any is repeated."""
-        if len(self.sources) == 1:
-            return self.sources[0].sequences
-        return min(source.sequences * BLOCK // slots for source, slots in zip(self.sources, self.slots, strict=True))
+        largest = sum(source.sequences for source in self.sources)
+
+        def repeats(index: int) -> bool:
+            shares = zip(self.counts(index), self.sources, strict=True)
+            return any(count > source.sequences for count, source in shares)
+
+        return bisect.bisect_left(range(largest + 1), True, key=repeats) - 1
 
 
 class Dataset:
@@ -186,7 +231,10 @@ class Dataset:
         self.validation_sets = [name for name in phases if name not in PHASES]
 
     def read(self, phase: str, index: int) -> Packed:
-        """Sequence `index` of a phase, L + 1 tokens."""
+        """Sequence `index` of a phase, L + 1 tokens.
+
+        Raises DataError for a file that can no longer be read.
+        """
         source, number, _ = self.phases[phase].find(index)
         return source.read(number)
 
@@ -203,15 +251,15 @@ class Dataset:
         """How many tokens a phase has."""
         return sum(source.tokens for source in self.phases[phase].sources) if phase in self.phases else 0
 
+    def documents(self, phase: str) -> int:
+        """How many documents a phase has."""
+        return sum(source.documents for source in self.phases[phase].sources) if phase in self.phases else 0
+
     def epochs(self, phase: str, sequences: int) -> dict[str, float]:
         """How often each source is gone through in so many sequences."""
         found = self.phases[phase]
-        if len(found.sources) == 1:
-            return {found.sources[0].name: sequences / found.sources[0].sequences}
-        return {
-            source.name: sequences * slots / BLOCK / source.sequences
-            for source, slots in zip(found.sources, found.slots, strict=True)
-        }
+        shares = zip(found.counts(sequences), found.sources, strict=True)
+        return {source.name: count / source.sequences for count, source in shares}
 
     def require(self, phase: str, iterations: int, batch_size: int, setting: str, split: Sequence[float]) -> None:
         """Raises DataError if a phase has fewer sequences than its losses are measured on."""
@@ -220,10 +268,18 @@ class Dataset:
             return
         possible = there // batch_size
         advice = f"lower {setting} to {possible}, or " if possible else ""
+        needs = (
+            f"needs {iterations} batches × {batch_size} sequences = {needed:,} sequences of {self.length} tokens"
+            if iterations > 1
+            else f"needs one batch of {batch_size} sequences of {self.length} tokens"
+        )
+        if phase in self.validation_sets:
+            raise DataError(
+                f"data.validation_sets.{phase}: {needs}, but it has {there:,}; {advice}prepare more of it, or leave it out"
+            )
         shares = ", ".join(f"{share:g}" for share in split)
         raise DataError(
-            f"data.split: {phase} needs {iterations} batches × {batch_size} sequences = {needed:,} sequences of"
-            f" {self.length} tokens, but [{shares}] of the documents leaves {there:,}; {advice}give {phase} a larger"
+            f"data.split: {phase} {needs}, but [{shares}] of the documents leaves {there:,}; {advice}give {phase} a larger"
             " share, or prepare more data"
         )
 
@@ -244,24 +300,32 @@ class Dataset:
                 )
 
     def fingerprint(self) -> str:
-        """What may not change on resume: the training documents, in their order, and their shares."""
+        """What may not change on resume: the training documents, in their order, and their shares.
+
+        Of each token file its sizes and the first and last mebibyte: enough to tell it from any other, not to find
+        every damaged byte (that is what `verify` does). Where the files lie does not matter.
+        """
         phase = self.phases.get("training")
         content: list[Any] = [self.length, self.seed]
-        for source, slots in zip(phase.sources, phase.slots, strict=True) if phase else ():
+        if phase is not None:
+            content.append(phase.edges)
+        for source in phase.sources if phase else ():
             if isinstance(source, RandomSource):
                 content.append(["random", source.vocab_size])
                 continue
             for part in source.slices:
                 file = part.file
-                content.append([slots, part.first, part.last, file.documents, file.tokens, _ends(file.idx)])
+                sizes = (part.first, part.last, file.documents, file.tokens, file.dtype.str)
+                content.append([*sizes, _ends(file.idx), _ends(file.bin)])
+            content.append("source")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _ends(path: Path) -> str:
-    """A digest of the first and last mebibyte of a file: enough to tell one index from another."""
+    """A digest of the beginning and the end of a file."""
     with path.open("rb") as file:
-        head = file.read(2**20)
-        file.seek(max(0, path.stat().st_size - 2**20))
+        head = file.read(_ENDS)
+        file.seek(max(0, path.stat().st_size - _ENDS))
         return hashlib.sha256(head + file.read()).hexdigest()
 
 
@@ -270,43 +334,51 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
 
     Raises DataError for files that are missing, damaged or hold nothing to train on.
     """
-    if config.format == "random":
-        phases = {
-            name: Phase(name, [RandomSource(length, vocab_size, seed + position)], [1.0], seed)
-            for position, (name, share) in enumerate(zip(PHASES, config.split, strict=True))
-            if share
-        }
-        return Dataset(phases, {}, length, seed)
     described: dict[str, dict[str, Any]] = {}
     alone = len(config.path) == 1
     weighted = [(1.0, config.path[0])] if alone else list(zip(config.path[::2], config.path[1::2], strict=True))
-    opened = [(float(weight), path, _shards(path, described)) for weight, path in weighted]
+    opened = [
+        (float(weight) * share, name, files)
+        for weight, path in weighted
+        for share, name, files in _groups(path, config.format == "file", described)
+    ]
     phases = {}
-    for position, name in enumerate(PHASES):
+    for position, phase in enumerate(PHASES):
         if not config.split[position]:
+            continue
+        if config.format == "random":
+            phases[phase] = Phase(phase, [RandomSource(length, vocab_size, seed + position)], [1.0], seed)
             continue
         sources: list[Source | RandomSource] = []
         weights: list[float] = []
-        for weight, path, groups in opened:
-            for number, (share, files) in enumerate(groups):
-                label = path if len(groups) == 1 else f"{path} ({number})"
-                source = Source(label, [_part(file, config.split, position) for file in files], length)
-                if source.sequences:
-                    sources.append(source)
-                    weights.append(weight * share)
-                elif name == "training":
-                    raise DataError(
-                        f"{label}: {source.tokens} tokens for {name}, fewer than one sequence of"
-                        f" {length} + 1; lower batch.sequence_length, or prepare more data"
-                    )
+        missing = []
+        for weight, name, files in opened:
+            source = Source(name, [_part(file, config.split, position) for file in files], length)
+            if source.sequences:
+                sources.append(source)
+                weights.append(weight)
+            elif phase == "training":
+                raise DataError(
+                    f"{name}: {source.tokens:,} tokens for training, fewer than one sequence of {length} + 1; lower"
+                    " batch.sequence_length, prepare more data, or leave it out"
+                )
+            else:
+                missing.append(name)
+        if sources and missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            logger.warning(
+                f"data.split leaves {phase} less than a sequence of {', '.join(missing[:3])}{more}; its loss is of the others."
+            )
         if sources:
-            phases[name] = Phase(name, sources, weights, seed)
+            phases[phase] = Phase(phase, sources, weights, seed)
     for name, path in config.validation_sets.items():
-        files = [file for _, group in _shards(path, described) for file in group]
-        source = Source(path, [Slice(file, 0, file.documents) for file in files], length)
-        if not source.sequences:
-            raise DataError(f"data.validation_sets.{name}: {path} has {source.tokens} tokens, fewer than one sequence")
-        phases[name] = Phase(name, [source], [1.0], seed)
+        files = [file for _, _, group in _groups(path, False, described) for file in group]
+        whole = Source(path, [Slice(file, 0, file.documents) for file in files], length)
+        if not whole.sequences:
+            raise DataError(
+                f"data.validation_sets.{name}: {path} has {whole.tokens:,} tokens, fewer than one sequence of {length} + 1"
+            )
+        phases[name] = Phase(name, [whole], [1.0], seed)
     return Dataset(phases, described, length, seed)
 
 
@@ -316,114 +388,145 @@ def _part(file: TokenFile, split: Sequence[float], position: int) -> Slice:
     return Slice(file, edges[position], edges[position + 1])
 
 
-def _shards(path: str, described: dict[str, dict[str, Any]]) -> list[tuple[float, list[TokenFile]]]:
-    """Groups of token files with their shares. Files whose weight is their share of tokens form one group."""
-    if not path.endswith(".json"):
-        described.setdefault(path, {})
-        return [(1.0, [TokenFile(Path(path))])]
-    entries = _describe(Path(path), described)
-    groups: dict[float, list[tuple[float, TokenFile]]] = {}
-    for entry in entries:
-        file = TokenFile(_inside(Path(path), entry["prefix"]))
-        tokens = entry.get("num_tokens", file.tokens)
-        if tokens != file.tokens:
-            raise DataError(
-                f"{file.prefix}: {file.tokens} tokens, but {path} says {tokens}; the token file is another one's"
-            )
-        if not file.tokens:
-            continue
+def _groups(
+    path: str, metadata: bool, described: dict[str, dict[str, Any]]
+) -> list[tuple[float, str, list[TokenFile]]]:
+    """The sources of a dataset: share of the dataset, name, token files.
+
+    Token files that are weighted by their tokens, as `prepare` does it, are one source; those with weights of their
+    own are others. `metadata`: the path is a dataset.json, whatever its name.
+    """
+    place = Path(path).expanduser()
+    if not metadata and place.suffix != ".json":
+        if place.suffix in (".bin", ".idx"):
+            raise DataError(f"data.path: given {path}, must be without {place.suffix}: {path[:-4]}")
+        described.setdefault(str(place), {})
+        return [(1.0, path, [TokenFile(place)])]
+    groups: dict[str, list[tuple[float, TokenFile]]] = {}
+    for entry in _describe(place, described):
+        file = TokenFile(_inside(place, entry["prefix"]))
+        for key, found in (("num_tokens", file.tokens), ("num_documents", file.documents), ("dtype", file.dtype.name)):
+            if entry.get(key, found) != found:
+                raise DataError(
+                    f"{file.prefix}: its {key} is {found}, but {place} says {entry[key]}; it was replaced or belongs to"
+                    " another dataset: prepare the data again"
+                )
         weight = float(entry.get("weight", file.tokens))
-        groups.setdefault(float(f"{weight / file.tokens:.3e}"), []).append((weight, file))
+        if file.tokens and weight:
+            groups.setdefault(f"{weight / file.tokens:.3e}", []).append((weight, file))
+    total = math.fsum(weight for group in groups.values() for weight, _ in group)
     if not groups:
-        raise DataError(f"{path}: holds no tokens")
-    total = sum(weight for group in groups.values() for weight, _ in group)
-    return [(sum(w for w, _ in group) / total, [file for _, file in group]) for group in groups.values()]
+        raise DataError(f"{place}: holds no tokens, or gives all of them the weight 0")
+    return [
+        (
+            math.fsum(weight for weight, _ in group) / total,
+            path if len(groups) == 1 else f"{path} ({_names(group)})",
+            [file for _, file in group],
+        )
+        for group in groups.values()
+    ]
+
+
+def _names(group: Sequence[tuple[float, TokenFile]]) -> str:
+    first = group[0][1].prefix.name
+    return first if len(group) == 1 else f"{first} and {len(group) - 1} more"
 
 
 def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read a dataset.json; its list of token files."""
     try:
         if path.stat().st_size > LARGEST_METADATA:
             raise DataError(f"{path}: larger than 1 GiB; this is no dataset.json")
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; `fast-llm prepare` writes it beside its output_path") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: can not be read: {error.strerror}") from error
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a dataset.json: {error}") from error
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
+    seen = set()
     for entry in entries:
-        right = isinstance(entry, dict) and isinstance(entry.get("prefix"), str)
-        if not right or not all(
-            isinstance(entry.get(name, 1), int | float) and entry.get(name, 1) >= 0 for name in ("weight", "num_tokens")
-        ):
-            raise DataError(f"{path}: `datasets` must list prefix, num_tokens and weight; given {str(entry)[:80]}")
+        if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
+            raise DataError(f"{path}: `datasets` must list objects with a prefix; given {str(entry)[:80]}")
+        for key in ("weight", "num_tokens", "num_documents"):
+            value = entry.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+                raise DataError(
+                    f"{path}: {key} of {entry['prefix']}: given {str(value)[:80]}, must be a number from 0 on"
+                )
+        if not isinstance(entry.get("sha256", {}), dict):
+            raise DataError(f"{path}: sha256 of {entry['prefix']}: must have bin and idx")
+        if entry["prefix"] in seen:
+            raise DataError(f"{path}: lists {entry['prefix']} twice; add up the weights")
+        seen.add(entry["prefix"])
+    tokenizer = content.get("tokenizer", {})
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("fingerprint", ""), str):
+        raise DataError(f"{path}: `tokenizer` must be an object with a fingerprint; given {str(tokenizer)[:80]}")
     described[str(path)] = content
     return entries
 
 
 def _inside(path: Path, prefix: str) -> Path:
     """A prefix of a dataset.json, which may not leave its folder."""
-    if Path(prefix).is_absolute() or ".." in Path(prefix).parts:
-        raise DataError(f"{path}: the prefix {prefix} leaves the folder of the file; it must lie inside")
+    parts = Path(prefix).parts
+    odd = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in prefix)  # no file can be named so
+    if not parts or Path(prefix).is_absolute() or ".." in parts or odd:
+        raise DataError(f"{path}: the prefix {prefix!r} must name files inside the folder of the file")
     return path.parent / prefix
 
 
 def verify(path: Path) -> int:
     """Compare all token files of a dataset.json with their digests; how many bytes were read.
 
-    Raises DataError naming every file that is damaged.
+    Raises DataError naming every file that is damaged or missing.
     """
     read, wrong = 0, []
     for entry in _describe(path, {}):
-        file = TokenFile(_inside(path, entry["prefix"]))
+        prefix = _inside(path, entry["prefix"])
+        try:
+            file = TokenFile(prefix)
+        except DataError as error:
+            wrong.append(str(error))
+            continue
         for suffix, name in (("bin", file.bin), ("idx", file.idx)):
             expected = entry.get("sha256", {}).get(suffix)
+            if expected is None:
+                continue
             read += name.stat().st_size
-            if expected is not None and digest(name) != expected:
+            if digest(name) != expected:
                 wrong.append(f"{name}: its content is not what was prepared (sha256 differs)")
     if wrong:
         raise DataError("\n".join(wrong))
     return read
 
 
-def _slots(weights: Sequence[float], names: Sequence[str]) -> list[int]:
-    """BLOCK slots dealt by weight, largest remainders first."""
-    exact = [weight / sum(weights) * BLOCK for weight in weights]
-    slots = [int(share) for share in exact]
-    order = sorted(range(len(exact)), key=lambda j: slots[j] - exact[j])
-    for j in order[: BLOCK - sum(slots)]:
-        slots[j] += 1
-    if 0 in slots:
-        name = names[slots.index(0)]
-        raise DataError(f"data.path: the weight of {name} is below 1/{BLOCK} of all; leave it out or raise it")
-    return slots
-
-
 @functools.lru_cache(maxsize=256)
-def _key(seed: int, name: str, number: int) -> tuple[int, ...]:
-    data = (
-        hashlib.sha256(f"{seed} {name} {number}".encode()).digest()
-        + hashlib.sha256(f"{seed} {name} {number} ".encode()).digest()
-    )
-    return tuple(int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
+def _keys(seed: int, source: int, epoch: int) -> tuple[int, ...]:
+    data = hashlib.sha512(f"{seed} {source} {epoch}".encode()).digest()
+    return tuple(int.from_bytes(data[8 * j : 8 * j + 8], "little") for j in range(8))
 
 
-def permute(value: int, count: int, key: Sequence[int]) -> int:
-    """A permutation of 0 … count - 1 (Black & Rogaway 2002, "Ciphers with arbitrary finite domains")."""
-    half = max(2, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+def permute(value: int, count: int, keys: Sequence[int]) -> int:
+    """Where a permutation of 0 … count - 1 puts a value. The formula is at the top."""
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
+    left, right = divmod(value, b)
     while True:
-        left, right = value >> half, value & mask
-        for k in key:
-            left, right = right, left ^ (_mix(right ^ k) & mask)
-        value = left << half | right
-        if value < count:
-            return value
+        for j in range(0, len(keys), 2):
+            left = (left + _mix(right ^ keys[j])) % a
+            right = (right + _mix(left ^ keys[j + 1])) % b
+        if left * b + right < count:
+            return left * b + right
 
 
 def _mix(x: int) -> int:
-    """The finalizer of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
     return x ^ (x >> 31)

@@ -18,11 +18,15 @@ A document that can not be used does not end a preparation of hours. It is passe
 NUL and all other characters are text. A byte order mark at the start of a file is not.
 """
 
+import contextlib
 import errno
 import glob
 import hashlib
+import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +122,13 @@ class Documents:
             return self.sizes[first:last]
         import pyarrow.compute
 
+        column = self.table[first:last].column(self.field)
+        if pyarrow.types.is_null(column.type):
+            return np.zeros(len(column), np.int64)
+        if _is_json(column.type):
+            column = pyarrow.chunked_array([chunk.storage for chunk in column.chunks], pyarrow.string())
         # From the offsets alone, without touching the text.
-        lengths = pyarrow.compute.binary_length(self.table[first:last].column(self.field))
+        lengths = pyarrow.compute.binary_length(column)
         return np.asarray(lengths.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
 
 
@@ -137,14 +146,18 @@ class Task:
             for path in self.files:
                 yield _read_file(path)
             return
-        for value in table[self.first : self.last].column(field):
-            yield _text(value)
+        column = table[self.first : self.last].column(field)
+        json_inside = _is_json(column.type)
+        for value in column:
+            yield _text(value, json_inside)
 
 
-def _text(value: Any) -> str | Odd:
+def _text(value: Any, json_inside: bool) -> str | Odd:
     """An Arrow scalar as text."""
     try:
         content = value.as_py()
+        if json_inside and content is not None:
+            content = json.loads(content)
         if isinstance(content, bytes):
             content = content.decode()
     except UnicodeDecodeError:
@@ -173,8 +186,16 @@ def _read_file(path: str) -> str | Odd:
 def find(config: SourceConfig) -> Source:
     """Look for the documents. Raises DataError if the configuration names nothing, or kinds that do not go together."""
     place = Path(config.path).expanduser()
+    if place.exists() and config.config_name is not None:
+        raise DataError(
+            f"dataset.config_name: given {config.config_name}, but {config.path} is here, not on the Hub; leave it out"
+        )
     if place.is_dir():
         if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+            if config.data_files is not None or config.data_directory is not None:
+                raise DataError(
+                    f"dataset.data_files: {config.path} is a saved dataset; leave data_files and data_directory out"
+                )
             return Source(config, "saved", {}, None, None)
         return _in_folder(config, place)
     if place.is_file() or any(sign in config.path for sign in "*?["):
@@ -223,8 +244,12 @@ def _of_files(config: SourceConfig, files: list[str], root: Path | None = None) 
         raise DataError(f"dataset.path: {files[0]}: csv is not read; convert it to jsonl or parquet")
     if kind == "file" and config.split != "train":
         raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
+    if kind != "file":
+        files = [path for path in files if os.path.getsize(path)] or files  # `datasets` stumbles over empty ones
     names = [os.path.relpath(path, root) if root else os.path.basename(path) for path in files]
     sizes = np.array([os.path.getsize(path) for path in files], np.int64)
+    if not sizes.any():
+        raise DataError(f"dataset.path: {config.path}: nothing but empty files")
     digest = hashlib.sha256()
     for name, size in zip(names, sizes, strict=True):
         digest.update(os.fsencode(name) + b"\0%d\0" % size)
@@ -264,31 +289,34 @@ def open_documents(source: Source, loading_workers: int) -> Documents:
         return Documents(None, source.files["train"], source.sizes, config.field, source.digest)
     try:
         import datasets
-        import pyarrow.types
+        import pyarrow
     except ImportError as error:
         raise MissingPackage("datasets", "data", f"reading {config.path}") from error
-    try:
-        rows = _load(datasets, source, loading_workers if loading_workers > 1 else None)
-    except Exception as error:
-        causes = list(_causes(error))
-        for cause in causes:
-            if isinstance(cause, OSError) and cause.errno in _FULL:
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with _said_by_datasets() as said:
+        try:
+            rows = _load(datasets, source, loading_workers if loading_workers > 1 else None)
+        except Exception as error:
+            if any(isinstance(cause, OSError) and cause.errno in _FULL for cause in _causes(error)):
                 raise DataError(
-                    f"dataset.path: {config.path}: no room for it in the cache of `datasets`, {datasets.config.HF_CACHE_HOME};"
-                    " set HF_HOME to a larger disk"
+                    f"dataset.path: {config.path}: no room for it in the cache of `datasets`,"
+                    f" {datasets.config.HF_CACHE_HOME}; set HF_HOME to a folder on a larger disk"
                 ) from error
-        text = next((str(cause).strip() for cause in reversed(causes) if str(cause).strip()), type(error).__name__)
-        missing = "no such file or folder here, and from the Hugging Face Hub: " if source.kind == "hub" else ""
-        raise DataError(f"dataset.path: {config.path}: {missing}{text.splitlines()[0]}") from error
+            where = "no such file or folder here, and not from the Hugging Face Hub: " if source.kind == "hub" else ""
+            # What it logs names the file, what it raises does not.
+            reason = said[-1] if said and source.kind != "hub" else _reason(error)
+            raise DataError(f"dataset.path: {config.path}: {where}{reason}") from error
     if config.field not in rows.column_names:
         raise DataError(
             f"dataset.field: {config.path} has no column {config.field}; it has {', '.join(rows.column_names)}"
         )
     kind = rows.data.schema.field(config.field).type
     readable = ("is_string", "is_large_string", "is_binary", "is_large_binary", "is_null")
-    if not any(getattr(pyarrow.types, check)(kind) for check in readable):
+    if not any(getattr(pyarrow.types, check)(kind) for check in readable) and not _is_json(kind):
         raise DataError(f"dataset.field: column {config.field} of {config.path} holds {kind}, must be text")
-    digest = source.digest or _digest(rows)
+    # The fingerprint follows from the files' revision on the Hub, and is noted by save_to_disk.
+    digest = source.digest or hashlib.sha256(f"{rows._fingerprint} {rows.split}".encode()).hexdigest()
     return Documents(rows.select_columns([config.field]).with_format("arrow"), [], None, config.field, digest)
 
 
@@ -298,6 +326,8 @@ def _load(datasets: Any, source: Source, processes: int | None) -> Any:
     if source.kind == "saved":
         saved = datasets.load_from_disk(str(Path(config.path).expanduser()))
         if not isinstance(saved, datasets.DatasetDict):
+            if config.split not in ("train", str(saved.split)):
+                raise DataError(f"it has no split {config.split}; it is {saved.split or 'not split'}")
             return saved
         if config.split not in saved:
             raise DataError(f"it has no split {config.split}; it has {', '.join(saved)}")
@@ -314,11 +344,32 @@ def _load(datasets: Any, source: Source, processes: int | None) -> Any:
     return datasets.load_dataset(source.kind, data_files=source.files, split=config.split, num_proc=processes)
 
 
-def _digest(rows: Any) -> str:
-    """Of the files on the Hub with their revision, or of what save_to_disk noted."""
-    checksums = getattr(rows.info, "download_checksums", None)
-    content = sorted(checksums) if checksums else [str(rows._fingerprint)]
-    return hashlib.sha256("\0".join([*content, str(rows.split)]).encode()).hexdigest()
+def _is_json(kind: Any) -> bool:
+    """Whether a column has values of several kinds, which `datasets` keeps as JSON."""
+    return str(getattr(kind, "extension_name", "")) == "arrow.json"
+
+
+@contextlib.contextmanager
+def _said_by_datasets() -> Iterator[list[str]]:
+    """Collects the errors that `datasets` logs; it and the Hub's client print theirs once, not twice."""
+    said: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage().splitlines()[0])
+
+    collector = Collector(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    before = [logger.propagate for logger in loggers]
+    loggers[0].addHandler(collector)
+    for logger in loggers:
+        logger.propagate = False
+    try:
+        yield said
+    finally:
+        loggers[0].removeHandler(collector)
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -327,3 +378,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while at is not None:
         yield at
         at = at.__cause__ or at.__context__
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line: `datasets` wraps it, and its processes send it as text."""
+    for cause in _causes(error):
+        name, lines = type(cause).__name__, str(cause).strip().splitlines()
+        if name == "RemoteTraceback":
+            lines = [line for line in lines if re.match(r"[\w.]+: ", line)]
+        if lines and name != "DatasetGenerationError":
+            return lines[0]
+    return repr(error)

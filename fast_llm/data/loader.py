@@ -6,6 +6,7 @@ error in one of them is raised where the batch is taken. Resuming is a matter of
 Letters: B sequences of a micro-batch, S tokens of a sequence.
 """
 
+import functools
 import logging
 import time
 from collections import deque
@@ -91,7 +92,9 @@ class Loader:
         self.first_sample, self.steps = first_sample, steps
         self.isolate, self.pin, self.warn_ms = isolate, pin, warn_ms
         self.ahead = workers * prefetch
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
+        # A new thread begins on the first GPU; it must pin for this process's own.
+        begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
+        self.pool = ThreadPoolExecutor(workers, "batches", begin) if workers else None
         self.wait_seconds = 0.0
 
     def __enter__(self) -> "Loader":
@@ -163,8 +166,7 @@ class Loader:
             labels[row, begins[1:] - 1] = IGNORED
             targets -= len(begins) - 1
             lengths += row_lengths.tolist()
-        boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        boundaries[1:] = torch.cumsum(torch.tensor(lengths), 0)
+        boundaries = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
         return self._batch(tokens, labels, positions, Documents(tuple(lengths), boundaries, max(lengths)), targets)
 
     def _batch(

@@ -1,534 +1,620 @@
 """Documents in, token files out.
 
-Documents are rows of a table that `datasets` maps into memory. Worker processes read and tokenize ranges of
-rows; this process writes what they return in the rows' order, so the result does not depend on how many they
-are. A token file is whole or absent and leaves a small record beside it; a preparation that was broken off goes
-on behind the last record and ends with the same bytes.
+`output_path: X` gives
 
-What becomes of odd documents: an empty one, or a row without text, is passed over and counted; a source file
-that is not UTF-8 is passed over, counted and named; NULs and special tokens' spellings are ordinary text. All of
-these counts are in the metadata.
+    X/shard_<rank>_<i>.bin, .idx   tokens, whole or absent (tokenfile.py)
+    X/shard_<rank>_<i>.json        record: which rows, how many tokens, digests, settings
+    X/rank_<rank>.json             record: this rank is done
+    X/tokenizer/                   the tokenizer's files
+    X.json                         the metadata that training reads; written last, by the rank that is done last
+
+Rows are cut into ranges of about a megabyte of text. Worker processes read and tokenize them; this process writes what
+comes back, in the rows' order. A token file ends with the document that brings it to `tokens_per_shard`. So the bytes
+depend on documents, tokenizer and settings alone, not on the number of workers, and a preparation that was broken
+off at any moment does only the token files that have no record, and ends with the same bytes. Several nodes each take
+a contiguous part of the rows and meet in the folder alone.
+
+A document is [BOS] text [EOS]. What is inside the text never becomes BOS or EOS. Documents that can not be used are
+passed over and counted; documents.py lists the reasons.
+
+It costs what tokenizing costs (encode.py); memory is three results per worker in flight, some MB each, unless
+documents are huge. Killed workers and parents leave nothing behind.
 """
 
+import contextlib
 import errno
 import fcntl
-import glob
 import json
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.data import tokenizer as tokenizers
+from fast_llm.data import documents, tokenizer
+from fast_llm.data.documents import Documents, Odd, Task
+from fast_llm.data.encode import Encoder
 from fast_llm.data.tokenfile import TokenFileWriter
-from fast_llm.errors import DataError, MissingPackage
+from fast_llm.errors import DataError
 
 logger = logging.getLogger("fast_llm")
 
-_ROWS = 256  # read by a worker at a time
-_CHARACTERS = 2**22  # tokenized at a time
-_KINDS = {
-    ".parquet": "parquet",
-    ".json": "json",
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".jsonl.zst": "json",
-    ".json.gz": "json",
-    ".json.zst": "json",
-    ".arrow": "arrow",
-}
+FORMAT = "fast_llm dataset 1"
+_RANGE = 2**20  # bytes of text that a worker is given at a time
+_AHEAD = 3  # ranges in flight for each worker
+_EXAMPLES = 10  # documents passed over that are named
+_SAMPLE = 2**18  # bytes of text tokenized to estimate the whole
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Write token files and their metadata; the metadata's path.
+    """Write token files and, if this is the last rank to finish, their metadata, whose path is returned.
 
-    Raises DataError for documents, tokenizers and folders that do not fit, MissingPackage without `datasets`.
+    Started again, it goes on where it stopped. Raises DataError for documents, tokenizers, disks and folders that do not
+    fit, MissingPackage without `datasets` or huggingface_hub where they are needed.
     """
-    rank, world = _world(config)
+    rank, world = _rank(config)
     output = Path(config.output_path).expanduser()
-    loaded = tokenizers.load(config.tokenizer.path)
+    loaded = tokenizer.load(config.tokenizer.path)
     dtype = _dtype(config, loaded)
     front, back = _ends(config, loaded)
-    metadata = output.with_name(output.name + ".json")
+    settings = {
+        "dataset.split": config.dataset.split,
+        "dataset.field": config.dataset.field,
+        "tokenizer": loaded.fingerprint,
+        "tokenizer.bos": front,
+        "tokenizer.eos": back,
+        "dataset.data_type": str(dtype),
+        "tokens_per_shard": config.tokens_per_shard,
+        "distributed.world_size": world,
+    }
+    job = _Job(config, output, rank, world, loaded, dtype, front, back, settings)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with (output / f".lock_{rank}").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise DataError(f"{output}: is being prepared by another process; wait for it") from error
-            table = _Table.open(config)
-            settings = _settings(config, loaded, dtype, front, back, world, len(table))
-            first, last = rank * len(table) // world, (rank + 1) * len(table) // world
-            _write_shards(config, output, rank, table, (first, last), loaded, dtype, front, back, settings)
-            _finish(config, output, metadata, world, loaded, front, back, settings, table.skipped_files)
+        with _alone(job):
+            if _is_finished(job):
+                logger.info(f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}.")
+                return job.metadata
+            source = documents.open_documents(documents.find(config.dataset), config.loading_workers)
+            settings |= _identity(config, source)
+            for record in [*output.glob("shard_*_*.json"), *output.glob("rank_*.json")]:
+                _compare(record, settings)
+            job.metadata.unlink(missing_ok=True)  # of files that are gone: like them, it is whole or absent
+            _write_shards(job, source)
+            _finish(job, source)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
                 f"{output}: the disk is full; make room and start the same command again, it goes on where it stopped"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise DataError(f"{output}: can not be written to: {error.strerror}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise DataError(f"output_path: {output}: can not be written to: {error.strerror}") from error
         raise
-    return metadata
+    except KeyboardInterrupt:
+        logger.warning("Interrupted; the same command goes on where it stopped.")
+        raise
+    return job.metadata
 
 
-def _world(config: PrepareConfig) -> tuple[int, int]:
-    wanted = config.distributed
-    world = wanted.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    rank = wanted.rank if wanted.rank is not None else int(os.environ.get("RANK", "0"))
-    if rank >= world:
-        raise DataError(f"distributed.rank: given {rank}, must be below distributed.world_size {world}")
-    return rank, world
+@dataclass(frozen=True)
+class _Job:
+    """What does not change on the way."""
+
+    config: PrepareConfig
+    output: Path
+    rank: int
+    world: int
+    loaded: tokenizer.Loaded
+    dtype: np.dtype[Any]
+    front: int | None  # the token before each document
+    back: int | None  # and behind it
+    settings: dict[str, Any]
+    """All that decides the bytes of the token files; grows by the documents' identity once they are open."""
+
+    @property
+    def metadata(self) -> Path:
+        return self.output.with_name(self.output.name + ".json")
+
+    def prefix(self, number: int, rank: int | None = None) -> Path:
+        return self.output / f"shard_{self.rank if rank is None else rank}_{number}"
+
+    def done(self, rank: int) -> Path:
+        return self.output / f"rank_{rank}.json"
 
 
-def _dtype(config: PrepareConfig, loaded: tokenizers.Loaded) -> np.dtype[Any]:
-    """The smallest integer type for the vocabulary, or the one asked for."""
-    for name in ("uint8", "uint16", "int32"):
-        if loaded.vocab_size - 1 <= np.iinfo(name).max:
-            break
-    wanted = config.dataset.data_type
-    if wanted is None:
-        return np.dtype(name)
-    if loaded.vocab_size - 1 > np.iinfo(wanted).max:
+def _rank(config: PrepareConfig) -> tuple[int, int]:
+    """This node's number, and how many there are."""
+    found = {}
+    for name, given, default in (
+        ("rank", config.distributed.rank, None),
+        ("world_size", config.distributed.world_size, 1),
+    ):
+        text = os.environ.get(name.upper(), "")
+        if given is None and text and not text.isdecimal():
+            raise DataError(f"distributed.{name}: {name.upper()} of the environment is {text!r}, must be a number")
+        found[name] = given if given is not None else int(text) if text else default
+    rank, world = found["rank"], found["world_size"] or 1
+    if rank is None and world > 1:
         raise DataError(
-            f"dataset.data_type: given {wanted}, which ends at {np.iinfo(wanted).max}, but the tokenizer's largest token is"
-            f" {loaded.vocab_size - 1}; {name} holds it"
+            f"distributed.rank: missing, with distributed.world_size {world}; give each node its own, from 0 to {world - 1}"
+        )
+    if (rank or 0) >= world:
+        raise DataError(f"distributed.rank: given {rank}, must be below distributed.world_size {world}")
+    return rank or 0, world
+
+
+def _dtype(config: PrepareConfig, loaded: tokenizer.Loaded) -> np.dtype[Any]:
+    """The smallest integer type for the vocabulary, or the one asked for."""
+    largest = loaded.vocab_size - 1
+    smallest = next(name for name in ("uint8", "uint16", "int32", "int64") if largest <= np.iinfo(name).max)
+    wanted = config.dataset.data_type or smallest
+    if largest > np.iinfo(wanted).max:
+        raise DataError(
+            f"dataset.data_type: given {wanted}, which holds numbers up to {np.iinfo(wanted).max}, but the tokenizer's"
+            f" largest token is {largest}; {smallest} holds it"
         )
     return np.dtype(wanted)
 
 
-def _ends(config: PrepareConfig, loaded: tokenizers.Loaded) -> tuple[int | None, int | None]:
+def _ends(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int | None, int | None]:
     """The tokens before and behind each document."""
-    wanted = config.tokenizer
+    wanted, folder = config.tokenizer, loaded.path.parent
     if wanted.bos == "yes" and loaded.bos is None:
-        raise DataError(f"tokenizer.bos: given yes, but {loaded.path.parent} names no BOS token")
+        raise DataError(
+            f"tokenizer.bos: given yes, but {folder} names no BOS token; add bos_token to its tokenizer_config.json, or"
+            " set tokenizer.bos: no"
+        )
     if wanted.eos != "no" and loaded.eos is None:
         raise DataError(
-            f"tokenizer.eos: {loaded.path.parent} names no EOS token, without which documents run together; add eos_token"
-            " to its tokenizer_config.json, or set tokenizer.eos: no"
+            f"tokenizer.eos: {folder} names no EOS token, without which documents run together; add eos_token to its"
+            " tokenizer_config.json, or set tokenizer.eos: no"
         )
     front = loaded.bos if wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos) else None
     return front, None if wanted.eos == "no" else loaded.eos
 
 
-@dataclass
-class _Table:
-    """Rows of documents. Opened anew in every worker, since a memory map is not sent between processes."""
+def _identity(config: PrepareConfig, source: Documents) -> dict[str, Any]:
+    """Which documents these are. The path of local ones may change: their names and sizes may not."""
+    return {"documents": len(source), "digest of the documents": source.digest}
 
-    rows: Any  # a datasets.Dataset, or a list of files
-    field: str
-    skipped_files: list[str]
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def texts(self, first: int, last: int) -> list[str | None]:
-        """The documents of rows [first, last); None for what is no text."""
-        if isinstance(self.rows, list):
-            return [_read_file(path) for path in self.rows[first:last]]
-        return [text if isinstance(text, str) else None for text in self.rows[first:last][self.field]]
-
-    @staticmethod
-    def open(config: PrepareConfig) -> "_Table":
-        source = config.dataset
-        files = _local_files(config)
-        if files is not None and not files:
-            raise DataError(f"dataset.path: {source.path} holds no files to read")
-        if files is not None and _kind(files[0]) is None:
-            return _Table(files, source.field, [])
+@contextlib.contextmanager
+def _alone(job: _Job) -> Iterator[None]:
+    """Two processes must not write the same files."""
+    with (job.output / f".lock_{job.rank}").open("w") as lock:
         try:
-            import datasets
-        except ImportError as error:
-            raise MissingPackage("datasets", "data", "prepare") from error
-        datasets.disable_progress_bars()
-        workers = config.loading_workers if config.loading_workers > 1 else None
-        try:
-            if files is None and (Path(source.path) / "state.json").is_file():
-                rows = datasets.load_from_disk(source.path)
-            elif files is not None:
-                kind = _kind(files[0])
-                rows = datasets.load_dataset(kind, data_files=files, split="train", num_proc=workers)
-            else:
-                rows = datasets.load_dataset(
-                    source.path,
-                    name=source.config_name,
-                    data_dir=source.data_directory,
-                    data_files=source.data_files,
-                    split=source.split,
-                    num_proc=workers,
-                )
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DataError(f"dataset.path: {source.path} can not be read: {_reason(error)}") from error
-        except Exception as error:
-            raise DataError(f"dataset.path: {source.path} can not be read: {_reason(error)}") from error
-        if source.field not in rows.column_names:
-            raise DataError(
-                f"dataset.field: {source.path} has no column {source.field}; it has {', '.join(rows.column_names)}"
-            )
-        return _Table(rows, source.field, [])
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{job.output}: another process is preparing rank {job.rank} of it; wait for it") from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(f"{job.output}: can not be locked ({error.strerror}); never start two at once.")
+        yield
 
 
-def _reason(error: BaseException) -> str:
-    """The first cause: `datasets` wraps what went wrong."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _is_finished(job: _Job) -> bool:
+    """Whether there is nothing left to do. Raises DataError if it was finished with other settings."""
+    if not job.metadata.exists():
+        return False
+    if _load(job.metadata).get("format") != FORMAT:
+        raise DataError(
+            f"output_path: {job.output}: its metadata would overwrite {job.metadata}; choose another output_path"
+        )
+    if not (job.output / "tokenizer").is_dir() or not all(job.done(rank).exists() for rank in range(job.world)):
+        return False
+    settings = dict(job.settings)
+    with contextlib.suppress(DataError):  # the documents may have been deleted since
+        source = documents.find(job.config.dataset)
+        if source.digest is not None:
+            settings["digest of the documents"] = source.digest
+    for rank in range(job.world):
+        _compare(job.done(rank), settings)
+    return all(_is_done(job, rank) for rank in range(job.world))
 
 
-def _local_files(config: PrepareConfig) -> list[str] | None:
-    """The files that the configuration names on this machine, sorted; None if it names a Hub dataset."""
-    source = config.dataset
-    place = Path(source.path).expanduser()
-    if (place / "state.json").is_file():
-        return None
-    if place.is_file():
-        return [str(place)]
-    if place.is_dir():
-        root = place / source.data_directory if source.data_directory else place
-        patterns = source.data_files or "**/*"
-        found = {
-            path
-            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-            for path in glob.glob(str(root / pattern), recursive=True)
-        }
-        files = sorted(path for path in found if Path(path).is_file() and not Path(path).name.startswith("."))
-        if source.data_files is None:
-            tables = [path for path in files if _kind(path) is not None]
-            files = tables or files
-        kinds = {_kind(path) for path in files}
-        if len(kinds) > 1:
-            names = ", ".join(sorted(str(kind or "text") for kind in kinds))
-            raise DataError(
-                f"dataset.path: {source.path} mixes kinds of files ({names}); choose with dataset.data_files"
-            )
-        return files
-    if any(sign in source.path for sign in "*?["):
-        return sorted(path for path in glob.glob(str(place), recursive=True) if Path(path).is_file())
-    if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1:
-        raise DataError(f"dataset.path: {source.path}: no such file or folder")
-    return None
+def _is_done(job: _Job, rank: int) -> bool:
+    """Whether a rank has done all it has to, and nothing has become of it."""
+    path = job.done(rank)
+    return path.exists() and all(_intact(job, rank, number) for number in range(_load(path)["shards"]))
 
 
-def _kind(path: str) -> str | None:
-    """Which builder of `datasets` reads a file; None: a document of plain text."""
-    suffixes = Path(path).suffixes
-    return _KINDS.get("".join(suffixes[-2:])) or _KINDS.get("".join(suffixes[-1:]))
-
-
-def _read_file(path: str) -> str | None:
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _settings(
-    config: PrepareConfig,
-    loaded: tokenizers.Loaded,
-    dtype: np.dtype[Any],
-    front: int | None,
-    back: int | None,
-    world: int,
-    rows: int,
-) -> dict[str, Any]:
-    """What decides the bytes of the token files."""
-    source = config.dataset
-    return {
-        "dataset": [
-            source.path,
-            source.config_name,
-            source.data_directory,
-            source.data_files,
-            source.split,
-            source.field,
-        ],
-        "rows": rows,
-        "tokenizer": loaded.fingerprint,
-        "bos": front,
-        "eos": back,
-        "data_type": str(dtype),
-        "tokens_per_shard": config.tokens_per_shard,
-        "world_size": world,
-    }
-
-
-def _write_shards(
-    config: PrepareConfig,
-    output: Path,
-    rank: int,
-    table: _Table,
-    rows: tuple[int, int],
-    loaded: tokenizers.Loaded,
-    dtype: np.dtype[Any],
-    front: int | None,
-    back: int | None,
-    settings: dict[str, Any],
-) -> None:
-    """Tokenize rows [first, last) into shard_<rank>_0, shard_<rank>_1, …"""
-    done = _records(output, rank)
-    if (output / f"rank_{rank}.json").exists():
-        _same_settings(output / f"rank_{rank}.json", settings)
-        return
-    for path in done:
-        _same_settings(path, settings)
-    at = _load(done[-1])["next_row"] if done else rows[0]
-    number = len(done)
-    if not config.dataset.disable_disk_space_check:
-        _check_space(output, table, (at, rows[1]), dtype)
-    for stray in output.glob(f"shard_{rank}_*.partial"):
-        stray.unlink()
-    writer: TokenFileWriter | None = None
-    counts = _Counts()
-    progress = _Progress(rows[1] - at)
-    _State.table, _State.loaded, _State.front, _State.back, _State.dtype = table, loaded, front, back, dtype
-    total_tokens = 0
-    for first, part in _tokenized(config, (at, rows[1])):
-        data = np.frombuffer(part.tokens, dtype)
-        begin = 0
-        for row, length in zip(part.rows, part.lengths, strict=True):
-            if writer is None:
-                writer = TokenFileWriter(output / f"shard_{rank}_{number}", dtype)
-                counts = _Counts()
-            writer.append(data[begin : begin + length])
-            begin += length
-            counts.largest = max(counts.largest, part.largest)
-            if writer.tokens >= config.tokens_per_shard:
-                _close(writer, output, rank, number, first + row + 1, counts, settings)
-                writer, number = None, number + 1
-        counts.skipped += part.skipped
-        counts.named += part.named
-        total_tokens += len(data)
-        progress.show(first + part.read - at, total_tokens)
-    if writer is not None:
-        _close(writer, output, rank, number, rows[1], counts, settings)
-    progress.finish(total_tokens)
-    for name in counts.named[:10]:
-        logger.warning(f"Passed over, since it is not UTF-8: {name}")
-    _write_json(output / f"rank_{rank}.json", {"settings": settings, "shards": len(_records(output, rank))})
-
-
-@dataclass
-class _Counts:
-    """What is counted on the way."""
-
-    largest: int = -1
-    skipped: int = 0
-    named: list[str] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.named = []
-
-
-@dataclass
-class _Part:
-    """What a worker made of a range of rows."""
-
-    tokens: bytes
-    lengths: list[int]
-    rows: list[int]  # of each document, within the range
-    read: int
-    largest: int
-    skipped: int
-    named: list[str]
-
-
-class _State:
-    """What workers inherit when they are forked."""
-
-    table: _Table
-    loaded: tokenizers.Loaded
-    front: int | None
-    back: int | None
-    dtype: np.dtype[Any]
-
-
-def _tokenized(config: PrepareConfig, rows: tuple[int, int]) -> Iterator[tuple[int, _Part]]:
-    """Ranges of rows and what became of them, in order."""
-    ranges = [(begin, min(begin + _ROWS, rows[1])) for begin in range(rows[0], rows[1], _ROWS)]
-    if config.tokenize_workers == 1:
-        for part in ranges:
-            yield part[0], _tokenize(part)
-        return
-    # Forked, so that workers share the memory map; no thread runs in this process by now.
-    with multiprocessing.get_context("fork").Pool(config.tokenize_workers) as pool:
-        for part, result in zip(ranges, pool.imap(_tokenize, ranges), strict=True):
-            yield part[0], result
-
-
-def _tokenize(rows: tuple[int, int]) -> _Part:
-    """Tokens of rows [first, last)."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    loaded, front, back = _State.loaded, _State.front, _State.back
-    # The spelling of a special token inside a document is text, not a token: no document can end itself.
-    loaded.tokenizer.encode_special_tokens = True
-    part = _Part(b"", [], [], rows[1] - rows[0], -1, 0, [])
-    ids: list[np.ndarray[Any, Any]] = []
-    pending: list[tuple[int, str]] = []
-    size = 0
-
-    def encode() -> None:
-        for (row, _), encoding in zip(
-            pending,
-            loaded.tokenizer.encode_batch_fast([text for _, text in pending], add_special_tokens=False),
-            strict=True,
-        ):
-            tokens = encoding.ids
-            document = [
-                *([front] if front is not None else []),
-                *tokens,
-                *([back] if back is not None else []),
-            ]
-            ids.append(np.array(document, dtype=np.int64))
-            part.lengths.append(len(document))
-            part.rows.append(row)
-        pending.clear()
-
-    for row, text in enumerate(_State.table.texts(*rows)):
-        if not text:
-            part.skipped += 1
-            if text is None and isinstance(_State.table.rows, list):
-                part.named.append(_State.table.rows[rows[0] + row])
-            continue
-        pending.append((row, text))
-        size += len(text)
-        if size >= _CHARACTERS:
-            encode()
-            size = 0
-    encode()
-    if ids:
-        flat = np.concatenate(ids)
-        part.largest = int(flat.max(initial=-1))
-        part.tokens = flat.astype(_State.dtype).tobytes()
-    return part
-
-
-def _close(
-    writer: TokenFileWriter,
-    output: Path,
-    rank: int,
-    number: int,
-    next_row: int,
-    counts: _Counts,
-    settings: dict[str, Any],
-) -> None:
-    """Publish a token file, then its record."""
-    info = writer.close()
-    _write_json(
-        output / f"shard_{rank}_{number}.json",
-        {
-            "documents": info.documents,
-            "tokens": info.tokens,
-            "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx},
-            "next_row": next_row,
-            "max_token_id": counts.largest,
-            "settings": settings,
-        },
-    )
-
-
-def _records(output: Path, rank: int) -> list[Path]:
-    """The records of this rank's finished token files, in order, without a gap."""
-    found: list[Path] = []
-    while (path := output / f"shard_{rank}_{len(found)}.json").exists():
-        found.append(path)
-    return found
-
-
-def _same_settings(path: Path, settings: dict[str, Any]) -> None:
+def _compare(path: Path, settings: dict[str, Any]) -> None:
+    """Raises DataError if a record was made with other settings."""
     before = _load(path)["settings"]
     for name, value in settings.items():
-        if before.get(name) != value:
-            raise DataError(
-                f"{path.parent}: was begun with {name} {json.dumps(before.get(name))}, now it is {json.dumps(value)};"
-                " set it back, or choose another output_path or an empty one"
-            )
+        if before.get(name, value) == value:
+            continue
+        difference = f"{name} {json.dumps(before[name])}, now it is {json.dumps(value)}"
+        if name == "tokenizer":
+            difference = "another tokenizer"
+        elif name.startswith("digest"):
+            difference = "other documents than are there now (their names, sizes or revision differ)"
+        raise DataError(
+            f"{path.parent}: was begun with {difference}; set it back, choose another output_path, or delete {path.parent}"
+        )
 
 
-def _finish(
-    config: PrepareConfig,
-    output: Path,
-    metadata: Path,
-    world: int,
-    loaded: tokenizers.Loaded,
-    front: int | None,
-    back: int | None,
-    settings: dict[str, Any],
-    skipped_files: list[str],
+def _intact(job: _Job, rank: int, number: int) -> dict[str, Any] | None:
+    """The record of a token file that is there and has the right size."""
+    prefix = job.prefix(number, rank)
+    path = prefix.with_name(prefix.name + ".json")
+    if not path.exists():
+        return None
+    record = _load(path)
+    sizes = {
+        ".bin": record["tokens"] * job.dtype.itemsize,
+        ".idx": 34 + 12 * record["documents"] + 8 * (record["documents"] + 1),
+    }
+    for suffix, size in sizes.items():
+        file = prefix.with_name(prefix.name + suffix)
+        if not file.exists() or file.stat().st_size != size:
+            logger.warning(f"{file}: is missing or damaged; it is made again.")
+            return None
+    return record
+
+
+def _gaps(job: _Job, first: int, last: int) -> list[tuple[int, int, int]]:
+    """What is left to do of rows [first, last): number of the first token file, its first row, behind its last row."""
+    gaps: list[tuple[int, int, int]] = []
+    names = job.output.glob(f"shard_{job.rank}_*.json")
+    numbers = sorted(int(path.stem.rpartition("_")[2]) for path in names)
+    number, row = 0, first
+    for there in numbers:
+        record = _intact(job, job.rank, there)
+        if record is None:
+            continue
+        if there > number:
+            gaps.append((number, row, record["first_row"]))
+        number, row = there + 1, record["next_row"]
+    if row < last:
+        gaps.append((number, row, last))
+    return gaps
+
+
+@dataclass
+class _Skipped:
+    """Documents that were passed over."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: list[list[str]] = field(default_factory=list)
+    """Where and why, of the first few."""
+
+    def add(self, where: str, reason: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append([where, reason])
+
+
+def _write_shards(job: _Job, source: Documents) -> None:
+    """Tokenize this rank's rows into shard_<rank>_0, shard_<rank>_1, …"""
+    first, last = (part * len(source) // job.world for part in (job.rank, job.rank + 1))
+    gaps = _gaps(job, first, last)
+    rows = sum(end - begin for _, begin, end in gaps)
+    if rows < last - first:
+        logger.info(f"{job.output}: goes on with {rows:,} of {last - first:,} rows left.")
+    worker = _Worker(*_parts(job, source))
+    _check_space(job, source, worker.encoder)
+    for stray in job.output.glob(f"shard_{job.rank}_*.partial"):
+        stray.unlink()
+    progress = _Progress(rows)
+    rest = _Skipped()  # behind the last token file
+    with _pool(job, source, worker) as tokenized:
+        for number, begin, end in gaps:
+            rest = _fill(job, source, tokenized(begin, end), number, (begin, end), progress)
+    progress.finish()
+    content = {"shards": _count(job), "skipped": rest.counts, "examples": rest.examples, "settings": job.settings}
+    _write_json(job.done(job.rank), job.rank, content)
+
+
+def _count(job: _Job) -> int:
+    return len(list(job.output.glob(f"shard_{job.rank}_*.json")))
+
+
+def _fill(
+    job: _Job,
+    source: Documents,
+    parts: "Iterator[_Part]",
+    number: int,
+    rows: tuple[int, int],
+    progress: "_Progress",
+) -> _Skipped:
+    """Write token files from `number` on; what was passed over behind the last of them."""
+    writer: TokenFileWriter | None = None
+    skipped, first_row, largest = _Skipped(), rows[0], -1
+    try:
+        for part in parts:
+            tokens = np.frombuffer(part.tokens, job.dtype)
+            ends = np.cumsum(part.lengths)
+            odd = deque(part.odd)
+            at, row = 0, part.first
+            while row < part.last:
+                begin = int(ends[at - 1]) if at else 0
+                room = job.config.tokens_per_shard - (writer.tokens if writer is not None else 0)
+                # Up to and including the document that fills the token file.
+                until = min(int(np.searchsorted(ends, begin + room)) + 1, len(ends))
+                if until > at:
+                    writer = writer or TokenFileWriter(job.prefix(number), job.dtype)
+                    some = tokens[begin : int(ends[until - 1])]
+                    writer.append_many(some, part.lengths[at:until])
+                    largest = max(largest, int(some.max()))
+                full = writer is not None and writer.tokens >= job.config.tokens_per_shard
+                row = int(part.rows[until - 1]) + 1 if full else part.last
+                while odd and odd[0][0] < row:
+                    place, reason = odd.popleft()
+                    skipped.add(source.name(place), reason)
+                    progress.say(source.name(place), reason)
+                if full and writer is not None:
+                    _publish(job, writer, number, (first_row, row), largest, skipped)
+                    writer, number = None, number + 1
+                    skipped, first_row, largest = _Skipped(), row, -1
+                at = until
+            progress.show(part.last - part.first, len(part.lengths), len(tokens))
+        if writer is not None:
+            _publish(job, writer, number, (first_row, rows[1]), largest, skipped)
+            writer, skipped = None, _Skipped()
+        return skipped
+    finally:
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.abandon()
+
+
+def _publish(
+    job: _Job, writer: TokenFileWriter, number: int, rows: tuple[int, int], largest: int, skipped: _Skipped
 ) -> None:
-    """Write the metadata, once all ranks are done: whoever is last does it."""
-    if not all((output / f"rank_{rank}.json").exists() for rank in range(world)):
-        logger.info(f"This part is done; the last of the {world} writes {metadata}.")
-        return
-    folder = output / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    for file in loaded.files:
-        shutil.copyfile(file, folder / file.name)
-    records = [
-        (path.name.removesuffix(".json"), _load(path)) for rank in range(world) for path in _records(output, rank)
-    ]
-    if not records:
-        raise DataError(f"dataset.path: {config.dataset.path} holds no text in its column {config.dataset.field}")
-    total = sum(record["tokens"] for _, record in records)
+    """Finish a token file, then write its record: from then on it is never made again."""
+    info = writer.close()
     content = {
-        "format": "fast_llm dataset 1",
+        "first_row": rows[0],
+        "next_row": rows[1],
+        "documents": info.documents,
+        "tokens": info.tokens,
+        "max_token_id": largest,
+        "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx},
+        "skipped": skipped.counts,
+        "examples": skipped.examples,
+        "settings": job.settings,
+    }
+    prefix = job.prefix(number)
+    _write_json(prefix.with_name(prefix.name + ".json"), job.rank, content)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a worker made of rows [first, last)."""
+
+    first: int
+    last: int
+    tokens: bytes
+    lengths: NDArray[np.int64]  # of each document, in tokens
+    rows: NDArray[np.int64]  # and where it comes from
+    odd: list[tuple[int, str]]  # rows that were passed over, and why
+
+
+class _Worker:
+    """Reads and tokenizes; one per process."""
+
+    def __init__(
+        self,
+        table: Any | None,
+        field: str,
+        loaded: tokenizer.Loaded,
+        dtype: np.dtype[Any],
+        front: int | None,
+        back: int | None,
+    ):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
+        self.table, self.field = table, field
+        self.encoder = Encoder(loaded.tokenizer, dtype)
+        self.front, self.back = (np.array([] if token is None else [token], dtype).tobytes() for token in (front, back))
+        self.ends = np.array([token for token in (loaded.bos, loaded.eos) if token is not None], dtype)
+
+    def tokenize(self, task: Task) -> _Part:
+        texts: list[str] = []
+        rows: list[int] = []
+        odd: list[tuple[int, str]] = []
+        for row, text in enumerate(task.read(self.table, self.field), task.first):
+            if isinstance(text, Odd):
+                odd.append((row, text.reason))
+            else:
+                texts.append(text)
+                rows.append(row)
+        pieces: list[bytes] = []
+        lengths: list[int] = []
+        kept: list[int] = []
+        for row, content in zip(rows, self.encoder.encode(texts), strict=True):
+            if content is None:
+                odd.append((row, "untokenizable"))
+            elif not content:
+                odd.append((row, "empty"))
+            elif np.isin(np.frombuffer(content, self.ends.dtype), self.ends).any():
+                odd.append((row, "ends_itself"))
+            else:
+                pieces += (self.front, content, self.back)
+                lengths.append((len(self.front) + len(content) + len(self.back)) // self.ends.itemsize)
+                kept.append(row)
+        return _Part(
+            task.first, task.last, b"".join(pieces), np.array(lengths, np.int64), np.array(kept, np.int64), sorted(odd)
+        )
+
+
+def _parts(job: _Job, source: Documents) -> tuple[Any, ...]:
+    """What a _Worker is made of."""
+    return source.table, source.field, job.loaded, job.dtype, job.front, job.back
+
+
+_worker: _Worker  # of this process, if it was started by _pool
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _start(*parts: Any) -> None:
+    """Begin a worker process."""
+    # The parent hears of Ctrl-C; and if it is killed, its workers must not wait for it forever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    global _worker
+    _worker = _Worker(*parts)
+
+
+def _tokenize(task: Task) -> _Part:
+    return _worker.tokenize(task)
+
+
+@contextlib.contextmanager
+def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[int, int], Iterator[_Part]]]:
+    """Gives a function from rows [first, last) to what becomes of them, range by range and in order."""
+    workers = job.config.tokenize_workers
+    if workers == 1:
+        yield lambda first, last: (worker.tokenize(source.task(*rows)) for rows in source.ranges(first, last, _RANGE))
+        return
+    # Spawned, since forked processes would inherit our locks, and those of the threads that libraries keep.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, _parts(job, source))
+
+    def tokenized(first: int, last: int) -> Iterator[_Part]:
+        waiting: deque[Future[_Part]] = deque()
+        for rows in source.ranges(first, last, _RANGE):
+            waiting.append(pool.submit(_tokenize, source.task(*rows)))
+            if len(waiting) >= _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        yield tokenized
+    except BrokenProcessPool as error:
+        raise DataError(
+            "tokenize_workers: a worker process died, most likely for want of memory; lower tokenize_workers"
+            f" (now {workers}) and start the same command again, it goes on where it stopped"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:
+    """Raises DataError if a sample of the documents says that the token files will not fit on the disk."""
+    if job.config.dataset.disable_disk_space_check or not len(source):
+        return
+    texts: list[str] = []
+    size = 0
+    for row in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(np.int64).tolist():
+        for text in source.task(row, row + 1).read(source.table, source.field):
+            if isinstance(text, str) and size < _SAMPLE:
+                texts.append(text[:_SAMPLE])
+                size += len(texts[-1].encode(errors="surrogatepass"))
+    sample = sum(len(content or b"") for content in encoder.encode(texts))
+    in_all = sample / max(size, 1) * source.bytes + (20 + 2 * job.dtype.itemsize) * len(source)
+    there = sum(path.stat().st_size for path in job.output.glob("shard_*.*"))
+    free = shutil.disk_usage(job.output).free
+    if in_all - there > free:
+        raise DataError(
+            f"output_path: {job.output}: the token files will need about {(in_all - there) / 1e9:.3g} GB more, but"
+            f" {free / 1e9:.3g} GB are free; make room, or set dataset.disable_disk_space_check: yes"
+        )
+
+
+def _finish(job: _Job, source: Documents) -> None:
+    """Write the metadata, once all ranks are done."""
+    missing = [rank for rank in range(job.world) if not _is_done(job, rank)]
+    if missing:
+        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        logger.info(f"Rank {job.rank} is done. {job.metadata} is written when rank {names} is.")
+        return
+    shards: list[tuple[str, dict[str, Any]]] = []
+    records: list[dict[str, Any]] = []
+    for rank in range(job.world):
+        done = _load(job.done(rank))
+        _compare(job.done(rank), job.settings)
+        mine = [job.prefix(number, rank) for number in range(done["shards"])]
+        found = [(prefix.name, _load(prefix.with_name(prefix.name + ".json"))) for prefix in mine]
+        shards += found
+        records += [*(record for _, record in found), done]
+    skipped = {
+        reason: count
+        for reason in documents.REASONS
+        if (count := sum(record["skipped"].get(reason, 0) for record in records))
+    }
+    config = job.config.dataset
+    if not shards:
+        why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are none"
+        raise DataError(f"dataset.path: {config.path} has no document to write: {why}")
+    _copy_tokenizer(job)
+    tokens = sum(record["tokens"] for _, record in shards)
+    count = sum(record["documents"] for _, record in shards)
+    content = {
+        "format": FORMAT,
         "datasets": [
             {
-                "prefix": f"{output.name}/{prefix}",
+                "prefix": f"{job.output.name}/{name}",
                 "num_documents": record["documents"],
                 "num_tokens": record["tokens"],
-                "weight": record["tokens"] / total,
-                "dtype": settings["data_type"],
+                "weight": record["tokens"] / tokens,
+                "dtype": str(job.dtype),
                 "sha256": record["sha256"],
             }
-            for prefix, record in records
+            for name, record in shards
         ],
         "tokenizer": {
-            "fingerprint": loaded.fingerprint,
-            "vocab_size": loaded.vocab_size,
-            "bos": loaded.bos,
-            "eos": loaded.eos,
-            "writes_bos": front is not None,
-            "writes_eos": back is not None,
-            "path": f"{output.name}/tokenizer",
+            "fingerprint": job.loaded.fingerprint,
+            "vocab_size": job.loaded.vocab_size,
+            "bos": job.loaded.bos,
+            "eos": job.loaded.eos,
+            "writes_bos": job.front is not None,
+            "writes_eos": job.back is not None,
+            "path": f"{job.output.name}/tokenizer",
         },
-        "max_token_id": max(record["max_token_id"] for _, record in records),
-        "num_documents": sum(record["documents"] for _, record in records),
-        "num_tokens": total,
-        "skipped_documents": settings["rows"] - sum(record["documents"] for _, record in records),
-        "source": settings["dataset"],
+        "max_token_id": max(record["max_token_id"] for _, record in shards),
+        "num_documents": count,
+        "num_tokens": tokens,
+        "skipped_documents": sum(skipped.values()),
+        "skipped": skipped,
+        "skipped_examples": [example for record in records for example in record["examples"]][:_EXAMPLES],
+        "source": {
+            "path": config.path,
+            "config_name": config.config_name,
+            "data_directory": config.data_directory,
+            "data_files": config.data_files,
+            "split": config.split,
+            "field": config.field,
+            "documents": len(source),
+            "digest": source.digest,
+        },
     }
-    _write_json(metadata, content)
+    _write_json(job.metadata, job.rank, content)
+    passed = (
+        f"; passed over {', '.join(f'{number:,} {reason}' for reason, number in skipped.items())}" if skipped else ""
+    )
     logger.info(
-        f"{metadata}: {content['num_documents']:,} documents, {total:,} tokens as {settings['data_type']} in"
-        f" {len(records)} token file{'s' if len(records) > 1 else ''}, {content['skipped_documents']:,} rows passed over"
+        f"{job.metadata}: {count:,} documents, {tokens:,} tokens as {job.dtype} in {len(shards):,}"
+        f" token file{'s' if len(shards) > 1 else ''}{passed}"
     )
 
 
-def _check_space(output: Path, table: _Table, rows: tuple[int, int], dtype: np.dtype[Any]) -> None:
-    """Estimate from a sample of rows whether the token files will fit: four characters are about a token."""
-    if rows[1] <= rows[0]:
-        return
-    sample = table.texts(rows[0], min(rows[0] + 100, rows[1]))
-    characters = sum(len(text or "") for text in sample) / len(sample) * (rows[1] - rows[0])
-    needed, free = int(characters / 4 * dtype.itemsize), shutil.disk_usage(output).free
-    if needed > free:
-        raise DataError(
-            f"{output}: the tokens will need about {needed / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free; make room, or set"
-            " dataset.disable_disk_space_check: yes"
-        )
+def _copy_tokenizer(job: _Job) -> None:
+    folder = job.output / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    for file in job.loaded.files:
+        name = tokenizer.MAIN if file == job.loaded.path else file.name
+        partial = folder / f"{name}.{job.rank}.partial"
+        shutil.copyfile(file, partial)
+        partial.replace(folder / name)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -536,11 +622,12 @@ def _load(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_bytes())
         return content
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged; delete it and start again: {error}") from error
+        raise DataError(f"{path}: damaged: {error}; delete it and start the same command again") from error
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _write_json(path: Path, rank: int, content: dict[str, Any]) -> None:
+    """Whole or absent, also after a power cut."""
+    partial = path.with_name(f"{path.name}.{rank}.partial")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
@@ -550,32 +637,42 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class _Progress:
-    """Documents, tokens, tokens per second and time left, on stderr every few seconds."""
+    """Rows, tokens, tokens per second and time left, on stderr every few seconds."""
 
     def __init__(self, rows: int):
         self.rows = rows
-        self.started = time.monotonic()
-        self.shown = self.started
+        self.done = self.documents = self.tokens = self.named = 0
+        self.started = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
-    def show(self, done: int, tokens: int) -> None:
+    def say(self, where: str, reason: str) -> None:
+        """Name a document that was passed over, unless there were several already."""
+        self.named += reason != "empty"
+        if reason != "empty" and self.named <= _EXAMPLES:
+            last = "; further ones are only counted" if self.named == _EXAMPLES else ""
+            logger.warning(f"Passed over ({reason}): {where}{last}")
+
+    def show(self, rows: int, documents: int, tokens: int) -> None:
+        """So many more are done."""
+        self.done, self.documents, self.tokens = self.done + rows, self.documents + documents, self.tokens + tokens
         now = time.monotonic()
-        if now - self.shown < (0.5 if self.terminal else 10) or not done:
+        if now - self.shown < (0.5 if self.terminal else 5):
             return
-        self.shown = now
-        left = (now - self.started) / done * (self.rows - done)
-        rate = tokens / (now - self.started)
-        share = 100 * done / self.rows
+        self.shown, seconds = now, now - self.started
+        left = seconds / self.done * (self.rows - self.done)
         line = (
-            f"{done:,}/{self.rows:,} rows ({share:.0f} %), {tokens:,} tokens, {rate:,.0f} tokens/s, {left:,.0f} s left"
+            f"{100 * self.done / self.rows:.1f} %, {self.documents:,} documents, {self.tokens:,} tokens,"
+            f" {self.tokens / seconds:,.0f} tokens/s, {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
         )
         sys.stderr.write(f"\r\x1b[K{line}" if self.terminal else line + "\n")
         sys.stderr.flush()
 
-    def finish(self, tokens: int) -> None:
+    def finish(self) -> None:
+        """The last word."""
         if self.terminal:
             sys.stderr.write("\r\x1b[K")
         seconds = max(time.monotonic() - self.started, 1e-9)
         logger.info(
-            f"Tokenized {self.rows:,} rows: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s."
+            f"Tokenized {self.documents:,} documents: {self.tokens:,} tokens in {seconds:,.1f} s,"
+            f" {self.tokens / seconds:,.0f} tokens/s."
         )

@@ -12,16 +12,28 @@
     34+4N      8·N       i64 first byte of each document in .bin
     34+12N     8·(N+1)   i64 0 … N
 
-Version 2 has one more byte at 17 that says whether loss-masking spans follow the first bytes: i32 [N] how
-many, then i32 [that many, 2]. Files are memory mapped: opening one costs nothing, however large. Every length
-and offset is checked against the files' sizes before anything is mapped or allocated.
+Version 2 has one more byte at 17, which says whether spans that are masked in the loss follow the first bytes:
+i32 [N] how many, then i32 [that many, 2]. They are passed over.
+
+Every length and offset is checked against the files' sizes before anything is mapped or allocated. Opening reads
+the index once (12 bytes a document) and keeps none of it: it stays mapped, shared by all processes of a machine.
+Tokens are read with `pread`, not through a map, for a file that shrinks or a disk that fails is then an error with
+a name instead of the end of the process (SIGBUS). Two file descriptors a pair; sizes are those of the disk.
 """
 
+import bisect
+import contextlib
+import errno
 import hashlib
+import mmap
 import os
+import resource
+import stat
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +51,11 @@ TYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 CODES = {np.dtype(kind): code for code, kind in TYPES.items()}
+LONGEST = 2**31 - 1  # tokens of a document
 Tokens = NDArray[Any]
+T = TypeVar("T")
 _STRETCH = 2**20  # documents checked at a time
+_MOST_FILES = 2**16  # open at once, if the system lets us
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,8 @@ class TokenFileWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix = prefix
-        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.code = CODES[np.dtype(dtype)]
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.lengths: list[NDArray[np.int32]] = []
         self.tokens = 0
         self.documents = 0
@@ -71,8 +86,21 @@ class TokenFileWriter:
         self.append_many(tokens, np.array([len(tokens)]))
 
     def append_many(self, tokens: Tokens, lengths: NDArray[Any]) -> None:
-        """Several documents, one after the other in `tokens`."""
-        assert lengths.sum() == len(tokens)
+        """Several documents, one after the other in `tokens`.
+
+        Raises DataError for a document that the format can not hold, ValueError for tokens that the type can not.
+        """
+        assert lengths.sum() == len(tokens) and (lengths >= 0).all()
+        if (lengths > LONGEST).any():
+            number = self.documents + int(np.argmax(lengths > LONGEST))
+            raise DataError(
+                f"{self.prefix}: document {number} has {int(lengths.max()):,} tokens; a token file holds documents of"
+                f" up to {LONGEST:,}: cut it in pieces"
+            )
+        if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
+            smallest, largest, fits = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
+            if smallest < fits.min or largest > fits.max:  # would come back as another token
+                raise ValueError(f"tokens {smallest} … {largest} do not fit {self.dtype}")
         data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
@@ -101,6 +129,8 @@ class TokenFileWriter:
                 file.write(part)
                 digest.update(part)
             _flush(file)
+        # An older index must at no moment stand beside the new tokens.
+        _named(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             _partial(self.prefix, suffix).replace(_named(self.prefix, suffix))
         folder = os.open(self.prefix.parent, os.O_RDONLY)
@@ -118,71 +148,108 @@ class TokenFileWriter:
 
 
 class TokenFile:
-    """A pair of files, memory mapped."""
+    """A pair of files, open for reading from any thread."""
 
     def __init__(self, prefix: Path):
         """Raises DataError, naming the file and the field that is wrong."""
         self.prefix = prefix
         self.idx, self.bin = _named(prefix, ".idx"), _named(prefix, ".bin")
-        size, bin_size = _size(self.idx), _size(self.bin)
-        with self.idx.open("rb") as file:
-            head = file.read(HEADER + 1)
-        if head.startswith(b"version https://git-lfs"):
-            raise DataError(f"{self.idx}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-        if head[:9] != MAGIC:
-            raise DataError(f"{self.idx}: not an index of tokens (it begins with {head[:9]!r}, not {MAGIC!r})")
-        if size < HEADER:
-            raise DataError(f"{self.idx}: {size} bytes, cut off inside its header; prepare the data again")
+        with _open(self.idx) as (descriptor, size):
+            head = os.pread(descriptor, HEADER + 1, 0)
+            if not head.startswith(MAGIC):
+                raise DataError(
+                    f"{self.idx}: not an index of tokens (it begins with {head[:9]!r}, not {MAGIC!r}); prepare the data again"
+                )
+            content = _files(lambda: mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
         version = int.from_bytes(head[9:17], "little")
         if version not in (1, 2):
             raise DataError(f"{self.idx}: version {version}; versions 1 and 2 can be read")
-        shift = version - 1
-        code = head[17 + shift]
+        begin = HEADER + version - 1  # of what follows the header
+        if size < begin:
+            raise DataError(f"{self.idx}: {size} bytes, cut off inside its header; prepare the data again")
+        code = head[begin - 17]
         if code not in TYPES:
             raise DataError(f"{self.idx}: token type {code}; known are {sorted(TYPES)}")
         self.dtype = np.dtype(TYPES[code]).newbyteorder("<")
-        begin = HEADER + shift
-        self.documents = int.from_bytes(head[18 + shift : 26 + shift], "little")
-        bounds = int.from_bytes(head[26 + shift : 34 + shift].ljust(8, b"\0"), "little")
-        if bounds != self.documents + 1:
-            raise DataError(f"{self.idx}: {bounds} document boundaries, must be {self.documents} + 1")
-        needed = begin + 12 * self.documents
-        if size < needed or (version == 1 and size != needed + 8 * (self.documents + 1)):
+        count = self.documents = int.from_bytes(head[begin - 16 : begin - 8], "little")
+        bounds = int.from_bytes(head[begin - 8 : begin], "little")
+        if bounds != count + 1:
             raise DataError(
-                f"{self.idx}: {size} bytes, which does not fit its {self.documents} documents; it is cut off or damaged"
+                f"{self.idx}: {bounds} document boundaries, must be {count} + 1; documents that are split in sentences"
+                " can not be read"
             )
-        self.lengths = _map(self.idx, np.dtype("<i4"), begin, self.documents)
-        offsets = _map(self.idx, np.dtype("<i8"), begin + 4 * self.documents, self.documents)
+        ahead = begin + 12 * count  # what must be there before the spans' numbers can be read
+        if version == 2 and head[17] > 1:
+            raise DataError(f"{self.idx}: says {head[17]} of whether there are spans, must be 0 or 1; it is damaged")
+        spans = 4 * count if version == 2 and head[17] else 0
+        if size >= ahead + spans and spans:
+            numbers = np.frombuffer(content, "<i4", count, ahead)
+            spans += 8 * int(numbers.sum(dtype=np.int64)) if int(numbers.min()) >= 0 else 0
+        if size != ahead + spans + 8 * (count + 1):
+            raise DataError(
+                f"{self.idx}: {size} bytes, but its {count} documents need {ahead + spans + 8 * (count + 1)}; it is cut"
+                " off or damaged: prepare the data again"
+            )
+        self.lengths: NDArray[np.int32] = np.frombuffer(content, "<i4", count, begin)
+        """Tokens of each document."""
+        self.starts: NDArray[np.int64] = np.frombuffer(content, "<i8", count, begin + 4 * count)
+        """First byte of each document in .bin. Not aligned in memory: NumPy copies what it computes with."""
+        self.tokens = self._check_documents()
+        with _open(self.bin) as (descriptor, bin_size):
+            if bin_size != self.tokens * self.dtype.itemsize:
+                raise DataError(
+                    f"{self.bin}: {bin_size} bytes, but its index tells of {self.tokens} tokens of {self.dtype.itemsize}"
+                    " bytes; it is cut off, damaged or another index's: prepare the data again"
+                )
+            self._bin = _files(lambda: os.dup(descriptor))
+        weakref.finalize(self, os.close, self._bin)
+
+    def _check_documents(self) -> int:
+        """Documents must lie one behind the other; how many tokens they have."""
         itemsize = self.dtype.itemsize
-        if self.documents and int(self.lengths.min()) < 0:
-            raise DataError(f"{self.idx}: document {int(self.lengths.argmin())} has a negative length")
-        self.tokens = int(self.lengths.sum(dtype=np.int64))
-        self.starts = offsets
-        """First byte of each document in .bin."""
-        if bin_size != self.tokens * itemsize:
-            raise DataError(
-                f"{self.bin}: {bin_size} bytes, but its index tells of {self.tokens} tokens of {itemsize} bytes;"
-                " it is cut off, damaged or another index's"
-            )
         expected = 0
         for first in range(0, self.documents, _STRETCH):  # never the whole of it in memory
-            lengths = self.lengths[first : first + _STRETCH].astype(np.int64) * itemsize
-            ends = expected + np.cumsum(lengths)
-            found = offsets[first : first + _STRETCH]
-            if not np.array_equal(found, ends - lengths):
-                wrong = first + int(np.argmax(found != ends - lengths))
-                raise DataError(f"{self.idx}: document {wrong} does not begin where the one before it ends")
+            lengths = self.lengths[first : first + _STRETCH].astype(np.int64)
+            if (lengths < 0).any():
+                wrong = first + int(np.argmax(lengths < 0))
+                raise DataError(f"{self.idx}: document {wrong} has a negative length; it is damaged")
+            ends = expected + np.cumsum(lengths * itemsize)
+            different = self.starts[first : first + _STRETCH] != ends - lengths * itemsize
+            if different.any():
+                wrong = first + int(np.argmax(different))
+                raise DataError(
+                    f"{self.idx}: document {wrong} begins at byte {int(self.starts[wrong])}, which is not where the one"
+                    " before it ends; it is damaged"
+                )
             expected = int(ends[-1])
-        self._map = _map(self.bin, self.dtype, 0, self.tokens)
+        return expected // itemsize
 
     def tokens_at(self, begin: int, end: int) -> Tokens:
-        """Tokens [begin, end) of the whole file, read from the map."""
-        return self._map[begin:end]
+        """Tokens [begin, end) of the whole file.
 
-    def document_at(self, token: int) -> int:
-        """The number of the document that holds a token."""
+        Raises DataError if the file can no longer be read.
+        """
+        if not 0 <= begin <= end <= self.tokens:
+            raise IndexError(f"{self.bin}: tokens {begin} … {end} of {self.tokens}")
+        itemsize = self.dtype.itemsize
+        place, stop = begin * itemsize, end * itemsize
+        parts = []
+        while place < stop:  # one read gives at most 2 GiB, and less than that if it likes
+            try:
+                part = os.pread(self._bin, stop - place, place)
+            except OSError as error:
+                raise DataError(f"{self.bin}: can not be read at byte {place}: {error.strerror}") from error
+            if not part:
+                raise DataError(f"{self.bin}: ends at byte {place}; it was cut off after it was opened")
+            parts.append(part)
+            place += len(part)
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
+
+    def document_at(self, token: int, first: int = 0) -> int:
+        """The number of the document, `first` or a later one, that holds a token."""
         # Of documents without tokens that begin at the same place, the one that holds it is the last.
-        return int(np.searchsorted(self.starts, token * self.dtype.itemsize, side="right")) - 1
+        # (np.searchsorted would copy all of the starts, since they are not aligned.)
+        return bisect.bisect_right(self.starts, token * self.dtype.itemsize, lo=first) - 1
 
     def start_of(self, document: int) -> int:
         """The first token of a document; behind the last one, the number of all tokens."""
@@ -209,16 +276,37 @@ def _flush(file: BinaryIO) -> None:
     file.close()
 
 
-def _size(path: Path) -> int:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[int, int]]:
+    """A descriptor of a file, and its size. What fails while it is open is a DataError, too."""
     try:
-        return path.stat().st_size
+        # A pipe without a writer must not make us wait.
+        descriptor = _files(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise DataError(f"{path}: not a file")
+            if os.pread(descriptor, 64, 0).startswith(b"version https://git-lfs"):
+                raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+            yield descriptor, found.st_size
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; is data.path right, and was the data prepared?") from error
     except OSError as error:
-        raise DataError(f"{path}: can not be read: {error.strerror}") from error
+        advice = "; raise the limit with `ulimit -n`, or prepare fewer, larger shards"
+        advice = advice if error.errno == errno.EMFILE else ""
+        raise DataError(f"{path}: can not be read: {error.strerror}{advice}") from error
 
 
-def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> Tokens:
-    if count == 0:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+def _files(action: Callable[[], T]) -> T:
+    """Do what opens a file; if too many are open, after raising the limit that shells set (1,024, often)."""
+    try:
+        return action()
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+        if error.errno != errno.EMFILE or soft == resource.RLIM_INFINITY or soft >= most:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return action()

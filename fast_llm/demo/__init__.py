@@ -341,7 +341,7 @@ def compare_logits(run_folder: Path, step: int, export: Path) -> bool:
     with torch.no_grad():
         mine, other = ours(tokens, torch.arange(128)[None]), theirs(tokens).logits
     difference = ((mine - other).norm() / other.norm()).item()
-    right = difference < 1e-5
+    right: bool = difference < 1e-5
     print(
         f"\n{'✓' if right else '✗'} logits of the export in transformers differ from the trained model's by {difference:.1e}"
     )

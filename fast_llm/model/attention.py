@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
 # On the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
 # back), and below this length the fp32 one is as fast: bf16 15.7 ms, fp32 9.3 ms forward and backward at 8 × 256
 # tokens, 6 heads of 32. So short documents are computed in fp32, long ones padded to a multiple of _STEP.

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fast_llm.config.train import BaseModelConfig, TransformerConfig
 from fast_llm.model.attention import Documents, attention
+from fast_llm.model.embedding import embed
 from fast_llm.model.loss import cross_entropy
-from fast_llm.model.rope import rotary, rotate
-
-Angles = tuple[Tensor, Tensor]
+from fast_llm.model.norm import rms_norm
+from fast_llm.model.rope import Angles, rotary, rotate
 
 
 class Llama(nn.Module):
@@ -81,8 +82,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Documents | None) -> Tensor:
         """Hidden states [B, S, E]."""
-        hidden = self.embed_tokens(tokens)
-        angles = rotary(positions, self.config.rotary, self.config.kv_channels, hidden.dtype)
+        hidden = embed(tokens, self.embed_tokens.weight)
+        angles = rotary(positions, self.config.rotary, self.config.kv_channels)
         for layer in self.layers:
             hidden = layer(hidden, angles, documents)
         normed: Tensor = self.norm(hidden)
@@ -161,68 +162,60 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., E]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 @torch.no_grad()
 def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: int) -> None:
     """Random weights, in place; plain tensors or DTensors by name.
 
-    Each weight is drawn as a whole from a generator of its own, seeded by `seed` and its name: so they are the
-    same whatever the number of processes and the order. Matrices are normal, then clamped; biases are 0 and
-    norms 1.
+    Each weight is drawn as a whole, in fp32 on the CPU, from a generator of its own, seeded by `seed` and its name: so
+    they are the same whatever the number of processes and the order. Matrices are normal, then clamped; biases
+    are 0 and norms 1.
     """
     for name, weight in weights.items():
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         if weight.dim() == 1:
-            whole = torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0)
+            whole = torch.full(weight.shape, 0.0 if name.endswith(".bias") else 1.0)
         else:
             std, low, high = _spread(name, config)
-            whole = torch.randn(weight.shape, generator=generator) * std
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            whole = torch.randn(weight.shape, generator=generator).mul_(std)
             if low is not None or high is not None:
-                whole.clamp_(low if low is not None else -math.inf, high if high is not None else math.inf)
-        _fill(weight, whole)
+                whole.clamp_(low, high)
+        if isinstance(weight, DTensor):
+            spread = distribute_tensor(
+                whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
+            )
+            weight.to_local().copy_(spread.to_local())
+        else:
+            weight.copy_(whole)
 
 
 def _spread(name: str, config: BaseModelConfig) -> tuple[float, float | None, float | None]:
-    """Standard deviation and limits of a matrix."""
+    """Standard deviation, least and greatest value of a matrix.
+
+    The output projections of attention and MLP are smaller, so that the residual stream keeps its size however
+    many blocks add to it (Radford et al. 2019).
+    """
     t = config.transformer
-    base = t.init_method_std if t.init_method_std is not None else t.hidden_size**-0.5
-    output = base / math.sqrt(2 * max(t.num_layers, 1))
-    part = name.split(".")[-2]
-    if part in ("embed_tokens", "lm_head"):
-        std, key, default = config.init_method_std_embed, config, base
-        low, high = key.init_method_min_embed, key.init_method_max_embed
-    elif part in ("q_proj", "k_proj", "v_proj"):
-        std, default, low, high = t.init_method_std_qkv, base, t.init_method_min_qkv, t.init_method_max_qkv
-    elif part == "o_proj":
-        std, default = t.init_method_std_attn_proj, output
-        low, high = t.init_method_min_attn_proj, t.init_method_max_attn_proj
-    elif part == "down_proj":
-        std, default, low, high = (
-            t.init_method_std_mlp_2,
-            output,
-            t.init_method_min_mlp_2,
-            t.init_method_max_mlp_2,
-        )
-    else:
-        std, default, low, high = (
-            t.init_method_std_mlp_1,
-            base,
-            t.init_method_min_mlp_1,
-            t.init_method_max_mlp_1,
-        )
-    low = t.init_method_min if low is None else low
-    high = t.init_method_max if high is None else high
-    return (default if std is None else std), low, high
-
-
-def _fill(weight: Tensor, whole: Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(weight, DTensor):
-        spread = distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-        weight.to_local().copy_(spread.to_local())
-    else:
-        weight.copy_(whole)
+    std = t.hidden_size**-0.5 if t.init_method_std is None else t.init_method_std
+    output_std = std / math.sqrt(2 * t.num_layers) if t.num_layers else std
+    own: tuple[float | None, float | None, float | None]
+    match name.split(".")[-2]:
+        case "embed_tokens" | "lm_head":
+            own = config.init_method_std_embed, config.init_method_min_embed, config.init_method_max_embed
+        case "q_proj" | "k_proj" | "v_proj":
+            own = t.init_method_std_qkv, t.init_method_min_qkv, t.init_method_max_qkv
+        case "gate_proj" | "up_proj":
+            own = t.init_method_std_mlp_1, t.init_method_min_mlp_1, t.init_method_max_mlp_1
+        case "o_proj":
+            std = output_std
+            own = t.init_method_std_attn_proj, t.init_method_min_attn_proj, t.init_method_max_attn_proj
+        case _:  # down_proj
+            std = output_std
+            own = t.init_method_std_mlp_2, t.init_method_min_mlp_2, t.init_method_max_mlp_2
+    whole_model = std, t.init_method_min, t.init_method_max
+    own_std, low, high = (general if value is None else value for value, general in zip(own, whole_model, strict=True))
+    assert own_std is not None
+    return own_std, low, high

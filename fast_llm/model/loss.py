@@ -1,13 +1,14 @@
 """The language-model head and its cross entropy together.
 
 `torch`    all logits of the micro-batch at once, PyTorch's own cross entropy.
-`fused`    a stretch of tokens at a time: logits, their log-softmax, and at once the gradients of the hidden
-           states and of the head, so that logits of the whole micro-batch never exist (the idea of Liger
-           Kernel, Hsu et al. 2024). Costs an fp32 gradient of the head.
-`triton`   as `fused`, with softmax, loss and gradient in one pass over the logits by a kernel.
+`fused`    a stretch of tokens at a time: logits, their softmax, and at once the gradients of the hidden states
+           and of the head, so that the logits of the whole micro-batch never exist (the idea of Liger Kernel,
+           Hsu et al. 2024). Costs an fp32 gradient of the head, and a pass over it for each stretch.
+`triton`   as `fused`; one kernel makes loss and gradient of a stretch, in place of its logits.
 `auto`     `triton` on a GPU that has Triton, else `fused`.
 
-All give Σ -log p(label) over the labels that are not -100, in fp32, with softmax computed in fp32.
+All give Σ -log p(label) over the labels that are not -100, in fp32, with softmax computed in fp32; the
+gradient of the head is summed in fp32 and rounded once.
 Letters: T tokens, E hidden size, V vocabulary.
 """
 
@@ -16,13 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fast_llm.errors import ConfigError
 from fast_llm.model import kernels
 
 IGNORED = -100
-# Logits held at once by `fused` and `triton`: small enough to be cheap, large enough to fill a matrix product.
-CHUNK_ELEMENTS = 2**26
+# Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
+# H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (half
+# a gigabyte of logits), where the CPU's memory is slow when it is new.
+_STRETCH = {"cuda": 2**28, "cpu": 2**25}
+# Logits that are held in fp32.
+_PIECE = {"cuda": 2**26, "cpu": 2**22}
 
 
 def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> str:
@@ -46,65 +52,106 @@ def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> s
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, implementation: str, splits: int | None) -> Tensor:
     """The summed loss of hidden states [T, E] under a head [V, E] for labels [T]: an fp32 scalar.
 
-    `splits`: into how many stretches the tokens are cut; by default as few as keep the logits small.
+    `implementation` is torch, fused or triton. `splits`: into how many stretches the tokens are cut, by default as
+    few as keep the logits small, and at least two.
     """
     if implementation == "torch":
         logits = F.linear(hidden, weight).float()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    tokens = len(labels)
-    chunk = -(-tokens // splits) if splits else max(1, CHUNK_ELEMENTS // weight.shape[0])
+    length = stretch_length(hidden.device.type, len(labels), weight.shape[0], splits)
+    loss: Tensor
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, implementation == "triton")  # type: ignore[no-untyped-call]
+        loss = _HeadAndLoss.apply(hidden, weight, labels, length, implementation == "triton")  # type: ignore[no-untyped-call]
         return loss
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        logits = F.linear(rows, weight).float()
-        total += F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    return total
+    return _loss_and_gradients(hidden, weight, labels, length, implementation == "triton", False, False)[0]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in the forward pass, chunk by chunk."""
+def stretch_length(device_type: str, tokens: int, vocabulary: int, splits: int | None) -> int:
+    """How many tokens have logits at once."""
+    halves = -(-tokens // (splits or 2))
+    if splits is None:
+        halves = min(halves, _STRETCH.get(device_type, _STRETCH["cuda"]) // vocabulary)
+    return max(1, halves)
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, triton: bool) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight: Tensor | None = None
-        for begin in range(0, len(labels), chunk):
-            rows, targets = hidden[begin : begin + chunk], labels[begin : begin + chunk]
-            logits = F.linear(rows, weight)  # T V
-            if triton:
-                losses = kernels.softmax_cross_entropy_(logits, targets, IGNORED)
-                gradient = logits
-            else:
-                losses, gradient = _softmax_cross_entropy(logits, targets)
-            total += losses.sum()
-            torch.mm(gradient, weight, out=grad_hidden[begin : begin + chunk])
-            part = gradient.t() @ rows
-            if grad_weight is None:
-                # A single chunk needs no accumulator.
-                grad_weight = part if chunk >= len(labels) else part.float()
-            else:
-                grad_weight += part
-        assert grad_weight is not None
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
+
+class _HeadAndLoss(torch.autograd.Function):
+    """The gradients are made in the forward pass, while the logits are there."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, length: int, triton: bool) -> Tensor:
+        loss, ctx.hidden_grad, ctx.weight_grad = _loss_and_gradients(
+            hidden, weight, labels, length, triton, *ctx.needs_input_grad[:2]
+        )
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
+        if weight_grad is not None:
+            scaled = torch.empty_like(weight_grad, dtype=ctx.dtype)
+            # Piece by piece: product and rounding are one pass over memory.
+            for rows, target in zip(weight_grad.split(1024), scaled.split(1024), strict=True):
+                target.copy_(rows * grad)
+            weight_grad = scaled
+        return hidden_grad, weight_grad, None, None, None
 
 
-def _softmax_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's loss in fp32 [T], and the gradient of their sum with respect to the logits [T, V]."""
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    length: int,
+    triton: bool,
+    with_hidden: bool,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The summed loss, and where asked for its gradients by hidden states (in their dtype) and head (fp32)."""
+    vocabulary = weight.shape[0]
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    hidden_grad = torch.empty_like(hidden) if with_hidden else None
+    weight_grad: Tensor | None = None
+    part = weight.new_empty(weight.shape) if with_weight else None
+    buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
+    size = max(1, _PIECE.get(hidden.device.type, _PIECE["cuda"]) // vocabulary)
+    scratch = None if triton else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
+    for begin in range(0, len(labels), length):
+        rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
+        logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])  # T V
+        if scratch is None:
+            loss += kernels.softmax_cross_entropy_(logits, targets, IGNORED, with_hidden or with_weight).sum()
+        else:
+            for piece, piece_targets in zip(logits.split(size), targets.split(size), strict=True):
+                loss += _softmax_cross_entropy_(piece, piece_targets, scratch, with_hidden or with_weight)
+        if hidden_grad is not None:
+            torch.mm(logits, weight, out=hidden_grad[begin : begin + length])
+        if part is not None:
+            torch.mm(logits.t(), rows, out=part)
+            if weight_grad is None:
+                weight_grad = part.float() if part.dtype != torch.float32 else part.clone()
+            else:
+                weight_grad += part
+    if with_weight and weight_grad is None:
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+    return loss, hidden_grad, weight_grad
+
+
+def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool) -> Tensor:
+    """The summed loss, fp32; with `gradient` the logits [T, V] are replaced by its gradient.
+
+    `scratch` fp32 [≥ T, V]. New memory is what costs on the CPU, so all passes run in place.
+    """
+    scores = scratch[: len(logits)].copy_(logits)
     kept = labels != IGNORED
     index = labels.clamp_min(0)[:, None]
-    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    losses = torch.where(kept, -log_p.gather(1, index)[:, 0], 0)
-    gradient = log_p.exp_()
-    gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-    if not bool(kept.all()):
-        gradient.mul_(kept[:, None])
-    return losses, gradient.to(logits.dtype)
+    torch.log_softmax(scores, -1, out=scores)
+    loss = torch.where(kept, -scores.gather(1, index)[:, 0], 0).sum()
+    if gradient:
+        scores.exp_().scatter_add_(1, index, scores.new_full((len(logits), 1), -1))
+        if logits.is_cuda or not bool(kept.all()):  # on a GPU to ask costs more than to multiply
+            scores.mul_(kept[:, None])
+        logits.copy_(scores)
+    return loss

@@ -4,22 +4,32 @@ Pair i of a head's D dimensions turns by position · θ^(-2i/D); the pair is (i,
 layout of Hugging Face. Llama 3.1 divides the frequencies whose wavelength exceeds the original context by
 `scale_factor`, keeps the short ones, and blends in between ("The Llama 3 Herd of Models", 2024).
 
-There is no buffer to shard, to save or to lose: angles are made from the positions in each forward pass.
-Letters: B sequences, S tokens of a sequence, D head dimensions.
+There is no buffer to shard, to save or to lose: angles are made from the positions in each forward pass, and
+turned by in fp32 whatever the dtype. Turning is linear, and its gradient is turning back: nothing but the
+angles, which all layers share, is kept for the backward pass.
+Letters: B sequences, S tokens of a sequence, H heads, D head dimensions.
 """
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fast_llm.config.train import RotaryConfig
 
+Angles = tuple[Tensor, Tensor]
 
-def frequencies(config: RotaryConfig, head_dim: int, device: torch.device) -> Tensor:
-    """Radians per position of each pair of dimensions: fp32 [D/2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    turns = 1.0 / (config.theta**exponents)
+
+def frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
+    """Radians per position of each pair of dimensions: fp32 [D/2], on the CPU.
+
+    In fp32 and on the CPU because transformers does so: at position 100,000 another rounding turns by 0.01 more.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    turns: Tensor = 1.0 / (config.theta**exponents)
     if config.type == "default":
         return turns
     wavelengths = 2 * math.pi / turns
@@ -30,21 +40,43 @@ def frequencies(config: RotaryConfig, head_dim: int, device: torch.device) -> Te
     return torch.where(wavelengths < config.original_context_length / high, turns, stretched)
 
 
-def rotary(positions: Tensor, config: RotaryConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all angles, each [B, S, 1, D], from positions [B, S].
+@cache
+def _frequencies_on(device: torch.device, config: RotaryConfig, head_dim: int) -> Tensor:
+    return frequencies(config, head_dim).to(device)
 
-    Angles are fp32. Both halves of D hold the same cosines; the sines' first half is negated, so that
-    turning is x · cos + swap(x) · sin.
+
+def rotary(positions: Tensor, config: RotaryConfig, head_dim: int) -> Angles:
+    """Cosines and sines of all angles, each fp32 [B, S, 1, D], from positions [B, S].
+
+    Both halves of D hold the same cosines; the sines' first half is negated, so that turning is
+    x · cos + swap(x) · sin.
     """
-    angles = positions[..., None].float() * frequencies(config, head_dim, positions.device)  # B S D/2
+    angles = positions[..., None].float() * _frequencies_on(positions.device, config, head_dim)  # B S D/2
     cos, sin = angles.cos(), angles.sin()
-    return (
-        torch.cat((cos, cos), dim=-1)[:, :, None].to(dtype),
-        torch.cat((-sin, sin), dim=-1)[:, :, None].to(dtype),
-    )
+    return torch.cat((cos, cos), dim=-1)[:, :, None], torch.cat((-sin, sin), dim=-1)[:, :, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the heads x [B, S, H, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((second, first), dim=-1) * sin
+    """Turn the heads x [B, S, H, D]; the dtype stays."""
+    turned: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    whole = x.float()
+    first, second = whole.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    return (whole * cos).addcmul_(swapped, sin, value=direction).to(x.dtype)

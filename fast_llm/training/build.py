@@ -53,7 +53,12 @@ def train(plan: Plan) -> int:
         step = Step(model, weights, optimizer, loss_scale, mesh, config.optimizer)
         trainer = Trainer(plan, mesh, run, model, weights, step, interrupt)
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
-        trainer.fit()
+        try:
+            trainer.fit()
+        except BaseException:
+            trainer.metrics.close("crashed")
+            raise
+        trainer.metrics.close("ended")
     finally:
         interrupt.close()
         run.close()

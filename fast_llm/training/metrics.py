@@ -74,8 +74,11 @@ class Metrics:
                 f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {_duration(left)} left",
             )
 
-    def write(self, step: int, waited: float) -> None:
-        """Write a training record for the steps since the last one; `waited`: seconds for data since the start."""
+    def write(self, step: int, samples: int, waited: float) -> None:
+        """Write a training record for the steps since the last one.
+
+        `samples`: sequences consumed by the run; `waited`: seconds for data since this start.
+        """
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
@@ -97,12 +100,12 @@ class Metrics:
             "iteration": step,
             "train_iters": train_iters,
             "batch_size": self.batch.batch_size,
-            "consumed_samples": step * self.batch.batch_size,
-            "consumed_tokens": step * tokens,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * self.config.batch.sequence_length,
             "language_model_loss": sum(r.loss for r in good) / len(good) if good else math.nan,
             "grad_norm": steps[-1].gradient_norm,
             "learning_rate": steps[-1].learning_rate,
-            "loss_scale": None,
+            "loss_scale": steps[-1].loss_scale,
             "skipped_iters": len(steps) - len(good),
             "nan_iters": sum(not math.isfinite(r.loss) for r in steps),
             "target_tokens": sum(r.targets for r in steps),
@@ -133,7 +136,8 @@ class Metrics:
             f" (hardware){mfu} | {values['tokens_per_sec_per_gpu']:.2f} tokens/s/gpu"
             f" | waited for data: {values['data_wait_ms']:.2f} ms"
             f" | Memory {memory}"
-            f" | learning rate: {values['learning_rate']:.3e} | grad norm: {values['grad_norm']:.4f}"
+            f" | learning rate: {values['learning_rate']:.3e} | loss scale: {values['loss_scale']:g}"
+            f" | grad norm: {values['grad_norm']:.4f}"
             f" | skipped iterations: {values['skipped_iters']} | nan iterations: {values['nan_iters']}"
             f" | average step time {values['step_time_average_ms']:.2f} ms"
             f" | remaining {_duration(remaining)}"

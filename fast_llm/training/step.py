@@ -30,6 +30,7 @@ class StepResult:
     loss: float  # mean over the target tokens, in nats
     gradient_norm: float  # before clipping
     learning_rate: float
+    loss_scale: float  # that the gradients were made with
     targets: int
     updated: bool  # whether the weights moved: not if anything was infinite or NaN
     stop: bool  # whether any process was asked to stop
@@ -81,8 +82,9 @@ class Step:
             factor = correction * clip_factor(norm, self.config.gradient_norm_clipping)
             self.optimizer.step(gradients, rate, factor)
             self.weights.publish()
+        scale = self.loss_scale.value
         self.loss_scale.update(finite)
-        return StepResult(loss_mean, norm, rate, int(total_targets), finite, stops > 0)
+        return StepResult(loss_mean, norm, rate, scale, int(total_targets), finite, stops > 0)
 
 
 def evaluate(model: nn.Module, batches: Sequence[Batch], mesh: Mesh) -> tuple[float, int]:

@@ -58,18 +58,17 @@ class Trainer:
         self.interrupt = interrupt
         self.done = 0  # steps
         self.samples = 0  # sequences that these consumed
-        self.skipped = 0  # the last steps in a row that did not update
         self.last_saved = -1
         self.stopping = False
+        self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
 
     def fit(self) -> None:
         """Train, from the newest checkpoint if there is one."""
         training = self.config.training
-        self.restore()
-        self.metrics = Metrics(self.config, self.run, self.mesh, self.plan.batch, self.plan.cost, self.done)
-        self.metrics.skipped_in_a_row = self.skipped
-        if self.done == 0 and self.config.training.validation.interval is not None:
-            self.validate(0)
+        with self.metrics.not_training():
+            self.restore()
+            if self.done == 0 and training.validation.interval is not None:
+                self.validate(0)
         with self.loader("training", self.samples, training.train_iters - self.done) as batches:
             for step, batch in enumerate(batches, start=self.done + 1):
                 result = self.train_step(batch, stop=self.interrupt.signal != 0)
@@ -77,7 +76,7 @@ class Trainer:
                 self.stopping |= result.stop
                 self.metrics.add(step, result)
                 if training.logs.due(step) or step == training.train_iters:
-                    self.metrics.write(step, batches.wait_seconds)
+                    self.metrics.write(step, self.samples, batches.wait_seconds)
                 self.check_finite(step)
                 with self.metrics.not_training():
                     if training.validation.due(step) and not self.stopping:
@@ -142,7 +141,7 @@ class Trainer:
             info = checkpoints.read_manifest(path).info
             state.load(path, self.state(), self.mesh.patient)
             self.done, self.samples = info["step"], info["samples"]
-            self.skipped = info["skipped"]
+            self.metrics.skipped_in_a_row = info["skipped"]
             self.train_step.optimizer.updates = info["updates"]
             self.train_step.loss_scale.load(info["loss_scale"])
             self.last_saved = self.done

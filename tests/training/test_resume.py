@@ -105,7 +105,9 @@ def test_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    arguments_ = arguments(tmp_path, "run", 5000, "training.checkpoint.interval=5000", "training.validation.interval=5000")
+    arguments_ = arguments(
+        tmp_path, "run", 5000, "training.checkpoint.interval=5000", "training.validation.interval=5000"
+    )
     with subprocess.Popen(command(arguments_), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         wait_for(tmp_path / "run", 3, process)
         process.send_signal(number)
@@ -128,7 +130,19 @@ def wait_for(run_folder: Path, step: int, process: "subprocess.Popen[str]") -> N
 
 def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    assert run(arguments(tmp_path, "run", 4, "training.export.interval=null", "training.validation.interval=null", "training.validation.iterations=null")) == 0
+    assert (
+        run(
+            arguments(
+                tmp_path,
+                "run",
+                4,
+                "training.export.interval=null",
+                "training.validation.interval=null",
+                "training.validation.iterations=null",
+            )
+        )
+        == 0
+    )
     assert not (tmp_path / "run" / "export").exists()
     assert run(arguments(tmp_path, "run", 4)) == 0
     assert (tmp_path / "run" / "export" / "llama" / "4" / "config.json").exists()

@@ -1,0 +1,127 @@
+"""How fast sequences and batches come from token files that the system has in memory.
+
+    python benchmarks/loader.py [--tokens 200_000_000] [--document 400] [--length 4096] [--shards 8]
+
+Writes random token files of int32 to a temporary folder, documents of half to one and a half times `--document`
+tokens, and measures on one core: opening, reading sequences (`Dataset.read`), finding them (the permutation and the
+mixture alone), and whole batches (`Loader`: labels, positions and documents too) in the step itself and in threads.
+Writes a table in Markdown.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fast_llm.config.batch import BatchPlan
+from fast_llm.config.train import DataConfig
+from fast_llm.data.dataset import Dataset, open_dataset
+from fast_llm.data.loader import Loader
+from fast_llm.data.tokenfile import TokenFileWriter
+
+VOCABULARY = 128_256
+BATCH = BatchPlan(batch_size=32, micro_batch_size=2, micro_batches=16)
+
+
+def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -> Path:
+    """A dataset.json; `edited`: each shard weighted by hand, so that it is a source of its own."""
+    random = np.random.default_rng(0)
+    entries = []
+    for number in range(shards):
+        prefix = folder / f"shard_{number}"
+        if not prefix.with_name(prefix.name + ".idx").exists():
+            writer = TokenFileWriter(prefix, np.dtype("int32"))
+            while writer.tokens < tokens // shards:
+                lengths = random.integers(document // 2, document * 3 // 2, 10_000)
+                writer.append_many(random.integers(VOCABULARY, size=lengths.sum(), dtype=np.int32), lengths)
+            writer.close()
+        entries.append({"prefix": prefix.name} | ({"weight": 1 + number} if edited else {}))
+    path = folder / f"dataset_{edited}.json"
+    path.write_text(json.dumps({"datasets": entries}))
+    return path
+
+
+def open_(path: Path, length: int) -> Dataset:
+    """The whole of it for training."""
+    return open_dataset(DataConfig(format="file", path=[str(path)], split=[1]), length, 0, VOCABULARY)
+
+
+def read_rate(dataset: Dataset, length: int) -> tuple[float, float]:
+    """Tokens read a second, the best of five rounds, and seconds to find one sequence."""
+    count = max(1, 10_000_000 // length)
+    reading, finding = [], []
+    for turn in range(5):
+        indices = range(turn * count, (turn + 1) * count)
+        started = time.perf_counter()
+        for index in indices:
+            dataset.read("training", index)
+        reading.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        for index in indices:
+            dataset.phases["training"].find(index)
+        finding.append(time.perf_counter() - started)
+    return count * length / min(reading), min(finding) / count
+
+
+def batch_rate(dataset: Dataset, length: int, workers: int) -> float:
+    """Tokens a second that a loader gives when nothing else is done, the best of three rounds."""
+    steps = max(4, 10_000_000 // (length * BATCH.batch_size))
+    best = 0.0
+    for turn in range(3):
+        with Loader(
+            dataset,
+            "training",
+            BATCH,
+            rank=0,
+            processes=1,
+            vocab_size=VOCABULARY,
+            first_sample=turn * steps * BATCH.batch_size,
+            steps=steps,
+            isolate=True,
+            workers=workers,
+            prefetch=2,
+        ) as loader:
+            started = time.perf_counter()
+            for _ in loader:
+                pass
+            best = max(best, steps * BATCH.batch_size * length / (time.perf_counter() - started))
+    return best
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=200_000_000, help="in all token files")
+    parser.add_argument("--document", type=int, default=400, help="tokens of a document, on average")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--shards", type=int, default=8)
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}: {wanted.tokens:,} tokens in"
+        f" {wanted.shards} files, documents of {wanted.document}, sequences of {wanted.length}\n"
+    )
+    print("| sources | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2, M tokens/s |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for edited in (False, True):
+            path = write(Path(folder), wanted.tokens, wanted.document, wanted.shards, edited)
+            started = time.perf_counter()
+            dataset = open_(path, wanted.length)
+            opening = time.perf_counter() - started
+            rate, finding = read_rate(dataset, wanted.length)
+            batches = [batch_rate(dataset, wanted.length, workers) for workers in (0, 1, 2)]
+            print(
+                f"| {len(dataset.phases['training'].sources)} | {opening * 1e3:.1f} | {finding * 1e6:.1f} | {rate / 1e6:.0f} | "
+                + " | ".join(f"{batch / 1e6:.0f}" for batch in batches)
+                + " |"
+            )
+
+
+if __name__ == "__main__":
+    main()

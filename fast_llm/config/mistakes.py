@@ -1,0 +1,258 @@
+"""What is wrong with a value, in words: what was given, what is allowed, and the name that was probably meant."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic.fields import FieldInfo
+
+from fast_llm.config.text import show
+
+
+@dataclass(frozen=True)
+class Words:
+    """Stands in an annotation and says in words what is allowed, for error messages and docs/settings.md."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)  # annotations must be hashable, which the dictionary is not
+class _Instead:
+    sentences: Mapping[Any, str]
+
+    def __call__(self, value: Any) -> Any:
+        for refused, sentence in self.sentences.items():
+            if type(value) is type(refused) and value == refused:
+                raise ValueError(f"given {show(value)}, which is not offered: {sentence}")
+        return value
+
+
+def instead(sentences: Mapping[Any, str]) -> BeforeValidator:
+    """Stands in an annotation and refuses single values by name: value → what to do instead."""
+
+    return BeforeValidator(_Instead(sentences))
+
+
+def explain(kind: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[tuple[str, str, str]]:
+    """(where to point, the setting it belongs to, what is wrong) for each mistake."""
+    result: dict[tuple[str, str], tuple[str, str, str]] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "default_factory_not_called":
+            continue  # a consequence of another mistake
+        path, field, inner, section = _locate(kind, detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            result[path, "name"] = (path, path, _no_such(kind, section, path))
+        elif detail["type"] == "missing":
+            for here, wanted in _required(path, field):
+                result[here, "missing"] = (here, path, f"is missing; it must be {wanted}")
+        elif detail["type"] == "value_error":
+            result[path, str(detail["ctx"]["error"])] = (path, path, str(detail["ctx"]["error"]))
+        else:
+            given = _at(values, path, detail["input"])
+            inner_kind = sections(field.annotation) if field is not None and not inner else []
+            point, wanted = path, words(field) if field is not None else "a section of settings"
+            if isinstance(given, dict) and field is not None and inner and isinstance(inner[0], str):
+                # an entry of a dictionary, whose names are the user's
+                point, wanted = f"{path}.{inner[0]}", _value_words(field.annotation)
+                given = given.get(inner[0], detail["input"])
+            hint = _inside(inner_kind[0], path, given) if inner_kind else ""
+            result[point, "value"] = (point, path, f"given {show(given)}, must be {wanted}{hint}")
+    return list(result.values())
+
+
+def _at(values: Any, path: str, otherwise: Any) -> Any:
+    for key in path.split("."):
+        if not isinstance(values, Mapping) or key not in values:
+            return otherwise
+        values = values[key]
+    return values
+
+
+def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
+    """A setting that is missing, or those of a missing section that have no default; what each must be."""
+    inside = sections(field.annotation) if field is not None else []
+    if not inside:
+        yield path, words(field)
+    for section in inside:
+        for name, below in section.model_fields.items():
+            if below.is_required():
+                yield from _required(f"{path}.{name}", below)
+
+
+def _locate(
+    kind: type[BaseModel], loc: tuple[int | str, ...]
+) -> tuple[str, FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
+    """The dotted path of the setting that an error is about, its field, what is left inside it, its section."""
+    section, field, path = kind, None, ""
+    for position, part in enumerate(loc):
+        below = sections(field.annotation) if field is not None else [section]
+        if not below:
+            return path, field, loc[position:], section
+        section = below[0]
+        path = f"{path}.{part}" if path else str(part)
+        field = section.model_fields.get(str(part))
+        if field is None:
+            return path, None, (), section
+    return path, field, (), section
+
+
+def words(field: FieldInfo | None) -> str:
+    """What a setting may be."""
+    if field is None:
+        return "something else"
+    marked = next((item.text for item in field.metadata if isinstance(item, Words)), None)
+    return marked or _words(field.annotation)
+
+
+def refused_values(field: FieldInfo) -> dict[str, str]:
+    """The values of a setting that are refused by name, as they stand in YAML: value → what to do instead."""
+    found: dict[str, str] = {}
+    for item in _metadata(field.annotation, field.metadata):
+        if isinstance(item, BeforeValidator) and isinstance(item.func, _Instead):
+            found |= {show(value).strip('"'): sentence for value, sentence in item.func.sentences.items()}
+    return found
+
+
+def _metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:
+    yield from metadata
+    for part in get_args(annotation):
+        if get_origin(part) is Annotated:
+            yield from get_args(part)[1:]
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        marked = next((item.text for item in arguments[1:] if isinstance(item, Words)), None)
+        return marked or _words(arguments[0])
+    if origin in (Union, UnionType):
+        return " or ".join("null" if part is type(None) else _words(part) for part in arguments)
+    if origin is Literal:
+        names = [part if isinstance(part, str) else show(part) for part in arguments]
+        return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+    if origin is list:
+        return f"a list, each of it {_words(arguments[0])}"
+    if origin is dict:
+        return f"names, each with {_words(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a section of settings"
+    plain = {bool: "yes or no", int: "an integer", float: "a number", str: "text (numbers and dates in quotes)"}
+    return plain.get(annotation, "a value")
+
+
+def _value_words(annotation: Any) -> str:
+    """What the values of a dictionary may be."""
+    arguments = get_args(annotation)
+    return _words(arguments[1]) if get_origin(annotation) is dict else _words(annotation)
+
+
+def _inside(section: type[BaseModel], path: str, given: Any) -> str:
+    """Which setting of a section someone may have meant who gave it a plain value."""
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        return ""
+    likely = ("path", "type", "format") if isinstance(given, str) else ("base", "interval")
+    name = next((name for name in likely if name in section.model_fields), None)
+    return f"; did you mean {path}.{name}?" if name else f" with {_listed(list(section.model_fields))}"
+
+
+def paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Every dotted path of a configuration, sections included."""
+    for name, field in kind.model_fields.items():
+        here = f"{above}.{name}" if above else name
+        yield here
+        for inner in sections(field.annotation):
+            yield from paths(inner, here)
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The Sections that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in sections(part)]
+
+
+# What other trainers call it.
+_ELSEWHERE = {
+    "lr": "optimizer.learning_rate.base",
+    "learning_rate": "optimizer.learning_rate.base",
+    "max_lr": "optimizer.learning_rate.base",
+    "min_lr": "optimizer.learning_rate.minimum",
+    "lr_scheduler_type": "optimizer.learning_rate.decay_style",
+    "lr_decay_iters": "optimizer.learning_rate.decay_iterations",
+    "warmup_steps": "optimizer.learning_rate.warmup_iterations",
+    "warmup_iters": "optimizer.learning_rate.warmup_iterations",
+    "max_steps": "training.train_iters",
+    "num_steps": "training.train_iters",
+    "steps": "training.train_iters",
+    "iterations": "training.train_iters",
+    "eval_interval": "training.validation.interval",
+    "eval_iters": "training.validation.iterations",
+    "save_interval": "training.checkpoint.interval",
+    "save_steps": "training.checkpoint.interval",
+    "save_total_limit": "training.checkpoint.keep",
+    "log_interval": "training.logs.interval",
+    "logging_steps": "training.logs.interval",
+    "seq_len": "batch.sequence_length",
+    "seq_length": "batch.sequence_length",
+    "max_seq_len": "batch.sequence_length",
+    "max_seq_length": "batch.sequence_length",
+    "block_size": "batch.sequence_length",
+    "global_batch_size": "batch.batch_size",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.depth_first_micro_batches",
+    "grad_clip": "optimizer.gradient_norm_clipping",
+    "max_grad_norm": "optimizer.gradient_norm_clipping",
+    "seed": "model.distributed.seed",
+    "dtype": "model.distributed.training_dtype",
+    "precision": "model.distributed.training_dtype",
+    "compute_dtype": "model.distributed.training_dtype",
+    "output_dir": "run.experiment_dir",
+    "model_name_or_path": "pretrained.path",
+}
+
+
+def _no_such(kind: type[BaseModel], section: type[BaseModel], path: str) -> str:
+    """That there is no such setting, the nearest one, and those that there are."""
+    known = list(paths(kind))
+    above, _, name = path.rpartition(".")
+    siblings = list(section.model_fields)
+    near = _nearest(path, name, above, siblings, known)
+    hint = f"; did you mean {near}?" if near else ""
+    allowed = siblings
+    if len(siblings) > 15:
+        allowed = [*difflib.get_close_matches(name, siblings, n=8, cutoff=0.3), "…, all in docs/settings.md"]
+    return f"no such setting{hint} (allowed: {', '.join(allowed)})"
+
+
+def _nearest(path: str, name: str, above: str, siblings: list[str], known: list[str]) -> str | None:
+    """The setting that was probably meant: a sibling, one with the name elsewhere, or one that reads much the same."""
+    sibling = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+    if sibling:
+        return f"{above}.{sibling[0]}" if above else sibling[0]
+    if _ELSEWHERE.get(name) in known:
+        return _ELSEWHERE[name]
+    namesakes = [other for other in known if other.rpartition(".")[2] == name]
+    if namesakes:
+        return max(namesakes, key=lambda other: _alike(path, other))
+    return max(
+        (other for other in known if _alike(path, other) >= 0.8),
+        key=lambda other: _alike(path, other),
+        default=None,
+    )
+
+
+def _alike(one: str, other: str) -> float:
+    """How much two dotted paths read the same, from 0 to 1: all of them, or their last names with a little less weight."""
+
+    def ratio(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    whole = ratio(one.replace(".", "_"), other.replace(".", "_"))
+    return max(whole, 0.95 * ratio(one.rpartition(".")[2], other.rpartition(".")[2]))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + f" or {names[-1]}" if len(names) > 1 else names[0]

@@ -1,0 +1,189 @@
+"""YAML text ↔ values, with the line of every one.
+
+YAML has its 1.1 meanings (`100_000` is a number, `yes` is true) with two repairs: `1e-4` is a number too, and
+a key that stands twice is refused. Anchors are refused: a file of a kilobyte could unfold to gigabytes.
+Dates stay text. Reading costs about a second for 100 KiB; the files meant here have one or two.
+"""
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+DEEPEST = 50  # levels of nesting
+
+
+def show(value: Any) -> str:
+    """A value as it would stand in YAML, shortened."""
+    if isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=not value.isprintable())
+    else:
+        text = yaml.dump(value, Dumper=_Flow, default_flow_style=True, width=10**6, allow_unicode=True).strip()
+        text = text.removesuffix("...").strip()
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the repairs; no anchors, no nesting without end."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise _Unsupported("anchors (&) and aliases (*) are not supported; write it out", event.start_mark)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _Unsupported(f"nested more than {DEEPEST} levels deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Unsupported(Exception):
+    def __init__(self, text: str, mark: yaml.Mark):
+        super().__init__(text)
+        self.line = mark.line + 1
+
+
+# Which plain words are no text. Dates, `=` and `<<` are text here; numbers with an exponent need no dot and no sign.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _TAG + "float",
+    re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+class _Flow(yaml.SafeDumper):
+    """SafeDumper that writes what _Loader reads back."""
+
+
+_Flow.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+class Dumper(_Flow):
+    """One whose lists of plain values stand in one line."""
+
+
+def _one_line(dumper: Dumper, value: list[Any]) -> yaml.Node:
+    plain = not any(isinstance(item, list | dict) for item in value)
+    return dumper.represent_sequence(_TAG + "seq", value, flow_style=plain)
+
+
+Dumper.add_representer(list, _one_line)
+
+BROKEN = object()  # in place of a value that could not be read
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
+
+class Reading:
+    """One YAML text on its way to values: collects places and problems."""
+
+    def __init__(self, name: str, numbered: bool):
+        """`numbered`: whether lines are told, which an override has none of."""
+        self.name = name
+        self.numbered = numbered
+        self.places: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.broken: set[str] = set()
+
+    def values(self, text: str, path: str = "") -> Any:
+        """What stands in the text (None for nothing), or BROKEN."""
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()  # type: ignore[no-untyped-call]
+            return None if node is None else self._value(node, path, loader)
+        except _Unsupported as error:
+            self._problem(error.line, "", str(error))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            self._problem(mark.line + 1 if mark else None, "", f"not YAML: {_why(error)}")
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            self._problem(line, "", f"not YAML: the character {error.character!r} may not stand here")
+        except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML stumbles
+            self._problem(None, "", "not YAML: an escape (\\) that is no character")
+        return BROKEN
+
+    def _at(self, line: int | None) -> str:
+        return f"{self.name}:{line}" if self.numbered and line is not None else self.name
+
+    def _problem(self, line: int | None, path: str, text: str) -> None:
+        self.problems.append(f"{self._at(line)}: {path + ': ' if path else ''}{text}")
+        if path:
+            self.broken.add(path)
+
+    def _value(self, node: yaml.Node, path: str, loader: _Loader) -> Any:
+        line = node.start_mark.line + 1
+        if path:
+            self.places[path] = self._at(line)
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, path, loader)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            items = [self._value(item, f"{path}.{i}", loader) for i, item in enumerate(node.value)]
+            return BROKEN if any(item is BROKEN for item in items) else items
+        if node.tag not in _PLAIN_TAGS:
+            self._problem(line, path, f"the tag {node.tag} is not supported; write plain values")
+            return BROKEN
+        return self._scalar(node, path, loader)
+
+    def _mapping(self, node: yaml.MappingNode, path: str, loader: _Loader) -> Any:
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or not _is_name(key_node):
+                given = f", not {show(key_node.value)}" if isinstance(key_node, yaml.ScalarNode) else ""
+                self._problem(line, path, f"the name of a setting must be a plain word{given}")
+                continue
+            key = key_node.value
+            here = f"{path}.{key}" if path else key
+            if "." in key:
+                above, _, below = key.partition(".")
+                self._problem(line, here, f"no dots in the names of a file; write `{above}:` and `{below}:` below it")
+            elif key in lines:
+                self._problem(line, here, f"stands twice, first in line {lines[key]}; keep one")
+            else:
+                lines[key] = line
+                value = self._value(value_node, here, loader)
+                self.places[here] = self._at(line)
+                if value is not BROKEN:
+                    values[key] = value
+        return values
+
+    def _scalar(self, node: yaml.Node, path: str, loader: _Loader) -> Any:
+        line = node.start_mark.line + 1
+        try:
+            value = loader.construct_object(node)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, ValueError, LookupError, OverflowError):
+            self._problem(line, path, f"{show(str(node.value))} can not be read as {node.tag.removeprefix(_TAG)}")
+            return BROKEN
+        if isinstance(value, int) and abs(value) >= 2**63:
+            self._problem(line, path, f"the number {str(node.value)[:20]}… is too large")
+            return BROKEN
+        if isinstance(value, str) and (found := _CONTROL.search(value)):
+            self._problem(line, path, f"the character {found[0]!r} is not supported in text")
+            return BROKEN
+        return value
+
+
+def _is_name(node: yaml.ScalarNode) -> bool:
+    return node.tag == _TAG + "str" and bool(node.value) and node.value.isprintable()
+
+
+def _why(error: yaml.MarkedYAMLError) -> str:
+    text = error.problem or error.context or "can not be read"
+    if "'\\t'" in text:
+        text += " (indent with spaces, not tabs)"
+    if "expected a single document" in (error.context or ""):
+        text = "a second document begins here (---); keep one"
+    return text

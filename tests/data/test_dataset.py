@@ -1,0 +1,335 @@
+"""Order, shares, splits and windows, against counting and concatenation."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fast_llm.config.train import DataConfig
+from fast_llm.data.dataset import Phase, RandomSource, _keys, open_dataset, permute, verify
+from fast_llm.errors import DataError
+from tests.data.test_tokenfile import write
+
+
+def numbered(prefix, lengths, start=0):
+    """A file whose tokens are all different: start, start + 1, …"""
+    edges = np.cumsum([0, *lengths])
+    write(prefix, [list(range(start + a, start + b)) for a, b in pairwise(edges)])
+    return str(prefix)
+
+
+def described(path, shards):
+    """A dataset.json of token files with their weights: [(prefix, tokens, weight)]."""
+    entries = [{"prefix": prefix, "num_tokens": tokens, "weight": weight} for prefix, tokens, weight in shards]
+    path.write_text(json.dumps({"datasets": entries}))
+    return str(path)
+
+
+def opened(path, length=4, seed=0, split=(1, 0, 0), **further):
+    return open_dataset(DataConfig(path=path, split=list(split), **further), length, seed, 2**31)
+
+
+@pytest.mark.parametrize("count", [*range(1, 40), 63, 64, 65, 100, 1000, 1023, 1024, 1025])
+def test_permutation_is_a_bijection(count):
+    for seed in range(3):
+        assert sorted(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) == list(range(count))
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**32), st.data())
+def test_permutation_of_many(count, seed, data):
+    """For counts that can not be gone through: it stays inside and no two collide."""
+    values = data.draw(st.lists(st.integers(0, count - 1), unique=True, max_size=20))
+    images = [permute(value, count, _keys(seed, 0, 0)) for value in values]
+    assert len(set(images)) == len(values) and all(0 <= image < count for image in images)
+
+
+def test_permutation_looks_random():
+    """Mean distance of neighbours in a random order of n is (n + 1) / 3, with a deviation below n / 3 / sqrt(n)."""
+    n = 10_000
+    order = np.array([permute(i, n, _keys(1, 0, 0)) for i in range(n)])
+    assert abs(np.abs(np.diff(order)).mean() - n / 3) < 5 * n / 3 / n**0.5  # five deviations
+    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 5 / n**0.5
+
+
+def test_order_is_the_documented_one(tmp_path):
+    """Runs that were begun must go on in the same order for ever: the module docstring's formula, once more."""
+
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    def pi(x, n, keys):
+        a = math.ceil(math.sqrt(n))  # exact for an n this small
+        b = math.ceil(n / a)
+        while True:
+            left, right = x // b, x % b
+            for j in (0, 2, 4, 6):
+                left = (left + mix(right ^ keys[j])) % a
+                right = (right + mix(left ^ keys[j + 1])) % b
+            x = left * b + right
+            if x < n:
+                return x
+
+    dataset = opened(numbered(tmp_path / "a", [403]), seed=7)  # 100 sequences
+    for i in range(0, 400, 7):
+        keys = np.frombuffer(hashlib.sha512(f"7 0 {i // 100}".encode()).digest(), "<u8").tolist()
+        assert dataset.read("training", i).tokens[0] == 4 * pi(i % 100, 100, keys)
+
+
+def test_each_sequence_once_per_epoch(tmp_path):
+    path = numbered(tmp_path / "a", [30, 1, 0, 70, 5])  # 106 tokens: (106 - 1) // 4 = 26 sequences
+    dataset = opened(path)
+    assert dataset.sequences("training") == 26 and dataset.tokens("training") == 106
+    epochs = [[int(dataset.read("training", 26 * e + i).tokens[0]) for i in range(26)] for e in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 104, 4))
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # two equal ones of 26! orders do not happen
+    again = [int(opened(path).read("training", i).tokens[0]) for i in reversed(range(26))]
+    assert again[::-1] == epochs[0]  # of the index alone, not of what was read before
+    other = [int(opened(path, seed=1).read("training", i).tokens[0]) for i in range(26)]
+    assert other != epochs[0]
+
+
+@settings(max_examples=30)
+@given(
+    files=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4),
+    length=st.integers(1, 12),
+)
+def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length):
+    folder = tmp_path_factory.mktemp("windows")
+    everything, shards, begins = [], [], []
+    for number, lengths in enumerate(files):
+        numbered(folder / f"s{number}", lengths, 1000 * number)
+        shards.append((f"s{number}", sum(lengths), sum(lengths)))
+        for document, size in enumerate(lengths):
+            begins += [(len(everything), number, document)] if size else []
+            first = 1000 * number + sum(lengths[:document])
+            everything += range(first, first + size)
+    path = described(folder / "d.json", shards)
+    if len(everything) < length + 1:
+        with pytest.raises(DataError, match=r"fewer than one sequence|holds no tokens"):
+            opened(path, length)
+        return
+    source = opened(path, length).phases["training"].sources[0]
+    assert source.sequences == (len(everything) - 1) // length
+    for number in range(source.sequences):
+        first = number * length
+        packed = source.read(number)
+        assert packed.tokens.tolist() == everything[first : first + length + 1]  # overlaps the next by one token
+        inside = {begin - first for begin, _, _ in begins if first <= begin <= first + length}
+        assert packed.starts.tolist() == sorted({0} | inside)
+        found = []
+        for stretch in source.locate(number):
+            shard = int(stretch.prefix[-1])
+            at = 1000 * shard + sum(files[shard][: stretch.document]) + stretch.begin
+            found += range(at, at + stretch.tokens)
+        assert found == packed.tokens.tolist()
+
+
+@pytest.mark.parametrize("split", [(969, 30, 1), (0.9, 0.05, 0.05), (1, 1, 1), (0.5, 0, 0.5), (0.7, 0.3)])
+@pytest.mark.parametrize("count", [1, 7, 100, 1001])
+def test_split_by_documents(tmp_path, split, count):
+    path = numbered(tmp_path / "a", [3] * count)
+    shares = [*split, 0][:3]
+    edges = [0] + [round(sum(shares[: i + 1]) / sum(shares) * count) for i in range(3)]
+    sizes = np.diff(edges) * 3
+    if sizes[0] < 2:
+        with pytest.raises(DataError, match="fewer than one sequence"):
+            opened(path, 1, split=split)
+        return
+    dataset = opened(path, 1, split=split)
+    for position, phase in enumerate(("training", "validation", "test")):
+        assert dataset.tokens(phase) == sizes[position]
+        seen = set()
+        for i in range(dataset.sequences(phase)):
+            seen |= set(dataset.read(phase, i).tokens.tolist())
+        assert seen == set(range(3 * edges[position], 3 * edges[position + 1]))  # from front to back
+
+
+def test_each_shard_is_split(tmp_path):
+    shards = [(f"s{n}", 300, 300) for n in range(3)]
+    for n in range(3):
+        numbered(tmp_path / f"s{n}", [3] * 100, 1000 * n)
+    dataset = opened(described(tmp_path / "d.json", shards), 1, split=(0.9, 0.1, 0))
+    seen = {int(t) for i in range(dataset.sequences("validation")) for t in dataset.read("validation", i).tokens}
+    assert seen == {1000 * n + t for n in range(3) for t in range(270, 300)}
+
+
+def found(dataset, indices):
+    return [
+        (source.name, epoch, number)
+        for source, number, epoch in (dataset.phases["training"].find(index) for index in indices)
+    ]
+
+
+@pytest.mark.parametrize("weights", [[0.9, 0.1], [3, 1, 1], [0.5, 0.25, 0.125, 0.125], [1, 1, 1], [1, 0.05, 2, 3, 5]])
+def test_blends_get_exact_shares(tmp_path, weights):
+    path = []
+    for number, weight in enumerate(weights):
+        path += [weight, numbered(tmp_path / f"s{number}", [401 + 100 * number])]
+    dataset = opened(path)
+    names = path[1::2]
+    sizes = {name: (401 + 100 * number - 1) // 4 for number, name in enumerate(names)}
+    drawn = found(dataset, range(4096))
+    # Half a sequence each time the sources are halved, on the way to one of them.
+    allowed = 0.5 * math.ceil(math.log2(len(weights))) + 1e-6
+    so_far = Counter()
+    for count, (name, _, _) in enumerate(drawn, 1):
+        so_far[name] += 1
+        for other, weight in zip(names, weights, strict=True):
+            assert abs(so_far[other] - weight / sum(weights) * count) <= allowed
+        if count % 500 == 0:
+            assert dataset.phases["training"].counts(count) == [so_far[name] for name in names]
+            assert dataset.epochs("training", count) == {name: so_far[name] / sizes[name] for name in names}
+    # Each sequence of a source at most once an epoch, and all of them in the epochs before the last.
+    for name, size in sizes.items():
+        epochs = {}
+        for source, epoch, number in drawn:
+            if source == name:
+                epochs.setdefault(epoch, []).append(number)
+        assert sorted(epochs) == list(range(max(epochs) + 1))
+        for epoch, numbers in epochs.items():
+            assert len(set(numbers)) == len(numbers)
+            assert epoch == max(epochs) or sorted(numbers) == list(range(size))
+        if max(epochs) >= 1:
+            assert epochs[0] != epochs[1][: len(epochs[0])]
+    assert found(dataset, [5, 4000, 17]) == [drawn[i] for i in (5, 4000, 17)]  # of the index alone
+    before_repeats = next(i for i, (_, epoch, _) in enumerate(drawn) if epoch)
+    assert dataset.sequences("training") == before_repeats
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=2, max_size=9), st.integers(0, 2**40))
+def test_shares_far_into_a_run(weights, index):
+    counts = Phase("training", [RandomSource(4, 9, 0)] * len(weights), weights, 0).counts(index)
+    assert sum(counts) == index
+    for weight, count in zip(weights, counts, strict=True):
+        # Besides the half sequences, weights are rounded to 2^-53 of all: 2^40 of those are below 0.001.
+        assert abs(count - index * weight / sum(weights)) <= 0.5 * math.ceil(math.log2(len(weights))) + 0.002
+
+
+def test_weights_inside_a_dataset_json(tmp_path):
+    """Files of which one is weighted above its tokens are a blend of their own."""
+    for name in "abc":
+        numbered(tmp_path / name, [401], 1000 * ord(name))
+    dataset = opened(described(tmp_path / "d.json", [("a", 401, 0.25), ("b", 401, 0.25), ("c", 401, 0.5)]))
+    assert len(dataset.phases["training"].sources) == 2
+    drawn = Counter(int(dataset.read("training", i).tokens[0]) // 1000 for i in range(800))
+    assert drawn[ord("c")] == 400 and 0 < drawn[ord("a")] < 400 and drawn[ord("a")] + drawn[ord("b")] == 400
+
+
+def test_fingerprint_tells_of_what_may_not_change(tmp_path):
+    a, b = numbered(tmp_path / "a", [50, 50]), numbered(tmp_path / "b", [50, 50])
+    numbered(tmp_path / "c", [49, 51])
+    path = [0.5, a, 0.5, b]
+    same = opened(path).fingerprint()
+    assert opened(path).fingerprint() == same
+    for other in (
+        opened(path, length=5),
+        opened(path, seed=1),
+        opened([0.6, a, 0.4, b]),
+        opened(path, split=(0.5, 0.5, 0)),
+        opened([0.5, a, 0.5, str(tmp_path / "c")]),
+    ):
+        assert other.fingerprint() != same
+
+
+def test_validation_sets(tmp_path):
+    dataset = opened(
+        numbered(tmp_path / "a", [50]), validation_sets={"old": numbered(tmp_path / "b", [40], 1000)}, split=(1, 0, 0)
+    )
+    assert dataset.validation_sets == ["old"]
+    assert sorted(int(dataset.read("old", i).tokens[0]) for i in range(9)) == list(range(1000, 1036, 4))
+
+
+def test_random():
+    config = DataConfig(format="random", split=[1, 1, 0])
+    one, two = (open_dataset(config, 8, 3, 50) for _ in range(2))
+    first = one.read("training", 12).tokens
+    assert first.tolist() == two.read("training", 12).tokens.tolist() != two.read("validation", 12).tokens.tolist()
+    assert first.min() >= 0 and first.max() < 50 and "test" not in one.phases
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not a dataset.json"),
+        ("[]", "no list `datasets`"),
+        ('{"datasets": []}', "no list `datasets`"),
+        ('{"datasets": [{"prefix": 3}]}', "objects with a prefix"),
+        ('{"datasets": [{"prefix": "a", "weight": -1}]}', "weight of a: given -1"),
+        ('{"datasets": [{"prefix": "a", "num_tokens": "many"}]}', "num_tokens of a: given many"),
+        ('{"datasets": [{"prefix": "../a"}]}', "must name files inside"),
+        ('{"datasets": [{"prefix": "/a"}]}', "must name files inside"),
+        ('{"datasets": [{"prefix": "a", "num_tokens": 51}]}', "num_tokens is 50, but"),
+        ('{"datasets": [{"prefix": "a", "weight": NaN}]}', "weight of a: given nan"),
+        ('{"datasets": [{"prefix": "a", "weight": Infinity}, {"prefix": "b", "weight": 1}]}', "weight of a: given inf"),
+        ('{"datasets": [{"prefix": "a", "weight": 0}, {"prefix": "b", "weight": 0}]}', "weight"),
+        ('{"datasets": [{"prefix": "a", "weight": 1' + "0" * 400 + "}]}", "weight"),
+        ('{"datasets": [{"prefix": "a\\u0000"}]}', "must name files inside"),
+        ('{"datasets": [{"prefix": ""}]}', "must name files inside"),
+        ('{"datasets": [{"prefix": "a", "sha256": 3}]}', "sha256"),
+        ('{"datasets": [{"prefix": "a"}, {"prefix": "a"}]}', "twice"),
+        ('{"datasets": [{"prefix": "a"}], "tokenizer": null}', "`tokenizer` must be"),
+        ('{"datasets": [{"prefix": "a", "num_documents": 2}]}', "num_documents is 1, but"),
+        ('{"datasets": [{"prefix": "a", "dtype": "int64"}]}', "dtype is int32, but"),
+        ('{"datasets": [{"prefix": "gone"}]}', "no such file"),
+        ("[" * 100_000, "not a dataset.json"),
+        ("\xff\xfe", "not a dataset.json"),
+    ],
+)
+def test_damaged_metadata(tmp_path, content, words):
+    numbered(tmp_path / "a", [50])
+    numbered(tmp_path / "b", [51])
+    (tmp_path / "d.json").write_text(content, encoding="latin-1")
+    with pytest.raises(DataError) as error:
+        opened(str(tmp_path / "d.json"))
+    assert words in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_missing(tmp_path):
+    for name in ("x.json", "x"):
+        with pytest.raises(DataError, match="no such file"):
+            opened(str(tmp_path / name))
+
+
+def test_too_little_names_what_to_do(tmp_path):
+    path = numbered(tmp_path / "a", [10] * 10)
+    with pytest.raises(DataError, match=r"lower batch\.sequence_length, prepare more data"):
+        opened(path, 100)
+    with pytest.raises(DataError, match=r"validation_sets\.old"):
+        opened(path, 4, validation_sets={"old": numbered(tmp_path / "b", [3])})
+    dataset = opened(path, 4, split=(0.8, 0.2, 0))  # 20 tokens: 4 sequences
+    dataset.require("validation", 2, 2, "training.validation.iterations", [0.8, 0.2, 0])
+    with pytest.raises(DataError, match=r"3 batches × 2 sequences = 6 .* leaves 4; lower training\.validation\.iter"):
+        dataset.require("validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0])
+
+
+def test_tokenizer_and_vocabulary_must_fit(tmp_path):
+    numbered(tmp_path / "a", [50])
+    entries = [{"prefix": "a", "num_tokens": 50, "weight": 1.0}]
+    content = {"datasets": entries, "tokenizer": {"fingerprint": "f" * 64}, "max_token_id": 49}
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    dataset = opened(str(tmp_path / "d.json"))
+    dataset.check_vocabulary(50, "f" * 64)
+    dataset.check_vocabulary(50, None)
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        dataset.check_vocabulary(50, "e" * 64)
+    with pytest.raises(DataError, match="holds token 49, but the model's vocab_size is 49"):
+        dataset.check_vocabulary(49, "f" * 64)
+
+
+def test_verify(tmp_path):
+    info = write(tmp_path / "a", [[1, 2, 3]])
+    entry = {"prefix": "a", "num_tokens": 3, "weight": 1.0, "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx}}
+    (tmp_path / "d.json").write_text(json.dumps({"datasets": [entry]}))
+    assert verify(tmp_path / "d.json") == 12 + 34 + 12 + 16
+    (tmp_path / "a.bin").write_bytes(np.array([1, 2, 4], "<i4").tobytes())
+    with pytest.raises(DataError, match=r"a\.bin: its content is not what was prepared"):
+        verify(tmp_path / "d.json")

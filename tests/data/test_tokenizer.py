@@ -1,0 +1,170 @@
+"""BOS, EOS, fingerprints, and every way in which a tokenizer can be missing."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fast_llm.data.tokenizer import fingerprint, load
+from fast_llm.errors import DataError, MissingPackage
+from tests.data import made
+
+
+@pytest.fixture(scope="module")
+def made_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def llama(made_llama: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made_llama, tmp_path / "model")
+
+
+def test_llama_begins_with_bos(llama: Path) -> None:
+    loaded = load(str(llama))
+    assert (loaded.bos, loaded.eos, loaded.adds_bos) == (0, 1, True)
+    assert loaded.vocab_size == 320
+    assert loaded.path == llama / "tokenizer.json"
+    assert loaded.files == [llama / "tokenizer.json", llama / "tokenizer_config.json"]
+    assert load(str(llama / "tokenizer.json")).bos == 0
+
+
+def test_gpt2_only_ends(tmp_path: Path) -> None:
+    loaded = load(str(made.gpt2(tmp_path)))
+    assert (loaded.bos, loaded.eos, loaded.adds_bos) == (0, 0, False)
+
+
+def test_add_bos_token_counts(tmp_path: Path) -> None:
+    made.gpt2(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load(str(tmp_path)).adds_bos
+
+
+def test_where_special_tokens_are_named(llama: Path) -> None:
+    (llama / "tokenizer_config.json").unlink()
+    assert (load(str(llama)).bos, load(str(llama)).eos) == (None, None)
+    (llama / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 319}))
+    assert (load(str(llama)).bos, load(str(llama)).eos) == (0, 319)
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert (load(str(llama)).bos, load(str(llama)).eos) == (0, 5)
+    (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": made.EOS}))
+    assert load(str(llama)).eos == 1
+    # What the vocabulary does not have is none.
+    (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": 320}))
+    (llama / "config.json").unlink()
+    assert load(str(llama)).eos is None
+
+
+def test_truncation_and_padding_are_off(llama: Path) -> None:
+    tokenizer = load(str(llama)).tokenizer
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(llama / "tokenizer.json"))
+    assert len(load(str(llama)).tokenizer.encode("a b c d e f g h i j k l").ids) > 8
+
+
+def test_fingerprint_is_of_what_decides_tokens(llama: Path) -> None:
+    path = llama / "tokenizer.json"
+    before = fingerprint(llama)
+    assert before == fingerprint(path) == load(str(llama)).fingerprint
+    content = json.loads(path.read_text())
+
+    def changed(**changes: object) -> str:
+        path.write_text(json.dumps({**content, **changes}))
+        return fingerprint(llama)
+
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=4))
+    assert fingerprint(llama) == before
+    assert changed(truncation={"max_length": 3}, padding={"length": 4}) == before
+    # As `tokenizers` wrote it before 0.20.
+    old = {key: value for key, value in content["model"].items() if value is not None and value is not False}
+    assert changed(model={**old, "merges": [" ".join(merge) for merge in old["merges"]]}) == before
+
+    assert changed(model={**content["model"], "merges": content["model"]["merges"][:-1]}) != before
+    assert changed(model={**content["model"], "ignore_merges": False}) != before
+    assert changed(added_tokens=content["added_tokens"][:1]) != before
+    assert changed(pre_tokenizer=None) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "tokenizer.json",
+            "version https://git-lfs.github.com/spec/v1\n",
+            r"tokenizer.json: a Git LFS pointer.*`git -C .* lfs pull`",
+        ),
+        (
+            "tokenizer_config.json",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "tokenizer_config.json: a Git LFS pointer",
+        ),
+        ("tokenizer.json", "{", "tokenizer.json: not JSON"),
+        ("tokenizer.json", "[]", "tokenizer.json: not a JSON object"),
+        ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json: not JSON"),
+    ],
+)
+def test_damaged_files(llama: Path, name: str, content: str, message: str) -> None:
+    (llama / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load(str(llama))
+
+
+def test_too_large(llama: Path) -> None:
+    with (llama / "tokenizer.json").open("r+b") as file:
+        file.truncate(2**28 + 1)  # takes no room on the disk
+    with pytest.raises(DataError, match="larger than 256 MiB; this is no tokenizer"):
+        load(str(llama))
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer.json in it; give the model's folder"):
+        load(str(tmp_path))
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(
+        DataError,
+        match=r"has only tokenizer.model; make tokenizer.json .*AutoTokenizer.from_pretrained.*save_pretrained",
+    ):
+        load(str(tmp_path))
+    for path in (str(tmp_path / "nothing"), "./a/b", "gpt2", "a/b/c"):
+        with pytest.raises(DataError, match="no such file or folder, and not a model on the Hugging Face Hub"):
+            load(path)
+
+
+def test_from_the_hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "tokenizer.json" in allow_patterns, "model.safetensors" in allow_patterns))
+        return str(llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load("meta-llama/Llama-3.1-8B").bos == 0
+    load("meta-llama/Llama-3.1-8B@main")
+    assert asked == [
+        ("meta-llama/Llama-3.1-8B", None, True, False),
+        ("meta-llama/Llama-3.1-8B", "main", True, False),
+    ]
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"meta-llama/Llama-3.1-8B: no tokenizer.json in it"):
+        load("meta-llama/Llama-3.1-8B")
+
+
+def test_hub_can_not_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"org/name: no folder here, and it could not be fetched .* Without a network, give"
+    ):
+        load("org/name")
+
+
+def test_hub_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingPackage, match=r"org/name is no folder here.*pip install 'fast-llm\[hf\]'"):
+        load("org/name")

@@ -1,0 +1,265 @@
+"""What a run refuses, survives and writes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fast_llm.config.section import read, validate
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.errors import TrainingStopped, UserError
+from fast_llm.training.plan import describe, make_plan
+from fast_llm.training.run import Run, next_run_number
+from tests.helpers import spawn
+from tests.training.runs import losses, records, run, settings, write_tokens
+
+
+def problems(arguments: list[str], processes: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        make_plan(read(None, arguments), processes, weights=False)
+    return str(caught.value)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    write_tokens(tmp_path / "tokens", 400)
+    return tmp_path
+
+
+def test_the_plan_in_numbers(tokens: Path) -> None:
+    arguments = settings(
+        tokens, "training.train_iters=10", "training.checkpoint.interval=5", "training.export.interval=5"
+    )
+    text = describe(make_plan(read(None, arguments), 2, weights=False))
+    assert "8 sequences of 24 tokens = 2 a micro-batch × 2 micro-batches × 2 processes" in text
+    assert "10 steps of 192 tokens = 1,920 tokens" in text
+    assert re.search(r"tokens: \d[\d,]* tokens to train on, 0\.\d+ epochs", text)
+    assert "every 5 steps" in text and "kept" in text and "free at" in text
+
+
+def test_all_mistakes_of_data_and_settings_at_once(tokens: Path) -> None:
+    text = problems(
+        settings(
+            tokens,
+            "model.base_model.vocab_size=100",
+            "batch.batch_size=9",
+            "training.validation.interval=1",
+            "optimizer.learning_rate.decay_style=linear",
+            "optimizer.learning_rate.minimum=1",
+        ),
+        processes=3,
+    )
+    assert "batch_size 9 must be a multiple of micro_batch_size 2 × 3 processes = 6; the nearest are 6 and 12" in text
+    assert "training.validation.iterations: needed with" in text
+    assert "decay_style linear needs the step at which it ends" in text
+    assert "optimizer.learning_rate.minimum: given 1" in text
+
+
+def test_a_validation_that_is_too_large(tokens: Path) -> None:
+    text = problems(settings(tokens, "training.validation.interval=1", "training.validation.iterations=1000"))
+    assert "1000 batches × 8 sequences = 8,000 sequences" in text and "lower training.validation.iterations to" in text
+
+
+def test_tokens_that_the_model_does_not_have(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"tokens: document \d+ holds token 1\d\d at its place \d+.*vocab_size is 100"):
+        run(settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50"))
+
+
+def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fast_llm.training.plan.importlib.util.find_spec", lambda name: None)
+    text = problems(settings(tokens, "training.wandb.project_name=x", "training.tensorboard=yes"))
+    assert "pip install 'fast-llm[wandb]'" in text and "pip install 'fast-llm[tensorboard]'" in text
+
+
+def test_a_folder_that_can_not_be_written(tokens: Path) -> None:
+    (tokens / "file").write_text("")
+    assert "is a file" in problems(settings(tokens, f"run.experiment_dir={tokens}/file/run"))
+
+
+def test_what_may_change_on_resume_and_what_may_not(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def arguments(*further: str) -> list[str]:
+        return settings(tokens, "training.train_iters=2", "training.checkpoint.interval=2", *further)
+
+    assert run(arguments()) == 0
+    text = problems(
+        arguments("batch.batch_size=4", "model.distributed.seed=7", "model.base_model.transformer.num_layers=1")
+    )
+    assert "batch.batch_size: given 4" in text and "run.accept_changes=[batch.batch_size]" in text
+    assert "model.distributed.seed: given 7" in text
+    assert "a model can not change its shape" in text
+    assert "training.train_iters: given 1" in problems(arguments("training.train_iters=1"))
+    capsys.readouterr()
+    consent = "run.accept_changes=[batch.batch_size]"
+    assert (
+        run(arguments("batch.batch_size=4", consent, "training.train_iters=4", "optimizer.learning_rate.base=1e-3"))
+        == 0
+    )
+    output = capsys.readouterr().out
+    assert "batch.batch_size: 8 → 4" in output and "optimizer.learning_rate.base: 0.01 → 0.001" in output
+    # Two steps of eight sequences and two of four: no sequence was passed over or seen twice.
+    assert records(tokens / "run")[4]["consumed_samples"] == 24
+
+
+def test_the_resolved_configuration_is_valid_input(tokens: Path) -> None:
+    assert run(settings(tokens, "training.train_iters=1")) == 0
+    again = validate(TrainConfig, read(tokens / "run" / "config.yaml"), REFUSED, RENAMED)
+    first = validate(TrainConfig, read(None, settings(tokens, "training.train_iters=1")), REFUSED, RENAMED)
+    assert again.model_dump() == first.model_dump()
+    assert yaml.safe_load((tokens / "run" / "config.yaml").read_text())["batch"]["batch_size"] == 8
+
+
+def train_on_nonsense(arguments: list[str]) -> str:
+    try:
+        run(arguments)
+    except TrainingStopped as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_that_are_not_finite_never_touch_the_weights(tokens: Path, world: int) -> None:
+    # The first update is so large that every loss behind it is NaN.
+    arguments = settings(
+        tokens,
+        "training.train_iters=20",
+        "optimizer.learning_rate.base=1e30",
+        "optimizer.max_nonfinite_steps=3",
+        "training.checkpoint.interval=2",
+    )
+    for message in spawn(world, train_on_nonsense, arguments):
+        assert "were not finite 3 times in a row" in message and "last checkpoint is whole" in message
+    found = records(tokens / "run")
+    assert [found[step]["skipped_iters"] for step in (1, 2, 3, 4)] == [0, 1, 1, 1] and 5 not in found
+    assert found[2]["language_model_loss"] is None
+    from tests.training.runs import weights
+
+    two, four = (weights(tokens / "run" / "checkpoint" / str(step)) for step in (2, 4))
+    assert two == four
+
+
+def test_fp16_finds_its_scale(tokens: Path) -> None:
+    arguments = settings(
+        tokens,
+        "training.train_iters=12",
+        "model.distributed.training_dtype=fp16",
+        "optimizer.gradient_scaler.initial=1e9",
+    )
+    assert run(arguments) == 0
+    skipped = [record["skipped_iters"] for record in records(tokens / "run").values()]
+    assert 0 < sum(skipped) < 12 and skipped[-1] == 0  # the scale came down until gradients fitted
+    assert losses(tokens / "run")[12] < losses(tokens / "run")[sum(skipped) + 1]
+
+
+def test_metrics_have_the_names_that_users_expect(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    further = f"data.validation_sets.other={tokens}/tokens"
+    arguments = settings(
+        tokens,
+        "training.train_iters=2",
+        "training.validation.interval=2",
+        "training.validation.iterations=1",
+        "training.test_iters=1",
+        "training.tensorboard=yes",
+        further,
+    )
+    assert run(arguments) == 0
+    expected = (
+        "train_iters batch_size iteration language_model_loss consumed_samples consumed_tokens step_time_ms step_time_average_ms"
+        " remaining_time completion_time percent_done skipped_iters nan_iters model_tflops hardware_tflops tokens_per_sec_per_gpu"
+        " run grad_norm learning_rate loss_scale step phase mfu data_wait_ms"
+    )
+    record = records(tokens / "run")[2]
+    assert set(expected.split()) <= set(record)
+    assert record["consumed_tokens"] == 2 * 8 * 24 and record["percent_done"] == 100 and record["loss_scale"] == 1
+    assert set(losses(tokens / "run", "validation")) == {0, 2} and set(losses(tokens / "run", "test")) == {2}
+    assert "other_loss" in records(tokens / "run", "validation")[0]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "Training @ iteration" in line)
+    for part in (
+        "consumed samples: 8",
+        "batch size: 8",
+        "tokens/s/gpu",
+        "grad norm:",
+        "loss scale: 1",
+        "language model loss:",
+        "run: 0",
+    ):
+        assert part in line
+    assert list((tokens / "run" / "tensorboard").iterdir())
+
+
+class Wandb:
+    """What is used of Weights & Biases."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, object]]] = []
+        self.started: list[dict[str, object]] = []
+        self.alerts: list[str] = []
+        self.id = "abc"
+        self.util = self
+
+    def generate_id(self) -> str:
+        return "abc"
+
+    def init(self, **arguments: object) -> "Wandb":
+        self.started.append(arguments)
+        return self
+
+    def log(self, values: dict[str, object], step: int) -> None:
+        self.logged.append((step, values))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append(title)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_weights_and_biases(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Wandb()
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    monkeypatch.setattr("fast_llm.training.plan.importlib.util.find_spec", lambda name: name)
+    for _ in range(2):
+        run(settings(tokens, "training.train_iters=2", "training.wandb.alert.interval=2"))
+    assert [step for step, _ in fake.logged][:2] == [1, 2] and "Training" in fake.logged[0][1]
+    assert fake.started[0]["project"] == "fast_llm" and fake.started[1]["id"] == "abc"
+    assert "Training results" in fake.alerts and "Run ended!" in fake.alerts
+    assert (tokens / "run" / "wandb_config.yaml").exists()
+
+
+def test_a_torn_line_is_dropped_and_runs_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "la')
+    first = Run(tmp_path, 0, 1, True, next_run_number(tmp_path))
+    first.record({"step": 2, "loss": float("nan")})
+    first.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "loss": None}]
+    assert next_run_number(tmp_path) == 1
+
+
+def test_a_callback_is_started_with_what_was_saved(tokens: Path) -> None:
+    script = f"bash -c 'echo $FAST_LLM_SAVED $WHO >> {tokens}/calls'"
+    arguments = settings(
+        tokens,
+        "training.train_iters=2",
+        "training.checkpoint.interval=1",
+        f'training.checkpoint.callback.script="{script}"',
+    )
+    assert run([*arguments, "training.checkpoint.callback.environment.WHO=me"]) == 0
+    for _ in range(100):
+        if (tokens / "calls").exists() and len((tokens / "calls").read_text().splitlines()) == 2:
+            break
+        __import__("time").sleep(0.05)
+    assert (tokens / "calls").read_text().splitlines() == [f"{tokens}/run/checkpoint/{step} me" for step in (1, 2)]
+
+
+def test_no_experiment_dir_writes_nothing(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tokens)
+    before = sorted(tokens.rglob("*"))
+    assert run(settings(tokens, "training.train_iters=1", "run.experiment_dir=null")) == 0
+    assert sorted(tokens.rglob("*")) == before
+
+
+def test_the_callbacks_environment_holds_no_secrets(tokens: Path) -> None:
+    text = problems(settings(tokens, "training.checkpoint.callback.environment.HF_TOKEN=x"))
+    assert "HF_TOKEN" in text and "secret" in text
