@@ -264,8 +264,9 @@ def export_llama(
         with together(what, group):
             if is_main(group):
                 partial = folders.begin(path)
-        # Only the first process writes, so the others need no folder.
-        names = save_weights(weights, partial or path, dtype, parameters_per_file, group)
+        into = gather(partial, group)[0]
+        assert into is not None
+        names = save_weights(weights, into, dtype, parameters_per_file, group)
         with together(what, group):
             if partial is not None:
                 small = {**files, "config.json": json.dumps(config, indent=2).encode() + b"\n"}

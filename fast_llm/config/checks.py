@@ -319,5 +319,5 @@ def _steps(config: TrainConfig) -> Breaches:
                 "training.export",
                 "training.checkpoint",
             ),
-            "given 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to measure or save)",
+            "is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to measure or save)",
         )

@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 
 from fast_llm.config.text import show
 
+MOST = 100  # mistakes of one file that are told; looking for the name that was meant takes milliseconds
+
 
 @dataclass(frozen=True)
 class Words:
@@ -39,7 +41,7 @@ def instead(sentences: Mapping[Any, str]) -> BeforeValidator:
 def explain(kind: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[tuple[str, str, str]]:
     """(where to point, the setting it belongs to, what is wrong) for each mistake."""
     result: dict[tuple[str, str], tuple[str, str, str]] = {}
-    for detail in error.errors(include_url=False):
+    for detail in error.errors(include_url=False)[:MOST]:
         if detail["type"] == "default_factory_not_called":
             continue  # a consequence of another mistake
         path, field, inner, section = _locate(kind, detail["loc"])
@@ -54,11 +56,13 @@ def explain(kind: type[BaseModel], values: Mapping[str, Any], error: ValidationE
             given = _at(values, path, detail["input"])
             inner_kind = sections(field.annotation) if field is not None and not inner else []
             point, wanted = path, words(field) if field is not None else "a section of settings"
-            if isinstance(given, dict) and field is not None and inner and isinstance(inner[0], str):
+            if isinstance(given, dict) and field is not None and get_origin(field.annotation) is dict and inner:
                 # an entry of a dictionary, whose names are the user's
                 point, wanted = f"{path}.{inner[0]}", _value_words(field.annotation)
-                given = given.get(inner[0], detail["input"])
+                given = given.get(str(inner[0]), detail["input"])
             hint = _inside(inner_kind[0], path, given) if inner_kind else ""
+            if isinstance(given, float) and given.is_integer() and 0 < given < 10**15 and "integer" in wanted:
+                hint = f"; write {int(given)}"
             result[point, "value"] = (point, path, f"given {show(given)}, must be {wanted}{hint}")
     return list(result.values())
 

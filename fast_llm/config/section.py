@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fast_llm.config.mistakes import Words, explain
+from fast_llm.config.mistakes import MOST, Words, explain
 from fast_llm.config.text import BROKEN, Dumper, Reading
 from fast_llm.config.text import show as show  # here for those who tell mistakes of their own
 from fast_llm.errors import ConfigError
@@ -105,12 +105,13 @@ class Document:
 
     def where(self, path: str) -> str:
         """`file:line` of a dotted path, or of the nearest section around it, or of the first setting inside."""
-        inside = next((place for known, place in self.places.items() if known.startswith(path + ".")), None)
-        while path:
-            if path in self.places:
-                return self.places[path]
-            path = path.rpartition(".")[0]
-        return inside or self.source
+        around = path
+        while around:
+            if around in self.places:
+                return self.places[around]
+            around = around.rpartition(".")[0]
+        inside = (place for known, place in self.places.items() if known.startswith(path + "."))
+        return next(inside, self.source)
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a dotted path."""
@@ -274,7 +275,14 @@ def validate(
             section = kind.model_validate(values)
         except ValidationError as error:
             found = explain(kind, values, error)
-            problems += [f"{document.where(path)}: {path or 'the file'}: {text}" for path, _, text in found]
+            problems += [
+                f"{document.where(path)}: {path or 'the file'}: {text}"
+                for path, _, text in found
+                # What is given but wrong was told already and taken out; it is not missing.
+                if not text.startswith("is missing") or not any(_related(path, wrong) for wrong in broken)
+            ]
+            if len(problems) >= MOST:
+                break  # this is no configuration at all
             wrong = {field for _, field, _ in found}
             smaller = _without(values, wrong)
             broken |= wrong
@@ -286,7 +294,8 @@ def validate(
             if not any(_related(path, wrong) for path in concerned for wrong in broken):
                 problems.append(f"{document.where(concerned[0])}: {concerned[0]}: {text}")
     if problems or section is None:
-        raise ConfigError(sorted(dict.fromkeys(problems), key=_line))
+        problems = sorted(dict.fromkeys(problems), key=_line)
+        raise ConfigError(problems[:MOST] + [f"… and {len(problems) - MOST} more"] * (len(problems) > MOST))
     return section
 
 

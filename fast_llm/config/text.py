@@ -2,7 +2,7 @@
 
 YAML has its 1.1 meanings (`100_000` is a number, `yes` is true) with two repairs: `1e-4` is a number too, and
 a key that stands twice is refused. Anchors are refused: a file of a kilobyte could unfold to gigabytes.
-Dates stay text. Reading costs about a second for 100 KiB; the files meant here have one or two.
+Dates stay text. Reading costs two seconds for 100 KiB; the files meant here have one or two.
 """
 
 import json
@@ -109,7 +109,7 @@ class Reading:
             self._problem(mark.line + 1 if mark else None, "", f"not YAML: {_why(error)}")
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            self._problem(line, "", f"not YAML: the character {error.character!r} may not stand here")
+            self._problem(line, "", f"not YAML: the character {_character(error)} may not stand here")
         except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML stumbles
             self._problem(None, "", "not YAML: an escape (\\) that is no character")
         return BROKEN
@@ -132,7 +132,7 @@ class Reading:
             items = [self._value(item, f"{path}.{i}", loader) for i, item in enumerate(node.value)]
             return BROKEN if any(item is BROKEN for item in items) else items
         if node.tag not in _PLAIN_TAGS:
-            self._problem(line, path, f"the tag {node.tag} is not supported; write plain values")
+            self._problem(line, path, f"the tag {node.tag.replace(_TAG, '!!')} is not supported; write plain values")
             return BROKEN
         return self._scalar(node, path, loader)
 
@@ -174,6 +174,11 @@ class Reading:
             self._problem(line, path, f"the character {found[0]!r} is not supported in text")
             return BROKEN
         return value
+
+
+def _character(error: yaml.reader.ReaderError) -> str:
+    code = error.character
+    return repr(chr(code) if isinstance(code, int) else code)
 
 
 def _is_name(node: yaml.ScalarNode) -> bool:

@@ -46,8 +46,8 @@ _NO_FP64 = instead({"fp64": "the highest precision is fp32"})
 # A dtype in any of its spellings; it becomes the short one.
 DType = Annotated[
     Literal["fp32", "bf16", "fp16"],
+    _NO_FP64,  # asked after the one below
     BeforeValidator(_dtype),
-    _NO_FP64,
     Words("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
 ]
 
@@ -358,7 +358,7 @@ class OptimizerConfig(Section):
     learning_rate: LearningRateConfig = LearningRateConfig()
     gradient_scaler: GradientScalerConfig = GradientScalerConfig()
     moments_dtype: Annotated[
-        Literal["fp32", "bf16"], BeforeValidator(_dtype), _NO_FP64, Words("fp32 or bf16 (float32, bfloat16)")
+        Literal["fp32", "bf16"], _NO_FP64, BeforeValidator(_dtype), Words("fp32 or bf16 (float32, bfloat16)")
     ] = "fp32"
     """The dtype of both moments. bf16 saves 4 bytes a weight."""
     max_nonfinite_steps: Positive = 5
@@ -520,7 +520,7 @@ class DistributedConfig(Section):
     training_dtype: DType = "fp32"
     """The dtype that is computed in. Weights, gradients and their sums are kept in fp32 besides."""
     optimization_dtype: Annotated[
-        Literal["fp32"], BeforeValidator(_dtype), _NO_FP64, Words("fp32; optimizer.moments_dtype: bf16 saves memory")
+        Literal["fp32"], _NO_FP64, BeforeValidator(_dtype), Words("fp32; optimizer.moments_dtype: bf16 saves memory")
     ] = "fp32"
     """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 saves memory."""
     tensor_parallel: Annotated[

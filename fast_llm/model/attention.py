@@ -1,8 +1,11 @@
 """Causal attention within documents, never across them.
 
-Several documents share a sequence; none sees another. No mask is built: on a GPU in 16 bits PyTorch's
-variable-length kernel takes the boundaries; elsewhere each document goes through scaled_dot_product_attention
-by itself, and documents of one length that lie side by side go together. So the work is Σ length², not S².
+Several documents share a sequence; none sees another. No mask is built, so the work is Σ length², not S²:
+
+a GPU in 16 bits    PyTorch's variable-length kernel (FlashAttention) takes the boundaries
+elsewhere           each document goes through scaled_dot_product_attention by itself; documents of one length that
+                    lie side by side go together
+
 Letters: B sequences, S tokens of a sequence, H query heads, K key and value heads, D head dimensions.
 """
 
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 # On the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
 # back), and below this length the fp32 one is as fast: bf16 15.7 ms, fp32 9.3 ms forward and backward at 8 × 256
@@ -41,13 +45,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flas
 
     `flash` false computes with plain matrix products, which hold the scores of whole documents.
     """
-    if documents is not None and flash and q.is_cuda and q.dtype != torch.float32:
-        return _variable_length(q, k, v, documents)
     if documents is None or set(documents.lengths) == {q.shape[1]}:
         return _batched(q, k, v, flash)
+    if flash and _has_variable_length(q):
+        return _variable_length(q, k, v, documents)
     shape = q.shape
     runs = [(length, len(list(group))) for length, group in groupby(documents.lengths)]
     sizes = [length * count for length, count in runs]
+    # Splitting, unlike slicing, has a backward pass that writes each gradient once.
     parts = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
     outputs = []
     for (length, count), *run in zip(runs, *parts, strict=True):
@@ -79,14 +84,27 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
     return out[:, :, :length].transpose(1, 2).to(dtype)
 
 
-def _variable_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _has_variable_length(q: Tensor) -> bool:
+    """FlashAttention's limits: 16 bits, Ampere or later, head dimensions that are a multiple of 8 up to 256."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
-    # PyTorch 2.11 and 2.13 spell causal and grouped attention differently.
-    known = inspect.signature(varlen_attn).parameters
-    how: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+
+# PyTorch's versions spell causal and grouped attention differently: 2.10 has is_causal and repeats no heads; later a
+# window that reaches back without limit and not ahead means causal, and groups are asked for where that is known.
+_KNOWN = inspect.signature(varlen_attn).parameters
+_CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _KNOWN else {"window_size": (-1, 0)}
+
+
+def _variable_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    how = dict(_CAUSAL)
     if q.shape[2] != k.shape[2]:
-        if "enable_gqa" in known:
+        if "enable_gqa" in _KNOWN:
             how["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))

@@ -113,8 +113,7 @@ def _loss_and_gradients(
     vocabulary = weight.shape[0]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if with_hidden else None
-    weight_grad: Tensor | None = None
-    part = weight.new_empty(weight.shape) if with_weight else None
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
     buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
     size = max(1, _PIECE.get(hidden.device.type, _PIECE["cuda"]) // vocabulary)
     scratch = None if triton else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
@@ -128,15 +127,19 @@ def _loss_and_gradients(
                 loss += _softmax_cross_entropy_(piece, piece_targets, scratch, with_hidden or with_weight)
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[begin : begin + length])
-        if part is not None:
-            torch.mm(logits.t(), rows, out=part)
-            if weight_grad is None:
-                weight_grad = part.float() if part.dtype != torch.float32 else part.clone()
-            else:
-                weight_grad += part
-    if with_weight and weight_grad is None:
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        if weight_grad is not None:
+            _add_product_(weight_grad, logits.t(), rows)
     return loss, hidden_grad, weight_grad
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left · right to an fp32 sum."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
 
 
 def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool) -> Tensor:

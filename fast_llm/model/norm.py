@@ -28,16 +28,15 @@ class _RMSNorm(torch.autograd.Function):
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()  # ... 1
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(x.dtype)
+        normed: Tensor = x * inverse
+        return normed.mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         normed = (x * inverse).flatten(0, -2)  # fp32 T E
-        along = grad.flatten(0, -2).float()
-        if along is grad:  # already fp32, and not ours to change
-            along = along.clone()
+        along = grad.flatten(0, -2).to(torch.float32, copy=True)  # the incoming gradient is not ours to change
         weight_grad = torch.mul(along, normed).sum(0)
         along.mul_(weight)
         # The part of the gradient along x changes nothing but the length, which is divided out.

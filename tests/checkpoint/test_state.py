@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import llama, state
@@ -54,54 +54,47 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
 
 
-def spread(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    world = dist.get_world_size()
+def spread(
+    tensors: dict[str, Tensor], layout: str = "sharded", group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
     if layout == "replicated":
         return {name: tensor.clone() for name, tensor in tensors.items()}
-    if layout == "grid":  # rows over one axis, columns or the same rows over the other
-        mesh = init_device_mesh("cpu", (world // 2, 2))
+    group = group or dist.group.WORLD
+    mesh, places = DeviceMesh.from_group(group, "cpu"), [[Shard(0)]] * 3
+    if layout == "grid":  # rows over one axis; over the other columns, the same rows, or nothing
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
         places = [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(0)]]
-        return {
-            name: distribute_tensor(
-                tensor, mesh, places[i % 3] if tensor.dim() > 1 else places[2] if tensor.dim() else [Replicate()] * 2
-            )
-            for i, (name, tensor) in enumerate(tensors.items())
-        }
-    mesh = init_device_mesh("cpu", (world,))
-    return {
-        name: distribute_tensor(tensor, mesh, [Shard(0)] if tensor.dim() else [Replicate()])
-        for name, tensor in tensors.items()
-    }
+    found = {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        where = places[i % 3 if tensor.dim() > 1 else 2] if tensor.dim() else [Replicate()] * mesh.ndim
+        found[name] = distribute_tensor(tensor, mesh, where, src_data_rank=None)
+    return found
 
 
-def layouts() -> tuple[str, ...]:
-    return ("sharded", "replicated", "grid")[: 3 if dist.get_world_size() == 4 else 2]
-
-
-def save_all(root: str) -> list[str]:
-    return [
-        str(state.save(Path(root, f"{dist.get_world_size()} {layout}"), 3, spread(reference(), layout), {"step": 3}))
-        for layout in layouts()
-    ]
-
-
-def load_all(paths: list[str]) -> None:
-    for layout in layouts():
+def exchange(root: str) -> list[str]:
+    """Save from one, two and four processes in every layout, then load each in each; where they were saved."""
+    groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4)}
+    layouts = [(size, layout) for size in groups for layout in ("sharded", "replicated")] + [(4, "grid")]
+    mine = [(groups[size], size, layout) for size, layout in layouts if dist.get_rank() < size]
+    for group, size, layout in mine:
+        state.save(Path(root, f"{size} {layout}"), 3, spread(reference(), layout, group), {"step": 3}, group)
+    dist.barrier()
+    paths = [Path(root, f"{size} {layout}", "3") for size, layout in layouts] + [Path(root, "plain", "3")]
+    for group, size, layout in mine:
         for path in paths:
             # full_tensor would need a collective for every tensor: compare this process's parts instead
-            expected, found = spread(reference(), layout), spread(reference(seed=1), layout)
-            state.load(Path(path), found)
+            expected, found = spread(reference(), layout, group), spread(reference(seed=1), layout, group)
+            state.load(path, found, group)
             for name in SHAPES:
-                one, other = (t.to_local() if hasattr(t, "to_local") else t for t in (found[name], expected[name]))
-                assert torch.equal(bits(one), bits(other)), (layout, path, name)
+                one, other = (t.to_local() if isinstance(t, DTensor) else t for t in (found[name], expected[name]))
+                assert torch.equal(bits(one), bits(other)), (size, layout, path, name)
+    return [str(path) for path in paths]
 
 
 def test_every_layout_loads_every_other_bit_for_bit(tmp_path: Path) -> None:
-    paths = [str(state.save(tmp_path / "plain", 3, reference(), {}))]  # without processes
-    for world in (1, 2, 4):
-        paths += spawn(world, save_all, str(tmp_path))[0]
-    for world in (1, 2, 4):
-        spawn(world, load_all, paths)
+    state.save(tmp_path / "plain", 3, reference(), {})  # without processes
+    paths = spawn(4, exchange, str(tmp_path))[0]
+    assert len(paths) == 8
     found = reference(seed=1)
     for path in map(Path, paths):
         state.load(path, found)

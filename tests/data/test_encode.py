@@ -87,6 +87,13 @@ def test_every_character() -> None:
     assert all(_encoders["smollm2"]._usable[limit] for limit in encode._LIMITS)
 
 
+def test_characters_that_no_expression_matches() -> None:
+    tokenizer = made.train(_byte_level(_split("[^☃]+")))
+    encoder = Encoder(_copy(tokenizer), np.dtype(np.int32))
+    assert encoder.fast
+    assert _tokens(encoder, ["a☃b☃"]) == _reference(tokenizer, ["a☃b☃"])
+
+
 def test_special_tokens_are_text() -> None:
     text = f"print('{made.EOS}')\n{made.BOS} x"
     for name in _FAST:

@@ -439,7 +439,7 @@ def test_number_of_workers_changes_nothing(
     tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         output = tmp_path / str(workers)
         metadata = prepare(configure(output / "data", large, model, tokenize_workers=workers))
         results.append(everything(output))
@@ -452,10 +452,10 @@ def test_number_of_workers_changes_nothing(
     assert sum(entry["weight"] for entry in described["datasets"]) == pytest.approx(1, abs=1e-12)
     assert described["skipped"] == {"empty": 2, "not_utf8": 1}
     assert described["skipped_examples"][1] == [f"{large}/0200.py", "not_utf8"]
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
     # Nor does how much a worker is given at a time.
     monkeypatch.setattr(module, "_RANGE", 5_000)
-    prepare(configure(tmp_path / "4" / "data", large, model))
+    prepare(configure(tmp_path / "4" / "data", large, model, tokenize_workers=2))
     assert everything(tmp_path / "4") == results[0]
     texts = [
         text for path in sorted(large.iterdir()) if (text := path.read_text(errors="ignore")) and "UTF" not in text

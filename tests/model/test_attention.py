@@ -49,6 +49,18 @@ def test_attention_and_its_gradients(
         assert ((one.double() - other.double()).norm() / other.double().norm()) < bound
 
 
+class Bytes(torch.autograd.graph.saved_tensors_hooks):
+    """What is kept for the backward pass, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(self.pack, lambda tensor: tensor)
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.total += tensor.nbytes
+        return tensor
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that is made."""
 
@@ -73,3 +85,33 @@ def test_no_mask_of_the_sequence_squared(dtype: torch.dtype) -> None:
             attention(q, k, v, packed, True).sum().backward()
         # Queries, keys, values and their like hold length × 16 elements; the squared sequence 256 times as many.
         assert largest.elements <= 2 * length * 16
+
+
+class Pairs(TorchDispatchMode):
+    """How many pairs of query and key the CPU's kernels are given, and in how many calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.calls = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            batch, heads, length, _ = args[0].shape
+            self.total += batch * heads * length * args[1].shape[2]
+            self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_work_is_that_of_the_documents() -> None:
+    q = torch.randn(2, 512, 2, 8)
+    for lengths in ((512, 512), (100, 412, 512), (64,) * 16):
+        with Pairs() as pairs:
+            attention(q, q, q, documents(*lengths), True)
+        assert pairs.total == 2 * sum(length**2 for length in lengths)
+
+
+def test_equal_neighbours_go_together() -> None:
+    q = torch.randn(1, 512, 2, 8)
+    with Pairs() as pairs:
+        attention(q, q, q, documents(*(16,) * 16, 256), True)
+    assert pairs.calls == 2

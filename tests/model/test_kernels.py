@@ -12,6 +12,7 @@ CHECK = """
 import torch
 import torch.nn.functional as F
 from fast_llm.model.kernels import softmax_cross_entropy_
+from fast_llm.model.loss import cross_entropy
 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
     for vocabulary in (5, 301, 8192, 9001):
         logits = (4 * torch.randn(6, vocabulary)).to(dtype)
@@ -21,9 +22,19 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float
         exact = logits.double().requires_grad_()
         expected = F.cross_entropy(exact, labels, ignore_index=-100, reduction="none")
         wanted, = torch.autograd.grad(expected.sum(), exact)
-        losses = softmax_cross_entropy_(logits, labels, -100)
+        before = logits.clone()
+        losses = softmax_cross_entropy_(logits, labels, -100, False)
+        assert torch.equal(logits, before)
+        assert torch.equal(losses, softmax_cross_entropy_(logits, labels, -100, True))
         assert (losses - expected).norm() < 1e-5 * expected.norm(), (dtype, vocabulary)
         assert (logits.double() - wanted).norm() < bound * wanted.norm(), (dtype, vocabulary)
+hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+labels = torch.randint(50, (9,))
+labels[4] = -100
+ways = [cross_entropy(hidden, weight, labels, way, None) for way in ("triton", "torch")]
+for one, other in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in ways)):
+    assert torch.allclose(one, other, atol=1e-6)
+assert torch.allclose(*ways)
 print("equal")
 """
 

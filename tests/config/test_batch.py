@@ -1,0 +1,121 @@
+"""The arithmetic of a batch, and its messages in numbers."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.train import BatchConfig
+from fast_llm.errors import ConfigError
+
+NAMES = {
+    "size": "batch_size",
+    "micro": "micro_batch_size",
+    "depth": "depth_first_micro_batches",
+    "breadth": "breadth_first_micro_batches",
+    "sequential": "sequential_micro_batches",
+}
+
+
+def plan(processes: int, **values: Any) -> BatchPlan:
+    return plan_batch(BatchConfig(**{NAMES[name]: value for name, value in values.items()}), processes)
+
+
+@pytest.mark.parametrize(
+    ("processes", "values", "expected"),
+    [
+        (8, {"size": 256, "micro": 2}, (256, 2, 16)),  # the recipe
+        (1, {"size": 256, "micro": 2}, (256, 2, 128)),
+        (1, {}, (1, 1, 1)),
+        (4, {}, (4, 1, 1)),
+        (4, {"micro": 3}, (12, 3, 1)),
+        (4, {"micro": 3, "depth": 5}, (60, 3, 5)),
+        (4, {"depth": 5}, (20, 1, 5)),
+        (4, {"size": 40}, (40, 10, 1)),
+        (4, {"size": 40, "depth": 5}, (40, 2, 5)),
+        (4, {"size": 40, "sequential": 5}, (40, 2, 5)),
+        (4, {"size": 40, "micro": 2, "sequential": 5}, (40, 2, 5)),
+        (4, {"size": 40, "micro": 2, "depth": 5, "breadth": 1, "sequential": 5}, (40, 2, 5)),
+    ],
+)
+def test_what_is_not_given_follows(processes: int, values: dict[str, int], expected: tuple[int, int, int]) -> None:
+    assert plan(processes, **values) == BatchPlan(*expected)
+
+
+@pytest.mark.parametrize(
+    ("processes", "values", "problem"),
+    [
+        (
+            3,
+            {"size": 256, "micro": 2},
+            "batch.batch_size: batch_size 256 must be a multiple of micro_batch_size 2 × 3 processes = 6;"
+            " the nearest are 252 and 258",
+        ),
+        (
+            1,
+            {"size": 5, "micro": 2},
+            "batch.batch_size: batch_size 5 must be a multiple of micro_batch_size 2 × 1 process = 2;"
+            " the nearest are 4 and 6",
+        ),
+        (
+            8,
+            {"size": 4, "micro": 2},
+            "batch.batch_size: batch_size 4 must be a multiple of micro_batch_size 2 × 8 processes = 16;"
+            " the smallest is 16",
+        ),
+        (
+            4,
+            {"size": 41, "depth": 5},
+            "batch.batch_size: batch_size 41 must be a multiple of 5 micro-batches × 4 processes = 20;"
+            " the nearest are 40 and 60",
+        ),
+        (
+            4,
+            {"size": 40, "micro": 2, "depth": 6},
+            "batch.depth_first_micro_batches: given 6, but batch_size 40 / (micro_batch_size 2 × 4 processes) = 5;"
+            " leave it out",
+        ),
+        (
+            4,
+            {"size": 40, "micro": 2, "sequential": 6},
+            "batch.sequential_micro_batches: given 6, but batch_size 40 / (micro_batch_size 2 × 4 processes) = 5;"
+            " leave it out",
+        ),
+        (
+            1,
+            {"depth": 2, "breadth": 1, "sequential": 3},
+            "batch.sequential_micro_batches: given 3, must be depth_first_micro_batches 2 × breadth_first_micro_batches"
+            " 1 = 2; leave it out",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit(processes: int, values: dict[str, int], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(processes, **values)
+    assert caught.value.problems == [problem]
+
+
+number = st.integers(1, 12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(number, st.fixed_dictionaries({}, optional=dict.fromkeys(("size", "micro", "depth", "sequential"), number)))
+def test_a_plan_multiplies_out_and_keeps_what_was_given(processes: int, values: dict[str, int]) -> None:
+    try:
+        found = plan(processes, **values)
+    except ConfigError:
+        # Then no numbers fit; with the micro-batch's size open there is one micro-batch if nothing else is said.
+        many = values.get("sequential", values.get("depth"))
+        for count in [many] if many else [1] if "micro" not in values else range(1, 13):
+            for micro in [values["micro"]] if "micro" in values else range(1, 13):
+                fits = values.get("depth", count) == count
+                assert not fits or values.get("size", micro * count * processes) != micro * count * processes
+        return
+    assert found.batch_size == found.micro_batch_size * found.micro_batches * processes
+    assert values.get("size", found.batch_size) == found.batch_size
+    assert values.get("micro", found.micro_batch_size) == found.micro_batch_size
+    assert {values.get("depth", found.micro_batches), values.get("sequential", found.micro_batches)} == {
+        found.micro_batches
+    }

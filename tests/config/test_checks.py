@@ -1,0 +1,345 @@
+"""Every law across settings: broken alone, with its exact message and place, and kept."""
+
+import ast
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fast_llm.config import checks
+from fast_llm.config.checks import breaches, check
+from fast_llm.config.section import read, validate
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.errors import ConfigError
+
+# The smallest configuration that keeps all laws; overrides are laid over it.
+GOOD = ["training.train_iters=10", "data.format=random"]
+FILES = ["training.train_iters=10", "data.path=tokens"]
+TRANSFORMER = "model.base_model.transformer"
+RATE = "optimizer.learning_rate"
+
+
+def told(overrides: list[str], processes: int = 1) -> list[str]:
+    """What is wrong, without the place in the file."""
+    document = read(None, overrides)
+    config = validate(TrainConfig, document, REFUSED, RENAMED)
+    found = [f"{paths[0]}: {text}" for paths, text in breaches(config, processes)]
+    assert check(config, document, processes) == [f"{document.where(text.partition(':')[0])}: {text}" for text in found]
+    return found
+
+
+BROKEN: list[tuple[list[str], str]] = [
+    (
+        [*GOOD, "batch.batch_size=5", "batch.micro_batch_size=2"],
+        "batch.batch_size: batch_size 5 must be a multiple of micro_batch_size 2 × 1 process = 2; the nearest are 4 and 6",
+    ),
+    (
+        [*GOOD, "batch.micro_sequence_length=512"],
+        "batch.micro_sequence_length: given 512, must be sequence_length 2048: sequences are computed whole; leave it"
+        " out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
+    ),
+    (
+        [*GOOD, "model.base_model.cross_entropy_splits=4", "model.base_model.cross_entropy_impl=torch"],
+        "model.base_model.cross_entropy_splits: given 4, but cross_entropy_impl: torch computes all logits at once;"
+        " use fused",
+    ),
+    ([*GOOD, "data.path=x"], "data.path: format: random reads no path; leave it out, or set format: file"),
+    (
+        ["training.train_iters=10"],
+        "data.path: missing: format: list needs it; give the dataset.json of `fast-llm prepare` with format: file, or"
+        " try things with format: random",
+    ),
+    (
+        ["training.train_iters=10", "data.format=file"],
+        "data.path: missing: format: file needs it; give the dataset.json of `fast-llm prepare` with format: file, or"
+        " try things with format: random",
+    ),
+    *(
+        (
+            ["training.train_iters=10", "data.format=file", f"data.path={path}"],
+            "data.path: format: file needs one path, the dataset.json of `fast-llm prepare`; format: list takes several",
+        )
+        for path in ("[a, b]", "[1]", "['']", "[[a]]")
+    ),
+    *(
+        (
+            ["training.train_iters=10", f"data.path={path}"],
+            "data.path: format: list needs one path, or weights above 0 and paths in turn:"
+            " [0.9, code/dataset.json, 0.1, prose/dataset.json]",
+        )
+        for path in (
+            "[0.5]",
+            "['']",
+            "[0.5, a, 0.5]",
+            "[a, 0.5]",
+            "[0, a]",
+            "[-1, a]",
+            "[.inf, a]",
+            "[.nan, a]",
+            "[yes, a]",
+            "[null, a]",
+            "[1, a, 1, 2]",
+            "[1, '']",
+            "[1, [a]]",
+            "[{a: 1}, b]",
+        )
+    ),
+    (
+        ["training.train_iters=10", "data.path=[1, a, 2, a]"],
+        "data.path: names a twice; name it once, with the sum of its weights",
+    ),
+    (
+        [*FILES, "data.split=[0, 1, 0]"],
+        "data.split: given [0, 1, 0], which leaves no documents for training.train_iters; give them a share,"
+        " e.g. [99, 1, 0]",
+    ),
+    (
+        [*FILES, "data.split=[0.5]", "training.validation.interval=1", "training.validation.iterations=1"],
+        "data.split: given [0.5, 0, 0], which leaves no documents for training.validation.interval; give them a share,"
+        " e.g. [99, 1, 0]",
+    ),
+    (
+        [*FILES, "data.split=[9, 1, 0]", "training.test_iters=1"],
+        "data.split: given [9, 1, 0], which leaves no documents for training.test_iters; give them a share,"
+        " e.g. [98, 1, 1]",
+    ),
+    *(
+        (
+            [*GOOD, f"{RATE}.decay_style={style}"],
+            f"{RATE}.decay_iterations: missing: decay_style {style} needs the step at which it ends, e.g. 10",
+        )
+        for style in ("linear", "power", "cosine")
+    ),
+    (
+        [*GOOD, f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=10"],
+        f"{RATE}.warmup_iterations: given 10, must be below decay_iterations 10, which counts from the start and"
+        " includes the warmup",
+    ),
+    (
+        [*GOOD, f"{RATE}.minimum=1e-3"],
+        f"{RATE}.minimum: given 0.001, must be at most base 0.0001",
+    ),
+    (
+        [*GOOD, "optimizer.gradient_scaler.minimum=8", "optimizer.gradient_scaler.initial=4"],
+        "optimizer.gradient_scaler.minimum: given 8.0, must be at most initial 4.0",
+    ),
+    *(
+        (
+            [*GOOD, "run.experiment_dir=x", "training.shutdown.interval=30", *further],
+            f"training.shutdown.interval: given 30, must be a multiple of training.checkpoint.interval ({given}) with"
+            " the same offset: a run can only stop where it saves",
+        )
+        for given, further in (
+            ("null", []),
+            ("20", ["training.checkpoint.interval=20"]),
+            ("10", ["training.checkpoint.interval=10", "training.checkpoint.offset=3"]),
+        )
+    ),
+    *(
+        (
+            [*GOOD, "training.wandb.alert.interval=30", f"training.logs.interval={given}", *further],
+            f"training.wandb.alert.interval: given 30, must be a multiple of training.logs.interval ({given}) with the"
+            " same offset: an alert posts what is logged",
+        )
+        for given, further in (("null", []), ("20", []), ("10", ["training.wandb.alert.offset=5"]))
+    ),
+    *(
+        (
+            [*GOOD, f"training.{name}.keep_every=3"],
+            f"training.{name}.keep_every: given 3, but nothing is saved: set training.{name}.interval",
+        )
+        for name in ("checkpoint", "export")
+    ),
+    *(
+        ([*GOOD, f"{name}={value}"], f"{name}: needs a folder to write to: set run.experiment_dir")
+        for name, value in (
+            ("training.checkpoint.interval", "5"),
+            ("training.export.interval", "5"),
+            ("training.tensorboard", "yes"),
+        )
+    ),
+    (
+        [*GOOD, "training.validation.interval=5"],
+        "training.validation.iterations: missing: training.validation.interval needs it: on how many batches, e.g. 25",
+    ),
+    (
+        [*GOOD, "training.validation.iterations=5"],
+        "training.validation.interval: missing: training.validation.iterations needs it: every how many steps, e.g. 1000",
+    ),
+    (
+        [*GOOD, "data.validation_sets.prose=prose.json"],
+        "training.validation.interval: missing: data.validation_sets are measured every so many steps, e.g. 1000",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.head_groups=3"],
+        f"{TRANSFORMER}.head_groups: given 3, must divide num_attention_heads 8",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.num_attention_heads=7"],
+        f"{TRANSFORMER}.num_attention_heads: given 7, must divide hidden_size 1024, or kv_channels must be given",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.kv_channels=7"],
+        f"{TRANSFORMER}.kv_channels: given 7, must be even: rotary embedding turns pairs",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.hidden_size=8"],
+        f"{TRANSFORMER}.kv_channels: given 1, must be even: rotary embedding turns pairs",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.rotary.type=llama3", f"{TRANSFORMER}.rotary.low_frequency_factor=4"],
+        f"{TRANSFORMER}.rotary.high_frequency_factor: given 4.0, must be above low_frequency_factor 4.0",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.init_method_min=2", f"{TRANSFORMER}.init_method_max=1"],
+        f"{TRANSFORMER}.init_method_min: given 2.0, must be at most init_method_max 1.0",
+    ),
+    *(
+        (
+            [*GOOD, f"{above}.init_method_min_{part}=2", f"{TRANSFORMER}.init_method_max=1"],
+            f"{above}.init_method_min_{part}: given 2.0, must be at most init_method_max_{part} 1.0",
+        )
+        for above, part in (
+            *((TRANSFORMER, part) for part in ("qkv", "attn_proj", "mlp_1", "mlp_2")),
+            ("model.base_model", "embed"),
+        )
+    ),
+    (
+        [*GOOD, "pretrained.optimizer_state=yes", "pretrained.path=x"],
+        "pretrained.optimizer_state: given yes, but a Hugging Face folder has no moments; only format: distributed has",
+    ),
+    (
+        [
+            *GOOD,
+            "pretrained.optimizer_state=yes",
+            "pretrained.path=x",
+            "pretrained.format=distributed",
+            "pretrained.model_weights=no",
+        ],
+        "pretrained.optimizer_state: given yes, but moments are of no use without their weights; set model_weights: yes",
+    ),
+    (
+        [*GOOD, "pretrained.format=distributed"],
+        "pretrained.path: missing: format: distributed needs the folder of a checkpoint",
+    ),
+    (
+        [*GOOD, "model.multi_stage.compile_all=yes", "run.torch_dynamo_enable=no"],
+        "model.multi_stage.compile_all: given yes, but run.torch_dynamo_enable: no forbids it",
+    ),
+    (
+        [*GOOD, "model.base_model.cross_entropy_impl=triton", "run.enable_triton_kernels=no"],
+        "model.base_model.cross_entropy_impl: given triton, but run.enable_triton_kernels: no forbids it",
+    ),
+    (
+        ["data.format=random"],
+        "training.train_iters: is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to"
+        " measure or save)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "problem"), BROKEN)
+def test_a_law_that_is_broken(overrides: list[str], problem: str) -> None:
+    assert told(overrides) == [problem]
+
+
+def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
+    overrides = [*GOOD, "training.shutdown.interval=5", "training.checkpoint.interval=5"]
+    assert told(overrides) == [
+        "training.checkpoint.interval: needs a folder to write to: set run.experiment_dir",
+        "training.shutdown.interval: needs a folder to write to: set run.experiment_dir",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        GOOD,
+        FILES,
+        [*GOOD, "batch.micro_sequence_length=2048"],
+        [*GOOD, "model.base_model.cross_entropy_splits=4"],
+        ["training.train_iters=10", "data.path=[0.9, a, 0.1, b]"],
+        ["training.train_iters=10", "data.path=['0.9', a, '1e-1', b]"],
+        ["training.train_iters=10", "data.path=[a]", "data.split=[1]"],
+        ["training.train_iters=10", "data.format=file", "data.path=[a]"],
+        [*GOOD, "data.split=[1]", "training.test_iters=3"],
+        [*GOOD, f"{RATE}.decay_style=cosine", f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=9"],
+        [*GOOD, f"{RATE}.minimum=1e-4"],
+        [*GOOD, f"{RATE}.base=0"],
+        [
+            *GOOD,
+            "run.experiment_dir=x",
+            "training.checkpoint.interval=10",
+            "training.shutdown.interval=30",
+            "training.checkpoint.offset=3",
+            "training.shutdown.offset=13",
+        ],
+        [*GOOD, "training.wandb.alert.interval=200"],
+        [*GOOD, "run.experiment_dir=x", "training.export.interval=2", "training.export.keep_every=3"],
+        [*GOOD, f"{TRANSFORMER}.num_attention_heads=7", f"{TRANSFORMER}.kv_channels=128"],
+        [*GOOD, f"{TRANSFORMER}.rotary.low_frequency_factor=9"],
+        [*GOOD, f"{TRANSFORMER}.init_method_min=2", f"{TRANSFORMER}.init_method_min_qkv=0"],
+        [*GOOD, "pretrained.optimizer_state=yes", "pretrained.path=x", "pretrained.format=distributed"],
+        ["training.validation.interval=1", "training.validation.iterations=1", "data.format=random"],
+        ["training.export.interval=1", "run.experiment_dir=x", "data.format=random"],
+        ["training.checkpoint.interval=1", "run.experiment_dir=x", "data.format=random"],
+        ["training.test_iters=1", "data.format=random"],
+    ],
+)
+def test_laws_that_are_kept(overrides: list[str]) -> None:
+    assert told(overrides) == []
+
+
+def test_every_breach_is_broken_above() -> None:
+    source = Path(checks.__file__).read_text()
+    yields = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Yield)}
+    reached: set[int] = set()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != checks.__file__:
+            return None
+        reached.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for overrides, _ in BROKEN:
+            told(overrides)
+    finally:
+        sys.settrace(before)
+    missed = sorted(yields - reached)
+    assert not missed, [source.splitlines()[line - 1] for line in missed]
+
+
+def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "training:\n"
+        "  train_iters: many\n"
+        "  shutdown: {interval: 5}\n"
+        "data:\n"
+        "  format: file\n"
+        "  splitt: [1]\n"
+        "batch:\n"
+        "  batch_size: 5\n"
+        "  micro_batch_size: 2\n"
+        "run:\n"
+        "  experiment_dir: x\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        laws: Any = partial(breaches, processes=2)
+        validate(TrainConfig, read(path), REFUSED, RENAMED, laws=laws)
+    assert [problem.replace(f"{tmp_path}/", "") for problem in caught.value.problems] == [
+        'c.yaml:2: training.train_iters: given "many", must be an integer of 0 or more',
+        "c.yaml:3: training.shutdown.interval: given 5, must be a multiple of training.checkpoint.interval (null) with"
+        " the same offset: a run can only stop where it saves",
+        "c.yaml:4: data.path: missing: format: file needs it; give the dataset.json of `fast-llm prepare` with format:"
+        " file, or try things with format: random",
+        "c.yaml:6: data.splitt: no such setting; did you mean data.split? (allowed: format, path, split, tokenizer,"
+        " validation_sets, data_sample_warn_time_ms)",
+        "c.yaml:8: batch.batch_size: batch_size 5 must be a multiple of micro_batch_size 2 × 2 processes = 4; the"
+        " nearest are 4 and 8",
+    ]

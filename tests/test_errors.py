@@ -1,0 +1,498 @@
+"""Every mistake that planning and the command line tell: its exact message, exit code 2, and no torch loaded.
+
+Mistakes of YAML and settings are in tests/config; those of damaged files with the modules that read them. Here a
+whole command is given one wrong thing, made with small files.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fast_llm import cli
+from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.section import read
+from fast_llm.data import tokenizer
+from fast_llm.data.tokenfile import TokenFileWriter
+from fast_llm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingPackage,
+    TrainingStopped,
+    UserError,
+)
+from fast_llm.training import plan
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with token files, and a model with weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    tokens("tokens")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    block, heads = "model.layers.0.", {"q": 8, "k": 4, "v": 4}
+    weights = {
+        "model.embed_tokens.weight": np.zeros((64, 8), np.float32),
+        "model.norm.weight": np.zeros(8, np.float32),
+        f"{block}input_layernorm.weight": np.zeros(8, np.float32),
+        f"{block}post_attention_layernorm.weight": np.zeros(8, np.float32),
+        **{f"{block}self_attn.{name}_proj.weight": np.zeros((size, 8), np.float32) for name, size in heads.items()},
+        f"{block}self_attn.o_proj.weight": np.zeros((8, 8), np.float32),
+        f"{block}mlp.gate_proj.weight": np.zeros((12, 8), np.float32),
+        f"{block}mlp.up_proj.weight": np.zeros((12, 8), np.float32),
+        f"{block}mlp.down_proj.weight": np.zeros((8, 12), np.float32),
+    }
+    safetensors.numpy.save_file(weights, model / "model.safetensors")
+    return tmp_path
+
+
+def tokens(prefix: str, documents: int = 20, length: int = 50, token: int = 7) -> None:
+    writer = TokenFileWriter(Path(prefix), np.dtype("uint16"))
+    for _ in range(documents):
+        writer.append(np.full(length, token))
+    writer.close()
+
+
+MODEL = "pretrained.path=model"
+SMALL = [
+    "training.train_iters=10",
+    "data.path=tokens",
+    "data.split=[8,1,1]",
+    "batch.batch_size=2",
+    "batch.sequence_length=16",
+]
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "train") -> list[str]:
+    """The lines of a command that must fail, without its name in front."""
+    capsys.readouterr()
+    validate = ["--validate"] if command == "train" else []
+    assert cli.main([command, *validate, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"fast-llm {command}: ") and "Traceback" not in err
+    lines = err.removeprefix(f"fast-llm {command}: ").splitlines()
+    return lines if len(lines) == 1 else [line.removeprefix("  ") for line in lines]
+
+
+def test_what_the_mistakes_are_made_in_is_right(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--validate", *SMALL, MODEL]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Model         1,") and "Start         the weights of model\n" in out and err == ""
+
+
+# The classes themselves.
+
+
+def test_classes() -> None:
+    assert str(ConfigError(["a", "b"])) == "a\nb" and ConfigError(["a", "b"]).problems == ["a", "b"]
+    assert str(MissingPackage("wandb", "wandb", "training.wandb")) == (
+        "training.wandb needs the package wandb: pip install 'fast-llm[wandb]'"
+    )
+    for kind in (ConfigError, DataError, CheckpointError, MissingPackage, TrainingStopped):
+        assert issubclass(kind, UserError)
+        assert kind.exit_code == (1 if kind is TrainingStopped else 2)
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ["train", "gpt"],
+            "no settings: give --config FILE, or section.setting=value; for example `fast-llm train gpt --config"
+            " train.yaml`",
+        ),
+        (
+            ["prepare"],
+            "no settings: give --config FILE, or section.setting=value; for example `fast-llm prepare gpt_memmap"
+            " --config prepare.yaml`",
+        ),
+        (
+            ["convert", "gpt"],
+            "no settings: give --config FILE, or section.setting=value; for example `fast-llm convert gpt"
+            " input.path=RUN/checkpoint/1000 output.path=MODEL`",
+        ),
+        (["train", "llama", "a.b=1"], "llama: must be gpt or a setting a.b=c"),
+        (["prepare", "gpt", "a.b=1"], "gpt: must be gpt_memmap or a setting a.b=c"),
+        (
+            ["train", "c.yaml"],
+            "c.yaml: must be gpt or a setting a.b=c; a file is given as --config c.yaml",
+        ),
+        (
+            ["train", "gpt", "a.b=1", "gpt"],
+            "2 mistakes\n  override gpt: must have the form section.setting=value, e.g. training.train_iters=1000\n"
+            "  override a.b=1: a: no such setting (allowed: training, batch, data, optimizer, pretrained, model, run)",
+        ),
+        (["train", "-c", "no.yaml"], "no.yaml: no such file"),
+        (["train", "-c", "model"], "model: a folder; give the YAML file in it"),
+    ],
+)
+def test_the_command_line(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str) -> None:
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"fast-llm {arguments[0]}: {problem}\n"
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "", "1.5"])
+def test_a_wrong_number_of_processes(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    assert told(capsys, *SMALL) == [
+        f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes; unset it"
+    ]
+
+
+def test_a_mistake_that_all_processes_see_is_told_by_the_first(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (problem,) = told(capsys, *SMALL, "batch.micro_batch_size=1")
+    assert problem.endswith(
+        ": batch.batch_size: batch_size 2 must be a multiple of micro_batch_size 1 × 3 processes = 3; the smallest is 3"
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", *SMALL, "batch.micro_batch_size=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_is_no_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, "model", command="demo") == [
+        "model: is there already and not from an earlier demo; give another folder"
+    ]
+    assert (here / "model" / "config.json").exists()  # and nothing was deleted
+
+
+# The pretrained model.
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        (
+            "./none",
+            "./none: no such folder, and not the name of a model on the Hugging Face Hub (organisation/name); fetch it"
+            " with `git lfs install` and `git clone https://huggingface.co/<name>`",
+        ),
+        ("tokens.bin", "tokens.bin: a file; give the folder with config.json and the weights"),
+        ("empty", "empty/config.json: no such file; empty is not a complete model folder"),
+    ],
+)
+def test_a_pretrained_model_that_is_not_there(
+    here: Path, capsys: pytest.CaptureFixture[str], path: str, problem: str
+) -> None:
+    (here / "empty").mkdir()
+    (here / "c.yaml").write_text(f"pretrained:\n  format: llama\n  path: {path}\n")
+    assert told(capsys, "-c", "c.yaml", *SMALL) == [f"c.yaml:3: pretrained.path: {problem}"]
+    assert told(capsys, f"pretrained.path={path}", *SMALL) == [
+        f"override pretrained.path={path}: pretrained.path: {problem}"
+    ]
+
+
+def test_a_model_of_the_hub_without_a_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (problem,) = told(capsys, *SMALL, "pretrained.path=nobody/nothing")
+    assert problem.startswith(
+        "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: no such folder here, and it could"
+        " not be fetched from the Hugging Face Hub: "
+    )
+
+
+def test_a_model_of_the_hub_without_its_client(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert told(capsys, *SMALL, "pretrained.path=a/b") == [
+        "override pretrained.path=a/b: pretrained.path: a/b is no folder here; fetching it from the Hub needs the"
+        " package huggingface_hub: pip install 'fast-llm[hf]'"
+    ]
+
+
+def test_no_llama(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "model" / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"}))
+    assert [line.partition("model/")[2] for line in told(capsys, *SMALL, MODEL)] == [
+        'config.json: model_type: given "qwen2", must be "llama": no other models can be trained here',
+        'config.json: hidden_act: given "gelu", must be "silu"',
+    ]
+
+
+def test_a_shape_that_contradicts_the_models(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    override = "model.base_model.transformer.hidden_size=16"
+    assert told(capsys, *SMALL, MODEL, override) == [
+        f"override {override}: model.base_model.transformer.hidden_size: given 16, but model/config.json says 8; leave"
+        " it out, the pretrained model decides"
+    ]
+
+
+def test_weights_that_are_missing_or_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = here / "model" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    weights.unlink()
+    assert told(capsys, *SMALL, MODEL) == [
+        "model: no model.safetensors and no model.safetensors.index.json; fetch the weights, or set"
+        " pretrained.model_weights: no to start from random ones"
+    ]
+    assert cli.main(["train", "--validate", *SMALL, MODEL, "pretrained.model_weights=no"]) == 0
+    missing = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name}
+    safetensors.numpy.save_file(missing | {"model.norm.weight": np.zeros(9, np.float32)}, weights)
+    problems = told(capsys, *SMALL, MODEL)
+    assert any("down_proj" in problem for problem in problems)
+    assert any("model.norm.weight" in problem and "9" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("path", ["none", "model"])
+def test_a_checkpoint_to_start_from_that_is_none(here: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
+    (problem,) = told(capsys, *SMALL, f"pretrained.path={path}", "pretrained.format=distributed")
+    assert problem.endswith(f"{path}: no fast_llm_manifest.json; it is not a complete checkpoint of this project")
+
+
+# Tokenizer and data.
+
+
+def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, *SMALL, MODEL, "data.tokenizer.path=./none") == [
+        "./none: no such file or folder, and not a model on the Hugging Face Hub (organisation/name)"
+    ]
+    (here / "model" / "tokenizer.json").write_text("[]")
+    assert told(capsys, *SMALL, MODEL) == ["model/tokenizer.json: not a JSON object"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["data.path=none"], "none.idx: no such file"),  # and how to make it
+        (["data.path=tokens.bin"], "data.path: given tokens.bin, must be without .bin: tokens"),
+        (["data.path=none.json"], "none.json: no such file; `fast-llm prepare` writes it beside its output_path"),
+        (
+            ["batch.sequence_length=1000"],
+            "tokens: 800 tokens for training, fewer than one sequence of 1000 + 1; lower batch.sequence_length, prepare"
+            " more data, or leave it out",
+        ),
+        (
+            ["training.validation.interval=1", "training.validation.iterations=9"],
+            "data.split: validation needs 9 batches × 2 sequences = 18 sequences of 16 tokens, but [8, 1, 1] of the"
+            " documents leaves 6; lower training.validation.iterations to 3, or give validation a larger share, or"
+            " prepare more data",
+        ),
+        (
+            ["training.test_iters=9"],
+            "data.split: test needs 9 batches × 2 sequences = 18 sequences of 16 tokens, but [8, 1, 1] of the documents"
+            " leaves 6; lower training.test_iters to 3, or give test a larger share, or prepare more data",
+        ),
+        (
+            [
+                "training.validation.interval=1",
+                "training.validation.iterations=1",
+                "batch.batch_size=5",
+                "data.validation_sets.few=few",
+            ],
+            "data.validation_sets.few: needs one batch of 5 sequences of 16 tokens, but it has 1; prepare more of it,"
+            " or leave it out",
+        ),
+    ],
+)
+def test_data_that_does_not_do(
+    here: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], problem: str
+) -> None:
+    tokens("few", documents=1, length=20)
+    (said,) = told(capsys, *SMALL, MODEL, *overrides)
+    assert problem in said
+
+
+def test_data_of_another_vocabulary(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens("large", token=99)
+    entry = {"prefix": "large", "num_tokens": 1000, "num_documents": 20, "dtype": "uint16", "weight": 1.0}
+    (here / "large.json").write_text(json.dumps({"datasets": [entry], "max_token_id": 99}))
+    assert told(capsys, *SMALL, MODEL, "data.path=large.json", "data.format=file") == [
+        "large.json: holds token 99, but the model's vocab_size is 64; prepare the data with the model's own tokenizer"
+    ]
+
+
+def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save("model/tokenizer.json")
+    fingerprint = tokenizer.fingerprint("model")
+    entry = {"prefix": "tokens", "num_tokens": 1000, "num_documents": 20, "dtype": "uint16", "weight": 1.0}
+    (here / "other.json").write_text(json.dumps({"datasets": [entry], "tokenizer": {"fingerprint": "f" * 64}}))
+    assert told(capsys, *SMALL, MODEL, "data.path=other.json") == [
+        f"other.json: made with another tokenizer than the model's (fingerprint ffffffffffff…, the model's is"
+        f" {fingerprint[:12]}…); prepare the data again with tokenizer.path set to the model's folder"
+    ]
+
+
+def test_mistakes_in_different_things_are_told_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "model" / "model.safetensors").unlink()
+    (here / "model" / "tokenizer.json").write_text("[]")
+    (here / "file").touch()
+    problems = told(capsys, *SMALL, MODEL, "data.path=none", "run.experiment_dir=file")
+    assert problems[0] == "4 mistakes"
+    assert problems[1] == "model/tokenizer.json: not a JSON object"
+    assert problems[2].startswith("none.idx: no such file")
+    assert problems[3].startswith("model: no model.safetensors")
+    assert problems[4] == "run.experiment_dir: file can not be a folder: file is a file"
+
+
+# Optional packages.
+
+
+@pytest.mark.parametrize(
+    ("package", "override", "problem"),
+    [
+        (
+            "tensorboard",
+            "training.tensorboard=yes",
+            "training.tensorboard: yes needs the package tensorboard: pip install 'fast-llm[tensorboard]'",
+        ),
+        (
+            "wandb",
+            "training.wandb.entity_name=me",
+            "training.wandb needs the package wandb: pip install 'fast-llm[wandb]'",
+        ),
+    ],
+)
+def test_optional_packages(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    override: str,
+    problem: str,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [problem]
+
+
+# The experiment folder.
+
+
+def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "file").touch()
+    for name in ("file", "file/run"):
+        assert told(capsys, *SMALL, MODEL, f"run.experiment_dir={name}") == [
+            f"run.experiment_dir: {name} can not be a folder: file is a file"
+        ]
+
+
+def test_a_folder_that_can_not_be_written_to(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    (here / "run").mkdir()
+    assert told(capsys, *SMALL, MODEL, "run.experiment_dir=run") == ["run.experiment_dir: run can not be written to"]
+
+
+def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    wanted = ["training.checkpoint.interval=5", "training.export.interval=5", "run.experiment_dir=run"]
+    parameters = 64 * 8 + 8 * 3 + 8 * 8 * 2 + 4 * 8 * 2 + 12 * 8 * 3
+    needed = parameters * (12 + 4) / 1000
+    (problem,) = told(capsys, *SMALL, MODEL, *wanted)
+    assert problem == f"run.experiment_dir: a checkpoint and an export need {needed:.3g} kB, but {here} has 1 kB free"
+
+
+# Going on.
+
+
+@pytest.fixture
+def begun(here: Path) -> Path:
+    """A run whose checkpoint of step 10 is there."""
+    made = plan.make_plan(read(None, [*SMALL, MODEL, "run.experiment_dir=run"]), 1, weights=False)
+    final = here / "run" / "checkpoint" / "10"
+    partial = checkpoints.begin(final)
+    info: dict[str, Any] = {"identity": made.identity, "settings": made.config.model_dump(mode="json")}
+    checkpoints.publish(partial, final, "checkpoint", 10, info, {})
+    return Path("run/checkpoint/10")
+
+
+GOING_ON = [*SMALL, MODEL, "run.experiment_dir=run"]
+
+
+def test_nothing_changed(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--validate", *GOING_ON]) == 0
+    out = capsys.readouterr().out
+    assert f"Start         goes on from {begun}, after step 10" in out and "Changed" not in out
+
+
+@pytest.mark.parametrize(
+    ("override", "before", "now", "name"),
+    [
+        ("batch.batch_size=4", "2", "4", "batch.batch_size"),
+        ("model.distributed.seed=5", "1234", "5", "model.distributed.seed"),
+        ("batch.cross_document_attention=yes", "false", "true", "batch.cross_document_attention"),
+        ("data.split=[7,2,1]", "[8.0, 1.0, 1.0]", "[7.0, 2.0, 1.0]", "data.split"),
+    ],
+)
+def test_what_is_trained_changed(
+    begun: Path, capsys: pytest.CaptureFixture[str], override: str, before: str, now: str, name: str
+) -> None:
+    problems = told(capsys, *GOING_ON, override)
+    assert (
+        f"{name}: given {now}, but {begun} was trained with {before}; set it back, choose another run.experiment_dir, or"
+        f" consent with run.accept_changes=[{name}]"
+    ) in problems
+    # Of another seed or split the documents that are trained on differ too.
+    others = [problem for problem in problems if not problem.startswith((f"{name}: ", f"{len(problems) - 1} mistakes"))]
+    assert len(others) == (name in ("model.distributed.seed", "data.split"))
+    assert all(problem.startswith("data (its content): given ") for problem in others)
+    consent = f"run.accept_changes=[{name}{', data.path' if others else ''}]"
+    assert cli.main(["train", "--validate", *GOING_ON, override, consent]) == 0
+    assert f"Changed       {name}: {before} → {now}" in capsys.readouterr().out
+
+
+def test_other_data(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens("tokens", token=9)
+    (problem,) = told(capsys, *GOING_ON)
+    assert problem.startswith("data (its content): given ")
+    assert problem.endswith("or consent with run.accept_changes=[data.path]")
+    assert cli.main(["train", "--validate", *GOING_ON, "run.accept_changes=[data.path]"]) == 0
+
+
+def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIG | {"intermediate_size": 24}
+    (Path("model") / "config.json").write_text(json.dumps(config))
+    assert told(capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]") == [
+        f"model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model can not"
+        " change its shape"
+    ]
+
+
+def test_fewer_steps_than_are_done(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, *GOING_ON, "training.train_iters=9") == [
+        f"training.train_iters: given 9, but {begun} has 10 steps behind it; raise it, or choose another"
+        " run.experiment_dir"
+    ]
+
+
+def test_settings_that_may_change(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--validate", *GOING_ON, "optimizer.weight_decay=0.2", "training.train_iters=20"]) == 0
+    out = capsys.readouterr().out
+    assert "Changed       optimizer.weight_decay: 0.01 → 0.2\n" in out
+    assert "Changed       training.train_iters: 10 → 20" in out
