@@ -415,7 +415,7 @@ def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     parameters = 64 * 8 + 8 * 3 + 8 * 8 * 2 + 4 * 8 * 2 + 12 * 8 * 3
     needed = parameters * (12 + 4) / 1000
     (problem,) = told(capsys, *SMALL, MODEL, *wanted)
-    assert problem == f"run.experiment_dir: a checkpoint and an export need {needed:.3g} kB, but {here} has 1 kB free"
+    assert problem == f"run.experiment_dir: a checkpoint and an export need {needed:.3g} kB, but . has 1 kB free"
 
 
 # Going on.

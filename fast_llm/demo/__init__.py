@@ -62,7 +62,7 @@ SHAPE = {
 }
 SIZES = (
     "batch.micro_batch_size=8",
-    "batch.batch_size=16",
+    "batch.batch_size=8",
     "batch.sequence_length=256",
     "training.validation.iterations=6",
     "data.split=[90,10,0]",

@@ -216,7 +216,10 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("inner:\n  name: {a: 1}\n", "c.yaml:2: inner.name: given {a: 1}, must be text (numbers and dates in quotes) or null"),
         ("inner: 3\n", "c.yaml:1: inner: given 3, must be a section of settings with size, name, share, active or names"),
         ("inner: [1]\n", "c.yaml:1: inner: given [1], must be a section of settings"),
-        ("inner:\n  szie: 1\n", "c.yaml:2: inner.szie: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)"),
+        (
+            "inner:\n  szie: 1\n",
+            "c.yaml:2: inner.szie: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)",
+        ),
         ("iner:\n  size: 1\n", "c.yaml:1: iner: no such setting; did you mean inner? (allowed: inner, other)"),
         ("size: 1\n", "c.yaml:1: size: no such setting; did you mean inner.size? (allowed: inner, other)"),
         ("quite: 1\n", "c.yaml:1: quite: no such setting (allowed: inner, other)"),

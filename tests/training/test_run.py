@@ -75,9 +75,7 @@ def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_folder_that_can_not_be_written(tokens: Path) -> None:
     (tokens / "file").write_text("")
-    assert "is a file" in problems(
-        settings(tokens, f"run.experiment_dir={tokens}/file/run", "training.train_iters=1")
-    )
+    assert "is a file" in problems(settings(tokens, f"run.experiment_dir={tokens}/file/run", "training.train_iters=1"))
 
 
 def test_what_may_change_on_resume_and_what_may_not(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
