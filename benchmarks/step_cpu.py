@@ -22,7 +22,6 @@ import torch
 from fast_llm.config.train import BaseModelConfig, GradientScalerConfig, OptimizerConfig
 from fast_llm.data.loader import Batch
 from fast_llm.model.llama import Llama, init_weights
-from fast_llm.model.memory import keep_freed_memory
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.mesh import Mesh
@@ -39,7 +38,6 @@ def tokens(sequences: int, length: int) -> torch.Tensor:
 
 def ours(sequences: int, length: int) -> Callable[[], float]:
     """A step that returns its loss."""
-    keep_freed_memory()
     config = BaseModelConfig.model_validate(
         {
             "vocab_size": VOCABULARY,
