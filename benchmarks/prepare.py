@@ -1,10 +1,10 @@
-"""How fast `prepare` is, in tokens per second and core, beside `tokenizers` alone.
+"""How fast `prepare` is, in tokens per second and core.
 
     python benchmarks/prepare.py [--megabytes 20] [--vocabulary 32000] [--workers 1 2]
 
 The text is the source of Python's standard library; the tokenizer is trained on it, with Llama 3's way of cutting text.
-Both encoders must give the same tokens. Times of encoding are processor time; end to end (start workers, read,
-tokenize, write, flush to disk) is wall time, in which other programs on the machine count, and processor time.
+End to end: start workers, read, tokenize, write, flush to disk; in wall time, in which other programs on the machine
+count, and in processor time.
 """
 
 import argparse
@@ -16,12 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.data import prepare
-from fast_llm.data.encode import Encoder
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -45,7 +43,7 @@ def read_texts(megabytes: int) -> list[str]:
     return [text for text in texts if text]
 
 
-def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> Tokenizer:
+def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> None:
     """A byte-level BPE tokenizer that cuts text as Llama 3's does."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     cut = pre_tokenizers.Split(Regex(_LLAMA3), "isolated")
@@ -61,33 +59,6 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> Tokenize
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
-    return tokenizer
-
-
-def compare_encoders(texts: list[str], tokenizer: Tokenizer) -> None:
-    """One core: `tokenizers`, ours when words are new, ours when they have come up before."""
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    encoder = Encoder(Tokenizer.from_str(tokenizer.to_str()), np.dtype(np.int32))
-    assert encoder.fast
-
-    def ours() -> list[bytes | None]:
-        return encoder.encode(texts)
-
-    def theirs() -> list[bytes | None]:
-        found = []
-        for at in range(0, len(texts), 64):
-            encodings = tokenizer.encode_batch_fast(texts[at : at + 64], add_special_tokens=False)
-            found += [np.array(encoding.ids, np.int32).tobytes() for encoding in encodings]
-        return found
-
-    results = []
-    for name, function in (("tokenizers", theirs), ("fast_llm, first time", ours), ("fast_llm, again", ours)):
-        started = time.process_time()
-        results.append(function())
-        seconds = time.process_time() - started
-        tokens = sum(len(content or b"") for content in results[-1]) // 4
-        print(f"{name:32} {tokens / seconds / 1e6:8.2f} million tokens/s {size / seconds:8.2f} MB/s")
-    assert results[0] == results[1] == results[2]
 
 
 def measure_prepare(texts: list[str], folder: Path, workers: list[int]) -> None:
@@ -135,14 +106,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["HF_DATASETS_CACHE"] = f"{name}/cache"
         folder = Path(name)
-        tokenizer = train_tokenizer(texts, arguments.vocabulary, folder)
+        train_tokenizer(texts, arguments.vocabulary, folder)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters, {arguments.vocabulary} tokens")
-        compare_encoders(texts, tokenizer)
-        plain = [text for text in texts if not text.isascii()]
-        print(f"of these, {len(plain)} files are not ASCII:")
-        compare_encoders(plain, tokenizer)
-        print("prepare:")
         measure_prepare(texts, folder, arguments.workers)
 
 

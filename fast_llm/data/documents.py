@@ -11,7 +11,7 @@ A document that can not be used does not end a preparation of hours. It is passe
     not_text       null, a number, a list
     not_utf8       text or a file with bytes that are no UTF-8, such as images
     unreadable     a file that has gone, or may not be read
-    too_large      more than 256 MiB; tokenizing needs up to a hundred times that
+    too_large      more than 64 MiB; tokenizing needs a hundred times that
     untokenizable  the tokenizer itself fails on it, e.g. on millions of blanks in a row
     ends_itself    its tokens contain BOS or EOS, although special tokens' spellings are plain text
 
@@ -39,7 +39,7 @@ from fast_llm.config.prepare import SourceConfig
 from fast_llm.errors import DataError, MissingPackage
 
 REASONS = ("empty", "not_text", "not_utf8", "unreadable", "too_large", "untokenizable", "ends_itself")
-LARGEST = 2**28  # bytes
+LARGEST = 2**26  # bytes; tokenizing takes 110 times as much memory
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".arrow": "arrow"}
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
