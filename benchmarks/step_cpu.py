@@ -6,7 +6,8 @@ Both train a model of SmolLM2-135M's shape on the same random tokens, each in a 
 turns, one step each, so that whatever else the machine does falls on both. Ours is the product's own step
 (`fast_llm.training.step.Step`): bf16 compute, fp32 master weights, gradients and moments. transformers
 trains in pure bf16: weights, gradients and moments, torch.optim.AdamW(fused=True). Both clip gradients to
-norm 1. Writes a table in Markdown.
+norm 1. `fast-llm train` keeps freed memory on the CPU; since any program could, transformers is measured with that
+setting too. Writes a table in Markdown.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.step import Step
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, GROUPS, FFN = 49152, 576, 30, 9, 3, 1536
@@ -38,6 +40,7 @@ def tokens(sequences: int, length: int) -> torch.Tensor:
 
 def ours(sequences: int, length: int) -> Callable[[], float]:
     """A step that returns its loss."""
+    keep_freed_memory()  # as `fast-llm train` does
     config = BaseModelConfig.model_validate(
         {
             "vocab_size": VOCABULARY,
@@ -71,6 +74,12 @@ def ours(sequences: int, length: int) -> Callable[[], float]:
     return lambda: step([batch]).loss
 
 
+def theirs_kept(sequences: int, length: int) -> Callable[[], float]:
+    """transformers with our setting of the C library's allocator, which is not its default."""
+    keep_freed_memory()
+    return theirs(sequences, length)
+
+
 def theirs(sequences: int, length: int) -> Callable[[], float]:
     """A step that returns its loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -101,6 +110,13 @@ def theirs(sequences: int, length: int) -> Callable[[], float]:
     return step
 
 
+CONTENDERS = {
+    "ours, fp32 masters": ours,
+    "transformers, pure bf16": theirs,
+    "transformers, pure bf16, with our allocator setting": theirs_kept,
+}
+
+
 def contender(build: Callable[[int, int], Callable[[], float]], pipe: Connection, threads: int, *size: int) -> None:
     """Take a step and send its seconds and loss whenever something is received; None ends."""
     torch.set_num_threads(threads)
@@ -113,15 +129,15 @@ def contender(build: Callable[[int, int], Callable[[], float]], pipe: Connection
 
 
 def compare(sequences: int, length: int, turns: int, warm_up: int, threads: int) -> list[list[float]]:
-    """Seconds of each turn, of ours and of theirs."""
+    """Seconds of each turn, of each contender."""
     context = get_context("spawn")
     pipes = []
-    for build in (ours, theirs):
+    for build in CONTENDERS.values():
         pipe, other = context.Pipe()
         context.Process(target=contender, args=(build, other, threads, sequences, length), daemon=True).start()
         pipe.recv()
         pipes.append(pipe)
-    seconds: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[] for _ in pipes]
     for turn in range(warm_up + turns):
         for pipe, times in zip(pipes, seconds, strict=True):
             pipe.send(turn)
@@ -152,15 +168,15 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for length in options.lengths:
         sizes = (options.sequences, length)
-        both = compare(*sizes, options.turns, options.warm_up, options.threads)
+        seconds = compare(*sizes, options.turns, options.warm_up, options.threads)
         size = f"{options.sequences} × {length}"
-        for name, times in zip(("ours, fp32 masters", "transformers, pure bf16"), both, strict=True):
+        for name, times in zip(CONTENDERS, seconds, strict=True):
             low, middle, high = statistics.quantiles(times, n=4)
             rate = options.sequences * length / middle
             print(f"| {size} | {name} | {middle:.3f} | {low:.3f}–{high:.3f} | {rate:.0f} |")
-        ratios = [theirs / ours for ours, theirs in zip(*both, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {size} | **theirs / ours, by turns** | **{middle:.2f}** | {low:.2f}–{high:.2f} | |", flush=True)
+        for name, times in list(zip(CONTENDERS, seconds, strict=True))[1:]:
+            low, middle, high = statistics.quantiles([b / a for a, b in zip(seconds[0], times, strict=True)], n=4)
+            print(f"| {size} | **{name} / ours, by turns** | **{middle:.2f}** | {low:.2f}–{high:.2f} | |", flush=True)
 
 
 def _processor() -> str:

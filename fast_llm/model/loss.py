@@ -27,6 +27,7 @@ IGNORED = -100
 # H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (half
 # a gigabyte of logits), where the CPU's memory is slow when it is new.
 _STRETCH = {"cuda": 2**28, "cpu": 2**25}
+_ROWS = 1024  # of the head, whose gradient is added or rounded at a time
 # Logits that are held in fp32.
 _PIECE = {"cuda": 2**26, "cpu": 2**22}
 
@@ -94,7 +95,7 @@ class _HeadAndLoss(torch.autograd.Function):
         if weight_grad is not None:
             scaled = torch.empty_like(weight_grad, dtype=ctx.dtype)
             # Piece by piece: product and rounding are one pass over memory.
-            for rows, target in zip(weight_grad.split(1024), scaled.split(1024), strict=True):
+            for rows, target in zip(weight_grad.split(_ROWS), scaled.split(_ROWS), strict=True):
                 target.copy_(rows * grad)
             weight_grad = scaled
         return hidden_grad, weight_grad, None, None, None
@@ -139,7 +140,12 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total += left @ right
+        # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way of the cache.
+        part = right.new_empty(min(_ROWS, len(left)), right.shape[1])
+        wide = torch.empty_like(part, dtype=torch.float32)
+        for rows, sums in zip(left.split(_ROWS), total.split(_ROWS), strict=True):
+            product = torch.mm(rows, right, out=part[: len(rows)])
+            sums += wide[: len(rows)].copy_(product)
 
 
 def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool) -> Tensor:

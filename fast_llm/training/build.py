@@ -18,6 +18,7 @@ from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.plan import Plan, describe, prepare_folder
 from fast_llm.training.run import Run, next_run_number
 from fast_llm.training.step import Step
@@ -39,6 +40,8 @@ def train(plan: Plan) -> int:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config = plan.config
     mesh = Mesh(config.model.distributed.timeout, config.training.timeout or _WEEK)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     number = mesh.share(next_run_number(plan.folder))
     if mesh.rank == 0:
         prepare_folder(plan)
@@ -69,7 +72,7 @@ def train(plan: Plan) -> int:
 def build_model(config: TrainConfig, mesh: Mesh) -> tuple[nn.Module, SingleWeights | ShardedWeights]:
     """The model with its weights in place but undefined, spread as the configuration says.
 
-    The order: what is recomputed, what is compiled, what is sharded; then memory.
+    The order: what is recomputed, what is compiled, what is sharded.
     """
     implementation = choose_cross_entropy(
         config.model.base_model.cross_entropy_impl, mesh.device.type, config.run.enable_triton_kernels
