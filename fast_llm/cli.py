@@ -1,4 +1,4 @@
-"""`fast-llm train|prepare|convert|demo`: read the YAML, call one function, print errors.
+"""`fast-llm train|prepare|convert|verify|why|demo`: read the YAML, call one function, print errors.
 
 Nothing heavy is imported before it is needed: help, mistakes and `--validate` never load torch. Of several
 processes that torchrun started, only the first tells a mistake that all of them see.
@@ -24,6 +24,8 @@ _EXAMPLES = """examples:
   fast-llm train gpt --config train.yaml training.train_iters=50    train; settings given here win
   torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
   fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL
+  fast-llm verify RUN data/code.json                                is every byte what was written?
+  fast-llm why RUN 1000                                             which documents were in step 1000?
 
 The words gpt and gpt_memmap may be left out. `fast-llm COMMAND --help` tells more of each."""
 
@@ -136,6 +138,19 @@ def _parser() -> argparse.ArgumentParser:
         checked = "check all that can be checked, print the plan, and stop" if name == "train" else "check, and stop"
         command.add_argument("-v", "--validate", action="store_true", help=checked)
         command.set_defaults(run=function, kind=kind)
+    about = """Read checkpoints, exports and datasets as a whole and compare them with the digests that were written with
+them. An experiment folder stands for all that it holds."""
+    verify = commands.add_parser("verify", help="compare files with their digests", **shaped(description=about))
+    verify.add_argument(
+        "paths", nargs="+", metavar="PATH", help="a dataset.json, checkpoint, export or experiment folder"
+    )
+    verify.set_defaults(run=_verify)
+    about = """Print which documents each sequence of a training step was made of, and how they begin; for a loss that
+looks odd."""
+    why = commands.add_parser("why", help="which documents were in a step", **shaped(description=about))
+    why.add_argument("experiment", metavar="RUN", help="the experiment folder")
+    why.add_argument("step", type=int, metavar="STEP", help="the step, from 1 on")
+    why.set_defaults(run=_why)
     about = """Make a tokenizer, a corpus of prose and one of code from what Python brings, pretrain a small Llama on prose
 and continue it on code with the recipe's YAML; compare, kill, resume. A few minutes on two cores, no network."""
     demo = commands.add_parser("demo", help="see everything once, on this machine", **shaped(description=about))
@@ -204,6 +219,20 @@ def _convert(parsed: argparse.Namespace) -> int:
     from fast_llm.training.convert import convert
 
     convert(config)
+    return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from fast_llm.training.audit import verify
+
+    print("\n".join(verify(parsed.paths)))
+    return 0
+
+
+def _why(parsed: argparse.Namespace) -> int:
+    from fast_llm.training.audit import why
+
+    print("\n".join(why(parsed.experiment, parsed.step)))
     return 0
 
 

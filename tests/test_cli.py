@@ -51,7 +51,7 @@ def start(*arguments: str, code: str = PROBE, **environment: str) -> tuple[int, 
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "train", "prepare", "convert", "demo"])
+@pytest.mark.parametrize("command", ["", "train", "prepare", "convert", "verify", "why", "demo"])
 def test_help_comes_at_once_and_without_torch(command: str) -> None:
     best = float("inf")
     for _ in range(4):  # other processes may be busy
@@ -64,10 +64,10 @@ def test_help_comes_at_once_and_without_torch(command: str) -> None:
             break
     assert best < 1
     if command:
-        assert "examples:" in out or command == "demo"
-        assert "section.setting=value" in out or command == "demo"
+        assert "examples:" in out or command in ("verify", "why", "demo")
+        assert "section.setting=value" in out or command in ("verify", "why", "demo")
     else:
-        assert all(f"  {name} " in out for name in ("train", "prepare", "convert", "demo"))
+        assert all(f"  {name} " in out for name in ("train", "prepare", "convert", "verify", "why", "demo"))
 
 
 def test_help_loads_next_to_nothing() -> None:
@@ -97,6 +97,9 @@ def test_help_loads_next_to_nothing() -> None:
         (["prepare", "output_path=x"], 2, "dataset.path: is missing"),
         (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 0, "output_path: x\n"),
         (["convert", "input.path=x"], 2, "output.path: is missing"),
+        (["verify", "none"], 2, "none: nothing to verify; give a dataset.json, a checkpoint"),
+        (["why", "none", "1"], 2, "none: no config.yaml in it"),
+        (["why", "none", "x"], 2, "argument STEP: invalid int value: 'x'"),
         (["convert", "-v", "input.path=x", "output.path=y"], 0, "exist_ok: false\n"),
     ],
 )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Questions to ask afterwards: is everything whole (`verify`), and what was in a batch (`why`).
+
+Neither imports torch.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fast_llm.checkpoint import folder as folders
+from fast_llm.config.section import read, validate
+from fast_llm.config.train import TrainConfig
+from fast_llm.data import dataset
+from fast_llm.errors import ConfigError, DataError, UserError
+
+_SHOWN = 60  # characters of a document
+
+
+def verify(paths: list[str]) -> list[str]:
+    """Read everything under each path and compare it with its digests; a sentence for each thing that is whole.
+
+    A path is a dataset.json, a checkpoint, an export, or an experiment folder with all it holds. Raises ConfigError that
+    names everything damaged, after all of it was read.
+    """
+    whole, wrong = [], []
+    for path in [part for given in paths for part in _parts(Path(given).expanduser())]:
+        try:
+            if path.is_file():
+                size = dataset.verify(path)
+                whole.append(f"{path}: whole, {size / 1e9:.3g} GB of token files")
+            else:
+                manifest = folders.verify(path)
+                size = sum(entry["size"] for entry in manifest.files.values())
+                whole.append(f"{path}: {manifest.kind} of step {manifest.step}, whole, {size / 1e9:.3g} GB")
+        except UserError as error:
+            wrong += str(error).splitlines()
+    if wrong:
+        raise ConfigError(wrong)
+    return whole
+
+
+def _parts(path: Path) -> list[Path]:
+    """What is verified under a path. Raises DataError if there is nothing to verify."""
+    if path.is_file() or (path / folders.MANIFEST).is_file():
+        return [path]
+    every = [*path.glob(f"*/*/{folders.MANIFEST}"), *path.glob(f"*/*/*/{folders.MANIFEST}")]
+    found = sorted(manifest.parent for manifest in every if manifest.parent.name[0] != ".")  # hidden: never published
+    if not found:
+        raise DataError(
+            f"{path}: nothing to verify; give a dataset.json, a checkpoint, an export, or an experiment folder with some"
+        )
+    return found
+
+
+def why(run: str, step: int) -> list[str]:
+    """What a training step was made of: a line for each stretch of a document in each sequence.
+
+    Raises DataError or ConfigError for a folder that is no run's, a step that it does not have, or data that is gone.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder}: no config.yaml in it; give the experiment folder of a training run")
+    config = validate(TrainConfig, read(str(folder / "config.yaml"), []))
+    if not 1 <= step <= config.training.train_iters:
+        raise DataError(f"step {step}: {folder} has the steps 1 to {config.training.train_iters}")
+    batch, length = config.batch, config.batch.sequence_length
+    data = dataset.open_dataset(config.data, length, config.model.distributed.seed, config.model.base_model.vocab_size)
+    file = folder / "pretrained" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+    assert batch.batch_size is not None
+    lines, counts = [], Counter[str]()
+    for index in range((step - 1) * batch.batch_size, step * batch.batch_size):
+        tokens, at = data.read("training", index).tokens, 0
+        lines.append(f"sequence {index:,}")
+        for stretch in data.locate("training", index):
+            shown = tokens[at : min(at + stretch.tokens, at + _SHOWN)].tolist()
+            text = "" if tokenizer is None else f": {tokenizer.decode(shown)[:_SHOWN]!r}"
+            lines.append(
+                f"  {stretch.prefix} document {stretch.document:,}, tokens {stretch.begin:,} to"
+                f" {stretch.begin + stretch.tokens - 1:,}{text}"
+            )
+            counts[stretch.prefix] += stretch.tokens
+            at += stretch.tokens
+    total = sum(counts.values())
+    shares = (f"  {name}: {100 * count / total:.1f} % of the tokens" for name, count in counts.most_common())
+    return [f"step {step}: {batch.batch_size} sequences of {length:,} + 1 tokens", *shares, *lines]

@@ -1,0 +1,94 @@
+"""What can be asked of a run afterwards."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fast_llm.cli import main
+from fast_llm.config.section import read
+from fast_llm.training.plan import make_plan
+from tests.helpers import spawn
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """The folder of a run, and its documents."""
+    place = tmp_path_factory.mktemp("audit")
+    documents = runs.write_tokens(place / "tokens")
+    spawn(1, runs.run, runs.settings(place, *MORE))
+    return place, [document.tolist() for document in documents]
+
+
+MORE = ("training.train_iters=3", "training.checkpoint.interval=1", "training.export.interval=3")
+
+
+@pytest.fixture
+def copy(made: tuple[Path, list[list[int]]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[0] / "run", tmp_path / "run"))
+
+
+def test_a_whole_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(copy)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split(", whole")[0] for line in lines] == [
+        *(f"checkpoint of step {step}" for step in (1, 2, 3)),
+        "export of step 3",
+    ]
+    assert main(["verify", str(copy / "checkpoint" / "2")]) == 0
+
+
+def test_all_damage_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = [
+        next((copy / "checkpoint" / "2").glob("*.safetensors")),
+        next((copy / "export" / "llama" / "3").glob("*.safetensors")),
+    ]
+    for path in damaged:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert main(["verify", str(copy)]) == 2
+    said = capsys.readouterr().err
+    assert "2 mistakes" in said
+    for path, what in zip(damaged, ("checkpoint 2", "export 3"), strict=True):
+        assert f"{path}: its content is not what was saved (sha256 differs); {what} is damaged" in said
+
+
+def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert f"{tmp_path}: nothing to verify; give a dataset.json" in capsys.readouterr().err
+
+
+def test_why(made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[str]) -> None:
+    """The documents it names hold the tokens that the step was trained on."""
+    place, documents = made
+    assert main(["why", str(place / "run"), "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["step 2: 8 sequences of 24 + 1 tokens", f"  {place}/tokens: 100.0 % of the tokens"]
+    data = make_plan(read(None, runs.settings(place, *MORE)), 1, weights=False).dataset
+    sequences: dict[int, list[int]] = {}
+    for line in lines[2:]:
+        words = line.replace(",", "").split()
+        if words[0] == "sequence":
+            tokens = sequences.setdefault(int(words[1]), [])
+        else:
+            document, first, last = (int(words[at]) for at in (2, 4, 6))
+            tokens += documents[document][first : last + 1]
+    assert list(sequences) == list(range(8, 16))
+    assert all(data.read("training", index).tokens.tolist() == tokens for index, tokens in sequences.items())
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "said"),
+    [
+        (".", "1", "no config.yaml in it; give the experiment folder of a training run"),
+        ("run", "0", "step 0: "),
+        ("run", "4", "has the steps 1 to 3"),
+    ],
+)
+def test_why_not(
+    made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[str], where: str, step: str, said: str
+) -> None:
+    assert main(["why", str(made[0] / where), step]) == 2
+    assert said in capsys.readouterr().err
