@@ -12,7 +12,7 @@ import pytest
 from fast_llm import __version__, cli
 
 ROOT = Path(__file__).parent.parent
-RECIPE = str(ROOT / "tests/recipe.yaml")
+RECIPE = str(ROOT / "fast_llm/demo/train-config.yaml")
 HEAVY = ("torch", "transformers", "datasets", "triton", "tensorboard", "wandb")
 # Runs the command and tells on the last line of stderr which heavy modules it loaded.
 PROBE = f"""

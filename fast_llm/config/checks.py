@@ -20,6 +20,7 @@ Breaches = Iterator[Breach]
 def breaches(config: TrainConfig, processes: int) -> Breaches:
     """Every breach of a law by this configuration on so many processes."""
     yield from _batch(config, processes)
+    yield from _shard_size(config, processes)
     for law in (
         _micro_sequence,
         _cross_entropy_splits,
@@ -65,6 +66,16 @@ def _batch(config: TrainConfig, processes: int) -> Breaches:
         for problem in error.problems:
             path, _, text = problem.partition(": ")
             yield (path, *_BATCH), text
+
+
+def _shard_size(config: TrainConfig, processes: int) -> Breaches:
+    size = config.model.multi_stage.shard_size
+    if size is not None and size < processes and processes % size:
+        divisors = [str(divisor) for divisor in range(1, processes + 1) if processes % divisor == 0]
+        yield (
+            ("model.multi_stage.shard_size",),
+            f"given {size}, must divide the {processes} processes: {', '.join(divisors)}",
+        )
 
 
 def _micro_sequence(config: TrainConfig) -> Breaches:

@@ -446,9 +446,9 @@ class TransformerConfig(Section):
     use_flash_attention: bool = True
     """Attention that never holds a document's scores, through PyTorch's kernels, in every dtype; no computes with plain
     matrix products."""
-    mlp_recompute_level: Literal["none", "activation", "activation_and_input", "full"] = "none"
-    """What the backward pass of an MLP computes again instead of keeping: its activation, also its normalised
-    input, or all of it."""
+    mlp_recompute_level: Literal["none", "activation", "activation_and_input", "full", "selective", "block"] = "none"
+    """What the backward pass computes again instead of keeping: an MLP's activation, also its normalised input, or all
+    of the MLP; `selective`: everything in a block but matrix products and attention; `block`: the whole block."""
     init_method_std: Std = None
     """Standard deviation of random matrices; null is hidden_size^-0.5."""
     init_method_min: float | None = None
@@ -510,6 +510,10 @@ class MultiStageConfig(Section):
     zero_stage: Annotated[int, Field(ge=1, le=3), Words("1, 2 or 3")] | None = None
     """What is sharded over processes: always optimizer state, fp32 weights and reduced gradients; from 2 on also
     full gradients, with 3 also the weights that are computed with. null is 1. One process shards nothing."""
+    shard_size: Positive | None = None
+    """Over how many neighbouring processes that state is sharded; further groups of as many keep copies of it, and only
+    sums of sharded gradients pass between them. The processes of a node, when nodes are many or their network is slow.
+    null, or more than there are processes, is all of them."""
     compile_all: bool = False
     """Compile each block with torch.compile."""
 

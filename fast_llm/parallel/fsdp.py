@@ -8,6 +8,9 @@ zero_stage   gathered weights                    full gradients              com
 1            kept from first to last use         fp32, kept over the step    once a step
 2            kept from first to last use         of a block at a time        gradients every micro-batch
 3            of a block at a time                of a block at a time        weights twice and gradients every micro-batch
+
+On a mesh of [copies, shard] all of this happens within each group of `shard` processes; the sharded gradients of the
+groups are summed once a step (hybrid sharding, Zhao et al. 2023), so that between nodes 1 / shard of them is sent.
 """
 
 from typing import cast
@@ -61,6 +64,7 @@ class ShardedWeights:
                 parameter.grad = None
         self.model.set_is_last_backward(last)
         self.model.set_requires_gradient_sync(last or self.zero_stage > 1)
+        self.model.set_requires_all_reduce(last)
         self.model.set_reshard_after_backward(last or self.zero_stage == 3)
 
     def publish(self) -> None:

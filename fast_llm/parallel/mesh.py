@@ -16,10 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 class Mesh:
-    """This process's place among the others. `data` is the axis that the batch and ZeRO's shards are spread over."""
+    """This process's place among the others.
 
-    def __init__(self, timeout: float, patience: float):
-        """Join the other processes, if there are any; timeouts in seconds."""
+    The batch is spread over all of them. `data` is how weights are: sharded over `shard_size` neighbours, and copied
+    between the `copies` groups of these; [shard], or [copies, shard] where there are several copies.
+    """
+
+    def __init__(self, timeout: float, patience: float, shard_size: int | None = None):
+        """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy."""
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -28,6 +32,8 @@ class Mesh:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
+        shard_size = min(shard_size or self.size, self.size)
+        self.copies = self.size // shard_size
         self.data: DeviceMesh | None = None
         self.patient: dist.ProcessGroup | None = None
         if self.size > 1:
@@ -37,7 +43,10 @@ class Mesh:
                     timeout=timedelta(seconds=timeout),
                     device_id=self.device if self.device.type == "cuda" else None,
                 )
-            self.data = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("data",))
+            shape, names = (
+                ((self.copies, shard_size), ("copies", "shard")) if self.copies > 1 else ((self.size,), ("shard",))
+            )
+            self.data = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def sum(self, *numbers: torch.Tensor | float) -> list[float]:

@@ -1,10 +1,16 @@
-"""Which activations of an MLP are computed again in the backward pass instead of being kept.
+"""Which activations are computed again in the backward pass instead of being kept (Chen et al. 2016; selectively,
+Korthikanti et al. 2022).
 
 level                   computed again                              kept per token (F: MLP size, E: hidden size)
 none                    nothing                                     3F + 2E
 activation              SiLU and the product with the up projection     2F + 2E
 activation_and_input    also the normalised input                   2F + E
 full                    the whole MLP, its matrix products included     E
+
+These keep what attention keeps besides. Two more are of the block as a whole:
+
+selective               all but matrix products and attention           their results, and E
+block                   everything                                      E
 """
 
 from collections.abc import Callable
@@ -17,27 +23,39 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fast_llm.model.llama import Block
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.linear.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+}
 
 
 def apply_recompute(block: Block, level: str) -> None:
     """Change what a block keeps, not what it computes."""
     if level == "none":
         return
-    if level == "activation":
+    if level in ("selective", "block"):
+        block.forward = _recomputed(block.forward, keep_products=level == "selective")  # type: ignore
+    elif level == "activation":
         block.mlp.forward = _recomputed(block.mlp.forward, keep_products=True)  # type: ignore
     else:
         keep = level == "activation_and_input"
         block.feed_forward = _recomputed(block.feed_forward, keep_products=keep)  # type: ignore
 
 
-def _recomputed(function: Callable[[Tensor], Tensor], keep_products: bool) -> Callable[[Tensor], Tensor]:
+def _recomputed(function: Callable[..., Tensor], keep_products: bool) -> Callable[..., Tensor]:
     contexts: dict[str, Any] = {}
     if keep_products:
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
 
-    def recomputed(x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+    def recomputed(x: Tensor, *further: Any) -> Tensor:
+        out: Tensor = checkpoint(function, x, *further, use_reentrant=False, preserve_rng_state=False, **contexts)
         return out
 
     return recomputed

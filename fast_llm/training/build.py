@@ -39,7 +39,7 @@ def train(plan: Plan) -> int:
     # With one process DCP tells the user what the code says already.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config = plan.config
-    mesh = Mesh(config.model.distributed.timeout, config.training.timeout or _WEEK)
+    mesh = Mesh(config.model.distributed.timeout, config.training.timeout or _WEEK, config.model.multi_stage.shard_size)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     number = mesh.share(next_run_number(plan.folder))

@@ -174,6 +174,7 @@ def describe(plan: Plan) -> str:
     tokens = batch.batch_size * config.batch.sequence_length
     transformer = config.model.base_model.transformer
     stage = config.model.multi_stage.zero_stage or 1
+    group = config.model.multi_stage.shard_size or plan.processes
     parameters = plan.cost.parameters
     state = checkpoint_bytes(config, parameters)
     lines = [
@@ -184,7 +185,8 @@ def describe(plan: Plan) -> str:
         f"Precision     computes in {config.model.distributed.training_dtype}; fp32 weights and gradients,"
         f" {config.optimizer.moments_dtype} moments",
         f"Processes     {plan.processes}"
-        + (f", zero_stage {stage}" if plan.processes > 1 else " (nothing is sharded)"),
+        + (f", zero_stage {stage}" if plan.processes > 1 else " (nothing is sharded)")
+        + (f" in groups of {group}, each with a copy" if group < plan.processes else ""),
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
         f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches × {plan.processes} processes",
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"

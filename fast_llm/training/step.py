@@ -71,7 +71,7 @@ class Step:
             targets += batch.targets
         gradients = self.weights.local_gradients()
         total_loss, total_targets, square, stops = self.mesh.sum(
-            loss_sum, targets, squared_norm(gradients.values()), float(stop)
+            loss_sum, targets, squared_norm(gradients.values()) / self.mesh.copies, float(stop)
         )
         correction = tokens / (max(total_targets, 1) * self.loss_scale.value)
         norm = math.sqrt(square) * correction if square >= 0 else math.nan

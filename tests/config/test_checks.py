@@ -292,6 +292,13 @@ def test_laws_that_are_kept(overrides: list[str]) -> None:
     assert told(overrides) == []
 
 
+def test_groups_of_processes() -> None:
+    size = "model.multi_stage.shard_size"
+    assert told([*GOOD, f"{size}=4"], 6) == [f"{size}: given 4, must divide the 6 processes: 1, 2, 3, 6"]
+    for processes, fits in ((1, 8), (6, 3), (6, 1), (6, 6), (6, 8)):
+        assert told([*GOOD, f"{size}={fits}"], processes) == []
+
+
 def test_every_breach_is_broken_above() -> None:
     source = Path(checks.__file__).read_text()
     yields = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Yield)}
@@ -308,6 +315,7 @@ def test_every_breach_is_broken_above() -> None:
     try:
         for overrides, _ in BROKEN:
             told(overrides)
+        told([*GOOD, "model.multi_stage.shard_size=4"], processes=6)
     finally:
         sys.settrace(before)
     missed = sorted(yields - reached)

@@ -22,7 +22,7 @@ from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "tests/recipe.yaml"  # as it was handed to us, byte for byte
+RECIPE = ROOT / "fast_llm/demo/train-config.yaml"
 TEXT = RECIPE.read_text()
 FIELDS = set(paths(TrainConfig))
 

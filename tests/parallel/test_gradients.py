@@ -46,10 +46,15 @@ def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Doc
 
 
 def gradients(
-    zero_stage: int, accumulation: int, dtype: torch.dtype, tied: bool = False, recompute: str = "none"
+    zero_stage: int,
+    accumulation: int,
+    dtype: torch.dtype,
+    tied: bool = False,
+    recompute: str = "none",
+    shard_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Of the second of two steps, so that weights that were not updated everywhere would show. Stage 0: no FSDP2."""
-    mesh = Mesh(60, 60)
+    mesh = Mesh(60, 60, shard_size)
     config = model_config(tied, recompute)
     with torch.device("meta"):
         model = Llama(config)
@@ -109,7 +114,14 @@ def test_tied_embeddings(zero_stage: int) -> None:
         assert worst(found, reference(torch.float32, True)) < 1e-6
 
 
-@pytest.mark.parametrize("level", ["activation", "activation_and_input", "full"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 2), (4, 8)])
+def test_hybrid_sharding(world: int, shard_size: int, zero_stage: int) -> None:
+    for found in spawn(world, gradients, zero_stage, 2, torch.float32, True, "none", shard_size):
+        assert worst(found, reference(torch.float32, True)) < 1e-6
+
+
+@pytest.mark.parametrize("level", ["activation", "activation_and_input", "full", "selective", "block"])
 @pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 3)])
 def test_recomputation_changes_nothing(world: int, zero_stage: int, level: str) -> None:
     for found in spawn(world, gradients, zero_stage, 2, torch.float32, False, level):

@@ -46,12 +46,12 @@ def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: i
     assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
-def test_other_numbers_of_processes_go_on_with_the_same_data(tmp_path: Path) -> None:
+def test_other_layouts_go_on_with_the_same_data(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(1, run, arguments(tmp_path, "whole", 8)) == [0]
-    for world, zero_stage, steps in ((2, 3, 2), (4, 1, 4), (1, 1, 6), (2, 2, 8)):
-        how = f"model.multi_stage.zero_stage={zero_stage}"
-        assert spawn(world, run, arguments(tmp_path, "parts", steps, how)) == [0] * world
+    for world, zero_stage, shard_size, steps in ((2, 3, 2, 2), (4, 1, 2, 4), (1, 1, 2, 6), (2, 2, 1, 8)):
+        how = (f"model.multi_stage.zero_stage={zero_stage}", f"model.multi_stage.shard_size={shard_size}")
+        assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert expected.keys() == found.keys()
     # Sums over the batch are taken in another order: 6e-8 an addition, magnified a little by eight updates of Adam.
