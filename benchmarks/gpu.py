@@ -1,6 +1,6 @@
 """One GPU: that its fast paths compute what the slow ones do, that a run resumes, and how fast training is.
 
-    PYTHONPATH=. python benchmarks/gpu.py            (three to four minutes; needs PyTorch for CUDA, Triton, pydantic)
+    PYTHONPATH=. python benchmarks/gpu.py            (five minutes; needs PyTorch for CUDA, Triton, pydantic)
 
 Prints the machine, then a line for each comparison (bound beside it), then tokens/s from the runs' own metrics.
 Random tokens and weights: no network, no data. Each run warms up over its first log intervals; the median of the rest counts.
@@ -67,6 +67,18 @@ def main() -> None:
             BIG,
             ["batch.sequence_length=4096", "batch.micro_batch_size=2", "batch.batch_size=8"],
             ["model.multi_stage.compile_all=yes"],
+        ),
+        (
+            "the same, not compiled, mlp_recompute_level: selective",
+            BIG,
+            ["batch.sequence_length=4096", "batch.micro_batch_size=2", "batch.batch_size=8"],
+            ["model.base_model.transformer.mlp_recompute_level=selective"],
+        ),
+        (
+            "the same, block",
+            BIG,
+            ["batch.sequence_length=4096", "batch.micro_batch_size=2", "batch.batch_size=8"],
+            ["model.base_model.transformer.mlp_recompute_level=block"],
         ),
     ):
         records = train(folder / "speed", [*shape, *batch, *further], 30)
