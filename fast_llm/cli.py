@@ -80,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.settings = [*parsed.settings, *further]
     try:
         code: int = parsed.run(parsed)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # whoever reads, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         # Before training all processes say the same; in it, data can fail on one of them.
         if _first() or isinstance(error, DataError):

@@ -13,6 +13,7 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
 from fast_llm.errors import ConfigError, DataError, UserError
+from fast_llm.training.plan import readable_bytes
 
 _SHOWN = 60  # characters of a document
 
@@ -28,11 +29,11 @@ def verify(paths: list[str]) -> list[str]:
         try:
             if path.is_file():
                 size = dataset.verify(path)
-                whole.append(f"{path}: whole, {size / 1e9:.3g} GB of token files")
+                whole.append(f"{path}: whole, {readable_bytes(size)} of token files")
             else:
                 manifest = folders.verify(path)
                 size = sum(entry["size"] for entry in manifest.files.values())
-                whole.append(f"{path}: {manifest.kind} of step {manifest.step}, whole, {size / 1e9:.3g} GB")
+                whole.append(f"{path}: {manifest.kind} of step {manifest.step}, whole, {readable_bytes(size)}")
         except UserError as error:
             wrong += str(error).splitlines()
     if wrong:
@@ -45,7 +46,8 @@ def _parts(path: Path) -> list[Path]:
     if path.is_file() or (path / folders.MANIFEST).is_file():
         return [path]
     every = [*path.glob(f"*/*/{folders.MANIFEST}"), *path.glob(f"*/*/*/{folders.MANIFEST}")]
-    found = sorted(manifest.parent for manifest in every if manifest.parent.name[0] != ".")  # hidden: never published
+    published = {manifest.parent for manifest in every if manifest.parent.name[0] != "."}
+    found = sorted(published, key=lambda part: (part.parent, len(part.name), part.name))  # by step
     if not found:
         raise DataError(
             f"{path}: nothing to verify; give a dataset.json, a checkpoint, an export, or an experiment folder with some"

@@ -205,8 +205,8 @@ def describe(plan: Plan) -> str:
     if training.checkpoint.interval is not None:
         kept = training.checkpoint.keep
         lines.append(
-            f"Checkpoints   every {training.checkpoint.interval:,} steps, {_bytes(state)} each"
-            + (f", {kept} kept: {_bytes(state * (kept + 1))} at most" if kept else ", all kept")
+            f"Checkpoints   every {training.checkpoint.interval:,} steps, {readable_bytes(state)} each"
+            + (f", {kept} kept: {readable_bytes(state * (kept + 1))} at most" if kept else ", all kept")
             + (", and the permanent ones" if training.checkpoint.keep_every else "")
         )
     if training.export.interval is not None:
@@ -214,10 +214,10 @@ def describe(plan: Plan) -> str:
         count = training.train_iters // training.export.interval + bool(training.train_iters % training.export.interval)
         count = min(count, training.export.keep or count)
         lines.append(
-            f"Exports       every {training.export.interval:,} steps, {_bytes(size)} each, {_bytes(size * count)} in all"
+            f"Exports       every {training.export.interval:,} steps, {readable_bytes(size)} each, {readable_bytes(size * count)} in all"
         )
     if plan.folder is not None:
-        lines.append(f"Disk          {_bytes(_free(plan.folder))} free at {plan.folder}")
+        lines.append(f"Disk          {readable_bytes(_free(plan.folder))} free at {plan.folder}")
     return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
 
 
@@ -384,8 +384,8 @@ def _disk(folder: Path, config: TrainConfig, parameters: int) -> list[str]:
     needed += export_bytes(config, parameters) * (config.training.export.interval is not None)
     if needed > _free(folder):
         return [
-            f"run.experiment_dir: a checkpoint and an export need {_bytes(needed)}, but {there} has"
-            f" {_bytes(_free(folder))} free"
+            f"run.experiment_dir: a checkpoint and an export need {readable_bytes(needed)}, but {there} has"
+            f" {readable_bytes(_free(folder))} free"
         ]
     return []
 
@@ -400,7 +400,8 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(_existing(folder.absolute())).free
 
 
-def _bytes(count: float) -> str:
+def readable_bytes(count: float) -> str:
+    """A number of bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,6 +1,8 @@
 """What can be asked of a run afterwards."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,9 @@ def test_why_not(
 ) -> None:
     assert main(["why", str(made[0] / where), step]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough(made: tuple[Path, list[list[int]]]) -> None:
+    command = f"{sys.executable} -m fast_llm.cli why {made[0] / 'run'} 1 | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
