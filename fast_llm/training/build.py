@@ -4,11 +4,16 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 import torch
 from torch import nn
 
+from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.config.train import TrainConfig
+from fast_llm.errors import ConfigError
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
@@ -20,7 +25,7 @@ from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.plan import Plan, describe, prepare_folder
-from fast_llm.training.run import Run, next_run_number
+from fast_llm.training.run import Run, lock, next_run_number
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
 
@@ -42,6 +47,40 @@ def train(plan: Plan) -> int:
     mesh = Mesh(config.model.distributed.timeout, config.training.timeout or _WEEK, config.model.multi_stage.shard_size)
     if mesh.device.type == "cpu":
         keep_freed_memory()
+    with _alone(plan, mesh):
+        return _train(plan, mesh, started)
+
+
+@contextmanager
+def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
+    """No other run in this experiment folder. Raises ConfigError, on every process, if there is one."""
+    held: TextIO | None = None
+    refused: list[str] = []
+    if plan.folder is not None and mesh.rank == 0:
+        try:
+            held = lock(plan.folder)
+            root = plan.folder / "checkpoint"
+            # The plan was made before the lock was ours. Sizes are compared first: digests take their time.
+            if (
+                checkpoints.latest(root, content=False) != plan.checkpoint
+                and checkpoints.latest(root) != plan.checkpoint
+            ):
+                refused = [
+                    f"run.experiment_dir: another run saved to {plan.folder} just now; start the same command again"
+                ]
+        except ConfigError as error:
+            refused = error.problems
+    try:
+        if refused := mesh.share(refused):
+            raise ConfigError(refused)
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _train(plan: Plan, mesh: Mesh, started: float) -> int:
+    config = plan.config
     number = mesh.share(next_run_number(plan.folder))
     if mesh.rank == 0:
         prepare_folder(plan)

@@ -12,14 +12,19 @@
 Without `run.experiment_dir` nothing is written and the log goes to the terminal alone.
 """
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from fast_llm.errors import ConfigError
 
 logger = logging.getLogger("fast_llm")
 
@@ -98,6 +103,34 @@ def next_run_number(folder: Path | None) -> int:
         return 0
     numbers = [int(entry.name) for entry in (folder / "runs").iterdir() if entry.name.isdigit()]
     return max(numbers, default=-1) + 1
+
+
+def lock(folder: Path) -> TextIO:
+    """Keep other runs out of an experiment folder until the file that is returned is closed or this process ends.
+
+    Raises ConfigError that names the process which holds it. The kernel keeps the lock, so a crash leaves none behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "a process that does not say which it is"
+        file.close()
+        raise ConfigError(
+            [
+                f"run.experiment_dir: another run writes to {folder}: {holder}; wait for it, stop it, or choose another"
+                " run.experiment_dir"
+            ]
+        ) from error
+    except OSError as error:  # a file system without locks
+        logger.warning(f"{folder} can not be locked ({error.strerror}): make sure that no other run writes to it.")
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    file.flush()
+    return file
 
 
 def write_whole(path: Path, text: str) -> None:

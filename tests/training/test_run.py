@@ -1,7 +1,10 @@
 """What a run refuses, survives and writes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,10 @@ import yaml
 
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
-from fast_llm.errors import TrainingStopped, UserError
+from fast_llm.errors import ConfigError, TrainingStopped, UserError
+from fast_llm.training.build import train
 from fast_llm.training.plan import describe, make_plan
-from fast_llm.training.run import Run, next_run_number
+from fast_llm.training.run import Run, lock, next_run_number
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, settings, write_tokens
 
@@ -251,6 +255,37 @@ def test_a_callback_is_started_with_what_was_saved(tokens: Path) -> None:
             break
         __import__("time").sleep(0.05)
     assert (tokens / "calls").read_text().splitlines() == [f"{tokens}/run/checkpoint/{step} me" for step in (1, 2)]
+
+
+def test_a_second_run_in_the_same_folder(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = settings(tokens, "training.train_iters=1", "training.checkpoint.interval=1")
+    holder = lock(tokens / "run")
+    for world in (1, 2):
+        with pytest.raises(AssertionError, match=f"another run writes to .*: process {os.getpid()} on .* since 20"):
+            spawn(world, run, arguments)
+    assert list((tokens / "run").iterdir()) == [tokens / "run" / ".lock"]
+    holder.close()
+    assert spawn(2, run, arguments) == [0, 0]
+
+
+def test_a_lock_dies_with_its_holder(tokens: Path) -> None:
+    code = f"import time; from pathlib import Path; from fast_llm.training.run import lock; file = lock(Path('{tokens}/run'))"
+    command = [sys.executable, "-c", f"{code}; print('held', flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"process {holder.pid} on "):
+            lock(tokens / "run")
+        holder.kill()
+        holder.wait()
+    lock(tokens / "run").close()
+
+
+def test_a_plan_that_another_run_overtook(tokens: Path) -> None:
+    arguments = settings(tokens, "training.train_iters=2", "training.checkpoint.interval=1")
+    plan = make_plan(read(None, arguments), 1, weights=False)
+    assert spawn(1, run, arguments) == [0]
+    with pytest.raises(ConfigError, match=r"another run saved to .* just now; start the same command again"):
+        train(plan)
 
 
 def test_no_experiment_dir_writes_nothing(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
