@@ -47,7 +47,7 @@ def save(
     info: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write `<root>/<step>`, whole or not at all; every process calls it with the same names in the same order.
+    """Write `<root>/<step>`, whole or not at all; every process calls it with the tensors that it has a part of.
 
     `tensors`: tensors, the same on all processes, or DTensors, named `part/name`; `info`: what JSON can hold.
     `group`: on which processes wait for one another, the default one if not given; give one with patience.
@@ -90,14 +90,16 @@ def save(
 def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Fill tensors or DTensors of any layout from a checkpoint, converting dtypes; every process calls it.
 
-    Of each part (the name up to the first `/`) that is asked for, all tensors must be asked for and be there.
+    Of each part (the name up to the first `/`) that is asked for, all tensors must be asked for, by some process, and be
+    there.
     Digests are not compared here: `folder.verify` and `folder.latest` do. Raises CheckpointError on all processes
     if one fails; `tensors` are undefined then.
     """
     group = whole_group(group)
+    wanted = {name for names in gather(list(tensors), group) for name in names}
     with together("", group):
         reader = _Reader(path)
-        _check(path, reader.read_metadata(), tensors)
+        _check(path, reader.read_metadata(), tensors, wanted)
     with together(f"{path}: could not be loaded", group), torch.no_grad():
         dcp.load(
             dict(tensors),
@@ -187,12 +189,12 @@ class _Reader(dcp.HuggingFaceStorageReader):
             raise CheckpointError(f"{self.path}: a file's header does not say which parts it holds: {error}") from error
 
 
-def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor]) -> None:
+def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: set[str]) -> None:
     """DCP itself leaves what no file covers as it was, and reads over what is there besides."""
     other = "it is a checkpoint of another model"
     there: dict[str, Any] = found.state_dict_metadata
-    parts = {name.partition("/")[0] for name in tensors}
-    strange = sorted(name for name in there.keys() - tensors.keys() if name.partition("/")[0] in parts)
+    parts = {name.partition("/")[0] for name in wanted}
+    strange = sorted(name for name in there.keys() - wanted if name.partition("/")[0] in parts)
     if strange:
         raise CheckpointError(f"{path}: holds {strange[0]}, which the model has not; {other}")
     for name, tensor in tensors.items():

@@ -100,16 +100,18 @@ def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
-def load_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill tensors or DTensors, by name, from a folder of safetensors files, converting dtypes.
+def load_weights(weights: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Fill tensors or DTensors, by name, from a folder of safetensors files, converting dtypes; every process calls it
+    with the weights that it has a part of.
 
     Raises CheckpointError unless the folder holds every one of them with its shape, and no others.
     """
     files = weight_files(folder)
-    missing = sorted(weights.keys() - files.keys())
+    wanted = {name for names in gather(list(weights), whole_group(group)) for name in names}
+    missing = sorted(wanted - files.keys())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    strange = sorted(name for name in files.keys() - weights.keys() if not is_spare(name))
+    strange = sorted(name for name in files.keys() - wanted if not is_spare(name))
     if strange:
         raise CheckpointError(f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}")
     by_file: dict[Path, list[str]] = {}
@@ -150,26 +152,33 @@ def save_weights(
 ) -> list[str]:
     """Write weights as `model.safetensors`, or as several files with their index. The files' names.
 
-    Every process calls it with tensors or DTensors in the same order. `dtype` None keeps each weight's own.
+    Every process calls it with the tensors or DTensors that it has a part of, in the same order. `dtype` None keeps each
+    weight's own.
     `group`: on which processes wait while one writes; give one with patience. Raises CheckpointError.
     """
     group = whole_group(group)
-    kinds = {name: DTYPES[dtype] if dtype else weight.dtype for name, weight in weights.items()}
-    plan = _split(weights, parameters_per_file)
+    own = {name: (DTYPES[dtype] if dtype else weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+    parts = gather(own, group)
+    owners = {
+        name: rank for rank, names in reversed([*enumerate(parts)]) for name in names
+    }  # the first that has a part
+    every = {name: parts[owners[name]][name] for name in sorted(owners, key=_natural)}
+    plan = _split(every, parameters_per_file)
     total = 0
     for file_name, names in plan.items():
-        tensors = sort({name: (kinds[name], tuple(weights[name].shape)) for name in names})
+        tensors = sort({name: every[name] for name in names})
         names[:] = tensors
-        total += sum(kinds[name].itemsize * weights[name].numel() for name in names)
-        for number, batch in enumerate(_batches(weights, names, kinds)):
+        total += sum(_size(every[name]) for name in names)
+        for number, batch in enumerate(_batches(every, names)):
             with together(f"{folder / file_name}: could not be written", group):
-                wholes = {name: _whole(weights[name].detach().to(kinds[name])) for name in batch}
+                wholes = {name: _whole(weights.get(name), *every[name], owners[name], group) for name in batch}
                 if is_main(group):
                     with (folder / file_name).open("ab" if number else "wb") as file:
                         if not number:
                             file.write(header(tensors, {}))
                         for name, whole in wholes.items():
-                            if kinds[name] == torch.float16 and not whole.isfinite().all():
+                            assert whole is not None
+                            if whole.dtype == torch.float16 and not whole.isfinite().all():
                                 raise CheckpointError(f"{name} has values beyond fp16's range; choose bf16 or fp32")
                             file.write(raw(whole))
                 del wholes
@@ -209,36 +218,63 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _split(weights: Mapping[str, Tensor], parameters_per_file: int) -> dict[str, list[str]]:
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key to sort names by, layers by their numbers."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+_Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def _size(tensor: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """In bytes."""
+    return tensor[0].itemsize * math.prod(tensor[1])
+
+
+def _split(tensors: _Tensors, parameters_per_file: int) -> dict[str, list[str]]:
     """Which weights each file holds, in the order given."""
     parts: list[list[str]] = [[]]
     filled = 0
-    for name, weight in weights.items():
-        if parts[-1] and filled + weight.numel() > parameters_per_file:
+    for name, (_, shape) in tensors.items():
+        if parts[-1] and filled + math.prod(shape) > parameters_per_file:
             parts.append([])
             filled = 0
         parts[-1].append(name)
-        filled += weight.numel()
+        filled += math.prod(shape)
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": names for i, names in enumerate(parts, start=1)}
 
 
-def _batches(weights: Mapping[str, Tensor], names: list[str], kinds: Mapping[str, torch.dtype]) -> Iterator[list[str]]:
+def _batches(tensors: _Tensors, names: list[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     filled = 0
     for name in names:
-        size = weights[name].numel() * kinds[name].itemsize
-        if batch and filled + size > BATCH:
+        if batch and filled + _size(tensors[name]) > BATCH:
             yield batch
             batch, filled = [], 0
         batch.append(name)
-        filled += size
+        filled += _size(tensors[name])
     yield batch
 
 
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def _whole(
+    weight: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], owner: int, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """All of a weight of which some processes have parts: on the first process, and on those."""
+    whole: Tensor | None = None
+    if weight is not None:
+        whole = weight.detach().to(dtype)
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    if owner > 0 and group is not None:  # another pipeline stage's
+        rank = dist.get_rank(group)
+        if rank == owner:
+            assert whole is not None
+            dist.send(whole.cpu().contiguous().flatten().view(torch.uint8), group=group, group_dst=0)
+        elif rank == 0:
+            whole = torch.empty(shape, dtype=dtype)
+            dist.recv(whole.flatten().view(torch.uint8), group=group, group_src=owner)
+    return whole
 
 
 def export_llama(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fast_llm.config.batch import plan_batch
 from fast_llm.config.section import Breach, Document
+from fast_llm.config.stages import problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 
@@ -20,9 +21,13 @@ Breaches = Iterator[Breach]
 def breaches(config: TrainConfig, processes: int) -> Breaches:
     """Every breach of a law by this configuration on so many processes."""
     yield from _batch(config, processes)
+    yield from _processes(config, processes)
     yield from _shard_size(config, processes)
+    yield from _pipeline(config, processes)
     for law in (
         _micro_sequence,
+        _tensor_parallel,
+        _sequence_data_parallel,
         _cross_entropy_splits,
         _data_path,
         _split,
@@ -61,21 +66,91 @@ _BATCH = tuple(
 
 def _batch(config: TrainConfig, processes: int) -> Breaches:
     try:
-        plan_batch(config.batch, processes)
+        plan_batch(config.batch, config.model.distributed.data_parallel(processes))
     except ConfigError as error:
         for problem in error.problems:
             path, _, text = problem.partition(": ")
             yield (path, *_BATCH), text
 
 
-def _shard_size(config: TrainConfig, processes: int) -> Breaches:
-    size = config.model.multi_stage.shard_size
-    if size is not None and size < processes and processes % size:
-        divisors = [str(divisor) for divisor in range(1, processes + 1) if processes % divisor == 0]
+_AXES = ("tensor_parallel", "sequence_data_parallel", "pipeline_parallel")
+
+
+def _processes(config: TrainConfig, processes: int) -> Breaches:
+    sizes = {name: getattr(config.model.distributed, name) for name in _AXES}
+    product = math.prod(sizes.values())
+    if processes % product:
+        names = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        given = " × ".join(names) + (f" = {product}" if len(names) > 1 else "")
         yield (
-            ("model.multi_stage.shard_size",),
-            f"given {size}, must divide the {processes} processes: {', '.join(divisors)}",
+            tuple(f"model.distributed.{name}" for name in sorted(_AXES, key=lambda name: -sizes[name])),
+            f"{given} must divide the number of processes, which is {processes}; start that many with torchrun (to"
+            f" --validate alone, set WORLD_SIZE={product} in the environment)",
         )
+
+
+def _shard_size(config: TrainConfig, processes: int) -> Breaches:
+    size, distributed = config.model.multi_stage.shard_size, config.model.distributed
+    sharing = distributed.data_parallel(processes) * distributed.sequence_data_parallel
+    if size is not None and size < sharing and sharing % size:
+        divisors = [str(divisor) for divisor in range(1, sharing + 1) if sharing % divisor == 0]
+        words = f"the {sharing} processes" + (" that share training state" if sharing < processes else "")
+        yield ("model.multi_stage.shard_size",), f"given {size}, must divide {words}: {', '.join(divisors)}"
+
+
+def _tensor_parallel(config: TrainConfig) -> Breaches:
+    size, base = config.model.distributed.tensor_parallel, config.model.base_model
+    name, above = "model.distributed.tensor_parallel", "model.base_model"
+    for path, divided in (
+        (f"{above}.transformer.head_groups", base.transformer.head_groups),
+        (f"{above}.transformer.num_attention_heads", base.transformer.num_attention_heads),
+        (f"{above}.transformer.ffn_hidden_size", base.transformer.ffn_hidden_size),
+        (f"{above}.vocab_size", base.vocab_size),
+    ):
+        if divided % size:
+            yield (
+                (name, path),
+                f"given {size}, must divide the model's {path.rpartition('.')[2]} {divided}, e.g. {math.gcd(size, divided)}",
+            )
+            return
+
+
+def _sequence_data_parallel(config: TrainConfig) -> Breaches:
+    distributed, length = config.model.distributed, config.batch.sequence_length
+    size = distributed.sequence_data_parallel
+    if size > 1 and length % (2 * size):
+        yield (
+            ("batch.sequence_length", "model.distributed.sequence_data_parallel"),
+            f"given {length}, must be a multiple of 2 × sequence_data_parallel {size} = {2 * size}: each process holds a"
+            " stretch from the front and one from the back",
+        )
+    elif distributed.sequence_tensor_parallel and length // size % distributed.tensor_parallel:
+        factor = size * distributed.tensor_parallel
+        yield (
+            (
+                "batch.sequence_length",
+                "model.distributed.sequence_tensor_parallel",
+                "model.distributed.tensor_parallel",
+            ),
+            f"given {length}, must be a multiple of tensor_parallel {distributed.tensor_parallel}"
+            + (f" × sequence_data_parallel {size} = {factor}" if size > 1 else "")
+            + " with sequence_tensor_parallel",
+        )
+
+
+def _pipeline(config: TrainConfig, processes: int) -> Breaches:
+    try:
+        batch = plan_batch(config.batch, config.model.distributed.data_parallel(processes))
+    except ConfigError:
+        return  # told by another law
+    for path, text in problems(config, batch):
+        concerned = (
+            "model.multi_stage.layers_per_stage",
+            "model.multi_stage.pipeline_schedule",
+            "model.distributed.pipeline_parallel",
+            "batch.breadth_first_micro_batches",
+        )
+        yield (path, *(name for name in concerned if name != path)), text
 
 
 def _micro_sequence(config: TrainConfig) -> Breaches:

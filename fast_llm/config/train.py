@@ -209,23 +209,19 @@ class TrainingConfig(Section):
 
 class BatchConfig(Section):
     """How many sequences a step takes, and how they are dealt. What is left out follows from the rest:
-    batch_size = micro_batch_size × sequential_micro_batches × processes."""
+    batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes, which are all the processes /
+    (tensor_parallel × pipeline_parallel × sequence_data_parallel)."""
 
     micro_batch_size: Positive | None = None
     """Sequences in one forward and backward pass of a process; null follows from the rest, or is 1."""
     batch_size: Positive | None = None
     """Sequences in one step, over all processes and micro-batches; null follows from the rest."""
     depth_first_micro_batches: Positive | None = None
-    """Micro-batches of a process one after the other (gradient accumulation); null follows from the rest."""
-    breadth_first_micro_batches: (
-        Annotated[
-            int,
-            Field(ge=1, le=1),
-            Words("1: more of them need pipeline parallelism; use depth_first_micro_batches"),
-        ]
-        | None
-    ) = None
-    """Only 1: more of them need pipeline parallelism; use depth_first_micro_batches."""
+    """Micro-batches of a process one after the other (gradient accumulation); with pipeline parallelism, how often the
+    pipeline is filled and emptied in a step. null follows from the rest."""
+    breadth_first_micro_batches: Positive | None = None
+    """Micro-batches that are in the pipeline together; 1 without pipeline parallelism. null follows from the rest: all
+    of them with pipeline parallelism."""
     sequential_micro_batches: Positive | None = None
     """Micro-batches of a process in all: the product of the two above; null follows from the rest."""
     sequence_length: Positive = 2048
@@ -514,6 +510,22 @@ class MultiStageConfig(Section):
     """Over how many neighbouring processes that state is sharded; further groups of as many keep copies of it, and only
     sums of sharded gradients pass between them. The processes of a node, when nodes are many or their network is slow.
     null, or more than there are processes, is all of them."""
+    pipeline_schedule: (
+        Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble"] | None
+    ) = None
+    """In which order pipeline stages take micro-batches, by PyTorch's names. One stage a process: `gpipe` all forward, then
+    all backward; `1f1b` as few in flight as can be. Several: `looped_bfs` (breadth first), `interleaved_1f1b`, and
+    `interleaved_zero_bubble`, which fills gaps with gradients of weights; `zbv_zero_bubble` has two stages a process, one
+    from the front and one from the back. null is 1f1b, or interleaved_1f1b with several stages a process."""
+    layers_per_stage: (
+        Annotated[
+            int | list[Annotated[int, Field(ge=0)]], Words("a number of layers, or a list with one for each stage")
+        ]
+        | None
+    ) = None
+    """Layers of a pipeline stage: one number, or a list with one for each, from the first stage to the last. Fewer than
+    num_layers / pipeline_parallel give each process several stages. null is one stage a process, as even as can be; the
+    first and the last have fewer where it does not divide, for the embedding and the head."""
     compile_all: bool = False
     """Compile each block with torch.compile."""
 
@@ -527,18 +539,17 @@ class DistributedConfig(Section):
         Literal["fp32"], _NO_FP64, BeforeValidator(_dtype), Words("fp32; optimizer.moments_dtype: bf16 saves memory")
     ] = "fp32"
     """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 saves memory."""
-    tensor_parallel: Annotated[
-        int, Field(ge=1, le=1), Words("1: spread training state with model.multi_stage.zero_stage: 3 instead")
-    ] = 1
-    """Only 1: spread training state with zero_stage: 3 instead."""
-    pipeline_parallel: Annotated[
-        int, Field(ge=1, le=1), Words("1: spread training state with model.multi_stage.zero_stage: 3 instead")
-    ] = 1
-    """Only 1: spread training state with zero_stage: 3 instead."""
-    sequence_data_parallel: Annotated[
-        int, Field(ge=1, le=1), Words("1: for long sequences use micro_batch_size: 1 and mlp_recompute_level: full")
-    ] = 1
-    """Only 1: for long sequences use micro_batch_size: 1 and mlp_recompute_level: full."""
+    tensor_parallel: Positive = 1
+    """Over how many neighbouring processes each matrix is cut: heads, the MLP's inner size and the vocabulary are divided
+    by it. Within a node, for models too large or batches too small for ZeRO alone."""
+    sequence_tensor_parallel: bool = False
+    """With tensor_parallel: also cut, along the sequence, what lies between the matrices (norms and the residual stream).
+    Saves memory at the same traffic."""
+    sequence_data_parallel: Positive = 1
+    """Over how many processes each sequence is cut (context parallelism), for sequences too long for one. Each holds one
+    stretch from the front and one from the back, so that causal attention is the same work for all."""
+    pipeline_parallel: Positive = 1
+    """Over how many groups of processes the layers are divided, one behind the other."""
     timeout: Seconds = 60
     """Seconds a process waits for the others within a step. Saves, exports and reading weights have
     training.timeout."""
@@ -548,6 +559,10 @@ class DistributedConfig(Section):
         bool, instead({False: "random weights are always the same whatever the number of processes"})
     ] = True
     """Only yes: random weights are the same whatever the number of processes."""
+
+    def data_parallel(self, processes: int) -> int:
+        """Over how many of the processes the batch is dealt."""
+        return max(1, processes // (self.tensor_parallel * self.pipeline_parallel * self.sequence_data_parallel))
 
 
 class ModelConfig(Section):
@@ -712,9 +727,10 @@ REFUSED: dict[str, str] = {
     ),
     **_all(
         "model.multi_stage",
-        "num_grad_buffers num_weight_buffers layers_per_stage stages_per_pipeline_stage pipeline_delay",
+        "num_grad_buffers num_weight_buffers pipeline_delay",
         "FSDP2 manages its buffers block by block; choose zero_stage",
     ),
+    "model.multi_stage.stages_per_pipeline_stage": "stages follow from layers_per_stage; leave it out",
     "model.multi_stage.full_precision_gradients": "gradients are always reduced and summed in fp32; leave it out",
     **_all(
         "model.multi_stage",
@@ -727,8 +743,7 @@ REFUSED: dict[str, str] = {
         "world_size rank local_world_size",
         "torchrun tells each process its place; start with `torchrun --nproc_per_node N --no-python fast-llm …`",
     ),
-    "model.distributed.sequence_tensor_parallel": "there is no tensor parallelism; use model.multi_stage.zero_stage: 3",
-    "model.distributed.pipeline_first": "there is no pipeline parallelism; use model.multi_stage.zero_stage: 3",
+    "model.distributed.pipeline_first": "neighbours are tensor, then context, then data, then pipeline; leave it out",
     **_all(
         "model.distributed",
         "dp_seed_shift pp_seed_shift pp_gen_init_seed_shift tp_seed_shift tp_gen_init_seed_shift sample_seed_shift"
@@ -740,7 +755,7 @@ REFUSED: dict[str, str] = {
     "run.tensor_logs": "tensors are not logged; look at metrics.jsonl, or use a debugger",
     "run.triton_linear_kernels": "matrix products are PyTorch's; leave it out",
     "schedule": "PyTorch schedules the work of a step; leave the section out",
-    "schedule.pipeline_overlap": "there is no pipeline parallelism; use model.multi_stage.zero_stage: 3",
+    "schedule.pipeline_overlap": "stages send while they compute; choose model.multi_stage.pipeline_schedule",
     "schedule.data_overlap": "PyTorch overlaps communication and computation by itself; leave it out",
     "schedule.data_batch_warn_time_ms": "use data.data_sample_warn_time_ms",
     **_all(

@@ -10,58 +10,21 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fast_llm.config.batch import BatchPlan
 from fast_llm.data.dataset import Dataset, Packed
 from fast_llm.errors import DataError
 from fast_llm.model.attention import Documents
+from fast_llm.model.batch import Batch
 from fast_llm.model.loss import IGNORED
 
 logger = logging.getLogger("fast_llm")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch."""
-
-    tokens: Tensor  # int64 B S
-    labels: Tensor  # int64 B S, -100 where there is nothing to predict
-    positions: Tensor  # int64 B S
-    documents: Documents | None  # None: each sequence is one document
-    targets: int  # labels that are not -100
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device; from pinned memory the copy runs beside the computation."""
-        if device.type == "cpu":
-            return self
-        return Batch(
-            self.tokens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            None if self.documents is None else self.documents.to(device),
-            self.targets,
-        )
-
-    def pin(self) -> "Batch":
-        """The same in page-locked memory."""
-        documents = self.documents
-        if documents is not None:
-            documents = Documents(documents.lengths, documents.boundaries.pin_memory(), documents.longest)
-        return Batch(
-            self.tokens.pin_memory(),
-            self.labels.pin_memory(),
-            self.positions.pin_memory(),
-            documents,
-            self.targets,
-        )
 
 
 class Loader:
@@ -81,16 +44,18 @@ class Loader:
         isolate: bool,
         workers: int,
         prefetch: int,
+        cut: Callable[[Batch], Batch] | None = None,
         pin: bool = False,
         warn_ms: float = 1000,
     ):
         """`first_sample`: the sequence with which the first step begins; `workers`: threads; `prefetch`: steps ahead
-        for each of them; `isolate`: keep documents apart; `warn_ms`: warn when a step's batches take longer."""
+        for each of them; `isolate`: keep documents apart; `cut`: what of a micro-batch this process has; `warn_ms`: warn
+        when a step's batches take longer."""
         self.dataset, self.phase, self.plan = dataset, phase, plan
         self.rank, self.processes = rank, processes
         self.vocab_size = vocab_size
         self.first_sample, self.steps = first_sample, steps
-        self.isolate, self.pin, self.warn_ms = isolate, pin, warn_ms
+        self.isolate, self.cut, self.pin, self.warn_ms = isolate, cut, pin, warn_ms
         self.ahead = workers * prefetch
         # A new thread begins on the first GPU; it must pin for this process's own.
         begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
@@ -184,6 +149,8 @@ class Loader:
             documents,
             targets,
         )
+        if self.cut is not None:
+            batch = self.cut(batch)
         return batch.pin() if self.pin else batch
 
     def _check(self, packed: Packed, index: int) -> None:

@@ -10,8 +10,10 @@ Letters: B sequences, S tokens of a sequence, H query heads, K key and value hea
 """
 
 import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -39,6 +41,38 @@ class Documents:
         """The same on another device."""
         return Documents(self.lengths, self.boundaries.to(device, non_blocking=True), self.longest)
 
+    def pin(self) -> "Documents":
+        """The same in page-locked memory."""
+        return Documents(self.lengths, self.boundaries.pin_memory(), self.longest)
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Queries that are some of a document's, one stretch after the other, each with all keys up to its last query's."""
+
+    queries: tuple[int, ...]  # of each stretch
+    keys: tuple[int, ...]  # of each stretch, at least as many
+    index: Tensor  # int64 [Σ keys]: the keys of all stretches among those that there are, on the model's device
+    query_ends: Tensor  # int32 [stretches + 1], cumulative, on the model's device
+    key_ends: Tensor
+
+    @staticmethod
+    def of(queries: Sequence[int], keys: Sequence[int], index: Tensor) -> "Stretches":
+        """With the ends counted."""
+        ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys)]
+        return Stretches(tuple(queries), tuple(keys), index, *ends)
+
+    def to(self, device: torch.device) -> "Stretches":
+        """The same on another device."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Stretches":
+        """The same in page-locked memory."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Stretches":
+        return Stretches(self.queries, self.keys, *map(change, (self.index, self.query_ends, self.key_ends)))
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flash: bool) -> Tensor:
     """Softmax attention: q [B, S, H, D], k and v [B, S, K, D] → [B, S, H, D].
@@ -48,17 +82,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flas
     if documents is None or set(documents.lengths) == {q.shape[1]}:
         return _batched(q, k, v, flash)
     if flash and _has_variable_length(q):
-        return _variable_length(q, k, v, documents)
+        ends, longest = documents.boundaries, documents.longest
+        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        return _variable_length(*flat, ends, ends, longest, longest).view(q.shape)
     shape = q.shape
     runs = [(length, len(list(group))) for length, group in groupby(documents.lengths)]
     sizes = [length * count for length, count in runs]
     # Splitting, unlike slicing, has a backward pass that writes each gradient once.
-    parts = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
+    pieces = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
     outputs = []
-    for (length, count), *run in zip(runs, *parts, strict=True):
+    for (length, count), *run in zip(runs, *pieces, strict=True):
         one, two, three = (x.unflatten(0, (count, length)) for x in run)
         outputs.append(_batched(one, two, three, flash).flatten(0, 1))
     return torch.cat(outputs).view(shape)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -> Tensor:
+    """Softmax attention of stretches: q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H, D].
+
+    The last query of a stretch sees all of its keys, the one before all but one, and so on.
+    """
+    if flash and _has_variable_length(q):
+        longest = max(stretches.queries), max(stretches.keys)
+        return _variable_length(q, k, v, stretches.query_ends, stretches.key_ends, *longest)
+    parts = zip(q.split(stretches.queries), k.split(stretches.keys), v.split(stretches.keys), strict=True)
+    outputs = []
+    for one, two, three in parts:
+        if len(one) == len(two):
+            outputs.append(_batched(one[None], two[None], three[None], flash)[0])
+        else:
+            outputs.append(_masked(one, two, three, flash))
+    return torch.cat(outputs)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
+    """One stretch with more keys than queries, under a mask."""
+    dtype = q.dtype
+    if not q.is_cuda and dtype != torch.float32 and len(k) < _SHORT:
+        q, k, v = q.float(), k.float(), v.float()
+    mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # 1 H S D
+    with nullcontext() if flash else sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out[0].transpose(0, 1).to(dtype)
 
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
@@ -101,14 +168,15 @@ _KNOWN = inspect.signature(varlen_attn).parameters
 _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _KNOWN else {"window_size": (-1, 0)}
 
 
-def _variable_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _variable_length(
+    q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int, longest_key: int
+) -> Tensor:
     how = dict(_CAUSAL)
-    if q.shape[2] != k.shape[2]:
+    if q.shape[1] != k.shape[1]:
         if "enable_gqa" in _KNOWN:
             how["enable_gqa"] = True
         else:
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    ends, longest = documents.boundaries, documents.longest
-    out: Any = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, longest, longest, **how)
-    attended: Tensor = out.view(q.shape)
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out: Any = varlen_attn(q, k, v, query_ends, key_ends, longest_query, longest_key, **how)
+    attended: Tensor = out
     return attended

@@ -2,8 +2,9 @@
 
 A decoder of pre-normalised blocks: grouped-query attention with rotary positions, and a gated MLP (Touvron
 et al. 2023; "The Llama 3 Herd of Models", 2024). Parameters carry Hugging Face's names, so that there is
-nothing to convert. Everything parallel is applied from outside; the seams are `SelfAttention.core` (what
-mixes tokens) and `Block.feed_forward` (what recomputation wraps).
+nothing to convert. Everything parallel is applied from outside, by replacing what a part does: `SelfAttention.core`
+(what mixes tokens), `Block.feed_forward` (what recomputation wraps), `Llama.loss`, and the `forward` of any module. A
+pipeline stage is this model with its absent parts replaced by identities.
 
 Letters: B sequences, S tokens of a sequence, E hidden size, H query heads, K key and value heads, D head
 dimensions, F MLP size, V vocabulary.
@@ -16,10 +17,11 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.config.train import BaseModelConfig, TransformerConfig
-from fast_llm.model.attention import Documents, attention
+from fast_llm.model.attention import Documents, Stretches, attention
 from fast_llm.model.embedding import embed
 from fast_llm.model.loss import cross_entropy
 from fast_llm.model.norm import rms_norm
@@ -35,21 +37,25 @@ class Llama(nn.Module):
         self.cross_entropy_impl = cross_entropy_impl
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.transformer.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
         """PyTorch would part tied weights when it moves them off the meta device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
         return self
+
+    def tie(self) -> None:
+        """Make embedding and head one weight, if they are to be and both are here."""
+        both = isinstance(self.model.embed_tokens, Embedding) and isinstance(self.lm_head, nn.Linear)
+        if both and self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor,
-        documents: Documents | None = None,
+        documents: Documents | Stretches | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of tokens [B, S] at positions [B, S]; with labels [B, S] their summed loss.
@@ -60,6 +66,10 @@ class Llama(nn.Module):
         if labels is None:
             logits: Tensor = self.lm_head(hidden)
             return logits
+        return self.loss(hidden, labels)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss of hidden states [B, S, E] for labels [B, S]: an fp32 scalar."""
         return cross_entropy(
             hidden.flatten(0, 1),
             self.lm_head.weight,
@@ -76,18 +86,26 @@ class Decoder(nn.Module):
         super().__init__()
         transformer = config.transformer
         self.config = transformer
-        self.embed_tokens = nn.Embedding(config.vocab_size, transformer.hidden_size)
-        self.layers = nn.ModuleList(Block(transformer) for _ in range(transformer.num_layers))
+        self.embed_tokens = Embedding(config.vocab_size, transformer.hidden_size)
+        self.layers = nn.ModuleDict({str(number): Block(transformer) for number in range(transformer.num_layers)})
         self.norm = RMSNorm(transformer)
 
-    def forward(self, tokens: Tensor, positions: Tensor, documents: Documents | None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Documents | Stretches | None) -> Tensor:
         """Hidden states [B, S, E]."""
-        hidden = embed(tokens, self.embed_tokens.weight)
+        hidden = self.embed_tokens(tokens)
         angles = rotary(positions, self.config.rotary, self.config.kv_channels)
-        for layer in self.layers:
+        for layer in self.layers.values():
             hidden = layer(hidden, angles, documents)
         normed: Tensor = self.norm(hidden)
         return normed
+
+
+class Embedding(nn.Embedding):
+    """A row for each token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, S] → [B, S, E]."""
+        return embed(tokens, self.weight)
 
 
 class Block(nn.Module):
@@ -100,7 +118,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, angles: Angles, documents: Documents | None) -> Tensor:
+    def forward(self, hidden: Tensor, angles: Angles, documents: Documents | Stretches | None) -> Tensor:
         """The residual stream [B, S, E] after this block."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), angles, documents)
         return hidden + self.feed_forward(hidden)
@@ -127,7 +145,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
         self.core: Callable[..., Tensor] = attention
 
-    def forward(self, x: Tensor, angles: Angles, documents: Documents | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, documents: Documents | Stretches | None) -> Tensor:
         """[B, S, E] → [B, S, E]."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S H D
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S K D
@@ -184,10 +202,9 @@ def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: i
             if low is not None or high is not None:
                 whole.clamp_(low, high)
         if isinstance(weight, DTensor):
-            spread = distribute_tensor(
-                whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
-            )
-            weight.to_local().copy_(spread.to_local())
+            local, mesh = weight.to_local(), weight.device_mesh
+            shape, begin = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+            local.copy_(whole[tuple(slice(b, b + length) for b, length in zip(begin, shape, strict=True))])
         else:
             weight.copy_(whole)
 

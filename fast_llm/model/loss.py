@@ -7,11 +7,16 @@
 `triton`   as `fused`; one kernel makes loss and gradient of a stretch, in place of its logits.
 `auto`     `triton` on a GPU that has Triton, else `fused`.
 
+A head may be cut by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019): each has the logits of its
+part, and of each token only log Σ exp and the label's logit pass between them. `torch` is `fused` in one stretch then.
+
 All give Σ -log p(label) over the labels that are not -100, in fp32, with softmax computed in fp32; the
 gradient of the head is summed in fp32 and rounded once.
 Letters: T tokens, E hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +37,14 @@ _ROWS = 1024  # of the head, whose gradient is added or rounded at a time
 _PIECE = {"cuda": 2**26, "cpu": 2**22}
 
 
+@dataclass(frozen=True)
+class VocabularyPart:
+    """Which part of the vocabulary a head is, and how to learn about the whole."""
+
+    first: int  # the token of the head's first row
+    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # log Σ exp and label's logit [T]: part → whole
+
+
 def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> str:
     """Which implementation `cross_entropy_impl: name` means on this device.
 
@@ -50,21 +63,30 @@ def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> s
     return name
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, implementation: str, splits: int | None) -> Tensor:
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    implementation: str,
+    splits: int | None,
+    part: VocabularyPart | None = None,
+) -> Tensor:
     """The summed loss of hidden states [T, E] under a head [V, E] for labels [T]: an fp32 scalar.
 
     `implementation` is torch, fused or triton. `splits`: into how many stretches the tokens are cut, by default as
-    few as keep the logits small, and at least two.
+    few as keep the logits small, and at least two. `part`: `weight` is one of several heads, each on its process.
     """
+    if implementation == "torch" and part is not None:
+        implementation, splits = "fused", 1
     if implementation == "torch":
         logits = F.linear(hidden, weight).float()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     length = stretch_length(hidden.device.type, len(labels), weight.shape[0], splits)
     loss: Tensor
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss = _HeadAndLoss.apply(hidden, weight, labels, length, implementation == "triton")  # type: ignore[no-untyped-call]
+        loss = _HeadAndLoss.apply(hidden, weight, labels, length, implementation == "triton", part)  # type: ignore[no-untyped-call]
         return loss
-    return _loss_and_gradients(hidden, weight, labels, length, implementation == "triton", False, False)[0]
+    return _loss_and_gradients(hidden, weight, labels, length, implementation == "triton", part, False, False)[0]
 
 
 def stretch_length(device_type: str, tokens: int, vocabulary: int, splits: int | None) -> int:
@@ -79,16 +101,24 @@ class _HeadAndLoss(torch.autograd.Function):
     """The gradients are made in the forward pass, while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, length: int, triton: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        length: int,
+        triton: bool,
+        part: VocabularyPart | None,
+    ) -> Tensor:
         loss, ctx.hidden_grad, ctx.weight_grad = _loss_and_gradients(
-            hidden, weight, labels, length, triton, *ctx.needs_input_grad[:2]
+            hidden, weight, labels, length, triton, part, *ctx.needs_input_grad[:2]
         )
         ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         if hidden_grad is not None:
             hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
@@ -98,7 +128,7 @@ class _HeadAndLoss(torch.autograd.Function):
             for rows, target in zip(weight_grad.split(_ROWS), scaled.split(_ROWS), strict=True):
                 target.copy_(rows * grad)
             weight_grad = scaled
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def _loss_and_gradients(
@@ -107,6 +137,7 @@ def _loss_and_gradients(
     labels: Tensor,
     length: int,
     triton: bool,
+    part: VocabularyPart | None,
     with_hidden: bool,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -121,11 +152,15 @@ def _loss_and_gradients(
     for begin in range(0, len(labels), length):
         rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
         logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])  # T V
+        gradient = with_hidden or with_weight
         if scratch is None:
-            loss += kernels.softmax_cross_entropy_(logits, targets, IGNORED, with_hidden or with_weight).sum()
+            loss += _with_kernel_(logits, targets, part, gradient)
         else:
             for piece, piece_targets in zip(logits.split(size), targets.split(size), strict=True):
-                loss += _softmax_cross_entropy_(piece, piece_targets, scratch, with_hidden or with_weight)
+                if part is None:
+                    loss += _softmax_cross_entropy_(piece, piece_targets, scratch, gradient)
+                else:
+                    loss += _of_part_(piece, piece_targets, scratch, part, gradient)
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[begin : begin + length])
         if weight_grad is not None:
@@ -164,3 +199,35 @@ def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gra
             scores.mul_(kept[:, None])
         logits.copy_(scores)
     return loss
+
+
+def _of_part_(logits: Tensor, labels: Tensor, scratch: Tensor, part: VocabularyPart, gradient: bool) -> Tensor:
+    """As `_softmax_cross_entropy_`, for the logits of a part of the vocabulary: the loss under all of it."""
+    scores = scratch[: len(logits)].copy_(logits)
+    kept, own = labels != IGNORED, _own(labels, part, logits.shape[1])
+    here = own >= 0
+    index = own.clamp_min(0)[:, None]
+    chosen = torch.where(here, scores.gather(1, index)[:, 0], 0)
+    log_sums, chosen = part.combine(torch.logsumexp(scores, -1), chosen)
+    if gradient:
+        scores.sub_(log_sums[:, None]).exp_().scatter_add_(1, index, -here[:, None].to(scores.dtype))
+        logits.copy_(scores.mul_(kept[:, None]))
+    return torch.where(kept, log_sums - chosen, 0).sum()
+
+
+def _with_kernel_(logits: Tensor, labels: Tensor, part: VocabularyPart | None, gradient: bool) -> Tensor:
+    """The same with the Triton kernel: at once, or around the exchange with the other parts."""
+    if part is None:
+        log_sums, chosen = kernels.softmax_cross_entropy_(logits, labels, IGNORED, gradient)
+    else:
+        own = _own(labels, part, logits.shape[1])
+        log_sums, chosen = part.combine(*kernels.softmax_cross_entropy_(logits, own, IGNORED, False))
+        if gradient:
+            kernels.softmax_cross_entropy_(logits, own, IGNORED, True, log_sums)
+    return torch.where(labels != IGNORED, log_sums - chosen, 0).sum()
+
+
+def _own(labels: Tensor, part: VocabularyPart, rows: int) -> Tensor:
+    """Labels as rows of this part; -1 where another part has it, and where ignored, -100."""
+    own = labels - part.first
+    return torch.where(labels == IGNORED, IGNORED, torch.where((own >= 0) & (own < rows), own, -1))

@@ -12,7 +12,7 @@ Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,12 +21,19 @@ from torch.optim.adamw import adamw
 from fast_llm.config.train import OptimizerConfig
 
 
-def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The sum of the squares of all elements: a float64 scalar on the gradients' device."""
-    gradients = [gradient for gradient in gradients if gradient.numel()]
-    if not gradients:
+def squared_norm(gradients: Mapping[str, Tensor], holders: Mapping[str, int]) -> Tensor:
+    """The sum of the squares of all elements: a float64 scalar on the gradients' device.
+
+    `holders`: on how many processes the same elements are; summed over all processes they count once.
+    """
+    names = [name for name, gradient in gradients.items() if gradient.numel()]
+    if not names:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    squares = torch.stack(torch._foreach_norm([gradients[name] for name in names])).double().square()
+    counts = [holders[name] for name in names]
+    if max(counts) == 1:
+        return squares.sum()
+    return squares.div_(torch.tensor(counts, dtype=torch.float64, device=squares.device)).sum()
 
 
 def clip_factor(norm: float, limit: float | None) -> float:

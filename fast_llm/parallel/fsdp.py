@@ -13,6 +13,8 @@ On a mesh of [copies, shard] all of this happens within each group of `shard` pr
 groups are summed once a step (hybrid sharding, Zhao et al. 2023), so that between nodes 1 / shard of them is sent.
 """
 
+import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -21,28 +23,35 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from fast_llm.model.llama import Llama
+
 
 class ShardedWeights:
     """The weights of a model, sharded over the processes of a mesh."""
 
-    def __init__(
-        self, model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
-    ):
-        """`model` may be on the meta device; its shards are allocated here, with undefined values."""
+    def __init__(self, models: Sequence[Llama], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype):
+        """`models`: the model, or this process's stages of it; they may be on the meta device. Shards are allocated here,
+        with undefined values."""
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # rotary angles stay fp32
         )
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3)
-        root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        model.to_empty(device=mesh.device_type)
-        assert isinstance(root, FSDPModule)
-        self.model = root
+        self.models: list[FSDPModule] = []
         self.zero_stage = zero_stage
         # Taken now: while weights are gathered the module shows these instead of the shards.
-        self.parameters = dict(model.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = {}
+        for model in models:
+            for block in model.model.layers.values():
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3)
+            root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            model.to_empty(device=mesh.device_type)
+            assert isinstance(root, FSDPModule)
+            self.models.append(root)
+            for name, parameter in model.named_parameters():
+                if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                    name = "model.embed_tokens.weight"  # of a last stage, whose other name is elsewhere
+                self.parameters[name] = parameter
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -57,21 +66,35 @@ class ShardedWeights:
         """The gradient of each of `local`, in fp32, averaged over the processes."""
         return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
+    def holders(self) -> dict[str, int]:
+        """How many processes hold the same part of each of `local`, this one included."""
+        return {
+            name: math.prod(
+                mesh_size
+                for mesh_size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+                if placement.is_replicate()
+            )
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, DTensor)
+        }
+
     def before_micro_batch(self, first: bool, last: bool) -> None:
         """Get ready for a forward and a backward pass."""
         if first:
             for parameter in self.parameters.values():
                 parameter.grad = None
-        self.model.set_is_last_backward(last)
-        self.model.set_requires_gradient_sync(last or self.zero_stage > 1)
-        self.model.set_requires_all_reduce(last)
-        self.model.set_reshard_after_backward(last or self.zero_stage == 3)
+        for model in self.models:
+            model.set_is_last_backward(last)
+            model.set_requires_gradient_sync(last or self.zero_stage > 1)
+            model.set_requires_all_reduce(last)
+            model.set_reshard_after_backward(last or self.zero_stage == 3)
 
     def publish(self) -> None:
         """Let the model compute with the present shards: drop weights that are still gathered."""
-        for module in cast(nn.Module, self.model).modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for model in self.models:
+            for module in cast(nn.Module, model).modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,12 +1,24 @@
 """The processes of a run, their device, and what they say to one another outside the model.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK; without it there is one process and no process group at all.
-Two groups exist: the default one, whose timeout (`model.distributed.timeout`) catches a lost process
-within a step, and a patient one (`training.timeout`) for what takes long on one process while the others
+
+Every process has a place on four axes. From neighbours to strangers:
+
+tensor      each matrix is cut over it
+context     each sequence is cut over it
+data        the batch is dealt over it
+pipeline    the layers are divided over it
+
+Training state is sharded over context × data, which is cut once more: `shard` neighbours hold it between them, and
+`copies` groups of these hold the same.
+
+Two groups of all processes exist: the default one, whose timeout (`model.distributed.timeout`) catches a lost
+process within a step, and a patient one (`training.timeout`) for what takes long on one process while the others
 wait: saves, exports, reading weights.
 """
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,15 +27,32 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One direction in which processes lie, and this process's place in it."""
+
+    rank: int
+    size: int
+    mesh: DeviceMesh | None  # None where the size is 1
+
+
 class Mesh:
-    """This process's place among the others.
+    """This process's place among the others."""
 
-    The batch is spread over all of them. `data` is how weights are: sharded over `shard_size` neighbours, and copied
-    between the `copies` groups of these; [shard], or [copies, shard] where there are several copies.
-    """
+    def __init__(
+        self,
+        timeout: float,
+        patience: float,
+        shard_size: int | None = None,
+        *,
+        tensor: int = 1,
+        context: int = 1,
+        pipeline: int = 1,
+    ):
+        """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy.
 
-    def __init__(self, timeout: float, patience: float, shard_size: int | None = None):
-        """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy."""
+        The sizes divide the number of processes: config/checks.py sees to it.
+        """
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -32,10 +61,15 @@ class Mesh:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-        shard_size = min(shard_size or self.size, self.size)
-        self.copies = self.size // shard_size
-        self.data: DeviceMesh | None = None
+        sizes = {"pipeline": pipeline, "data": self.size // (pipeline * context * tensor), "context": context}
+        sizes["tensor"] = tensor
+        sharing = sizes["data"] * context  # processes that share training state
+        shard = min(shard_size or sharing, sharing)
+        self.copies = sharing // shard
         self.patient: dist.ProcessGroup | None = None
+        # How weights are spread: over [shard] or [copies, shard], and over [tensor] if that is an axis.
+        self.weights: DeviceMesh | None = None
+        axes: DeviceMesh | None = None
         if self.size > 1:
             if not dist.is_initialized():
                 dist.init_process_group(
@@ -43,11 +77,24 @@ class Mesh:
                     timeout=timedelta(seconds=timeout),
                     device_id=self.device if self.device.type == "cuda" else None,
                 )
-            shape, names = (
-                ((self.copies, shard_size), ("copies", "shard")) if self.copies > 1 else ((self.size,), ("shard",))
+            kind = self.device.type
+            axes = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            spread = init_device_mesh(
+                kind, (pipeline, self.copies, shard, tensor), mesh_dim_names=("pipeline", "copies", "shard", "tensor")
             )
-            self.data = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            self.weights = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
+            axes_of_weights = spread
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        place = axes.get_coordinate() if axes is not None else [0, 0, 0, 0]
+        assert place is not None
+        found = {
+            name: Axis(rank, size, axes[name] if axes is not None and size > 1 else None)
+            for rank, (name, size) in zip(place, sizes.items(), strict=True)
+        }
+        if tensor > 1:
+            # A weight's two cuts must lie on one mesh.
+            found["tensor"] = Axis(found["tensor"].rank, tensor, axes_of_weights["tensor"])
+        self.pipeline, self.data, self.context, self.tensor = found.values()
 
     def sum(self, *numbers: torch.Tensor | float) -> list[float]:
         """Each number summed over all processes. The step's one synchronisation with the device."""

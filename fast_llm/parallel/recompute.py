@@ -25,6 +25,9 @@ from fast_llm.model.llama import Block
 
 _aten = torch.ops.aten
 _PRODUCTS = {
+    # Sums over processes, which cost as much.
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.linear.default,

@@ -41,6 +41,10 @@ class SingleWeights:
             return self.gradients
         return {name: p.grad for name, p in self.working.items() if p.grad is not None}
 
+    def holders(self) -> dict[str, int]:
+        """How many processes hold the same part of each of `local`: one."""
+        return dict.fromkeys(self.tensors, 1)
+
     def before_micro_batch(self, first: bool, last: bool) -> None:
         """Get ready for a forward and a backward pass."""
         if first:

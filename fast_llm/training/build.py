@@ -9,19 +9,23 @@ from contextlib import contextmanager
 from typing import TextIO
 
 import torch
-from torch import nn
 
 from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.batch import BatchPlan
+from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
+from fast_llm.parallel.context import apply_context_parallel
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.parallel.tensor import apply_tensor_parallel
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.plan import Plan, describe, prepare_folder
@@ -44,7 +48,15 @@ def train(plan: Plan) -> int:
     # With one process DCP tells the user what the code says already.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config = plan.config
-    mesh = Mesh(config.model.distributed.timeout, config.training.timeout or _WEEK, config.model.multi_stage.shard_size)
+    distributed = config.model.distributed
+    mesh = Mesh(
+        distributed.timeout,
+        config.training.timeout or _WEEK,
+        config.model.multi_stage.shard_size,
+        tensor=distributed.tensor_parallel,
+        context=distributed.sequence_data_parallel,
+        pipeline=distributed.pipeline_parallel,
+    )
     if mesh.device.type == "cpu":
         keep_freed_memory()
     with _alone(plan, mesh):
@@ -89,11 +101,12 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
     interrupt = Interrupt()
     try:
         logger.info("What this run does:\n" + describe(plan))
-        model, weights = build_model(config, mesh)
+        models, weights = build_model(config, mesh)
+        pipeline = build_pipeline(config, plan.batch, models, mesh)
         optimizer = Optimizer(weights.local(), config.optimizer)
         loss_scale = LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype)
-        step = Step(model, weights, optimizer, loss_scale, mesh, config.optimizer)
-        trainer = Trainer(plan, mesh, run, model, weights, step, interrupt)
+        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline)
+        trainer = Trainer(plan, mesh, run, weights, step, interrupt)
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
             trainer.fit()
@@ -108,29 +121,58 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
     return 128 + interrupt.signal if interrupt.signal else 0
 
 
-def build_model(config: TrainConfig, mesh: Mesh) -> tuple[nn.Module, SingleWeights | ShardedWeights]:
-    """The model with its weights in place but undefined, spread as the configuration says.
+def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWeights | ShardedWeights]:
+    """The model, or this process's stages of it, with weights in place but undefined, spread as the configuration says.
 
-    The order: what is recomputed, what is compiled, what is sharded.
+    The order: which layers are here, what is recomputed, how sequences and matrices are cut, what is compiled, what is
+    sharded.
     """
+    settings = config.model
     implementation = choose_cross_entropy(
-        config.model.base_model.cross_entropy_impl, mesh.device.type, config.run.enable_triton_kernels
+        settings.base_model.cross_entropy_impl, mesh.device.type, config.run.enable_triton_kernels
     )
-    dtype = DTYPES[config.model.distributed.training_dtype]
-    with torch.device("meta"):
-        model = Llama(config.model.base_model, implementation)
-    blocks = list(model.model.layers)
-    for block in blocks:
-        assert isinstance(block, Block)
-        apply_recompute(block, config.model.base_model.transformer.mlp_recompute_level)
+    dtype = DTYPES[settings.distributed.training_dtype]
     if not config.run.torch_dynamo_enable:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if config.model.multi_stage.compile_all:
-        for block in blocks:
-            block.compile()
-    if mesh.data is None:
-        return model, SingleWeights(model, dtype, mesh.device)
-    return model, ShardedWeights(model, blocks, mesh.data, config.model.multi_stage.zero_stage or 1, dtype)
+    sizes = stage_sizes(config)
+    models = []
+    for stage in own_stages(settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)):
+        with torch.device("meta"):
+            model = Llama(settings.base_model, implementation)
+        keep_stage(model, sizes, stage)
+        for block in model.model.layers.values():
+            assert isinstance(block, Block)
+            apply_recompute(block, settings.base_model.transformer.mlp_recompute_level)
+            apply_context_parallel(block, mesh.context)
+        apply_tensor_parallel(model, mesh.tensor, settings.distributed.sequence_tensor_parallel)
+        if settings.multi_stage.compile_all:
+            for block in model.model.layers.values():
+                block.compile()
+        models.append(model)
+    if mesh.weights is None:
+        return models, SingleWeights(models[0], dtype, mesh.device)
+    return models, ShardedWeights(models, mesh.weights, settings.multi_stage.zero_stage or 1, dtype)
+
+
+def build_pipeline(config: TrainConfig, batch: BatchPlan, models: list[Llama], mesh: Mesh) -> Pipeline | None:
+    """What runs the stages, if there are any."""
+    if mesh.pipeline.size == 1:
+        return None
+    in_flight, stages = micro_batches_in_flight(config, batch), len(stage_sizes(config))
+    schedule = schedule_name(config, in_flight)
+    distributed = config.model.distributed
+    length = config.batch.sequence_length // mesh.context.size
+    if distributed.sequence_tensor_parallel:
+        length //= mesh.tensor.size
+    hidden = torch.empty(
+        (batch.micro_batch_size, length, config.model.base_model.transformer.hidden_size),
+        dtype=DTYPES[distributed.training_dtype],
+        device="meta",
+        requires_grad=True,
+    )
+    own = own_stages(schedule, mesh.pipeline.rank, mesh.pipeline.size, stages)
+    by_stage = dict(zip(own, models, strict=True))
+    return Pipeline(by_stage, stages, mesh.pipeline, schedule, in_flight, hidden, mesh.device)
 
 
 def _device(mesh: Mesh) -> str:

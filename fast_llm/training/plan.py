@@ -87,7 +87,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     problems += _packages(config)
     if problems:
         raise ConfigError(problems)
-    batch = plan_batch(config.batch, processes)
+    batch = plan_batch(config.batch, config.model.distributed.data_parallel(processes))
     model, training = config.model.base_model, config.training
 
     def attempt(action: Callable[[], Any]) -> Any:

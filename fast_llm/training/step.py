@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fast_llm.config.train import OptimizerConfig
-from fast_llm.data.loader import Batch
+from fast_llm.model.batch import Batch
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 from fast_llm.optim.schedule import learning_rate
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.parallel.pipeline import TIED, Pipeline
 from fast_llm.parallel.single import SingleWeights
 
 
@@ -47,6 +48,7 @@ class Step:
         loss_scale: LossScale,
         mesh: Mesh,
         config: OptimizerConfig,
+        pipeline: Pipeline | None = None,
     ):
         self.model = model
         self.weights = weights
@@ -54,24 +56,24 @@ class Step:
         self.loss_scale = loss_scale
         self.mesh = mesh
         self.config = config
+        self.pipeline = pipeline
+        self.holders = weights.holders()
+        if pipeline is not None and pipeline.twin is not None:
+            self.holders[TIED] *= 2
+        # Of the processes that see the same tokens, whether this one's numbers count in sums over all.
+        self.counts = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
 
     def __call__(self, batches: Sequence[Batch], stop: bool = False) -> StepResult:
         """Train on this process's micro-batches of one step; `stop`: this process was asked to."""
-        tokens = len(batches) * batches[0].tokens.numel() * self.mesh.size
-        # Reduction over the processes averages; their number undoes that.
-        seed = self.loss_scale.value * self.mesh.size / tokens
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        targets = 0
-        for number, batch in enumerate(batches):
-            self.weights.before_micro_batch(first=number == 0, last=number == len(batches) - 1)
-            batch = batch.to(self.mesh.device)
-            loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
-            (loss * seed).backward()
-            loss_sum += loss.detach()
-            targets += batch.targets
+        # Reduction over data and context averages; their number undoes that.
+        spread = self.mesh.data.size * self.mesh.context.size
+        tokens = len(batches) * batches[0].tokens.numel() * spread
+        seed = self.loss_scale.value * spread / tokens
+        loss_sum = self.forward_backward(batches, seed)
+        targets = sum(batch.targets for batch in batches)
         gradients = self.weights.local_gradients()
         total_loss, total_targets, square, stops = self.mesh.sum(
-            loss_sum, targets, squared_norm(gradients.values()) / self.mesh.copies, float(stop)
+            loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop)
         )
         correction = tokens / (max(total_targets, 1) * self.loss_scale.value)
         norm = math.sqrt(square) * correction if square >= 0 else math.nan
@@ -86,14 +88,31 @@ class Step:
         self.loss_scale.update(finite)
         return StepResult(loss_mean, norm, rate, scale, int(total_targets), finite, stops > 0)
 
+    def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
+        """The micro-batches' summed loss, float64; the gradients are those of `seed` times it."""
+        if self.pipeline is not None:
+            self.weights.before_micro_batch(first=True, last=True)
+            loss_sum = self.pipeline.forward_backward(batches, seed)
+            if self.pipeline.twin is not None:
+                self.pipeline.add_twin(self.weights.local_gradients()[TIED])
+            return loss_sum
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for number, batch in enumerate(batches):
+            self.weights.before_micro_batch(first=number == 0, last=number == len(batches) - 1)
+            batch = batch.to(self.mesh.device)
+            loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
+            (loss * seed).backward()
+            loss_sum += loss.detach()
+        return loss_sum
 
-def evaluate(model: nn.Module, batches: Sequence[Batch], mesh: Mesh) -> tuple[float, int]:
-    """This process's sum of losses over the micro-batches of one validation batch, and its target tokens."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    targets = 0
-    with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(mesh.device)
-            loss_sum += model(batch.tokens, batch.positions, batch.documents, batch.labels)
-            targets += batch.targets
-    return loss_sum.item(), targets
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """What this process adds to the sum of losses of one validation batch, and to its target tokens."""
+        if self.pipeline is not None:
+            loss_sum = self.pipeline.forward(batches)
+        else:
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+            for batch in batches:
+                batch = batch.to(self.mesh.device)
+                loss_sum += self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
+        return loss_sum.item() * self.counts, sum(batch.targets for batch in batches) * self.counts

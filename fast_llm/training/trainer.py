@@ -10,10 +10,11 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
@@ -23,6 +24,7 @@ from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.llama import init_weights
+from fast_llm.parallel.context import cut
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
@@ -30,7 +32,7 @@ from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
 from fast_llm.training.run import Run
-from fast_llm.training.step import Step, evaluate
+from fast_llm.training.step import Step
 
 logger = logging.getLogger("fast_llm")
 
@@ -43,7 +45,6 @@ class Trainer:
         plan: Plan,
         mesh: Mesh,
         run: Run,
-        model: nn.Module,
         weights: SingleWeights | ShardedWeights,
         step: Step,
         interrupt: Interrupt,
@@ -52,7 +53,6 @@ class Trainer:
         self.config: TrainConfig = plan.config
         self.mesh = mesh
         self.run = run
-        self.model = model
         self.weights = weights
         self.train_step = step
         self.interrupt = interrupt
@@ -123,7 +123,7 @@ class Trainer:
             total = [0.0, 0.0]
             with self.loader(name, 0, self.plan.evaluation_steps(name, iterations)) as batches:
                 for batch in batches:
-                    loss, targets = evaluate(self.model, batch, self.mesh)
+                    loss, targets = self.train_step.evaluate(batch)
                     *sums, stops = self.mesh.sum(loss, targets, float(self.interrupt.signal != 0))
                     total = [total[0] + sums[0], total[1] + sums[1]]
                     if stops:
@@ -152,7 +152,7 @@ class Trainer:
                 self.train_step.optimizer.updates = checkpoints.read_manifest(self.plan.source).info["updates"]
             logger.info(f"Starting from the weights of {self.plan.source}.")
         elif self.plan.source is not None and pretrained.model_weights:
-            load_weights(self.weights.tensors, self.plan.source)
+            load_weights(self.weights.tensors, self.plan.source, self.mesh.patient)
             logger.info(f"Starting from the weights of {self.plan.source}.")
         else:
             init_weights(self.weights.tensors, self.config.model.base_model, self.config.model.distributed.seed)
@@ -253,14 +253,15 @@ class Trainer:
             self.plan.dataset,
             phase,
             self.plan.batch,
-            rank=self.mesh.rank,
-            processes=self.mesh.size,
+            rank=self.mesh.data.rank,
+            processes=self.mesh.data.size,
             vocab_size=config.model.base_model.vocab_size,
             first_sample=first_sample,
             steps=steps,
             isolate=not config.batch.cross_document_attention,
             workers=config.training.num_workers,
             prefetch=config.training.prefetch_factor or 2,
+            cut=partial(cut, rank=self.mesh.context.rank, size=self.mesh.context.size),
             pin=self.mesh.device.type == "cuda",
             warn_ms=config.data.data_sample_warn_time_ms,
         )

@@ -63,7 +63,7 @@ def round_trips(root: str) -> None:
             expected = {key: tensor.clone() for key, tensor in weights.items()}
             for tensor in weights.values():
                 tensor.zero_()
-            load_weights(weights, here / "fp32")
+            load_weights(weights, here / "fp32", group)
             for key, tensor in weights.items():
                 one, other = (t.to_local() if isinstance(t, DTensor) else t for t in (tensor, expected[key]))
                 assert torch.equal(one, other), (size, name, key)

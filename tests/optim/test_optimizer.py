@@ -63,7 +63,8 @@ def test_bf16_moments_are_near() -> None:
 
 
 def test_norm_and_clipping() -> None:
-    parts = [torch.full((3,), 2.0), torch.full((2, 2), -1.0), torch.empty(0)]
-    assert squared_norm(parts).item() == pytest.approx(16, rel=1e-6)  # norms are fp32
+    parts = {"a": torch.full((3,), 2.0), "b": torch.full((2, 2), -1.0), "c": torch.empty(0)}
+    assert squared_norm(parts, dict.fromkeys(parts, 1)).item() == pytest.approx(16, rel=1e-6)  # norms are fp32
+    assert squared_norm(parts, {"a": 2, "b": 1, "c": 1}).item() == pytest.approx(10, rel=1e-6)
     assert clip_factor(4.0, 1.0) == pytest.approx(1 / (4 + 1e-6))
     assert clip_factor(0.5, 1.0) == 1 and clip_factor(4.0, None) == 1

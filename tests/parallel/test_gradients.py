@@ -58,14 +58,14 @@ def gradients(
     config = model_config(tied, recompute)
     with torch.device("meta"):
         model = Llama(config)
-    for block in model.model.layers:
+    for block in model.model.layers.values():
         apply_recompute(block, recompute)
     weights: SingleWeights | ShardedWeights
     if zero_stage == 0:
         weights = SingleWeights(model, dtype, mesh.device)
     else:
-        data = mesh.data if mesh.data is not None else init_device_mesh("cpu", (1,))
-        weights = ShardedWeights(model, list(model.model.layers), data, zero_stage, dtype)
+        data = mesh.weights if mesh.weights is not None else init_device_mesh("cpu", (1,))
+        weights = ShardedWeights([model], data, zero_stage, dtype)
     init_weights(weights.tensors, config, 0)
     weights.publish()
     size = SEQUENCES // (accumulation * mesh.size)

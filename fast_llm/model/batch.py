@@ -1,0 +1,44 @@
+"""What a model takes in: a micro-batch of packed sequences.
+
+Letters: B sequences of a micro-batch, S tokens of a sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fast_llm.model.attention import Documents, Stretches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, or what a process has of it."""
+
+    tokens: Tensor  # int64 B S
+    labels: Tensor  # int64 B S, -100 where there is nothing to predict
+    positions: Tensor  # int64 B S
+    documents: Documents | Stretches | None  # None: each sequence is one document
+    targets: int  # labels that are not -100
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from pinned memory the copy runs beside the computation."""
+        if device.type == "cpu":
+            return self
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            None if self.documents is None else self.documents.to(device),
+            self.targets,
+        )
+
+    def pin(self) -> "Batch":
+        """The same in page-locked memory."""
+        return Batch(
+            self.tokens.pin_memory(),
+            self.labels.pin_memory(),
+            self.positions.pin_memory(),
+            None if self.documents is None else self.documents.pin(),
+            self.targets,
+        )

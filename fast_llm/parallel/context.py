@@ -1,0 +1,88 @@
+"""Context parallelism: each sequence is cut over a few processes.
+
+Queries stay where they are; keys and values are gathered from all, and their gradients summed and scattered back ("The
+Llama 3 Herd of Models", 2024, §3.3.2). With grouped heads they are a fraction of the activations, documents may lie
+across any cut, and attention itself is the kernel that one device has. docs/decisions.md compares this with a ring.
+
+Under the causal mask the end of a sequence is more work than its beginning. So it is cut in 2n pieces, and process r
+of n holds pieces r and 2n - 1 - r (as in Brandon et al. 2023, "Striped Attention", but in whole pieces).
+
+Letters: n processes, B sequences, S tokens of a whole sequence, K key and value heads, D head dimensions.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from fast_llm.model.attention import Documents, Stretches, attend
+from fast_llm.model.batch import Batch
+from fast_llm.model.llama import Block
+from fast_llm.model.loss import IGNORED
+from fast_llm.parallel.mesh import Axis
+
+
+def apply_context_parallel(block: Block, axis: Axis) -> None:
+    """Let a block's attention see the keys and values of all processes."""
+    if axis.mesh is not None:
+        block.self_attn.core = partial(_attention, axis.mesh)
+
+
+def _attention(mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -> Tensor:
+    """q [B, S/n, H, D], k and v [B, S/n, K, D] → [B, S/n, H, D]."""
+    own = torch.stack((k, v), dim=2)[None]
+    every = DTensor.from_local(own, mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
+    rows = every.to_local(grad_placements=[Partial()]).flatten(0, 2)  # n·B·S/n, 2, K, D
+    keys, values = rows.index_select(0, stretches.index).unbind(1)
+    return attend(q.flatten(0, 1), keys, values, stretches, flash).view(q.shape)
+
+
+def cut(batch: Batch, rank: int, size: int) -> Batch:
+    """What process `rank` of `size` has of a micro-batch."""
+    if size == 1:
+        return batch
+    rows, length = batch.tokens.shape
+    assert not isinstance(batch.documents, Stretches), "cut once"
+    piece = length // (2 * size)
+    pieces = (rank, 2 * size - 1 - rank)
+    own = torch.cat([torch.arange(p * piece, (p + 1) * piece) for p in pieces])
+    labels = batch.labels[:, own]
+    return replace(
+        batch,
+        tokens=batch.tokens[:, own],
+        labels=labels,
+        positions=batch.positions[:, own],
+        documents=_stretches(batch.documents, rows, length, pieces, size),
+        targets=int((labels != IGNORED).sum()),
+    )
+
+
+def _stretches(documents: Documents | None, rows: int, length: int, pieces: tuple[int, ...], size: int) -> Stretches:
+    """Each document's part of each piece, with all of its keys up to there."""
+    ends = np.cumsum(documents.lengths) if documents is not None else np.arange(1, rows + 1) * length
+    begins = np.concatenate(([0], ends[:-1]))
+    piece = length // (2 * size)
+    queries, keys, index = [], [], []
+    for row in range(rows):
+        for number in pieces:
+            low, high = row * length + number * piece, row * length + (number + 1) * piece
+            inside = range(np.searchsorted(ends, low, "right"), np.searchsorted(begins, high))
+            for begin, end in zip(begins[inside], np.minimum(ends[inside], high), strict=True):
+                queries.append(int(end - max(begin, low)))
+                keys.append(int(end - begin))
+                index.append(_places(np.arange(begin, end), rows, length, size))
+    return Stretches.of(queries, keys, torch.from_numpy(np.concatenate(index)))
+
+
+def _places(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Where tokens of the flattened micro-batch are among those gathered: by process, row and place there."""
+    row, position = np.divmod(tokens, length)
+    number, offset = np.divmod(position, length // (2 * size))
+    back = number >= size
+    process = np.where(back, 2 * size - 1 - number, number)
+    places: np.ndarray = (process * rows + row) * (length // size) + back * (length // (2 * size)) + offset  # type: ignore[type-arg]
+    return places

@@ -1,0 +1,153 @@
+"""Pipeline parallelism: the layers are divided among processes, and micro-batches pass through (Huang et al. 2019,
+"GPipe"; Narayanan et al. 2021, "PipeDream-Flush", interleaved; Qi et al. 2023, "Zero Bubble").
+
+A stage is the model with its absent parts replaced by identities. PyTorch's schedules say who computes what when, send
+hidden states and their gradients to the neighbours, and let FSDP2 reduce gradients once all micro-batches are through.
+Every process of a pipeline reads the same batches: stages need positions and document boundaries.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.tensor import DTensor
+
+from fast_llm.model.batch import Batch
+from fast_llm.model.llama import Llama
+from fast_llm.parallel.mesh import Axis
+
+SCHEDULES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved_1f1b": "Interleaved1F1B",
+    "looped_bfs": "LoopedBFS",
+    "interleaved_zero_bubble": "InterleavedZeroBubble",
+    "zbv_zero_bubble": "ZBVZeroBubble",
+}
+TIED = "model.embed_tokens.weight"
+
+
+def own_stages(schedule: str | None, rank: int, processes: int, stages: int) -> list[int]:
+    """Which stages a process of the pipeline has."""
+    if schedule == "zbv_zero_bubble":
+        return [rank, stages - 1 - rank]
+    return list(range(rank, stages, processes))
+
+
+def keep_stage(model: Llama, sizes: Sequence[int], stage: int) -> None:
+    """Drop all that is not of this stage."""
+    first = sum(sizes[:stage])
+    for name in list(model.model.layers):
+        if int(name) not in range(first, first + sizes[stage]):
+            del model.model.layers[name]
+    if stage > 0:
+        model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
+    if stage < len(sizes) - 1:
+        model.model.norm = nn.Identity()  # type: ignore[assignment]
+        model.lm_head = nn.Identity()  # type: ignore[assignment]
+
+
+class _Stage(PipelineStage):
+    """A stage that has its micro-batches already, but for hidden states."""
+
+    batches: Sequence[Batch] = ()
+
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Any:
+        batch = self.batches[fwd_chunk_id]
+        further = {"positions": batch.positions, "documents": batch.documents}
+        if self.is_last:
+            further["labels"] = batch.labels
+        args = (batch.tokens,) if self.is_first else ()
+        return super().forward_one_chunk(fwd_chunk_id, args, further, save_forward_output)
+
+
+class Pipeline:
+    """This process's stages, and the schedule that all processes of the pipeline follow."""
+
+    def __init__(
+        self,
+        models: dict[int, Llama],
+        stages: int,
+        axis: Axis,
+        schedule: str,
+        in_flight: int,
+        hidden: Tensor,
+        device: torch.device,
+    ):
+        """`models` by stage; `hidden`: as what passes between stages, on the meta device; `in_flight` micro-batches."""
+        assert axis.mesh is not None
+        self.group = axis.mesh.get_group()
+        self.axis, self.in_flight = axis, in_flight
+        tokens = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
+        loss = torch.empty((), device="meta", requires_grad=True)
+        self.stages = [
+            _Stage(
+                model,
+                stage,
+                stages,
+                device,
+                input_args=tokens if stage == 0 else hidden,
+                output_args=loss if stage == stages - 1 else hidden,
+                group=self.group,
+            )
+            for stage, model in models.items()
+        ]
+        self.has_loss = stages - 1 in models
+        ends = {0, stages - 1} & models.keys()
+        # Where embedding and head are one weight, it is on two processes, whose gradients belong together.
+        tied = next(iter(models.values())).config.tie_word_embeddings
+        self.twin = (axis.size - 1 if axis.rank == 0 else 0) if tied and len(ends) == 1 else None
+        kind: Any = get_schedule_class(SCHEDULES[schedule])
+        several = schedule not in ("gpipe", "1f1b")
+        self.schedule = kind(
+            self.stages if several else self.stages[0], in_flight, loss_fn=self._weigh, scale_grads=False
+        )
+        self.seed = 1.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
+        """The micro-batches' summed loss, float64, on the process that has the last stage, else 0; gradients are those
+        of `seed` times the loss."""
+        return self._run(batches, seed, self.schedule.step)
+
+    def forward(self, batches: Sequence[Batch]) -> Tensor:
+        """The summed loss alone."""
+        return self._run(batches, 1.0, self.schedule.eval)
+
+    def add_twin(self, gradient: Tensor) -> None:
+        """Add the gradient of the same weight on the other end of the pipeline, in place; both ends call it."""
+        assert self.twin is not None
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        other = torch.empty_like(local)
+        exchange = [
+            dist.P2POp(dist.isend, local.contiguous(), group=self.group, group_peer=self.twin),
+            dist.P2POp(dist.irecv, other, group=self.group, group_peer=self.twin),
+        ]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        local.add_(other)
+
+    def _run(self, batches: Sequence[Batch], seed: float, run: Any) -> Tensor:
+        self.seed = seed
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        device = self.loss_sum.device
+        for begin in range(0, len(batches), self.in_flight):
+            now = [batch.to(device) for batch in batches[begin : begin + self.in_flight]]
+            for stage in self.stages:
+                stage.batches = now
+            run(target=torch.empty(len(now)), return_outputs=False)
+        return self.loss_sum
+
+    def _weigh(self, loss: Tensor, target: Tensor) -> Tensor:
+        self.loss_sum += loss.detach()
+        return loss * self.seed

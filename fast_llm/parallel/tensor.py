@@ -1,0 +1,140 @@
+"""Tensor parallelism: each matrix is cut over a few neighbours (Megatron-LM, Shoeybi et al. 2019).
+
+Projections into attention and MLP are cut by rows, so that each process has some heads and some of the MLP's inner
+dimensions; projections out of them by columns, and their results are summed over the processes. Embedding and head
+are cut by vocabulary. With `sequence` what lies between is cut along the sequence (Korthikanti et al. 2022):
+
+                     gather (into attention, MLP, head)      scatter (out of embedding, attention, MLP)
+plain                as it is;        backward: sum          sum;                   backward: as it is
+sequence             all-gather;      backward: reduce-      reduce-scatter;        backward: all-gather
+                                      scatter
+
+Weights become DTensors, whose backward passes and conversions do this; the model computes with their local parts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from fast_llm.model.embedding import embed
+from fast_llm.model.llama import MLP, Embedding, Llama, RMSNorm, SelfAttention
+from fast_llm.model.loss import VocabularyPart, cross_entropy
+from fast_llm.model.norm import rms_norm
+from fast_llm.parallel.mesh import Axis
+
+ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+COLUMNS = ("o_proj", "down_proj")
+
+
+def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
+    """Cut a model on the meta device; `sequence`: also what lies between the matrices.
+
+    config/checks.py sees to it that heads, inner size, vocabulary and sequence divide.
+    """
+    if axis.mesh is None:
+        return
+    for name, module in model.named_modules():
+        for kind, parameter in list(module.named_parameters(recurse=False)):
+            cut = _cut(name.rpartition(".")[2], kind)
+            spread = distribute_tensor(parameter.detach(), axis.mesh, [cut], src_data_rank=None)
+            module.register_parameter(kind, nn.Parameter(spread))
+    model.tie()
+    between: Placement = Shard(1) if sequence else Replicate()
+    gather = partial(_gather, mesh=axis.mesh, between=between)
+    scatter = partial(_scatter, mesh=axis.mesh, between=between)
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if isinstance(module, SelfAttention | MLP):
+            module.forward = _gathered(module.forward, gather)  # type: ignore[method-assign]
+        elif isinstance(module, RMSNorm):
+            module.forward = partial(_norm, module, sequence)  # type: ignore[method-assign]
+        elif isinstance(module, Embedding):
+            module.forward = partial(_embedding, module, axis, scatter)  # type: ignore[method-assign]
+        elif kind in COLUMNS and isinstance(module, nn.Linear):
+            module.forward = partial(_summed, module, sequence, scatter)  # type: ignore[method-assign]
+        elif kind in ROWS and isinstance(module, nn.Linear):
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+    if isinstance(model.lm_head, nn.Linear):
+        model.lm_head.forward = partial(_logits, model.lm_head, axis.mesh, gather)  # type: ignore[method-assign]
+        model.loss = partial(_loss, model, axis, gather)  # type: ignore[method-assign]
+
+
+def _cut(module: str, kind: str) -> Placement:
+    if module in ROWS:
+        return Shard(0)
+    return Shard(1) if module in COLUMNS and kind == "weight" else Replicate()
+
+
+def _gather(x: Tensor, mesh: DeviceMesh, between: Placement) -> Tensor:
+    """What lies between the matrices, whole [B, S, E] on each process, each of which makes a part of its gradient."""
+    whole = DTensor.from_local(x, mesh, [between], run_check=False).redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def _scatter(x: Tensor, mesh: DeviceMesh, between: Placement) -> Tensor:
+    """The sum of what each process has [B, S, E], as it lies between the matrices."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[between]).to_local()
+
+
+def _gathered(forward: Callable[..., Tensor], gather: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def gathered(x: Tensor, *further: object) -> Tensor:
+        return forward(gather(x), *further)
+
+    return gathered
+
+
+def _local(weight: Tensor, shared: bool = False) -> Tensor:
+    """This process's part of a weight; `shared`: each process sees other tokens and makes a part of its gradient."""
+    return cast(DTensor, weight).to_local(grad_placements=[Partial()] if shared else None)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, _local(module.weight), None if module.bias is None else _local(module.bias))
+
+
+def _summed(module: nn.Linear, sequence: bool, scatter: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    out = scatter(F.linear(x, _local(module.weight)))
+    return out if module.bias is None else out + _local(module.bias, shared=sequence)  # once, not once a process
+
+
+def _norm(module: RMSNorm, sequence: bool, x: Tensor) -> Tensor:
+    return rms_norm(x, _local(module.weight, shared=sequence), module.epsilon)
+
+
+def _embedding(module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    weight = _local(module.weight)
+    own = tokens - axis.rank * len(weight)
+    elsewhere = (own < 0) | (own >= len(weight))
+    rows = embed(own.masked_fill(elsewhere, 0), weight)
+    return scatter(rows.masked_fill(elsewhere[..., None], 0))
+
+
+def _logits(head: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    logits = F.linear(gather(hidden), _local(head.weight))
+    whole: Tensor = DTensor.from_local(logits, mesh, [Shard(-1)], run_check=False).full_tensor()
+    return whole
+
+
+def _loss(model: Llama, axis: Axis, gather: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
+    weight = _local(model.lm_head.weight)
+    return cross_entropy(
+        gather(hidden).flatten(0, 1),
+        weight,
+        labels.flatten(),
+        model.cross_entropy_impl,
+        model.config.cross_entropy_splits,
+        VocabularyPart(axis.rank * len(weight), partial(_combine, axis)),
+    )
+
+
+def _combine(axis: Axis, log_sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    assert axis.mesh is not None
+    mine = torch.stack((log_sums, chosen))[None]
+    parts = DTensor.from_local(mine, axis.mesh, [Shard(0)], run_check=False).full_tensor()  # processes, 2, T
+    return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
