@@ -90,7 +90,7 @@ def test_help_loads_next_to_nothing() -> None:
         (["demo", "a", "b"], 2, "fast-llm: error: unknown: b; settings have the form section.setting=value"),
         (["train", "gpt", "--config", "none.yaml"], 2, "fast-llm train: none.yaml: no such file\n"),
         (["train", "training.train_iter=5"], 2, "did you mean training.train_iters?"),
-        (["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"], 2, "the nearest are 2 and 4"),
+        (["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"], 0, "with 1 rows left empty"),
         (["train", *SMALL, "data.format=file", "data.path=none.json"], 2, "none.json: no such file"),
         (["train", *SMALL, "pretrained.path=./none"], 2, "pretrained.path: ./none: no such folder"),
         (["train", "--validate", *SMALL], 0, "Training      10 steps"),
@@ -190,7 +190,14 @@ def test_a_terminal_that_is_not_utf_8() -> None:
     code, out, err = start("train", "-v", *SMALL, PYTHONIOENCODING="ascii")
     assert code == 0, err
     assert "a micro-batch \\xd7 " in out
-    code, _, err = start("train", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2", PYTHONIOENCODING="ascii")
+    code, _, err = start(
+        "train",
+        *SMALL,
+        "batch.batch_size=8",
+        "batch.depth_first_micro_batches=3",
+        "batch.micro_batch_size=2",
+        PYTHONIOENCODING="ascii",
+    )
     assert code == 2 and "micro_batch_size 2 \\xd7 1 process" in err
 
 

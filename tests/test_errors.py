@@ -176,7 +176,8 @@ def test_a_mistake_that_all_processes_see_is_told_by_the_first(
     monkeypatch.setenv("WORLD_SIZE", "3")
     (problem,) = told(capsys, *SMALL, "batch.micro_batch_size=1")
     assert problem.endswith(
-        ": batch.batch_size: batch_size 2 must be a multiple of micro_batch_size 1 × 3 processes = 3; the smallest is 3"
+        ": batch.batch_size: batch_size 2 / micro_batch_size 1 = 2 micro-batches for 3 processes: 1 would have nothing to"
+        " do; raise it, lower micro_batch_size or start fewer"
     )
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", *SMALL, "batch.micro_batch_size=1"]) == 2

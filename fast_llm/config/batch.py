@@ -1,4 +1,8 @@
-"""How a batch is dealt to processes and micro-batches: arithmetic that explains itself where it does not come out."""
+"""How a batch is dealt to processes and micro-batches: arithmetic that explains itself where it does not come out.
+
+The batch is the user's and stays, however many processes there are: a run may go on with other nodes than it began with.
+Where it does not divide, micro-batches have rows without targets, so that all processes do the same.
+"""
 
 from dataclasses import dataclass
 
@@ -8,56 +12,64 @@ from fast_llm.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One step: `batch_size` = `micro_batch_size` × `micro_batches` × processes."""
+    """One step: `batch_size` + `padding` = `micro_batch_size` × `micro_batches` × data-parallel processes."""
 
     batch_size: int  # sequences a step, over all processes
-    micro_batch_size: int  # sequences a forward pass
+    micro_batch_size: int  # rows a forward pass
     micro_batches: int  # forward passes a step, on each process
+    padding: int = 0  # rows a step that hold no sequence
 
 
-def plan_batch(batch: BatchConfig, processes: int) -> BatchPlan:
-    """One step of `batch` on so many processes. What is not given follows from the rest; with neither size given a
-    micro-batch is one sequence.
+def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> BatchPlan:
+    """One step of `batch` on so many data-parallel processes. What is not given follows from the rest; with neither size
+    given a micro-batch is one sequence.
 
+    `pipeline`: micro-batches pass through several processes, in depth_first_micro_batches fillings of the pipeline.
     Raises ConfigError where the numbers do not fit together.
     """
     sequential = batch.sequential_micro_batches
-    depth, breadth = batch.depth_first_micro_batches, batch.breadth_first_micro_batches or 1
-    if sequential is not None and depth is not None and sequential != depth * breadth:
-        raise ConfigError(
-            [
-                f"batch.sequential_micro_batches: given {sequential}, must be depth_first_micro_batches"
-                f" {depth} × breadth_first_micro_batches {breadth} = {depth * breadth}; leave it out"
-            ]
-        )
-    given = sequential if sequential is not None else depth
+    depth, breadth = batch.depth_first_micro_batches, batch.breadth_first_micro_batches
+    if sequential is not None and depth is not None and (breadth or not pipeline):
+        product = depth * (breadth or 1)
+        if sequential != product:
+            raise ConfigError(
+                [
+                    f"batch.sequential_micro_batches: given {sequential}, must be depth_first_micro_batches"
+                    f" {depth} × breadth_first_micro_batches {breadth or 1} = {product}; leave it out"
+                ]
+            )
     size, micro = batch.batch_size, batch.micro_batch_size
+    given, name = sequential, "sequential"
+    if given is None and size is not None and micro is not None and pipeline:
+        given = depth * breadth if depth and breadth else None  # one of them follows from the other
+    elif given is None and (depth or breadth):
+        given, name = (depth or 1) * (breadth or 1), "depth_first" if depth else "breadth_first"
     if size is None:
         micro, given = micro or 1, given or 1
         return BatchPlan(micro * given * processes, micro, given)
+    many = given or 1
     if micro is None:
-        given = given or 1
-        unit, words = given * processes, f"{given} micro-batches × {_processes(processes)}"
-        _divides(size, unit, words)
-        return BatchPlan(size, size // unit, given)
-    unit, words = micro * processes, f"micro_batch_size {micro} × {_processes(processes)}"
-    _divides(size, unit, words)
-    if given is not None and given != size // unit:
+        micro = -(-size // (many * processes))
+    else:
+        many = -(-size // (micro * processes))
+    rows = -(-size // micro)
+    if rows < processes and (micro == batch.micro_batch_size or size < processes):
         raise ConfigError(
             [
-                f"batch.{'depth_first' if sequential is None else 'sequential'}_micro_batches: given {given}, but"
-                f" batch_size {size} / ({words}) = {size // unit}; leave it out"
+                f"batch.batch_size: batch_size {size} / micro_batch_size {micro} = {rows} micro-batch{'es' * (rows > 1)} for"
+                f" {_processes(processes)}: {processes - rows} would have nothing to do; raise it, lower micro_batch_size"
+                " or start fewer"
             ]
         )
-    return BatchPlan(size, micro, size // unit)
+    if given is not None and given != many:
+        raise ConfigError(
+            [
+                f"batch.{name}_micro_batches: given {given}, but batch_size {size} / (micro_batch_size {micro} ×"
+                f" {_processes(processes)}) = {many}; leave it out"
+            ]
+        )
+    return BatchPlan(size, micro, many, micro * many * processes - size)
 
 
 def _processes(count: int) -> str:
     return f"{count} process" + ("es" if count > 1 else "")
-
-
-def _divides(size: int, unit: int, words: str) -> None:
-    if size % unit:
-        below, above = size // unit * unit, (size // unit + 1) * unit
-        near = f"the nearest are {below} and {above}" if below else f"the smallest is {above}"
-        raise ConfigError([f"batch.batch_size: batch_size {size} must be a multiple of {words} = {unit}; {near}"])

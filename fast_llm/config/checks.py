@@ -9,7 +9,7 @@ settings are wrong in themselves is not told; so all that is wrong with a file c
 import math
 from collections.abc import Iterator
 
-from fast_llm.config.batch import plan_batch
+from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.section import Breach, Document
 from fast_llm.config.stages import problems
 from fast_llm.config.train import TrainConfig
@@ -64,9 +64,14 @@ _BATCH = tuple(
 )
 
 
+def _plan(config: TrainConfig, processes: int) -> BatchPlan:
+    distributed = config.model.distributed
+    return plan_batch(config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1)
+
+
 def _batch(config: TrainConfig, processes: int) -> Breaches:
     try:
-        plan_batch(config.batch, config.model.distributed.data_parallel(processes))
+        _plan(config, processes)
     except ConfigError as error:
         for problem in error.problems:
             path, _, text = problem.partition(": ")
@@ -140,7 +145,7 @@ def _sequence_data_parallel(config: TrainConfig) -> Breaches:
 
 def _pipeline(config: TrainConfig, processes: int) -> Breaches:
     try:
-        batch = plan_batch(config.batch, config.model.distributed.data_parallel(processes))
+        batch = _plan(config, processes)
     except ConfigError:
         return  # told by another law
     for path, text in problems(config, batch):

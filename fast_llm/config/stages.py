@@ -36,7 +36,7 @@ def micro_batches_in_flight(config: TrainConfig, batch: BatchPlan) -> int:
     breadth, depth = config.batch.breadth_first_micro_batches, config.batch.depth_first_micro_batches
     if breadth is not None:
         return breadth
-    return -(-batch.micro_batches // depth) if depth is not None else batch.micro_batches
+    return max(1, batch.micro_batches // depth) if depth is not None else batch.micro_batches
 
 
 def problems(config: TrainConfig, batch: BatchPlan) -> list[tuple[str, str]]:
@@ -73,13 +73,12 @@ def problems(config: TrainConfig, batch: BatchPlan) -> list[tuple[str, str]]:
         words = f"given {settings.layers_per_stage}, which makes {len(sizes)} stages of {layers} layers"
         return [(per_stage, f"{words}; their number must be a multiple of pipeline_parallel {processes}")]
     each, in_flight = len(sizes) // processes, micro_batches_in_flight(config, batch)
-    if in_flight > batch.micro_batches or batch.micro_batches % in_flight:
-        return [
-            (
-                "batch.breadth_first_micro_batches",
-                f"given {in_flight}, must divide the {batch.micro_batches} micro-batches of a step",
-            )
-        ]
+    depth = config.batch.depth_first_micro_batches or 1
+    if batch.micro_batches % in_flight or batch.micro_batches % depth:
+        which = "breadth" if breadth is not None else "depth"
+        given = breadth if breadth is not None else config.batch.depth_first_micro_batches
+        words = f"given {given}, must divide the {batch.micro_batches} micro-batches of a step"
+        return [(f"batch.{which}_first_micro_batches", words)]
     name = schedule_name(config, in_flight)
     single, needed = ("1f1b", "gpipe"), {"zbv_zero_bubble": 2}.get(name)
     if (name in single and each > 1) or (needed and each != needed):

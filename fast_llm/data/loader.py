@@ -1,8 +1,9 @@
 """This process's micro-batches, from any sequence of the run on.
 
 With b sequences a micro-batch and P processes, micro-batch m of process r in a step that begins at sequence s
-holds sequences s + (m·P + r)·b … + b. Threads read ahead (NumPy copies without holding Python's lock); an
-error in one of them is raised where the batch is taken. Resuming is a matter of another s.
+holds sequences s + (m·P + r)·b … + b, those of them that are still of this step. Threads read ahead (NumPy copies
+without holding Python's lock); an error in one of them is raised where the batch is taken. Resuming is a matter of
+another s.
 Letters: B sequences of a micro-batch, S tokens of a sequence.
 """
 
@@ -94,11 +95,11 @@ class Loader:
         """The micro-batches of the step-th step, counted from 0."""
         started = time.perf_counter()
         begin = self.first_sample + step * self.plan.batch_size
-        size = self.plan.micro_batch_size
-        batches = [
-            self.micro_batch(begin + (number * self.processes + self.rank) * size)
-            for number in range(self.plan.micro_batches)
-        ]
+        end, size = begin + self.plan.batch_size, self.plan.micro_batch_size
+        batches = []
+        for number in range(self.plan.micro_batches):
+            first = begin + (number * self.processes + self.rank) * size
+            batches.append(self.micro_batch(first, min(size, max(0, end - first))))
         milliseconds = (time.perf_counter() - started) * 1e3
         if milliseconds > self.warn_ms:
             logger.warning(
@@ -107,23 +108,25 @@ class Loader:
             )
         return batches
 
-    def micro_batch(self, first: int) -> Batch:
-        """Sequences `first` … of the phase."""
+    def micro_batch(self, first: int, count: int) -> Batch:
+        """`count` sequences of the phase from `first` on, and rows without targets up to the micro-batch's size."""
         size, length = self.plan.micro_batch_size, self.dataset.length
-        tokens = np.empty((size, length + 1), np.int64)
+        tokens = np.zeros((size, length + 1), np.int64)
         positions = np.empty((size, length), np.int64)
         starts = []
-        for row in range(size):
+        for row in range(count):
             packed = self.dataset.read(self.phase, first + row)
             tokens[row] = packed.tokens
             starts.append(packed.starts)
             self._check(packed, first + row)
         labels = tokens[:, 1:].copy()
+        labels[count:] = IGNORED
+        targets = count * length
         if not self.isolate:
             positions[:] = np.arange(length)
-            return self._batch(tokens, labels, positions, None, labels.size)
+            return self._batch(tokens, labels, positions, None, targets)
+        starts += [np.zeros(1, np.int64)] * (size - count)
         lengths: list[int] = []
-        targets = labels.size
         for row, begins in enumerate(starts):
             inside = begins[begins < length]
             row_lengths = np.diff(inside, append=length)

@@ -20,6 +20,7 @@ from fast_llm.checkpoint import llama
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.checks import check
 from fast_llm.config.section import Document, dump, show, validate
+from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
@@ -87,7 +88,9 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     problems += _packages(config)
     if problems:
         raise ConfigError(problems)
-    batch = plan_batch(config.batch, config.model.distributed.data_parallel(processes))
+    distributed = config.model.distributed
+    dealt = distributed.data_parallel(processes)
+    batch = plan_batch(config.batch, dealt, distributed.pipeline_parallel > 1)
     model, training = config.model.base_model, config.training
 
     def attempt(action: Callable[[], Any]) -> Any:
@@ -174,7 +177,6 @@ def describe(plan: Plan) -> str:
     tokens = batch.batch_size * config.batch.sequence_length
     transformer = config.model.base_model.transformer
     stage = config.model.multi_stage.zero_stage or 1
-    group = config.model.multi_stage.shard_size or plan.processes
     parameters = plan.cost.parameters
     state = checkpoint_bytes(config, parameters)
     lines = [
@@ -184,11 +186,11 @@ def describe(plan: Plan) -> str:
         f"Start         {_start(plan)}",
         f"Precision     computes in {config.model.distributed.training_dtype}; fp32 weights and gradients,"
         f" {config.optimizer.moments_dtype} moments",
-        f"Processes     {plan.processes}"
-        + (f", zero_stage {stage}" if plan.processes > 1 else " (nothing is sharded)")
-        + (f" in groups of {group}, each with a copy" if group < plan.processes else ""),
+        f"Processes     {_processes(plan, stage)}",
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
-        f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches × {plan.processes} processes",
+        f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches ×"
+        f" {config.model.distributed.data_parallel(plan.processes)} processes"
+        + (f", with {batch.padding} rows left empty" if batch.padding else ""),
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
         f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
     ]
@@ -219,6 +221,31 @@ def describe(plan: Plan) -> str:
     if plan.folder is not None:
         lines.append(f"Disk          {readable_bytes(_free(plan.folder))} free at {plan.folder}")
     return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
+
+
+def _processes(plan: Plan, stage: int) -> str:
+    """How they are arranged."""
+    config, count = plan.config, plan.processes
+    if count == 1:
+        return "1 (nothing is sharded)"
+    distributed = config.model.distributed
+    words = [f"{count}, zero_stage {stage}"]
+    sharing = distributed.data_parallel(count) * distributed.sequence_data_parallel
+    group = config.model.multi_stage.shard_size or sharing
+    if group < sharing:
+        words.append(f"in groups of {group}, each with a copy")
+    if distributed.tensor_parallel > 1:
+        along = " and the sequence between them" * distributed.sequence_tensor_parallel
+        words.append(f"matrices{along} cut over {distributed.tensor_parallel}")
+    if distributed.sequence_data_parallel > 1:
+        words.append(f"sequences cut over {distributed.sequence_data_parallel}")
+    if distributed.pipeline_parallel > 1:
+        in_flight = micro_batches_in_flight(config, plan.batch)
+        words.append(
+            f"layers divided over {distributed.pipeline_parallel} as {stage_sizes(config)}"
+            f" ({schedule_name(config, in_flight)}, {in_flight} micro-batches at a time)"
+        )
+    return ", ".join(words)
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:

@@ -45,31 +45,40 @@ def test_what_is_not_given_follows(processes: int, values: dict[str, int], expec
 
 
 @pytest.mark.parametrize(
+    ("processes", "values", "expected"),
+    [
+        (3, {"size": 256, "micro": 2}, (256, 2, 43, 2)),
+        (1, {"size": 5, "micro": 2}, (5, 2, 3, 1)),
+        (4, {"size": 41, "depth": 5}, (41, 3, 5, 19)),
+        (4, {"size": 6, "micro": 1}, (6, 1, 2, 2)),
+        (3, {"size": 8}, (8, 3, 1, 1)),
+    ],
+)
+def test_what_does_not_divide_is_padded(processes: int, values: dict[str, int], expected: tuple[int, ...]) -> None:
+    assert plan(processes, **values) == BatchPlan(*expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"size": 40, "micro": 2, "depth": 2}, (40, 2, 5)),  # in fillings of as many as there are, checked elsewhere
+        ({"size": 40, "micro": 2, "breadth": 5}, (40, 2, 5)),
+        ({"micro": 2, "depth": 2, "breadth": 3}, (48, 2, 6)),
+    ],
+)
+def test_pipelines_take_some_micro_batches_at_a_time(values: dict[str, int], expected: tuple[int, ...]) -> None:
+    batch = BatchConfig(**{NAMES[name]: value for name, value in values.items()})
+    assert plan_batch(batch, 4, pipeline=True) == BatchPlan(*expected)
+
+
+@pytest.mark.parametrize(
     ("processes", "values", "problem"),
     [
         (
-            3,
-            {"size": 256, "micro": 2},
-            "batch.batch_size: batch_size 256 must be a multiple of micro_batch_size 2 × 3 processes = 6;"
-            " the nearest are 252 and 258",
-        ),
-        (
-            1,
-            {"size": 5, "micro": 2},
-            "batch.batch_size: batch_size 5 must be a multiple of micro_batch_size 2 × 1 process = 2;"
-            " the nearest are 4 and 6",
-        ),
-        (
             8,
             {"size": 4, "micro": 2},
-            "batch.batch_size: batch_size 4 must be a multiple of micro_batch_size 2 × 8 processes = 16;"
-            " the smallest is 16",
-        ),
-        (
-            4,
-            {"size": 41, "depth": 5},
-            "batch.batch_size: batch_size 41 must be a multiple of 5 micro-batches × 4 processes = 20;"
-            " the nearest are 40 and 60",
+            "batch.batch_size: batch_size 4 / micro_batch_size 2 = 2 micro-batches for 8 processes: 6 would have nothing to"
+            " do; raise it, lower micro_batch_size or start fewer",
         ),
         (
             4,
@@ -105,15 +114,15 @@ number = st.integers(1, 12)
 def test_a_plan_multiplies_out_and_keeps_what_was_given(processes: int, values: dict[str, int]) -> None:
     try:
         found = plan(processes, **values)
-    except ConfigError:
-        # Then no numbers fit; with the micro-batch's size open there is one micro-batch if nothing else is said.
-        many = values.get("sequential", values.get("depth"))
-        for count in [many] if many else [1] if "micro" not in values else range(1, 13):
-            for micro in [values["micro"]] if "micro" in values else range(1, 13):
-                fits = values.get("depth", count) == count
-                assert not fits or values.get("size", micro * count * processes) != micro * count * processes
+    except ConfigError as error:
+        # Then nothing fits: a process has nothing to do, or the number of micro-batches follows and is another.
+        assert len(error.problems) == 1
+        size, micro = values.get("size"), values.get("micro", 1)
+        many = {values[name] for name in ("depth", "sequential") if name in values}
+        assert len(many) == 2 or (size is not None and (min(size, -(-size // micro)) < processes or many))
         return
-    assert found.batch_size == found.micro_batch_size * found.micro_batches * processes
+    assert found.batch_size + found.padding == found.micro_batch_size * found.micro_batches * processes
+    assert found.padding >= 0 and ("micro" not in values or found.padding < found.micro_batch_size * processes)
     assert values.get("size", found.batch_size) == found.batch_size
     assert values.get("micro", found.micro_batch_size) == found.micro_batch_size
     assert {values.get("depth", found.micro_batches), values.get("sequential", found.micro_batches)} == {

@@ -32,8 +32,8 @@ def told(overrides: list[str], processes: int = 1) -> list[str]:
 
 BROKEN: list[tuple[list[str], str]] = [
     (
-        [*GOOD, "batch.batch_size=5", "batch.micro_batch_size=2"],
-        "batch.batch_size: batch_size 5 must be a multiple of micro_batch_size 2 × 1 process = 2; the nearest are 4 and 6",
+        [*GOOD, "batch.batch_size=6", "batch.micro_batch_size=2", "batch.sequential_micro_batches=2"],
+        "batch.sequential_micro_batches: given 2, but batch_size 6 / (micro_batch_size 2 × 1 process) = 3; leave it out",
     ),
     (
         [*GOOD, "batch.micro_sequence_length=512"],
@@ -299,6 +299,159 @@ def test_groups_of_processes() -> None:
         assert told([*GOOD, f"{size}={fits}"], processes) == []
 
 
+AXES, STAGES, SCHEDULE = (
+    "model.distributed",
+    "model.multi_stage.layers_per_stage",
+    "model.multi_stage.pipeline_schedule",
+)
+SHAPE = [*GOOD, f"{TRANSFORMER}.num_layers=8", f"{TRANSFORMER}.num_attention_heads=8", f"{TRANSFORMER}.head_groups=4"]
+PIPELINE = [*SHAPE, f"{AXES}.pipeline_parallel=2", "batch.batch_size=8", "batch.micro_batch_size=1"]
+# Of layouts: what is set, the processes, the message.
+LAYOUTS: list[tuple[list[str], int, str]] = [
+    (
+        [*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_data_parallel=2"],
+        4,
+        f"{AXES}.tensor_parallel: tensor_parallel 4 × sequence_data_parallel 2 = 8 must divide the number of processes,"
+        " which is 4; start that many with torchrun (to --validate alone, set WORLD_SIZE=8 in the environment)",
+    ),
+    (
+        [*SHAPE, f"{AXES}.pipeline_parallel=2"],
+        1,
+        f"{AXES}.pipeline_parallel: pipeline_parallel 2 must divide the number of processes, which is 1; start that many"
+        " with torchrun (to --validate alone, set WORLD_SIZE=2 in the environment)",
+    ),
+    (
+        [*SHAPE, f"{AXES}.tensor_parallel=2", "model.multi_stage.shard_size=2"],
+        6,
+        "model.multi_stage.shard_size: given 2, must divide the 3 processes that share training state: 1, 3",
+    ),
+    (
+        [*SHAPE, f"{AXES}.tensor_parallel=8"],
+        8,
+        f"{AXES}.tensor_parallel: given 8, must divide the model's head_groups 4, e.g. 4",
+    ),
+    (
+        [*SHAPE, f"{AXES}.tensor_parallel=2", "model.base_model.vocab_size=1001"],
+        2,
+        f"{AXES}.tensor_parallel: given 2, must divide the model's vocab_size 1001, e.g. 1",
+    ),
+    (
+        [*SHAPE, f"{AXES}.sequence_data_parallel=2", "batch.sequence_length=1002"],
+        2,
+        "batch.sequence_length: given 1002, must be a multiple of 2 × sequence_data_parallel 2 = 4: each process holds a"
+        " stretch from the front and one from the back",
+    ),
+    (
+        [*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_tensor_parallel=yes", "batch.sequence_length=1002"],
+        4,
+        "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 with sequence_tensor_parallel",
+    ),
+    (
+        [
+            *SHAPE,
+            f"{AXES}.tensor_parallel=4",
+            f"{AXES}.sequence_tensor_parallel=yes",
+            f"{AXES}.sequence_data_parallel=3",
+            "batch.sequence_length=1002",
+        ],
+        12,
+        "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 × sequence_data_parallel 3 = 12 with"
+        " sequence_tensor_parallel",
+    ),
+    (
+        [*SHAPE, f"{STAGES}=2"],
+        1,
+        f"{STAGES}: given 2, but model.distributed.pipeline_parallel is 1; leave it out",
+    ),
+    (
+        [*SHAPE, f"{SCHEDULE}=gpipe"],
+        1,
+        f"{SCHEDULE}: given gpipe, but model.distributed.pipeline_parallel is 1; leave it out",
+    ),
+    (
+        [*SHAPE, "batch.breadth_first_micro_batches=2"],
+        1,
+        "batch.breadth_first_micro_batches: given 2, but model.distributed.pipeline_parallel is 1; use"
+        " depth_first_micro_batches",
+    ),
+    ([*PIPELINE, f"{STAGES}=0"], 2, f"{STAGES}: given 0, must be 1 or more"),
+    ([*PIPELINE, f"{STAGES}=[4,3]"], 2, f"{STAGES}: given [4, 3], must add up to num_layers 8"),
+    (
+        [*PIPELINE, f"{AXES}.pipeline_parallel=9"],
+        9,
+        f"{AXES}.pipeline_parallel: given 9, must be at most num_layers 8",
+    ),
+    (
+        [*PIPELINE, f"{STAGES}=3"],
+        2,
+        f"{STAGES}: given 3, which makes 3 stages of 8 layers; their number must be a multiple of pipeline_parallel 2",
+    ),
+    (
+        [*PIPELINE, "batch.breadth_first_micro_batches=3"],
+        2,
+        "batch.breadth_first_micro_batches: given 3, must divide the 8 micro-batches of a step",
+    ),
+    (
+        [*PIPELINE, "batch.depth_first_micro_batches=3"],
+        2,
+        "batch.depth_first_micro_batches: given 3, must divide the 8 micro-batches of a step",
+    ),
+    (
+        [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=1f1b"],
+        2,
+        f"{SCHEDULE}: given 1f1b, which needs one stage a process, but there are 2; set layers_per_stage to 4",
+    ),
+    (
+        [*PIPELINE, f"{SCHEDULE}=zbv_zero_bubble"],
+        2,
+        f"{SCHEDULE}: given zbv_zero_bubble, which needs 2 stages a process, but there is 1; set layers_per_stage to 2",
+    ),
+    (
+        [*PIPELINE, f"{SCHEDULE}=1f1b", "batch.batch_size=1"],
+        2,
+        f"{SCHEDULE}: given 1f1b, which needs at least 2 micro-batches, not 1; use gpipe",
+    ),
+    (
+        [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=interleaved_1f1b", "batch.batch_size=5"],
+        2,
+        f"{SCHEDULE}: interleaved_1f1b takes a multiple of pipeline_parallel 2 micro-batches, not 5; choose a batch_size"
+        " with 4 or 6, or looped_bfs",
+    ),
+    (
+        [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=interleaved_zero_bubble", "model.multi_stage.zero_stage=3"],
+        2,
+        f"{SCHEDULE}: given interleaved_zero_bubble, but with zero_stage: 3 it loses gradients: weights are freed before"
+        " theirs are made; use zero_stage: 2 or another schedule",
+    ),
+    (
+        [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=zbv_zero_bubble"],
+        2,
+        f"{SCHEDULE}: given zbv_zero_bubble, which puts embedding and head on one process as two weights, but"
+        " tie_word_embeddings makes them one; use interleaved_zero_bubble",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "processes", "message"), LAYOUTS)
+def test_layouts_that_can_not_be(overrides: list[str], processes: int, message: str) -> None:
+    assert told(overrides, processes) == [message]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes"),
+    [
+        ([*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_tensor_parallel=yes"], 8),
+        ([*SHAPE, f"{AXES}.sequence_data_parallel=4", "model.multi_stage.shard_size=2"], 8),
+        ([*PIPELINE, f"{STAGES}=[1,3,3,1]"], 2),
+        ([*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=looped_bfs", "batch.batch_size=10"], 4),
+        ([*PIPELINE, "batch.depth_first_micro_batches=4"], 2),
+        ([*PIPELINE, f"{AXES}.pipeline_parallel=4", "batch.batch_size=1"], 4),  # too few for 1f1b: gpipe by default
+    ],
+)
+def test_layouts_that_can_be(overrides: list[str], processes: int) -> None:
+    assert told(overrides, processes) == []
+
+
 def test_every_breach_is_broken_above() -> None:
     source = Path(checks.__file__).read_text()
     yields = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Yield)}
@@ -315,7 +468,8 @@ def test_every_breach_is_broken_above() -> None:
     try:
         for overrides, _ in BROKEN:
             told(overrides)
-        told([*GOOD, "model.multi_stage.shard_size=4"], processes=6)
+        for overrides, processes, _ in LAYOUTS:
+            told(overrides, processes)
     finally:
         sys.settrace(before)
     missed = sorted(yields - reached)
@@ -332,7 +486,7 @@ def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
         "  format: file\n"
         "  splitt: [1]\n"
         "batch:\n"
-        "  batch_size: 5\n"
+        "  batch_size: 1\n"
         "  micro_batch_size: 2\n"
         "run:\n"
         "  experiment_dir: x\n"
@@ -348,6 +502,6 @@ def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
         " file, or try things with format: random",
         "c.yaml:6: data.splitt: no such setting; did you mean data.split? (allowed: format, path, split, tokenizer,"
         " validation_sets, data_sample_warn_time_ms)",
-        "c.yaml:8: batch.batch_size: batch_size 5 must be a multiple of micro_batch_size 2 × 2 processes = 4; the"
-        " nearest are 4 and 8",
+        "c.yaml:8: batch.batch_size: batch_size 1 / micro_batch_size 2 = 1 micro-batch for 2 processes: 1 would have"
+        " nothing to do; raise it, lower micro_batch_size or start fewer",
     ]

@@ -168,3 +168,31 @@ def test_slow_storage_is_told(tmp_path, caplog):
         assert not caplog.text
         steps(dataset, steps=1, warn_ms=1e-6)  # nothing is as fast as that
     assert "is the storage slow?" in caplog.text
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize(("size", "micro", "processes"), [(6, 1, 4), (5, 2, 2), (7, 4, 1), (3, 1, 3)])
+def test_a_batch_that_does_not_divide_has_rows_without_targets(tmp_path, size, micro, processes, isolate):
+    """All processes do as many micro-batches; together they hold each sequence of the step once."""
+    dataset = opened(numbered(tmp_path / "a", [40, 30, 50]), 4)
+    many = -(-size // (micro * processes))
+    plan = BatchPlan(size, micro, many, micro * many * processes - size)
+    whole = steps(dataset, BatchPlan(size, size, 1), steps=2, isolate=isolate)
+    parts = [
+        steps(dataset, plan, steps=2, rank=rank, processes=processes, isolate=isolate) for rank in range(processes)
+    ]
+    for step, (expected,) in enumerate(whole):
+        batches = [batch for part in parts for batch in part[step]]
+        assert len(batches) == many * processes
+        rows = [
+            (int(row[0]), labels.tolist())
+            for batch in batches
+            for row, labels in zip(batch.tokens, batch.labels, strict=True)
+            if bool((labels != -100).any())
+        ]
+        wanted = [(int(row[0]), labels.tolist()) for row, labels in zip(expected.tokens, expected.labels, strict=True)]
+        assert sorted(rows) == sorted(wanted) and len(rows) == size
+        assert sum(batch.targets for batch in batches) == expected.targets
+        for batch in batches:
+            assert batch.targets == int((batch.labels != -100).sum())
+            assert batch.documents is None or sum(batch.documents.lengths) == micro * 4
