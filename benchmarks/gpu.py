@@ -40,7 +40,10 @@ BIG = [  # the blocks of Llama-3.1-8B, as many as fit with fp32 masters and mome
 def main() -> None:
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     attention()
+    stretches()
     cross_entropy()
+    vocabulary_parts()
+    long_context()
     folder = Path(tempfile.mkdtemp())
     resume(folder)
     for name, shape, batch, further in (
@@ -118,6 +121,110 @@ def attention() -> None:
         worst = max(distance(a, b) for a, b in zip((out.flatten(0, 1), *found), (expected, *wanted), strict=True))
         print(f"attention in {dtype}: differs from float64 by {worst:.1e} (bound {bound:.0e})")
         assert worst < bound
+
+
+def stretches() -> None:
+    """Context parallelism's attention: each process's share, one after the other, against all at once."""
+    from fast_llm.model.attention import Documents, attend
+    from fast_llm.parallel.context import _places, _stretches
+
+    lengths, rows, length, size = (1, 700, 323, 1000, 24), 2, 1024, 4
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    documents = Documents(lengths, ends, max(lengths))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        q, k, v = (torch.randn(rows * length, heads, 64, device="cuda", dtype=dtype) for heads in (8, 2, 2))
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        parts = zip(*(x.split(lengths) for x in exact), strict=True)
+        expected = torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    *(x.transpose(0, 1)[None] for x in part), is_causal=True, enable_gqa=True
+                )[0].transpose(0, 1)
+                for part in parts
+            ]
+        )
+        wanted = torch.autograd.grad(expected.square().sum(), exact)
+        # Where each token lies among those gathered, process by process.
+        places = torch.from_numpy(_places(torch.arange(rows * length).numpy(), rows, length, size)).cuda()
+        gathered = [torch.empty_like(x).index_copy_(0, places, x).requires_grad_() for x in (q, k, v)]
+        out = []
+        for rank in range(size):
+            own = _stretches(documents, rows, length, (rank, 2 * size - 1 - rank), size).to(torch.device("cuda"))
+            part = gathered[0].chunk(size)[rank]
+            keys, values = (x.index_select(0, own.index) for x in gathered[1:])
+            out.append(attend(part, keys, values, own, True))
+        every = torch.cat(out)
+        found = torch.autograd.grad(every.float().square().sum(), gathered)
+        worst = max(distance(a[places], b) for a, b in zip((every, *found), (expected, *wanted), strict=True))
+        print(f"attention in stretches in {dtype}: differs from float64 by {worst:.1e} (bound {bound:.0e})")
+        assert worst < bound
+
+
+def long_context() -> None:
+    """131,072 tokens over 8 processes, one document, the heads of Llama-3.1-8B: what the first and the last have to do."""
+    from fast_llm.model.attention import attend
+    from fast_llm.parallel.context import _stretches
+
+    length, size = 131072, 8
+    for rank in (0, size - 1):
+        own = _stretches(None, 1, length, (rank, 2 * size - 1 - rank), size).to(torch.device("cuda"))
+        q = torch.randn(length // size, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        both = torch.randn(length, 2, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        times: dict[str, list[float]] = {"select": [], "forward": [], "backward": [], "select backward": []}
+        for _ in range(5):
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
+            marks[0].record()
+            selected = both.index_select(0, own.index)
+            marks[1].record()
+            keys, values = selected.unbind(1)
+            out = attend(q, keys, values, own, True)
+            marks[2].record()
+            (gradient,) = torch.autograd.grad(out, selected, torch.ones_like(out), retain_graph=True)
+            marks[3].record()
+            torch.autograd.grad(selected, both, gradient)
+            marks[4].record()
+            torch.cuda.synchronize()
+            for name, one, other in zip(times, marks[:-1], marks[1:], strict=True):
+                times[name].append(one.elapsed_time(other))
+        shown = ", ".join(f"{name} {statistics.median(found[1:]):.1f} ms" for name, found in times.items())
+        print(f"131,072 tokens over 8, process {rank}: {shown}; keys and values gathered: {both.nbytes / 1e6:.0f} MB")
+
+
+def vocabulary_parts() -> None:
+    """A head cut in two by vocabulary: both halves on this GPU, told of one another's sums by a first pass."""
+    from fast_llm.model.loss import VocabularyPart
+    from fast_llm.model.loss import cross_entropy as loss_of
+
+    hidden = torch.randn(1000, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (0.05 * torch.randn(128256, 512, device="cuda", dtype=torch.bfloat16)).requires_grad_()
+    labels = torch.randint(128256, (1000,), device="cuda")
+    labels[5:50] = -100
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = exact[0] @ exact[1].T
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    wanted = torch.autograd.grad(expected, exact, retain_graph=True)
+    sums = logits.detach().logsumexp(-1).float()
+    chosen = logits.detach().gather(1, labels.clamp_min(0)[:, None])[:, 0].float()
+    for implementation in ("torch", "fused", "triton"):
+        found = [torch.zeros_like(hidden), torch.zeros_like(weight)]
+        losses = []
+        for half in (0, 1):
+            first, last = half * 64128, (half + 1) * 64128
+
+            def combine(*mine: torch.Tensor, seen: list[int] = [0]) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: B006
+                begin = seen[0] % 1000
+                seen[0] += len(mine[0])
+                return sums[begin : begin + len(mine[0])], chosen[begin : begin + len(mine[0])]
+
+            part = VocabularyPart(first, combine)
+            loss = loss_of(hidden, weight[first:last], labels, implementation, None, part)
+            losses.append(loss)
+            for total, gradient in zip(found, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+                total += gradient
+        pairs = zip((losses[0], *found), (expected, *wanted), strict=True)
+        worst = max(distance(a, b) for a, b in pairs)
+        print(f"cross entropy {implementation} cut in two: differs from float64 by {worst:.1e} (bound 1e-02)")
+        assert worst < 1e-2
 
 
 def cross_entropy() -> None:

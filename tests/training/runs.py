@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fast_llm.config.section import read
 from fast_llm.data.tokenfile import TokenFileWriter
+from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.build import train
 from fast_llm.training.plan import make_plan
 
@@ -57,6 +59,14 @@ def run(arguments: list[str]) -> int:
     """Train in this process, as one of those that torchrun would start."""
     torch.set_num_threads(1)
     return train(make_plan(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True))
+
+
+def run_all(every: list[list[str]]) -> list[int]:
+    """Train several times, one after the other, in these processes: starting them costs more than a tiny run."""
+    # All in the group that they were started with: DTensor remembers meshes, and these their groups.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mesh, "close", lambda _: None)
+        return [run(arguments) for arguments in every]
 
 
 def records(folder: Path, phase: str = "training") -> dict[int, dict[str, Any]]:
