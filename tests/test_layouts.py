@@ -4,6 +4,9 @@ A layout is the lines that a user adds to the YAML. Each runs as `fast-llm train
 checkpoint is read back whole.
 """
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -12,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from fast_llm.checkpoint import state
+from fast_llm.config.checks import breaches
 from fast_llm.config.section import read, validate
-from fast_llm.config.train import TrainConfig
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.demo import RECIPE
 from fast_llm.model.cost import shapes
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run_all, settings, weights, write_tokens
@@ -141,9 +147,9 @@ def arguments(root: Path, name: str, layout: str, steps: int = 5) -> list[str]:
     ]
 
 
-def whole(checkpoint: Path, overrides: list[str]) -> dict[str, Tensor]:
+def whole(checkpoint: Path, given: list[str]) -> dict[str, Tensor]:
     """All that a checkpoint holds."""
-    config = validate(TrainConfig, read(None, overrides))
+    config = validate(TrainConfig, read(None, given))
     tensors = {
         f"{part}/{name}": torch.full(shape, torch.nan)
         for part in ("weight", "exp_avg", "exp_avg_sq")
@@ -207,9 +213,9 @@ def test_five_steps(root: Path, layout: str) -> None:
         assert other[step]["target_tokens"] == record["target_tokens"]
         assert other[step]["language_model_loss"] == pytest.approx(record["language_model_loss"], rel=loss_bound)
         assert other[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=norm_bound)
-    overrides = arguments(root, layout, layout)
-    wanted = whole(root / expected / "checkpoint" / "5", overrides)
-    found = whole(root / layout / "checkpoint" / "5", overrides)
+    given = arguments(root, layout, layout)
+    wanted = whole(root / expected / "checkpoint" / "5", given)
+    found = whole(root / layout / "checkpoint" / "5", given)
     for name, tensor in wanted.items():
         if name.startswith("exp_avg/"):
             assert tensor.any() and found[name].any(), f"{name}: no gradient"
@@ -269,10 +275,44 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     for layout in RESUMED:
         name = f"export {layout}"
         copytree(root / "8 pp=2 cp=2 tp=2 sp=yes zero=2 to 5" / "checkpoint", root / name / "checkpoint")
-        overrides = [*arguments(root, name, layout), "training.export.interval=5"]
+        given = [*arguments(root, name, layout), "training.export.interval=5"]
         world = int(layout.split()[0])
-        assert spawn(world, run_all, [overrides]) == [[0]] * world
+        assert spawn(world, run_all, [given]) == [[0]] * world
         folder = root / name / "export" / "llama" / "5"
         exports[layout] = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
         assert exports[layout]
     assert len({tuple(sorted(files.items())) for files in exports.values()}) == 1
+
+
+def test_the_layouts_of_the_guide_are_valid() -> None:
+    """Each YAML block of docs/layouts.md, laid over the recipe with the shape of Llama-3.1-8B, on as many processes as it says."""
+    guide = (Path(__file__).parent.parent / "docs" / "layouts.md").read_text()
+    blocks = re.findall(r"^```yaml\n# processes: (\d+)\n(.*?)^```", guide, flags=re.M | re.S)
+    assert len(blocks) == guide.count("```yaml") == 3
+    for processes, block in blocks:
+        recipe = read(RECIPE, [*LLAMA_8B, *overrides(yaml.safe_load(block))])
+        config = validate(TrainConfig, recipe, REFUSED, RENAMED)
+        assert list(breaches(config, int(processes))) == []
+    (command,) = re.findall(r"^```bash\n(.*?)^```", guide, flags=re.M | re.S)
+    command = command.replace("fast-llm ", f"{sys.executable} -m fast_llm.cli ")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8, zero_stage 1, matrices cut over 2" in done.stdout
+
+
+LLAMA_8B = [
+    "model.base_model.vocab_size=128256",
+    "model.base_model.transformer.num_layers=32",
+    "model.base_model.transformer.hidden_size=4096",
+    "model.base_model.transformer.num_attention_heads=32",
+    "model.base_model.transformer.head_groups=8",
+    "model.base_model.transformer.ffn_hidden_size=14336",
+]
+
+
+def overrides(values: dict[str, Any], above: str = "") -> list[str]:
+    """Nested values as overrides."""
+    found = []
+    for key, value in values.items():
+        found += overrides(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}={value}"]
+    return found
