@@ -284,6 +284,28 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     assert len({tuple(sorted(files.items())) for files in exports.values()}) == 1
 
 
+def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
+    """A Hugging Face folder is read into every layout, and validation measures the same before and after a step."""
+    made = "made"
+    assert spawn(1, run_all, [[*arguments(root, made, "1", 1), "training.export.interval=1"]]) == [[0]]
+    measured = {}
+    for layout in RESUMED:
+        name = f"start {layout}"
+        given = [
+            *arguments(root, name, layout, 1),
+            f"pretrained.path={root}/{made}/export/llama/1",
+            "training.validation.interval=1",
+            "training.validation.iterations=2",
+        ]
+        world = int(layout.split()[0])
+        assert spawn(world, run_all, [given]) == [[0]] * world
+        measured[layout] = losses(root / name, "validation")
+    expected = measured["1"]
+    assert expected.keys() == {0, 1} and expected[1] < expected[0]
+    for layout, found in measured.items():
+        assert found == {step: pytest.approx(loss, rel=1e-6) for step, loss in expected.items()}, layout
+
+
 def test_the_layouts_of_the_guide_are_valid() -> None:
     """Each YAML block of docs/layouts.md, laid over the recipe with the shape of Llama-3.1-8B, on as many processes as it says."""
     guide = (Path(__file__).parent.parent / "docs" / "layouts.md").read_text()
