@@ -48,14 +48,14 @@ def test_all_mistakes_of_data_and_settings_at_once(tokens: Path) -> None:
         settings(
             tokens,
             "model.base_model.vocab_size=100",
-            "batch.batch_size=9",
+            "batch.batch_size=3",
             "training.validation.interval=1",
             "optimizer.learning_rate.decay_style=linear",
             "optimizer.learning_rate.minimum=1",
         ),
         processes=3,
     )
-    assert "batch_size 9 must be a multiple of micro_batch_size 2 × 3 processes = 6; the nearest are 6 and 12" in text
+    assert "batch_size 3 / micro_batch_size 2 = 2 micro-batches for 3 processes: 1 would have nothing to do" in text
     assert "training.validation.iterations" in text
     assert "optimizer.learning_rate.decay_iterations" in text
     assert "optimizer.learning_rate.minimum: given 1" in text
