@@ -24,7 +24,7 @@ from fast_llm.demo import RECIPE, SHAPE, write_code
 from tests.training.runs import run
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ["docs/data-preparation.md", "docs/training-llama-3.1-8b.md", "README.md", "docs/quick-start.md"]
+GUIDES = ["docs/data-preparation.md", "docs/training-llama-3.1-8b.md", "README.md", "docs/quick-start.md", "docs/launching.md"]
 SMALLER = (
     "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
     " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1 batch.sequence_length=64 data.split=[80,20,0]"
@@ -85,7 +85,7 @@ def shrunk(command: str) -> str:
     """A command of a guide, as it can be run here."""
     if "huggingface.co" in command:
         return "test -f fast-llm-tutorial/pretrained-model/model.safetensors"
-    command = re.sub(r"--nnodes 4 (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500", r"--standalone \1", command)
+    command = re.sub(r"--nnodes \S+ (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500", r"--standalone \1", command)
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
     command = re.sub(r"\btorchrun\b", "python -m torch.distributed.run", command)
     if "--config train-config.yaml" in command:
@@ -126,7 +126,7 @@ def test_guide(guide: str, place: Path) -> None:
             ran += 1
         else:
             raise AssertionError(f"{guide}: a block in {language} is not run")
-    assert ran >= 3
+    assert ran
 
 
 def execute(command: str, place: Path, environment: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from fast_llm.training.plan import Plan, describe, prepare_folder
 from fast_llm.training.run import Run, lock, next_run_number
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
+from fast_llm.training.watchdog import SLACK, Watchdog
 
 logger = logging.getLogger("fast_llm")
 
@@ -40,7 +42,7 @@ _WEEK = 7 * 24 * 3600.0
 
 
 def train(plan: Plan) -> int:
-    """Train as planned; the exit code: 0, or 128 and the signal that ended the run early.
+    """Train as planned; the exit code: 0, or 128 and the signal that ended the run early (but for SIGUSR1), here or elsewhere.
 
     Raises UserError for what training itself meets.
     """
@@ -50,7 +52,7 @@ def train(plan: Plan) -> int:
     config = plan.config
     distributed = config.model.distributed
     mesh = Mesh(
-        distributed.timeout,
+        distributed.timeout + SLACK,
         config.training.timeout or _WEEK,
         config.model.multi_stage.shard_size,
         tensor=distributed.tensor_parallel,
@@ -98,6 +100,16 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         prepare_folder(plan)
     mesh.wait()
     run = Run(plan.folder, mesh.rank, mesh.size, config.run.log_timestamps, number)
+    watchdog = Watchdog(
+        config.model.distributed.timeout,
+        config.training.timeout or _WEEK,
+        run.logs,
+        rank=mesh.rank,
+        processes=mesh.size,
+        share=mesh.share,
+        # The compiler takes its time again for as many shapes (its recompile limit).
+        warm_up=8 if config.model.multi_stage.compile_all else 1,
+    )
     interrupt = Interrupt()
     try:
         logger.info("What this run does:\n" + describe(plan))
@@ -105,20 +117,27 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         pipeline = build_pipeline(config, plan.batch, models, mesh)
         optimizer = Optimizer(weights.local(), config.optimizer)
         loss_scale = LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype)
-        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline)
-        trainer = Trainer(plan, mesh, run, weights, step, interrupt)
+        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark)
+        trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
             trainer.fit()
-        except BaseException:
+        except BaseException as error:
+            watchdog.failed(error)
             trainer.metrics.close("crashed")
             raise
+        watchdog.mark("closing", patient=True)
         trainer.metrics.close("ended")
+        code = interrupt.exit_code
+        if trainer.stopping and any(mesh.sum(float(code))):
+            # torchrun takes a node whose processes all return 0 for one that is done; it would not start again with the others.
+            code = code or 128 + signal.SIGTERM
     finally:
+        watchdog.close()
         interrupt.close()
         run.close()
     mesh.close()
-    return 128 + interrupt.signal if interrupt.signal else 0
+    return code
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWeights | ShardedWeights]:

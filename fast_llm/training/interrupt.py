@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, leave. A second one leaves at once.
+"""SIGTERM, SIGINT and SIGUSR1 (Slurm's, ahead of the end of time): finish the step, save, leave. A second one leaves at once.
 
 torchrun answers Ctrl-C by sending SIGTERM to processes that had their SIGINT from the terminal already, so a
 signal within two seconds of the first counts as the same wish.
@@ -9,6 +9,7 @@ import signal
 import time
 from types import FrameType
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_WISH = 2.0  # seconds
 
 
@@ -18,7 +19,12 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal = 0
         self.since = 0.0
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    @property
+    def exit_code(self) -> int:
+        """That of a run which ends for it."""
+        return 0 if self.signal in (0, signal.SIGUSR1) else 128 + self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.signal:

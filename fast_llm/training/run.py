@@ -4,7 +4,7 @@
 ├── config.yaml              the resolved configuration, itself valid input
 ├── metrics.jsonl            one record a line, appended across restarts
 ├── pretrained/              config.json and tokenizer of the model that was loaded; exports copy them
-├── runs/<k>/logs/           logs_rank_<r>.txt of the k-th start
+├── runs/<k>/logs/           logs_rank_<r>.txt of the k-th start; stacks_rank_<r>.txt if it hung
 ├── tensorboard/             with `training.tensorboard`
 ├── checkpoint/<step>/       training state
 └── export/llama/<step>/     Hugging Face folders
@@ -43,11 +43,11 @@ class Run:
         handlers: list[logging.Handler] = []
         if self.is_main:
             handlers.append(_TerminalHandler(self.progress))
-        if folder is not None:
-            logs = folder / "runs" / str(number) / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
+        self.logs = folder / "runs" / str(number) / "logs" if folder is not None else None
+        if self.logs is not None:
+            self.logs.mkdir(parents=True, exist_ok=True)
             width = len(str(processes - 1))
-            handlers.append(logging.FileHandler(logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
+            handlers.append(logging.FileHandler(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
         for old in list(logger.handlers):
             logger.removeHandler(old)
         for handler in handlers:

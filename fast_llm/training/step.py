@@ -7,7 +7,7 @@ clipping and the loss scale, at no cost.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,9 @@ class Step:
         mesh: Mesh,
         config: OptimizerConfig,
         pipeline: Pipeline | None = None,
+        mark: Callable[[str], None] = lambda phase: None,
     ):
+        """`mark`: is told what comes next."""
         self.model = model
         self.weights = weights
         self.optimizer = optimizer
@@ -57,6 +59,7 @@ class Step:
         self.mesh = mesh
         self.config = config
         self.pipeline = pipeline
+        self.mark = mark
         self.holders = weights.holders()
         if pipeline is not None and pipeline.twin is not None:
             self.holders[TIED] *= 2
@@ -72,9 +75,11 @@ class Step:
         loss_sum = self.forward_backward(batches, seed)
         targets = sum(batch.targets for batch in batches)
         gradients = self.weights.local_gradients()
+        self.mark("sum over processes")
         total_loss, total_targets, square, stops = self.mesh.sum(
             loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop)
         )
+        self.mark("update")
         correction = tokens / (max(total_targets, 1) * self.loss_scale.value)
         norm = math.sqrt(square) * correction if square >= 0 else math.nan
         loss_mean = total_loss / max(total_targets, 1)
@@ -91,6 +96,7 @@ class Step:
     def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
         """The micro-batches' summed loss, float64; the gradients are those of `seed` times it."""
         if self.pipeline is not None:
+            self.mark("forward and backward")
             self.weights.before_micro_batch(first=True, last=True)
             loss_sum = self.pipeline.forward_backward(batches, seed)
             if self.pipeline.twin is not None:
@@ -98,6 +104,7 @@ class Step:
             return loss_sum
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, batch in enumerate(batches):
+            self.mark("forward and backward")
             self.weights.before_micro_batch(first=number == 0, last=number == len(batches) - 1)
             batch = batch.to(self.mesh.device)
             loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)

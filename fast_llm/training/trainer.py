@@ -9,7 +9,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class Trainer:
         weights: SingleWeights | ShardedWeights,
         step: Step,
         interrupt: Interrupt,
+        mark: Callable[..., None],
     ):
+        """`mark`: is told what comes next, as `Watchdog.mark`."""
         self.plan = plan
         self.config: TrainConfig = plan.config
         self.mesh = mesh
@@ -56,6 +58,7 @@ class Trainer:
         self.weights = weights
         self.train_step = step
         self.interrupt = interrupt
+        self.mark = mark
         self.done = 0  # steps
         self.samples = 0  # sequences that these consumed
         self.last_saved = -1
@@ -70,10 +73,12 @@ class Trainer:
             if self.done == 0 and training.validation.interval is not None:
                 self.validate(0)
         with self.loader("training", self.samples, training.train_iters - self.done) as batches:
+            self.mark("data", step=self.done + 1)
             for step, batch in enumerate(batches, start=self.done + 1):
                 result = self.train_step(batch, stop=self.interrupt.signal != 0)
                 self.done, self.samples = step, self.samples + self.plan.batch.batch_size
                 self.stopping |= result.stop
+                self.mark("log")
                 self.metrics.add(step, result)
                 if training.logs.due(step) or step == training.train_iters:
                     self.metrics.write(step, self.samples, batches.wait_seconds)
@@ -90,6 +95,7 @@ class Trainer:
                     return
                 if self.stopping:
                     break
+                self.mark("data", step=step + 1)
         if self.stopping:
             logger.info(f"Stopped by a signal after step {self.done}; the same command goes on from here.")
             return
@@ -98,6 +104,7 @@ class Trainer:
     def finish(self) -> None:
         """What is due at the end and not there yet; a finished run that is started again comes here at once."""
         training, step = self.config.training, self.done
+        self.mark("what is due at the end", step=step, patient=True)
         recorded = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
         recorded = self.mesh.share(recorded)
         if training.validation.interval is not None and ("validation", step) not in recorded:
@@ -122,7 +129,9 @@ class Trainer:
         for metric, name in sets.items():
             total = [0.0, 0.0]
             with self.loader(name, 0, self.plan.evaluation_steps(name, iterations)) as batches:
+                self.mark("data", step=step)
                 for batch in batches:
+                    self.mark(phase)
                     loss, targets = self.train_step.evaluate(batch)
                     *sums, stops = self.mesh.sum(loss, targets, float(self.interrupt.signal != 0))
                     total = [total[0] + sums[0], total[1] + sums[1]]
@@ -130,12 +139,14 @@ class Trainer:
                         self.stopping = True
                         logger.info(f"{phase.capitalize()} at step {step} was broken off by a signal.")
                         return
+                    self.mark("data")
             losses[metric] = total[0] / max(total[1], 1)
             tokens += int(total[1])
         self.metrics.write_evaluation(step, phase, losses, tokens, time.perf_counter() - started)
 
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, else start from the pretrained model or from noise."""
+        self.mark("reading weights", patient=True)
         path, pretrained = self.plan.checkpoint, self.config.pretrained
         if path is not None:
             info = checkpoints.read_manifest(path).info
@@ -179,6 +190,7 @@ class Trainer:
         if self.last_saved == step:
             return
         assert self.run.folder is not None
+        self.mark("saving", step=step, patient=True)
         started = time.perf_counter()
         settings = self.config.training.checkpoint
         root = self.run.folder / "checkpoint"
@@ -202,6 +214,7 @@ class Trainer:
     def export(self, step: int) -> None:
         """Write a Hugging Face folder, unless this step has one."""
         assert self.run.folder is not None
+        self.mark("exporting", step=step, patient=True)
         settings = self.config.training.export
         path = self.run.folder / "export" / settings.format / str(step)
         if self.mesh.share(checkpoints.is_complete(path)):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fast_llm.checkpoint import folder
+from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, settings, weights, write_tokens
 
@@ -102,7 +103,7 @@ def test_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None:
     assert weights(tmp_path / "whole" / "checkpoint" / "40") == weights(tmp_path / "killed" / "checkpoint" / "40")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     write_tokens(tmp_path / "tokens", 400)
     arguments_ = arguments(
@@ -112,7 +113,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> Non
         wait_for(tmp_path / "run", 3, process)
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
+    assert process.returncode == (0 if number == signal.SIGUSR1 else 128 + number)
     assert "Stopped by a signal after step" in output
     newest = folder.latest(tmp_path / "run" / "checkpoint")
     assert newest is not None and int(newest.name) == max(losses(tmp_path / "run"))
@@ -126,6 +127,27 @@ def wait_for(run_folder: Path, step: int, process: "subprocess.Popen[str]") -> N
             return
         time.sleep(0.01)
     raise AssertionError("the run did not get that far")
+
+
+def told_after_three_steps(arguments_: list[str], number: signal.Signals) -> int:
+    before = Trainer.check_finite
+
+    def signalled(trainer: Trainer, step: int) -> None:
+        before(trainer, step)
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+
+    Trainer.check_finite = signalled  # type: ignore[method-assign]
+    return run(arguments_)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+def test_all_leave_as_the_one_that_was_told(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """torchrun would take a node whose processes return 0 for one that is done."""
+    write_tokens(tmp_path / "tokens", 400)
+    assert spawn(2, told_after_three_steps, arguments(tmp_path, "run", 8), number) == [code, code]
+    newest = folder.latest(tmp_path / "run" / "checkpoint")
+    assert newest is not None and newest.name == "4"
 
 
 def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
