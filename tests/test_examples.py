@@ -1,0 +1,201 @@
+"""The files in examples/, as far as a machine without a cluster can check them: their syntax, Kubernetes' own schemas, and the
+exact torchrun line of each, run as two nodes of this machine."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from fast_llm.checkpoint import folder
+from tests.training.runs import losses, settings, write_tokens
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((EXAMPLES / name).read_text()))
+
+
+def line_of(name: str) -> str:
+    """What a node runs."""
+    if name.endswith(".yaml"):
+        job = documents(name)[-1]["spec"]
+        template = job["template"] if "template" in job else job["pytorchReplicaSpecs"]["Worker"]["template"]
+        (container,) = template["spec"]["containers"]
+        (text,) = container["args"]
+        given = "".join(f": ${{{one['name']}:={one['value']}}}; export {one['name']}\n" for one in container["env"])
+        return f"{given}{text}"
+    text = (EXAMPLES / name).read_text()
+    inner = re.search(r"srun .* bash -c '\n(.*?)'", text, flags=re.S)
+    return inner[1] if inner else text
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.s*")))
+def test_shell_syntax(name: str) -> None:
+    assert subprocess.run(["bash", "-n", str(EXAMPLES / name)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_kubernetes_schemas(name: str) -> None:
+    """A PyTorchJob is not Kubernetes' own; its pods are."""
+    checked = []
+    for document in documents(name):
+        if document["kind"] == "PyTorchJob":
+            spec = document["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+            document = {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": spec}
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        checked.append(document)
+        broken = document | {"spec": document["spec"] | {"templates": 1}}
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(broken, kubernetes_validate.latest_version(), strict=True)
+    assert checked
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return int(one.getsockname()[1])
+
+
+def nodes(
+    text: str, place: Path, count: int, *overrides: str, head: str = "localhost", hosts: list[list[str]] | None = None
+) -> list["subprocess.Popen[str]"]:
+    """Start an example's line on so many nodes. `hosts`: what to write before a command to run it on each."""
+    write_tokens(place / "tokens", 400)
+    nested: dict[str, Any] = {}
+    for override in settings(place, "batch.micro_batch_size=1", *overrides):
+        name, _, value = override.partition("=")
+        section = nested
+        for key in name.split(".")[:-1]:
+            section = section.setdefault(key, {})
+        section[name.rpartition(".")[2]] = yaml.safe_load(value) if "e-" not in value else float(value)
+    (place / "train-config.yaml").write_text(yaml.safe_dump(nested))
+    port = str(free_port())
+    environment = os.environ | {
+        "PATH": f"{place}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        **{"CONFIG": "train-config.yaml", "GPUS": "1", "NODES": str(count), "HEAD": head, "PORT": port},
+        **{"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "nodes[1-2]"},
+        **{"PET_NNODES": f"1:{count}", "PET_NPROC_PER_NODE": "1", "PET_RDZV_BACKEND": "c10d"},
+        **{"PET_RDZV_ENDPOINT": f"localhost:{port}", "PET_MAX_RESTARTS": "3"},
+    }
+    return [
+        subprocess.Popen(
+            [*host, "bash", "-c", text],
+            cwd=place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for host in hosts or [[]] * count
+    ]
+
+
+@contextmanager
+def networks() -> Iterator[list[list[str]]]:
+    """Two hosts, as far as the kernel can make them: networks of their own with a cable between them, and their own names."""
+    names = [f"fast-llm-{os.getpid()}-{number}" for number in (1, 2)]
+    first, second = names
+    commands = [f"netns add {first}", f"netns add {second}"]
+    commands += [f"link add eth0 netns {first} type veth peer name eth0 netns {second}"]
+    for number, name in enumerate(names, start=1):
+        commands += [f"-n {name} addr add 10.77.0.{number}/24 dev eth0"]
+        commands += [f"-n {name} link set {device} up" for device in ("lo", "eth0")]
+    try:
+        for command in commands:
+            try:
+                done = subprocess.run(["ip", *command.split()], check=False, capture_output=True, text=True)
+            except FileNotFoundError:
+                pytest.skip("there is no `ip`")
+            if done.returncode:
+                pytest.skip(f"no networks can be made here: ip {command}: {done.stderr.strip()}")
+        renamed = ["unshare", "--uts", "bash", "-c"]
+        yield [
+            ["ip", "netns", "exec", name, *renamed, f'hostname 10.77.0.{number}; exec "$@"', "_"]
+            for number, name in enumerate(names, start=1)
+        ]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def ends(started: list["subprocess.Popen[str]"]) -> list[str]:
+    """What they say, once all have ended well."""
+    try:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)[-4000:]
+    return said
+
+
+@pytest.mark.parametrize("name", ["one-node.sh", "kubernetes-job.yaml", "kubernetes-pytorchjob.yaml"])
+def test_nodes_train_together(tmp_path: Path, name: str) -> None:
+    count = 1 if name == "one-node.sh" else 2
+    said = ends(nodes(line_of(name), tmp_path, count, "training.train_iters=3"))
+    assert losses(tmp_path / "run").keys() == {1, 2, 3}
+    assert any("Training is complete" in text for text in said)
+    assert f"× {count} processes" in "".join(said)
+
+
+def test_nodes_of_two_networks(tmp_path: Path) -> None:
+    """Nothing takes a node's own address for that of another."""
+    with networks() as hosts:
+        text = line_of("slurm.sbatch")
+        said = ends(nodes(text, tmp_path, 2, "training.train_iters=3", head="10.77.0.1", hosts=hosts))
+    assert losses(tmp_path / "run").keys() == {1, 2, 3}
+    assert "× 2 processes" in "".join(said)
+
+
+SLURM = {  # stand-ins for its commands, with two nodes in one
+    "srun": """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for _ in 1 2; do "$@" & echo $! >> tasks; done
+wait
+""",
+    "scontrol": """#!/usr/bin/env bash
+if [ "$*" = "show hostnames nodes[1-2]" ]; then echo localhost; else echo "$*" >> scontrol.log; fi
+""",
+    "scancel": f"""#!{sys.executable}
+import psutil, signal, sys
+assert sys.argv[1:] == ["--signal=USR1", "77"], sys.argv
+for task in open("tasks"):
+    for process in [psutil.Process(int(task)), *psutil.Process(int(task)).children(recursive=True)]:
+        process.send_signal(signal.SIGUSR1)
+""",
+}
+
+
+def test_slurm_saves_and_queues_itself_again(tmp_path: Path) -> None:
+    """The batch script is told that time is over; `scancel` reaches every process of a step but not the batch script."""
+    (tmp_path / "bin").mkdir()
+    for name, text in SLURM.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    text = (EXAMPLES / "slurm.sbatch").read_text()
+    (job,) = nodes(text, tmp_path, 1, "training.train_iters=100000", "training.checkpoint.interval=100000")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    (said,) = ends([job])
+    assert "× 2 processes" in said and "Stopped by a signal after step" in said
+    newest = folder.latest(tmp_path / "run" / "checkpoint")
+    assert newest is not None and int(newest.name) == max(losses(tmp_path / "run"))
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
