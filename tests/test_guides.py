@@ -24,7 +24,13 @@ from fast_llm.demo import RECIPE, SHAPE, write_code
 from tests.training.runs import run
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ["docs/data-preparation.md", "docs/training-llama-3.1-8b.md", "README.md", "docs/quick-start.md", "docs/launching.md"]
+GUIDES = [
+    "docs/data-preparation.md",
+    "docs/training-llama-3.1-8b.md",
+    "README.md",
+    "docs/quick-start.md",
+    "docs/launching.md",
+]
 SMALLER = (
     "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
     " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1 batch.sequence_length=64 data.split=[80,20,0]"
