@@ -1,4 +1,4 @@
-"""`fast-llm train|prepare|convert|verify|why|demo`: read the YAML, call one function, print errors.
+"""`fast-llm train|plan|prepare|convert|verify|why|demo`: read the YAML, call one function, print errors.
 
 Nothing heavy is imported before it is needed: help, mistakes and `--validate` never load torch. Of several
 processes that torchrun started, only the first tells a mistake that all of them see.
@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   fast-llm prepare gpt_memmap --config prepare.yaml                 documents → token files
   fast-llm train gpt --config train.yaml --validate                 check everything, print the plan
   fast-llm train gpt --config train.yaml training.train_iters=50    train; settings given here win
+  fast-llm plan --config train.yaml --gpus 64 --device h100         will it fit, how fast, which layout is best
   torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
   fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL
   fast-llm verify RUN data/code.json                                is every byte what was written?
@@ -42,6 +43,17 @@ _TRAIN_EXAMPLES = """examples:
                                                                     on 8 GPUs of this machine
 
 exit codes: 0 done, 1 training could not go on, 2 a mistake to mend, 128 + n stopped by signal n"""
+
+_PLAN = f"""Say before there is a cluster whether a layout fits, what a step takes and what limits it, and which layouts are
+the fastest, from a model of memory, compute and communication (docs/planning.md). It needs the YAML file and the
+pretrained model's config.json: no data, no weights, no GPU.
+
+{_SETTINGS}"""
+
+_PLAN_EXAMPLES = """examples:
+  fast-llm plan --config train.yaml --gpus 8
+  fast-llm plan --config train.yaml --gpus 64 --device h200 model.multi_stage.shard_size=8
+  fast-llm plan --config train.yaml --gpus 16 batch.sequence_length=131072 batch.micro_batch_size=1"""
 
 _PREPARE = f"""Turn documents into token files: `output_path: data/code` gives data/code/ and data/code.json, which is what
 data.path of `train` names. A run that was interrupted goes on where it stopped.
@@ -142,6 +154,15 @@ def _parser() -> argparse.ArgumentParser:
         checked = "check all that can be checked, print the plan, and stop" if name == "train" else "check, and stop"
         command.add_argument("-v", "--validate", action="store_true", help=checked)
         command.set_defaults(run=function, kind=kind)
+    command = commands.add_parser(
+        "plan", help="will it fit, how fast will it be", **shaped(description=_PLAN, epilog=_PLAN_EXAMPLES)
+    )
+    command.add_argument("settings", nargs="*", metavar="[gpt] a.b=c", help="settings that win over the file")
+    command.add_argument("-c", "--config", metavar="FILE", help="the YAML file")
+    command.add_argument("-n", "--gpus", type=_positive, default=8, metavar="N", help="how many (default: 8)")
+    kinds = ("h100", "h200", "b200", "a100")
+    command.add_argument("--device", choices=kinds, default="h100", help="which (default: h100)")
+    command.set_defaults(run=_forecast, kind="gpt")
     about = """Read checkpoints, exports and datasets as a whole and compare them with the digests that were written with
 them. An experiment folder stands for all that it holds."""
     verify = commands.add_parser("verify", help="compare files with their digests", **shaped(description=about))
@@ -190,6 +211,20 @@ def _train(parsed: argparse.Namespace) -> int:
     from fast_llm.training.build import train
 
     return train(plan)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"given {text}, must be an integer above 0")
+    return int(text)
+
+
+def _forecast(parsed: argparse.Namespace) -> int:
+    document = _read(parsed, "fast-llm plan --config train.yaml --gpus 8")
+    from fast_llm.training.forecast import DEVICES, describe, read_plan
+
+    print(describe(read_plan(document, parsed.gpus), parsed.gpus, DEVICES[parsed.device]))
+    return 0
 
 
 def _prepare(parsed: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ GUIDES = [
     "README.md",
     "docs/quick-start.md",
     "docs/launching.md",
+    "docs/planning.md",
 ]
 SMALLER = (
     "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
@@ -94,7 +95,7 @@ def shrunk(command: str) -> str:
     command = re.sub(r"--nnodes \S+ (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500", r"--standalone \1", command)
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
     command = re.sub(r"\btorchrun\b", "python -m torch.distributed.run", command)
-    if "--config train-config.yaml" in command:
+    if "--config train-config.yaml" in command and " plan " not in command:
         command += " " + SMALLER
     if "--config prepare-config.yaml" in command:
         command += " dataset.path=the-stack loading_workers=1 tokenize_workers=2"

@@ -120,6 +120,10 @@ class _HeadAndLoss(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
+        if hidden_grad is None and weight_grad is None:
+            raise RuntimeError("the cross entropy's backward pass ran twice; its gradients are gone after the first")
+        # Whoever keeps the loss, PyTorch's pipelines for one, would keep them to the end of the step.
+        ctx.hidden_grad = ctx.weight_grad = None
         if hidden_grad is not None:
             hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
         if weight_grad is not None:

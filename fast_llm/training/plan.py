@@ -79,10 +79,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     """
     folder = _experiment(document)
     weights = weights and document.get("pretrained.model_weights", True) is True
-    source, source_config, small = _pretrained(document, folder, weights)
-    if source_config is not None:
-        values = {"model": {"base_model": llama.architecture(source_config, f"{source}/config.json")}}
-        document = document.under(values, f"{source}/config.json")
+    document, source, source_config, small = with_shape(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     problems = check(config, document, processes)
     problems += _packages(config)
@@ -169,6 +166,17 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         identity,
         changes,
     )
+
+
+def with_shape(
+    document: Document, weights: bool
+) -> tuple[Document, Path | None, dict[str, Any] | None, dict[str, bytes]]:
+    """The document with the pretrained model's shape under it; that model's folder, config.json and small files."""
+    source, source_config, small = _pretrained(document, _experiment(document), weights)
+    if source_config is not None:
+        values = {"model": {"base_model": llama.architecture(source_config, f"{source}/config.json")}}
+        document = document.under(values, f"{source}/config.json")
+    return document, source, source_config, small
 
 
 def describe(plan: Plan) -> str:

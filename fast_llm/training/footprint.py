@@ -1,0 +1,455 @@
+"""What a layout will need: memory of a process at its worst moment, counted tensor by tensor.
+
+Nothing is measured or fitted here: each term is a tensor that `model/`, `parallel/`, `optim/` or FSDP2 holds at that moment.
+docs/planning.md has the formulas, and what was measured beside what is forecast. No torch: it answers at once, anywhere.
+
+Letters, all of one process: T tokens of a micro-batch, R those of them between the matrices (fewer with
+sequence_tensor_parallel), E hidden size, A dimensions of its query heads, K of its key heads, F its MLP size, V its rows of
+the vocabulary, w bytes of the dtype that is computed in.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
+from fast_llm.config.train import BaseModelConfig, TrainConfig
+from fast_llm.model.cost import shapes
+
+_SHORT = 512  # model/attention.py: shorter documents are computed in fp32 on the CPU
+_ROWS = 1024  # model/loss.py: rows of the head's gradient at a time
+STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
+_PIECE = {"cuda": 2**26, "cpu": 2**22}  # model/loss.py: logits in fp32
+
+Parts = dict[str, float]  # part → bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread over processes, and what each keeps."""
+
+    processes: int
+    micro_batch_size: int
+    micro_batches: int
+    padding: int = 0
+    tensor: int = 1
+    sequence_tensor: bool = False
+    context: int = 1
+    pipeline: int = 1
+    stages: tuple[int, ...] = ()  # layers of each, from first to last
+    schedule: str = "1f1b"
+    in_flight: int = 1
+    zero_stage: int = 1
+    shard_size: int | None = None
+    recompute: str = "none"
+    compiled: bool = False
+
+    @staticmethod
+    def of(config: TrainConfig, processes: int) -> "Layout":
+        """What a configuration that keeps the laws means on so many processes."""
+        distributed, multi = config.model.distributed, config.model.multi_stage
+        batch: BatchPlan = plan_batch(
+            config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1
+        )
+        in_flight = micro_batches_in_flight(config, batch)
+        return Layout(
+            processes=processes,
+            micro_batch_size=batch.micro_batch_size,
+            micro_batches=batch.micro_batches,
+            padding=batch.padding,
+            tensor=distributed.tensor_parallel,
+            sequence_tensor=distributed.sequence_tensor_parallel and distributed.tensor_parallel > 1,
+            context=distributed.sequence_data_parallel,
+            pipeline=distributed.pipeline_parallel,
+            stages=tuple(stage_sizes(config)),
+            schedule=schedule_name(config, in_flight) if distributed.pipeline_parallel > 1 else "",
+            in_flight=in_flight,
+            zero_stage=multi.zero_stage or 1,
+            shard_size=multi.shard_size,
+            recompute=config.model.base_model.transformer.mlp_recompute_level,
+            compiled=multi.compile_all,
+        )
+
+    @property
+    def data(self) -> int:
+        """Processes that the batch is dealt to."""
+        return self.processes // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def sharing(self) -> int:
+        """Processes that hold the training state of the same weights."""
+        return self.data * self.context
+
+    @property
+    def shard(self) -> int:
+        """Over how many of them it is sharded."""
+        return min(self.shard_size or self.sharing, self.sharing)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model's sizes, and what is the same for every layout of a run."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head: int
+    ffn: int
+    vocabulary: int
+    tied: bool
+    matrices: int  # weights of a block's matrices
+    vectors: int  # and of its norms and biases
+    sequence: int
+    width: int  # bytes of the dtype that is computed in
+    moments: int  # bytes of both moments of a weight
+    flash: bool
+    loss: str
+    splits: int | None
+    packed: bool  # documents of a sequence are kept apart
+    batch_size: int
+
+    @staticmethod
+    def of(config: TrainConfig, batch_size: int) -> "Shape":
+        """From a configuration."""
+        base: BaseModelConfig = config.model.base_model
+        t = base.transformer
+        block = [shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")]
+        return Shape(
+            layers=t.num_layers,
+            hidden=t.hidden_size,
+            heads=t.num_attention_heads,
+            groups=t.head_groups,
+            head=t.kv_channels,
+            ffn=t.ffn_hidden_size,
+            vocabulary=base.vocab_size,
+            tied=base.tie_word_embeddings,
+            matrices=sum(math.prod(shape) for shape in block if len(shape) > 1),
+            vectors=sum(shape[0] for shape in block if len(shape) == 1),
+            sequence=config.batch.sequence_length,
+            width=4 if config.model.distributed.training_dtype == "fp32" else 2,
+            moments=4 if config.optimizer.moments_dtype == "bf16" else 8,
+            flash=t.use_flash_attention,
+            loss=base.cross_entropy_impl,
+            splits=base.cross_entropy_splits,
+            packed=not config.batch.cross_document_attention and config.data.format != "random",
+            batch_size=batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a process holds at one moment of a step."""
+
+    name: str
+    parts: Parts
+
+    @cached_property
+    def bytes(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+class Memory:
+    """Of one process, at one place of the pipeline."""
+
+    def __init__(self, shape: Shape, layout: Layout, device: str, place: int = 0):
+        """`device`: cuda or cpu, whose kernels keep different things; `place` in the pipeline."""
+        self.shape, self.layout, self.cpu, self.place = shape, layout, device == "cpu", place
+        self.T = layout.micro_batch_size * shape.sequence // layout.context
+        self.R = self.T // layout.tensor if layout.sequence_tensor else self.T
+        self.E, self.w = shape.hidden, shape.width
+        self.A = shape.heads * shape.head // layout.tensor
+        self.K = shape.groups * shape.head // layout.tensor
+        self.F = shape.ffn // layout.tensor
+        self.V = shape.vocabulary // layout.tensor
+        self.block = shape.matrices // layout.tensor + shape.vectors  # weights of a block
+        self.sharded = layout.processes > 1
+        self.mixed = shape.width != 4
+        per_rank = len(layout.stages) // layout.pipeline or 1
+        self.per_rank = per_rank
+        sizes = layout.stages or (shape.layers,)
+        own = self._own(len(sizes))
+        self.layers = sum(sizes[stage] for stage in own)
+        self.first, self.last = 0 in own, len(sizes) - 1 in own
+        head = self.V * self.E
+        both = self.first and self.last
+        self.outside = head * (self.first + self.last - (both and shape.tied)) + self.E * self.last
+        self.parameters = self.block * self.layers + self.outside
+
+    def _own(self, stages: int) -> list[int]:
+        if self.layout.schedule == "zbv_zero_bubble":
+            return [self.place, stages - 1 - self.place]
+        return list(range(self.place, stages, self.layout.pipeline))
+
+    # Activations.
+
+    def _attention(self) -> tuple[float, float]:
+        """What attention keeps for its backward pass: queries, keys and values; its results."""
+        shape, T, A, K, w = self.shape, self.T, self.A, self.K, self.w
+        sums = 4 * T * A // shape.head  # log Σ exp
+        if not shape.flash:
+            # Scores before and after softmax, of whole sequences.
+            return (A + 2 * K) * T * w, A * T * w + 2 * T * shape.sequence * (A // shape.head) * 4
+        if self.cpu:
+            wide = 4 if self.mixed and shape.sequence < _SHORT else w
+            grouped = shape.groups != shape.heads
+            copied = A if grouped else K
+            n = self.layout.context
+            if n > 1:  # a mask for each piece of the sequence but its first
+                keys = T * n * (1 + 0.5 / n)
+                return w * (A * T + 2 * copied * keys) + T * T * (2 * n + 1), A * T * w + sums
+            rounded = A * w if wide != w else 0
+            return T * ((A + 2 * copied) * wide + rounded), A * T * wide + sums
+        # Keys and values of the whole sequence up to the later of the two pieces that this process has.
+        keys = T * self.layout.context * (1 + 0.5 / self.layout.context) if self.layout.context > 1 else T
+        return A * T * w + 2 * K * keys * w, A * T * w + sums
+
+    def _kept(self, level: str) -> float:
+        """Of one block, its input included, between forward and backward."""
+        T, R, E, A, K, F, w = self.T, self.R, self.E, self.A, self.K, self.F, self.w
+        x = R * E * w
+        norm = T * E * w + 4 * R  # what the matrices see, and one number a token
+        inputs, results = self._attention()
+        if level == "block":
+            return x
+        if level == "selective":  # products, and attention's results
+            return 3 * x + (A + 2 * K + 2 * F) * T * w + results
+        front = x + norm + inputs + results + x  # and the residual stream between attention and MLP
+        inner = {
+            "none": norm + (3 if self.layout.compiled else 4) * F * T * w,
+            "activation": norm + 2 * F * T * w + x,  # the result of the last product, too
+            "activation_and_input": 2 * F * T * w + x,
+            "full": 0.0,
+        }[level]
+        return front + inner
+
+    @cached_property
+    def kept(self) -> float:
+        """Of one block with the layout's level of recomputation."""
+        return self._kept(self.layout.recompute)
+
+    @cached_property
+    def again(self) -> float:
+        """What the backward pass of one block makes again, and holds beside what was kept."""
+        level = self.layout.recompute
+        if level == "none":
+            return 0.0
+        T, E, F, w = self.T, self.E, self.F, self.w
+        if level == "activation":
+            return 2 * F * T * w
+        if level == "activation_and_input":
+            return 2 * F * T * w + T * E * w
+        if level == "selective":
+            x, (_, results) = self.R * E * w, self._attention()
+            values = 0 if self.cpu else self.K * T * w  # the product's result itself
+            return self._kept("none") - x - 2 * F * T * w - results - values
+        return self._kept("none") - self.kept
+
+    @cached_property
+    def passing(self) -> float:
+        """Gradients of activations at the widest place of a block's backward pass, the MLP, beside the incoming one."""
+        F, T, w = self.F, self.T, self.w
+        return max(2 * F * T * w, F * T * w + self.E * self.F * w)
+
+    # State.
+
+    def _gathered(self, blocks: int) -> float:
+        """Weights of so many blocks, and those outside of blocks, in the dtype that is computed in."""
+        return (self.block * blocks + self.outside) * self.w if self.sharded else 0.0
+
+    @property
+    def state(self) -> Parts:
+        """What is there all the time."""
+        count, shard = self.parameters, self.layout.shard
+        if not self.sharded:
+            masters = 4 * count if self.mixed else 0
+            gradients = 4 * count if self.mixed else 0
+            return {
+                "weights": self.w * count,
+                "masters": masters,
+                "moments": self.shape.moments * count,
+                "gradients": gradients,
+            }
+        return {"weights": 0.0, "masters": 4 * count / shard, "moments": self.shape.moments * count / shard}
+
+    def _alive(self) -> tuple[float, int]:
+        """Activations of how many blocks are kept at most, and in how many passes of a stage."""
+        layout = self.layout
+        if layout.pipeline == 1:
+            return self.layers, 1
+        passes = stages_in_flight(layout, self.place)
+        return self.layers / self.per_rank * passes, passes
+
+    def moments(self) -> Iterator[Moment]:
+        """Those at which a step can be at its peak."""
+        shape, layout, T, R, E, V, w = self.shape, self.layout, self.T, self.R, self.E, self.V, self.w
+        pipeline = layout.pipeline > 1
+        several = layout.micro_batches > 1
+        alive, passes = self._alive()
+        # Gradients come together over micro-batches, unsharded, if they are reduced at the last one only.
+        full = self.sharded and several and (layout.zero_stage == 1 or pipeline)
+        whole = layout.zero_stage < 3 or pipeline  # weights stay gathered
+        gathered = self._gathered(self.layers if whole else 1)
+        state = self.state
+        gradients = 4 * self.parameters
+        before = state.pop("gradients", 0.0)
+        if not before and several:
+            before = gradients if full or not self.sharded else gradients / layout.shard
+        width = 8 * shape.head * T  # cosines and sines
+        batches = 24 * T * (layout.micro_batches if self.cpu else layout.in_flight if pipeline else 1)
+        activations = alive * self.kept + width * passes
+        handed = 2 * self.per_rank * layout.in_flight * R * E * w if pipeline else 0.0
+        gather_out = self.block * w if self.sharded and layout.shard > 1 else 0.0
+        fixed = state | {"buffers": batches + handed}
+        final = R * E * w * 2 + 4 * R if self.last else 0.0  # the last norm: what it had and what it gave
+        synchronised = self.sharded and not (full and several)
+        # FSDP2 keeps the last reduction's input to the next: that of embedding and head, from one micro-batch into the next.
+        if synchronised and several:
+            fixed["communication"] = 4.0 * self.outside
+        held = 0.0
+        if self.last:
+            # Gradients of hidden states and head are made with the loss.
+            held = T * E * w + 4 * V * E if shape.loss != "torch" or layout.tensor > 1 else 0.0
+            logits, scratch = self._loss()
+            yield Moment(
+                "in the cross entropy",
+                fixed
+                | {
+                    "gradients": before,
+                    "gathered": gathered + (gather_out if whole and not several else 0.0),
+                    "activations": activations + final,
+                    "logits": logits + scratch + held,
+                },
+            )
+            yield Moment(
+                "in the cross entropy's backward pass",
+                fixed
+                | {
+                    "gradients": before,
+                    "gathered": gathered,
+                    "activations": activations + final,
+                    "logits": held + T * E * w + V * E * w + 4 * min(_ROWS, V) * E,
+                },
+            )
+        head_gradient = V * E * w if self.last and self.sharded else 0.0
+        if self.last and self.cpu:
+            yield Moment(
+                "in the last norm's backward pass",
+                fixed
+                | {
+                    "gradients": before,
+                    "gathered": gathered,
+                    "activations": activations + final,
+                    "logits": head_gradient,
+                    "passing": (4 * 3 + w) * R * E + R * E * w,
+                },
+            )
+        for behind in sorted({0, min(1, self.layers - 1), self.layers - 1}):
+            kept = activations - behind * self.kept
+            reduced = 0.0 if full else 4 * self.block * behind / layout.shard
+            if before:
+                reduced = 0.0
+            elif not self.sharded:
+                reduced = 4 * (self.block * behind + V * E * self.last)
+            # The block's own gradients, in the dtype that is computed in, and those of the one behind on their way.
+            own = self.block * w if self.sharded else 0.0
+            sent = 4 * self.block if (synchronised or full) and behind else 0.0
+            if whole:
+                there = gathered if several else self._gathered(self.layers - behind)
+            else:
+                there = self._gathered(1) + (gather_out if behind < self.layers - 1 else 0.0)
+            if behind:
+                fixed.pop("communication", None)
+            common = fixed | {
+                "gradients": before + reduced,
+                "gathered": there,
+                "logits": head_gradient,
+            }
+            name = f"in the backward pass of block {self.layers - behind} of {self.layers}"
+            yield Moment(
+                name,
+                common
+                | {
+                    "activations": kept,
+                    "recomputed": self.again,
+                    "passing": self.passing + R * E * w,
+                    "communication": sent or fixed.get("communication", 0.0),
+                },
+            )
+            if self.sharded:
+                yield Moment(
+                    f"reducing block {self.layers - behind} of {self.layers}",
+                    common
+                    | {
+                        "activations": kept - self.kept,
+                        "passing": R * E * w + own,
+                        "communication": 4 * self.block * (1 + (0 if before else 1 / layout.shard)),
+                    },
+                )
+        if self.sharded:
+            yield Moment(
+                "reducing embedding and head",
+                fixed
+                | {
+                    "gradients": before + (0.0 if before else 4 * self.block * self.layers / layout.shard),
+                    "gathered": self._gathered(self.layers if whole and several else 0),
+                    "communication": self.outside * (w + 4 + (0 if before else 4 / layout.shard)),
+                },
+            )
+        fixed.pop("communication", None)
+        temporary = 0.0
+        if shape.moments == 4:
+            # The fp32 copies of one weight's moments.
+            largest = max(V * E if self.first or self.last else 0, E * self.F)
+            temporary = 8 * largest / (layout.shard if self.sharded else 1)
+        yield Moment(
+            "in the optimizer",
+            fixed
+            | {
+                "gradients": 4 * self.parameters / (layout.shard if self.sharded else 1),
+                "gathered": gathered if whole and several else 0.0,
+                "passing": temporary,
+            },
+        )
+
+    def _loss(self) -> tuple[float, float]:
+        """Bytes of logits, and of what is made of them."""
+        shape, T, V = self.shape, self.T, self.V
+        device = "cpu" if self.cpu else "cuda"
+        if shape.loss == "torch" and self.layout.tensor == 1:
+            return 12.0 * T * V, 0.0  # fp32: probabilities, and gradients before and after the softmax
+        length = stretch(device, T, V, shape.splits)
+        scratch = 0.0
+        if self.cpu or shape.loss == "fused":
+            scratch = 4 * V * min(max(1, _PIECE[device] // V), length)
+        if self.cpu and self.mixed:
+            scratch += (4 + self.w) * min(_ROWS, V) * self.E
+        return length * V * self.w, scratch
+
+    def peak(self) -> Moment:
+        """The worst moment."""
+        return max(self.moments(), key=lambda moment: moment.bytes)
+
+
+def stretch(device: str, tokens: int, vocabulary: int, splits: int | None) -> int:
+    """How many tokens have logits at once, as model/loss.py has it."""
+    halves = -(-tokens // (splits or 2))
+    if splits is None:
+        halves = min(halves, STRETCH[device] // vocabulary)
+    return max(1, halves)
+
+
+def stages_in_flight(layout: Layout, place: int) -> int:
+    """Forward passes of stages that a process holds at most, under a pipeline schedule."""
+    each, many, depth = len(layout.stages) // layout.pipeline, layout.in_flight, layout.pipeline
+    if layout.schedule in ("gpipe", "looped_bfs"):
+        return each * many
+    if layout.schedule == "1f1b":
+        return min(many, depth - place)
+    if layout.schedule == "zbv_zero_bubble":
+        return min(2 * many, 2 * depth)
+    # Interleaved: all but its last round of stages, and twice its distance from the end (Narayanan et al. 2021).
+    return min(each * many, (each - 1) * depth + 2 * (depth - place - 1) + 1)

@@ -1,0 +1,230 @@
+"""What is forecast of a layout is what is measured; the laws of the model of time; the command."""
+
+import os
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fast_llm import cli
+from fast_llm.config.section import read, validate
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.demo import RECIPE
+from fast_llm.training.footprint import Layout, Memory, Shape
+from fast_llm.training.forecast import DEVICES, best, forecast
+from fast_llm.training.trainer import Trainer
+from tests.helpers import spawn
+from tests.training.runs import run
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = [
+    "model.base_model.vocab_size=4096",
+    "model.base_model.tie_word_embeddings=no",
+    "model.base_model.transformer.num_layers=4",
+    "model.base_model.transformer.hidden_size=128",
+    "model.base_model.transformer.num_attention_heads=4",
+    "model.base_model.transformer.head_groups=2",
+    "model.base_model.transformer.ffn_hidden_size=384",
+    "data.format=random",
+    "batch.sequence_length=512",
+    "batch.batch_size=4",
+    "batch.micro_batch_size=1",
+    "batch.cross_document_attention=yes",
+    "training.train_iters=2",
+    "training.num_workers=0",
+    "training.logs.interval=10",
+    "run.experiment_dir=null",
+]
+LLAMA = [
+    "model.base_model.vocab_size=128256",
+    "model.base_model.tie_word_embeddings=no",
+    "model.base_model.transformer.num_layers=32",
+    "model.base_model.transformer.hidden_size=4096",
+    "model.base_model.transformer.num_attention_heads=32",
+    "model.base_model.transformer.head_groups=8",
+    "model.base_model.transformer.ffn_hidden_size=14336",
+    "batch.sequence_length=4096",
+    "batch.micro_batch_size=2",
+    "batch.batch_size=256",
+    "data.format=random",
+    "training.train_iters=10",
+    "model.distributed.training_dtype=bf16",
+    "model.multi_stage.zero_stage=2",
+]
+FP32, BF16 = "model.distributed.training_dtype=fp32", "model.distributed.training_dtype=bf16"
+LEVEL = "model.base_model.transformer.mlp_recompute_level"
+
+
+def config(settings: list[str]) -> TrainConfig:
+    return validate(TrainConfig, read(None, settings), REFUSED, RENAMED)
+
+
+class Meter(TorchDispatchMode):
+    """The most bytes that tensors had at any operation. (PyTorch's profiler does not see what gloo's threads free.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = [x.to_local() if isinstance(x, DTensor) else x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        before = len(self.storages)
+        self.storages.update(x.untyped_storage() for x in found if x.device.type == "cpu")
+        if len(self.storages) > before:
+            # Storages shrink, too: FSDP2 frees gathered weights in place.
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
+        return out
+
+
+def measured(settings: list[str]) -> int:
+    """The peak of the second step."""
+    meter, before = Meter(), Trainer.check_finite
+
+    def first_is_over(trainer: Trainer, step: int) -> None:
+        before(trainer, step)
+        if step == 1:
+            meter.peak = 0
+
+    Trainer.check_finite = first_is_over  # type: ignore[method-assign]
+    with meter:
+        assert run(settings) == 0
+    return meter.peak
+
+
+ALONE = [
+    *([dtype, f"{LEVEL}={level}"] for dtype, level in ((FP32, "none"), (BF16, "none"), (BF16, "selective"))),
+    *([BF16, f"{LEVEL}={level}"] for level in ("activation", "activation_and_input", "full", "block")),
+    [BF16, "model.base_model.cross_entropy_impl=torch"],
+    [BF16, "optimizer.moments_dtype=bf16"],
+]
+
+
+def peaks(settings: list[str], processes: int) -> list[float]:
+    wanted = config(MODEL + settings)
+    layout, shape = Layout.of(wanted, processes), Shape.of(wanted, wanted.batch.batch_size or 0)
+    return [Memory(shape, layout, "cpu", place).peak().bytes for place in range(layout.pipeline)]
+
+
+def all_alone() -> list[int]:
+    return [measured(MODEL + settings) for settings in ALONE]
+
+
+def test_memory_of_one_process() -> None:
+    """Every tensor is known: what is left are scalars."""
+    (found,) = spawn(1, all_alone)
+    for settings, peak in zip(ALONE, found, strict=True):
+        assert peaks(settings, 1)[0] == pytest.approx(peak, rel=0.002), settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        *(([BF16, f"model.multi_stage.zero_stage={stage}"], 0.02) for stage in (1, 2, 3)),
+        ([FP32, "model.multi_stage.zero_stage=2", "batch.batch_size=2"], 0.02),
+        ([BF16, "model.distributed.tensor_parallel=2"], 0.05),
+        ([FP32, "model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"], 0.05),
+        ([FP32, "model.distributed.sequence_data_parallel=2"], 0.05),
+        ([FP32, "model.distributed.pipeline_parallel=2"], 0.05),
+    ],
+    ids=str,
+)
+def test_memory_of_two_processes(settings: list[str], bound: float) -> None:
+    expected = peaks(settings, 2)
+    for rank, found in enumerate(spawn(2, measured, MODEL + settings)):
+        assert expected[rank % len(expected)] == pytest.approx(found, rel=bound), rank
+
+
+def rate(*settings: str, processes: int = 8, device: str = "h100") -> float:
+    return forecast(config([*LLAMA, *settings]), processes, DEVICES[device]).rate
+
+
+def test_time() -> None:
+    """No number is right by itself; these have to stand in the right order."""
+    assert rate(device="a100") < rate(device="h100") < rate(device="h200") < rate(device="b200")
+    assert rate("model.multi_stage.compile_all=yes") > rate()
+    levels = [rate(f"{LEVEL}={level}") for level in ("none", "activation", "selective", "full", "block")]
+    assert levels == sorted(levels, reverse=True) and levels[0] < 1.35 * levels[-1]
+    assert rate("model.multi_stage.zero_stage=1") >= rate() >= rate("model.multi_stage.zero_stage=3")
+    assert rate("model.distributed.tensor_parallel=4") > rate("model.distributed.tensor_parallel=8")
+    assert rate(processes=16) > rate("model.multi_stage.zero_stage=3", processes=128)
+    pipeline = "model.distributed.pipeline_parallel=4"
+    few, many = (rate(pipeline, f"batch.batch_size={size}", processes=8) for size in (32, 256))
+    assert few < many  # a filling that is longer is idle less
+    interleaved = [pipeline, "model.multi_stage.layers_per_stage=4", "batch.batch_size=32"]
+    assert few < rate(*interleaved, processes=8)
+    zero_bubble = "model.multi_stage.pipeline_schedule=interleaved_zero_bubble"
+    assert rate(*interleaved, processes=8) < rate(*interleaved, zero_bubble, processes=8)
+    parts = forecast(config(LLAMA), 8, DEVICES["h100"]).parts
+    assert max(parts, key=lambda part: parts[part]) == "matrix products"
+
+
+def test_measured_on_an_h200() -> None:
+    """docs/performance.md: eight blocks of Llama-3.1-8B on one H200, and their memory before the head's gradients were freed."""
+    blocks = ["model.base_model.transformer.num_layers=8", "batch.batch_size=8", "batch.cross_document_attention=yes"]
+    for level, tokens in (("none", 35_703), ("selective", 34_655), ("block", 30_286)):
+        assert rate(*blocks, f"{LEVEL}={level}", processes=1, device="h200") == pytest.approx(tokens, rel=0.07)
+
+
+def test_the_tables_of_the_guide() -> None:
+    """They are what the benchmark prints."""
+    said = subprocess.run(
+        [sys.executable, "benchmarks/forecast.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    ).stdout
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    guide = (ROOT / "docs" / "planning.md").read_text()
+    assert len(rows) > 20 and all(row in guide for row in rows)
+
+
+def test_the_best_fit_and_keep_the_laws() -> None:
+    for processes in (1, 8, 48, 1024):
+        for choice, one in best(config(LLAMA), processes, DEVICES["h100"]):
+            settings = [f"{path}={'null' if value is None else value}" for path, value in choice.items()]
+            again = forecast(config([*LLAMA, *settings]), processes, DEVICES["h100"])
+            assert again.fits and again.rate == one.rate
+    assert not best(config(LLAMA), 1, DEVICES["h100"])  # 18 bytes a weight
+    fastest = best(config(LLAMA), 8, DEVICES["h100"])[0][1]
+    assert fastest.rate >= rate(f"{LEVEL}=activation")
+
+
+def test_plan_needs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "fast-llm-tutorial" / "pretrained-model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(
+        """{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5, "tie_word_embeddings": false, "hidden_act": "silu", "max_position_embeddings": 131072}"""
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "16", "--device", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert "16 × H200" in said and ": fits" in said and "tokens/s a GPU" in said
+    assert re.search(r"^ 1024  .*tensor", said, flags=re.M)
+    assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said and "None: " in said
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *LLAMA, "--gpus", "6", "model.distributed.tensor_parallel=4"]) == 2
+    assert "tensor_parallel" in capsys.readouterr().err
+    assert cli.main(["plan", *LLAMA, "batch.batch_size=null"]) == 2
+    assert "batch.batch_size: missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *LLAMA, "--gpus", "0"])
+    assert "given 0, must be an integer above 0" in capsys.readouterr().err
