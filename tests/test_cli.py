@@ -51,7 +51,7 @@ def start(*arguments: str, code: str = PROBE, **environment: str) -> tuple[int, 
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "train", "prepare", "convert", "verify", "why", "demo"])
+@pytest.mark.parametrize("command", ["", "train", "plan", "prepare", "convert", "verify", "why", "demo"])
 def test_help_comes_at_once_and_without_torch(command: str) -> None:
     best = float("inf")
     for _ in range(4):  # other processes may be busy
@@ -67,7 +67,13 @@ def test_help_comes_at_once_and_without_torch(command: str) -> None:
         assert "examples:" in out or command in ("verify", "why", "demo")
         assert "section.setting=value" in out or command in ("verify", "why", "demo")
     else:
-        assert all(f"  {name} " in out for name in ("train", "prepare", "convert", "verify", "why", "demo"))
+        assert all(f"  {name} " in out for name in ("train", "plan", "prepare", "convert", "verify", "why", "demo"))
+
+
+def test_plan_without_torch() -> None:
+    code, out, err = start("plan", *SMALL, "batch.batch_size=8", "--gpus", "2")
+    assert (code, err) == (0, "loaded:\n")
+    assert "As configured" in out
 
 
 def test_help_loads_next_to_nothing() -> None:
