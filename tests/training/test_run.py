@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +299,26 @@ def test_no_experiment_dir_writes_nothing(tokens: Path, monkeypatch: pytest.Monk
 def test_the_callbacks_environment_holds_no_secrets(tokens: Path) -> None:
     text = problems(settings(tokens, "training.checkpoint.callback.environment.HF_TOKEN=x"))
     assert "HF_TOKEN" in text and "secret" in text
+
+
+def run_compiled(arguments: list[str]) -> tuple[int, bool]:
+    from torch._dynamo.utils import counters
+
+    return run(arguments), counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler on the CPU")
+def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    small = [
+        "batch.micro_batch_size=1",
+        "batch.cross_document_attention=yes",
+        "model.base_model.transformer.num_layers=1",
+    ]
+    common = settings(tmp_path, "training.train_iters=3", *small)
+    assert spawn(1, run, [*common, f"run.experiment_dir={tmp_path}/plain"]) == [0]
+    compiled = [*common, "model.multi_stage.compile_all=yes", f"run.experiment_dir={tmp_path}/compiled"]
+    cut = ["model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"]
+    assert spawn(2, run_compiled, [*compiled, *cut]) == [(0, True)] * 2
+    # fp32 sums in another order, and Adam's first steps, which follow a gradient's sign.
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
