@@ -354,9 +354,13 @@ class OptimizerConfig(Section):
     learning_rate: LearningRateConfig = LearningRateConfig()
     gradient_scaler: GradientScalerConfig = GradientScalerConfig()
     moments_dtype: Annotated[
-        Literal["fp32", "bf16"], _NO_FP64, BeforeValidator(_dtype), Words("fp32 or bf16 (float32, bfloat16)")
-    ] = "fp32"
-    """The dtype of both moments. bf16 saves 4 bytes a weight."""
+        Literal["auto", "fp32", "bf16"],
+        _NO_FP64,
+        BeforeValidator(_dtype),
+        Words("auto, fp32 or bf16 (float32, bfloat16)"),
+    ] = "auto"
+    """The dtype of both moments. bf16 saves 4 bytes a weight. auto is fp32, but bf16 on a GPU whose memory would not do; a run
+    that goes on keeps what it began with."""
     max_nonfinite_steps: Positive = 5
     """Steps in a row with infinite or NaN gradients after which training stops. Such steps never touch the weights."""
 

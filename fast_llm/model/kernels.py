@@ -7,6 +7,8 @@ Triton's interpreter (TRITON_INTERPRET=1), for tests.
 import torch
 from torch import Tensor
 
+from fast_llm.model.rounding import GOLDEN, MIX
+
 try:
     import triton
     import triton.language as tl
@@ -64,6 +66,68 @@ if AVAILABLE:
                 slope = scale * (tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(logits + begin + offsets, slope.to(logits.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def _adamw(  # type: ignore[no-untyped-def]
+        weight,
+        low,
+        gradient,
+        exp_avg,
+        exp_avg_sq,
+        count,
+        rate,
+        keep,
+        beta_1,
+        beta_2,
+        epsilon,
+        root,
+        factor,
+        seed,
+        halves: tl.constexpr,
+        short: tl.constexpr,
+        GOLDEN: tl.constexpr,
+        MIX_1: tl.constexpr,
+        MIX_2: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One pass: every number is read once and written once, and computed with in fp32."""
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < count
+        g = tl.load(gradient + place, mask=inside).to(tl.float32) * factor
+        if halves:
+            bits = tl.load(weight + place, mask=inside).to(tl.int32) << 16
+            w = (bits + tl.load(low + place, mask=inside).to(tl.int32)).to(tl.float32, bitcast=True)
+        else:
+            w = tl.load(weight + place, mask=inside)
+        if short:
+            m = (tl.load(exp_avg + place, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            v = (tl.load(exp_avg_sq + place, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            m = tl.load(exp_avg + place, mask=inside)
+            v = tl.load(exp_avg_sq + place, mask=inside)
+        m += (1 - beta_1) * (g - m)
+        v = beta_2 * v + (1 - beta_2) * g * g
+        w = w * keep - rate * m / (tl.sqrt(v) * root + epsilon)
+        if halves:
+            bits = w.to(tl.int32, bitcast=True)
+            high = (bits + 0x8000) >> 16
+            tl.store(weight + place, high.to(tl.int16), mask=inside)
+            tl.store(low + place, (bits - (high << 16)).to(tl.int16), mask=inside)
+        else:
+            tl.store(weight + place, w, mask=inside)
+        if short:
+            # To the nearest, halves to even; and by chance.
+            bits = m.to(tl.int32, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            tl.store(exp_avg + place, nearest.to(tl.int16), mask=inside)
+            x = place.to(tl.uint32) * GOLDEN + seed
+            x = (x ^ (x >> 16)) * MIX_1
+            x = (x ^ (x >> 15)) * MIX_2
+            chance = ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)
+            tl.store(exp_avg_sq + place, ((v.to(tl.int32, bitcast=True) + chance) >> 16).to(tl.int16), mask=inside)
+        else:
+            tl.store(exp_avg + place, m, mask=inside)
+            tl.store(exp_avg_sq + place, v, mask=inside)
+
 
 def softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
@@ -84,3 +148,36 @@ def softmax_cross_entropy_(
         BLOCK=block, num_warps=8,
     )  # fmt: skip
     return log_sums, chosen
+
+
+def adamw_(
+    weight: Tensor,
+    low: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    factor: float,
+    seed: int,
+) -> None:
+    """AdamW's `step`-th update with `factor` times a gradient (optim/optimizer.py has the formula), in one pass over memory.
+
+    The weight is fp32, or in the halves of model/rounding.py; moments are fp32 or bf16, that of squares rounded by chance. All are
+    contiguous.
+    """
+
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+    block = 1024
+    _adamw[(triton.cdiv(weight.numel(), block),)](
+        whole(weight), weight if low is None else low, gradient, whole(exp_avg), whole(exp_avg_sq), weight.numel(),
+        learning_rate / (1 - betas[0] ** step), 1 - learning_rate * weight_decay, betas[0], betas[1], epsilon,
+        (1 - betas[1] ** step) ** -0.5, factor, seed,
+        low is not None, exp_avg.dtype == torch.bfloat16, GOLDEN, *MIX, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -8,10 +8,11 @@ gradient and both moments, which also applies clipping and the loss scale.
     w -= lr · ( (m / (1-β1^t)) / (sqrt(v / (1-β2^t)) + ε) + λ w )       (Loshchilov & Hutter 2019)
 
 λ is `weight_decay` for matrices, embeddings and the output head included; 0 for norms and biases.
-Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones.
+Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones, of which that of squares is rounded by chance (model/rounding.py).
 """
 
 import math
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fast_llm.config.train import OptimizerConfig
+from fast_llm.model import kernels
+from fast_llm.model.rounding import join, round_by_chance_, split_
 
 
 def squared_norm(gradients: Mapping[str, Tensor], holders: Mapping[str, int]) -> Tensor:
@@ -42,15 +45,24 @@ def clip_factor(norm: float, limit: float | None) -> float:
 
 
 class Optimizer:
-    """AdamW's moments for a set of named fp32 weights, and the update."""
+    """AdamW's moments for a set of named weights, and the update."""
 
-    def __init__(self, weights: Mapping[str, Tensor], config: OptimizerConfig):
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: OptimizerConfig,
+        low: Mapping[str, Tensor] | None = None,
+        kernel: bool = False,
+    ):
         """`weights` are updated in place; those with two or more dimensions decay.
 
-        The number of dimensions is that of the whole weight, which a shard along the first one keeps.
+        The number of dimensions is that of the whole weight, which a shard along the first one keeps. They are fp32, or bf16
+        with what is missing in `low` (model/rounding.py). `kernel`: use ours, which needs Triton.
         """
         self.config = config
         self.weights = dict(weights)
+        self.low = dict(low or {})
+        self.kernel = kernel
         self.updates = 0
         dtype = torch.bfloat16 if config.moments_dtype == "bf16" else torch.float32
         self.exp_avg = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
@@ -68,20 +80,56 @@ class Optimizer:
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, factor: float) -> None:
         """One update with `factor` times the gradients (fp32, shaped as the weights)."""
         self.updates += 1
+        plain = self.config.moments_dtype != "bf16" and not self.low
         for decay, names in self.groups.items():
-            if self.config.moments_dtype == "fp32":
-                self._update(names, gradients, self.exp_avg, self.exp_avg_sq, learning_rate, decay, factor)
+            if plain:
+                self._update(
+                    names, self.weights, gradients, self.exp_avg, self.exp_avg_sq, learning_rate, decay, factor
+                )
                 continue
-            for name in names:  # one weight at a time: the fp32 copies of its moments are short-lived
-                first = {name: self.exp_avg[name].float()}
-                second = {name: self.exp_avg_sq[name].float()}
-                self._update([name], gradients, first, second, learning_rate, decay, factor)
-                self.exp_avg[name].copy_(first[name])
-                self.exp_avg_sq[name].copy_(second[name])
+            for name in names:  # one weight at a time: its fp32 copies are short-lived
+                # Another chance for each step and each weight.
+                seed = zlib.crc32(f"{self.updates} {name}".encode())
+                if self.kernel:
+                    self._fused(name, gradients[name], learning_rate, decay, factor, seed)
+                else:
+                    self._by_copies(name, gradients, learning_rate, decay, factor, seed)
+
+    def _fused(self, name: str, gradient: Tensor, learning_rate: float, decay: float, factor: float, seed: int) -> None:
+        kernels.adamw_(
+            self.weights[name],
+            self.low.get(name),
+            gradient,
+            self.exp_avg[name],
+            self.exp_avg_sq[name],
+            step=self.updates,
+            learning_rate=learning_rate * self.config.default_learning_rate_scale,
+            weight_decay=decay,
+            betas=(self.config.beta_1, self.config.beta_2),
+            epsilon=self.config.epsilon,
+            factor=factor,
+            seed=seed,
+        )
+
+    def _by_copies(
+        self, name: str, gradients: Mapping[str, Tensor], learning_rate: float, decay: float, factor: float, seed: int
+    ) -> None:
+        weight, low = self.weights[name], self.low.get(name)
+        whole = weight if low is None else join(weight, low)
+        first, second = self.exp_avg[name].float(), self.exp_avg_sq[name].float()
+        self._update([name], {name: whole}, gradients, {name: first}, {name: second}, learning_rate, decay, factor)
+        if low is not None:
+            split_(whole, weight, low)
+        self.exp_avg[name].copy_(first)
+        if self.exp_avg_sq[name].dtype == torch.bfloat16:
+            round_by_chance_(second, self.exp_avg_sq[name], seed)
+        else:
+            self.exp_avg_sq[name].copy_(second)
 
     def _update(
         self,
         names: list[str],
+        weights: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         exp_avg: Mapping[str, Tensor],
         exp_avg_sq: Mapping[str, Tensor],
@@ -91,9 +139,9 @@ class Optimizer:
     ) -> None:
         if not names:
             return
-        device = self.weights[names[0]].device
+        device = weights[names[0]].device
         adamw(
-            [self.weights[name] for name in names],
+            [weights[name] for name in names],
             [gradients[name] for name in names],
             [exp_avg[name] for name in names],
             [exp_avg_sq[name] for name in names],

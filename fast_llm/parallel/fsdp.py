@@ -14,7 +14,8 @@ groups are summed once a step (hybrid sharding, Zhao et al. 2023), so that betwe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -37,6 +38,7 @@ class ShardedWeights:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # rotary angles stay fp32
         )
+        self.low: dict[str, Tensor] = {}  # shards are small and have no bf16 weight beside them: fp32 as a whole
         self.models: list[FSDPModule] = []
         self.zero_stage = zero_stage
         # Taken now: while weights are gathered the module shows these instead of the shards.
@@ -55,8 +57,13 @@ class ShardedWeights:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What checkpoints and exports hold, by name: DTensors."""
+        """The fp32 weights, by name: DTensors."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @contextmanager
+    def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
+        """What checkpoints and exports hold, by name: fp32 DTensors, which may be written into."""
+        yield self.tensors
 
     def local(self) -> dict[str, Tensor]:
         """The part of each fp32 weight that this process updates: its shard, which may be empty."""

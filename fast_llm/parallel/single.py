@@ -5,35 +5,63 @@ weight's gradient it is added to the fp32 one and freed, so that low-precision g
 rounding never accumulates over micro-batches. After the update the masters are rounded into the model.
 In fp32 the model's weights are themselves the masters.
 
-Cost per weight: 2 (model) + 4 (master) + 4 (gradient) bytes, and the optimizer's moments; 8 in fp32.
+On a GPU in bf16 the master is the model's weight and the 16 bits that it lacks (model/rounding.py): the same numbers in two bytes
+less. On a CPU, where memory is not what is short, that would be a pass more.
+
+Cost per weight: 2 (model) + 4 or 2 (master) + 4 (gradient) bytes, and the optimizer's moments; 8 in fp32.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from fast_llm.model.rounding import join, split_
 
 
 class SingleWeights:
     """The weights of a model on one device."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device):
-        """`model` may be on the meta device; its weights are allocated here, with undefined values."""
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, halves: bool = False):
+        """`model` may be on the meta device; its weights are allocated here, with undefined values. `halves`: keep masters of
+        bf16 weights in halves."""
         model.to(dtype).to_empty(device=device)
         self.working = dict(model.named_parameters())
         self.mixed = dtype != torch.float32
-        # What checkpoints and exports hold, by name.
-        self.tensors: dict[str, Tensor] = {
-            name: torch.empty_like(p, dtype=torch.float32) if self.mixed else p.detach()
-            for name, p in self.working.items()
-        }
+        self.low: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        if dtype == torch.bfloat16 and halves:
+            self.low = {name: torch.zeros_like(p, dtype=torch.int16) for name, p in self.working.items()}
+        else:
+            self.tensors = {
+                name: torch.empty_like(p, dtype=torch.float32) if self.mixed else p.detach()
+                for name, p in self.working.items()
+            }
         self.gradients: dict[str, Tensor] = {}
         self._fresh = dict.fromkeys(self.working, True)
         if self.mixed:
             for name, parameter in self.working.items():
                 parameter.register_post_accumulate_grad_hook(self._accumulate(name))
 
+    @contextmanager
+    def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
+        """What checkpoints and exports hold, by name: fp32 weights. `changed`: what is written into them is taken over.
+
+        Those in halves are put together in the host's memory: 4 bytes a weight there, none on the device.
+        """
+        if not self.low:
+            yield self.tensors
+            return
+        whole = {name: join(p.detach(), self.low[name]).cpu() for name, p in self.working.items()}
+        yield whole
+        if changed:
+            for name, parameter in self.working.items():
+                split_(whole.pop(name).to(parameter.device), parameter.detach(), self.low[name])
+
     def local(self) -> dict[str, Tensor]:
-        """The part of each fp32 weight that this process updates: all of it."""
-        return self.tensors
+        """The part of each weight that this process updates: all of it."""
+        return {name: p.detach() for name, p in self.working.items()} if self.low else self.tensors
 
     def local_gradients(self) -> dict[str, Tensor]:
         """The gradient of each of `local`, in fp32, summed over the step's micro-batches."""
@@ -43,7 +71,7 @@ class SingleWeights:
 
     def holders(self) -> dict[str, int]:
         """How many processes hold the same part of each of `local`: one."""
-        return dict.fromkeys(self.tensors, 1)
+        return dict.fromkeys(self.working, 1)
 
     def before_micro_batch(self, first: bool, last: bool) -> None:
         """Get ready for a forward and a backward pass."""
@@ -56,7 +84,7 @@ class SingleWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Let the model compute with the present masters."""
-        if self.mixed:
+        if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]

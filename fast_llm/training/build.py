@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TextIO
 
 import torch
@@ -16,6 +17,7 @@ from fast_llm.config.batch import BatchPlan
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
+from fast_llm.model import kernels
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
@@ -27,6 +29,7 @@ from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
+from fast_llm.training.footprint import choose_moments
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.plan import Plan, describe, prepare_folder
@@ -94,6 +97,7 @@ def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
 
 
 def _train(plan: Plan, mesh: Mesh, started: float) -> int:
+    plan = settle_moments(plan, mesh)
     config = plan.config
     number = mesh.share(next_run_number(plan.folder))
     if mesh.rank == 0:
@@ -115,7 +119,7 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         logger.info("What this run does:\n" + describe(plan))
         models, weights = build_model(config, mesh)
         pipeline = build_pipeline(config, plan.batch, models, mesh)
-        optimizer = Optimizer(weights.local(), config.optimizer)
+        optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))
         loss_scale = LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype)
         step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark)
         trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
@@ -138,6 +142,21 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         run.close()
     mesh.close()
     return code
+
+
+def settle_moments(plan: Plan, mesh: Mesh) -> Plan:
+    """The plan with `optimizer.moments_dtype: auto` decided, on all processes alike."""
+    if plan.config.optimizer.moments_dtype != "auto":
+        return plan
+    chosen = "fp32"
+    if plan.checkpoint is not None:
+        before = checkpoints.read_manifest(plan.checkpoint).info["settings"]["optimizer"]
+        chosen = before.get("moments_dtype", "fp32")
+    elif mesh.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(mesh.device).total_memory
+        chosen = choose_moments(plan.config, mesh.size, plan.batch.batch_size, memory)
+    optimizer = plan.config.optimizer.model_copy(update={"moments_dtype": mesh.share(chosen)})
+    return replace(plan, config=plan.config.model_copy(update={"optimizer": optimizer}))
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWeights | ShardedWeights]:
@@ -169,8 +188,12 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWei
                 block.compile()
         models.append(model)
     if mesh.weights is None:
-        return models, SingleWeights(models[0], dtype, mesh.device)
+        return models, SingleWeights(models[0], dtype, mesh.device, halves=_has_kernels(config, mesh))
     return models, ShardedWeights(models, mesh.weights, settings.multi_stage.zero_stage or 1, dtype)
+
+
+def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
+    return mesh.device.type == "cuda" and config.run.enable_triton_kernels and kernels.AVAILABLE
 
 
 def build_pipeline(config: TrainConfig, batch: BatchPlan, models: list[Llama], mesh: Mesh) -> Pipeline | None:

@@ -23,6 +23,9 @@ _ROWS = 1024  # model/loss.py: rows of the head's gradient at a time
 STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = {"cuda": 2**26, "cpu": 2**22}  # model/loss.py: logits in fp32
 
+RESERVED = 2 * 2**30  # bytes of a GPU that are not PyTorch's: CUDA, cuBLAS, NCCL
+FRAGMENTS = 0.03  # of PyTorch's memory, between tensors
+
 Parts = dict[str, float]  # part → bytes
 
 
@@ -105,10 +108,12 @@ class Shape:
     sequence: int
     width: int  # bytes of the dtype that is computed in
     moments: int  # bytes of both moments of a weight
+    moments_auto: bool  # they may be 4 where 8 do not fit
     flash: bool
     loss: str
     splits: int | None
     packed: bool  # documents of a sequence are kept apart
+    halves: bool  # one GPU keeps of a weight's master what its bf16 weight lacks
     batch_size: int
 
     @staticmethod
@@ -131,9 +136,11 @@ class Shape:
             sequence=config.batch.sequence_length,
             width=4 if config.model.distributed.training_dtype == "fp32" else 2,
             moments=4 if config.optimizer.moments_dtype == "bf16" else 8,
+            moments_auto=config.optimizer.moments_dtype == "auto",
             flash=t.use_flash_attention,
             loss=base.cross_entropy_impl,
             splits=base.cross_entropy_splits,
+            halves=config.model.distributed.training_dtype == "bf16" and config.run.enable_triton_kernels,
             packed=not config.batch.cross_document_attention and config.data.format != "random",
             batch_size=batch_size,
         )
@@ -265,7 +272,7 @@ class Memory:
         """What is there all the time."""
         count, shard = self.parameters, self.layout.shard
         if not self.sharded:
-            masters = 4 * count if self.mixed else 0
+            masters = (2 if self.shape.halves and not self.cpu else 4) * count if self.mixed else 0
             gradients = 4 * count if self.mixed else 0
             return {
                 "weights": self.w * count,
@@ -401,7 +408,7 @@ class Memory:
             )
         fixed.pop("communication", None)
         temporary = 0.0
-        if shape.moments == 4:
+        if shape.moments == 4 and (self.cpu or not shape.halves):
             # The fp32 copies of one weight's moments.
             largest = max(V * E if self.first or self.last else 0, E * self.F)
             temporary = 8 * largest / (layout.shard if self.sharded else 1)
@@ -432,6 +439,23 @@ class Memory:
     def peak(self) -> Moment:
         """The worst moment."""
         return max(self.moments(), key=lambda moment: moment.bytes)
+
+
+def peak(shape: Shape, layout: Layout, device: str) -> Moment:
+    """The worst moment of the process that needs most."""
+    moments = [Memory(shape, layout, device, place).peak() for place in range(layout.pipeline)]
+    return max(moments, key=lambda moment: moment.bytes)
+
+
+def on_gpu(moment: Moment) -> float:
+    """Bytes of a GPU that are needed for it."""
+    return moment.bytes * (1 + FRAGMENTS) + RESERVED
+
+
+def choose_moments(config: TrainConfig, processes: int, batch_size: int, memory: float) -> str:
+    """What `moments_dtype: auto` is on GPUs of so many bytes."""
+    shape, layout = Shape.of(config, batch_size), Layout.of(config, processes)
+    return "fp32" if on_gpu(peak(shape, layout, "cuda")) <= memory else "bf16"
 
 
 def stretch(device: str, tokens: int, vocabulary: int, splits: int | None) -> int:

@@ -18,7 +18,7 @@ from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.cost import cost
-from fast_llm.training.footprint import Layout, Memory, Moment, Shape
+from fast_llm.training.footprint import Layout, Memory, Moment, Shape, on_gpu, peak
 from fast_llm.training.plan import readable_bytes, with_shape
 
 NODE = 8  # devices of a node
@@ -75,8 +75,6 @@ DEVICES = {
         _scaled("b200", 178.4, 1745e12, 8e12, 900e9, 50e9, single=75e12, peak=2250e12),
     )
 }
-RESERVED = 2 * 2**30  # bytes of a GPU that are not PyTorch's: CUDA, cuBLAS, NCCL
-FRAGMENTS = 0.03  # of PyTorch's memory, between tensors
 _HOP, _NODE_HOP = 3.4e-6, 14e-6  # seconds from neighbour to neighbour in a ring (NCCL's own tables, tuning.cc)
 
 
@@ -94,7 +92,7 @@ class Forecast:
     @property
     def memory(self) -> float:
         """Bytes of a device that are needed."""
-        return self.peak.bytes * (1 + FRAGMENTS) + RESERVED
+        return on_gpu(self.peak)
 
     @property
     def fits(self) -> bool:
@@ -137,10 +135,12 @@ def forecast(config: TrainConfig, processes: int, device: Device) -> Forecast:
 
 def of_layout(shape: Shape, layout: Layout, device: Device, model_flops: float) -> Forecast:
     """The process of a pipeline with the most work gives the time, the one with the most memory the peak."""
-    memories = [Memory(shape, layout, "cuda", place) for place in range(layout.pipeline)]
-    peak = max((memory.peak() for memory in memories), key=lambda moment: moment.bytes)
-    steps = [Step(memory, device).parts() for memory in memories]
-    return Forecast(shape, layout, device, model_flops, peak, max(steps, key=lambda parts: sum(parts.values())))
+    worst = peak(shape, layout, "cuda")
+    if shape.moments_auto and on_gpu(worst) > device.memory:
+        shape = replace(shape, moments=4)
+        worst = peak(shape, layout, "cuda")
+    steps = [Step(Memory(shape, layout, "cuda", place), device).parts() for place in range(layout.pipeline)]
+    return Forecast(shape, layout, device, model_flops, worst, max(steps, key=lambda parts: sum(parts.values())))
 
 
 class Step:
@@ -239,7 +239,9 @@ class Step:
     def optimizer(self) -> float:
         """Norm and update."""
         m = self.m
-        each = 4 + (28 if self.shape.moments == 8 else 52) + (6 if not m.sharded and m.mixed else 0)
+        each = 32.0 if self.shape.moments == 8 else 24.0
+        if not m.sharded and m.mixed and not self.shape.halves:
+            each += 6  # masters into weights
         return self.moved(each * m.parameters / (self.layout.shard if m.sharded else 1))
 
     # What is sent.
@@ -522,7 +524,8 @@ def _details(one: Forecast) -> list[str]:
     )
     return [
         f"Layout     {layout.processes} × {one.device.name.upper()}: {_arranged(layout)};"
-        f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute {layout.recompute}",
+        f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute {layout.recompute},"
+        f" {'fp32' if one.shape.moments == 8 else 'bf16'} moments",
         f"Memory     {readable_bytes(one.memory)} of {readable_bytes(one.device.memory)}: {verdict}",
         f"           most {one.peak.name}: {held}",
         f"Step       {one.seconds:.3g} s for {one.shape.batch_size * one.shape.sequence:,} tokens:"

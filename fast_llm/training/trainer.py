@@ -147,10 +147,17 @@ class Trainer:
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, else start from the pretrained model or from noise."""
         self.mark("reading weights", patient=True)
+        with self.weights.masters(changed=True) as tensors:
+            self.read(tensors)
+        self.weights.publish()
+        self.mesh.wait()
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the weights their values."""
         path, pretrained = self.plan.checkpoint, self.config.pretrained
         if path is not None:
             info = checkpoints.read_manifest(path).info
-            state.load(path, self.state(), self.mesh.patient)
+            state.load(path, self.state(tensors), self.mesh.patient)
             self.done, self.samples = info["step"], info["samples"]
             self.metrics.skipped_in_a_row = info["skipped"]
             self.train_step.optimizer.updates = info["updates"]
@@ -158,22 +165,19 @@ class Trainer:
             self.last_saved = self.done
             logger.info(f"Going on from {path}, after step {self.done}.")
         elif self.plan.source is not None and pretrained.model_weights and pretrained.format == "distributed":
-            state.load(self.plan.source, self.state(pretrained.optimizer_state), self.mesh.patient)
+            state.load(self.plan.source, self.state(tensors, pretrained.optimizer_state), self.mesh.patient)
             if pretrained.optimizer_state:
                 self.train_step.optimizer.updates = checkpoints.read_manifest(self.plan.source).info["updates"]
             logger.info(f"Starting from the weights of {self.plan.source}.")
         elif self.plan.source is not None and pretrained.model_weights:
-            load_weights(self.weights.tensors, self.plan.source, self.mesh.patient)
+            load_weights(tensors, self.plan.source, self.mesh.patient)
             logger.info(f"Starting from the weights of {self.plan.source}.")
         else:
-            init_weights(self.weights.tensors, self.config.model.base_model, self.config.model.distributed.seed)
+            init_weights(tensors, self.config.model.base_model, self.config.model.distributed.seed)
             logger.info("Starting from random weights.")
-        self.weights.publish()
-        self.mesh.wait()
 
-    def state(self, moments: bool = True) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint."""
-        tensors = self.weights.tensors
+    def state(self, tensors: Mapping[str, Tensor], moments: bool = True) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint, with these weights."""
         optimizer = self.train_step.optimizer
         parts: Mapping[str, Mapping[str, Tensor]] = {
             "exp_avg": optimizer.exp_avg if moments else {},
@@ -203,7 +207,8 @@ class Trainer:
             "identity": self.plan.identity,
             "settings": self.config.model_dump(mode="json"),
         }
-        path = state.save(root, step, self.state(), info, self.mesh.patient)
+        with self.weights.masters() as tensors:
+            path = state.save(root, step, self.state(tensors), info, self.mesh.patient)
         self.last_saved = step
         if self.run.is_main:
             checkpoints.prune(root, settings.keep, settings.is_permanent)
@@ -221,16 +226,17 @@ class Trainer:
             return
         started = time.perf_counter()
         dtype = settings.data_type or self.config.model.distributed.training_dtype
-        export_llama(
-            path,
-            self.weights.tensors,
-            config=export_config(self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokens),
-            dtype=dtype,
-            files={name: data for name, data in self.plan.small_files.items() if name != "config.json"},
-            parameters_per_file=settings.parameters_per_file,
-            step=step,
-            group=self.mesh.patient,
-        )
+        with self.weights.masters() as tensors:
+            export_llama(
+                path,
+                tensors,
+                config=export_config(self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokens),
+                dtype=dtype,
+                files={name: data for name, data in self.plan.small_files.items() if name != "config.json"},
+                parameters_per_file=settings.parameters_per_file,
+                step=step,
+                group=self.mesh.patient,
+            )
         if self.run.is_main:
             checkpoints.prune(path.parent, settings.keep, settings.is_permanent)
             self.callback(settings.callback, path)

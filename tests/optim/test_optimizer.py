@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fast_llm.config.train import OptimizerConfig
+from fast_llm.model.rounding import join, split_
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 
 
@@ -60,6 +61,33 @@ def test_bf16_moments_are_near() -> None:
     moved = (exact["a.weight"] - weights()["a.weight"]).norm()
     # bf16 rounds to 8 bits: an update's direction is kept to a per cent.
     assert 0 < (exact["a.weight"] - rounded["a.weight"]).norm() < 0.02 * moved
+
+
+def test_halves_are_fp32() -> None:
+    """Weights in two halves go through the very numbers that fp32 weights do."""
+    whole, high = weights(), {name: weight.to(torch.bfloat16) for name, weight in weights().items()}
+    low = {name: torch.empty_like(weight, dtype=torch.int16) for name, weight in whole.items()}
+    for name, weight in whole.items():
+        split_(weight, high[name], low[name])
+    one, other = Optimizer(whole, OptimizerConfig()), Optimizer(high, OptimizerConfig(), low)
+    for step in range(1, 11):
+        one.step(gradients(step), 1e-3, 0.5)
+        other.step(gradients(step), 1e-3, 0.5)
+    for name, weight in whole.items():
+        assert torch.equal(join(high[name], low[name]), weight)
+        assert torch.equal(one.exp_avg_sq[name], other.exp_avg_sq[name])
+
+
+def test_bf16_squares_shrink() -> None:
+    """With beta_2 0.999 an average that is rounded to the nearest would never get smaller again."""
+    weight = {"a": torch.zeros(2000)}
+    optimizer = Optimizer(weight, OptimizerConfig(moments_dtype="bf16", beta_2=0.999))
+    optimizer.step({"a": torch.ones(2000)}, 0.0, 1.0)
+    before = optimizer.exp_avg_sq["a"].float().mean().item()
+    for _ in range(300):
+        optimizer.step({"a": torch.zeros(2000)}, 0.0, 1.0)
+    # 2,000 random walks of 300 steps of at most 2^-8 each: within 1 %.
+    assert optimizer.exp_avg_sq["a"].float().mean().item() == pytest.approx(before * 0.999**300, rel=0.01)
 
 
 def test_norm_and_clipping() -> None:

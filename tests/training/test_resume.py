@@ -8,8 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fast_llm.checkpoint import folder
+from fast_llm.model.llama import Llama
+from fast_llm.parallel.single import SingleWeights
+from fast_llm.training import build
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, settings, weights, write_tokens
@@ -45,6 +49,42 @@ def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: i
     assert whole == parts and len(whole) >= 3 * 20
     exports = [tmp_path / name / "export" / "llama" / "8" / "model.safetensors" for name in ("whole", "parts")]
     assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def with_halves(arguments_: list[str]) -> int:
+    """As on a GPU: masters in two halves, moments in bf16."""
+
+    def in_halves(model: Llama, dtype: torch.dtype, device: torch.device, halves: bool) -> SingleWeights:
+        assert not halves  # not on a CPU
+        return SingleWeights(model, dtype, device, halves=True)
+
+    build.SingleWeights = in_halves  # type: ignore[misc,assignment]
+    before = build.Optimizer.__init__
+
+    def counted(self: build.Optimizer, *args: object) -> None:
+        before(self, *args)  # type: ignore[arg-type]
+        assert self.low and self.exp_avg["model.norm.weight"].dtype == torch.bfloat16
+
+    build.Optimizer.__init__ = counted  # type: ignore[method-assign,assignment]
+    return run(arguments_)
+
+
+def test_masters_in_halves(tmp_path: Path) -> None:
+    """They go through checkpoints and exports, bit for bit, and train as whole ones do."""
+    write_tokens(tmp_path / "tokens", 400)
+    how = ["model.distributed.training_dtype=bf16", "optimizer.moments_dtype=bf16"]
+    assert spawn(1, run, arguments(tmp_path, "plain", 8, *how)) == [0]
+    assert spawn(1, with_halves, arguments(tmp_path, "whole", 8, *how)) == [0]
+    for steps in (4, 8):
+        assert spawn(1, with_halves, arguments(tmp_path, "parts", steps, *how)) == [0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for part in ("checkpoint", "export/llama"):
+        assert weights(tmp_path / "whole" / part / "8") == weights(tmp_path / "parts" / part / "8")
+    # One weight in 65,536 lies half-way between two of bf16 and is rounded the other way; from then on losses differ by less
+    # than bf16's rounding, 2^-9.
+    whole, plain = losses(tmp_path / "whole"), losses(tmp_path / "plain")
+    assert [whole[step] for step in (1, 2)] == [plain[step] for step in (1, 2)]
+    assert whole == pytest.approx(plain, rel=1e-3)
 
 
 def test_other_layouts_go_on_with_the_same_data(tmp_path: Path) -> None:
