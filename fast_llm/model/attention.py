@@ -12,7 +12,7 @@ Letters: B sequences, S tokens of a sequence, H query heads, K key and value hea
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -36,6 +36,11 @@ class Documents:
     lengths: tuple[int, ...]
     boundaries: Tensor  # int32 [number of documents + 1], cumulative, on the model's device
     longest: int
+    alike: bool = field(init=False)  # all of one length
+
+    def __post_init__(self) -> None:
+        # Here and not where it is asked for: the compiler would look at all the lengths, and again for every micro-batch.
+        object.__setattr__(self, "alike", len(set(self.lengths)) == 1)
 
     def to(self, device: torch.device) -> "Documents":
         """The same on another device."""
@@ -55,6 +60,12 @@ class Stretches:
     index: Tensor  # int64 [Σ keys]: the keys of all stretches among those that there are, on the model's device
     query_ends: Tensor  # int32 [stretches + 1], cumulative, on the model's device
     key_ends: Tensor
+    longest_queries: int = field(init=False)
+    longest_keys: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "longest_queries", max(self.queries))
+        object.__setattr__(self, "longest_keys", max(self.keys))
 
     @staticmethod
     def of(queries: Sequence[int], keys: Sequence[int], index: Tensor) -> "Stretches":
@@ -79,12 +90,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flas
 
     `flash` false computes with plain matrix products, which hold the scores of whole documents.
     """
-    if documents is None or set(documents.lengths) == {q.shape[1]}:
+    if documents is None or (documents.alike and documents.longest == q.shape[1]):
         return _batched(q, k, v, flash)
     if flash and _has_variable_length(q):
         ends, longest = documents.boundaries, documents.longest
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         return _variable_length(*flat, ends, ends, longest, longest).view(q.shape)
+    out: Tensor = _one_by_one(q, k, v, documents, flash)
+    return out
+
+
+@torch.compiler.disable
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, flash: bool) -> Tensor:
+    """Not compiled: every micro-batch has other lengths."""
     shape = q.shape
     runs = [(length, len(list(group))) for length, group in groupby(documents.lengths)]
     sizes = [length * count for length, count in runs]
@@ -103,8 +121,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -
     The last query of a stretch sees all of its keys, the one before all but one, and so on.
     """
     if flash and _has_variable_length(q):
-        longest = max(stretches.queries), max(stretches.keys)
+        longest = stretches.longest_queries, stretches.longest_keys
         return _variable_length(q, k, v, stretches.query_ends, stretches.key_ends, *longest)
+    out: Tensor = _stretch_by_stretch(q, k, v, stretches, flash)
+    return out
+
+
+@torch.compiler.disable
+def _stretch_by_stretch(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -> Tensor:
     parts = zip(q.split(stretches.queries), k.split(stretches.keys), v.split(stretches.keys), strict=True)
     outputs = []
     for one, two, three in parts:

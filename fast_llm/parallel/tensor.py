@@ -14,6 +14,7 @@ Weights become DTensors, whose backward passes and conversions do this; the mode
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import cast
 
 import torch
@@ -48,18 +49,20 @@ def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
     between: Placement = Shard(1) if sequence else Replicate()
     gather = partial(_gather, mesh=axis.mesh, between=between)
     scatter = partial(_scatter, mesh=axis.mesh, between=between)
+    # One function for all modules of a kind, bound to each: a `partial` for each would be compiled anew for each block.
+    norm, summed = partial(_norm, sequence=sequence), partial(_summed, sequence=sequence, scatter=scatter)
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
         if isinstance(module, SelfAttention | MLP):
             module.forward = _gathered(module.forward, gather)  # type: ignore[method-assign]
         elif isinstance(module, RMSNorm):
-            module.forward = partial(_norm, module, sequence)  # type: ignore[method-assign]
+            module.forward = MethodType(norm, module)  # type: ignore[method-assign]
         elif isinstance(module, Embedding):
             module.forward = partial(_embedding, module, axis, scatter)  # type: ignore[method-assign]
         elif kind in COLUMNS and isinstance(module, nn.Linear):
-            module.forward = partial(_summed, module, sequence, scatter)  # type: ignore[method-assign]
+            module.forward = MethodType(summed, module)  # type: ignore[method-assign]
         elif kind in ROWS and isinstance(module, nn.Linear):
-            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
     if isinstance(model.lm_head, nn.Linear):
         model.lm_head.forward = partial(_logits, model.lm_head, axis.mesh, gather)  # type: ignore[method-assign]
         model.loss = partial(_loss, model, axis, gather)  # type: ignore[method-assign]
@@ -98,12 +101,12 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, _local(module.weight), None if module.bias is None else _local(module.bias))
 
 
-def _summed(module: nn.Linear, sequence: bool, scatter: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _summed(module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]) -> Tensor:
     out = scatter(F.linear(x, _local(module.weight)))
     return out if module.bias is None else out + _local(module.bias, shared=sequence)  # once, not once a process
 
 
-def _norm(module: RMSNorm, sequence: bool, x: Tensor) -> Tensor:
+def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> Tensor:
     return rms_norm(x, _local(module.weight, shared=sequence), module.epsilon)
 
 
