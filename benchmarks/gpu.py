@@ -44,8 +44,14 @@ def main() -> None:
     cross_entropy()
     vocabulary_parts()
     long_context()
+    products()
+    adamw()
     folder = Path(tempfile.mkdtemp())
     resume(folder)
+    speed(folder)
+
+
+def speed(folder: Path) -> None:
     for name, shape, batch, further in (
         (
             "SmolLM2-135M, sequence 1024",
@@ -244,6 +250,59 @@ def cross_entropy() -> None:
             worst = max(distance(a, b) for a, b in zip((loss, *found), (expected, *wanted), strict=True))
             print(f"cross entropy {implementation} in {dtype}: differs from float64 by {worst:.1e} (bound {bound:.0e})")
             assert worst < bound
+
+
+def products() -> None:
+    """Products that add to an fp32 sum, compiled and not, against float64."""
+    from fast_llm.model.linear import linear
+
+    def twice(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        return F.silu(linear(x, weight, total))
+
+    for way, function in (("", twice), (", compiled", torch.compile(twice))):
+        x = torch.randn(2, 1000, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = (0.05 * torch.randn(768, 512, device="cuda", dtype=torch.bfloat16)).requires_grad_()
+        total = torch.zeros(768, 512, device="cuda")
+        exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+        for _ in range(3):
+            function(x, weight, total).sum().backward()
+            F.silu(exact[0] @ exact[1].T).sum().backward()
+        assert weight.grad is None and exact[1].grad is not None
+        worst = max(distance(total, exact[1].grad), distance(x.grad, exact[0].grad))
+        print(f"products that add{way}: differ from float64 by {worst:.1e} (bound 1e-02)")
+        assert worst < 1e-2
+
+
+def adamw() -> None:
+    """The kernel against the same update by PyTorch's operations, with masters in halves and whole, and moments of both dtypes."""
+    from fast_llm.config.train import OptimizerConfig
+    from fast_llm.model.rounding import join, split_
+    from fast_llm.optim.optimizer import Optimizer
+
+    start = torch.randn(1000, 333, device="cuda")
+    gradients = [torch.randn(1000, 333, device="cuda") for _ in range(20)]
+    for halves in (False, True):
+        for dtype in ("fp32", "bf16"):
+            ends = []
+            for kernel in (False, True):
+                weight, low = start.clone(), {}
+                if halves:
+                    weight = torch.empty_like(start, dtype=torch.bfloat16)
+                    low = {"w": torch.empty_like(start, dtype=torch.int16)}
+                    split_(start.clone(), weight, low["w"])
+                optimizer = Optimizer({"w": weight}, OptimizerConfig(moments_dtype=dtype), low, kernel)
+                for gradient in gradients:
+                    optimizer.step({"w": gradient.clone()}, 1e-2, 0.5)  # PyTorch scales them in place
+                ends.append(((join(weight, low["w"]) if halves else weight), optimizer.exp_avg_sq["w"].float()))
+            moved = (ends[0][0] - start).norm()
+            worst = ((ends[1][0] - ends[0][0]).norm() / moved).item()
+            squares = distance(ends[1][1], ends[0][1].double())
+            bound = 1e-5 if dtype == "fp32" else 1e-4
+            print(
+                f"AdamW's kernel, masters {'in halves' if halves else 'whole'}, {dtype} moments: 20 updates differ by {worst:.1e}"
+                f" of the way, squares by {squares:.1e} (bound {bound:.0e}, {10 * bound:.0e})"
+            )
+            assert worst < bound and squares < 10 * bound
 
 
 def resume(folder: Path) -> None:

@@ -26,13 +26,13 @@ from torch.autograd.function import once_differentiable
 
 from fast_llm.errors import ConfigError
 from fast_llm.model import kernels
+from fast_llm.model.linear import ROWS, add_product_
 
 IGNORED = -100
 # Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
 # H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (half
 # a gigabyte of logits), where the CPU's memory is slow when it is new.
 _STRETCH = {"cuda": 2**28, "cpu": 2**25}
-_ROWS = 1024  # of the head, whose gradient is added or rounded at a time
 # Logits that are held in fp32.
 _PIECE = {"cuda": 2**26, "cpu": 2**22}
 
@@ -82,11 +82,17 @@ def cross_entropy(
         logits = F.linear(hidden, weight).float()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     length = stretch_length(hidden.device.type, len(labels), weight.shape[0], splits)
-    loss: Tensor
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss = _HeadAndLoss.apply(hidden, weight, labels, length, implementation == "triton", part)  # type: ignore[no-untyped-call]
-        return loss
-    return _loss_and_gradients(hidden, weight, labels, length, implementation == "triton", part, False, False)[0]
+    wanted = torch.is_grad_enabled()
+    by_hidden, by_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
+    with torch.no_grad():
+        loss, *gradients = _loss_and_gradients(
+            hidden, weight, labels, length, implementation == "triton", part, by_hidden, by_weight
+        )
+    # A branch each: zero-bubble pipelines go back to the hidden states first, and to the weight later.
+    for x, gradient in zip((hidden, weight), gradients, strict=True):
+        if gradient is not None:
+            loss = loss + _Zero.apply(x, gradient)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def stretch_length(device_type: str, tokens: int, vocabulary: int, splits: int | None) -> int:
@@ -97,42 +103,29 @@ def stretch_length(device_type: str, tokens: int, vocabulary: int, splits: int |
     return max(1, halves)
 
 
-class _HeadAndLoss(torch.autograd.Function):
-    """The gradients are made in the forward pass, while the logits are there."""
+class _Zero(torch.autograd.Function):
+    """Zero, with the loss's gradient by something, which was made in the forward pass, while the logits were there."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        length: int,
-        triton: bool,
-        part: VocabularyPart | None,
-    ) -> Tensor:
-        loss, ctx.hidden_grad, ctx.weight_grad = _loss_and_gradients(
-            hidden, weight, labels, length, triton, part, *ctx.needs_input_grad[:2]
-        )
-        ctx.dtype = weight.dtype
-        return loss
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient, ctx.dtype = gradient, x.dtype
+        return torch.zeros((), dtype=torch.float32, device=x.device)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
-        if hidden_grad is None and weight_grad is None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gradient = ctx.gradient
+        if gradient is None:
             raise RuntimeError("the cross entropy's backward pass ran twice; its gradients are gone after the first")
-        # Whoever keeps the loss, PyTorch's pipelines for one, would keep them to the end of the step.
-        ctx.hidden_grad = ctx.weight_grad = None
-        if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
-        if weight_grad is not None:
-            scaled = torch.empty_like(weight_grad, dtype=ctx.dtype)
-            # Piece by piece: product and rounding are one pass over memory.
-            for rows, target in zip(weight_grad.split(_ROWS), scaled.split(_ROWS), strict=True):
-                target.copy_(rows * grad)
-            weight_grad = scaled
-        return hidden_grad, weight_grad, None, None, None, None
+        # Whoever keeps the loss, PyTorch's pipelines for one, would keep it to the end of the step.
+        ctx.gradient = None
+        if gradient.dtype == ctx.dtype:
+            return gradient * grad.to(ctx.dtype), None
+        scaled = torch.empty_like(gradient, dtype=ctx.dtype)
+        # Piece by piece: product and rounding are one pass over memory.
+        for rows, target in zip(gradient.split(ROWS), scaled.split(ROWS), strict=True):
+            target.copy_(rows * grad)
+        return scaled, None
 
 
 def _loss_and_gradients(
@@ -168,23 +161,8 @@ def _loss_and_gradients(
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[begin : begin + length])
         if weight_grad is not None:
-            _add_product_(weight_grad, logits.t(), rows)
+            add_product_(weight_grad, logits.t(), rows)
     return loss, hidden_grad, weight_grad
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left · right to an fp32 sum."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way of the cache.
-        part = right.new_empty(min(_ROWS, len(left)), right.shape[1])
-        wide = torch.empty_like(part, dtype=torch.float32)
-        for rows, sums in zip(left.split(_ROWS), total.split(_ROWS), strict=True):
-            product = torch.mm(rows, right, out=part[: len(rows)])
-            sums += wide[: len(rows)].copy_(product)
 
 
 def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B1  # 2^32 / the golden ratio: neighbouring places begin far apart
 MIX = (0x7FEB352D, 0x846CA68B)
-_PIECE = 2**20  # numbers whose chances are made at a time
+_PIECE = 2**16  # numbers whose chances are made at a time: in the cache
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:

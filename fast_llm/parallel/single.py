@@ -17,21 +17,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fast_llm.model.linear import linear
 from fast_llm.model.rounding import join, split_
 
 
 class SingleWeights:
     """The weights of a model on one device."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, halves: bool = False):
-        """`model` may be on the meta device; its weights are allocated here, with undefined values. `halves`: keep masters of
-        bf16 weights in halves."""
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, lean: bool = False):
+        """`model` may be on the meta device; its weights are allocated here, with undefined values. `lean`: as suits a
+        GPU, keep masters of bf16 weights in halves and let products add to the gradients."""
         model.to(dtype).to_empty(device=device)
         self.working = dict(model.named_parameters())
         self.mixed = dtype != torch.float32
         self.low: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
-        if dtype == torch.bfloat16 and halves:
+        if dtype == torch.bfloat16 and lean:
             self.low = {name: torch.zeros_like(p, dtype=torch.int16) for name, p in self.working.items()}
         else:
             self.tensors = {
@@ -40,9 +41,11 @@ class SingleWeights:
             }
         self.gradients: dict[str, Tensor] = {}
         self._fresh = dict.fromkeys(self.working, True)
+        self._fused: list[Tensor] = []
         if self.mixed:
-            for name, parameter in self.working.items():
-                parameter.register_post_accumulate_grad_hook(self._accumulate(name))
+            fused = self._fuse(model) if lean else set()
+            for name in self.working.keys() - fused:
+                self.working[name].register_post_accumulate_grad_hook(self._accumulate(name))
 
     @contextmanager
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -76,6 +79,8 @@ class SingleWeights:
     def before_micro_batch(self, first: bool, last: bool) -> None:
         """Get ready for a forward and a backward pass."""
         if first:
+            if self._fused:
+                torch._foreach_zero_(self._fused)
             self._fresh = dict.fromkeys(self.working, True)
             if not self.mixed:
                 for parameter in self.working.values():
@@ -86,6 +91,20 @@ class SingleWeights:
         """Let the model compute with the present masters."""
         if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
+
+    def _fuse(self, model: nn.Module) -> set[str]:
+        """Let the blocks' matrix products add to the fp32 gradients themselves; the names of their weights."""
+        names: set[str] = set()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module.bias is None and ".layers." in name:
+                total = torch.zeros_like(module.weight, dtype=torch.float32)
+                # Of another class, not with another function: that would be compiled anew for each block.
+                module.__class__ = _Adding
+                module.register_buffer("total", total, persistent=False)
+                self.gradients[f"{name}.weight"] = total
+                self._fused.append(total)
+                names.add(f"{name}.weight")
+        return names
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def accumulate(parameter: Tensor) -> None:
@@ -100,3 +119,10 @@ class SingleWeights:
             parameter.grad = None
 
         return accumulate
+
+
+class _Adding(nn.Linear):
+    total: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.total)

@@ -188,7 +188,7 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWei
                 block.compile()
         models.append(model)
     if mesh.weights is None:
-        return models, SingleWeights(models[0], dtype, mesh.device, halves=_has_kernels(config, mesh))
+        return models, SingleWeights(models[0], dtype, mesh.device, lean=_has_kernels(config, mesh))
     return models, ShardedWeights(models, mesh.weights, settings.multi_stage.zero_stage or 1, dtype)
 
 

@@ -342,7 +342,9 @@ class Step:
         if m.first:
             micro["head and embedding"] += self.moved(10 * m.V * m.E + 4 * m.R * m.E * m.w)
         if m.mixed or m.sharded:  # low-precision gradients into fp32 sums, or towards their reduction
-            micro["gradients"] += self.moved(10 * m.parameters)
+            # The products of one GPU add by themselves, but for embedding and head: sums are read and written within them.
+            alone = m.parameters if m.sharded or not self.shape.halves else 2 * m.V * m.E
+            micro["gradients"] += self.moved(10 * alone + 6 * (m.parameters - alone))
         micro["sent within blocks"] += layers * self.within
         if layout.pipeline > 1:
             handed = m.R * m.E * m.w / (self.device.link if self.strides["pipeline"] < NODE else self.device.network)

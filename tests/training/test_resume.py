@@ -54,9 +54,9 @@ def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: i
 def with_halves(arguments_: list[str]) -> int:
     """As on a GPU: masters in two halves, moments in bf16."""
 
-    def in_halves(model: Llama, dtype: torch.dtype, device: torch.device, halves: bool) -> SingleWeights:
-        assert not halves  # not on a CPU
-        return SingleWeights(model, dtype, device, halves=True)
+    def in_halves(model: Llama, dtype: torch.dtype, device: torch.device, lean: bool) -> SingleWeights:
+        assert not lean  # not on a CPU
+        return SingleWeights(model, dtype, device, lean=True)
 
     build.SingleWeights = in_halves  # type: ignore[misc,assignment]
     before = build.Optimizer.__init__

@@ -1,0 +1,60 @@
+"""Matrix products whose gradient by the weight is added to an fp32 sum as it is made.
+
+PyTorch makes that gradient in the weight's dtype, and then someone reads it, reads the sum and writes the sum: 12 bytes a weight
+for each micro-batch, and a rounding. Here the product itself adds, in fp32 (as Megatron-LM's fused gradient accumulation does).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 1024  # of a sum that are added at a time, by way of the cache
+
+
+def linear(x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """x [..., E] times weight [F, E], transposed → [..., F]. The weight gets no gradient; it is added to `total`, fp32 [F, E]."""
+    out: Tensor = _Linear.apply(x, weight, total)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, total)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, total = ctx.saved_tensors
+        _add(total, grad.flatten(0, -2), x.flatten(0, -2))
+        return grad @ weight, None, None
+
+
+# An operation of its own, so that the compiler leaves it alone: what is done to `total` is all that it must know.
+@torch.library.custom_op("fast_llm::add_product", mutates_args=("total",))
+def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    add_product_(total, left.t(), right)
+
+
+@_add.register_fake
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+    pass
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left [F, T] · right [T, E] to an fp32 sum [F, E]."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way of the cache.
+        part = right.new_empty(min(ROWS, len(left)), right.shape[1])
+        wide = torch.empty_like(part, dtype=torch.float32)
+        for rows, sums in zip(left.split(ROWS), total.split(ROWS), strict=True):
+            product = torch.mm(rows, right, out=part[: len(rows)])
+            sums += wide[: len(rows)].copy_(product)

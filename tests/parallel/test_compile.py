@@ -1,0 +1,84 @@
+"""What is applied to blocks from outside leaves them alike: they are compiled once, not once each.
+
+PyTorch gives up after eight variants of a function and goes on without the compiler, with no more than a warning.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from fast_llm.config.section import Document, validate
+from fast_llm.config.train import BaseModelConfig
+from fast_llm.model.attention import Documents
+from fast_llm.model.batch import Batch
+from fast_llm.model.llama import Block, Llama, init_weights
+from fast_llm.parallel.context import apply_context_parallel, cut
+from fast_llm.parallel.fsdp import ShardedWeights
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.parallel.recompute import apply_recompute
+from fast_llm.parallel.single import SingleWeights
+from fast_llm.parallel.tensor import apply_tensor_parallel
+from tests.helpers import TINY, spawn
+
+
+def graphs(layers: int, steps: int, level: str, tensor: int, context: int, sequence: bool, packed: bool) -> int:
+    """How many were made for a model's blocks in `steps` micro-batches and a validation."""
+    mesh = Mesh(60, 60, tensor=tensor, context=context)
+    values = TINY | {"transformer": TINY["transformer"] | {"num_layers": layers}}
+    config = validate(BaseModelConfig, Document(values, {}, ""))
+    with torch.device("meta"):
+        model = Llama(config)
+    for block in model.model.layers.values():
+        assert isinstance(block, Block)
+        apply_recompute(block, level)
+        apply_context_parallel(block, mesh.context)
+    apply_tensor_parallel(model, mesh.tensor, sequence)
+    for block in model.model.layers.values():
+        block.compile(backend="aot_eager")
+    weights: SingleWeights | ShardedWeights
+    if mesh.weights is None:
+        weights = SingleWeights(model, torch.bfloat16, mesh.device, lean=True)
+    else:
+        weights = ShardedWeights([model], mesh.weights, 3, torch.bfloat16)
+    with weights.masters(changed=True) as tensors:
+        init_weights(tensors, config, 0)
+    weights.publish()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(steps):
+        weights.before_micro_batch(number == 0, number == steps - 1)
+        ends = torch.randperm(31, generator=generator)[: 3 + number].sort().values + 1
+        lengths = torch.diff(torch.cat([torch.zeros(1), ends, torch.full((1,), 32)])).int().tolist()
+        tokens = torch.randint(256, (1, 32), generator=generator)
+        documents = (
+            Documents(tuple(lengths), torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)) if packed else None
+        )
+        batch = cut(Batch(tokens, tokens, torch.arange(32)[None], documents, 32), mesh.context.rank, context)
+        model(batch.tokens, batch.positions, batch.documents, batch.labels).backward()
+    with torch.no_grad():
+        model(batch.tokens, batch.positions, batch.documents, batch.labels)
+    return int(counters["stats"]["unique_graphs"])
+
+
+def many_and_one(*how: Any) -> tuple[int, int]:
+    """For four blocks and four micro-batches, and for one block and three: from the second on sizes are dynamic."""
+    many = graphs(4, 4, *how)
+    torch._dynamo.reset()
+    counters.clear()
+    return many, graphs(1, 3, *how)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "sequence", "packed"),
+    [(1, 1, False, True), (2, 1, False, False), (2, 1, True, True), (1, 2, False, True)],
+)
+def test_blocks_are_compiled_once(tensor: int, context: int, sequence: bool, packed: bool) -> None:
+    """With gradients and without, and before and after an attention that is left out."""
+    for many, one in spawn(tensor * context, many_and_one, "none", tensor, context, sequence, packed):
+        assert many == one >= 2
+
+
+@pytest.mark.parametrize("level", ["none", "activation", "full", "selective", "block"])
+def test_recomputed_ones_as_well(level: str) -> None:
+    assert spawn(1, graphs, 4, 3, level, 1, 1, False, False) == [2]
