@@ -2,19 +2,14 @@
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import state
@@ -174,56 +169,3 @@ def every_operation_of_an_export(root: str) -> int:
 
 def test_death_before_every_operation_of_an_export(tmp_path: Path) -> None:
     assert in_child(every_operation_of_an_export, str(tmp_path)) > 15
-
-
-def killed_at_random(root: str, kills: int, seed: int) -> tuple[int, int]:
-    """Two processes save as fast as they can until one or both are killed; kills within a save, and saves."""
-    import torch._dynamo  # DTensors load it, which takes a second: once here rather than in every process
-
-    generator = random.Random(seed)
-    folder = Path(root)
-    last, inside, saves = 0, 0, 0
-    for attempt in range(kills):
-        store = folder.parent / f"store {attempt}"
-
-        def work(rank: int) -> None:
-            dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)  # noqa: B023
-            mesh = init_device_mesh("cpu", (2,))
-            newest = folders.latest(folder)
-            done = 0 if newest is None else folders.verify(newest).step
-            dist.barrier()
-            for step in range(done + 1, 10**6):
-                tensors = {
-                    name: distribute_tensor(torch.full((5, 3), float(step)), mesh, [Shard(0)])
-                    for name in ("weight/a", "weight/b")
-                }
-                state.save(folder, step, tensors, {"value": float(step)})
-                if rank == 0:
-                    folders.prune(folder, 2, lambda step: False, current=step)
-
-        workers = [fork(lambda rank=rank: work(rank)) for rank in (0, 1)]  # type: ignore[misc]
-        deadline = time.monotonic() + 60
-        while not any(step > last for step, _ in folders.find(folder)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(generator.random() * 0.2)
-        first = generator.randrange(2)
-        os.kill(workers[first], signal.SIGKILL)
-        if generator.random() < 0.5:  # the other one may go on until it notices
-            time.sleep(0.05)
-        inside += any(entry.name.startswith(".") for entry in folder.iterdir())
-        os.kill(workers[1 - first], signal.SIGKILL)
-        for worker in workers:
-            os.waitpid(worker, 0)
-        newest = folders.latest(folder)
-        assert newest is not None
-        step = folders.verify(newest).step
-        assert content(newest) == step > last
-        saves += step - last
-        last = step
-    return inside, saves
-
-
-def test_two_processes_killed_at_random(tmp_path: Path, capfd: Any) -> None:
-    inside, saves = in_child(killed_at_random, str(tmp_path / "checkpoint"), 12, 0)
-    assert saves >= 12
-    assert inside >= 2, "kills must hit saves to prove anything"

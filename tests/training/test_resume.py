@@ -121,28 +121,6 @@ def command(arguments: list[str]) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_kills_lose_nothing_that_was_saved(tmp_path: Path) -> None:
-    write_tokens(tmp_path / "tokens", 400)
-    steps = 40
-    how = (f"optimizer.learning_rate.decay_iterations={steps}",)
-    assert spawn(1, run, arguments(tmp_path, "whole", steps, *how)) == [0]
-    arguments_ = arguments(tmp_path, "killed", steps, *how)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    for kill_after in (3, 11, 12, 26):  # records: in the middle of steps, validations, saves and exports
-        with subprocess.Popen(command(arguments_), env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline:
-                if metrics.exists() and max(records(tmp_path / "killed"), default=0) >= kill_after:
-                    break
-                time.sleep(0.002)
-            process.kill()
-        newest = folder.latest(tmp_path / "killed" / "checkpoint")
-        assert newest is not None or kill_after == 3
-    assert spawn(1, run, arguments_) == [0]
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-    assert weights(tmp_path / "whole" / "checkpoint" / "40") == weights(tmp_path / "killed" / "checkpoint" / "40")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     write_tokens(tmp_path / "tokens", 400)

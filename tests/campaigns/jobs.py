@@ -1,0 +1,180 @@
+"""What the campaigns share: runs whose processes can be killed, and the command line.
+
+A job is a launcher and its ranks, as torchrun's are, forked from a server that has torch loaded: a start costs a tenth of a
+second. The launcher does what torchrun does, with less patience: it passes signals on, and ends the others when one fails.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tests import helpers  # noqa: F401  tells the server what to load
+
+_context = multiprocessing.get_context("forkserver")
+TIMEOUT = 8.0  # model.distributed.timeout of these runs
+STUCK = 60.0  # seconds after which something that should have ended is said to be stuck
+
+
+def nothing(rank: int) -> None:
+    """A run as it is."""
+
+
+class Job:
+    """One start of `fast-llm train gpt`, in `world` processes."""
+
+    def __init__(
+        self, folder: Path, arguments: list[str], world: int, before: Callable[..., None] = nothing, helped: bool = True
+    ):
+        """`before(rank)` is called in each rank first; `helped`: the launcher ends the other ranks when one fails."""
+        self.world = world
+        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="job-")
+        self.folder = Path(self._folder.name)
+        self.launcher = _context.Process(target=_launch, args=(self.folder, arguments, world, before, helped))
+        self.launcher.start()
+        self.ranks: list[int] = []
+        deadline = time.monotonic() + STUCK
+        while not (self.folder / "ranks").exists():
+            assert time.monotonic() < deadline, "the launcher did not start"
+            time.sleep(0.002)
+        self.ranks = [int(number) for number in (self.folder / "ranks").read_text().split()]
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill_all()
+        self._folder.cleanup()
+
+    def kill_all(self) -> None:
+        """Whatever is left of it."""
+        self.launcher.kill()
+        self.launcher.join()
+        for rank in self.ranks:
+            send(rank, signal.SIGKILL)
+        self.wait_ranks(STUCK)
+
+    def wait(self, seconds: float = STUCK) -> int:
+        """The exit code, which is that of the first rank that failed."""
+        self.launcher.join(seconds)
+        code = self.launcher.exitcode
+        assert code is not None, f"stuck: still there after {seconds:.0f} s\n{self.said()}"
+        return code
+
+    def wait_ranks(self, seconds: float = STUCK) -> None:
+        """Until no rank is left, whether or not there is a launcher."""
+        deadline = time.monotonic() + seconds
+        while left := [rank for rank in self.ranks if alive(rank)]:
+            assert time.monotonic() < deadline, f"stuck: {left} of {self.ranks} after {seconds:.0f} s\n{self.said()}"
+            time.sleep(0.005)
+
+    def said(self) -> str:
+        """By all of them, on standard output and error."""
+        return (self.folder / "said").read_text(errors="replace")
+
+
+def send(process: int, number: signal.Signals) -> None:
+    """A signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that ended and that nobody asked for does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _launch(folder: Path, arguments: list[str], world: int, before: Callable[..., None], helped: bool) -> None:
+    os.setsid()
+    os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    ranks: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        for rank in ranks:
+            send(rank, signal.Signals(number))
+
+    for rank in range(world):
+        process = os.fork()
+        if process == 0:
+            _rank(folder, arguments, rank, world, before)
+        ranks.append(process)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    (folder / "ranks.new").write_text(" ".join(map(str, ranks)))
+    (folder / "ranks.new").rename(folder / "ranks")
+    first, left, deadline = 0, set(ranks), float("inf")
+    while left:
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process == 0:
+            if time.monotonic() > deadline:
+                for rank in left:
+                    send(rank, signal.SIGKILL)
+            time.sleep(0.002)
+            continue
+        left.discard(process)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not first:
+            first = code if code > 0 else 128 - code
+            if helped:
+                deadline = time.monotonic() + 5
+                for rank in left:
+                    send(rank, signal.SIGTERM)
+    os._exit(first)
+
+
+def _rank(folder: Path, arguments: list[str], rank: int, world: int, before: Callable[..., None]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from fast_llm import cli
+
+    code = 1
+    try:
+        os.setsid()
+        torch.set_num_threads(1)
+        if world > 1:
+            places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+            os.environ |= {name: str(value) for name, value in places.items()}
+            store = dist.FileStore(str(folder / "store"), world)
+            # Their own way of joining takes an address and a port; a file is faster and never taken.
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT + 2)
+            )
+        before(rank)
+        code = cli.main(["train", "gpt", *arguments])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def command(campaign: Callable[[Path, int, int], dict[str, Any]], budget: int) -> None:
+    """Run a campaign as its command line says, and print its figures as a Markdown table."""
+    parser = argparse.ArgumentParser(description=sys.modules[campaign.__module__].__doc__)
+    parser.add_argument("--budget", type=int, default=budget)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = campaign(Path(folder), given.budget, given.seed)
+    figures["seconds"] = round(time.monotonic() - started)
+    print(f"\n| {Path(sys.argv[0]).stem} --budget {given.budget} --seed {given.seed} | |\n|---|---|")
+    for name, value in figures.items():
+        print(f"| {name} | {value} |")

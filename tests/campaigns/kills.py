@@ -1,0 +1,172 @@
+"""SIGKILL at random instants: to one rank, to all, to the launcher; at world sizes 1, 2 and 4.
+
+No start gets stuck, no checkpoint that was published is lost, and the run that was killed over and over ends with the losses, the
+weights and the export of the one that was left in peace, bit for bit.
+"""
+
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fast_llm.checkpoint import folder as folders
+from tests.campaigns.jobs import STUCK, TIMEOUT, Job, alive, command, nothing, send
+from tests.training.runs import losses, settings, weights, write_tokens
+
+STEPS, INTERVAL = 24, 3
+WORLDS = (1, 2, 4)
+VICTIMS = ("one rank", "all ranks", "launcher")
+
+
+def slow_disk(rank: int) -> None:
+    """Flushing takes a while, so that many kills fall into saves."""
+    fsync = os.fsync
+
+    def slow(handle: int) -> None:
+        time.sleep(0.01)
+        fsync(handle)
+
+    os.fsync = slow
+
+
+def arguments(folder: Path, name: str, *further: str) -> list[str]:
+    """A run that saves often, validates and exports."""
+    return settings(
+        folder,
+        f"training.train_iters={STEPS}",
+        f"training.checkpoint.interval={INTERVAL}",
+        "training.checkpoint.keep=2",
+        "training.export.interval=12",
+        "training.validation.interval=8",
+        "training.validation.iterations=1",
+        "training.num_workers=0",
+        "model.multi_stage.zero_stage=2",
+        f"model.distributed.timeout={TIMEOUT}",
+        f"run.experiment_dir={folder}/{name}",
+        *further,
+    )
+
+
+def result(run: Path) -> dict[str, Any]:
+    """All that a run comes to."""
+    export = run / "export" / "llama" / str(STEPS) / "model.safetensors"
+    return {
+        "losses": losses(run),
+        "validation": losses(run, "validation"),
+        "weights": weights(run / "checkpoint" / str(STEPS)),
+        "export": export.read_bytes(),
+    }
+
+
+def published(run: Path) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return [step for step, _ in folders.find(run / "checkpoint")]
+
+
+def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
+    """`budget`: kills."""
+    write_tokens(folder / "tokens", 400)
+    chance = random.Random(seed)
+    figures: Counter[str] = Counter()
+    longest = 0.0
+    undisturbed: dict[int, Any] = {}
+    seconds: dict[int, float] = {}
+    for world in WORLDS[: max(1, budget // 3)]:
+        with Job(folder, arguments(folder, f"whole{world}"), world, slow_disk) as job:
+            started = time.monotonic()
+            assert job.wait() == 0, job.said()
+            seconds[world] = time.monotonic() - started
+        undisturbed[world] = result(folder / f"whole{world}")
+    while figures["kills"] < budget:
+        world = chance.choice(list(undisturbed))
+        figures["runs"] += 1
+        name = f"killed{figures['runs']}"
+        run = folder / name
+        while True:
+            before = published(run)
+            story = f"seed {seed}, kill {figures['kills']}, {name}, world {world}, with {before}"
+            slow, victim = chance.random() < 0.7, chance.choice(VICTIMS)
+            doomed = figures["kills"] < budget
+            after = chance.uniform(0, seconds[world])
+            with Job(
+                folder, arguments(folder, name), world, slow_disk if slow else nothing, chance.random() < 0.5
+            ) as job:
+                if doomed:
+                    wait(job, after, run if chance.random() < 0.4 else None, chance)
+                if not doomed or not job.launcher.is_alive():
+                    assert job.wait() == 0, f"{story}\n{job.said()}"
+                else:
+                    known = published(run)
+                    figures["kills"] += 1
+                    figures[f"world {world}"] += 1
+                    figures[victim] += 1
+                    longest = max(longest, kill(job, victim, chance, arguments(folder, name), run, figures))
+                    assert max(published(run), default=0) >= max(known, default=0), f"{story}: lost, had {known}"
+                went_on = re.search(r"Going on from .*, after step (\d+)\.|Starting from (random) weights", job.said())
+                if went_on:
+                    # Orphans that go on while the next start is on its way may have saved more meanwhile.
+                    assert int(went_on[1] or 0) == max(before, default=0), f"{story}: went on from {went_on[0]}"
+                finished = "Training is complete" in job.said()
+            newest = folders.latest(run / "checkpoint")
+            there = published(run)
+            assert (newest is None and not there) or (
+                newest is not None and folders.verify(newest).step == max(there)
+            ), f"{story}: {newest} of {there}"
+            if finished and max(there, default=0) == STEPS and not list((run / "export/llama").glob(".*")):
+                break
+        with Job(folder, arguments(folder, name), world) as job:  # what a kill at the very end left undone
+            assert job.wait() == 0, f"{story}\n{job.said()}"
+        assert result(run) == undisturbed[world], f"{story}: another result"
+        for part in ("checkpoint", "export/llama"):
+            assert not list((run / part).glob(".*")), f"{story}: something was left behind"
+    assert budget < 100 or figures["inside a save"] >= budget / 5, "too few kills hit a save to prove much"
+    return {**dict(sorted(figures.items())), "longest end, s": round(longest, 1), "stuck": 0, "lost": 0, "different": 0}
+
+
+def wait(job: Job, after: float, run: Path | None, chance: random.Random) -> None:
+    """Some seconds, or until there is a save or an export in `run` to hit; at most until the job ends."""
+    if run is None:
+        job.launcher.join(after)
+        return
+    skip = chance.randrange(4)
+    seen: set[Path] = set()
+    while len(seen) <= skip and job.launcher.is_alive():
+        seen |= {*run.glob("checkpoint/.*.partial-*"), *run.glob("export/llama/.*.partial-*")}
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.05))
+
+
+def kill(job: Job, victim: str, chance: random.Random, again: list[str], run: Path, figures: "Counter[str]") -> float:
+    """Kill, note where that was, and wait until everything has ended; the seconds that this took by itself."""
+    if victim == "launcher":
+        job.launcher.kill()
+    else:
+        victims = chance.sample(job.ranks, len(job.ranks) if victim == "all ranks" else 1)
+        for rank in victims:
+            send(rank, signal.SIGKILL)
+    inside = [part for part in ("checkpoint", "export/llama") if list((run / part).glob(".*.partial-*"))]
+    figures["inside a save"] += "checkpoint" in inside
+    figures["inside an export"] += "export/llama" in inside
+    started = time.monotonic()
+    if victim == "launcher":
+        # Its ranks go on, as torchrun's do. Whoever starts the run again meanwhile is refused.
+        if chance.random() < 0.5:
+            with Job(run.parent, again, job.world) as second:
+                code = second.wait()
+                refused = "another run " in second.said()
+                assert code == (2 if refused else 0), second.said()
+                figures["second starts refused"] += refused
+        if chance.random() < 0.5:
+            for rank in job.ranks:
+                send(rank, signal.SIGKILL)
+    job.wait_ranks(STUCK)
+    assert not any(map(alive, job.ranks))
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    command(campaign, 500)
