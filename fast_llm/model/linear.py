@@ -30,17 +30,21 @@ class _Linear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, total = ctx.saved_tensors
-        _add(total, grad.flatten(0, -2), x.flatten(0, -2))
+        torch.ops.fast_llm.add_product(total, grad.flatten(0, -2), x.flatten(0, -2))
         return grad @ weight, None, None
 
 
-# An operation of its own, so that the compiler leaves it alone: what is done to `total` is all that it must know.
-@torch.library.custom_op("fast_llm::add_product", mutates_args=("total",))
+# An operation of its own, so that the compiler leaves it alone: what is done to `total` is all that it must know. `custom_op` is
+# shorter, but takes ten microseconds a call instead of one.
+torch.library.define("fast_llm::add_product", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
+
+
+@torch.library.impl("fast_llm::add_product", ("cpu", "cuda"))
 def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
     add_product_(total, left.t(), right)
 
 
-@_add.register_fake
+@torch.library.register_fake("fast_llm::add_product")
 def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     pass
 
