@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
-from tests.campaigns import kills
+from tests.campaigns import crashes, kills
 
 
 def test_kills(tmp_path: Path) -> None:
     assert kills.campaign(tmp_path, 6, 0)["kills"] == 6
+
+
+def test_crashes(tmp_path: Path) -> None:
+    figures = crashes.campaign(tmp_path, 60, 0)
+    assert figures["kills"] > 15 and figures["power cuts"] == 3 * figures["kills"]

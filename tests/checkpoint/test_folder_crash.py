@@ -1,6 +1,6 @@
 """Any call to the disk may fail: what is found then is the previous folder or the new one.
 
-The same with real kills is in test_crash.py.
+The same with real kills and power cuts is in tests/campaigns/crashes.py.
 """
 
 import os
