@@ -206,7 +206,9 @@ def _train(parsed: argparse.Namespace) -> int:
     plan = make_plan(document, _processes(), weights=not parsed.validate)
     if parsed.validate:
         if _first():
-            print(describe(plan))
+            from fast_llm.training.forecast import describe_memory
+
+            print(describe(plan) + "\n" + describe_memory(plan.config, plan.processes))
         return 0
     from fast_llm.training.build import train
 

@@ -25,8 +25,10 @@ def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> Ba
     given a micro-batch is one sequence.
 
     `pipeline`: micro-batches pass through several processes, in depth_first_micro_batches fillings of the pipeline.
-    Raises ConfigError where the numbers do not fit together.
+    `auto` is one sequence here: it is decided where the memory is known. Raises ConfigError where the numbers do not fit together.
     """
+    if batch.micro_batch_size == "auto":
+        return _undecided(batch, processes, pipeline)
     sequential = batch.sequential_micro_batches
     depth, breadth = batch.depth_first_micro_batches, batch.breadth_first_micro_batches
     if sequential is not None and depth is not None and (breadth or not pipeline):
@@ -69,6 +71,15 @@ def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> Ba
             ]
         )
     return BatchPlan(size, micro, many, micro * many * processes - size)
+
+
+def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchPlan:
+    if batch.batch_size is None:
+        raise ConfigError(["batch.micro_batch_size: given auto, which needs batch_size; give it"])
+    for name in ("sequential_micro_batches", "depth_first_micro_batches", "breadth_first_micro_batches"):
+        if getattr(batch, name) is not None:
+            raise ConfigError([f"batch.{name}: follows from micro_batch_size: auto; leave it out"])
+    return plan_batch(batch.model_copy(update={"micro_batch_size": 1}), processes, pipeline)
 
 
 def _processes(count: int) -> str:

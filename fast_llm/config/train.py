@@ -212,8 +212,10 @@ class BatchConfig(Section):
     batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes, which are all the processes /
     (tensor_parallel × pipeline_parallel × sequence_data_parallel)."""
 
-    micro_batch_size: Positive | None = None
-    """Sequences in one forward and backward pass of a process; null follows from the rest, or is 1."""
+    micro_batch_size: Annotated[Positive | Literal["auto"] | None, Words("an integer above 0, auto or null")] = None
+    """Sequences in one forward and backward pass of a process; null follows from the rest, or is 1. auto is what a forecast says is
+    the fastest that fits the memory that there is, with more recomputation than `mlp_recompute_level` says if need be; it
+    needs batch_size."""
     batch_size: Positive | None = None
     """Sequences in one step, over all processes and micro-batches; null follows from the rest."""
     depth_first_micro_batches: Positive | None = None

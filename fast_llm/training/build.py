@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TextIO
 
+import psutil
 import torch
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
@@ -29,10 +30,11 @@ from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
-from fast_llm.training.footprint import choose_moments
+from fast_llm.training.footprint import Layout, Shape, needed
+from fast_llm.training.forecast import settle, with_layout
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
-from fast_llm.training.plan import Plan, describe, prepare_folder
+from fast_llm.training.plan import Plan, describe, prepare_folder, readable_bytes
 from fast_llm.training.run import Run, lock, next_run_number
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
@@ -97,7 +99,8 @@ def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
 
 
 def _train(plan: Plan, mesh: Mesh, started: float) -> int:
-    plan = settle_moments(plan, mesh)
+    memory = mesh.share(_memory(mesh))
+    plan = decide(plan, mesh, memory)
     config = plan.config
     number = mesh.share(next_run_number(plan.folder))
     if mesh.rank == 0:
@@ -117,6 +120,7 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
     interrupt = Interrupt()
     try:
         logger.info("What this run does:\n" + describe(plan))
+        _tell_memory(plan, mesh, memory)
         models, weights = build_model(config, mesh)
         pipeline = build_pipeline(config, plan.batch, models, mesh)
         optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))
@@ -144,19 +148,33 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
     return code
 
 
-def settle_moments(plan: Plan, mesh: Mesh) -> Plan:
-    """The plan with `optimizer.moments_dtype: auto` decided, on all processes alike."""
-    if plan.config.optimizer.moments_dtype != "auto":
-        return plan
-    chosen = "fp32"
-    if plan.checkpoint is not None:
+def decide(plan: Plan, mesh: Mesh, memory: float) -> Plan:
+    """The plan with what is `auto` decided, for processes with so many bytes each; a run that goes on keeps its moments."""
+    config = plan.config
+    if plan.checkpoint is not None and config.optimizer.moments_dtype == "auto":
         before = checkpoints.read_manifest(plan.checkpoint).info["settings"]["optimizer"]
-        chosen = before.get("moments_dtype", "fp32")
-    elif mesh.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(mesh.device).total_memory
-        chosen = choose_moments(plan.config, mesh.size, plan.batch.batch_size, memory)
-    optimizer = plan.config.optimizer.model_copy(update={"moments_dtype": mesh.share(chosen)})
-    return replace(plan, config=plan.config.model_copy(update={"optimizer": optimizer}))
+        config = with_layout(config, {"optimizer.moments_dtype": before.get("moments_dtype", "fp32")})
+    config = settle(config, mesh.size, memory, mesh.device.type)
+    return replace(plan, config=config, batch=plan_batch(config.batch, mesh.data.size, mesh.pipeline.size > 1))
+
+
+def _memory(mesh: Mesh) -> float:
+    """Bytes that this process can have."""
+    if mesh.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(mesh.device).total_memory)
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _tell_memory(plan: Plan, mesh: Mesh, memory: float) -> None:
+    shape, layout = Shape.of(plan.config, plan.batch.batch_size), Layout.of(plan.config, mesh.size)
+    used = needed(shape, layout, mesh.device.type)
+    words = f"Memory by forecast: {readable_bytes(used)} of {readable_bytes(memory)} a process"
+    if used <= memory:
+        logger.info(f"{words}.")
+    else:
+        logger.warning(
+            f"{words}: expect it to run out. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
+        )
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWeights | ShardedWeights]:

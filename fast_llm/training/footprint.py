@@ -23,7 +23,8 @@ _ROWS = 1024  # model/loss.py: rows of the head's gradient at a time
 STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = {"cuda": 2**26, "cpu": 2**22}  # model/loss.py: logits in fp32
 
-RESERVED = 2 * 2**30  # bytes of a GPU that are not PyTorch's: CUDA, cuBLAS, NCCL
+# Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries in a process's memory.
+RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
 FRAGMENTS = 0.03  # of PyTorch's memory, between tensors
 
 Parts = dict[str, float]  # part → bytes
@@ -447,15 +448,14 @@ def peak(shape: Shape, layout: Layout, device: str) -> Moment:
     return max(moments, key=lambda moment: moment.bytes)
 
 
-def on_gpu(moment: Moment) -> float:
-    """Bytes of a GPU that are needed for it."""
-    return moment.bytes * (1 + FRAGMENTS) + RESERVED
+def with_reserve(moment: Moment, device: str) -> float:
+    """Bytes of a process's memory that are needed for it."""
+    return moment.bytes * (1 + FRAGMENTS) + RESERVED[device]
 
 
-def choose_moments(config: TrainConfig, processes: int, batch_size: int, memory: float) -> str:
-    """What `moments_dtype: auto` is on GPUs of so many bytes."""
-    shape, layout = Shape.of(config, batch_size), Layout.of(config, processes)
-    return "fp32" if on_gpu(peak(shape, layout, "cuda")) <= memory else "bf16"
+def needed(shape: Shape, layout: Layout, device: str) -> float:
+    """Bytes of a process's memory that are needed for all of it."""
+    return with_reserve(peak(shape, layout, device), device)
 
 
 def stretch(device: str, tokens: int, vocabulary: int, splits: int | None) -> int:

@@ -18,7 +18,7 @@ from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.cost import cost
-from fast_llm.training.footprint import Layout, Memory, Moment, Shape, on_gpu, peak
+from fast_llm.training.footprint import Layout, Memory, Moment, Shape, needed, peak, with_reserve
 from fast_llm.training.plan import readable_bytes, with_shape
 
 NODE = 8  # devices of a node
@@ -92,7 +92,7 @@ class Forecast:
     @property
     def memory(self) -> float:
         """Bytes of a device that are needed."""
-        return on_gpu(self.peak)
+        return with_reserve(self.peak, "cuda")
 
     @property
     def fits(self) -> bool:
@@ -136,7 +136,7 @@ def forecast(config: TrainConfig, processes: int, device: Device) -> Forecast:
 def of_layout(shape: Shape, layout: Layout, device: Device, model_flops: float) -> Forecast:
     """The process of a pipeline with the most work gives the time, the one with the most memory the peak."""
     worst = peak(shape, layout, "cuda")
-    if shape.moments_auto and on_gpu(worst) > device.memory:
+    if shape.moments_auto and with_reserve(worst, "cuda") > device.memory:
         shape = replace(shape, moments=4)
         worst = peak(shape, layout, "cuda")
     steps = [Step(Memory(shape, layout, "cuda", place), device).parts() for place in range(layout.pipeline)]
@@ -402,6 +402,7 @@ _DISTRIBUTED, _STAGES, _LEVEL = (
     "model.multi_stage",
     "model.base_model.transformer.mlp_recompute_level",
 )
+_DEPTHS = tuple(f"batch.{name}_micro_batches" for name in ("sequential", "depth_first", "breadth_first"))
 _LEVELS = ("none", "activation", "activation_and_input", "selective", "full", "block")
 
 
@@ -429,10 +430,60 @@ def choices(config: TrainConfig, processes: int) -> Iterator[dict[str, Any]]:
                     f"{_STAGES}.pipeline_schedule": None,
                     "batch.micro_batch_size": rows,
                     "batch.batch_size": size,
-                    "batch.sequential_micro_batches": None,
-                    "batch.depth_first_micro_batches": None,
-                    "batch.breadth_first_micro_batches": None,
+                    **dict.fromkeys(_DEPTHS),
                 }
+
+
+def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> TrainConfig:
+    """What is `auto` decided, for processes with so many bytes each of a device of the `kind` cuda or cpu.
+
+    Moments are fp32 where that fits without computing matrix products again, else bf16. A micro-batch is the fastest that fits; where
+    none does, it is the smallest.
+    """
+    decide, moments = config.batch.micro_batch_size == "auto", config.optimizer.moments_dtype
+    if not decide and moments != "auto":
+        return config
+    flops = cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
+    given = _LEVELS.index(config.model.base_model.transformer.mlp_recompute_level)
+    changed = config
+    for dtype in ("fp32", "bf16") if moments == "auto" else (moments,):
+        found: list[tuple[float, TrainConfig]] = []
+        for rows in (1, 2, 4, 8, 16, 32, 64) if decide else (config.batch.micro_batch_size,):
+            for level in _LEVELS[given:] if decide else _LEVELS[given : given + 1]:
+                if level in ("full", "block") and dtype == "fp32" and moments == "auto" and decide:
+                    continue
+                choice = {"batch.micro_batch_size": rows, _LEVEL: level, "optimizer.moments_dtype": dtype}
+                changed = with_layout(config, choice)
+                if next(iter(breaches(changed, processes)), None) is not None:
+                    continue
+                layout = Layout.of(changed, processes)
+                shape = Shape.of(changed, config.batch.batch_size or 0)
+                if needed(shape, layout, kind) <= memory and (not layout.padding or rows == 1):
+                    found.append((of_layout(shape, layout, DEVICES["h100"], flops).rate, changed))
+                    break  # those that follow are slower
+        if found:
+            return max(found, key=lambda one: one[0])[1]
+    return with_layout(changed, {"batch.micro_batch_size": 1}) if decide else changed
+
+
+def describe_memory(config: TrainConfig, processes: int) -> str:
+    """What a process needs of several GPUs' memory, and which micro-batch would be the fastest on each."""
+    lines: list[str] = []
+    for name, count in (("h100", "80"), ("h200", "141"), ("b200", "180")):
+        device = DEVICES[name]
+        own = forecast(settle(config, processes, device.memory, "cuda"), processes, device)
+        words = f"{readable_bytes(own.memory)} as configured" + ("" if own.fits else ", too much")
+        if config.batch.batch_size is not None:
+            free: dict[str, Any] = {**dict.fromkeys(_DEPTHS), "batch.micro_batch_size": "auto"}
+            best_one = forecast(settle(with_layout(config, free), processes, device.memory, "cuda"), processes, device)
+            words += (
+                f"; fastest with micro_batch_size {best_one.layout.micro_batch_size},"
+                f" mlp_recompute_level {best_one.layout.recompute}"
+                if best_one.fits
+                else "; no micro-batch fits, see `fast-llm plan`"
+            )
+        lines.append(f"{'Memory' if not lines else '':<14}a GPU of {count} GB: {words}")
+    return "\n".join(lines)
 
 
 def batch_size(config: TrainConfig) -> int:
@@ -475,6 +526,7 @@ def best(config: TrainConfig, processes: int, device: Device, count: int = 3) ->
 def describe(config: TrainConfig, processes: int, device: Device) -> str:
     """Everything, in words and numbers."""
     batch_size(config)
+    config = settle(config, processes, device.memory, "cuda")
     own = forecast(config, processes, device)
     lines = ["As configured", "", *_details(own), "", f"The fastest that fit {processes} × {device.name.upper()}", ""]
     proposals = best(config, processes, device)

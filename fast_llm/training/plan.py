@@ -193,11 +193,15 @@ def describe(plan: Plan) -> str:
         f" {config.model.base_model.vocab_size:,}",
         f"Start         {_start(plan)}",
         f"Precision     computes in {config.model.distributed.training_dtype}; fp32 weights and gradients,"
-        f" {config.optimizer.moments_dtype} moments",
+        f" {config.optimizer.moments_dtype.replace('auto', 'fp32 or bf16')} moments",
         f"Processes     {_processes(plan, stage)}",
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
-        f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches ×"
-        f" {config.model.distributed.data_parallel(plan.processes)} processes"
+        + (
+            " micro-batches as memory allows ×"
+            if config.batch.micro_batch_size == "auto"
+            else f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches ×"
+        )
+        + f" {config.model.distributed.data_parallel(plan.processes)} processes"
         + (f", with {batch.padding} rows left empty" if batch.padding else ""),
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
         f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
@@ -393,6 +397,8 @@ def _compare(
             )
     now, then = _flat(config.model_dump(mode="json")), _flat(info["settings"])
     for name in sorted(now.keys() | then.keys()):
+        if now.get(name) == "auto":  # decided later
+            continue
         if now.get(name) != then.get(name) and name not in identity and not name.startswith(("run.", _SHAPE)):
             changes.append(f"{name}: {show(then.get(name))} → {show(now.get(name))}")
     return problems, changes

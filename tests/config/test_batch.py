@@ -128,3 +128,14 @@ def test_a_plan_multiplies_out_and_keeps_what_was_given(processes: int, values: 
     assert {values.get("depth", found.micro_batches), values.get("sequential", found.micro_batches)} == {
         found.micro_batches
     }
+
+
+def test_auto_is_decided_later() -> None:
+    assert plan(4, size=40, micro="auto") == BatchPlan(40, 1, 10)
+    with pytest.raises(ConfigError, match="given auto, which needs batch_size; give it"):
+        plan(4, micro="auto")
+    for name in ("depth", "breadth", "sequential"):
+        with pytest.raises(
+            ConfigError, match=f"batch.{NAMES[name]}: follows from micro_batch_size: auto; leave it out"
+        ):
+            plan(4, size=40, micro="auto", **{name: 2})

@@ -18,8 +18,8 @@ from fast_llm import cli
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
-from fast_llm.training.footprint import Layout, Memory, Shape
-from fast_llm.training.forecast import DEVICES, best, forecast
+from fast_llm.training.footprint import Layout, Memory, Shape, needed
+from fast_llm.training.forecast import DEVICES, best, forecast, settle
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
 from tests.training.runs import run
@@ -228,3 +228,35 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["plan", *LLAMA, "--gpus", "0"])
     assert "given 0, must be an integer above 0" in capsys.readouterr().err
+
+
+def settled(memory: float, *settings: str, processes: int = 1, kind: str = "cuda") -> tuple[object, str, str]:
+    """What is decided, which fits."""
+    auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
+    found = settle(config([*LLAMA, *auto, *settings]), processes, memory, kind)
+    shape = Shape.of(found, 256)
+    fits = needed(shape, Layout.of(found, processes), kind) <= memory
+    level = found.model.base_model.transformer.mlp_recompute_level
+    return (found.batch.micro_batch_size if fits else None), level, found.optimizer.moments_dtype
+
+
+def test_what_is_auto() -> None:
+    """Llama-3.1-8B: 12 bytes a weight do not fit 80 GB; on 8 GPUs there is room for fp32 moments and larger micro-batches."""
+    h100, h200, b200 = (DEVICES[name].memory for name in ("h100", "h200", "b200"))
+    assert settled(h100)[::2] == (None, "bf16")
+    rows, level, moments = settled(h200)
+    assert rows in (1, 2) and level in ("none", "activation", "selective") and moments == "bf16"
+    rows, level, moments = settled(h200, "optimizer.moments_dtype=fp32")
+    assert rows and level in ("full", "block") and moments == "fp32"  # as asked for: blocks are computed again instead
+    assert settled(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (2, "activation", "bf16")
+    assert settled(b200)[::2] == (2, "fp32")
+    rows, level, moments = settled(h100, processes=8)
+    assert rows in (2, 4) and moments == "fp32" and level not in ("full", "block")
+    # More memory is never slower.
+    rates = []
+    for memory in (60e9, h100, h200, b200):
+        found = settle(config([*LLAMA, "batch.micro_batch_size=auto"]), 8, memory, "cuda")
+        rates.append(forecast(found, 8, DEVICES["h100"]).rate)
+    assert rates == sorted(rates) and rates[0] < rates[-1]
+    small = "model.base_model.transformer.num_layers=1"
+    assert settled(40e9, small, kind="cpu")[2] == "fp32" and settled(40e9, small, kind="cpu")[0] in (1, 2, 4, 8)

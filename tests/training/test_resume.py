@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fast_llm.checkpoint import folder
 from fast_llm.model.llama import Llama
@@ -85,6 +86,39 @@ def test_masters_in_halves(tmp_path: Path) -> None:
     whole, plain = losses(tmp_path / "whole"), losses(tmp_path / "plain")
     assert [whole[step] for step in (1, 2)] == [plain[step] for step in (1, 2)]
     assert whole == pytest.approx(plain, rel=1e-3)
+
+
+def test_what_is_auto_is_written_down_and_kept(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
+    assert spawn(1, run, arguments(tmp_path, "whole", 8, "batch.micro_batch_size=8")) == [0]
+    assert spawn(1, run, arguments(tmp_path, "parts", 4, *auto)) == [0]
+    decided = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
+    assert (decided["batch"]["micro_batch_size"], decided["optimizer"]["moments_dtype"]) == (8, "fp32")
+    assert spawn(1, run, arguments(tmp_path, "parts", 8, *auto)) == [0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    # Not what would be chosen for this machine, but what the run began with.
+    assert spawn(1, run, arguments(tmp_path, "bf16", 4, "optimizer.moments_dtype=bf16")) == [0]
+    assert spawn(1, run, arguments(tmp_path, "bf16", 8, *auto)) == [0]
+    assert yaml.safe_load((tmp_path / "bf16" / "config.yaml").read_text())["optimizer"]["moments_dtype"] == "bf16"
+    logs = (tmp_path / "parts" / "runs").rglob("*")
+    text = "".join(path.read_text() for path in logs if path.is_file())
+    assert "Memory by forecast: " in text and " → auto" not in text and "fp32 → bf16" not in text
+
+
+def too_little(arguments_: list[str]) -> int:
+    build._memory = lambda mesh: 1e6
+    return run(arguments_)
+
+
+def test_too_little_memory_is_told(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    assert spawn(1, too_little, arguments(tmp_path, "run", 1)) == [0]
+    text = "".join(path.read_text() for path in (tmp_path / "run" / "runs").rglob("*") if path.is_file())
+    assert (
+        "of 1 MB a process: expect it to run out. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
+        in text
+    )
 
 
 def test_other_layouts_go_on_with_the_same_data(tmp_path: Path) -> None:
