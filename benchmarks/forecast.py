@@ -91,6 +91,8 @@ MEASURED = [  # docs/performance.md
     ("the same, compiled", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + COMPILED, 37_895),
     ("the same, mlp_recompute_level: selective", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + SELECTIVE, 34_655),
     ("the same, mlp_recompute_level: block", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + EVERYTHING, 30_286),
+    ("the whole of Llama-3.1-8B, compiled", LLAMA_8B, "h200", 1, 4096, 2, 16, WHOLE + COMPILED, 12_125),
+    ("the same", LLAMA_8B, "h200", 1, 8192, 1, 8, WHOLE + COMPILED, 11_162),
     ("SmolLM2-135M", SMOL, "h200", 1, 1024, 32, 64, WHOLE, 262_573),
     ("the same, compiled", SMOL, "h200", 1, 1024, 32, 64, WHOLE + COMPILED, 364_780),
 ]
