@@ -229,6 +229,15 @@ def _manifests(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
     return found
 
 
+def headless(root: Path) -> list[Path]:
+    """Folders directly under `root` that hold weights and have lost their manifest: no crash leaves such a one."""
+    try:
+        found = {path.parent for path in root.glob("*/*.safetensors") if path.parent.name[0] != "."}
+    except OSError:
+        return []
+    return sorted(path for path in found if not os.path.isfile(path / MANIFEST))
+
+
 def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
     """Every checkpoint or export directly under `root`, by step, the oldest first; of all kinds or of one.
 
@@ -243,6 +252,8 @@ def latest(root: Path, kind: str = "checkpoint", content: bool = True) -> Path |
 
     `content`: whether digests are compared too, or only sizes.
     """
+    for path in headless(root):
+        logger.warning(f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}")
     for _, manifest in _manifests(root):
         if isinstance(manifest, CheckpointError):
             logger.warning(f"Passed over: {manifest}")

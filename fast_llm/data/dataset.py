@@ -30,7 +30,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -299,6 +299,17 @@ class Dataset:
                     " with the model's own tokenizer"
                 )
 
+    def check_digests(self, most: int = 2**30) -> None:
+        """Compare token files with the digests in their dataset.json, which takes a second for `most` bytes; if there are more,
+        `fast-llm verify` does it when asked. Raises DataError naming every file that is damaged.
+        """
+        entries = [entry for content in self.described.values() for entry in content.get("datasets", [])]
+        size = sum(entry.get("num_tokens", 0) * np.dtype(entry.get("dtype", "int64")).itemsize for entry in entries)
+        if size <= most:
+            for path, content in self.described.items():
+                if content:
+                    verify(Path(path))
+
     def fingerprint(self) -> str:
         """What may not change on resume: the training documents, in their order, and their shares.
 
@@ -448,6 +459,11 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a dataset.json: {error}") from error
+    if isinstance(content, dict) and content.get("sha256", seal(content)) != seal(content):
+        raise DataError(
+            f"{path}: its sha256 does not fit its content: it is damaged, or was edited; in the latter case delete its line"
+            " `sha256`"
+        )
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
@@ -471,6 +487,12 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
         raise DataError(f"{path}: `tokenizer` must be an object with a fingerprint; given {str(tokenizer)[:80]}")
     described[str(path)] = content
     return entries
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """The sha256 of a dataset.json's content, which stands in it."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _inside(path: Path, prefix: str) -> Path:

@@ -46,6 +46,7 @@ from numpy.typing import NDArray
 
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.data import documents, tokenizer
+from fast_llm.data.dataset import seal
 from fast_llm.data.documents import Documents, Odd, Task
 from fast_llm.data.encode import Encoder
 from fast_llm.data.tokenfile import TokenFileWriter
@@ -597,7 +598,7 @@ def _finish(job: _Job, source: Documents) -> None:
             "digest": source.digest,
         },
     }
-    _write_json(job.metadata, job.rank, content)
+    _write_json(job.metadata, job.rank, {**content, "sha256": seal(content)})
     passed = (
         f"; passed over {', '.join(f'{number:,} {reason}' for reason, number in skipped.items())}" if skipped else ""
     )

@@ -47,6 +47,8 @@ def _parts(path: Path) -> list[Path]:
         return [path]
     every = [*path.glob(f"*/*/{folders.MANIFEST}"), *path.glob(f"*/*/*/{folders.MANIFEST}")]
     published = {manifest.parent for manifest in every if manifest.parent.name[0] != "."}
+    for root in (path / "checkpoint", *path.glob("export/*")):
+        published.update(folders.headless(root))
     found = sorted(published, key=lambda part: (part.parent, len(part.name), part.name))  # by step
     if not found:
         raise DataError(

@@ -111,6 +111,8 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     )
     if dataset is not None:
         attempt(lambda: dataset.check_vocabulary(model.vocab_size, fingerprint))
+        if os.environ.get("RANK", "0") == "0":
+            attempt(dataset.check_digests)
         split = config.data.split
         if training.validation.interval is not None and training.validation.iterations is not None:
             name, count = "training.validation.iterations", training.validation.iterations

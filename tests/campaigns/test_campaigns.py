@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, kills
+from tests.campaigns import crashes, damage, kills
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -12,3 +12,8 @@ def test_kills(tmp_path: Path) -> None:
 def test_crashes(tmp_path: Path) -> None:
     figures = crashes.campaign(tmp_path, 60, 0)
     assert figures["kills"] > 15 and figures["power cuts"] == 3 * figures["kills"]
+
+
+def test_damage(tmp_path: Path) -> None:
+    figures = damage.campaign(tmp_path, 40, 0)
+    assert figures["checkpoints damaged"] >= 40 and figures["datasets damaged"] == 12

@@ -164,6 +164,13 @@ def test_damage_of_the_manifest_is_found(tmp_path: Path, caplog: pytest.LogCaptu
     assert damage is remove or f"20/{folders.MANIFEST}: damaged" in caplog.text
 
 
+def test_weights_without_a_manifest_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, headless = make(tmp_path, 10), make(tmp_path, 20)
+    (headless / folders.MANIFEST).unlink()
+    assert folders.latest(tmp_path) == good
+    assert f"Passed over: {headless}: holds weights but no fast_llm_manifest.json; it is not a complete" in caplog.text
+
+
 def test_swapped_files_are_found(tmp_path: Path) -> None:
     path = make(tmp_path, 3)
     one, two = path / "one.safetensors", path / "two.safetensors"

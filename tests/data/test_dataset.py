@@ -280,6 +280,10 @@ def test_random():
         ('{"datasets": [{"prefix": "a", "num_documents": 2}]}', "num_documents is 1, but"),
         ('{"datasets": [{"prefix": "a", "dtype": "int64"}]}', "dtype is int32, but"),
         ('{"datasets": [{"prefix": "gone"}]}', "no such file"),
+        (
+            '{"datasets": [{"prefix": "a"}], "sha256": "0"}',
+            "its sha256 does not fit its content: it is damaged, or was edited",
+        ),
         ("[" * 100_000, "not a dataset.json"),
         ("\xff\xfe", "not a dataset.json"),
     ],
@@ -327,9 +331,13 @@ def test_tokenizer_and_vocabulary_must_fit(tmp_path):
 
 def test_verify(tmp_path):
     info = write(tmp_path / "a", [[1, 2, 3]])
-    entry = {"prefix": "a", "num_tokens": 3, "weight": 1.0, "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx}}
+    entry = {"prefix": "a", "num_tokens": 3, "dtype": "int32", "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx}}
     (tmp_path / "d.json").write_text(json.dumps({"datasets": [entry]}))
     assert verify(tmp_path / "d.json") == 12 + 34 + 12 + 16
     (tmp_path / "a.bin").write_bytes(np.array([1, 2, 4], "<i4").tobytes())
     with pytest.raises(DataError, match=r"a\.bin: its content is not what was prepared"):
         verify(tmp_path / "d.json")
+    data = opened(str(tmp_path / "d.json"), length=2)
+    with pytest.raises(DataError, match=r"a\.bin: its content is not what was prepared"):
+        data.check_digests(12)
+    data.check_digests(11)  # too large to be read at each start

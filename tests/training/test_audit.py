@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fast_llm.checkpoint import folder as folders
 from fast_llm.cli import main
 from fast_llm.config.section import read
 from fast_llm.training.plan import make_plan
@@ -55,6 +56,12 @@ def test_all_damage_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "2 mistakes" in said
     for path, what in zip(damaged, ("checkpoint 2", "export 3"), strict=True):
         assert f"{path}: its content is not what was saved (sha256 differs); {what} is damaged" in said
+
+
+def test_a_checkpoint_without_a_manifest_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "checkpoint" / "2" / folders.MANIFEST).unlink()
+    assert main(["verify", str(copy)]) == 2
+    assert f"{copy}/checkpoint/2: no {folders.MANIFEST}; it is not a complete" in capsys.readouterr().err
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
