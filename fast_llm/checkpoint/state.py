@@ -6,7 +6,8 @@ Hugging Face storage has them; that one reads them too. Nothing is pickled: ever
 JSON in the folder's manifest.
 
 Each process writes and hashes its own files; the first publishes the folder when all are done. The same state
-in the same layout gives the same bytes. Host memory: one process's part of one tensor.
+in the same layout gives the same bytes. Host memory: one process's part of one tensor, or with `stage` of all of them:
+then training may change them while a thread writes.
 """
 
 import json
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from fast_llm.checkpoint import folder as folders
@@ -40,17 +42,40 @@ LARGEST_FILE = 2**32  # bytes, if no single part is larger; files are hashed and
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
+@torch.no_grad()
+def stage(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> None:
+    """Copy this process's part of each tensor to host memory: `into`, which is made once and serves for every save.
+
+    Waits for no other process. Raises RuntimeError if there is no memory.
+    """
+    for name, tensor in tensors.items():
+        local = _local(tensor)
+        if name not in into:  # pinned memory: the device copies by itself, at the speed of the bus
+            into[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+        into[name].copy_(local, non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+
+
+def staged_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What `stage` takes of host memory."""
+    return sum(_local(tensor).nbytes for tensor in tensors.values())
+
+
+@torch.no_grad()
 def save(
     root: Path,
     step: int,
     tensors: Mapping[str, Tensor],
     info: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
+    parts: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `<root>/<step>`, whole or not at all; every process calls it with the tensors that it has a part of.
 
     `tensors`: tensors, the same on all processes, or DTensors, named `part/name`; `info`: what JSON can hold.
     `group`: on which processes wait for one another, the default one if not given; give one with patience.
+    `parts`: what `stage` made of `tensors`, to be written instead of their present values.
     Raises CheckpointError on all processes if one fails; what stood there is still there then.
     """
     group = whole_group(group)
@@ -69,7 +94,7 @@ def save(
             dcp.save(
                 dict(tensors),
                 storage_writer=writer,
-                planner=DefaultSavePlanner(),
+                planner=DefaultSavePlanner() if parts is None else _StagedPlanner(parts),
                 process_group=group,
                 no_dist=group is None,
             )
@@ -108,6 +133,17 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
             process_group=group,
             no_dist=group is None,
         )
+
+
+class _StagedPlanner(DefaultSavePlanner):
+    """Plans by the tensors themselves, and has their staged parts written."""
+
+    def __init__(self, parts: Mapping[str, Tensor]):
+        super().__init__()
+        self.parts = parts
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.parts[write_item.index.fqn]
 
 
 class _Writer(dcp.StorageWriter):
@@ -209,6 +245,10 @@ def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: s
         covered = sum(math.prod(chunk.sizes) for chunk in saved.chunks)
         if covered != tensor.numel() or sum(chunks.values()) != covered or any(min(c, default=0) < 0 for c in chunks):
             raise CheckpointError(f"{path}: the parts of {name} do not make up the whole")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _part(item: WriteItem) -> TensorWriteData:

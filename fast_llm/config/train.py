@@ -124,6 +124,9 @@ class CheckpointConfig(SavedConfig):
 
     keep: Positive | None = 5
     """The newest so many are kept; null is all."""
+    background: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in the host's memory: 12 bytes a weight in all, for
+    each copy of the training state (`model.multi_stage.shard_size`). Where memory would not do, training waits."""
 
 
 class ExportConfig(SavedConfig):

@@ -12,9 +12,9 @@ pipeline    the layers are divided over it
 Training state is sharded over context × data, which is cut once more: `shard` neighbours hold it between them, and
 `copies` groups of these hold the same.
 
-Two groups of all processes exist: the default one, whose timeout (`model.distributed.timeout`) catches a lost
-process within a step, and a patient one (`training.timeout`) for what takes long on one process while the others
-wait: saves, exports, reading weights.
+Three groups of all processes exist: the default one, whose timeout (`model.distributed.timeout`) catches a lost
+process within a step; a patient one (`training.timeout`) for what takes long on one process while the others
+wait: exports, reading weights; and one as patient for checkpoints, which a thread writes while training goes on.
 """
 
 import os
@@ -67,6 +67,7 @@ class Mesh:
         shard = min(shard_size or sharing, sharing)
         self.copies = sharing // shard
         self.patient: dist.ProcessGroup | None = None
+        self.saving: dist.ProcessGroup | None = None
         # How weights are spread: over [shard] or [copies, shard], and over [tensor] if that is an axis.
         self.weights: DeviceMesh | None = None
         axes: DeviceMesh | None = None
@@ -85,6 +86,7 @@ class Mesh:
             self.weights = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
             axes_of_weights = spread
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+            self.saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
         place = axes.get_coordinate() if axes is not None else [0, 0, 0, 0]
         assert place is not None
         found = {

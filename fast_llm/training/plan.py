@@ -224,6 +224,7 @@ def describe(plan: Plan) -> str:
             f"Checkpoints   every {training.checkpoint.interval:,} steps, {readable_bytes(state)} each"
             + (f", {kept} kept: {readable_bytes(state * (kept + 1))} at most" if kept else ", all kept")
             + (", and the permanent ones" if training.checkpoint.keep_every else "")
+            + _copied(plan, state)
         )
     if training.export.interval is not None:
         size = export_bytes(config, parameters)
@@ -235,6 +236,16 @@ def describe(plan: Plan) -> str:
     if plan.folder is not None:
         lines.append(f"Disk          {readable_bytes(_free(plan.folder))} free at {plan.folder}")
     return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
+
+
+def _copied(plan: Plan, state: int) -> str:
+    """What it takes to write checkpoints while training goes on."""
+    if not plan.config.training.checkpoint.background:
+        return "; training waits for them"
+    distributed = plan.config.model.distributed
+    sharing = distributed.data_parallel(plan.processes) * distributed.sequence_data_parallel
+    copies = sharing // min(plan.config.model.multi_stage.shard_size or sharing, sharing)
+    return f"; written in the background from {readable_bytes(state * copies)} of host memory"
 
 
 def _processes(plan: Plan, stage: int) -> str:

@@ -32,6 +32,7 @@ from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
 from fast_llm.training.run import Run
+from fast_llm.training.saving import Saver
 from fast_llm.training.step import Step
 
 logger = logging.getLogger("fast_llm")
@@ -61,12 +62,35 @@ class Trainer:
         self.mark = mark
         self.done = 0  # steps
         self.samples = 0  # sequences that these consumed
-        self.last_saved = -1
+        self.saver = Saver(mesh.saving, plan.config.training.checkpoint.background)
         self.stopping = False
         self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
 
     def fit(self) -> None:
-        """Train, from the newest checkpoint if there is one."""
+        """Train, from the newest checkpoint if there is one, until what was saved is on disk."""
+        try:
+            end = self.steps()
+            self.mark("saving", step=self.done, patient=True)
+            self.saver.wait()
+            logger.info(end)
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    def leave(self, error: BaseException) -> None:
+        """Training ends by an error: have the checkpoint finished that is being written, if that can be."""
+        seconds = None  # as long as it takes
+        if self.mesh.size > 1 and not isinstance(error, TrainingStopped):
+            # Others know nothing of it, or are gone: they wait for this process only so long, or this one for them in vain.
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                return
+            seconds = self.config.model.distributed.timeout / 2
+        if self.saver.busy:
+            self.mark("saving", patient=True)
+            self.saver.leave(seconds)
+
+    def steps(self) -> str:
+        """Every step, and what is due at the end; why it is the end."""
         training = self.config.training
         with self.metrics.not_training():
             self.restore()
@@ -83,23 +107,24 @@ class Trainer:
                 if training.logs.due(step) or step == training.train_iters:
                     self.metrics.write(step, self.samples, batches.wait_seconds)
                 self.check_finite(step)
+                self.saver.check()
+                shutdown = training.shutdown.due(step) and step < training.train_iters
                 with self.metrics.not_training():
                     if training.validation.due(step) and not self.stopping:
                         self.validate(step)
                     if training.checkpoint.due(step) or (self.stopping and self.run.folder is not None):
-                        self.save(step)
+                        self.save(step, last=self.stopping or shutdown)
                     if training.export.due(step) and not self.stopping:
                         self.export(step)
-                if training.shutdown.due(step) and step < training.train_iters:
-                    logger.info(f"Stopping after step {step}, as training.shutdown asks; the same command goes on.")
-                    return
+                if shutdown:
+                    return f"Stopping after step {step}, as training.shutdown asks; the same command goes on."
                 if self.stopping:
                     break
                 self.mark("data", step=step + 1)
         if self.stopping:
-            logger.info(f"Stopped by a signal after step {self.done}; the same command goes on from here.")
-            return
+            return f"Stopped by a signal after step {self.done}; the same command goes on from here."
         self.finish()
+        return f"Training is complete: {self.done} steps."
 
     def finish(self) -> None:
         """What is due at the end and not there yet; a finished run that is started again comes here at once."""
@@ -112,10 +137,9 @@ class Trainer:
         if training.test_iters and ("test", step) not in recorded and not self.stopping:
             self.validate(step, phase="test", iterations=training.test_iters)
         if training.checkpoint.interval is not None:
-            self.save(step)
+            self.save(step, last=True)
         if training.export.interval is not None:
             self.export(step)
-        logger.info(f"Training is complete: {step} steps.")
 
     def validate(self, step: int, phase: str = "validation", iterations: int | None = None) -> None:
         """The loss on the same sequences every time, and on each of `data.validation_sets`."""
@@ -162,7 +186,7 @@ class Trainer:
             self.metrics.skipped_in_a_row = info["skipped"]
             self.train_step.optimizer.updates = info["updates"]
             self.train_step.loss_scale.load(info["loss_scale"])
-            self.last_saved = self.done
+            self.saver.step = self.done
             logger.info(f"Going on from {path}, after step {self.done}.")
         elif self.plan.source is not None and pretrained.model_weights and pretrained.format == "distributed":
             state.load(self.plan.source, self.state(tensors, pretrained.optimizer_state), self.mesh.patient)
@@ -189,13 +213,13 @@ class Trainer:
             for name, local in locals_.items()
         }
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint, unless this step has one, and delete those that are not kept."""
-        if self.last_saved == step:
+    def save(self, step: int, last: bool = False) -> None:
+        """Begin to write a checkpoint, unless this step has one; then delete those that are not kept. `last`: the process is
+        about to end."""
+        if self.saver.step == step:
             return
         assert self.run.folder is not None
         self.mark("saving", step=step, patient=True)
-        started = time.perf_counter()
         settings = self.config.training.checkpoint
         root = self.run.folder / "checkpoint"
         info: dict[str, Any] = {
@@ -207,14 +231,14 @@ class Trainer:
             "identity": self.plan.identity,
             "settings": self.config.model_dump(mode="json"),
         }
+
+        def then(path: Path) -> None:
+            if self.run.is_main:
+                checkpoints.prune(root, settings.keep, settings.is_permanent)
+                self.callback(settings.callback, path)
+
         with self.weights.masters() as tensors:
-            path = state.save(root, step, self.state(tensors), info, self.mesh.patient)
-        self.last_saved = step
-        if self.run.is_main:
-            checkpoints.prune(root, settings.keep, settings.is_permanent)
-            self.callback(settings.callback, path)
-        self.mesh.wait()
-        logger.info(f"Saved {path} in {time.perf_counter() - started:.1f} s.")
+            self.saver.start(root, step, self.state(tensors), info, then, last)
 
     def export(self, step: int) -> None:
         """Write a Hugging Face folder, unless this step has one."""

@@ -451,8 +451,12 @@ def _state(process: int) -> str:
 
 
 def _waits(stacks: str) -> bool:
-    """Whether one of the threads is in the middle of talking to other processes."""
+    """Whether one of the threads is in the middle of talking to other processes, and the process waits for that thread."""
+    saver = "/fast_llm/training/saving.py"
+    awaited = any(saver in line and line.endswith(" in _end") for line in stacks.splitlines())
     for thread in stacks.split("\n\n"):
+        if not awaited and any(saver in line and line.endswith(" in _run") for line in thread.splitlines()):
+            continue  # checkpoints are written while training goes on
         frames = [line for line in thread.splitlines() if line.lstrip().startswith("File ")][:3]
         talk = ("/torch/distributed/", "/fast_llm/parallel/mesh.py", "/fast_llm/parallel/pipeline.py")
         if any(name in frame and "/tensor/_dispatch.py" not in frame for frame in frames for name in talk):

@@ -331,7 +331,12 @@ def test_tokenizer_and_vocabulary_must_fit(tmp_path):
 
 def test_verify(tmp_path):
     info = write(tmp_path / "a", [[1, 2, 3]])
-    entry = {"prefix": "a", "num_tokens": 3, "dtype": "int32", "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx}}
+    entry = {
+        "prefix": "a",
+        "num_tokens": 3,
+        "dtype": "int32",
+        "sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx},
+    }
     (tmp_path / "d.json").write_text(json.dumps({"datasets": [entry]}))
     assert verify(tmp_path / "d.json") == 12 + 34 + 12 + 16
     (tmp_path / "a.bin").write_bytes(np.array([1, 2, 4], "<i4").tobytes())

@@ -1,0 +1,193 @@
+"""Checkpoints are written while training goes on: the loop stops for a copy to the host's memory, a thread does the rest.
+
+At most one is being written. One that can not be written is tried again, from the same copy, until a newer one is due; that
+training ends without its last checkpoint is an error, no failure before is. The threads of all processes agree among
+themselves, in a process group of their own, and so the training threads have nothing to agree on: each looks after its own
+thread at steps that are the same everywhere (a save is due, the end).
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fast_llm.checkpoint import state
+from fast_llm.checkpoint.weights import gather
+from fast_llm.errors import CheckpointError
+from fast_llm.training.plan import readable_bytes
+
+logger = logging.getLogger("fast_llm")
+
+_PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds between attempts, doubled each time
+_LAST_PAUSE, _LAST_ATTEMPTS = 1.0, 3  # when the process is about to end
+_ENOUGH = 0.9  # of the memory that is available; the rest is left to others
+_LIMITS = Path("/sys/fs/cgroup")
+# How urgent it is that the thread ends.
+_NOT, _SUPERSEDED, _LAST = 0, 1, 2
+
+
+class Saver:
+    """Writes checkpoints of one run, one at a time."""
+
+    def __init__(self, group: dist.ProcessGroup | None, background: bool):
+        """`group`: all processes, for the saver alone; `background`: whether training goes on meanwhile, if memory allows."""
+        self.group = group
+        self.background = background
+        self.step = -1  # of the newest checkpoint that is there or being written
+        self.parts: dict[str, Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.urgency = _NOT
+        self.hurry = threading.Event()
+        self.error: CheckpointError | None = None
+        self.fault: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def start(
+        self,
+        root: Path,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        info: Mapping[str, Any],
+        then: Callable[[Path], None],
+        last: bool = False,
+    ) -> None:
+        """Begin to save a step, as state.save; every process calls it. `then`: what follows, given the folder. `last`: the
+        process is about to end.
+
+        Waits for the checkpoint before. That one could not be saved is logged, and `step` is then -1.
+        """
+        began = time.perf_counter()
+        if self.busy:
+            logger.info(f"Training waits: the checkpoint of step {self.step} is still being written.")
+        self._end(_SUPERSEDED)
+        self._choose(tensors)
+        parts: Mapping[str, Tensor] | None = None
+        if self.background:
+            state.stage(tensors, self.parts)
+            parts = self.parts
+            # What is whole here needs nothing but the copy.
+            tensors = {name: t if isinstance(t, DTensor) else self.parts[name] for name, t in tensors.items()}
+        still = time.perf_counter() - began
+
+        def write() -> None:
+            path = state.save(root, step, tensors, info, self.group, parts)
+            then(path)
+            seconds = time.perf_counter() - began
+            logger.info(
+                f"Saved {path} in {seconds:.1f} s" + (f"; training stood still for {still:.1f} s." if parts else ".")
+            )
+
+        self.step, self.error, self.fault = step, None, None
+        self.urgency = _LAST if last else _NOT if self.background else _SUPERSEDED
+        self.hurry.clear()
+        self.thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
+        self.thread.start()
+        if not self.background:
+            self._end(self.urgency)
+
+    def check(self) -> None:
+        """Raise what the thread met, if that was no failure of files but a fault of ours or the loss of a process."""
+        if self.fault is not None:
+            raise self.fault
+
+    def wait(self) -> None:
+        """Until the newest checkpoint is there. Raises CheckpointError, on every process, if it can not be written."""
+        self._end(_LAST)
+        if self.error is not None:
+            raise self.error
+
+    def leave(self, seconds: float | None) -> None:
+        """Training ends by an error: so much time for what is being written; None is as long as it takes.
+
+        Other processes may be gone. What happens is logged, not raised.
+        """
+        if self.busy:
+            logger.info(f"Training has failed; the checkpoint of step {self.step} is being finished.")
+            self.urgency = _LAST
+            self.hurry.set()
+            assert self.thread is not None
+            self.thread.join(seconds)
+            if self.error is not None:
+                logger.error(f"{self.error}")
+
+    def _end(self, urgency: int) -> None:
+        """Until the thread has ended."""
+        if self.thread is not None:
+            self.urgency = urgency
+            self.hurry.set()
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            self.step = -1
+        self.check()
+
+    def _choose(self, tensors: Mapping[str, Tensor]) -> None:
+        """The first time: whether there is memory for the copy, on all processes alike."""
+        if not self.background or self.parts:
+            return
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this host, each of which needs as much
+        needed, free = state.staged_bytes(tensors) * here, available_memory()
+        short = [one for one in gather((needed, free), self.group) if one[0] > _ENOUGH * one[1]]
+        if short:
+            logger.warning(
+                "Training waits for each checkpoint to be written: a copy in the host's memory would need"
+                f" {readable_bytes(short[0][0])}, and {readable_bytes(short[0][1])} are available."
+            )
+            self.background = False
+
+    def _run(self, write: Callable[[], None]) -> None:
+        """The thread: attempts until one succeeds, or it is no longer worth it."""
+        pause, last_attempts = _PAUSE, 0
+        try:
+            while True:
+                try:
+                    write()
+                    return
+                except CheckpointError as error:
+                    problem = error
+                if self._agree() == _NOT:
+                    logger.warning(f"{problem}. Training goes on; the next attempt is in {pause:g} s.")
+                    self.hurry.wait(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                urgency = self._agree()
+                if urgency == _SUPERSEDED:
+                    logger.warning(f"{problem}. Training goes on without this checkpoint.")
+                    self.error = problem
+                    return
+                if urgency == _LAST:
+                    last_attempts += 1
+                    if last_attempts == _LAST_ATTEMPTS:
+                        self.error = CheckpointError(f"{problem} (at the end, after {last_attempts} attempts)")
+                        return
+                    logger.warning(f"{problem}. The next attempt is in {_LAST_PAUSE:g} s.")
+                    time.sleep(_LAST_PAUSE)
+        except BaseException as fault:
+            self.fault = fault
+
+    def _agree(self) -> int:
+        """How urgent it is for the process that is furthest."""
+        return max(gather(self.urgency, self.group))
+
+
+def available_memory() -> int:
+    """Bytes of memory that this host, or a container with a limit, has left."""
+    available = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, StopIteration):  # other kernels, no limit
+        limit, used = (int((_LIMITS / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (_LIMITS / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        available = min(available, limit - used + cached)
+    return available
