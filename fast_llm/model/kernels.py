@@ -66,7 +66,7 @@ if AVAILABLE:
                 slope = scale * (tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(logits + begin + offsets, slope.to(logits.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])
     def _adamw(  # type: ignore[no-untyped-def]
         weight,
         low,
@@ -119,7 +119,7 @@ if AVAILABLE:
             bits = m.to(tl.int32, bitcast=True)
             nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             tl.store(exp_avg + place, nearest.to(tl.int16), mask=inside)
-            x = place.to(tl.uint32) * GOLDEN + seed
+            x = place.to(tl.uint32) * GOLDEN + seed.to(tl.uint32)  # a large seed comes in 64 bits
             x = (x ^ (x >> 16)) * MIX_1
             x = (x ^ (x >> 15)) * MIX_2
             chance = ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)

@@ -67,19 +67,19 @@ for moments in ("fp32", "bf16"):
             ways.append(Optimizer(weights, config, low, kernel))
         for step in range(1, 6):
             gradients = {name: torch.randn(weight.shape, generator=generator) for name, weight in start.items()}
-            for way in ways:
-                way.step(gradients, 1e-2 / step, 0.7)
+            for way in ways:  # PyTorch's kernel scales the gradients in place
+                way.step({name: gradient.clone() for name, gradient in gradients.items()}, 1e-2 / step, 0.7)
         for name in start:
             one, other = (join(way.weights[name], way.low[name]) if halves else way.weights[name] for way in ways)
             # A few roundings in fp32 (6e-8); a moment that is rounded another way for them, by 2^-8 and once in some ten thousand.
-            bound = 1e-6 if moments == "fp32" else 1e-4
+            bound = 1e-6 if moments == "fp32" else 1e-5
             assert (one - other).norm() <= bound * other.norm(), (moments, halves, name)
             assert (one - start[name]).norm() > 0.005 * other.norm() or not one.numel()
             for part in ("exp_avg", "exp_avg_sq"):
                 one, other = (getattr(way, part)[name] for way in ways)
                 differing = (one != other).float().mean() if one.numel() else 0
-                assert moments == "fp32" or differing < 1e-2, (moments, halves, name, part, differing)
-                assert (one.float() - other.float()).norm() <= (1e-6 if moments == "fp32" else 1e-3) * other.float().norm()
+                assert moments == "fp32" or differing < 1e-3, (moments, halves, name, part, differing)
+                assert (one.float() - other.float()).norm() <= (1e-6 if moments == "fp32" else 1e-4) * other.float().norm()
 print("equal")
 """
 
