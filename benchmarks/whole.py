@@ -1,9 +1,10 @@
 """The whole of Llama-3.1-8B on one GPU, nothing offloaded: tokens/s, peak memory beside the forecast, where the time goes.
 
-    PYTHONPATH=. python benchmarks/whole.py [OUT]    (eight minutes on an H200; needs PyTorch for CUDA, Triton, pydantic)
+    PYTHONPATH=. python benchmarks/whole.py [OUT [WORD]]    (eight minutes on an H200; needs PyTorch for CUDA, Triton, pydantic)
 
 Random tokens, and random weights that are made on the GPU. Each setting is a process of its own, by turns in one run; the first
-steps warm up and compile, the median and range of the rest count. Into OUT go the kernels of one step of each, by time.
+steps warm up and compile, the median and range of the rest count. Into OUT go the kernels of one step of each, by time; with WORD
+only those settings run that have it in their name.
 """
 
 import json
@@ -36,7 +37,11 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 RUNS = {f"{name}, compiled": run | {"model.multi_stage.compile_all": "yes"} for name, run in RUNS.items()} | {
     "sequence 4096, mlp_recompute_level activation": RUNS["sequence 4096"]
-    | {"model.base_model.transformer.mlp_recompute_level": "activation"}
+    | {"model.base_model.transformer.mlp_recompute_level": "activation"},
+    **{
+        f"{name}, compiled, fp8": run | {"model.multi_stage.compile_all": "yes", "model.distributed.fp8": "yes"}
+        for name, run in RUNS.items()
+    },
 }
 
 
@@ -48,6 +53,8 @@ def main() -> None:
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
     for name, run in RUNS.items():
+        if len(sys.argv) > 2 and sys.argv[2] not in name:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             settings = SHAPE | run | {"run.experiment_dir": f"{folder}/run"}
             table = str(out / f"{name.replace(' ', '-').replace(',', '')}.txt") if out else ""

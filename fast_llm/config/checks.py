@@ -42,6 +42,7 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
         _initialization,
         _pretrained,
         _compilation,
+        _fp8,
         _steps,
     ):
         yield from law(config)
@@ -389,6 +390,40 @@ def _compilation(config: TrainConfig) -> Breaches:
         yield (
             ("model.base_model.cross_entropy_impl", "run.enable_triton_kernels"),
             "given triton, but run.enable_triton_kernels: no forbids it",
+        )
+
+
+def _fp8(config: TrainConfig) -> Breaches:
+    """What PyTorch's fp8 products can do."""
+    name, distributed, shape = "model.distributed.fp8", config.model.distributed, config.model.base_model.transformer
+    if not distributed.fp8:
+        return
+    if distributed.training_dtype != "bf16":
+        yield (
+            (name, "model.distributed.training_dtype"),
+            f"given yes, which goes with training_dtype: bf16, not {distributed.training_dtype}",
+        )
+    if distributed.tensor_parallel > 1:
+        yield (
+            (name, "model.distributed.tensor_parallel"),
+            f"given yes, which is not offered with tensor_parallel: {distributed.tensor_parallel}; set one of them back",
+        )
+    channels = shape.kv_channels or 0
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size or 0,
+        "head_groups × kv_channels": shape.head_groups * channels,
+    }
+    for size, value in sizes.items():
+        if value % 16:
+            yield (
+                (name, f"model.base_model.transformer.{size}"),
+                f"given yes, which needs {size} {value} to be a multiple of 16",
+            )
+    if config.batch.sequence_length // distributed.sequence_data_parallel % 16:
+        yield (
+            (name, "batch.sequence_length"),
+            f"given yes, which needs a process's part of sequence_length {config.batch.sequence_length} to be a multiple of 16",
         )
 
 

@@ -548,6 +548,9 @@ class DistributedConfig(Section):
         Literal["fp32"], _NO_FP64, BeforeValidator(_dtype), Words("fp32; optimizer.moments_dtype: bf16 saves memory")
     ] = "fp32"
     """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 saves memory."""
+    fp8: bool = False
+    """Make the blocks' matrix products in fp8, on GPUs from Hopper (or Ada) on; weights, sums, and all else stay as they are. For
+    speed it needs `multi_stage.compile_all: yes`; look at what it does to the loss."""
     tensor_parallel: Positive = 1
     """Over how many neighbouring processes each matrix is cut: heads, the MLP's inner size and the vocabulary are divided
     by it. Within a node, for models too large or batches too small for ZeRO alone."""

@@ -49,6 +49,20 @@ def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     pass
 
 
+# The same for a gradient that is there.
+torch.library.define("fast_llm::add", "(Tensor(a!) total, Tensor gradient) -> ()")
+
+
+@torch.library.impl("fast_llm::add", ("cpu", "cuda"))
+def _add_gradient(total: Tensor, gradient: Tensor) -> None:
+    total += gradient
+
+
+@torch.library.register_fake("fast_llm::add")
+def _(total: Tensor, gradient: Tensor) -> None:
+    pass
+
+
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left [F, T] · right [T, E] to an fp32 sum [F, E]."""
     if left.dtype == torch.float32:

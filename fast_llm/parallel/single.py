@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fast_llm.model.fp8 import Fp8Linear
 from fast_llm.model.linear import linear
 from fast_llm.model.rounding import join, split_
 
@@ -98,8 +99,9 @@ class SingleWeights:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and module.bias is None and ".layers." in name:
                 total = torch.zeros_like(module.weight, dtype=torch.float32)
-                # Of another class, not with another function: that would be compiled anew for each block.
-                module.__class__ = _Adding
+                if not isinstance(module, Fp8Linear):
+                    # Of another class, not with another function: that would be compiled anew for each block.
+                    module.__class__ = _Adding
                 module.register_buffer("total", total, persistent=False)
                 self.gradients[f"{name}.weight"] = total
                 self._fused.append(total)

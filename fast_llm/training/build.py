@@ -19,6 +19,7 @@ from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model import kernels
+from fast_llm.model.fp8 import apply_fp8
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
@@ -99,6 +100,7 @@ def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
 
 
 def _train(plan: Plan, mesh: Mesh, started: float) -> int:
+    _check_fp8(plan.config, mesh)
     memory = mesh.share(_memory(mesh))
     plan = decide(plan, mesh, memory)
     config = plan.config
@@ -158,6 +160,14 @@ def decide(plan: Plan, mesh: Mesh, memory: float) -> Plan:
     return replace(plan, config=config, batch=plan_batch(config.batch, mesh.data.size, mesh.pipeline.size > 1))
 
 
+def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:
+    if config.model.distributed.fp8 and mesh.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        name = torch.cuda.get_device_name()
+        raise ConfigError(
+            [f"model.distributed.fp8: given yes, which {name} can not do: leave it out, or take a newer GPU"]
+        )
+
+
 def _memory(mesh: Mesh) -> float:
     """Bytes that this process can have."""
     if mesh.device.type == "cuda":
@@ -198,6 +208,8 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWei
         keep_stage(model, sizes, stage)
         for block in model.model.layers.values():
             assert isinstance(block, Block)
+            if settings.distributed.fp8:
+                apply_fp8(block)
             apply_recompute(block, settings.base_model.transformer.mlp_recompute_level)
             apply_context_parallel(block, mesh.context)
         apply_tensor_parallel(model, mesh.tensor, settings.distributed.sequence_tensor_parallel)

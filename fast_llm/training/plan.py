@@ -194,7 +194,8 @@ def describe(plan: Plan) -> str:
         f" {transformer.num_attention_heads} heads in {transformer.head_groups} groups, vocabulary"
         f" {config.model.base_model.vocab_size:,}",
         f"Start         {_start(plan)}",
-        f"Precision     computes in {config.model.distributed.training_dtype}; fp32 weights and gradients,"
+        f"Precision     computes in {config.model.distributed.training_dtype}"
+        f"{', matrix products of the blocks in fp8' * config.model.distributed.fp8}; fp32 weights and gradients,"
         f" {config.optimizer.moments_dtype.replace('auto', 'fp32 or bf16')} moments",
         f"Processes     {_processes(plan, stage)}",
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="

@@ -16,6 +16,7 @@ from fast_llm.errors import ConfigError
 
 # The smallest configuration that keeps all laws; overrides are laid over it.
 GOOD = ["training.train_iters=10", "data.format=random"]
+FP8 = [*GOOD, "model.distributed.training_dtype=bf16", "model.distributed.fp8=yes"]
 FILES = ["training.train_iters=10", "data.path=tokens"]
 TRANSFORMER = "model.base_model.transformer"
 RATE = "optimizer.learning_rate"
@@ -233,6 +234,18 @@ BROKEN: list[tuple[list[str], str]] = [
         "model.base_model.cross_entropy_impl: given triton, but run.enable_triton_kernels: no forbids it",
     ),
     (
+        [*FP8, "model.distributed.training_dtype=fp16"],
+        "model.distributed.fp8: given yes, which goes with training_dtype: bf16, not fp16",
+    ),
+    (
+        [*FP8, "model.base_model.transformer.ffn_hidden_size=100"],
+        "model.distributed.fp8: given yes, which needs ffn_hidden_size 100 to be a multiple of 16",
+    ),
+    (
+        [*FP8, "batch.sequence_length=100"],
+        "model.distributed.fp8: given yes, which needs a process's part of sequence_length 100 to be a multiple of 16",
+    ),
+    (
         ["data.format=random"],
         "training.train_iters: is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to"
         " measure or save)",
@@ -324,6 +337,11 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
         [*SHAPE, f"{AXES}.tensor_parallel=2", "model.multi_stage.shard_size=2"],
         6,
         "model.multi_stage.shard_size: given 2, must divide the 3 processes that share training state: 1, 3",
+    ),
+    (
+        [*SHAPE, f"{AXES}.tensor_parallel=2", *FP8],
+        2,
+        f"{AXES}.fp8: given yes, which is not offered with tensor_parallel: 2; set one of them back",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=8"],
