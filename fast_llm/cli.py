@@ -5,8 +5,10 @@ processes that torchrun started, only the first tells a mistake that all of them
 """
 
 import argparse
+import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +57,10 @@ _PLAN_EXAMPLES = """examples:
   fast-llm plan --config train.yaml --gpus 64 --device h200 model.multi_stage.shard_size=8
   fast-llm plan --config train.yaml --gpus 16 batch.sequence_length=131072 batch.micro_batch_size=1"""
 
+# What a disk does, and no mistake of ours. The places where most is written have words of their own.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+_DISK_ADVICE = "what was saved is whole: see to the disk and start the same command again"
+
 _PREPARE = f"""Turn documents into token files: `output_path: data/code` gives data/code/ and data/code.json, which is what
 data.path of `train` names. A run that was interrupted goes on where it stopped.
 
@@ -101,7 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Before training all processes say the same; in it, data can fail on one of them.
         if _first() or isinstance(error, DataError):
             print(f"fast-llm {parsed.command}: {_report(error)}", file=sys.stderr)
+        else:  # torchrun ends all as soon as it sees that one has ended: the first must have spoken
+            time.sleep(1)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fast-llm {parsed.command}: {where}{error.strerror}; {_DISK_ADVICE}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -1,5 +1,6 @@
 """The command itself, as a process: help, exit codes, settings around --config, and what is never loaded."""
 
+import errno
 import os
 import re
 import subprocess
@@ -229,3 +230,23 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr("fast_llm.config.section.read", interrupt)
     assert cli.main(["train", "a.b=1"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_a_disk_that_fails_is_no_fault_of_ours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(code: int) -> None:
+        def command(_: object) -> int:
+            raise OSError(code, os.strerror(code), "run/config.yaml")
+
+        monkeypatch.setattr(cli, "_verify", command)
+
+    fail(errno.ENOSPC)
+    assert cli.main(["verify", "x"]) == 1
+    assert capsys.readouterr().err == (
+        "fast-llm verify: run/config.yaml: No space left on device; what was saved is whole: see to the disk and start the"
+        " same command again\n"
+    )
+    fail(errno.EBADF)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main(["verify", "x"])

@@ -133,6 +133,7 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         try:
             trainer.fit()
         except BaseException as error:
+            interrupt.failed = True
             watchdog.failed(error)
             trainer.metrics.close("crashed")
             raise

@@ -19,6 +19,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal = 0
         self.since = 0.0
+        self.failed = False  # this process is leaving with an error
         self.before = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     @property
@@ -35,6 +36,11 @@ class Interrupt:
             os._exit(128 + number)
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Give the signals back to whoever had them.
+
+        All but SIGTERM if this process failed: torchrun sends it as soon as another one has ended, and would silence the one
+        that is about to say why.
+        """
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if not self.failed or number != signal.SIGTERM:
+                signal.signal(number, handler)

@@ -12,6 +12,7 @@
 Without `run.experiment_dir` nothing is written and the log goes to the terminal alone.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -37,7 +38,9 @@ class Run:
         self.is_main = rank == 0
         self.number = number
         self.progress = ProgressLine(sys.stderr) if self.is_main and sys.stderr.isatty() else None
-        self._records: Any = None
+        self._records: int | None = None  # a file descriptor
+        self._unwritten = b""
+        self._warned = False
         prefix = f"[Rank {rank:0{len(str(processes - 1))}d}] " if processes > 1 else ""
         formatter = logging.Formatter(("%(asctime)s " if timestamps else "") + prefix + "%(message)s")
         handlers: list[logging.Handler] = []
@@ -47,7 +50,7 @@ class Run:
         if self.logs is not None:
             self.logs.mkdir(parents=True, exist_ok=True)
             width = len(str(processes - 1))
-            handlers.append(logging.FileHandler(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
+            handlers.append(_LogFile(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
         for old in list(logger.handlers):
             logger.removeHandler(old)
         for handler in handlers:
@@ -60,15 +63,26 @@ class Run:
         """Append one line to metrics.jsonl: floats unrounded, NaN and infinities as null."""
         if self.folder is None or not self.is_main:
             return
-        if self._records is None:
-            path = self.folder / "metrics.jsonl"
-            _drop_torn_line(path)
-            self._records = path.open("a", encoding="utf-8")
         line = {
             key: None if value != value or value in (_INFINITY, -_INFINITY) else value for key, value in values.items()
         }
-        self._records.write(json.dumps(line) + "\n")
-        self._records.flush()
+        self._unwritten += (json.dumps(line) + "\n").encode()
+        self._write_records(self.folder / "metrics.jsonl")
+
+    def _write_records(self, path: Path) -> None:
+        """What can not be written, to a full disk say, is written with the next record: no step is lost for it."""
+        try:
+            if self._records is None:
+                _drop_torn_line(path)
+                self._records = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._records, self._unwritten) :]
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    f"{path}: can not be written: {error.strerror}; make room. Its records are kept until they can be."
+                )
 
     def recorded(self) -> list[dict[str, Any]]:
         """All records of this experiment, the oldest first; a line that a crash tore is left out."""
@@ -86,11 +100,16 @@ class Run:
         """Flush and close what is open."""
         if self.progress is not None:
             self.progress.clear()
+        if self.folder is not None and self._unwritten:
+            self._write_records(self.folder / "metrics.jsonl")
+            if lost := self._unwritten.count(b"\n"):
+                logger.error(f"{self.folder / 'metrics.jsonl'}: {lost} records could not be written and are lost.")
         if self._records is not None:
-            self._records.close()
+            os.close(self._records)
             self._records = None
         for handler in list(logger.handlers):
-            handler.close()
+            with contextlib.suppress(OSError):
+                handler.close()
             logger.removeHandler(handler)
 
 
@@ -152,6 +171,19 @@ def _drop_torn_line(path: Path) -> None:
         end = data.rfind(b"\n") + 1
         if end != len(data):
             file.truncate(end)
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose loss ends no run, and is told once."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self.told:
+            self.told = True
+            why = error.strerror if isinstance(error, OSError) else error
+            print(f"{self.baseFilename}: can not be written: {why}; the log goes on here.", file=sys.stderr)
 
 
 class _TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]

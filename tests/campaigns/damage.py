@@ -231,7 +231,7 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
         }
     )
     metadata = prepare(config)
-    whole = _everything(folder / "made")
+    whole = everything(folder / "made")
     assert len(whole) > 12
     shutil.copytree(folder / "made", folder / "other")
     for path in (folder / "other").rglob("*.bin"):  # what belongs to another dataset, of the same sizes
@@ -276,7 +276,7 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             metadata.unlink(missing_ok=True)
             prepare(config)
-            assert _everything(folder / "made") == whole, f"{story}: made again, and different"
+            assert everything(folder / "made") == whole, f"{story}: made again, and different"
             figures["made again"] += 1
         for name, content in whole.items():
             path = folder / "made" / name
@@ -287,7 +287,8 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     return figures
 
 
-def _everything(folder: Path) -> dict[str, bytes]:
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files but the lock, by name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

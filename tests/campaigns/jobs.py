@@ -165,6 +165,39 @@ def _rank(folder: Path, arguments: list[str], rank: int, world: int, before: Cal
         os._exit(code)
 
 
+def fork(
+    folder: Path, function: Callable[..., int], arguments: Any, before: Callable[[int], None] = nothing
+) -> tuple[int, str]:
+    """The exit code of `function(0, arguments)` in a process of its own, and what it said."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="fork-") as place:
+        process = _context.Process(target=_alone, args=(Path(place) / "said", function, arguments, before))
+        process.start()
+        process.join(STUCK)
+        code = process.exitcode
+        process.kill()
+        process.join()
+        said = (Path(place) / "said").read_text(errors="replace")
+        assert code is not None, f"stuck\n{said}"
+        return code, said
+
+
+def _alone(said: Path, function: Callable[..., int], arguments: Any, before: Callable[[int], None]) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    code = 1
+    try:
+        before(0)
+        code = function(0, arguments)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def command(campaign: Callable[[Path, int, int], dict[str, Any]], budget: int) -> None:
     """Run a campaign as its command line says, and print its figures as a Markdown table."""
     parser = argparse.ArgumentParser(description=sys.modules[campaign.__module__].__doc__)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, kills
+from tests.campaigns import crashes, damage, disk, kills
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -17,3 +17,8 @@ def test_crashes(tmp_path: Path) -> None:
 def test_damage(tmp_path: Path) -> None:
     figures = damage.campaign(tmp_path, 40, 0)
     assert figures["checkpoints damaged"] >= 40 and figures["datasets damaged"] == 12
+
+
+def test_disk(tmp_path: Path) -> None:
+    figures = disk.campaign(tmp_path, 10, 0)
+    assert figures["ended with a line"] >= 1 and figures["preparations"] == 5

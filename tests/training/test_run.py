@@ -1,22 +1,27 @@
 """What a run refuses, survives and writes."""
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fast_llm import cli
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, UserError
 from fast_llm.training.build import train
 from fast_llm.training.plan import describe, make_plan
 from fast_llm.training.run import Run, lock, next_run_number
+from tests.campaigns.jobs import Job
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, settings, write_tokens
 
@@ -241,6 +246,65 @@ def test_a_torn_line_is_dropped_and_runs_are_counted(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2, "loss": None}]
     assert next_run_number(tmp_path) == 1
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_records_are_kept_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, 0, 1, True, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for step in (1, 2):
+            run.record({"step": step})
+    assert capsys.readouterr().out.count("metrics.jsonl: can not be written: No space left on device; make room.") == 1
+    write = os.write
+    monkeypatch.setattr(
+        os, "write", lambda handle, data: write(handle, data[:5])
+    )  # a disk that takes a little at a time
+    run.record({"step": 3})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    monkeypatch.setattr(os, "write", full)
+    run.record({"step": 4})
+    run.close()
+    assert "metrics.jsonl: 1 records could not be written and are lost." in capsys.readouterr().out
+
+
+def test_a_log_that_can_not_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, 0, 1, True, 0)
+    handler = next(h for h in logging.getLogger("fast_llm").handlers if isinstance(h, logging.FileHandler))
+    handler.stream.close()
+    handler.stream = Path("/dev/full").open("w")  # noqa: SIM115
+    for _ in range(2):
+        logging.getLogger("fast_llm").info("on the terminal")
+    run.close()
+    out, err = capsys.readouterr()
+    assert out.count("on the terminal") == 2
+    assert (
+        err
+        == f"{tmp_path}/runs/0/logs/logs_rank_0.txt: can not be written: No space left on device; the log goes on here.\n"
+    )
+
+
+def speaks_late(rank: int) -> None:
+    report = cli._report
+
+    def late(error: UserError) -> str:
+        time.sleep(0.5)
+        return report(error)
+
+    cli._report = late
+
+
+def test_the_first_process_tells_why_although_others_have_ended(tokens: Path) -> None:
+    """torchrun ends the others when it sees that one has ended."""
+    arguments = settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50")
+    with Job(tokens, arguments, 2, speaks_late) as job:
+        assert job.wait() == 2
+        assert re.search(r"fast-llm train: .* holds token 1\d\d", job.said()), job.said()
 
 
 def test_a_callback_is_started_with_what_was_saved(tokens: Path) -> None:

@@ -1,0 +1,247 @@
+"""A disk that fails: at the k-th operation that writes, once (EIO), from there on (ENOSPC), or at a size (RLIMIT_FSIZE).
+
+In a run with one or two processes, on one of them, in everything that it writes: lock, config.yaml, logs, metrics.jsonl,
+checkpoints, exports; and in a preparation. No traceback: a run goes on and ends well, or ends with an exit code and a line
+that says why. Checkpoints that were there are whole. The same command, on a disk that works, ends with the bits of a
+run that nothing happened to, and leaves nothing behind.
+"""
+
+import builtins
+import errno
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fast_llm.checkpoint import folder as folders
+from tests.campaigns.damage import everything
+from tests.campaigns.jobs import Job, command, fork
+from tests.campaigns.kills import arguments, result
+from tests.data import made
+from tests.training.runs import write_tokens
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+WAYS = ("once", "full", "limit")
+
+
+class Failing:
+    """An open file whose writes count."""
+
+    def __init__(self, file: Any, tick: Any):
+        self._file, self._tick = file, tick
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "Failing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, data: Any) -> int:
+        self._tick("write", self._file.name)
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        self._tick("flush", self._file.name)
+        self._file.flush()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            try:
+                self._tick("close", self._file.name)
+            finally:
+                self._file.close()
+
+
+def fail(rank: int, victim: int, way: str, number: int, root: Path) -> None:
+    """Let the `number`-th operation that writes below `root` fail, in the process of that rank."""
+    if rank != victim:
+        return
+    if way == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+        return
+    done = 0
+    frees = ("os.remove", "os.rmdir", "os.rename")
+    trace = os.open(root.parent / "operations", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+
+    def tick(kind: str, path: Any) -> None:
+        nonlocal done
+        if str(root) not in str(path):
+            return
+        done += 1
+        if done <= number:
+            real_write(trace, f"{kind} {os.path.relpath(str(path), root)}\n".encode())
+        if done == number or (way == "full" and done > number and kind not in frees):
+            code = errno.EIO if way == "once" else errno.ENOSPC
+            raise OSError(code, os.strerror(code), *([str(path)] if kind not in ("write", "flush", "close") else []))
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in (*frees, "os.mkdir") or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES):
+            tick(event, args[0])
+
+    real_open, real_write, real_fsync = io.open, os.write, os.fsync
+
+    def opening(file: Any, mode: str = "r", *further: Any, **named: Any) -> Any:
+        opened = real_open(file, mode, *further, **named)
+        return Failing(opened, tick) if set(mode) & set("wax+") and str(root) in str(file) else opened
+
+    def through(real: Any, kind: str) -> Any:
+        def call(handle: int, *further: Any) -> Any:
+            tick(kind, os.readlink(f"/proc/self/fd/{handle}"))
+            return real(handle, *further)
+
+        return call
+
+    io.open = builtins.open = opening  # type: ignore[assignment]
+    os.write, os.fsync = through(real_write, "write"), through(real_fsync, "fsync")
+    sys.addaudithook(hook)
+
+
+def trace(folder: Path) -> list[str]:
+    """The operations so far; the last one failed, if one did."""
+    return (folder / "operations").read_text().splitlines()
+
+
+def place(hit: str) -> str:
+    """What part of a run an operation belongs to."""
+    path = hit.partition(" ")[2]
+    for name in ("checkpoint", "export", "metrics.jsonl", "runs"):
+        if path.startswith(name):
+            return {"runs": "logs"}.get(name, name)
+    return "the rest"
+
+
+def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
+    """`budget` runs on a disk that fails."""
+    chance = random.Random(seed)
+    figures: Counter[str] = Counter()
+    write_tokens(folder / "tokens", 400)
+    whole: dict[int, Any] = {}
+    places: dict[int, dict[str, list[int]]] = {}  # by world size and part of the run, the numbers of the operations
+    for world in (1, 2):
+        how = arguments(folder, f"whole{world}")
+        with Job(
+            folder, how, world, partial(fail, victim=0, way="once", number=10**9, root=folder / f"whole{world}")
+        ) as job:
+            assert job.wait() == 0, job.said()
+        whole[world] = result(folder / f"whole{world}")
+        places[world] = {}
+        for number, operation in enumerate(trace(folder), start=1):
+            places[world].setdefault(place(operation), []).append(number)
+        figures[f"operations that write, in a process of {world}"] = sum(map(len, places[world].values()))
+    while figures["runs"] < budget:
+        world, way = chance.choice((1, 1, 2)), chance.choice(WAYS)
+        victim = chance.randrange(world)
+        number = chance.choice(places[world][chance.choice(list(places[world]))])
+        number = chance.randrange(20_000, 150_000) if way == "limit" else number
+        run = folder / "run"
+        story = f"seed {seed}, run {figures['runs']}: {way} {number} in rank {victim} of {world}"
+        (folder / "operations").unlink(missing_ok=True)
+        figures["runs"] += 1
+        with Job(
+            folder, arguments(folder, "run"), world, partial(fail, victim=victim, way=way, number=number, root=run)
+        ) as job:
+            code, said = job.wait(), job.said()
+        reached = trace(folder) if way != "limit" else []
+        hit = "limit" if way == "limit" else reached[-1] if len(reached) == number else ""
+        story += f", {hit}, exit code {code}\n{said}"
+        if hit:
+            figures[f"failed in {place(hit) if hit != 'limit' else 'what was too large'}"] += 1
+            # A process that lost another one may say so in its own way; the one with the disk may not.
+            mine = (
+                said if world == 1 else "\n".join(line for line in said.splitlines() if "Connection closed" not in line)
+            )
+            assert world > 1 or "Traceback" not in mine, story
+            if code:
+                reason = r"(No space left on device|Input/output error|File too large)"
+                told = [line for line in said.splitlines() if line.startswith("fast-llm train: ")]
+                assert told and re.search(reason, told[0]), story
+                assert world > 1 or len(told) == 1, story
+                figures["ended with a line"] += 1
+            else:
+                figures["went on and ended well"] += 1
+        else:
+            assert code == 0, story
+        for step, path in folders.find(run / "checkpoint"):
+            assert folders.verify(path).step == step, story
+        lost = "could not be written and are lost" in said or (
+            code != 0 and "metrics.jsonl: can not be written" in said
+        )
+        figures["metrics lost, and told"] += lost
+        with Job(folder, arguments(folder, "run"), world) as job:
+            assert job.wait() == 0, f"{story}\nthen\n{job.said()}"
+        found = result(run)
+        for name in found:
+            if lost and name in ("losses", "validation"):
+                assert found[name].items() <= whole[world][name].items(), story
+            else:
+                assert found[name] == whole[world][name], f"{story}: another {name}"
+        assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], f"{story}: left behind"
+        shutil.rmtree(run)
+    return figures
+
+
+def prepared(rank: int, settings: list[str]) -> int:
+    """Prepare, in a process of its own."""
+    from fast_llm import cli
+
+    return cli.main(["prepare", *settings])
+
+
+def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
+    """`budget` preparations on a disk that fails."""
+    chance = random.Random(seed)
+    figures: Counter[str] = Counter()
+    folder.mkdir()
+    model = made.llama(folder / "model")
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(60):
+        (texts / f"{number:03}.txt").write_text(made.text(number, 2500))
+    where = folder / "made"
+    how = [f"output_path={where}/data", f"dataset.path={texts}", f"tokenizer.path={model}", "tokens_per_shard=100000"]
+    how += ["tokenize_workers=1"]
+    whole: dict[str, bytes] = {}
+    operations = 10**9
+    while figures["preparations"] < budget + 1:
+        way = "once" if not whole else chance.choice(("once", "full", "limit"))
+        number = operations if not whole else chance.randrange(1, operations + 1)
+        number = chance.randrange(1_000, 200_000) if way == "limit" else number
+        where.mkdir()
+        before = partial(fail, victim=0, way=way, number=number, root=where)
+        code, said = fork(folder, prepared, how, before)
+        story = f"seed {seed}, preparation {figures['preparations']}: {way} {number}, exit code {code}\n{said}"
+        figures["preparations"] += 1
+        if not whole:
+            assert code == 0, story
+            whole, operations = everything(where), len(trace(folder))
+            figures["operations that write in a preparation"] = operations
+        assert "Traceback" not in said, story
+        if code:
+            assert len([line for line in said.splitlines() if line.startswith("fast-llm prepare: ")]) == 1, story
+            figures["preparations ended with a line"] += 1
+            code, said = fork(folder, prepared, how)
+            assert code == 0, f"{story}\nthen\n{said}"
+        assert everything(where) == whole, f"{story}: other bytes"
+        shutil.rmtree(where)
+    figures["preparations"] -= 1
+    return figures
+
+
+def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
+    """`budget`: runs, and half as many preparations."""
+    found = runs(folder, budget, seed) + preparations(folder / "data", budget // 2, seed)
+    return {**dict(sorted(found.items())), "checkpoints damaged": 0, "tracebacks": 0, "another result": 0}
+
+
+if __name__ == "__main__":
+    command(campaign, 400)
