@@ -35,6 +35,7 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
         _loss_scale,
         _sub_intervals,
         _keep_every,
+        _spikes,
         _experiment_dir,
         _validation,
         _heads,
@@ -287,6 +288,14 @@ def _keep_every(config: TrainConfig) -> Breaches:
                 (f"training.{name}.keep_every", f"training.{name}.interval"),
                 f"given {saved.keep_every}, but nothing is saved: set training.{name}.interval",
             )
+
+
+def _spikes(config: TrainConfig) -> Breaches:
+    if config.training.spikes.policy == "rewind" and config.training.checkpoint.interval is None:
+        yield (
+            ("training.spikes.policy", "training.checkpoint.interval"),
+            "given rewind, but nothing is saved to go back to: set training.checkpoint.interval, or use skip or stop",
+        )
 
 
 def _experiment_dir(config: TrainConfig) -> Breaches:

@@ -168,6 +168,25 @@ class ShutdownConfig(Interval):
     """Stop, to be queued again: the process ends with exit code 0 after a checkpoint, and the same command goes on."""
 
 
+class SpikesConfig(Section):
+    """What is done about a step whose loss or gradient norm stands out from those of the steps before: is above
+    m + `threshold` × max(1.4826 × median |y - m|, 0.01 × |m|), where y are the last `window` steps' values and m their median.
+    Such a step's update is not applied. (Infinities and NaN: `optimizer.max_nonfinite_steps`.)"""
+
+    policy: Annotated[
+        Literal["none", "skip", "rewind", "stop"],
+        instead({False: "to do nothing about spikes is policy: none"}),
+    ] = "none"
+    """none looks for nothing. skip goes on with the next step. rewind goes back to the newest checkpoint, and on from there with
+    the data after the spike's: what led to it is passed over. stop ends training, exit code 1."""
+    window: Annotated[int, Field(ge=4, le=10_000), Words("an integer from 4 to 10000")] = 128
+    """Steps that a step is compared with; before there are as many nothing is judged."""
+    threshold: PositiveFloat = 6.0
+    """How many deviations above the median a spike begins."""
+    max_rewinds: Positive = 5
+    """How often a run goes back before it stops."""
+
+
 class AlertConfig(Interval):
     """Messages through Weights & Biases."""
 
@@ -205,6 +224,7 @@ class TrainingConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
+    spikes: SpikesConfig = SpikesConfig()
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
     wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None

@@ -14,6 +14,8 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
 from fast_llm.errors import ConfigError, DataError, UserError
 from fast_llm.training.plan import readable_bytes
+from fast_llm.training.run import read_records
+from fast_llm.training.spikes import first_sequence
 
 _SHOWN = 60  # characters of a document
 
@@ -74,7 +76,9 @@ def why(run: str, step: int) -> list[str]:
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
     assert batch.batch_size is not None
     lines, counts = [], Counter[str]()
-    for index in range((step - 1) * batch.batch_size, step * batch.batch_size):
+    passed_over = _passed_over(folder)
+    first = first_sequence(step, batch.batch_size, passed_over)
+    for index in range(first, first + batch.batch_size):
         tokens, at = data.read("training", index).tokens, 0
         lines.append(f"sequence {index:,}")
         for stretch in data.locate("training", index):
@@ -88,4 +92,22 @@ def why(run: str, step: int) -> list[str]:
             at += stretch.tokens
     total = sum(counts.values())
     shares = (f"  {name}: {100 * count / total:.1f} % of the tokens" for name, count in counts.most_common())
-    return [f"step {step}: {batch.batch_size} sequences of {length:,} + 1 tokens", *shares, *lines]
+    undone = [
+        f"  (from step {one['after'] + 1} to the spike at step {one['spike']} the run was undone, and went on with later data)"
+        for one in passed_over
+        if one["after"] < step <= one["spike"]
+    ]
+    return [f"step {step}: {batch.batch_size} sequences of {length:,} + 1 tokens", *undone, *shares, *lines]
+
+
+def _passed_over(folder: Path) -> list[dict[str, int]]:
+    """The times that a run went back: as its newest checkpoint has them, and those since, as the newest start recorded them."""
+    saved = folders.find(folder / "checkpoint", "checkpoint")
+    if not saved:
+        return []
+    step, newest = saved[-1]
+    found: list[dict[str, int]] = list(folders.read_manifest(newest).info.get("passed_over", []))
+    records = read_records(folder)
+    start = max((record["run"] for record in records if "run" in record), default=0)
+    since = [one for one in records if one.get("phase") == "rewind" and one["run"] == start and one["after"] >= step]
+    return found + [{name: one[name] for name in ("after", "spike", "sequences")} for one in since]

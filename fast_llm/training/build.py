@@ -37,6 +37,7 @@ from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.plan import Plan, describe, prepare_folder, readable_bytes
 from fast_llm.training.run import Run, lock, next_run_number
+from fast_llm.training.spikes import Spikes
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
 from fast_llm.training.watchdog import SLACK, Watchdog
@@ -127,7 +128,8 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         pipeline = build_pipeline(config, plan.batch, models, mesh)
         optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))
         loss_scale = LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype)
-        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark)
+        spikes = Spikes(config.training.spikes)
+        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark, spikes)
         trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:

@@ -63,7 +63,7 @@ class Metrics:
     def add(self, step: int, result: StepResult) -> None:
         """Take note of one step."""
         self._steps.append(result)
-        self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if result.updated or result.spike else self.skipped_in_a_row + 1
         if self.run.progress is not None:
             elapsed = self.seconds + time.perf_counter() - self._since
             rate = (step - self.first) * self.batch.batch_size * self.config.batch.sequence_length / elapsed
@@ -73,6 +73,14 @@ class Metrics:
                 self.config.training.train_iters,
                 f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {_duration(left)} left",
             )
+
+    def went_back(self, step: int, record: dict[str, Any]) -> None:
+        """Go on counting from an earlier step; `record`: what happened, for metrics.jsonl."""
+        self.run.record({"run": self.run.number, "step": step, "phase": "rewind", **record})
+        self.first = self.last_written = step
+        self.seconds = self.seconds_at_last = self.waited_at_last = 0.0
+        self._since = time.perf_counter()
+        self._steps.clear()
 
     def write(self, step: int, samples: int, waited: float) -> None:
         """Write a training record for the steps since the last one.
@@ -85,7 +93,7 @@ class Metrics:
         steps, self._steps = self._steps, []
         if not steps:
             return
-        good = [result for result in steps if result.updated]
+        good = [result for result in steps if result.updated or result.spike]
         train_iters = self.config.training.train_iters
         tokens = self.batch.batch_size * self.config.batch.sequence_length
         step_time = (self.seconds - self.seconds_at_last) / len(steps)
@@ -106,8 +114,9 @@ class Metrics:
             "grad_norm": steps[-1].gradient_norm,
             "learning_rate": steps[-1].learning_rate,
             "loss_scale": steps[-1].loss_scale,
-            "skipped_iters": len(steps) - len(good),
+            "skipped_iters": sum(not r.updated for r in steps),
             "nan_iters": sum(not math.isfinite(r.loss) for r in steps),
+            "spikes": sum(bool(r.spike) for r in steps),
             "target_tokens": sum(r.targets for r in steps),
             "step_time_ms": step_time * 1e3,
             "step_time_average_ms": average * 1e3,
@@ -139,7 +148,8 @@ class Metrics:
             f" | learning rate: {values['learning_rate']:.3e} | loss scale: {values['loss_scale']:g}"
             f" | grad norm: {values['grad_norm']:.4f}"
             f" | skipped iterations: {values['skipped_iters']} | nan iterations: {values['nan_iters']}"
-            f" | average step time {values['step_time_average_ms']:.2f} ms"
+            + (f" | spikes: {values['spikes']}" if self.config.training.spikes.policy != "none" else "")
+            + f" | average step time {values['step_time_average_ms']:.2f} ms"
             f" | remaining {_duration(remaining)}"
             f" | completion {values['completion_time'][:19].replace('T', ' ')} ({values['percent_done']:.2f} %)"
             f" | language model loss: {values['language_model_loss']:.5f} | run: {self.run.number}"

@@ -85,16 +85,8 @@ class Run:
                 )
 
     def recorded(self) -> list[dict[str, Any]]:
-        """All records of this experiment, the oldest first; a line that a crash tore is left out."""
-        if self.folder is None or not (self.folder / "metrics.jsonl").exists():
-            return []
-        records = []
-        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        """All records of this experiment, the oldest first."""
+        return [] if self.folder is None else read_records(self.folder)
 
     def close(self) -> None:
         """Flush and close what is open."""
@@ -114,6 +106,19 @@ class Run:
 
 
 _INFINITY = float("inf")
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records of an experiment, the oldest first; a line that a crash tore is left out."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    records = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
 def next_run_number(folder: Path | None) -> int:

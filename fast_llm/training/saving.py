@@ -109,6 +109,10 @@ class Saver:
         if self.error is not None:
             raise self.error
 
+    def settle(self) -> None:
+        """Until nothing is being written. That it could not be is logged, not raised."""
+        self._end(_SUPERSEDED)
+
     def leave(self, seconds: float | None) -> None:
         """Training ends by an error: so much time for what is being written; None is as long as it takes.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.train import OptimizerConfig, SpikesConfig
 from fast_llm.model.batch import Batch
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
@@ -22,6 +22,7 @@ from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.pipeline import TIED, Pipeline
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.training.spikes import Spikes
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class StepResult:
     learning_rate: float
     loss_scale: float  # that the gradients were made with
     targets: int
-    updated: bool  # whether the weights moved: not if anything was infinite or NaN
+    updated: bool  # whether the weights moved: not if anything was infinite or NaN, or a spike
     stop: bool  # whether any process was asked to stop
+    spike: str = ""  # what stood out
 
 
 class Step:
@@ -50,6 +52,7 @@ class Step:
         config: OptimizerConfig,
         pipeline: Pipeline | None = None,
         mark: Callable[[str], None] = lambda phase: None,
+        spikes: Spikes | None = None,
     ):
         """`mark`: is told what comes next."""
         self.model = model
@@ -58,6 +61,7 @@ class Step:
         self.loss_scale = loss_scale
         self.mesh = mesh
         self.config = config
+        self.spikes = spikes or Spikes(SpikesConfig())
         self.pipeline = pipeline
         self.mark = mark
         self.holders = weights.holders()
@@ -85,13 +89,15 @@ class Step:
         loss_mean = total_loss / max(total_targets, 1)
         finite = math.isfinite(norm) and math.isfinite(loss_mean)
         rate = learning_rate(self.optimizer.updates + 1, self.config.learning_rate)
-        if finite:
+        spike = self.spikes.judge(loss_mean, norm) if finite else ""
+        updated = finite and not spike
+        if updated:
             factor = correction * clip_factor(norm, self.config.gradient_norm_clipping)
             self.optimizer.step(gradients, rate, factor)
             self.weights.publish()
         scale = self.loss_scale.value
         self.loss_scale.update(finite)
-        return StepResult(loss_mean, norm, rate, scale, int(total_targets), finite, stops > 0)
+        return StepResult(loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike)
 
     def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
         """The micro-batches' summed loss, float64; the gradients are those of `seed` times it."""

@@ -33,7 +33,7 @@ from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
 from fast_llm.training.run import Run
 from fast_llm.training.saving import Saver
-from fast_llm.training.step import Step
+from fast_llm.training.step import Step, StepResult
 
 logger = logging.getLogger("fast_llm")
 
@@ -61,7 +61,8 @@ class Trainer:
         self.interrupt = interrupt
         self.mark = mark
         self.done = 0  # steps
-        self.samples = 0  # sequences that these consumed
+        self.samples = 0  # sequences that these consumed, and those that were passed over
+        self.passed_over: list[dict[str, int]] = []  # each time that the run went back
         self.saver = Saver(mesh.saving, plan.config.training.checkpoint.background)
         self.stopping = False
         self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
@@ -96,6 +97,15 @@ class Trainer:
             self.restore()
             if self.done == 0 and training.validation.interval is not None:
                 self.validate(0)
+        while (end := self.stretch()) is None:
+            pass  # a spike: on from a checkpoint
+        if not end:
+            self.finish()
+        return end or f"Training is complete: {self.done} steps."
+
+    def stretch(self) -> str | None:
+        """Steps until the last, "", or until something else ends the run: what; None if it went back instead."""
+        training = self.config.training
         with self.loader("training", self.samples, training.train_iters - self.done) as batches:
             self.mark("data", step=self.done + 1)
             for step, batch in enumerate(batches, start=self.done + 1):
@@ -108,6 +118,10 @@ class Trainer:
                     self.metrics.write(step, self.samples, batches.wait_seconds)
                 self.check_finite(step)
                 self.saver.check()
+                if result.spike and self.goes_back(step, result, batches):
+                    if self.stopping:  # the state is that of the checkpoint, which is there
+                        break
+                    return None
                 shutdown = training.shutdown.due(step) and step < training.train_iters
                 with self.metrics.not_training():
                     if training.validation.due(step) and not self.stopping:
@@ -123,8 +137,7 @@ class Trainer:
                 self.mark("data", step=step + 1)
         if self.stopping:
             return f"Stopped by a signal after step {self.done}; the same command goes on from here."
-        self.finish()
-        return f"Training is complete: {self.done} steps."
+        return ""
 
     def finish(self) -> None:
         """What is due at the end and not there yet; a finished run that is started again comes here at once."""
@@ -140,6 +153,55 @@ class Trainer:
             self.save(step, last=True)
         if training.export.interval is not None:
             self.export(step)
+
+    def goes_back(self, step: int, result: StepResult, batches: Loader) -> bool:
+        """What training.spikes asks for at a spike, whose update was not applied; whether the run is back at a checkpoint."""
+        policy = self.config.training.spikes
+        told = f"Step {step} is a spike: {result.spike} (median and deviations of {policy.window} steps)"
+        if policy.policy == "stop":
+            raise TrainingStopped(
+                f"{told}. Its update was not applied, and the last checkpoint is whole. Look at the step's data with"
+                " `fast-llm why`, lower optimizer.learning_rate.base, or choose another training.spikes.policy."
+            )
+        if policy.policy == "rewind":
+            self.mark("saving", step=step, patient=True)
+            self.saver.settle()
+            assert self.run.folder is not None
+            found = checkpoints.latest(self.run.folder / "checkpoint") if self.run.is_main else None
+            path = self.mesh.share(found)
+            if path is not None:
+                if len(self.passed_over) == policy.max_rewinds:
+                    raise TrainingStopped(
+                        f"{told}. The run went back {policy.max_rewinds} times already (training.spikes.max_rewinds); the last"
+                        " checkpoint is whole. Look at the data of these steps with `fast-llm why`, or lower"
+                        " optimizer.learning_rate.base."
+                    )
+                self.metrics.write(step, self.samples, batches.wait_seconds)
+                self.go_back(step, path)
+                logger.warning(f"{told}: back to step {self.done}, and on with the data after the spike's.")
+                return True
+            told += "; there is no checkpoint to go back to"
+        logger.warning(f"{told}: its update was skipped.")
+        return False
+
+    def go_back(self, step: int, path: Path) -> None:
+        """From a checkpoint on with the sequences after this step's."""
+        self.mark("reading weights", patient=True)
+        until, passed_over = self.samples, self.passed_over
+        with self.weights.masters(changed=True) as tensors:
+            self.go_on(path, tensors)
+        self.weights.publish()
+        # Those of later steps are undone, those from this one are not in the checkpoint, which was there before.
+        passed_over = [one for one in passed_over if one["after"] <= self.done]
+        since = self.samples + sum(one["sequences"] for one in passed_over if one["after"] == self.done)
+        self.passed_over = [*passed_over, {"after": self.done, "spike": step, "sequences": until - since}]
+        self.samples = until
+        self.metrics.went_back(self.done, self.passed_over[-1])
+        if self.run.is_main and self.run.folder is not None:
+            for exported, folder in checkpoints.find(self.run.folder / "export" / self.config.training.export.format):
+                if exported > self.done:
+                    checkpoints.delete(folder)  # of steps that did not happen
+        self.mesh.wait()
 
     def validate(self, step: int, phase: str = "validation", iterations: int | None = None) -> None:
         """The loss on the same sequences every time, and on each of `data.validation_sets`."""
@@ -180,13 +242,7 @@ class Trainer:
         """Give the weights their values."""
         path, pretrained = self.plan.checkpoint, self.config.pretrained
         if path is not None:
-            info = checkpoints.read_manifest(path).info
-            state.load(path, self.state(tensors), self.mesh.patient)
-            self.done, self.samples = info["step"], info["samples"]
-            self.metrics.skipped_in_a_row = info["skipped"]
-            self.train_step.optimizer.updates = info["updates"]
-            self.train_step.loss_scale.load(info["loss_scale"])
-            self.saver.step = self.done
+            self.go_on(path, tensors)
             logger.info(f"Going on from {path}, after step {self.done}.")
         elif self.plan.source is not None and pretrained.model_weights and pretrained.format == "distributed":
             state.load(self.plan.source, self.state(tensors, pretrained.optimizer_state), self.mesh.patient)
@@ -199,6 +255,18 @@ class Trainer:
         else:
             init_weights(tensors, self.config.model.base_model, self.config.model.distributed.seed)
             logger.info("Starting from random weights.")
+
+    def go_on(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the state of a checkpoint."""
+        info = checkpoints.read_manifest(path).info
+        state.load(path, self.state(tensors), self.mesh.patient)
+        self.done, self.samples = info["step"], info["samples"]
+        self.passed_over = info.get("passed_over", [])
+        self.metrics.skipped_in_a_row = info["skipped"]
+        self.train_step.optimizer.updates = info["updates"]
+        self.train_step.loss_scale.load(info["loss_scale"])
+        self.train_step.spikes.load(info.get("spikes", {}))
+        self.saver.step = self.done
 
     def state(self, tensors: Mapping[str, Tensor], moments: bool = True) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, with these weights."""
@@ -228,6 +296,8 @@ class Trainer:
             "updates": self.train_step.optimizer.updates,
             "loss_scale": self.train_step.loss_scale.state(),
             "skipped": self.metrics.skipped_in_a_row,
+            "spikes": self.train_step.spikes.state(),
+            "passed_over": list(self.passed_over),
             "identity": self.plan.identity,
             "settings": self.config.model_dump(mode="json"),
         }

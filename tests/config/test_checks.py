@@ -153,6 +153,11 @@ BROKEN: list[tuple[list[str], str]] = [
         )
         for name in ("checkpoint", "export")
     ),
+    (
+        [*GOOD, "training.spikes.policy=rewind"],
+        "training.spikes.policy: given rewind, but nothing is saved to go back to: set training.checkpoint.interval, or use"
+        " skip or stop",
+    ),
     *(
         ([*GOOD, f"{name}={value}"], f"{name}: needs a folder to write to: set run.experiment_dir")
         for name, value in (

@@ -1,0 +1,63 @@
+"""Steps whose loss or gradient norm stands out from those before: which they are, and which data was passed over for them.
+
+With m the median of the last `window` steps' values y, a step's value is a spike above
+
+    m + threshold · max(1.4826 · median |y - m|, 0.01 · |m|)
+
+where 1.4826 makes the median deviation of a normal distribution its standard deviation, and no deviation counts for less than
+a hundredth of the median. Spikes enter the window like all finite values: a median does not heed a few, and a lasting change is
+accepted after half a window. Nothing is judged before the window is full.
+
+Every process judges the same sums, so all decide alike; a checkpoint holds the window, so that a run which goes on decides as the
+one that was killed.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+from fast_llm.config.train import SpikesConfig
+
+
+class Spikes:
+    """The last steps' numbers, and the judgement of the next."""
+
+    def __init__(self, config: SpikesConfig):
+        self.config = config
+        self.seen = {name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")}
+
+    def judge(self, loss: float, norm: float) -> str:
+        """What stands out of a step's finite numbers, in words, or nothing; takes note of them."""
+        if self.config.policy == "none":
+            return ""
+        found = []
+        for (name, values), value in zip(self.seen.items(), (loss, norm), strict=True):
+            if len(values) == self.config.window:
+                middle = median(values)
+                deviation = max(1.4826 * median(abs(y - middle) for y in values), 0.01 * abs(middle))
+                if value > middle + self.config.threshold * deviation:
+                    found.append(
+                        f"{name} {value:.4g} is above {middle:.4g} + {self.config.threshold:g} × {deviation:.2g}"
+                    )
+            values.append(value)
+        return ", ".join(found)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {name: list(values) for name, values in self.seen.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, values in self.seen.items():
+            values.clear()
+            values.extend(state.get(name, ()))
+
+
+def first_sequence(step: int, batch_size: int, passed_over: Iterable[Mapping[str, int]]) -> int:
+    """The sequence with which a step begins.
+
+    `passed_over`: for each time that a run went back, the step `after` which it went on, and how many `sequences` it left out
+    there.
+    """
+    return (step - 1) * batch_size + sum(one["sequences"] for one in passed_over if one["after"] < step)
