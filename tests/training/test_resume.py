@@ -88,6 +88,27 @@ def test_masters_in_halves(tmp_path: Path) -> None:
     assert whole == pytest.approx(plain, rel=1e-3)
 
 
+def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
+    """On one process and sharded, compiled or not, to the same curve but for the noise of three bits; and it goes on with the same bits."""
+    write_tokens(tmp_path / "tokens", 400)
+    transformer = "model.base_model.transformer"
+    sizes = [f"{transformer}.hidden_size=64", f"{transformer}.ffn_hidden_size=96", f"{transformer}.kv_channels=16"]
+    how = [*sizes, "batch.sequence_length=32", "model.distributed.training_dtype=bf16"]
+    fp8 = [*how, "model.distributed.fp8=yes"]
+    assert spawn(1, run, arguments(tmp_path, "bf16", 8, *how)) == [0]
+    assert spawn(1, run, arguments(tmp_path, "fp8", 8, *fp8)) == [0]
+    for steps in (4, 8):
+        assert spawn(1, run, arguments(tmp_path, "parts", steps, *fp8)) == [0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "fp8")
+    assert spawn(1, with_halves, arguments(tmp_path, "lean", 8, *fp8, "optimizer.moments_dtype=bf16")) == [0]
+    assert spawn(2, run, arguments(tmp_path, "sharded", 8, *fp8, "model.multi_stage.zero_stage=3")) == [0, 0]
+    exact = losses(tmp_path / "bf16")
+    assert losses(tmp_path / "fp8") != exact
+    for name in ("fp8", "lean", "sharded"):
+        # Of the 20 % that are learned; Adam's first steps follow the signs of gradients, and those of small ones change.
+        assert losses(tmp_path / name) == pytest.approx(exact, rel=0.02), name
+
+
 def test_what_is_auto_is_written_down_and_kept(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
