@@ -402,6 +402,20 @@ def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) 
         ]
 
 
+@pytest.mark.parametrize(
+    "setting", ["run.experiment_dir", "data.path", "pretrained.path", "data.tokenizer.path", "data.validation_sets.a"]
+)
+def test_text_that_can_name_no_file(here: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+    model = [] if setting == "pretrained.path" else [MODEL]
+    for given, problem in (
+        ("a" * 300, "which is too long for the name of a file or folder"),
+        ("a/" * 3000, "which is too long for the name of a file or folder"),
+        ("~nobody-here/x", "but there is no user nobody-here"),
+    ):
+        said = told(capsys, *SMALL, *model, f"{setting}={given}")
+        assert len(said) == 1 and said[0].endswith(problem) and setting in said[0], said
+
+
 def test_a_folder_that_can_not_be_written_to(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

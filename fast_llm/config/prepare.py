@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from fast_llm.config.mistakes import Words, instead
-from fast_llm.config.section import Count, Positive, Section, Text
+from fast_llm.config.section import Count, PathText, Positive, Section, Text
 from fast_llm.config.train import DType
 
 Processes = Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")]
@@ -17,7 +17,7 @@ Processes = Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 102
 class SourceConfig(Section):
     """Documents, read through Hugging Face's `datasets`."""
 
-    path: Text
+    path: PathText
     """A dataset on the Hub, or a local file, folder or pattern: parquet, jsonl (also .gz, .zst), arrow, plain text
     and source files (a file is a document)."""
     config_name: Text | None = None
@@ -51,7 +51,7 @@ Choice = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_auto), Words("
 class TokenizerConfig(Section):
     """The tokenizer: the model's own."""
 
-    path: Text
+    path: PathText
     """Folder with tokenizer.json, that file, or a model on the Hub."""
     bos: Choice = "auto"
     """Whether a document begins with the BOS token; auto is: as the tokenizer does it, hence as the model was trained."""
@@ -79,7 +79,7 @@ class WorldConfig(Section):
 class PrepareConfig(Section):
     """The YAML file of `fast-llm prepare`."""
 
-    output_path: Text
+    output_path: PathText
     """Folder of the token files; their metadata is written beside it, with `.json` behind its name."""
     loading_workers: Processes = 1
     """Processes that `datasets` reads with."""
@@ -105,7 +105,7 @@ class ConvertInput(Section):
 
     format: Literal["llama", "distributed"] = "distributed"
     """`distributed`: a checkpoint of training. `llama`: a Hugging Face folder."""
-    path: Text
+    path: PathText
     """The folder of the checkpoint (`<experiment_dir>/checkpoint/<step>`) or model; a model may be on the Hub."""
 
 
@@ -114,7 +114,7 @@ class ConvertOutput(Section):
 
     format: Literal["llama", "distributed"] = "llama"
     """`llama`: a Hugging Face folder. `distributed`: a checkpoint without moments, to start training from."""
-    path: Text
+    path: PathText
     """The folder to write."""
     data_type: DType | None = None
     """Of a Hugging Face folder's weights; null is what a checkpoint was trained in, or what a model has."""

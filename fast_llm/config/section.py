@@ -5,6 +5,7 @@ or raises one ConfigError with every mistake: where, what was given, what is all
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,11 +30,21 @@ def _text(value: str) -> str:
     return value
 
 
+def path_text(value: str) -> str:
+    """Text that can name a file or folder. Raises ValueError."""
+    if any(len(part) > 255 for part in os.fsencode(value).split(b"/")) or len(os.fsencode(value)) >= 4096:
+        raise ValueError(f"given {show(value)}, which is too long for the name of a file or folder")
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        raise ValueError(f"given {show(value)}, but there is no user {value.partition('/')[0][1:]}")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0, le=LARGEST_NUMBER), Words("an integer above 0")]
 Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), Words("an integer of 0 or more")]
 PositiveFloat = Annotated[float, Field(gt=0), Words("a number above 0")]
 NonNegativeFloat = Annotated[float, Field(ge=0), Words("a number of 0 or more")]
 Text = Annotated[str, AfterValidator(_text)]
+PathText = Annotated[Text, AfterValidator(path_text)]
 
 
 class Section(BaseModel):

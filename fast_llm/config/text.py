@@ -20,7 +20,7 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=not value.isprintable())
     else:
         text = yaml.dump(value, Dumper=_Flow, default_flow_style=True, width=10**6, allow_unicode=True).strip()
-        text = text.removesuffix("...").strip()
+        text = re.sub(r"\s*\n\s*", r"\\n", text.removesuffix("...").strip())  # a mistake is told in one line
     return text if len(text) <= 60 else text[:57] + "…"
 
 

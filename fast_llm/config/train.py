@@ -16,10 +16,12 @@ from fast_llm.config.section import (
     Count,
     Interval,
     NonNegativeFloat,
+    PathText,
     Positive,
     PositiveFloat,
     Section,
     Text,
+    path_text,
 )
 
 Share = Annotated[float, Field(ge=0, lt=1), Words("a number from 0 to below 1")]
@@ -262,7 +264,7 @@ class BatchConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer of data without one of its own."""
 
-    path: Text | None = None
+    path: PathText | None = None
     """Folder or tokenizer.json with which the data was made; it is compared with the model's."""
 
 
@@ -301,12 +303,17 @@ class DataConfig(Section):
     """Shares of the documents for training, validation and test, in each shard from front to back. What is left out
     is 0."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    validation_sets: dict[str, Text] = {}
+    validation_sets: dict[str, PathText] = {}
     """Further datasets whose loss is measured at every validation: name → dataset.json or prefix; all their
     documents are used. With the old domain among them one sees what is forgotten. The loss is logged as
     `<name>_loss`."""
     data_sample_warn_time_ms: PositiveFloat = 1000
     """Warn when making one step's batches takes longer, in milliseconds."""
+
+    @field_validator("path")
+    @classmethod
+    def _paths(cls, value: list[Any]) -> list[Any]:
+        return [path_text(item) if isinstance(item, str) else item for item in value]
 
     @field_validator("split")
     @classmethod
@@ -608,7 +615,7 @@ class ModelConfig(Section):
 class PretrainedConfig(Section):
     """The model to start from."""
 
-    path: Text | None = None
+    path: PathText | None = None
     """A folder, or a model on the Hugging Face Hub (`meta-llama/Llama-3.1-8B`); null starts from random weights."""
     format: Annotated[
         Literal["llama", "distributed"],
@@ -642,7 +649,7 @@ class PretrainedConfig(Section):
 class RunConfig(Section):
     """Where the run is written to."""
 
-    experiment_dir: Text | None = None
+    experiment_dir: PathText | None = None
     """The folder for checkpoints, exports, logs and metrics; null writes nothing."""
     experiment_name: Text | None = None
     """The name in Weights & Biases; null is the folder's."""

@@ -19,7 +19,7 @@ from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import llama
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.checks import check
-from fast_llm.config.section import Document, dump, show, validate
+from fast_llm.config.section import Document, dump, path_text, show, validate
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.data import tokenizer
@@ -304,7 +304,10 @@ def prepare_folder(plan: Plan) -> None:
 
 def _experiment(document: Document) -> Path | None:
     name = document.get("run.experiment_dir")
-    return Path(name).expanduser() if isinstance(name, str) else None
+    try:
+        return Path(path_text(name)).expanduser() if isinstance(name, str) else None
+    except ValueError:  # which validation tells
+        return None
 
 
 def _pretrained(
@@ -314,6 +317,10 @@ def _pretrained(
     path = document.get("pretrained.path")
     if not isinstance(path, str):
         return None, None, {}
+    try:
+        path_text(path)
+    except ValueError as error:
+        raise ConfigError([f"{document.where('pretrained.path')}: pretrained.path: {error}"]) from error
     if document.get("pretrained.format", "llama") == "distributed":
         source = Path(path).expanduser()
         kept = source.parent.parent / "pretrained"  # beside the checkpoint's folder

@@ -252,6 +252,12 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     files = sorted(path for path in (folder / "made").rglob("*") if path.suffix in (".bin", ".idx"))
     while figures["datasets damaged"] < budget:
         others = sorted(path for path in (folder / "other").rglob("*") if path.suffix in (".bin", ".idx"))
+        for name, content in whole.items():  # what the last one left
+            path = folder / "made" / name
+            if path.is_dir():
+                path.rmdir()
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
         hit = damage([*files, metadata], others, chance, figures)
         if not hit:
             continue
@@ -278,12 +284,6 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
             prepare(config)
             assert everything(folder / "made") == whole, f"{story}: made again, and different"
             figures["made again"] += 1
-        for name, content in whole.items():
-            path = folder / "made" / name
-            if path.is_dir():
-                path.rmdir()
-            if not path.exists() or path.read_bytes() != content:
-                path.write_bytes(content)
     return figures
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, kills
+from tests.campaigns import crashes, damage, disk, kills, settings
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -22,3 +22,8 @@ def test_damage(tmp_path: Path) -> None:
 def test_disk(tmp_path: Path) -> None:
     figures = disk.campaign(tmp_path, 10, 0)
     assert figures["ended with a line"] >= 1 and figures["preparations"] == 5
+
+
+def test_settings(tmp_path: Path) -> None:
+    figures = settings.campaign(tmp_path, 200, 0)
+    assert figures["refused"] > 100 and figures["plans"] > 10

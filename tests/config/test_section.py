@@ -239,6 +239,11 @@ def test_a_long_value_is_shortened(yaml: Any) -> None:
     assert len(problem) < 150 and "…" in problem
 
 
+def test_a_value_of_several_lines_is_told_in_one(yaml: Any) -> None:
+    (problem,) = wrong(yaml, 'inner:\n  size: {a: "b\\nc"}\n')
+    assert problem.startswith("c.yaml:2: inner.size: given {a: 'b\\nc'}, must be")
+
+
 def test_a_number_of_thousands_of_digits(yaml: Any) -> None:
     (problem,) = wrong(yaml, f"inner:\n  size: {'9' * 10_000}\n")
     assert problem.startswith("c.yaml:2: inner.size: ") and len(problem) < 150
