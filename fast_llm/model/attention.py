@@ -3,6 +3,7 @@
 Several documents share a sequence; none sees another. No mask is built, so the work is Σ length², not S²:
 
 a GPU in 16 bits    PyTorch's variable-length kernel (FlashAttention) takes the boundaries
+a CPU               ours does (model/native.cpp), in fp32 and bf16
 elsewhere           each document goes through scaled_dot_product_attention by itself; documents of one length that
                     lie side by side go together
 
@@ -19,10 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-# On the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
+from fast_llm.model import native
+
+# Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
 # back), and below this length the fp32 one is as fast: bf16 15.7 ms, fp32 9.3 ms forward and backward at 8 × 256
 # tokens, 6 heads of 32. So short documents are computed in fp32, long ones padded to a multiple of _STEP.
 _SHORT = 512
@@ -90,14 +94,69 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flas
 
     `flash` false computes with plain matrix products, which hold the scores of whole documents.
     """
-    if documents is None or (documents.alike and documents.longest == q.shape[1]):
+    whole = documents is None or (documents.alike and documents.longest == q.shape[1])
+    out: Tensor
+    if flash and native.usable(q, products=True) and q.shape[-1] % 2 == 0:
+        if documents is None or whole:
+            out = _Native.apply(q, k, v, _ends(q))  # type: ignore[no-untyped-call]
+            return out
+        out = _packed(q, k, v, documents)
+        return out
+    if documents is None or whole:
         return _batched(q, k, v, flash)
     if flash and _has_variable_length(q):
         ends, longest = documents.boundaries, documents.longest
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         return _variable_length(*flat, ends, ends, longest, longest).view(q.shape)
-    out: Tensor = _one_by_one(q, k, v, documents, flash)
+    out = _one_by_one(q, k, v, documents, flash)
     return out
+
+
+@torch.compiler.disable
+def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Not compiled: every micro-batch has another number of documents."""
+    out: Tensor = _Native.apply(q, k, v, documents.boundaries)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _ends(q: Tensor) -> Tensor:
+    """The boundaries of documents that are whole sequences."""
+    return torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, log_sums = torch.ops.fast_llm.attention(q, k, v, ends)
+        ctx.save_for_backward(q, k, v, ends, out, log_sums)
+        attended: Tensor = out
+        return attended
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, ends, out, log_sums = ctx.saved_tensors
+        by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        sizes = len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
+        torch.ops.fast_llm.attention_back(by_q, by_k, by_v, grad.contiguous(), out, log_sums, q, k, v, ends, *sizes)
+        return by_q, by_k, by_v, None
+
+
+# This one returns what it makes, so that recomputation can keep it.
+torch.library.define("fast_llm::attention", "(Tensor q, Tensor k, Tensor v, Tensor ends) -> (Tensor, Tensor)")
+
+
+@torch.library.impl("fast_llm::attention", "cpu")
+def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    out, log_sums = _nothing_yet(q, k, v, ends)
+    native.run("attention", out, log_sums, q, k, v, ends, len(ends) - 1, q.shape[2], k.shape[2], q.shape[3])
+    return out, log_sums
+
+
+@torch.library.register_fake("fast_llm::attention")
+def _nothing_yet(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32)
 
 
 @torch.compiler.disable

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -26,6 +25,7 @@ from fast_llm.model.embedding import embed
 from fast_llm.model.loss import cross_entropy
 from fast_llm.model.norm import rms_norm
 from fast_llm.model.rope import Angles, rotary, rotate
+from fast_llm.model.swiglu import swiglu
 
 
 class Llama(nn.Module):
@@ -166,7 +166,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, E] → [B, S, E]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 

@@ -4,7 +4,8 @@
 `fused`    a stretch of tokens at a time: logits, their softmax, and at once the gradients of the hidden states
            and of the head, so that the logits of the whole micro-batch never exist (the idea of Liger Kernel,
            Hsu et al. 2024). Costs an fp32 gradient of the head, and a pass over it for each stretch.
-`triton`   as `fused`; one kernel makes loss and gradient of a stretch, in place of its logits.
+`triton`   as `fused`; one kernel makes loss and gradient of a stretch, in place of its logits. On the CPU `fused` has such a
+           kernel, too (model/native.cpp).
 `auto`     `triton` on a GPU that has Triton, else `fused`.
 
 A head may be cut by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019): each has the logits of its
@@ -25,10 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast_llm.errors import ConfigError
-from fast_llm.model import kernels
+from fast_llm.model import kernels, native
 from fast_llm.model.linear import ROWS, add_product_
 
 IGNORED = -100
+Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
 # Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
 # H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (half
 # a gigabyte of logits), where the CPU's memory is slow when it is new.
@@ -86,13 +88,19 @@ def cross_entropy(
     by_hidden, by_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
     with torch.no_grad():
         loss, *gradients = _loss_and_gradients(
-            hidden, weight, labels, length, implementation == "triton", part, by_hidden, by_weight
+            hidden, weight, labels, length, _kernel(implementation, hidden), part, by_hidden, by_weight
         )
     # A branch each: zero-bubble pipelines go back to the hidden states first, and to the weight later.
     for x, gradient in zip((hidden, weight), gradients, strict=True):
         if gradient is not None:
             loss = loss + _Zero.apply(x, gradient)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _kernel(implementation: str, hidden: Tensor) -> Kernel | None:
+    if implementation == "triton":
+        return kernels.softmax_cross_entropy_
+    return native.softmax_cross_entropy_ if native.usable(hidden) else None
 
 
 def stretch_length(device_type: str, tokens: int, vocabulary: int, splits: int | None) -> int:
@@ -133,7 +141,7 @@ def _loss_and_gradients(
     weight: Tensor,
     labels: Tensor,
     length: int,
-    triton: bool,
+    kernel: Kernel | None,
     part: VocabularyPart | None,
     with_hidden: bool,
     with_weight: bool,
@@ -145,14 +153,15 @@ def _loss_and_gradients(
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
     buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
     size = max(1, _PIECE.get(hidden.device.type, _PIECE["cuda"]) // vocabulary)
-    scratch = None if triton else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
+    scratch = None if kernel is not None else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
     for begin in range(0, len(labels), length):
         rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
         logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])  # T V
         gradient = with_hidden or with_weight
-        if scratch is None:
-            loss += _with_kernel_(logits, targets, part, gradient)
+        if kernel is not None:
+            loss += _with_kernel_(kernel, logits, targets, part, gradient)
         else:
+            assert scratch is not None
             for piece, piece_targets in zip(logits.split(size), targets.split(size), strict=True):
                 if part is None:
                     loss += _softmax_cross_entropy_(piece, piece_targets, scratch, gradient)
@@ -197,15 +206,17 @@ def _of_part_(logits: Tensor, labels: Tensor, scratch: Tensor, part: VocabularyP
     return torch.where(kept, log_sums - chosen, 0).sum()
 
 
-def _with_kernel_(logits: Tensor, labels: Tensor, part: VocabularyPart | None, gradient: bool) -> Tensor:
-    """The same with the Triton kernel: at once, or around the exchange with the other parts."""
+def _with_kernel_(
+    kernel: Kernel, logits: Tensor, labels: Tensor, part: VocabularyPart | None, gradient: bool
+) -> Tensor:
+    """The same with a kernel: at once, or around the exchange with the other parts."""
     if part is None:
-        log_sums, chosen = kernels.softmax_cross_entropy_(logits, labels, IGNORED, gradient)
+        log_sums, chosen = kernel(logits, labels, IGNORED, gradient, None)
     else:
         own = _own(labels, part, logits.shape[1])
-        log_sums, chosen = part.combine(*kernels.softmax_cross_entropy_(logits, own, IGNORED, False))
+        log_sums, chosen = part.combine(*kernel(logits, own, IGNORED, False, None))
         if gradient:
-            kernels.softmax_cross_entropy_(logits, own, IGNORED, True, log_sums)
+            kernel(logits, own, IGNORED, True, log_sums)
     return torch.where(labels != IGNORED, log_sums - chosen, 0).sum()
 
 

@@ -1,8 +1,8 @@
 """RMSNorm: x / √(mean x² + ε) · weight (Zhang & Sennrich 2019), all of it in fp32 but the result.
 
 GPUs have PyTorch's fused kernel. On the CPU PyTorch runs it as a dozen operations that keep three fp32 copies
-of x for the backward pass; here nothing but x and one number a token is kept, and forward and backward take
-0.6 of the time.
+of x for the backward pass; here nothing but x and one number a token is kept. model/native.cpp has it in one pass; where that
+can not be built it is a few of PyTorch's operations.
 Letters: T tokens, E hidden size.
 """
 
@@ -13,13 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast_llm.model import native
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[..., E] → [..., E], in the dtype of x; weight [E]."""
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, epsilon)
-    normed: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    function = _Native if native.usable(x) and weight.dtype == x.dtype else _RMSNorm
+    normed: Tensor = function.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return normed
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        torch.ops.fast_llm.rms_norm(out, inverse, x, weight, inverse.numel(), x.shape[-1], epsilon)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        by_x, by_weight = torch.empty_like(x), torch.empty_like(weight)
+        sizes = inverse.numel(), x.shape[-1]
+        torch.ops.fast_llm.rms_norm_back(by_x, by_weight, grad.contiguous(), x, weight, inverse, *sizes)
+        return by_x, by_weight, None
 
 
 class _RMSNorm(torch.autograd.Function):

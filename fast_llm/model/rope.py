@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast_llm.config.train import RotaryConfig
+from fast_llm.model import native
 
 Angles = tuple[Tensor, Tensor]
 
@@ -76,6 +77,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if native.usable(x) and cos.shape[:2] == x.shape[:2]:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        torch.ops.fast_llm.rotate(out, x, cos, sin, x.shape[0] * x.shape[1], *x.shape[2:], direction)
+        return out
     whole = x.float()
     first, second = whole.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)

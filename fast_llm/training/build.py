@@ -18,7 +18,7 @@ from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
-from fast_llm.model import kernels
+from fast_llm.model import kernels, native
 from fast_llm.model.fp8 import apply_fp8
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
@@ -124,6 +124,11 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
     try:
         logger.info("What this run does:\n" + describe(plan))
         _tell_memory(plan, mesh, memory)
+        if mesh.device.type == "cpu" and (problem := native.load()):
+            logger.warning(
+                f"Training on the CPU without our own kernels, about half as fast: they could not be built ({problem});"
+                " install a C++ compiler (g++ or clang++ with OpenMP), or name one in the environment variable CXX."
+            )
         models, weights = build_model(config, mesh)
         pipeline = build_pipeline(config, plan.batch, models, mesh)
         optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))

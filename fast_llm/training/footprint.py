@@ -18,10 +18,9 @@ from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage
 from fast_llm.config.train import BaseModelConfig, TrainConfig
 from fast_llm.model.cost import shapes
 
-_SHORT = 512  # model/attention.py: shorter documents are computed in fp32 on the CPU
 _ROWS = 1024  # model/loss.py: rows of the head's gradient at a time
 STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
-_PIECE = {"cuda": 2**26, "cpu": 2**22}  # model/loss.py: logits in fp32
+_PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
 
 # Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries in a process's memory.
 RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
@@ -201,16 +200,12 @@ class Memory:
         if not shape.flash:
             # Scores before and after softmax, of whole sequences.
             return (A + 2 * K) * T * w, A * T * w + 2 * T * shape.sequence * (A // shape.head) * 4
-        if self.cpu:
-            wide = 4 if self.mixed and shape.sequence < _SHORT else w
-            grouped = shape.groups != shape.heads
-            copied = A if grouped else K
-            n = self.layout.context
-            if n > 1:  # a mask for each piece of the sequence but its first
-                keys = T * n * (1 + 0.5 / n)
-                return w * (A * T + 2 * copied * keys) + T * T * (2 * n + 1), A * T * w + sums
-            rounded = A * w if wide != w else 0
-            return T * ((A + 2 * copied) * wide + rounded), A * T * wide + sums
+        n = self.layout.context
+        if self.cpu and n > 1:
+            # Stretches go through PyTorch's attention, with a mask for each piece of the sequence but its first.
+            copied = A if shape.groups != shape.heads else K
+            keys = T * n * (1 + 0.5 / n)
+            return w * (A * T + 2 * copied * keys) + T * T * (2 * n + 1), A * T * w + sums
         # Keys and values of the whole sequence up to the later of the two pieces that this process has.
         keys = T * self.layout.context * (1 + 0.5 / self.layout.context) if self.layout.context > 1 else T
         return A * T * w + 2 * K * keys * w, A * T * w + sums
@@ -227,7 +222,7 @@ class Memory:
             return 3 * x + (A + 2 * K + 2 * F) * T * w + results
         front = x + norm + inputs + results + x  # and the residual stream between attention and MLP
         inner = {
-            "none": norm + (3 if self.layout.compiled else 4) * F * T * w,
+            "none": norm + (3 if self.layout.compiled or self.cpu else 4) * F * T * w,
             "activation": norm + 2 * F * T * w + x,  # the result of the last product, too
             "activation_and_input": 2 * F * T * w + x,
             "full": 0.0,
@@ -252,7 +247,7 @@ class Memory:
             return 2 * F * T * w + T * E * w
         if level == "selective":
             x, (_, results) = self.R * E * w, self._attention()
-            values = 0 if self.cpu else self.K * T * w  # the product's result itself
+            values = self.K * T * w  # the product's result itself
             return self._kept("none") - x - 2 * F * T * w - results - values
         return self._kept("none") - self.kept
 
@@ -352,7 +347,7 @@ class Memory:
                     "gathered": gathered,
                     "activations": activations + final,
                     "logits": head_gradient,
-                    "passing": (4 * 3 + w) * R * E + R * E * w,
+                    "passing": 2 * R * E * w,
                 },
             )
         for behind in sorted({0, min(1, self.layers - 1), self.layers - 1}):
@@ -431,8 +426,8 @@ class Memory:
             return 12.0 * T * V, 0.0  # fp32: probabilities, and gradients before and after the softmax
         length = stretch(device, T, V, shape.splits)
         scratch = 0.0
-        if self.cpu or shape.loss == "fused":
-            scratch = 4 * V * min(max(1, _PIECE[device] // V), length)
+        if shape.loss == "fused" and not self.cpu:
+            scratch = 4 * V * min(max(1, _PIECE // V), length)
         if self.cpu and self.mixed:
             scratch += (4 + self.w) * min(_ROWS, V) * self.E
         return length * V * self.w, scratch

@@ -26,6 +26,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor
 
 
 # fp32 is exact to rounding; bf16 holds 8 bits, in which inputs, weights and the result are rounded.
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_mask_of_the_sequence_squared(dtype: torch.dtype) -> None:
     length = 2048
@@ -102,7 +104,7 @@ class Pairs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_work_is_that_of_the_documents() -> None:
+def test_work_is_that_of_the_documents(plain: None) -> None:
     q = torch.randn(2, 512, 2, 8)
     for lengths in ((512, 512), (100, 412, 512), (64,) * 16):
         with Pairs() as pairs:
@@ -110,7 +112,7 @@ def test_work_is_that_of_the_documents() -> None:
         assert pairs.total == 2 * sum(length**2 for length in lengths)
 
 
-def test_equal_neighbours_go_together() -> None:
+def test_equal_neighbours_go_together(plain: None) -> None:
     q = torch.randn(1, 512, 2, 8)
     with Pairs() as pairs:
         attention(q, q, q, documents(*(16,) * 16, 256), True)

@@ -12,6 +12,7 @@ from tests.model.test_attention import Largest
 
 
 # fp32: sums of 301 terms; bf16 and fp16: logits are rounded to 8 and 11 bits before they are exponentiated.
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize(("implementation", "splits"), [("torch", None), ("fused", None), ("fused", 1), ("fused", 7)])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
@@ -39,6 +40,7 @@ def test_loss_and_gradients(
         )
 
 
+@pytest.mark.usefixtures("ways")
 def test_fused_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(losses._STRETCH, "cpu", 64 * 1000)
     monkeypatch.setitem(losses._PIECE, "cpu", 16 * 1000)

@@ -13,6 +13,7 @@ def by_hand(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 # fp32: the rounding of a mean of 33 squares. 16 bits: each result is rounded once, to half of 2^-8 and 2^-11.
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
 @pytest.mark.parametrize("shape", [(5, 33), (2, 7, 33), (1, 1, 1, 33)])
 def test_norm_and_its_gradients(dtype: torch.dtype, bound: float, shape: tuple[int, ...]) -> None:
@@ -33,6 +34,7 @@ def test_norm_and_its_gradients(dtype: torch.dtype, bound: float, shape: tuple[i
     assert torch.equal(cotangent, kept)  # it belongs to others
 
 
+@pytest.mark.usefixtures("ways")
 def test_zeros_stay_zeros() -> None:
     x = torch.zeros(2, 4, requires_grad=True)
     found = rms_norm(x, torch.ones(4), 1e-5)
@@ -41,6 +43,7 @@ def test_zeros_stay_zeros() -> None:
     assert not found.any() and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.usefixtures("ways")
 def test_little_is_kept_for_the_backward_pass() -> None:
     x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(256, dtype=torch.bfloat16, requires_grad=True)

@@ -61,6 +61,7 @@ def test_llama_3_stretches_low_frequencies_alone() -> None:
     assert ((between > 1 / 8) & (between < 1)).all()
 
 
+@pytest.mark.usefixtures("ways")
 def test_gradient_turns_back() -> None:
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64).float().requires_grad_()
     cos, sin = rotary(torch.arange(5).expand(2, 5), RotaryConfig(), 8)
@@ -72,6 +73,7 @@ def test_gradient_turns_back() -> None:
     assert (found - wanted).abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_16_bits_are_rounded_once(dtype: torch.dtype, bound: float) -> None:
     x = torch.randn(1, 50, 2, 8).to(dtype)

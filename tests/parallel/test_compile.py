@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
+from fast_llm.model import native
 from fast_llm.model.attention import Documents
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import Block, Llama, init_weights
@@ -25,6 +26,7 @@ from tests.helpers import TINY, spawn
 
 def graphs(layers: int, steps: int, level: str, tensor: int, context: int, sequence: bool, packed: bool) -> int:
     """How many were made for a model's blocks in `steps` micro-batches and a validation."""
+    native.load()  # as training does before anything is compiled
     mesh = Mesh(60, 60, tensor=tensor, context=context)
     values = TINY | {"transformer": TINY["transformer"] | {"num_layers": layers}}
     config = validate(BaseModelConfig, Document(values, {}, ""))

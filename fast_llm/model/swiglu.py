@@ -1,0 +1,39 @@
+"""SwiGLU's elementwise part: silu(gate) · up (Shazeer 2020).
+
+On the CPU it is one pass forward and one backward, and nothing but its two factors is kept (model/native.cpp).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fast_llm.model import native
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """[..., F] and [..., F] → [..., F]."""
+    if not native.usable(gate) or up.dtype != gate.dtype:
+        return F.silu(gate) * up
+    product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        torch.ops.fast_llm.swiglu(out, gate, up, gate.numel())
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+        torch.ops.fast_llm.swiglu_back(by_gate, by_up, grad.contiguous(), gate, up, gate.numel())
+        return by_gate, by_up

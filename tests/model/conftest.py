@@ -1,0 +1,21 @@
+"""What the tests of the model share: our kernels for the CPU, and the same without them."""
+
+import pytest
+
+from fast_llm.model import native
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(native._Loaded, "library", None)
+    monkeypatch.setattr(native._Loaded, "problem", "switched off by a test")
+
+
+@pytest.fixture(params=["native", "plain"])
+def ways(request: pytest.FixtureRequest) -> None:
+    """Both, one after the other."""
+    if request.param == "plain":
+        request.getfixturevalue("plain")
+    else:
+        assert native.load() == "", "this machine has no compiler"
