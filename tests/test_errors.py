@@ -391,6 +391,14 @@ def test_optional_packages(
     assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [problem]
 
 
+@pytest.mark.parametrize("name", ["model/config.json", "model/model.safetensors", "data.json"])
+def test_a_pipe_is_not_waited_for(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path(name).unlink(missing_ok=True)
+    os.mkfifo(name)
+    said = told(capsys, *SMALL, MODEL, *(["data.path=data.json"] if name == "data.json" else []))
+    assert any(f"{name}: not a file" in line for line in said), said
+
+
 # The experiment folder.
 
 
@@ -443,11 +451,36 @@ def begun(here: Path) -> Path:
     final = here / "run" / "checkpoint" / "10"
     partial = checkpoints.begin(final)
     info: dict[str, Any] = {"identity": made.identity, "settings": made.config.model_dump(mode="json")}
+    info |= {"step": 10, "samples": 20, "updates": 10, "skipped": 0}
+    info["loss_scale"] = {"value": 1.0, "clean_updates": 0, "failures_left": 2}
     checkpoints.publish(partial, final, "checkpoint", 10, info, {})
     return Path("run/checkpoint/10")
 
 
 GOING_ON = [*SMALL, MODEL, "run.experiment_dir=run"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"samples": -8}, "info.samples: input should be greater than or equal to 0"),
+        ({"loss_scale": []}, "info.loss_scale: input should be a valid dictionary"),
+        ({"settings": {}}, "info.settings.optimizer: field required"),
+        ({"step": 3}, "info.step: given 3, but step is 10"),
+    ],
+)
+def test_a_manifest_that_training_did_not_write(
+    begun: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], problem: str
+) -> None:
+    """Its digest is no secret."""
+    manifest = begun / checkpoints.MANIFEST
+    content = json.loads(manifest.read_bytes())
+    content.pop("sha256")
+    content["info"] |= changes
+    manifest.write_text(json.dumps(content | {"sha256": checkpoints._digest(content)}))
+    (said,) = told(capsys, *SMALL, MODEL, "run.experiment_dir=run")
+    assert said.startswith(f"{manifest}: {problem}"), said
+    assert said.endswith(f"; training did not write this: delete {begun}, or take another")
 
 
 def test_nothing_changed(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:

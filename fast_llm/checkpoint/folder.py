@@ -136,8 +136,12 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises CheckpointError if there is none, or a damaged one."""
     path = folder / MANIFEST
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{path}: not a file")
         with path.open("rb") as file:
-            data = file.read(LARGEST_MANIFEST + 1)
+            data = file.read(
+                min(os.fstat(file.fileno()).st_size, LARGEST_MANIFEST) + 1
+            )  # makes room for all that it is asked for
         if len(data) > LARGEST_MANIFEST:
             raise CheckpointError(f"{path}: larger than {LARGEST_MANIFEST} bytes; not a manifest of this project")
         content = json.loads(data)

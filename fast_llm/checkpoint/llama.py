@@ -8,6 +8,7 @@ headers are read here, by hand and with every length checked, so that mistakes s
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,12 @@ def fetch(path: str, weights: bool) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that people may have got wrong. Raises CheckpointError."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{path}: not a file")
         with path.open("rb") as file:
-            data = file.read(LARGEST_JSON + 1)
+            data = file.read(
+                min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1
+            )  # makes room for all that it is asked for
         if data.startswith(_LFS_START):
             raise CheckpointError(f"{path}: {_LFS}")
         if len(data) > LARGEST_JSON:
@@ -273,6 +278,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         return found
 
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)

@@ -142,6 +142,8 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise DataError(f"{path}: larger than {_LARGEST // 2**20} MiB; this is no tokenizer")
+        if not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: not a file")
         data = path.read_bytes()
         if data.startswith(b"version https://git-lfs"):
             raise DataError(

@@ -15,16 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import llama
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.checks import check
-from fast_llm.config.section import Document, dump, path_text, show, validate
+from fast_llm.config.section import Count, Document, PositiveFloat, dump, path_text, show, validate
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
-from fast_llm.errors import ConfigError, MissingPackage, UserError
+from fast_llm.errors import CheckpointError, ConfigError, MissingPackage, UserError
 from fast_llm.model.cost import Cost, cost
 
 logger = logging.getLogger("fast_llm")
@@ -141,8 +143,9 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)
         done = manifest.step
-        found, changes = _compare(manifest.info, config, identity, checkpoint)
-        problems += found
+        if attempt(lambda: _check_info(checkpoint, manifest)):
+            found, changes = _compare(manifest.info, config, identity, checkpoint)
+            problems += found
         if done > training.train_iters:
             problems.append(
                 f"training.train_iters: given {training.train_iters}, but {checkpoint} has {done} steps behind it;"
@@ -391,6 +394,47 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         values = values[key]
     return values
+
+
+class _LossScale(BaseModel):
+    value: PositiveFloat
+    clean_updates: Count
+    failures_left: int
+
+
+class _Settings(BaseModel):
+    optimizer: dict[str, Any]
+
+
+class _Info(BaseModel):
+    """What a checkpoint of training must say in its manifest."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: Count
+    samples: Count
+    updates: Count
+    skipped: Count
+    loss_scale: _LossScale
+    spikes: dict[str, list[float]] = {}
+    passed_over: list[dict[str, Count]] = []
+    identity: dict[str, Any]
+    settings: _Settings
+
+
+def _check_info(path: Path, manifest: checkpoints.Manifest) -> bool:
+    """A manifest's digest is no secret: raises CheckpointError for one that training did not write."""
+    try:
+        info = _Info.model_validate(manifest.info)
+        problem = f"info.step: given {info.step}, but step is {manifest.step}" if info.step != manifest.step else ""
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, ('info', *first['loc'])))}: {first['msg'].lower()}"
+    if problem:
+        raise CheckpointError(
+            f"{path / checkpoints.MANIFEST}: {problem}; training did not write this: delete {path}, or take another"
+        )
+    return True
 
 
 def _compare(

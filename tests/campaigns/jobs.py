@@ -166,13 +166,17 @@ def _rank(folder: Path, arguments: list[str], rank: int, world: int, before: Cal
 
 
 def fork(
-    folder: Path, function: Callable[..., int], arguments: Any, before: Callable[[int], None] = nothing
+    folder: Path,
+    function: Callable[..., int],
+    arguments: Any,
+    before: Callable[[int], None] = nothing,
+    stuck: float = STUCK,
 ) -> tuple[int, str]:
     """The exit code of `function(0, arguments)` in a process of its own, and what it said."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="fork-") as place:
         process = _context.Process(target=_alone, args=(Path(place) / "said", function, arguments, before))
         process.start()
-        process.join(STUCK)
+        process.join(stuck)
         code = process.exitcode
         process.kill()
         process.join()

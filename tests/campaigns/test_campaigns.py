@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, kills, settings
+from tests.campaigns import crashes, damage, disk, hostile, kills, settings
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -27,3 +27,7 @@ def test_disk(tmp_path: Path) -> None:
 def test_settings(tmp_path: Path) -> None:
     figures = settings.campaign(tmp_path, 200, 0)
     assert figures["refused"] > 100 and figures["plans"] > 10
+
+
+def test_hostile(tmp_path: Path) -> None:
+    assert hostile.campaign(tmp_path, 15, 0)["refused with a line"] >= 8

@@ -1,0 +1,376 @@
+"""Files made by somebody who means harm: checkpoints with a manifest that fits them, models, tokenizers, datasets.
+
+Each is given to the command in a process of its own with 1 GiB more than it needs: pickles under other names, names that
+lead out of the folder, headers and counts of 2^63, offsets that overlap, links, pipes, code beside the model, nesting without
+end. Nothing is executed (a canary would tell), nothing is written outside the run, what is refused is so in a line and not with a
+traceback. Then the readers of .idx files, manifests and safetensors headers are given files that are changed at random, those
+being kept and changed further that reach lines not reached before.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fast_llm.checkpoint import folder as folders
+from fast_llm.checkpoint import llama
+from fast_llm.data import tokenfile
+from fast_llm.errors import UserError
+from tests.campaigns.jobs import command, fork
+from tests.training.runs import settings, write_tokens
+
+MEMORY = 2**30  # bytes that a process may take beyond what it has
+
+
+class Bomb:
+    """Unpickling it leaves a canary."""
+
+    def __init__(self, canary: str):
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.canary}",)
+
+
+def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def tensor(begin: int, end: int, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def blobs(canary: Path) -> dict[str, bytes]:
+    """What may stand in any file."""
+    bomb = pickle.dumps(Bomb(str(canary)))
+    many = {f"t{n}": tensor(0, 8) for n in range(1000)}
+    return {
+        "a pickle": bomb,
+        "a pickle behind a header": safetensors({"a": tensor(0, len(bomb), (len(bomb),), "U8")}, bomb),
+        "nothing": b"",
+        "zeros": bytes(4096),
+        "a header of 2^63 bytes": (2**63).to_bytes(8, "little") + b"{}",
+        "a header of 2^64 - 1 bytes": b"\xff" * 8 + b"{}",
+        "overlapping offsets": safetensors({"a": tensor(0, 8), "b": tensor(4, 12)}, bytes(12)),
+        "a thousand tensors in one place": safetensors(many, bytes(8)),
+        "offsets from behind": safetensors({"a": tensor(8, 0)}, bytes(8)),
+        "offsets beyond the end": safetensors({"a": tensor(0, 2**62)}, bytes(8)),
+        "a shape of 2^62": safetensors({"a": tensor(0, 8, (2**62, 2**62))}, bytes(8)),
+        "a negative shape": safetensors({"a": tensor(0, 8, (-2, -1))}, bytes(8)),
+        "JSON without end": b"[" * 100_000,
+        "a number of 100,000 digits": b'{"a": ' + b"9" * 100_000 + b"}",
+        "not UTF-8": b"\xff\xfe{}",
+        "names that lead out": json.dumps(
+            {"weight_map": {"a": "../../secret", "b": "/etc/passwd"}, "datasets": [{"prefix": "../x"}]}
+        ).encode(),
+        "an index of 2^63 documents": tokenfile.MAGIC + struct.pack("<QBQQ", 1, 8, 2**63, 2**63 + 1) + bytes(64),
+        "an index of negative lengths": tokenfile.MAGIC + struct.pack("<QBQQ", 1, 8, 1, 2) + struct.pack("<iqqq", -5, 0, 0, 1),
+        "an index of 2^31 tokens": tokenfile.MAGIC + struct.pack("<QBQQ", 1, 8, 1, 2) + struct.pack("<iqqq", 2**31 - 1, 0, 0, 1),
+    }  # fmt: skip
+
+
+def put(path: Path, how: str, content: dict[str, bytes], outside: Path) -> None:
+    """Something hostile in the place of a file."""
+    path.unlink(missing_ok=True)
+    if how == "a link out":
+        path.symlink_to(outside / "secret")
+    elif how == "a link to itself":
+        path.symlink_to(path)
+    elif how == "a link to /dev/zero":
+        path.symlink_to("/dev/zero")
+    elif how == "a pipe":
+        os.mkfifo(path)
+    elif how == "a folder":
+        path.mkdir()
+    elif how == "a file of 1 TiB":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        path.write_bytes(content[how])
+
+
+PLACES = ("a link out", "a link to itself", "a link to /dev/zero", "a pipe", "a folder", "a file of 1 TiB")
+
+
+def seal(checkpoint: Path) -> None:
+    """Make the manifest fit whatever lies in the folder: its digest is no secret."""
+    content = json.loads((checkpoint / folders.MANIFEST).read_bytes())
+    for name in content["files"]:
+        path = checkpoint / name
+        if path.is_file() and path.stat().st_size < 2**30:
+            content["files"][name] = folders.digests(checkpoint, [name])[name]
+    resealed(checkpoint, content)
+
+
+def resealed(checkpoint: Path, content: dict[str, Any]) -> None:
+    content.pop("sha256", None)
+    (checkpoint / folders.MANIFEST).write_text(json.dumps(content | {"sha256": folders._digest(content)}))
+
+
+FORGED: list[Callable[[dict[str, Any]], Any]] = [
+    lambda c: c["files"].update({"../../../secret": {"size": 6, "sha256": "0" * 64}}),
+    lambda c: c["files"].update({"/etc/passwd": {"size": 6, "sha256": "0" * 64}}),
+    lambda c: c.update(info={}),
+    lambda c: c["info"].update(step="12", samples=None),
+    lambda c: c["info"].update(step=-1, samples=-8),
+    lambda c: c["info"].update(samples=2**70),
+    lambda c: c["info"].update(updates="many"),
+    lambda c: c["info"].update(loss_scale=[]),
+    lambda c: c["info"].update(loss_scale={"value": "x"}),
+    lambda c: c["info"].update(identity=None),
+    lambda c: c["info"].update(settings=None),
+    lambda c: c["info"].update(settings={"optimizer": 3}),
+    lambda c: c["info"].update(skipped="x"),
+    lambda c: c.update(step=10**30),
+    lambda c: c.update(files={}),
+    lambda c: c.update(kind="export"),
+]
+
+
+def run(rank: int, given: tuple[str, list[str]]) -> int:
+    """The command, with little memory and a watch over what it starts, unpickles and writes."""
+    import torch
+
+    from fast_llm import cli
+
+    inside, arguments = given
+    torch.set_num_threads(1)
+    os.chdir(inside)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+
+    def watch(event: str, details: tuple[Any, ...]) -> None:
+        strange = event in ("os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
+        if event == "subprocess.Popen":
+            strange = "watchdog.py" not in str(details[1])
+        if event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR):
+            path = os.path.realpath(str(details[0]))
+            strange = not isinstance(details[0], int) and not path.startswith((inside, "/dev/", "/proc/"))
+        if strange:
+            os.write(2, f"STRANGE {event} {details}\n".encode())
+
+    sys.addaudithook(watch)
+    return cli.main(["train", *arguments])
+
+
+def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
+    """`budget` hostile files."""
+    chance = random.Random(seed)
+    figures: Counter[str] = Counter()
+    outside, inside = folder / "outside", folder / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    canary = outside / "canary"
+    (outside / "secret").write_text("secret")
+    content = blobs(canary)
+    write_tokens(inside / "tokens", 100)
+    entry = {"prefix": "tokens", "num_documents": 100, "dtype": "uint16"}
+    (inside / "data.json").write_text(json.dumps({"datasets": [entry]}))
+    base = ["training.checkpoint.interval=1", "training.export.interval=1", "training.num_workers=0"]
+    first = settings(inside, *base, "training.train_iters=1", "data.path=data.json")
+    code, said = fork(folder, run, (str(inside), first))
+    assert code == 0, said
+    shutil.copytree(inside / "run" / "export" / "llama" / "1", inside / "model")
+    (inside / "model" / "tokenizer.json").write_text(
+        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+    )
+    (inside / "model" / folders.MANIFEST).unlink()
+    shutil.copytree(inside, folder / "good", symlinks=True)
+    again = settings(inside, *base, "training.train_iters=2", "data.path=data.json")
+    model = [
+        *settings(inside, *base, "training.train_iters=1", "data.path=data.json", f"run.experiment_dir={inside}/new")
+    ]
+    model = [word for word in model if not word.startswith("model.")] + ["pretrained.path=model"]
+    before = {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}
+    checkpoint = inside / "run" / "checkpoint" / "1"
+    while figures["hostile files"] < budget:
+        kind = chance.choice(
+            ("checkpoint", "checkpoint", "manifest", "manifest", "model", "model", "code", "data", "data")
+        )
+        how = chance.choice((*PLACES, *content, *content))
+        arguments, target = again, checkpoint / "shard-00001-00001.safetensors"
+        if kind == "checkpoint":
+            if chance.random() < 0.2:
+                target = checkpoint / folders.MANIFEST
+            put(target, how, content, outside)
+            (checkpoint / ".metadata").write_bytes(content["a pickle"])
+            if target.name != folders.MANIFEST:
+                seal(checkpoint)
+        elif kind == "manifest":
+            forged = json.loads((checkpoint / folders.MANIFEST).read_bytes())
+            number = chance.randrange(len(FORGED))
+            FORGED[number](forged)
+            how = f"forgery {number}"
+            resealed(checkpoint, forged)
+        elif kind == "model":
+            arguments = model
+            name = chance.choice(
+                (
+                    "model.safetensors",
+                    "config.json",
+                    "tokenizer.json",
+                    "model.safetensors.index.json",
+                    "pytorch_model.bin",
+                )
+            )
+            target = inside / "model" / name
+            put(target, how, content, outside)
+            if name in ("pytorch_model.bin", "model.safetensors.index.json"):
+                (inside / "model" / "model.safetensors").unlink()
+        elif kind == "code":
+            arguments, how = model, "code beside the model"
+            config = json.loads((inside / "model" / "config.json").read_text())
+            config |= {
+                "auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"},
+                "trust_remote_code": True,
+            }
+            (inside / "model" / "config.json").write_text(json.dumps(config))
+            (inside / "model" / "evil.py").write_text(f"import os\nos.system('touch {canary}')\nclass Evil: pass\n")
+        else:
+            target = inside / chance.choice(("tokens.idx", "tokens.idx", "tokens.bin", "data.json"))
+            put(target, how, content, outside)
+        story = f"seed {seed}, number {figures['hostile files']}: {how} as {target} ({kind})"
+        began = time.monotonic()
+        try:
+            code, said = fork(folder, run, (str(inside), arguments), stuck=20)
+        except AssertionError as error:
+            raise AssertionError(f"{story}: {error}") from error
+        figures["hostile files"] += 1
+        story += f", exit code {code}\n{said}"
+        assert time.monotonic() - began < 30, f"slow: {story}"
+        assert "Traceback" not in said and code in (0, 1, 2), story
+        assert "STRANGE" not in said, story
+        assert not canary.exists(), f"executed: {story}"
+        assert before == {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}, story
+        assert "secret" not in said.replace("/secret", "").replace("outside", "").replace("looks like a secret", ""), (
+            story
+        )
+        figures["refused with a line"] += code != 0
+        figures["passed over or of no effect"] += code == 0
+        shutil.rmtree(inside)
+        shutil.copytree(folder / "good", inside, symlinks=True)
+    return figures
+
+
+# Random changes, guided by what lines they reach.
+
+
+def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]]:
+    """A good file, its reader, and the module whose lines count."""
+
+    def index(data: bytes) -> None:
+        (folder / "f.idx").write_bytes(data)
+        tokenfile.TokenFile(folder / "f")
+
+    def manifest(data: bytes) -> None:
+        (folder / "c" / folders.MANIFEST).write_bytes(data)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # so that more than its digest is looked at
+            resealed(folder / "c", dict(json.loads(data)))
+        folders.read_manifest(folder / "c")
+
+    def header(data: bytes) -> None:
+        (folder / "m.safetensors").write_bytes(data)
+        llama.read_header(folder / "m.safetensors")
+
+    write_tokens(folder / "f", 3)
+    (folder / "c").mkdir()
+    content = {
+        "format": folders.FORMAT,
+        "kind": "checkpoint",
+        "step": 1,
+        "info": {},
+        "files": {"a": {"size": 1, "sha256": "0"}},
+    }
+    resealed(folder / "c", content)
+    good = safetensors({"__metadata__": {"format": "pt"}, "a": tensor(0, 8), "b": tensor(8, 16)}, bytes(16))
+    return {
+        ".idx": ((folder / "f.idx").read_bytes(), index, str(tokenfile.__file__)),
+        "manifest": ((folder / "c" / folders.MANIFEST).read_bytes(), manifest, str(folders.__file__)),
+        "safetensors header": (good, header, str(llama.__file__)),
+    }
+
+
+def changed(data: bytes, other: bytes, chance: random.Random) -> bytes:
+    """A few changes at random."""
+    new = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        at = chance.randrange(len(new) + 1)
+        odd = chance.choice((0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, len(data)))
+        size = chance.choice((1, 4, 8))
+        piece = chance.choice(
+            (b"", chance.randbytes(size), (odd % 256**size).to_bytes(size, "little"), b"[" * 500, b'"', b"-1", b"1e999")
+        )
+        start = chance.randrange(len(other) + 1)
+        piece = chance.choice((piece, piece, piece, other[start : start + chance.randrange(1, 40)]))
+        new[at : at + chance.choice((0, len(piece), chance.randrange(20)))] = piece
+    return bytes(new)
+
+
+class Reached:
+    """The steps from line to line that one call makes in a module."""
+
+    def __init__(self, module: str):
+        self.module, self.last = module, 0
+        self.steps: set[tuple[int, int]] = set()
+
+    def __call__(self, frame: Any, event: str, _: Any) -> "Reached | None":
+        if frame.f_code.co_filename != self.module:
+            return None
+        self.steps.add((self.last, frame.f_lineno))
+        self.last = frame.f_lineno
+        return self
+
+
+def fuzz(folder: Path, budget: int, seed: int) -> "Counter[str]":
+    """`budget` files for each reader."""
+    chance = random.Random(seed)
+    figures: Counter[str] = Counter()
+    folder.mkdir()
+    for name, (good, reader, module) in targets(folder).items():
+        corpus, reached = [good], set[tuple[int, int]]()
+        tracemalloc.start()
+
+        for number in range(budget):
+            data = good if number == 0 else changed(chance.choice(corpus), chance.choice(corpus), chance)
+            now = Reached(module)
+            tracemalloc.reset_peak()
+            held = tracemalloc.get_traced_memory()[0]
+            sys.settrace(now)
+            try:
+                reader(data)
+                figures[f"{name}: read"] += 1
+            except UserError as error:
+                assert str(folder) in str(error), (name, seed, number, data, error)
+                figures[f"{name}: refused"] += 1
+            finally:
+                sys.settrace(None)
+            taken = tracemalloc.get_traced_memory()[1] - held
+            assert taken < 2**23, f"{taken} bytes of memory: {name}, seed {seed}, number {number}, {data[:200]!r}"
+            if now.steps - reached and len(data) < 10_000:
+                reached |= now.steps
+                corpus.append(data)
+        tracemalloc.stop()
+        figures[f"{name}: kept for new lines"] = len(corpus)
+    return figures
+
+
+def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
+    """`budget`: hostile files; and fifty times as many for each reader."""
+    found = files(folder, budget, seed) + fuzz(folder / "fuzz", 50 * budget, seed)
+    return {**dict(found), "executed": 0, "written outside": 0, "tracebacks": 0}
+
+
+if __name__ == "__main__":
+    command(campaign, 200)
