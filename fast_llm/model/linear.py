@@ -63,10 +63,12 @@ def _(total: Tensor, gradient: Tensor) -> None:
     pass
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left [F, T] · right [T, E] to an fp32 sum [F, E]."""
+def add_product_(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+    """Add left [F, T] · right [T, E] to an fp32 sum [F, E]; if it is the `first` it replaces what is there."""
+    if first and total.is_cuda:
+        total.zero_()
     if left.dtype == torch.float32:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, beta=0 if first else 1, out=total)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
@@ -75,4 +77,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         wide = torch.empty_like(part, dtype=torch.float32)
         for rows, sums in zip(left.split(ROWS), total.split(ROWS), strict=True):
             product = torch.mm(rows, right, out=part[: len(rows)])
-            sums += wide[: len(rows)].copy_(product)
+            if first:
+                sums.copy_(product)
+            else:
+                sums += wide[: len(rows)].copy_(product)

@@ -150,7 +150,7 @@ def _loss_and_gradients(
     vocabulary = weight.shape[0]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if with_hidden else None
-    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
+    weight_grad = torch.empty_like(weight, dtype=torch.float32) if with_weight else None
     buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
     size = max(1, _PIECE.get(hidden.device.type, _PIECE["cuda"]) // vocabulary)
     scratch = None if kernel is not None else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
@@ -170,7 +170,7 @@ def _loss_and_gradients(
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[begin : begin + length])
         if weight_grad is not None:
-            add_product_(weight_grad, logits.t(), rows)
+            add_product_(weight_grad, logits.t(), rows, first=begin == 0)
     return loss, hidden_grad, weight_grad
 
 

@@ -467,22 +467,7 @@ void attention_back(T *by_q, T *by_k, T *by_v, const T *grad, const T *out, cons
     if (open) store(open->document, open->key, open->sums.data());
 }
 
-// ---- AdamW (optim/optimizer.py has the formula), and the weight rounded for the model
-
-template <class T>
-void adamw(float *weight, T *rounded, const float *gradient, float *exp_avg, float *exp_avg_sq, int64_t count,
-           double rate, double keep, double beta_1, double beta_2, double epsilon, double root, double factor) {
-    float r = float(rate), k = float(keep), b1 = float(beta_1), b2 = float(beta_2), e = float(epsilon),
-          u = float(root), f = float(factor), rest_1 = float(1 - beta_1), rest_2 = float(1 - beta_2);
-#pragma omp parallel for simd if (count > SMALL)
-    for (int64_t i = 0; i < count; i++) {
-        float g = gradient[i] * f;
-        float m = exp_avg[i] * b1 + rest_1 * g, v = exp_avg_sq[i] * b2 + rest_2 * g * g;
-        float w = weight[i] * k - r * m / (std::sqrt(v) * u + e);
-        exp_avg[i] = m, exp_avg_sq[i] = v, weight[i] = w;
-        put(rounded[i], w);
-    }
-}
+// ---- What there is
 
 template <class T> bool has_products() {
     try {
@@ -501,9 +486,9 @@ template <class T> bool has_products() {
 const struct {
     const char *name;
     void *fp32, *bf16;
-} kernels[] = {BOTH(rms_norm),      BOTH(rms_norm_back), BOTH(rotate),         BOTH(swiglu),
-               BOTH(swiglu_back),   BOTH(cross_entropy), BOTH(attention),      BOTH(attention_back),
-               BOTH(adamw),         BOTH(has_products)};
+} kernels[] = {BOTH(rms_norm),    BOTH(rms_norm_back), BOTH(rotate),    BOTH(swiglu),
+               BOTH(swiglu_back), BOTH(cross_entropy), BOTH(attention), BOTH(attention_back),
+               BOTH(has_products)};
 
 } // namespace
 

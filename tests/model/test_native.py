@@ -150,3 +150,30 @@ def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path.unlink()
     monkeypatch.setattr(native._Loaded, "problem", None)
     assert "returned non-zero exit status" in native.load()
+
+
+def _short(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype)
+
+
+def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a product shows that they would not, and where there is AMX, PyTorch's default stays."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        taken = native.take_faster_exact_products()
+        assert (torch.get_float32_matmul_precision() == "medium") == taken
+        for rows, inner, columns in ((512, 576, 1536), (1, 33, 7), (300, 2048, 64), (65, 64, 63)):
+            left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+            exact = left.double() @ right.double()
+            for one, other in ((left, right), (left.t().contiguous().t(), right.t().contiguous().t())):
+                assert distance(one @ other, exact) < 1e-6
+        torch.set_float32_matmul_precision("highest")
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        assert not native.take_faster_exact_products()
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        product = Tensor.__matmul__
+        monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: product(a if a.dtype == torch.double else _short(a), b))
+        assert not native.take_faster_exact_products()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
