@@ -36,6 +36,13 @@ class Axis:
     mesh: DeviceMesh | None  # None where the size is 1
 
 
+def _patient_group(timeout: float, patience: float) -> dist.ProcessGroup:
+    """A group of all processes that waits for long, once it is made: who is lost while they meet is waited for `timeout`."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), group)
+    return group
+
+
 class Mesh:
     """This process's place among the others."""
 
@@ -85,8 +92,7 @@ class Mesh:
             )
             self.weights = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
             axes_of_weights = spread
-            self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-            self.saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+            self.patient, self.saving = (_patient_group(timeout, patience) for _ in range(2))
         place = axes.get_coordinate() if axes is not None else [0, 0, 0, 0]
         assert place is not None
         found = {

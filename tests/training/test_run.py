@@ -6,18 +6,21 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from fast_llm import cli
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, UserError
+from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.build import train
 from fast_llm.training.plan import describe, make_plan
 from fast_llm.training.run import Run, lock, next_run_number
@@ -287,6 +290,35 @@ def test_a_log_that_can_not_be_written_is_told_once(tmp_path: Path, capsys: pyte
         err
         == f"{tmp_path}/runs/0/logs/logs_rank_0.txt: can not be written: No space left on device; the log goes on here.\n"
     )
+
+
+def dies_while_they_meet(rank: int) -> None:
+    def die(**_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        dist.new_group = die
+
+
+def test_who_is_lost_while_they_meet_is_not_waited_for(tokens: Path) -> None:
+    """The groups that they make then wait for `training.timeout` later on, a week."""
+    arguments = settings(tokens, "training.train_iters=50", "model.distributed.timeout=1")
+    with Job(tokens, arguments, 2, dies_while_they_meet, helped=False) as job:
+        assert job.wait(20) == 128 + signal.SIGKILL
+        assert "Training @" not in job.said()
+
+
+def be_late() -> float:
+    mesh = Mesh(0.5, 60)
+    began = time.monotonic()
+    if mesh.rank == 1:
+        time.sleep(2)
+    mesh.wait()
+    return time.monotonic() - began
+
+
+def test_patience_lasts(tmp_path: Path) -> None:
+    assert all(seconds >= 1.9 for seconds in spawn(2, be_late))
 
 
 def speaks_late(rank: int) -> None:
