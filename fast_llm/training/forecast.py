@@ -458,7 +458,7 @@ def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> Tra
                     continue
                 layout = Layout.of(changed, processes)
                 shape = Shape.of(changed, config.batch.batch_size or 0)
-                if needed(shape, layout, kind) <= memory and (not layout.padding or rows == 1):
+                if needed(shape, layout, kind) <= memory and (not decide or not layout.padding or rows == 1):
                     found.append((of_layout(shape, layout, DEVICES["h100"], flops).rate, changed))
                     break  # those that follow are slower
         if found:

@@ -252,6 +252,7 @@ def test_what_is_auto() -> None:
     assert settled(b200)[::2] == (2, "fp32")
     rows, level, moments = settled(h100, processes=8)
     assert rows in (2, 4) and moments == "fp32" and level not in ("full", "block")
+    assert settled(h200, "batch.micro_batch_size=2", "batch.batch_size=255", processes=8)[::2] == (2, "fp32")  # padded
     # More memory is never slower.
     rates = []
     for memory in (60e9, h100, h200, b200):
