@@ -1,27 +1,44 @@
-"""The bf16 training step on the CPU, side by side with transformers.
+"""The training step on the CPU, side by side with others.
 
-    python benchmarks/step_cpu.py [--lengths 512 1024] [--sequences 1] [--turns 20] [--threads 2]
+    python benchmarks/step_cpu.py [--lengths 512 1024] [--turns 12] [--contenders ours transformers ...] [--json file]
 
-Both train a model of SmolLM2-135M's shape on the same random tokens, each in a process of its own; they take
-turns, one step each, so that whatever else the machine does falls on both. Ours is the product's own step
-(`fast_llm.training.step.Step`): bf16 compute, fp32 master weights, gradients and moments. transformers
-trains in pure bf16: weights, gradients and moments, torch.optim.AdamW(fused=True). Both clip gradients to
-norm 1. `fast-llm train` keeps freed memory on the CPU; since any program could, transformers is measured with that
-setting too. Writes a table in Markdown.
+All train a model of SmolLM2-135M's shape on the same random tokens, each in a process of its own; they take turns, one step each, so
+that whatever else the machine does falls on all. Ours is the product's own step (`fast_llm.training.step.Step`) with fp32 master
+weights, gradients and moments. The others clip gradients to norm 1 and use torch.optim.AdamW(fused=True), as ours does.
+
+ours                    bf16 compute
+ours-plain              the same without the kernels of model/native.cpp
+ours-fp32               fp32
+transformers            pure bf16: weights, gradients and moments
+transformers-kept       the same, keeping freed memory as `fast-llm train` does, which anybody could
+transformers-compiled   the same with torch.compile, and keeping freed memory
+transformers-autocast   fp32 weights, computing in bf16
+transformers-fp32       its default
+litgpt                  pure bf16, if `litgpt` is installed; keeping freed memory
+litgpt-compiled         the same with torch.compile
+
+The share of the matrix rate is of 2,048³ products in the same dtype, a contender that takes its turns, too. FLOP/s count the causal half of
+attention. Writes a table in Markdown, and numbers as JSON.
 """
 
 import argparse
+import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 from fast_llm.config.train import BaseModelConfig, GradientScalerConfig, OptimizerConfig
 from fast_llm.data.loader import Batch
+from fast_llm.model import native
+from fast_llm.model.cost import cost
 from fast_llm.model.llama import Llama, init_weights
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
@@ -31,6 +48,17 @@ from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.step import Step
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, GROUPS, FFN = 49152, 576, 30, 9, 3, 1536
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True,
+    "transformer": {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "head_groups": GROUPS,
+        "ffn_hidden_size": FFN,
+    },
+}
 
 
 def tokens(sequences: int, length: int) -> torch.Tensor:
@@ -38,25 +66,16 @@ def tokens(sequences: int, length: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
 
 
-def ours(sequences: int, length: int) -> Callable[[], float]:
+def ours(sequences: int, length: int, dtype: torch.dtype = torch.bfloat16, plain: bool = False) -> Callable[[], float]:
     """A step that returns its loss."""
     keep_freed_memory()  # as `fast-llm train` does
-    config = BaseModelConfig.model_validate(
-        {
-            "vocab_size": VOCABULARY,
-            "tie_word_embeddings": True,
-            "transformer": {
-                "num_layers": LAYERS,
-                "hidden_size": HIDDEN,
-                "num_attention_heads": HEADS,
-                "head_groups": GROUPS,
-                "ffn_hidden_size": FFN,
-            },
-        }
-    )
+    native.take_faster_exact_products()
+    if plain:
+        native._Loaded.problem = "not wanted"
+    config = BaseModelConfig.model_validate(SHAPE)
     with torch.device("meta"):
         model = Llama(config)
-    weights = SingleWeights(model, torch.bfloat16, torch.device("cpu"))
+    weights = SingleWeights(model, dtype, torch.device("cpu"))
     init_weights(weights.tensors, config, seed=0)
     weights.publish()
     optimizer_config = OptimizerConfig()
@@ -64,7 +83,7 @@ def ours(sequences: int, length: int) -> Callable[[], float]:
         model,
         weights,
         Optimizer(weights.local(), optimizer_config),
-        LossScale(GradientScalerConfig(), "bf16"),
+        LossScale(GradientScalerConfig(), "bf16" if dtype == torch.bfloat16 else "fp32"),
         Mesh(60, 60),
         optimizer_config,
     )
@@ -74,16 +93,14 @@ def ours(sequences: int, length: int) -> Callable[[], float]:
     return lambda: step([batch]).loss
 
 
-def theirs_kept(sequences: int, length: int) -> Callable[[], float]:
-    """transformers with our setting of the C library's allocator, which is not its default."""
-    keep_freed_memory()
-    return theirs(sequences, length)
-
-
-def theirs(sequences: int, length: int) -> Callable[[], float]:
-    """A step that returns its loss."""
+def transformers(
+    sequences: int, length: int, dtype: str = "bf16", kept: bool = False, compiled: bool = False
+) -> Callable[[], float]:
+    """A step that returns its loss; `dtype` is bf16, autocast or fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if kept:
+        keep_freed_memory()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -95,56 +112,127 @@ def theirs(sequences: int, length: int) -> Callable[[], float]:
             num_key_value_heads=GROUPS,
             tie_word_embeddings=True,
         )
-    ).to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    )
+    if dtype == "bf16":
+        model = model.to(torch.bfloat16)
     data = tokens(sequences, length)
+    run = torch.compile(model) if compiled else model
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            return run(input_ids=data[:, :-1], shift_labels=data[:, 1:], labels=data[:, 1:], use_cache=False).loss
+
+    return _trained(model, loss)
+
+
+def litgpt(sequences: int, length: int, compiled: bool = False) -> Callable[[], float]:
+    """A step that returns its loss, in pure bf16."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = GPT(
+        Config(
+            block_size=length,
+            n_layer=LAYERS,
+            n_embd=HIDDEN,
+            n_head=HEADS,
+            n_query_groups=GROUPS,
+            padded_vocab_size=VOCABULARY,
+            intermediate_size=FFN,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+    ).to(torch.bfloat16)
+    model.lm_head.weight = model.transformer.wte.weight
+    data = tokens(sequences, length)
+    run = torch.compile(model) if compiled else model
+    # As litgpt pretrains: all logits at once.
+    return _trained(model, lambda: chunked_cross_entropy(run(data[:, :-1]), data[:, 1:], chunk_size=0))
+
+
+def _trained(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
-        loss = model(input_ids=data[:, :-1], shift_labels=data[:, 1:], labels=data[:, 1:], use_cache=False).loss
-        loss.backward()
+        made = loss()
+        made.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return made.item()
 
     return step
 
 
-CONTENDERS = {
-    "ours, fp32 masters": ours,
-    "transformers, pure bf16": theirs,
-    "transformers, pure bf16, with our allocator setting": theirs_kept,
+def products(sequences: int, length: int, dtype: torch.dtype) -> Callable[[], float]:
+    """One product of 2,048³, by oneDNN in fp32 as well."""
+    native.take_faster_exact_products()
+    left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    out = torch.empty_like(left)
+
+    def step() -> float:
+        times = []
+        for _ in range(3):  # the first one warms the caches and wakes the threads
+            started = time.perf_counter()
+            torch.mm(left, right, out=out)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[int, int], Callable[[], float]]] = {
+    "ours": ours,
+    "ours-plain": partial(ours, plain=True),
+    "ours-fp32": partial(ours, dtype=torch.float32),
+    "transformers": transformers,
+    "transformers-kept": partial(transformers, kept=True),
+    "transformers-compiled": partial(transformers, kept=True, compiled=True),
+    "transformers-autocast": partial(transformers, dtype="autocast"),
+    "transformers-fp32": partial(transformers, dtype="fp32"),
+    "litgpt": litgpt,
+    "litgpt-compiled": partial(litgpt, compiled=True),
+    "products-bf16": partial(products, dtype=torch.bfloat16),
+    "products-fp32": partial(products, dtype=torch.float32),
 }
 
 
-def contender(build: Callable[[int, int], Callable[[], float]], pipe: Connection, threads: int, *size: int) -> None:
-    """Take a step and send its seconds and loss whenever something is received; None ends."""
+def contender(name: str, pipe: Connection, threads: int, *size: int) -> None:
+    """Take a step and send its seconds, loss and peak memory in MiB whenever something is received; None ends."""
     torch.set_num_threads(threads)
-    step = build(*size)
+    step = CONTENDERS[name](*size)
     pipe.send("ready")
     while pipe.recv() is not None:
         started = time.perf_counter()
         loss = step()
-        pipe.send((time.perf_counter() - started, loss))
+        seconds = time.perf_counter() - started
+        pipe.send((seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def compare(sequences: int, length: int, turns: int, warm_up: int, threads: int) -> list[list[float]]:
-    """Seconds of each turn, of each contender."""
+def compare(names: list[str], turns: int, warm_up: int, threads: int, *size: int) -> dict[str, list[list[float]]]:
+    """Seconds, losses and peaks of each turn, of each contender."""
     context = get_context("spawn")
-    pipes = []
-    for build in CONTENDERS.values():
+    pipes = {}
+    for name in names:
         pipe, other = context.Pipe()
-        context.Process(target=contender, args=(build, other, threads, sequences, length), daemon=True).start()
+        context.Process(target=contender, args=(name, other, threads, *size), daemon=True).start()
+        other.close()
         pipe.recv()
-        pipes.append(pipe)
-    seconds: list[list[float]] = [[] for _ in pipes]
+        pipes[name] = pipe
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
     for turn in range(warm_up + turns):
-        for pipe, times in zip(pipes, seconds, strict=True):
+        for name, pipe in pipes.items():
             pipe.send(turn)
-            times.append(pipe.recv()[0])
-    for pipe in pipes:
+            found[name].append(pipe.recv())
+    for pipe in pipes.values():
         pipe.send(None)
-    return [times[warm_up:] for times in seconds]
+    return {name: [list(column) for column in zip(*rows[warm_up:], strict=True)] for name, rows in found.items()}
 
 
 def main() -> None:
@@ -152,31 +240,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "transformers"])
+    parser.add_argument("--json")
     options = parser.parse_args()
-    import transformers
 
-    print(f"Machine: {_processor()}, {options.threads} threads; {platform.platform()}")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    first = options.contenders[0]
+    names = [*dict.fromkeys(options.contenders), "products-bf16", "products-fp32"]
+    print(f"{_processor()}, {options.threads} threads, torch {torch.__version__}; {options.turns} turns\n")
     print(
-        f"Shape: {LAYERS} layers, {HIDDEN} hidden, {HEADS} heads, {GROUPS} of keys, {FFN} MLP, {VOCABULARY} tokens, tied"
+        f"| tokens | | median s (quartiles) | tokens/s | GFLOP/s | of the matrix rate | peak MiB | its time / {first}'s |"
     )
-    print(f"Each: {options.warm_up} warm-up steps, then {options.turns}, in turns\n")
-    print("| tokens | | median s | quartiles s | tokens/s |")
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for length in options.lengths:
-        sizes = (options.sequences, length)
-        seconds = compare(*sizes, options.turns, options.warm_up, options.threads)
-        size = f"{options.sequences} × {length}"
-        for name, times in zip(CONTENDERS, seconds, strict=True):
-            low, middle, high = statistics.quantiles(times, n=4)
-            rate = options.sequences * length / middle
-            print(f"| {size} | {name} | {middle:.3f} | {low:.3f}–{high:.3f} | {rate:.0f} |")
-        for name, times in list(zip(CONTENDERS, seconds, strict=True))[1:]:
-            low, middle, high = statistics.quantiles([b / a for a, b in zip(seconds[0], times, strict=True)], n=4)
-            print(f"| {size} | **{name} / ours, by turns** | **{middle:.2f}** | {low:.2f}–{high:.2f} | |", flush=True)
+        count = options.sequences * length
+        found = compare(names, options.turns, options.warm_up, options.threads, options.sequences, length)
+        flops = cost(BaseModelConfig.model_validate(SHAPE), length).model_flops_per_token * count
+        peaks = {dtype: 2 * 2048**3 / statistics.median(found[f"products-{dtype}"][1]) for dtype in ("bf16", "fp32")}
+        for name in names[:-2]:
+            seconds, losses, memory = found[name]
+            low, middle, high = statistics.quantiles(seconds, n=4)
+            times = statistics.quantiles([b / a for a, b in zip(found[first][0], seconds, strict=True)], n=4)
+            peak = peaks["fp32" if name.endswith("fp32") else "bf16"]
+            rate = flops / middle
+            print(
+                f"| {options.sequences} × {length} | {name} | {middle:.3f} ({low:.3f}–{high:.3f}) | {count / middle:.0f}"
+                f" | {rate / 1e9:.0f} | {rate / peak:.0%} | {max(memory):.0f}"
+                f" | {times[1]:.2f} ({times[0]:.2f}–{times[2]:.2f}) |",
+                flush=True,
+            )
+            rows.append({"tokens": count, "name": name, "seconds": seconds, "losses": losses, "peak": max(memory)})
+        print(f"\nProducts: {peaks['bf16'] / 1e9:.0f} GFLOP/s in bf16, {peaks['fp32'] / 1e9:.0f} in fp32\n")
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": _processor(), "torch": torch.__version__, "rows": rows}))
 
 
 def _processor() -> str:
