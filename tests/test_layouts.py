@@ -142,6 +142,7 @@ def arguments(root: Path, name: str, layout: str, steps: int = 5) -> list[str]:
         # Adam divides by the size of a gradient: where that is rounding alone, updates would be noise.
         "optimizer.epsilon=1e-4",
         "optimizer.gradient_norm_clipping=0.5",
+        "training.double_check.interval=3",  # what processes must hold alike, they do
         f"run.experiment_dir={root}/{name}",
         *lines(layout),
     ]
@@ -213,6 +214,8 @@ def test_five_steps(root: Path, layout: str) -> None:
         assert other[step]["target_tokens"] == record["target_tokens"]
         assert other[step]["language_model_loss"] == pytest.approx(record["language_model_loss"], rel=loss_bound)
         assert other[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=norm_bound)
+    (log, *_) = sorted((root / layout / "runs" / "0" / "logs").glob("logs_rank_*.txt"))
+    assert "Double check at step 3: " in log.read_text() and "only the latter are compared" not in log.read_text()
     given = arguments(root, layout, layout)
     wanted = whole(root / expected / "checkpoint" / "5", given)
     found = whole(root / layout / "checkpoint" / "5", given)

@@ -170,6 +170,12 @@ class ShutdownConfig(Interval):
     """Stop, to be queued again: the process ends with exit code 0 after a checkpoint, and the same command goes on."""
 
 
+class DoubleCheckConfig(Interval):
+    """When chips and memories are looked at that may be wrong without saying so: before the update of such a step the loss of a
+    micro-batch is computed once more, and what several processes hold alike is compared, bit for bit. What differs is named
+    (rank, host, tensor), and training stops with exit code 1. Costs a forward pass of a micro-batch, with a pipeline of all."""
+
+
 class SpikesConfig(Section):
     """What is done about a step whose loss or gradient norm stands out from those of the steps before: is above
     m + `threshold` × max(1.4826 × median |y - m|, 0.01 × |m|), where y are the last `window` steps' values and m their median.
@@ -227,6 +233,7 @@ class TrainingConfig(Section):
     export: ExportConfig = ExportConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     spikes: SpikesConfig = SpikesConfig()
+    double_check: DoubleCheckConfig = DoubleCheckConfig()
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
     wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None

@@ -67,18 +67,26 @@ class Step:
         self.holders = weights.holders()
         if pipeline is not None and pipeline.twin is not None:
             self.holders[TIED] *= 2
+        # Of this process's first micro-batch in the last step, float64; with a pipeline of all of them.
+        self.first_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
         # Of the processes that see the same tokens, whether this one's numbers count in sums over all.
         self.counts = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
 
-    def __call__(self, batches: Sequence[Batch], stop: bool = False) -> StepResult:
-        """Train on this process's micro-batches of one step; `stop`: this process was asked to."""
+    def __call__(
+        self, batches: Sequence[Batch], stop: bool = False, check: Callable[[Sequence[Batch]], None] | None = None
+    ) -> StepResult:
+        """Train on this process's micro-batches of one step; `stop`: this process was asked to; `check`: before the update."""
         # Reduction over data and context averages; their number undoes that.
         spread = self.mesh.data.size * self.mesh.context.size
         tokens = len(batches) * batches[0].tokens.numel() * spread
         seed = self.loss_scale.value * spread / tokens
         loss_sum = self.forward_backward(batches, seed)
         targets = sum(batch.targets for batch in batches)
-        gradients = self.weights.local_gradients()
+        gradients = (
+            self.weights.local_gradients()
+        )  # taken now: PyTorch's pipelines drop them in a pass without gradients
+        if check is not None:
+            check(batches)
         self.mark("sum over processes")
         total_loss, total_targets, square, stops = self.mesh.sum(
             loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop)
@@ -107,6 +115,7 @@ class Step:
             loss_sum = self.pipeline.forward_backward(batches, seed)
             if self.pipeline.twin is not None:
                 self.pipeline.add_twin(self.weights.local_gradients()[TIED])
+            self.first_loss = loss_sum
             return loss_sum
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, batch in enumerate(batches):
@@ -116,16 +125,21 @@ class Step:
             loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
             (loss * seed).backward()
             loss_sum += loss.detach()
+            if number == 0:
+                self.first_loss = loss_sum.clone()
         return loss_sum
 
     @torch.no_grad()
+    def loss(self, batches: Sequence[Batch]) -> Tensor:
+        """The micro-batches' summed loss, float64, without gradients."""
+        if self.pipeline is not None:
+            return self.pipeline.forward(batches)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            batch = batch.to(self.mesh.device)
+            loss_sum += self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
+        return loss_sum
+
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """What this process adds to the sum of losses of one validation batch, and to its target tokens."""
-        if self.pipeline is not None:
-            loss_sum = self.pipeline.forward(batches)
-        else:
-            loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-            for batch in batches:
-                batch = batch.to(self.mesh.device)
-                loss_sum += self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
-        return loss_sum.item() * self.counts, sum(batch.targets for batch in batches) * self.counts
+        return self.loss(batches).item() * self.counts, sum(batch.targets for batch in batches) * self.counts

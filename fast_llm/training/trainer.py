@@ -9,7 +9,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from fast_llm.checkpoint.weights import export_llama, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
+from fast_llm.model.batch import Batch
 from fast_llm.model.llama import init_weights
 from fast_llm.parallel.context import cut
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.training.doublecheck import DoubleCheck
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
@@ -64,6 +66,7 @@ class Trainer:
         self.samples = 0  # sequences that these consumed, and those that were passed over
         self.passed_over: list[dict[str, int]] = []  # each time that the run went back
         self.saver = Saver(mesh.saving, plan.config.training.checkpoint.background)
+        self.double_check = DoubleCheck(step, mesh)
         self.stopping = False
         self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
 
@@ -109,7 +112,8 @@ class Trainer:
         with self.loader("training", self.samples, training.train_iters - self.done) as batches:
             self.mark("data", step=self.done + 1)
             for step, batch in enumerate(batches, start=self.done + 1):
-                result = self.train_step(batch, stop=self.interrupt.signal != 0)
+                check = partial(self.check, step) if training.double_check.due(step) else None
+                result = self.train_step(batch, stop=self.interrupt.signal != 0, check=check)
                 self.done, self.samples = step, self.samples + self.plan.batch.batch_size
                 self.stopping |= result.stop
                 self.mark("log")
@@ -347,6 +351,24 @@ class Trainer:
             subprocess.Popen(words, env=environment)
         except OSError as error:
             logger.warning(f"The callback {shlex.join(words)} could not be started: {error}")
+
+    def check(self, step: int, batches: Sequence[Batch]) -> None:
+        """Look for silent corruption, before the update."""
+        with self.metrics.not_training():
+            self.double_check(
+                step,
+                batches,
+                {
+                    "the number of steps": self.done,
+                    "the number of sequences": self.samples,
+                    "the number of updates": self.train_step.optimizer.updates,
+                    "the loss scale": self.train_step.loss_scale.state(),
+                    "the number of steps skipped": self.metrics.skipped_in_a_row,
+                    "the window of spikes": self.train_step.spikes.state(),
+                    "the data passed over": self.passed_over,
+                    "the seed": self.config.model.distributed.seed,
+                },
+            )
 
     def check_finite(self, step: int) -> None:
         """Give up after several steps in a row whose loss or gradients are not finite."""

@@ -1,0 +1,196 @@
+"""Silent corruption: a chip or a memory that is wrong and does not say so (`training.double_check`).
+
+Every so many steps, before the update: the loss of a micro-batch is computed once more and must be the same to the bit, and what
+several processes hold alike must be the same to the bit. Which that is follows from the layout: copies of shards, norms under
+tensor parallelism, tied embeddings at both ends of a pipeline, gathered weights, and all counters. The one that differs is named;
+of two it is not known which is wrong.
+
+A pass without gradients takes other kernels than training here and there, under the compiler for one; then two passes without
+gradients are compared. Kernels that sum in any order would be taken for a fault; there are none in a forward pass here.
+
+Cost: a micro-batch's forward pass (with a pipeline, those of all), and reading what is held alike.
+"""
+
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fast_llm.checkpoint.weights import gather
+from fast_llm.errors import TrainingStopped
+from fast_llm.model.batch import Batch
+from fast_llm.parallel.fsdp import ShardedWeights, like
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.training.step import Step
+
+logger = logging.getLogger("fast_llm")
+
+_PIECE = 2**22  # numbers that are digested at a time
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one process found and holds."""
+
+    host: str
+    faults: list[str]  # of its own
+    held: dict[str, Any]  # digests and numbers, equal wherever the same name is held
+
+
+class DoubleCheck:
+    """Checks a step before its update."""
+
+    def __init__(self, step: Step, mesh: Mesh):
+        self.step = step
+        self.mesh = mesh
+        self.last_good = 0  # the step of the last check of this start that found nothing
+        self.comparable: bool | None = None  # passes with and without gradients; None is not known yet
+
+    def __call__(self, number: int, batches: Sequence[Batch], counters: Mapping[str, Any]) -> None:
+        """Check step `number`, whose gradients are there; every process calls it. `counters`: what must be equal everywhere.
+
+        Raises TrainingStopped, on every process alike.
+        """
+        started = time.perf_counter()
+        faults = self._loss(batches) + self._rounded()
+        held = dict(counters) | self._state() | self._gathered()
+        reports = gather(Report(socket.gethostname(), faults, held), self.mesh.patient)
+        self.step.weights.publish()
+        found = differences(reports)
+        if not found:
+            self.last_good = number
+            seconds = time.perf_counter() - started
+            logger.info(f"Double check at step {number}: {len(held)} things are as they must be ({seconds:.1f} s).")
+            return
+        others = f"; and {len(found) - 1} more differences" if len(found) > 1 else ""
+        since = f"after step {self.last_good}" if self.last_good else "by this start of the run"
+        for one in found:
+            logger.error(f"Double check at step {number}: {one}")
+        raise TrainingStopped(
+            f"step {number}: {found[0]}{others} (training.double_check). A chip or its memory computes or remembers wrongly: take"
+            f" it out of the run. The update was not applied. Checkpoints that were saved {since} may hold what was wrong: move"
+            " them away to go on from one before."
+        )
+
+    def _loss(self, batches: Sequence[Batch]) -> list[str]:
+        again = self._again(batches)
+        first = self.step.first_loss.item()
+        (differ,) = self.mesh.sum(float(not _same(first, again)))
+        if not differ:
+            self.comparable = True
+            return []
+        # Kernels, or a fault? Every process takes part in another pass.
+        third = self._again(batches)
+        if not _same(again, third):
+            return [f"the loss of the same micro-batch was computed twice and is {again!r} and {third!r}"]
+        if self.comparable:
+            return (
+                []
+                if _same(first, again)
+                else [f"the loss of a micro-batch was {first!r}, and computed again {again!r}"]
+            )
+        if self.comparable is None:
+            logger.info(
+                "Double check: passes with and without gradients differ in their bits; only the latter are compared."
+            )
+        self.comparable = False
+        return []
+
+    def _again(self, batches: Sequence[Batch]) -> float:
+        self.step.mark("double check")
+        return self.step.loss(batches if self.step.pipeline is not None else batches[:1]).item()
+
+    def _rounded(self) -> list[str]:
+        """On one device: are the model's weights the rounded fp32 ones?"""
+        weights = self.step.weights
+        if isinstance(weights, ShardedWeights) or not weights.mixed:
+            return []
+        return [
+            f"{name} is not the rounded fp32 weight"
+            for name, master in weights.tensors.items()
+            if digest(master.to(weights.working[name].dtype)) != digest(weights.working[name])
+        ]
+
+    def _state(self) -> dict[str, Any]:
+        """The parts of training state that other processes hold as well."""
+        step, tensors = self.step, self.step.weights.tensors
+        found: dict[str, Any] = {}
+        for name, count in step.holders.items():
+            if count > 1:
+                parts = {"weight": tensors[name]}
+                for part, moments in (("exp_avg", step.optimizer.exp_avg), ("exp_avg_sq", step.optimizer.exp_avg_sq)):
+                    parts[part] = like(tensors[name], moments[name])
+                found |= {f"{part} of {name}{_part(tensor)}": digest(_local(tensor)) for part, tensor in parts.items()}
+        return found
+
+    def _gathered(self) -> dict[str, Any]:
+        """The weights that the pass before gathered, in the training dtype; ZeRO 3 keeps few of them."""
+        weights = self.step.weights
+        if not isinstance(weights, ShardedWeights):
+            return {}
+        sharded = {id(parameter) for parameter in weights.parameters.values()}
+        return {
+            f"gathered {name}{_part(parameter)}": digest(_local(parameter))
+            for model in weights.models
+            if isinstance(model, nn.Module)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in sharded
+        }
+
+
+def differences(reports: Sequence[Report]) -> list[str]:
+    """What is wrong, in words: the processes' own faults, and what is not the same wherever it is held."""
+    found = [f"{_places([rank], reports)}: {fault}" for rank, report in enumerate(reports) for fault in report.faults]
+    for name in dict.fromkeys(name for report in reports for name in report.held):
+        held = {rank: report.held[name] for rank, report in enumerate(reports) if name in report.held}
+        (value, most), *others = Counter(map(repr, held.values())).most_common()
+        if not others:
+            continue
+        if most > others[0][1]:
+            odd = [rank for rank, one in held.items() if repr(one) != value]
+            found.append(f"{_places(odd, reports)}: {name} is not what the {most} other processes hold")
+        else:
+            found.append(f"{name} is not the same on {_places(held, reports)}")
+    return found
+
+
+def _places(ranks: Iterable[int], reports: Sequence[Report]) -> str:
+    ranks = list(ranks)
+    told = ", ".join(f"rank {rank} on {reports[rank].host}" for rank in ranks[:8])
+    return told + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> int:
+    """A number that any change of one element changes, and others all but surely: Σ bits · (2i + 1) modulo 2^64."""
+    bits = tensor.detach().contiguous().flatten().view(torch.int32 if tensor.dtype.itemsize == 4 else torch.int16)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for begin in range(0, len(bits), _PIECE):
+        piece = bits[begin : begin + _PIECE].long()
+        total += (piece * torch.arange(2 * begin + 1, 2 * (begin + len(piece)) + 1, 2, device=bits.device)).sum()
+    return int(total.item())
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (one != one and other != other)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part(tensor: Tensor) -> str:
+    """Which part of a tensor is here, if it is cut: a number for each axis along which it is."""
+    if not isinstance(tensor, DTensor):
+        return ""
+    place = tensor.device_mesh.get_coordinate()
+    assert place is not None
+    cuts = [str(at) for at, placement in zip(place, tensor.placements, strict=True) if not placement.is_replicate()]
+    return f" (part {', '.join(cuts)})" if cuts else ""

@@ -1,0 +1,219 @@
+"""A flipped bit is found and named; what is whole is not suspected (that also over all layouts: tests/test_layouts.py)."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fast_llm import cli
+from fast_llm.checkpoint import folder
+from fast_llm.model.batch import Batch
+from fast_llm.parallel.fsdp import ShardedWeights
+from fast_llm.training.doublecheck import Report, differences, digest
+from fast_llm.training.step import Step
+from fast_llm.training.trainer import Trainer
+from tests.helpers import spawn
+from tests.training.runs import losses, run, settings, weights, write_tokens
+
+HOST = socket.gethostname()
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def arguments(root: Path, name: str, *further: str) -> list[str]:
+    return settings(
+        root,
+        "training.train_iters=6",
+        "training.checkpoint.interval=3",
+        "training.double_check.interval=2",
+        "batch.batch_size=12",
+        f"run.experiment_dir={root}/{name}",
+        *further,
+    )
+
+
+def flip(tensor: Tensor, bit: int = 3) -> None:
+    """One bit of its last element."""
+    dtype = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
+    tensor.detach().view(dtype).flatten()[-1:].bitwise_xor_(1 << bit)
+
+
+def in_weight(trainer: Trainer) -> None:
+    flip(trainer.weights.local()[NORM])
+
+
+def in_moment(trainer: Trainer) -> None:
+    flip(trainer.train_step.optimizer.exp_avg_sq["model.norm.weight"])
+
+
+def in_counter(trainer: Trainer) -> None:
+    trainer.train_step.optimizer.updates += 1
+
+
+def in_loss(trainer: Trainer) -> None:
+    """From now on each pass without gradients is another bit off."""
+    before, times = trainer.train_step.loss, 0
+
+    def wrong(batches: Sequence[Batch]) -> Tensor:
+        nonlocal times
+        times += 1
+        return before(batches) + times * 1e-6
+
+    trainer.train_step.loss = wrong  # type: ignore[method-assign]
+
+
+def in_training(trainer: Trainer) -> None:
+    """The pass that trains is what is wrong."""
+    before = Step.forward_backward
+
+    def wrong(self: Step, batches: Sequence[Batch], seed: float) -> Tensor:
+        loss = before(self, batches, seed)
+        self.first_loss += 1e-6
+        return loss
+
+    Step.forward_backward = wrong  # type: ignore[method-assign]
+
+
+def in_gathered(trainer: Trainer) -> None:
+    """In a weight as this process has it together for a while."""
+    before = trainer.train_step.loss
+
+    def wrong(batches: Sequence[Batch]) -> Tensor:
+        loss = before(batches)
+        gathered = trainer.weights.models[0].model.layers["1"].mlp.up_proj.weight  # type: ignore
+        flip(gathered)
+        return loss
+
+    trainer.train_step.loss = wrong  # type: ignore[method-assign]
+
+
+def in_working(trainer: Trainer) -> None:
+    assert not isinstance(trainer.weights, ShardedWeights)
+    flip(trainer.weights.working["lm_head.weight"])
+
+
+def flipping(arguments_: list[str], fault: Callable[[Trainer], None], rank: str) -> int:
+    """A run in which a process is wrong after step 3, as the command line runs it."""
+    check = Trainer.check_finite
+
+    def faulty(trainer: Trainer, step: int) -> None:
+        check(trainer, step)
+        if step == 3 and os.environ["RANK"] == rank:
+            fault(trainer)
+
+    Trainer.check_finite = faulty  # type: ignore[method-assign]
+    return cli.main(["train", "gpt", *arguments_])
+
+
+COPIES = "model.multi_stage.shard_size=1"
+UNTIED = "model.base_model.tie_word_embeddings=no"
+BF16 = "model.distributed.training_dtype=bf16"
+FAULTS: list[tuple[Any, int, str, list[str], str]] = [
+    (
+        in_weight,
+        3,
+        "1",
+        [COPIES],
+        f"rank 1 on {HOST}: weight of {NORM} (part 0) is not what the 2 other processes hold",
+    ),
+    (in_weight, 2, "1", [COPIES], f"weight of {NORM} (part 0) is not the same on rank 0 on {HOST}, rank 1 on {HOST}"),
+    (
+        in_weight,
+        2,
+        "0",
+        ["model.distributed.tensor_parallel=2"],
+        f"weight of {NORM} (part 0) is not the same on rank 0 on {HOST}, rank 1 on {HOST}",
+    ),
+    (
+        in_moment,
+        3,
+        "2",
+        [COPIES],
+        f"rank 2 on {HOST}: exp_avg_sq of model.norm.weight (part 0) is not what the 2 other processes hold",
+    ),
+    (in_counter, 3, "0", [], f"rank 0 on {HOST}: the number of updates is not what the 2 other processes hold"),
+    (in_loss, 2, "1", [], f"rank 1 on {HOST}: the loss of the same micro-batch was computed twice and is "),
+    (in_training, 2, "1", [], f"rank 1 on {HOST}: the loss of a micro-batch was "),
+    (in_loss, 1, "0", [], f"rank 0 on {HOST}: the loss of the same micro-batch was computed twice and is "),
+    (
+        in_gathered,
+        3,
+        "1",
+        [BF16],
+        f"rank 1 on {HOST}: gathered model.layers.1.mlp.up_proj.weight is not what the 2 other processes hold",
+    ),
+    (in_working, 1, "0", [BF16, UNTIED], f"rank 0 on {HOST}: lm_head.weight is not the rounded fp32 weight"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "world", "rank", "how", "told"), FAULTS, ids=[f"{f[0].__name__} {f[1]}" + "".join(f[3]) for f in FAULTS]
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, fault: Callable[[Trainer], None], world: int, rank: str, how: list[str], told: str
+) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    assert spawn(world, flipping, arguments(tmp_path, "run", *how), fault, rank) == [1] * world
+    (log, *_) = sorted((tmp_path / "run" / "runs" / "0" / "logs").glob("logs_rank_*.txt"))
+    said = log.read_text()
+    assert "Double check at step 2: " in said and "things are as they must be" in said
+    assert f"Double check at step 4: {told}" in said
+    assert "iteration 4/6" not in said  # the update was not applied
+    newest = folder.latest(tmp_path / "run" / "checkpoint")
+    assert newest is not None and newest.name == "3"
+
+
+def test_it_changes_nothing(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    how = (COPIES, "model.multi_stage.zero_stage=2", "model.distributed.training_dtype=bf16")
+    for name, interval in (("checked", "1"), ("plain", "null")):
+        given = arguments(tmp_path, name, *how, f"training.double_check.interval={interval}")
+        assert spawn(2, run, given) == [0, 0]
+    assert losses(tmp_path / "checked") == losses(tmp_path / "plain")
+    one, other = (weights(tmp_path / name / "checkpoint" / "6") for name in ("checked", "plain"))
+    assert one == other
+    said = (tmp_path / "checked" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
+    assert said.count("things are as they must be") == 6 and "only the latter are compared" not in said
+
+
+def other_kernels(arguments_: list[str]) -> int:
+    """Training's loss has other bits than a pass without gradients, every time."""
+    in_training(None)  # type: ignore[arg-type]
+    return run(arguments_)
+
+
+def test_passes_that_differ_by_their_kernels_are_no_fault(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    assert spawn(2, other_kernels, arguments(tmp_path, "run")) == [0, 0]
+    said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_1.txt").read_text()
+    assert said.count("only the latter are compared") == 1 and said.count("things are as they must be") == 3
+
+
+def test_every_element_counts() -> None:
+    values = torch.randn(1000)
+    before = digest(values)
+    found = set()
+    for at in range(0, 1000, 7):
+        for bit in (0, 13, 31):
+            values.view(torch.int32)[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+            found.add(digest(values))
+            values.view(torch.int32)[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+    assert before not in found and len(found) == 143 * 3
+    assert digest(values) == before != digest(values.flip(0))
+    assert digest(values.bfloat16()) == digest(values.bfloat16().view(50, 20))
+
+
+def test_the_odd_one_out() -> None:
+    reports = [Report(f"node{rank}", [], {"a": 1, "b": rank % 2, **({"c": 5} if rank else {})}) for rank in range(4)]
+    assert differences(reports) == [
+        "b is not the same on rank 0 on node0, rank 1 on node1, rank 2 on node2, rank 3 on node3"
+    ]
+    reports[2].held.update(b=1, c=6)
+    assert differences(reports) == [
+        "rank 0 on node0: b is not what the 3 other processes hold",
+        "rank 2 on node2: c is not what the 2 other processes hold",
+    ]
