@@ -36,6 +36,11 @@ SMALLER = (
     "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
     " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1 batch.sequence_length=64 data.split=[80,20,0]"
 )
+# Files of a few lines, and what else they need to be checked.
+PARTS = {
+    "mix.yaml": "data.split=[50,50,0]",
+    "watch.yaml": "data.format=random",
+}
 NOT_RUN = ("git lfs install", "make demo", "make test")
 
 
@@ -114,14 +119,13 @@ def test_guide(guide: str, place: Path) -> None:
     ran = 0
     for language, content in blocks(guide):
         if language == "yaml":
-            name = re.match(r"# file: (\S+)\n", content)
+            name = re.match(r"# file: ([^\s,]+)", content)
             assert name, f"{guide}: a YAML block does not say which file it is"
             (place / name[1]).write_text(content)
-            if name[1] == "mix.yaml":
-                check = "fast-llm train --config mix.yaml --validate pretrained.path=fast-llm-tutorial/pretrained-model"
-                check += " training.train_iters=2 batch.sequence_length=64 training.validation.interval=1"
-                check += " training.validation.iterations=1 data.split=[50,50,0]"
-                execute(check, place, environment)
+            if name[1] in PARTS:
+                command = f"fast-llm train --config {name[1]} --validate {SMALLER} {PARTS[name[1]]}"
+                command += " pretrained.path=fast-llm-tutorial/pretrained-model training.validation.interval=1"
+                execute(f"{command} run.experiment_dir=of-{name[1]}", place, environment)
         elif language == "bash":
             for command in content.replace("\\\n", " ").splitlines():
                 if command.strip() and command not in NOT_RUN:

@@ -448,6 +448,8 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
     try:
         if path.stat().st_size > LARGEST_METADATA:
             raise DataError(f"{path}: larger than 1 GiB; this is no dataset.json")
+        if path.is_dir():
+            raise DataError(f"{path}: a folder; give the dataset.json in it")
         if not path.is_file():  # a pipe would be waited for
             raise DataError(f"{path}: not a file")
         data = path.read_bytes()

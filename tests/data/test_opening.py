@@ -78,7 +78,7 @@ def test_paths_that_are_nearly_right(tmp_path, monkeypatch):
     path = made(tmp_path / "d")
     with pytest.raises(DataError, match=r"s0\.idx, must be without \.idx: .*/s0$"):
         opened(tmp_path / "d" / "s0.idx", form="list")
-    with pytest.raises(DataError, match=r"/d: can not be read: Is a directory"):
+    with pytest.raises(DataError, match=r"/d: a folder; give the dataset\.json in it"):
         opened(tmp_path / "d")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert opened("~/d/dataset.json").fingerprint() == opened(path).fingerprint()

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys
+import resource, statistics, sys
 import torch
 if sys.argv[1] == "keep":
     from fast_llm.training.memory import keep_freed_memory
@@ -14,11 +14,11 @@ if sys.argv[1] == "keep":
 def touch():
     for size in (2**24, 2**22, 2**24):
         torch.ones(size)
-touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     touch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(statistics.median(faults() for _ in range(11)))
 """
 
 
@@ -27,7 +27,8 @@ def test_what_is_allocated_again_meets_no_page_faults() -> None:
     faults = {}
     for how in ("keep", "as it is"):
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-        faults[how] = int(done.stdout)
-    # Ten rounds of 9 · 2²² numbers of 4 bytes are 370,000 pages of 4 KiB, or 700 of 2 MiB.
-    assert faults["as it is"] > 650
-    assert faults["keep"] < 100
+        faults[how] = float(done.stdout)
+    # A round's 9 · 2²² numbers of 4 bytes are 37,000 pages of 4 KiB, or 72 of 2 MiB. Of the median round, since the heap may
+    # grow once more after the first: two blocks' places are not always the same.
+    assert faults["as it is"] > 65
+    assert faults["keep"] < 10
