@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from fast_llm.model import native
+from fast_llm.model.linear import widened
 
 # Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
 # back), and below this length the fp32 one is as fast: bf16 15.7 ms, fp32 9.3 ms forward and backward at 8 × 256
@@ -96,6 +97,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flas
     """
     whole = documents is None or (documents.alike and documents.longest == q.shape[1])
     out: Tensor
+    if widened(q):
+        out = attention(q.float(), k.float(), v.float(), documents, flash).to(q.dtype)
+        return out
     if flash and native.usable(q, products=True) and q.shape[-1] % 2 == 0:
         if documents is None or whole:
             out = _Native.apply(q, k, v, _ends(q))  # type: ignore[no-untyped-call]
@@ -179,6 +183,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -
 
     The last query of a stretch sees all of its keys, the one before all but one, and so on.
     """
+    if widened(q):
+        return attend(q.float(), k.float(), v.float(), stretches, flash).to(q.dtype)
     if flash and _has_variable_length(q):
         longest = stretches.longest_queries, stretches.longest_keys
         return _variable_length(q, k, v, stretches.query_ends, stretches.key_ends, *longest)

@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from fast_llm.config.train import BaseModelConfig, TransformerConfig
 from fast_llm.model.attention import Documents, Stretches, attention
 from fast_llm.model.embedding import embed
+from fast_llm.model.linear import Linear
 from fast_llm.model.loss import cross_entropy
 from fast_llm.model.norm import rms_norm
 from fast_llm.model.rope import Angles, rotary, rotate
@@ -36,7 +37,7 @@ class Llama(nn.Module):
         self.config = config
         self.cross_entropy_impl = cross_entropy_impl
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.transformer.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.transformer.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
@@ -139,10 +140,10 @@ class SelfAttention(nn.Module):
         bias = config.add_linear_biases in ("everywhere", "only_attention")
         queries = config.num_attention_heads * self.head_dim
         keys = config.head_groups * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=bias)
         self.core: Callable[..., Tensor] = attention
 
     def forward(self, x: Tensor, angles: Angles, documents: Documents | Stretches | None) -> Tensor:
@@ -160,9 +161,9 @@ class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         bias = config.add_linear_biases in ("everywhere", "only_mlp")
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
-        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        self.gate_proj = Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
+        self.up_proj = Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
+        self.down_proj = Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, E] → [B, S, E]."""

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from fast_llm.errors import ConfigError
 from fast_llm.model import kernels, native
-from fast_llm.model.linear import ROWS, add_product_
+from fast_llm.model.linear import ROWS, add_product_, product, project
 
 IGNORED = -100
 Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
@@ -81,7 +81,7 @@ def cross_entropy(
     if implementation == "torch" and part is not None:
         implementation, splits = "fused", 1
     if implementation == "torch":
-        logits = F.linear(hidden, weight).float()
+        logits = project(hidden, weight).float()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     length = stretch_length(hidden.device.type, len(labels), weight.shape[0], splits)
     wanted = torch.is_grad_enabled()
@@ -156,7 +156,7 @@ def _loss_and_gradients(
     scratch = None if kernel is not None else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
     for begin in range(0, len(labels), length):
         rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
-        logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])  # T V
+        logits = product(rows, weight.t(), out=buffer[: len(rows)])  # T V
         gradient = with_hidden or with_weight
         if kernel is not None:
             loss += _with_kernel_(kernel, logits, targets, part, gradient)
@@ -168,7 +168,7 @@ def _loss_and_gradients(
                 else:
                     loss += _of_part_(piece, piece_targets, scratch, part, gradient)
         if hidden_grad is not None:
-            torch.mm(logits, weight, out=hidden_grad[begin : begin + length])
+            product(logits, weight, out=hidden_grad[begin : begin + length])
         if weight_grad is not None:
             add_product_(weight_grad, logits.t(), rows, first=begin == 0)
     return loss, hidden_grad, weight_grad

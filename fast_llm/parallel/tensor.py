@@ -18,12 +18,12 @@ from types import MethodType
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from fast_llm.model.embedding import embed
+from fast_llm.model.linear import project
 from fast_llm.model.llama import MLP, Embedding, Llama, RMSNorm, SelfAttention
 from fast_llm.model.loss import VocabularyPart, cross_entropy
 from fast_llm.model.norm import rms_norm
@@ -98,11 +98,11 @@ def _local(weight: Tensor, shared: bool = False) -> Tensor:
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, _local(module.weight), None if module.bias is None else _local(module.bias))
+    return project(x, _local(module.weight), None if module.bias is None else _local(module.bias))
 
 
 def _summed(module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]) -> Tensor:
-    out = scatter(F.linear(x, _local(module.weight)))
+    out = scatter(project(x, _local(module.weight)))
     return out if module.bias is None else out + _local(module.bias, shared=sequence)  # once, not once a process
 
 
@@ -119,7 +119,7 @@ def _embedding(module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor
 
 
 def _logits(head: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    logits = F.linear(gather(hidden), _local(head.weight))
+    logits = project(gather(hidden), _local(head.weight))
     whole: Tensor = DTensor.from_local(logits, mesh, [Shard(-1)], run_check=False).full_tensor()
     return whole
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, hostile, kills, settings
+from tests.campaigns import crashes, damage, disk, fuzz, hostile, kills, settings
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -31,3 +31,8 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_hostile(tmp_path: Path) -> None:
     assert hostile.campaign(tmp_path, 15, 0)["refused with a line"] >= 8
+
+
+def test_fuzz(tmp_path: Path) -> None:
+    figures = fuzz.campaign(tmp_path, 750, 0)
+    assert figures["manifest: refused"] > 300 and figures["manifest: kept for new lines"] > 5
