@@ -272,6 +272,13 @@ def latest(root: Path, kind: str = "checkpoint", content: bool = True) -> Path |
     return None
 
 
+def lost(root: Path) -> list[Path]:
+    """What is or was a checkpoint under `root`, where `latest` finds none: all of it is damaged."""
+    return headless(root) + [
+        path for path, m in _manifests(root) if isinstance(m, CheckpointError) or m.kind == "checkpoint"
+    ]
+
+
 def prune(root: Path, keep: int | None, is_permanent: Callable[[int], bool], current: int | None = None) -> None:
     """Delete all but the newest `keep` whole ones of those that are not permanent, and what crashes left behind.
 

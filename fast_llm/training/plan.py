@@ -134,6 +134,11 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             described: dict[str, Any] = next(iter(dataset.described.values()), {})
             tokens = {name: described.get("tokenizer", {}).get(name) for name in ("bos", "eos")}
     checkpoint = checkpoints.latest(folder / "checkpoint") if folder is not None else None
+    if folder is not None and checkpoint is None and (lost := checkpoints.lost(folder / "checkpoint")):
+        problems.append(
+            f"run.experiment_dir: no checkpoint in {folder / 'checkpoint'} is whole (of {len(lost)}; `fast-llm verify` says what is"
+            " wrong), and the run would begin anew; repair them, move them away, or choose another folder"
+        )
     local = config.pretrained.path is not None and Path(config.pretrained.path).expanduser().is_dir()
     from_weights = config.pretrained.model_weights and config.pretrained.format == "llama" and checkpoint is None
     if source is not None and from_weights and (local or weights):

@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from fast_llm.checkpoint import folder
+from fast_llm.checkpoint.folder import MANIFEST
+from fast_llm.errors import ConfigError
 from fast_llm.model.llama import Llama
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training import build
@@ -167,6 +169,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     run(arguments(tmp_path, "parts", 8))
     assert "checkpoint/2, after step 2" in capsys.readouterr().out
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    # If none is left, the run does not begin anew by itself.
+    for checkpoint in (tmp_path / "parts" / "checkpoint").iterdir():
+        (checkpoint / MANIFEST).write_text("{}")
+    with pytest.raises(ConfigError, match=r"no checkpoint in .*/parts/checkpoint is whole \(of 2; .*begin anew"):
+        run(arguments(tmp_path, "parts", 12))
 
 
 def command(arguments: list[str]) -> list[str]:
