@@ -182,12 +182,18 @@ void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *cho
         T *row = logits + t * vocabulary;
         int64_t label = labels[t];
         if (!known) {
-            float top = -std::numeric_limits<float>::infinity(), sum = 0;
+            float top = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : top)
             for (int64_t v = 0; v < vocabulary; v++) top = std::max(top, get(row[v]));
-#pragma omp simd reduction(+ : sum)
-            for (int64_t v = 0; v < vocabulary; v++) sum += exponential(get(row[v]) - top);
-            log_sums[t] = top + std::log(sum);
+            double sum = 0; // in stretches: an fp32 sum of a hundred thousand loses its last digits
+            for (int64_t begin = 0; begin < vocabulary; begin += 512) {
+                float part = 0;
+                int64_t end = std::min(begin + 512, vocabulary);
+#pragma omp simd reduction(+ : part)
+                for (int64_t v = begin; v < end; v++) part += exponential(get(row[v]) - top);
+                sum += part;
+            }
+            log_sums[t] = float(top + std::log(sum));
             chosen[t] = label >= 0 ? get(row[label]) : 0;
         }
         if (!gradient) continue;

@@ -52,7 +52,7 @@ def test_swiglu_far_out() -> None:
 
 # As tests/model/test_kernels.py, which tests the Triton kernel.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("vocabulary", [5, 301, 9001])
+@pytest.mark.parametrize("vocabulary", [5, 301, 9001, 128_256])
 def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> None:
     logits = (4 * torch.randn(6, vocabulary)).to(dtype)
     logits[1, 3] = 60  # a peak: nothing else is left of its softmax
