@@ -104,9 +104,6 @@ def prepare(config: PrepareConfig) -> Path:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise DataError(f"output_path: {output}: can not be written to: {error.strerror}") from error
         raise
-    except KeyboardInterrupt:
-        logger.warning("Interrupted; the same command goes on where it stopped.")
-        raise
     return job.metadata
 
 
@@ -466,13 +463,22 @@ def _end_with(parent: Any) -> None:
 
 def _start(*parts: Any) -> None:
     """Begin a worker process."""
-    # The parent hears of Ctrl-C; and if it is killed, its workers must not wait for it forever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # If the parent is killed, its workers must not wait for it forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _worker
     _worker = _Worker(*parts)
+
+
+@contextlib.contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until this is over. A process that is started meanwhile never hears of it: its parent does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tokenize(task: Task) -> _Part:
@@ -492,7 +498,8 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     def tokenized(first: int, last: int) -> Iterator[_Part]:
         waiting: deque[Future[_Part]] = deque()
         for rows in source.ranges(first, last, _RANGE):
-            waiting.append(pool.submit(_tokenize, source.task(*rows)))
+            with _without_interrupt():  # workers are started here
+                waiting.append(pool.submit(_tokenize, source.task(*rows)))
             if len(waiting) >= _AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
