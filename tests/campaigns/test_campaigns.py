@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, hostile, kills, settings
+from tests.campaigns import crashes, damage, disk, hostile, kills, preparation, settings, signals
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -31,3 +31,12 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_hostile(tmp_path: Path) -> None:
     assert hostile.campaign(tmp_path, 15, 0)["refused with a line"] >= 8
+
+
+def test_signals(tmp_path: Path) -> None:
+    figures = signals.campaign(tmp_path, 10, 0)
+    assert figures["signals"] == 10 and figures["stopped"] >= 1
+
+
+def test_preparation(tmp_path: Path) -> None:
+    assert preparation.campaign(tmp_path, 4, 0)["kills"] == 4
