@@ -86,6 +86,7 @@ def prepare(config: PrepareConfig) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
         with _alone(job):
+            _clean(job)
             if _is_finished(job):
                 logger.info(f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}.")
                 return job.metadata
@@ -202,6 +203,15 @@ def _alone(job: _Job) -> Iterator[None]:
         yield
 
 
+def _clean(job: _Job) -> None:
+    """Delete what this rank was writing when it was broken off: others may have finished without it."""
+    strays = [job.metadata.with_name(f"{job.metadata.name}.{job.rank}.partial")]
+    for folder in (job.output, job.output / "tokenizer"):
+        strays += [*folder.glob(f"shard_{job.rank}_*.partial"), *folder.glob(f"*.{job.rank}.partial")]
+    for stray in strays:
+        stray.unlink(missing_ok=True)
+
+
 def _is_finished(job: _Job) -> bool:
     """Whether there is nothing left to do. Raises DataError if it was finished with other settings."""
     if not job.metadata.exists():
@@ -304,8 +314,6 @@ def _write_shards(job: _Job, source: Documents) -> None:
         logger.info(f"{job.output}: goes on with {rows:,} of {last - first:,} rows left.")
     worker = _Worker(*_parts(job, source))
     _check_space(job, source, worker.encoder)
-    for stray in job.output.glob(f"shard_{job.rank}_*.partial"):
-        stray.unlink()
     progress = _Progress(rows)
     rest = _Skipped()  # behind the last token file
     with _pool(job, source, worker) as tokenized:

@@ -101,6 +101,16 @@ def alive(process: int) -> bool:
         return False
 
 
+def listens(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
+    return bool(caught >> (number - 1) & 1)
+
+
 def _launch(folder: Path, arguments: list[str], world: int, before: Callable[..., None], helped: bool) -> None:
     os.setsid()
     os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)

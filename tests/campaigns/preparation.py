@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaigns.damage import everything
-from tests.campaigns.jobs import command, send
+from tests.campaigns.jobs import command, listens, send
 from tests.data import made
 
 STUCK = 60.0  # seconds after which something that should have ended is said to be stuck
@@ -105,15 +105,6 @@ class Preparation:
                 found.append(process)
         return found
 
-    def listens(self) -> bool:
-        """Whether the main process has begun to listen to signals: the interpreter's own start is none of ours."""
-        try:
-            status = Path(f"/proc/{self.process.pid}/status").read_text()
-        except OSError:
-            return False
-        caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
-        return bool(caught >> (signal.SIGTERM - 1) & 1)
-
     def wait(self) -> int:
         """The exit code as a shell tells it, once no process is left."""
         try:
@@ -151,7 +142,9 @@ class Death:
                 if self.files
                 else time.monotonic() - begun > self.after
             )
-            ready = start.workers() if self.victim == "worker" else start.listens() or self.number == signal.SIGKILL
+            # The interpreter's own start is none of ours.
+            ready = self.number == signal.SIGKILL or listens(start.process.pid, self.number)
+            ready = bool(start.workers()) if self.victim == "worker" else ready
             if there and ready:
                 break
             time.sleep(0.002)
