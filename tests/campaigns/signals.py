@@ -32,7 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TARGETS = ("one rank", "all ranks", "launcher")
 TIMES = ("once", "twice", "late")  # late: a second one, of which a process dies
 ENDS = 30.0  # seconds in which a job must end, on a busy machine
-_LATER = 2.6  # seconds until a second signal is another wish, and a bit
+_LATER = 2.2  # seconds until a second signal is another wish, and a bit
 _THREADS = ("writing a checkpoint", "publishing")  # of the saver, for the most part: training goes on beside them
 
 # How a phase is recognised: what the watchdog is told, or a function that is called.
@@ -53,16 +53,11 @@ CALLS = {
 }
 # There is no training yet to be finished: SIGTERM and SIGINT end a process as any other.
 EARLY = ("plan", "before the processes meet", "while the processes meet")
-ONCE = (
+ONCE = {
     *EARLY,
-    "after the processes met",
-    "building the model",
-    "reading weights",
-    "test",
-    "closing",
-    "leaving the others",
-)
-ONCE += ("what is due at the end",)
+    *("after the processes met", "building the model", "reading weights", "test", "closing", "leaving the others"),
+}
+ONCE |= {"what is due at the end"}
 
 
 @dataclass(frozen=True)

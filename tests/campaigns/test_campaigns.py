@@ -34,9 +34,9 @@ def test_hostile(tmp_path: Path) -> None:
 
 
 def test_signals(tmp_path: Path) -> None:
-    figures = signals.campaign(tmp_path, 10, 0)
-    assert figures["signals"] == 10 and figures["stopped"] >= 1
+    figures = signals.campaign(tmp_path, 7, 0)
+    assert figures["signals"] == 7 and figures["stopped"] >= 1
 
 
 def test_preparation(tmp_path: Path) -> None:
-    assert preparation.campaign(tmp_path, 4, 0)["kills"] == 4
+    assert preparation.campaign(tmp_path, 3, 0)["kills"] == 3
