@@ -172,6 +172,7 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
         # Complete all the same: 0. Else the same for all: torchrun takes a node whose processes all return 0 for one that is
         # done; it would not start again with the others.
         code = max(gather(interrupt.exit_code, mesh.patient)) if trainer.stopping else 0
+        interrupt.agreed = code
     finally:
         interrupt.last = lambda: None
         watchdog.close()

@@ -28,6 +28,7 @@ class Interrupt:
         self.signal = 0
         self.since = 0.0
         self.last: Callable[[], None] = lambda: None  # done before leaving at once
+        self.agreed: int | None = None  # the exit code of all processes, once there is nothing left but to leave
         self.before: dict[signal.Signals, Any] = {}
         # Python writes the number of each signal that has a handler into a pipe, as soon as it comes.
         self.reader, self.writer = os.pipe()
@@ -62,7 +63,8 @@ class Interrupt:
             self.last()
             # Not sys.exit: whatever is being saved must neither be finished nor cleaned up; it is
             # unpublished, and the last checkpoint is whole.
-            os._exit(128 + number)
+            # torchrun ends the others as soon as one has ended, which is no other wish.
+            os._exit(128 + number if self.agreed is None else self.agreed)
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

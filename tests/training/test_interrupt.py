@@ -45,6 +45,24 @@ def test_who_waits_for_others_hears_the_second_signal(tmp_path: Path, begins: bo
     assert process.exitcode == (-number if numbers == "TERM" else 128 + number)
 
 
+def leaves(number: int) -> None:
+    """Told to end while it leaves, long after it was first told."""
+    interrupt = Interrupt()
+    interrupt.begin()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(2.2)
+    interrupt.agreed = number
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STUCK)
+
+
+def test_who_leaves_keeps_the_exit_code() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=leaves, args=(130,))
+    process.start()
+    process.join(STUCK)
+    assert process.exitcode == 130
+
+
 def test_signals_are_given_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     interrupt = Interrupt()
