@@ -7,9 +7,13 @@ processes that torchrun started, only the first tells a mistake that all of them
 import argparse
 import errno
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from fast_llm import __version__
@@ -44,7 +48,7 @@ _TRAIN_EXAMPLES = """examples:
   torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
                                                                     on 8 GPUs of this machine
 
-exit codes: 0 done, 1 training could not go on, 2 a mistake to mend, 128 + n stopped by signal n"""
+exit codes: 0 done, or stopped by SIGUSR1; 1 training could not go on; 2 a mistake to mend; 128 + n stopped by signal n"""
 
 _PLAN = f"""Say before there is a cluster whether a layout fits, what a step takes and what limits it, and which layouts are
 the fastest, from a model of memory, compute and communication (docs/planning.md). It needs the YAML file and the
@@ -69,7 +73,9 @@ data.path of `train` names. A run that was interrupted goes on where it stopped.
 _PREPARE_EXAMPLES = """examples:
   fast-llm prepare gpt_memmap --config prepare.yaml
   fast-llm prepare output_path=data/code dataset.path=code/*.jsonl.gz dataset.field=content tokenizer.path=Llama-3.1-8B
-  fast-llm prepare --config prepare.yaml tokenize_workers=32"""
+  fast-llm prepare --config prepare.yaml tokenize_workers=32
+
+exit codes: 0 done, 1 the disk failed, 2 a mistake to mend, 128 + n stopped by signal n"""
 
 _CONVERT = f"""Turn a checkpoint of training into a Hugging Face folder, or a Hugging Face folder into a checkpoint.
 
@@ -82,24 +88,25 @@ _CONVERT_EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 1 if training could not go on, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run a command; the exit code: 0, 1 if training could not go on, 2 for a user's mistake, 128 + n after signal n."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows × as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments:
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words:
         parser.print_help()
         return 2
     # argparse does not take settings on both sides of an option by itself.
-    parsed, further = parser.parse_known_args(arguments)
+    parsed, further = parser.parse_known_args(words)
     if unknown := [word for word in further if word.startswith("-") or not hasattr(parsed, "settings")]:
         parser.error(f"unknown: {' '.join(unknown)}; settings have the form section.setting=value")
     if further:
         parsed.settings = [*parsed.settings, *further]
     try:
-        code: int = parsed.run(parsed)
-        sys.stdout.flush()
-        return code
+        with _signals(parsed.command, own_process=arguments is None):
+            code: int = parsed.run(parsed)
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:  # whoever reads, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -116,8 +123,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"fast-llm {parsed.command}: {where}{error.strerror}; {_DISK_ADVICE}", file=sys.stderr)
         return 1
+    except _Told as told:
+        if _first():
+            hint = "; the same command goes on where it stopped" if parsed.command == "prepare" else ""
+            print(f"fast-llm {parsed.command}: stopped by {told.signal.name}{hint}", file=sys.stderr)
+        return 128 + told.signal
     except KeyboardInterrupt:
         return 130
+
+
+class _Told(KeyboardInterrupt):
+    """SIGTERM or SIGINT."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _signals(command: str, own_process: bool) -> Iterator[None]:
+    """What SIGTERM and SIGINT do: the command is left with a line; a second one ends it at once. Training has a way of its own
+    (training.interrupt): until it has begun they end the process as any other, also in the middle of what is no Python.
+
+    In a process of ours this holds until it has ended, so that no signal meets the interpreter while it is leaving.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, leave)
+        raise _Told(number)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL if command == "train" else tell) for number in numbers}
+    before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
+    try:
+        yield
+    finally:
+        if not own_process:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _report(error: UserError) -> str:
@@ -214,6 +263,9 @@ def _read(parsed: argparse.Namespace, example: str) -> Any:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from fast_llm.training.interrupt import Interrupt
+
+    interrupt = Interrupt()
     document = _read(parsed, "fast-llm train gpt --config train.yaml")
     from fast_llm.training.plan import describe, make_plan
 
@@ -226,7 +278,7 @@ def _train(parsed: argparse.Namespace) -> int:
         return 0
     from fast_llm.training.build import train
 
-    return train(plan)
+    return train(plan, interrupt)
 
 
 def _positive(text: str) -> int:

@@ -86,6 +86,7 @@ def prepare(config: PrepareConfig) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
         with _alone(job):
+            _clean(job)
             if _is_finished(job):
                 logger.info(f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}.")
                 return job.metadata
@@ -103,9 +104,6 @@ def prepare(config: PrepareConfig) -> Path:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise DataError(f"output_path: {output}: can not be written to: {error.strerror}") from error
-        raise
-    except KeyboardInterrupt:
-        logger.warning("Interrupted; the same command goes on where it stopped.")
         raise
     return job.metadata
 
@@ -203,6 +201,15 @@ def _alone(job: _Job) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             logger.warning(f"{job.output}: can not be locked ({error.strerror}); never start two at once.")
         yield
+
+
+def _clean(job: _Job) -> None:
+    """Delete what this rank was writing when it was broken off: others may have finished without it."""
+    strays = [job.metadata.with_name(f"{job.metadata.name}.{job.rank}.partial")]
+    for folder in (job.output, job.output / "tokenizer"):
+        strays += [*folder.glob(f"shard_{job.rank}_*.partial"), *folder.glob(f"*.{job.rank}.partial")]
+    for stray in strays:
+        stray.unlink(missing_ok=True)
 
 
 def _is_finished(job: _Job) -> bool:
@@ -307,8 +314,6 @@ def _write_shards(job: _Job, source: Documents) -> None:
         logger.info(f"{job.output}: goes on with {rows:,} of {last - first:,} rows left.")
     worker = _Worker(*_parts(job, source))
     _check_space(job, source, worker.encoder)
-    for stray in job.output.glob(f"shard_{job.rank}_*.partial"):
-        stray.unlink()
     progress = _Progress(rows)
     rest = _Skipped()  # behind the last token file
     with _pool(job, source, worker) as tokenized:
@@ -466,13 +471,22 @@ def _end_with(parent: Any) -> None:
 
 def _start(*parts: Any) -> None:
     """Begin a worker process."""
-    # The parent hears of Ctrl-C; and if it is killed, its workers must not wait for it forever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # If the parent is killed, its workers must not wait for it forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _worker
     _worker = _Worker(*parts)
+
+
+@contextlib.contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until this is over. A process that is started meanwhile never hears of it: its parent does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tokenize(task: Task) -> _Part:
@@ -492,7 +506,8 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     def tokenized(first: int, last: int) -> Iterator[_Part]:
         waiting: deque[Future[_Part]] = deque()
         for rows in source.ranges(first, last, _RANGE):
-            waiting.append(pool.submit(_tokenize, source.task(*rows)))
+            with _without_interrupt():  # workers are started here
+                waiting.append(pool.submit(_tokenize, source.task(*rows)))
             if len(waiting) >= _AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:

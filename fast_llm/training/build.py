@@ -2,22 +2,24 @@
 
 import logging
 import os
-import signal
+import re
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TextIO
 
 import psutil
 import torch
 
 from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.checkpoint.weights import gather
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
-from fast_llm.errors import ConfigError
+from fast_llm.errors import ConfigError, TrainingStopped
 from fast_llm.model import kernels, native
 from fast_llm.model.fp8 import apply_fp8
 from fast_llm.model.llama import Block, Llama
@@ -40,37 +42,57 @@ from fast_llm.training.run import Run, lock, next_run_number
 from fast_llm.training.spikes import Spikes
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
-from fast_llm.training.watchdog import SLACK, Watchdog
+from fast_llm.training.watchdog import ENDED, SLACK, Watchdog
 
 logger = logging.getLogger("fast_llm")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEEK = 7 * 24 * 3600.0
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")  # as gloo and NCCL say it
 
 
-def train(plan: Plan) -> int:
+def train(plan: Plan, interrupt: Interrupt | None = None) -> int:
     """Train as planned; the exit code: 0, or 128 and the signal that ended the run early (but for SIGUSR1), here or elsewhere.
 
-    Raises UserError for what training itself meets.
+    `interrupt`: of a process that ends after this; others get their signals back. Raises UserError for what training itself meets.
     """
+    if interrupt is not None:
+        return _train(plan, interrupt)
+    interrupt = Interrupt()
+    try:
+        return _train(plan, interrupt)
+    finally:
+        interrupt.close()
+
+
+def _train(plan: Plan, interrupt: Interrupt) -> int:
     started = time.perf_counter()
     # With one process DCP tells the user what the code says already.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config = plan.config
     distributed = config.model.distributed
-    mesh = Mesh(
-        distributed.timeout + SLACK,
-        config.training.timeout or _WEEK,
-        config.model.multi_stage.shard_size,
-        tensor=distributed.tensor_parallel,
-        context=distributed.sequence_data_parallel,
-        pipeline=distributed.pipeline_parallel,
-    )
-    if mesh.device.type == "cpu":
-        keep_freed_memory()
-        native.take_faster_exact_products()
-    with _alone(plan, mesh):
-        return _train(plan, mesh, started)
+    try:
+        mesh = Mesh(
+            distributed.timeout + SLACK,
+            config.training.timeout or _WEEK,
+            config.model.multi_stage.shard_size,
+            tensor=distributed.tensor_parallel,
+            context=distributed.sequence_data_parallel,
+            pipeline=distributed.pipeline_parallel,
+        )
+        interrupt.begin()
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
+            native.take_faster_exact_products()
+        with _alone(plan, mesh):
+            return _run(plan, mesh, interrupt, started)
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise TrainingStopped(
+            "another process of this run has ended, or can not be reached any more: it and the launcher say why. What was saved"
+            " is whole, and the same command goes on from there"
+        ) from error
 
 
 @contextmanager
@@ -101,7 +123,7 @@ def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
             held.close()
 
 
-def _train(plan: Plan, mesh: Mesh, started: float) -> int:
+def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
     _check_fp8(plan.config, mesh)
     memory = mesh.share(_memory(mesh))
     plan = decide(plan, mesh, memory)
@@ -121,7 +143,8 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         # The compiler takes its time again for as many shapes (its recompile limit).
         warm_up=8 if config.model.multi_stage.compile_all else 1,
     )
-    interrupt = Interrupt()
+    # Else it would be taken for one that hung, if it was saving for long.
+    interrupt.last = partial(watchdog.mark, ENDED)
     try:
         logger.info("What this run does:\n" + describe(plan))
         _tell_memory(plan, mesh, memory)
@@ -141,19 +164,18 @@ def _train(plan: Plan, mesh: Mesh, started: float) -> int:
         try:
             trainer.fit()
         except BaseException as error:
-            interrupt.failed = True
             watchdog.failed(error)
             trainer.metrics.close("crashed")
             raise
         watchdog.mark("closing", patient=True)
         trainer.metrics.close("ended")
-        code = interrupt.exit_code
-        if trainer.stopping and any(mesh.sum(float(code))):
-            # torchrun takes a node whose processes all return 0 for one that is done; it would not start again with the others.
-            code = code or 128 + signal.SIGTERM
+        # Complete all the same: 0. Else the same for all: torchrun takes a node whose processes all return 0 for one that is
+        # done; it would not start again with the others.
+        code = max(gather(interrupt.exit_code, mesh.patient)) if trainer.stopping else 0
+        interrupt.agreed = code
     finally:
+        interrupt.last = lambda: None
         watchdog.close()
-        interrupt.close()
         run.close()
     mesh.close()
     return code

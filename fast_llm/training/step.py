@@ -73,9 +73,13 @@ class Step:
         self.counts = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
 
     def __call__(
-        self, batches: Sequence[Batch], stop: bool = False, check: Callable[[Sequence[Batch]], None] | None = None
+        self,
+        batches: Sequence[Batch],
+        stop: Callable[[], bool] = lambda: False,
+        check: Callable[[Sequence[Batch]], None] | None = None,
     ) -> StepResult:
-        """Train on this process's micro-batches of one step; `stop`: this process was asked to; `check`: before the update."""
+        """Train on this process's micro-batches of one step; `stop`: whether this process was asked to by the time that all of
+        them agree; `check`: before the update."""
         # Reduction over data and context averages; their number undoes that.
         spread = self.mesh.data.size * self.mesh.context.size
         tokens = len(batches) * batches[0].tokens.numel() * spread
@@ -89,7 +93,7 @@ class Step:
             check(batches)
         self.mark("sum over processes")
         total_loss, total_targets, square, stops = self.mesh.sum(
-            loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop)
+            loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop())
         )
         self.mark("update")
         correction = tokens / (max(total_targets, 1) * self.loss_scale.value)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
 from fast_llm.checkpoint.llama import export_config
-from fast_llm.checkpoint.weights import export_llama, load_weights
+from fast_llm.checkpoint.weights import export_llama, gather, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
@@ -95,16 +95,31 @@ class Trainer:
 
     def steps(self) -> str:
         """Every step, and what is due at the end; why it is the end."""
-        training = self.config.training
         with self.metrics.not_training():
-            self.restore()
-            if self.done == 0 and training.validation.interval is not None:
-                self.validate(0)
+            if not self.told():
+                self.restore()
+            if not self.told():
+                self.catch_up()
+        if self.stopping:
+            return "Stopped by a signal before the first step of this start; the same command goes on."
         while (end := self.stretch()) is None:
             pass  # a spike: on from a checkpoint
-        if not end:
-            self.finish()
-        return end or f"Training is complete: {self.done} steps."
+        return end or self.finish()
+
+    def told(self) -> bool:
+        """Whether any process was asked to stop; all of them ask at the same time."""
+        self.stopping |= any(gather(self.interrupt.signal != 0, self.mesh.patient))
+        return self.stopping
+
+    def catch_up(self) -> None:
+        """What is due before the first step, or was due at the one that this start goes on from and was broken off."""
+        training, step = self.config.training, self.done
+        if training.validation.interval is not None and (
+            step == 0 or (training.validation.due(step) and ("validation", step) not in self.recorded())
+        ):
+            self.validate(step)
+        if step > 0 and training.export.due(step) and not self.stopping:
+            self.export(step)
 
     def stretch(self) -> str | None:
         """Steps until the last, "", or until something else ends the run: what; None if it went back instead."""
@@ -113,7 +128,7 @@ class Trainer:
             self.mark("data", step=self.done + 1)
             for step, batch in enumerate(batches, start=self.done + 1):
                 check = partial(self.check, step) if training.double_check.due(step) else None
-                result = self.train_step(batch, stop=self.interrupt.signal != 0, check=check)
+                result = self.train_step(batch, stop=lambda: self.interrupt.signal != 0, check=check)
                 self.done, self.samples = step, self.samples + self.plan.batch.batch_size
                 self.stopping |= result.stop
                 self.mark("log")
@@ -143,20 +158,29 @@ class Trainer:
             return f"Stopped by a signal after step {self.done}; the same command goes on from here."
         return ""
 
-    def finish(self) -> None:
-        """What is due at the end and not there yet; a finished run that is started again comes here at once."""
+    def recorded(self) -> set[tuple[str, int]]:
+        """Phase and step of all that metrics.jsonl holds."""
+        found = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
+        shared: set[tuple[str, int]] = self.mesh.share(found)
+        return shared
+
+    def finish(self) -> str:
+        """What is due at the end and not there yet; a finished run that is started again comes here at once. Why it is the
+        end."""
         training, step = self.config.training, self.done
         self.mark("what is due at the end", step=step, patient=True)
-        recorded = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
-        recorded = self.mesh.share(recorded)
+        recorded = self.recorded()
         if training.validation.interval is not None and ("validation", step) not in recorded:
             self.validate(step)
         if training.test_iters and ("test", step) not in recorded and not self.stopping:
             self.validate(step, phase="test", iterations=training.test_iters)
         if training.checkpoint.interval is not None:
             self.save(step, last=True)
-        if training.export.interval is not None:
+        if training.export.interval is not None and not self.told():
             self.export(step)
+        if self.stopping:
+            return "Stopped by a signal before all was done that is due at the end; the same command goes on with it."
+        return f"Training is complete: {self.done} steps."
 
     def goes_back(self, step: int, result: StepResult, batches: Loader) -> bool:
         """What training.spikes asks for at a spike, whose update was not applied; whether the run is back at a checkpoint."""

@@ -77,6 +77,11 @@ class Job:
             assert time.monotonic() < deadline, f"stuck: {left} of {self.ranks} after {seconds:.0f} s\n{self.said()}"
             time.sleep(0.005)
 
+    def codes(self) -> list[int]:
+        """Each rank's exit code, as a shell tells it."""
+        found = dict(map(int, line.split()) for line in (self.folder / "codes").read_text().splitlines())
+        return [found[rank] for rank in self.ranks]
+
     def said(self) -> str:
         """By all of them, on standard output and error."""
         return (self.folder / "said").read_text(errors="replace")
@@ -96,6 +101,16 @@ def alive(process: int) -> bool:
         return False
 
 
+def listens(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
+    return bool(caught >> (number - 1) & 1)
+
+
 def _launch(folder: Path, arguments: list[str], world: int, before: Callable[..., None], helped: bool) -> None:
     os.setsid()
     os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
@@ -106,13 +121,16 @@ def _launch(folder: Path, arguments: list[str], world: int, before: Callable[...
         for rank in ranks:
             send(rank, signal.Signals(number))
 
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    for number in numbers:
+        signal.signal(number, pass_on)
     for rank in range(world):
         process = os.fork()
         if process == 0:
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
             _rank(folder, arguments, rank, world, before)
         ranks.append(process)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, pass_on)
     (folder / "ranks.new").write_text(" ".join(map(str, ranks)))
     (folder / "ranks.new").rename(folder / "ranks")
     first, left, deadline = 0, set(ranks), float("inf")
@@ -126,8 +144,11 @@ def _launch(folder: Path, arguments: list[str], world: int, before: Callable[...
             continue
         left.discard(process)
         code = os.waitstatus_to_exitcode(status)
+        code = code if code >= 0 else 128 - code
+        with (folder / "codes").open("a") as file:
+            file.write(f"{process} {code}\n")
         if code and not first:
-            first = code if code > 0 else 128 - code
+            first = code
             if helped:
                 deadline = time.monotonic() + 5
                 for rank in left:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, fuzz, hostile, kills, settings
+from tests.campaigns import crashes, damage, disk, fuzz, hostile, kills, preparation, settings, signals
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -36,3 +36,12 @@ def test_hostile(tmp_path: Path) -> None:
 def test_fuzz(tmp_path: Path) -> None:
     figures = fuzz.campaign(tmp_path, 750, 0)
     assert figures["manifest: refused"] > 300 and figures["manifest: kept for new lines"] > 5
+
+
+def test_signals(tmp_path: Path) -> None:
+    figures = signals.campaign(tmp_path, 7, 0)
+    assert figures["signals"] == 7 and figures["stopped"] >= 1
+
+
+def test_preparation(tmp_path: Path) -> None:
+    assert preparation.campaign(tmp_path, 3, 0)["kills"] == 3

@@ -547,7 +547,7 @@ def test_interrupted(tmp_path: Path, large: Path, model: Path, monkeypatch: pyte
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the workers too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted; the same command goes on where it stopped." in stderr
+    assert stderr.endswith("fast-llm prepare: stopped by SIGINT; the same command goes on where it stopped\n")
     assert "Traceback" not in stderr
     assert not list((tmp_path / "data").glob("*.partial"))
 
@@ -733,6 +733,22 @@ def test_several_nodes(tmp_path: Path, large: Path, model: Path, caplog: pytest.
     assert not metadata.exists()
     node(1)
     assert metadata.read_bytes() == described
+
+
+def test_what_a_node_left_half_written_goes_though_others_finished(tmp_path: Path, large: Path, model: Path) -> None:
+    for rank in (0, 1, 0):
+        prepare(configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=rank))
+    before = everything(tmp_path)
+    strays = [tmp_path / "data" / "rank_0.json.0.partial", tmp_path / "data" / "shard_0_7.bin.partial"]
+    strays += [tmp_path / "data" / "tokenizer" / "tokenizer.json.0.partial", tmp_path / "data.json.0.partial"]
+    for stray in strays:
+        stray.write_text("{")
+    other = tmp_path / "data" / "rank_1.json.1.partial"
+    other.write_text("{")  # which may be writing it now
+    prepare(configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=0))
+    assert other.exists()
+    prepare(configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=1))
+    assert everything(tmp_path) == before
 
 
 def test_more_nodes_than_documents(tmp_path: Path, model: Path) -> None:

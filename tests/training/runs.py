@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.build import train
 from fast_llm.training.plan import make_plan
+from fast_llm.training.trainer import Trainer
 
 MODEL = [
     "model.base_model.vocab_size=128",
@@ -59,6 +62,13 @@ def run(arguments: list[str]) -> int:
     """Train in this process, as one of those that torchrun would start."""
     torch.set_num_threads(1)
     return train(make_plan(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True))
+
+
+def tell(trainer: Trainer, number: signal.Signals) -> None:
+    """Send a signal to this process; when this returns, it knows."""
+    os.kill(os.getpid(), number)
+    while not trainer.interrupt.signal:
+        time.sleep(0.001)
 
 
 def run_all(every: list[list[str]]) -> list[int]:

@@ -19,7 +19,7 @@ from fast_llm.parallel.single import SingleWeights
 from fast_llm.training import build
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
-from tests.training.runs import losses, records, run, settings, weights, write_tokens
+from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
 
 
 def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
@@ -214,20 +214,34 @@ def told_after_three_steps(arguments_: list[str], number: signal.Signals) -> int
 
     def signalled(trainer: Trainer, step: int) -> None:
         before(trainer, step)
-        if step == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), number)
+        if step == 3 and os.environ.get("RANK", "1") == "1":
+            tell(trainer, number)
 
     Trainer.check_finite = signalled  # type: ignore[method-assign]
     return run(arguments_)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
 def test_all_leave_as_the_one_that_was_told(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """torchrun would take a node whose processes return 0 for one that is done."""
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(2, told_after_three_steps, arguments(tmp_path, "run", 8), number) == [code, code]
     newest = folder.latest(tmp_path / "run" / "checkpoint")
     assert newest is not None and newest.name == "4"
+
+
+def test_what_was_broken_off_is_done_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4 is where it stops, and where a validation and an export are due."""
+    write_tokens(tmp_path / "tokens", 400)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "check_finite", Trainer.check_finite)
+        assert told_after_three_steps(arguments(tmp_path, "run", 8), signal.SIGTERM) == 143
+    newest = folder.latest(tmp_path / "run" / "checkpoint")
+    assert newest is not None and newest.name == "4"
+    assert 4 not in losses(tmp_path / "run", "validation") and not (tmp_path / "run" / "export").exists()
+    assert run(arguments(tmp_path, "run", 8)) == 0
+    assert set(losses(tmp_path / "run", "validation")) == {0, 4, 8}
+    assert [step for step, _ in folder.find(tmp_path / "run" / "export" / "llama")] == [4, 8]
 
 
 def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

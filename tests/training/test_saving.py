@@ -21,7 +21,7 @@ from fast_llm.errors import TrainingStopped
 from fast_llm.training import saving, watchdog
 from fast_llm.training.trainer import Trainer
 from tests.helpers import _context, spawn
-from tests.training.runs import losses, run, settings, weights, write_tokens
+from tests.training.runs import losses, run, settings, tell, weights, write_tokens
 
 Write = Callable[[str, int], None]
 
@@ -176,7 +176,7 @@ def stopped_while_saving(arguments_: list[str], how: str) -> int | str:
 
     def after_step(trainer: Trainer, step: int) -> None:
         if step == 5 and how == "signal" and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+            tell(trainer, signal.SIGTERM)
         if step == 5 and how == "error":
             raise TrainingStopped("enough")
 

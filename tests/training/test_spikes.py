@@ -1,6 +1,5 @@
 """Steps that stand out: which, and what becomes of a run that meets one, is killed, and goes on."""
 
-import os
 import random
 import signal
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from fast_llm.training.spikes import Spikes, first_sequence
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
-from tests.training.runs import losses, records, run, settings, weights, write_tokens
+from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
 
 STEPS, BATCH = 14, 8
 BAD = (8,)  # batches, counted from 1
@@ -93,7 +92,7 @@ def spiking(arguments_: list[str], bad: tuple[int, ...] = BAD, kill_at: int = 0)
             self.saver.settle()
             raise Kill
         if len(given) == -kill_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            tell(self, signal.SIGTERM)
 
     Loader.step, Trainer.check_finite, Step.forward_backward = told, killed, disturbed  # type: ignore[method-assign]
     try:
