@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, hostile, kills, settings
+from tests.campaigns import crashes, damage, disk, hostile, kills, poison, settings, soak
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -31,3 +31,13 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_hostile(tmp_path: Path) -> None:
     assert hostile.campaign(tmp_path, 15, 0)["refused with a line"] >= 8
+
+
+def test_poison(tmp_path: Path) -> None:
+    figures = poison.campaign(tmp_path, 8, 0)
+    assert figures["faults"] >= 8 and figures["steps left out"] and figures["ended with a line"] >= 2
+
+
+def test_soak(tmp_path: Path) -> None:
+    figures = soak.campaign(tmp_path, 240, 0)
+    assert figures["steps"] == 240 and figures["starts"] > 3
