@@ -130,16 +130,16 @@ def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:  # typ
     assert len(step) > 3, story
     slope = float(np.polyfit(step, resident, 1)[0]) * 100
     # Open files and threads are exactly as many each time. A callback's process is waited for when the next one starts.
-    assert len({*files}) == 1, f"{story}: open files {[*files]}"
-    assert len({*threads}) == 1, f"{story}: threads {[*threads]}"
-    assert max(children) <= 2, f"{story}: children {[*children]}"
+    assert len({*files}) == 1, f"{story}: open files {files.tolist()}"
+    assert len({*threads}) == 1, f"{story}: threads {threads.tolist()}"
+    assert max(children) <= 2, f"{story}: children {children.tolist()}"
     middle = len(step) // 2
     rates = [
         (part[-1] - part[0]) / (at[-1] - at[0])
         for part, at in zip(_halves(seconds, middle), _halves(step, middle), strict=True)
     ]
-    if long:  # in a hundred steps the allocator has not seen everything yet, and a rate is noise
-        assert slope < GROWTH, f"{story}: {slope:.3f} MB in 100 steps: {[*resident]}"
+    if long:  # in hundreds of steps the allocator has not seen everything yet, and a rate is noise
+        assert slope < GROWTH, f"{story}: {slope:.3f} MB in 100 steps: {resident.tolist()}"
         assert rates[1] < SLOWER * rates[0], f"{story}: {rates} s a step"
     return {
         "MB": slope,
@@ -258,7 +258,7 @@ def result(run: Path, steps: int) -> dict[str, Any]:
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     """`budget`: steps; of 1000 on in two processes."""
     chance = random.Random(seed)
-    world, long = (2, True) if budget >= 1000 else (1, False)
+    world, long = 2 if budget >= 1000 else 1, budget >= 5000
     story = f"seed {seed}, {budget} steps, world {world}"
     write_tokens(folder / "tokens", 400)
     numbers = faults(budget, world, chance)
