@@ -178,8 +178,7 @@ def save_weights(
                             file.write(header(tensors, {}))
                         for name, whole in wholes.items():
                             assert whole is not None
-                            if whole.dtype == torch.float16 and not whole.isfinite().all():
-                                raise CheckpointError(f"{name} has values beyond fp16's range; choose bf16 or fp32")
+                            _check_finite(name, whole)
                             file.write(raw(whole))
                 del wholes
     written = list(plan)
@@ -190,6 +189,14 @@ def save_weights(
                 (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         written.append(INDEX)
     return written
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    """Weights that are NaN or infinite, be it by rounding, are of no use to anybody."""
+    if weight.is_floating_point() and weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+        fp16 = weight.dtype == torch.float16
+        what = "has values beyond fp16's range; choose bf16 or fp32" if fp16 else "holds NaN or infinities"
+        raise CheckpointError(f"{name} {what}")
 
 
 def sort(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -24,6 +24,10 @@ from fast_llm.parallel.pipeline import TIED, Pipeline
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.spikes import Spikes
 
+# Gradients of a larger norm count as not finite: fp32 does not hold their squares, and an infinite average of squares would
+# freeze its weight for good.
+_LARGEST_NORM = 2.0**63
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -99,7 +103,7 @@ class Step:
         correction = tokens / (max(total_targets, 1) * self.loss_scale.value)
         norm = math.sqrt(square) * correction if square >= 0 else math.nan
         loss_mean = total_loss / max(total_targets, 1)
-        finite = math.isfinite(norm) and math.isfinite(loss_mean)
+        finite = norm <= _LARGEST_NORM and math.isfinite(loss_mean)
         rate = learning_rate(self.optimizer.updates + 1, self.config.learning_rate)
         spike = self.spikes.judge(loss_mean, norm) if finite else ""
         updated = finite and not spike

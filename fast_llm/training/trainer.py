@@ -7,6 +7,7 @@ fp32 weights, both moments, and a few numbers. Data and learning rate are functi
 import logging
 import os
 import shlex
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from fast_llm.parallel.context import cut
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.training.doublecheck import DoubleCheck
+from fast_llm.training.doublecheck import DoubleCheck, impossible
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
@@ -316,6 +317,7 @@ class Trainer:
             return
         assert self.run.folder is not None
         self.mark("saving", step=step, patient=True)
+        self.check_state(step, "It was not saved. ")
         settings = self.config.training.checkpoint
         root = self.run.folder / "checkpoint"
         info: dict[str, Any] = {
@@ -348,6 +350,7 @@ class Trainer:
             return
         started = time.perf_counter()
         dtype = settings.data_type or self.config.model.distributed.training_dtype
+        self.check_state(step, "It was not exported. ")
         with self.weights.masters() as tensors:
             export_llama(
                 path,
@@ -398,12 +401,28 @@ class Trainer:
         """Give up after several steps in a row whose loss or gradients are not finite."""
         limit = self.config.optimizer.max_nonfinite_steps
         if self.metrics.skipped_in_a_row >= limit and self.train_step.loss_scale.exhausted:
+            self.check_state(step)
             raise TrainingStopped(
                 f"step {step}: loss or gradients were not finite {limit} times in a row"
                 " (optimizer.max_nonfinite_steps). The weights were not touched by these steps, and the last"
                 " checkpoint is whole. Look at the data of these steps, lower optimizer.learning_rate.base, or"
                 " go on from an earlier checkpoint."
             )
+
+    def check_state(self, step: int, told: str = "") -> None:
+        """Stop, on every process, if weights or moments of any hold what no update makes: that would be saved and be no use."""
+        reports = gather((socket.gethostname(), impossible(self.train_step)), self.mesh.patient)
+        found = [f"rank {rank} on {host}: {one}" for rank, (host, wrong) in enumerate(reports) for one in wrong]
+        if not found:
+            return
+        for one in found:
+            logger.error(f"Step {step}: {one}")
+        more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
+        raise TrainingStopped(
+            f"step {step}: {found[0]}{more}. {told}No update makes such numbers, unless optimizer.learning_rate.base is far too"
+            " large: a chip or its memory computes or remembers wrongly. The last checkpoint is whole; the same command goes on"
+            " from it."
+        )
 
     def loader(self, phase: str, first_sample: int, steps: int) -> Loader:
         """This process's micro-batches of `steps` steps from sequence `first_sample` of a phase on."""

@@ -62,8 +62,9 @@ class Failing:
                 self._file.close()
 
 
-def fail(rank: int, victim: int, way: str, number: int, root: Path) -> None:
-    """Let the `number`-th operation that writes below `root` fail, in the process of that rank."""
+def fail(rank: int, victim: int, way: str, number: int, root: Path, until: int = 10**9) -> None:
+    """Let the `number`-th operation that writes below `root` fail, in the process of that rank; if the disk is full, the others
+    `until` that one as well."""
     if rank != victim:
         return
     if way == "limit":
@@ -80,7 +81,7 @@ def fail(rank: int, victim: int, way: str, number: int, root: Path) -> None:
         done += 1
         if done <= number:
             real_write(trace, f"{kind} {os.path.relpath(str(path), root)}\n".encode())
-        if done == number or (way == "full" and done > number and kind not in frees):
+        if done == number or (way == "full" and number < done <= until and kind not in frees):
             code = errno.EIO if way == "once" else errno.ENOSPC
             raise OSError(code, os.strerror(code), *([str(path)] if kind not in ("write", "flush", "close") else []))
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, fuzz, hostile, kills, preparation, settings, signals
+from tests.campaigns import crashes, damage, disk, fuzz, hostile, kills, poison, preparation, settings, signals, soak
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -45,3 +45,13 @@ def test_signals(tmp_path: Path) -> None:
 
 def test_preparation(tmp_path: Path) -> None:
     assert preparation.campaign(tmp_path, 3, 0)["kills"] == 3
+
+
+def test_poison(tmp_path: Path) -> None:
+    figures = poison.campaign(tmp_path, 8, 0)
+    assert figures["faults"] >= 8 and figures["steps left out"] and figures["ended with a line"] >= 2
+
+
+def test_soak(tmp_path: Path) -> None:
+    figures = soak.campaign(tmp_path, 240, 0)
+    assert figures["steps"] == 240 and figures["starts"] > 3

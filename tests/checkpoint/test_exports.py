@@ -249,6 +249,15 @@ def test_beyond_fp16(tmp_path):
         weights.save_weights({"a": torch.tensor([1e5])}, tmp_path, "fp16", 10**9)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("nan"), "fp32"), (-float("inf"), None), (float("inf"), "bf16"), (3.4e38, "bf16")]
+)
+def test_what_is_not_finite_is_not_exported(tmp_path, value, dtype):
+    """Also what is so by rounding: bf16 ends at 3.39e38."""
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: could not be written: a holds NaN or infinities"):
+        weights.save_weights({"a": torch.tensor([1.0, value, 2.0])}, tmp_path, dtype, 10**9)
+
+
 def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder
+from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.training.doublecheck import Report, differences, digest
@@ -217,3 +218,62 @@ def test_the_odd_one_out() -> None:
         "rank 0 on node0: b is not what the 3 other processes hold",
         "rank 2 on node2: c is not what the 2 other processes hold",
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        ("weight", float("nan"), "holds NaN or infinities"),
+        ("exp_avg", -float("inf"), "holds NaN or infinities"),
+        (
+            "exp_avg_sq",
+            float("inf"),
+            "holds NaN or infinities",
+        ),  # the step's numbers stay finite: it moves nothing any more
+        ("exp_avg_sq", -1e-6, ", averages of squares, holds numbers below zero"),
+    ],
+)
+def test_what_no_update_makes_is_neither_saved_nor_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: float, told: str
+) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    after = Trainer.check_finite
+
+    def changed(self: Trainer, step: int) -> None:
+        after(self, step)
+        if step == 5:
+            optimizer = self.train_step.optimizer
+            tensors = self.weights.local() if part == "weight" else getattr(optimizer, part)
+            tensors["model.norm.weight"][3] = value
+
+    monkeypatch.setattr(Trainer, "check_finite", changed)
+    for due in ("training.export.interval=5", "training.checkpoint.interval=5"):
+        how = arguments(tmp_path, part, "training.checkpoint.interval=3", "training.double_check.interval=null", due)
+        with pytest.raises(TrainingStopped) as error:
+            run(how)
+        what = "exported" if "export" in due else "saved"
+        assert str(error.value).startswith(
+            f"step 5: rank 0 on {HOST}: {part} of model.norm.weight{'' if told[0] == ',' else ' '}{told}. It was not {what}. "
+        )
+        assert "The last checkpoint is whole; the same command goes on from it." in str(error.value)
+        assert [path.name for path in (tmp_path / part / "checkpoint").iterdir()] == ["3"]
+        assert not list((tmp_path / part / "export" / "llama").glob("*"))
+
+
+def test_steps_that_are_not_finite_tell_whether_the_weights_are_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    after = Trainer.check_finite
+
+    def changed(self: Trainer, step: int) -> None:
+        after(self, step)
+        if step == 2:
+            self.weights.local()["model.norm.weight"][3] = float("nan")
+
+    monkeypatch.setattr(Trainer, "check_finite", changed)
+    how = arguments(tmp_path, "run", "training.checkpoint.interval=6", "optimizer.max_nonfinite_steps=2")
+    with pytest.raises(
+        TrainingStopped, match=r"^step 4: rank 0 on .*: weight of model.norm.weight holds NaN or infinities\. No"
+    ):
+        run([*how, "training.double_check.interval=null"])

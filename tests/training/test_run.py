@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -151,6 +152,18 @@ def test_steps_that_are_not_finite_never_touch_the_weights(tokens: Path, world: 
 
     two, four = (weights(tokens / "run" / "checkpoint" / str(step)) for step in (2, 4))
     assert two == four
+
+
+def test_a_norm_whose_square_fp32_does_not_hold(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing clips it, and the average of squares would be infinite for good; beyond fp32 not even the factor could be given."""
+    norms = iter([1.0, 1e19, 1e40, 1.0])
+    monkeypatch.setattr(
+        "fast_llm.training.step.squared_norm", lambda *_: torch.tensor(next(norms) ** 2, dtype=torch.float64)
+    )
+    assert run(settings(tokens, "training.train_iters=4", "optimizer.gradient_norm_clipping=null")) == 0
+    found = records(tokens / "run")
+    assert [found[step]["skipped_iters"] for step in (1, 2, 3, 4)] == [0, 1, 1, 0]
+    assert found[3]["grad_norm"] > 1e39
 
 
 def test_fp16_finds_its_scale(tokens: Path) -> None:

@@ -1,0 +1,543 @@
+"""Numbers that are not finite, and finite ones that are huge, at random steps: in the loss, a gradient, a weight, a moment, the data;
+on one rank or on all; under every policy for spikes, at world sizes 1, 2 and 4, with weights cut in several ways.
+
+A step whose loss or gradients are not finite, and a spike that is to be skipped, leave exactly what a run has at the end in which
+that update was made and undone; a rewind what a run has that was given other data; also after a SIGKILL at a random instant. NaN,
+infinities, and averages of squares below zero in weights or moments end the run before anything with them is published, and the
+same command ends with the bits of a run that nothing happened to. All ranks decide alike, and what they hold alike stays equal to
+the bit. Runs that can not go on say why in one line.
+"""
+
+import hashlib
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fast_llm.checkpoint import folder as folders
+from fast_llm.data.dataset import Dataset, Packed
+from fast_llm.data.loader import Loader
+from fast_llm.model.batch import Batch
+from fast_llm.parallel.fsdp import like
+from fast_llm.training.step import StepResult
+from fast_llm.training.trainer import Trainer
+from tests.campaigns.jobs import STUCK, Job, command, nothing, send
+from tests.training.runs import losses, records, settings, weights, write_tokens
+
+STEPS, INTERVAL, WINDOW, BATCH, VOCABULARY = 24, 4, 4, 8, 128
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one process": (1, ()),
+    "two, ZeRO 1": (2, ("model.multi_stage.zero_stage=1",)),
+    "two, ZeRO 3": (2, ("model.multi_stage.zero_stage=3",)),
+    "two, bf16": (2, ("model.multi_stage.zero_stage=2", "model.distributed.training_dtype=bf16")),
+    "one, bf16": (1, ("model.distributed.training_dtype=bf16", "optimizer.moments_dtype=bf16")),
+    "two, tensor parallel": (2, ("model.distributed.tensor_parallel=2",)),
+    "two, pipeline": (2, ("model.distributed.pipeline_parallel=2",)),
+    "four, ZeRO 2": (4, ("model.multi_stage.zero_stage=2",)),
+    "four, two copies": (4, ("model.multi_stage.zero_stage=3", "model.multi_stage.shard_size=2")),
+}
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+HUGE = (1e30, 3e38)  # a gradient whose square fp32 does not hold counts as not finite
+SPIKE = 1e6
+PATIENCE = 4 * STUCK  # the machine may be busy
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What becomes wrong at the step with this batch (counted from 1): by what it reads it is known again after a kill."""
+
+    batch: int
+    place: str  # loss, gradient, weight, exp_avg, exp_avg_sq
+    value: float
+    rank: int | None  # None is all
+    chosen: int  # which tensor and element
+
+
+@dataclass
+class Course:
+    """What a run comes to by its policy: the batch of each step, and those whose update is left out."""
+
+    batch_of: dict[int, int] = field(default_factory=dict)
+    left_out: set[int] = field(default_factory=set)
+    spikes: set[int] = field(default_factory=set)  # of those that were left out
+    passed_over: list[dict[str, int]] = field(default_factory=list)
+
+
+def course(faults: Sequence[Fault], policy: str) -> Course:
+    """As this file works it out, by itself."""
+    bad = {fault.batch for fault in faults if fault.value != SPIKE}
+    spikes = {fault.batch for fault in faults if fault.value == SPIKE and policy in ("skip", "rewind")} - bad
+    found = Course()
+    step = batch = saved = since = (
+        0  # `since`: the batch after which the run went on from the checkpoint of step `saved`
+    )
+    while step < STEPS:
+        step, batch = step + 1, batch + 1
+        if batch in spikes and policy == "rewind":
+            found.passed_over.append({"after": saved, "spike": step, "sequences": (batch - since) * BATCH})
+            step, since = saved, batch
+            continue
+        found.batch_of[step] = batch
+        if step % INTERVAL == 0:
+            saved, since = step, batch
+    found.spikes = spikes & {*found.batch_of.values()}
+    found.left_out = (bad | spikes) & {*found.batch_of.values()}
+    return found
+
+
+# What is done in the processes of a run.
+
+
+def spoil(tensors: Mapping[str, Tensor], fault: Fault) -> None:
+    """Write the fault's value to one element."""
+    names = sorted(name for name, tensor in tensors.items() if tensor.numel())
+    tensor = tensors[names[fault.chosen % len(names)]]
+    tensor.detach()[np.unravel_index(fault.chosen // 64 % tensor.numel(), tensor.shape)] = fault.value
+
+
+def disturb(rank: int, faults: Sequence[Fault], notes: Path | None, reference: Course | None = None) -> None:
+    """Have the faults happen, and note what this process decides at each step, and what it holds at the end. `reference`: no fault
+    happens, but updates are undone and batches given as this says."""
+    start = Trainer.steps
+
+    def steps(self: Trainer) -> str:
+        step, add = self.train_step, self.metrics.add
+        parts = {"exp_avg": step.optimizer.exp_avg, "exp_avg_sq": step.optimizer.exp_avg_sq}
+        forward_backward = step.forward_backward
+
+        def disturbed(batches: Sequence[Batch], seed: float) -> Tensor:
+            batch = self.samples // self.plan.batch.batch_size + 1
+            now = [fault for fault in faults if fault.batch == batch]
+            mine = [fault for fault in now if fault.rank in (None, rank)]
+            for fault in mine:
+                if fault.place in ("weight", *parts):
+                    spoil(parts.get(fault.place) or step.weights.local(), fault)
+            if any(fault.place in ("weight", *parts) for fault in now):
+                step.weights.publish()  # on all: else some would gather what others have
+            loss = forward_backward(batches, seed)
+            for fault in mine:
+                if fault.place == "loss":
+                    loss = loss + fault.value
+                elif fault.place == "gradient":
+                    spoil(step.weights.local_gradients(), fault)
+            return loss
+
+        def noting(number: int, result: StepResult) -> None:
+            add(number, result)
+            decision = [self.samples // BATCH, number, result.updated, result.spike, result.loss, result.gradient_norm]
+            assert notes is not None
+            with (notes / f"decisions_{rank}").open("a") as file:
+                file.write(json.dumps(decision) + "\n")
+
+        step.forward_backward = disturbed  # type: ignore[method-assign]
+        if notes is not None:
+            self.metrics.add = noting  # type: ignore
+        if reference is not None:
+            _guide(self, reference)
+        told = start(self)
+        if notes is not None:
+            _note_state(self, notes / f"state_{rank}")
+        return told
+
+    Trainer.steps = steps  # type: ignore[method-assign]
+
+
+def _guide(trainer: Trainer, reference: Course) -> None:
+    """Let every update be made, and those that are to be left out be undone; and give each step its batch."""
+    step, loader = trainer.train_step, trainer.loader
+    update, optimizer = step.optimizer.step, step.optimizer
+
+    def undone(*arguments: Any) -> None:
+        local = [step.weights.local(), step.weights.low, optimizer.exp_avg, optimizer.exp_avg_sq]
+        before = [{name: tensor.clone() for name, tensor in part.items()} for part in local]
+        update(*arguments)
+        if reference.batch_of[trainer.done + 1] in reference.left_out:
+            optimizer.updates -= 1
+            for part, old in zip(local, before, strict=True):
+                for name, tensor in part.items():
+                    tensor.copy_(old[name])
+
+    def guided(phase: str, first_sample: int, steps: int) -> Loader:
+        made = loader(phase, first_sample, steps)
+        give, first = made.step, first_sample // BATCH
+        if phase == "training":
+            made.step = lambda number: give(reference.batch_of[first + number + 1] - first - 1)  # type: ignore[method-assign]
+        return made
+
+    optimizer.step, trainer.loader = undone, guided  # type: ignore[method-assign]
+
+
+def _note_state(trainer: Trainer, path: Path) -> None:
+    """Digests of all that this process holds, by name and part."""
+    step = trainer.train_step
+    found = {}
+    with step.weights.masters() as masters:
+        for name, whole in masters.items():
+            for part, tensor in (
+                ("weight", whole),
+                *((m, like(whole, getattr(step.optimizer, m)[name])) for m in MOMENTS),
+            ):
+                place = ""
+                if isinstance(tensor, DTensor):
+                    at = tensor.device_mesh.get_coordinate() or []
+                    place = str([p for p, how in zip(at, tensor.placements, strict=True) if not how.is_replicate()])
+                    tensor = tensor.to_local()
+                data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+                found[f"{part} of {name} {place}"] = hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(found))
+
+
+def misread(rank: int, sequence: int, place: int, token: int) -> None:
+    """Whoever reads this sequence reads a token that is not in the vocabulary."""
+    read = Dataset.read
+
+    def wrong(self: Dataset, phase: str, index: int) -> Packed:
+        packed = read(self, phase, index)
+        if phase == "training" and index == sequence:
+            packed.tokens[place % len(packed.tokens)] = token
+        return packed
+
+    Dataset.read = wrong  # type: ignore[method-assign]
+
+
+# What is looked at from outside.
+
+
+def published_is_good(run: Path, story: str) -> list[int]:
+    """Everything that was published is whole and finite; the steps of the checkpoints."""
+    for _, path in [*folders.find(run / "checkpoint"), *folders.find(run / "export" / "llama")]:
+        folders.verify(path)
+        for file in path.glob("*.safetensors"):
+            for name, tensor in load_file(file).items():
+                assert tensor.isfinite().all(), f"{story}: {file}: {name} is not finite"
+                assert not name.startswith("exp_avg_sq") or (tensor >= 0).all(), (
+                    f"{story}: {file}: {name} has squares below 0"
+                )
+    return [step for step, _ in folders.find(run / "checkpoint")]
+
+
+def agree(notes: Path, world: int, story: str) -> None:
+    """All ranks decided alike as far as they came, and hold the same where they hold the same."""
+    files = [notes / f"decisions_{rank}" for rank in range(world)]
+    decided = [file.read_text().splitlines() if file.exists() else [] for file in files]
+    shortest = min(map(len, decided))
+    assert len({tuple(lines[:shortest]) for lines in decided}) == 1, f"{story}: ranks decided differently: {decided}"
+    held: dict[str, str] = {}
+    for rank in range(world):
+        if (notes / f"state_{rank}").exists():
+            for name, digest in json.loads((notes / f"state_{rank}").read_text()).items():
+                assert held.setdefault(name, digest) == digest, f"{story}: {name} is not the same on rank {rank}"
+
+
+def one_line(said: str, story: str) -> str:
+    """What the user is told, in the one line that there must be, the same by all that say it. A process that loses another one may
+    say that in its own way."""
+    told = {line for line in said.splitlines() if line.startswith("fast-llm train: ")}
+    errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.MULTILINE)
+    assert len(told) == 1 and all("Connection " in error for error in errors), story
+    assert len(errors) >= said.count("Traceback"), story
+    return told.pop()
+
+
+class Bench:
+    """A folder with data, in which runs are made, and what has been counted."""
+
+    def __init__(self, folder: Path, chance: random.Random, figures: "Counter[str]"):
+        self.folder, self.chance, self.figures = folder, chance, figures
+        self.number = 0
+        self.undisturbed: dict[str, Path] = {}
+        self.seconds: dict[str, float] = {}
+        write_tokens(folder / "tokens", 400, VOCABULARY)
+
+    def arguments(self, layout: str, name: str, *further: str) -> list[str]:
+        return settings(
+            self.folder,
+            f"training.train_iters={STEPS}",
+            f"training.checkpoint.interval={INTERVAL}",
+            "training.checkpoint.keep=null",
+            "training.export.interval=12",
+            "training.export.keep=null",
+            "training.validation.interval=12",
+            "training.validation.iterations=1",
+            "training.num_workers=0",
+            f"training.spikes.window={WINDOW}",
+            "training.spikes.threshold=1000",
+            f"model.distributed.timeout={PATIENCE / 2}",
+            "optimizer.learning_rate.base=1e-3",
+            f"run.experiment_dir={self.folder}/{name}",
+            *LAYOUTS[layout][1],
+            *further,
+        )
+
+    def name(self) -> str:
+        self.number += 1
+        return f"run{self.number}"
+
+    def start(
+        self,
+        layout: str,
+        name: str,
+        further: Sequence[str] = (),
+        faults: Sequence[Fault] = (),
+        reference: Course | None = None,
+        kill: bool = False,
+    ) -> tuple[int, str]:
+        """The exit code and what was said; the code is -9 if the run was killed on the way."""
+        world = LAYOUTS[layout][0]
+        notes = self.folder / f"notes of {name} {time.monotonic_ns()}"
+        notes.mkdir()
+        began = time.monotonic()
+        before = partial(disturb, faults=faults, notes=notes, reference=reference)
+        with Job(self.folder, self.arguments(layout, name, *further), world, before) as job:
+            if kill:
+                job.launcher.join(self.chance.uniform(0, self.seconds[layout]))
+                if job.launcher.is_alive():
+                    for rank in job.ranks:
+                        send(rank, signal.SIGKILL)
+            code, said = job.wait(PATIENCE), job.said()
+            job.wait_ranks(STUCK)
+        self.seconds.setdefault(layout, time.monotonic() - began)
+        story = f"{layout}, {name}, {further}, {faults}, exit code {code}\n{said}"
+        agree(notes, world, story)
+        published_is_good(self.folder / name, story)
+        return code, said
+
+    def whole(self, layout: str) -> Path:
+        """A run of this layout that nothing happens to."""
+        if layout not in self.undisturbed:
+            code, said = self.start(layout, f"whole {layout}")
+            assert code == 0, said
+            self.undisturbed[layout] = self.folder / f"whole {layout}"
+        return self.undisturbed[layout]
+
+    def rank(self, layout: str) -> int | None:
+        return self.chance.choice([None, *range(LAYOUTS[layout][0])])
+
+    def faults(self, batches: Sequence[int], layout: str, spike: bool) -> list[Fault]:
+        """Faults of steps: each batch gets one that is not finite, or a spike."""
+        found = []
+        for batch in batches:
+            place = self.chance.choice(("loss", "gradient"))
+            value = SPIKE if spike else self.chance.choice(NOT_FINITE + (HUGE if place == "gradient" else ()))
+            # What is finite counts only where this rank's numbers do, and copies must get the same.
+            rank = self.rank(layout) if not math.isfinite(value) else None
+            found.append(Fault(batch, place, value, rank, self.chance.randrange(2**20)))
+        return found
+
+
+def steps_left_out(bench: Bench, layout: str, story: str) -> int:
+    """Non-finite steps and spikes under a policy, perhaps with a kill, against the run that is told what to leave out."""
+    chance, figures = bench.chance, bench.figures
+    bench.whole(layout)
+    policy = chance.choice(("none", "skip", "rewind"))
+    bad = chance.sample(range(1, STEPS + 1), chance.randrange(1, 4))
+    while any({one, one + 1, one + 2} <= {*bad} for one in bad):  # three in a row end a run
+        bad = chance.sample(range(1, STEPS + 1), 3)
+    late = [batch for batch in range(INTERVAL + WINDOW + 4, STEPS) if batch not in bad]
+    spikes = [] if policy == "none" else chance.sample(late, chance.choice((1, 1, 2)))
+    faults = bench.faults(bad, layout, False) + bench.faults(spikes, layout, True)
+    expected = course(faults, policy)
+    name, other = bench.name(), bench.name()
+    further = (f"training.spikes.policy={policy}",)
+    code, said = bench.start(layout, name, further, faults, kill=(killed := chance.random() < 0.5))
+    figures["kills"] += code == 128 + signal.SIGKILL
+    if killed and code:
+        code, said = bench.start(layout, name, further, faults)
+    story += f", {policy}, {faults}, expected {expected}\n{said}"
+    assert code == 0, story
+    code, reference_said = bench.start(layout, other, reference=expected)
+    assert code == 0, f"{story}\nreference\n{reference_said}"
+    run, reference = bench.folder / name, bench.folder / other
+    assert weights(run / "checkpoint" / str(STEPS)) == weights(reference / "checkpoint" / str(STEPS)), (
+        f"{story}: other weights"
+    )
+    exported, should = (
+        (one / "export/llama" / str(STEPS) / "model.safetensors").read_bytes() for one in (run, reference)
+    )
+    assert exported == should, f"{story}: another export"
+    found, wanted = losses(run), losses(reference)
+    for step, batch in expected.batch_of.items():
+        assert batch in expected.left_out or found[step] == wanted[step], f"{story}: another loss at step {step}"
+    assert losses(run, "validation")[STEPS] == losses(reference, "validation")[STEPS], (
+        f"{story}: another validation loss"
+    )
+    # What metrics.jsonl and the checkpoint say of it.
+    of_steps = records(run)
+    left_out = {step for step, batch in expected.batch_of.items() if batch in expected.left_out}
+    assert {step for step, one in of_steps.items() if one["skipped_iters"]} == left_out, (
+        f"{story}: not told in metrics.jsonl"
+    )
+    spiked = {step for step, batch in expected.batch_of.items() if batch in expected.spikes}
+    assert {step for step, one in of_steps.items() if one["spikes"]} == spiked, f"{story}: spikes in metrics.jsonl"
+    info = folders.verify(run / "checkpoint" / str(STEPS)).info
+    assert info["passed_over"] == expected.passed_over and info["updates"] == STEPS - len(left_out), f"{story}: {info}"
+    figures["steps left out"] += len(left_out)
+    figures["rewinds"] += len(expected.passed_over)
+    figures[f"policy {policy}"] += 1
+    return len(faults)
+
+
+def a_spike_that_stops(bench: Bench, layout: str, story: str) -> int:
+    """`training.spikes.policy: stop`."""
+    faults = bench.faults([batch := bench.chance.randrange(WINDOW + 1, STEPS + 1)], layout, True)
+    name = bench.name()
+    for _ in range(2):  # the same command comes to the same end
+        code, said = bench.start(layout, name, ("training.spikes.policy=stop",), faults)
+        story += f", stop, {faults}, exit code {code}\n{said}"
+        told = one_line(said, story)
+        assert code == 1 and f"Step {batch} is a spike" in told and "the last checkpoint is whole" in told, story
+        _nothing_since(bench, layout, name, batch, story)
+    bench.figures["ended with a line"] += 1
+    return 1
+
+
+def too_many_in_a_row(bench: Bench, layout: str, story: str) -> int:
+    """`optimizer.max_nonfinite_steps`."""
+    first = bench.chance.randrange(1, STEPS - 2)
+    faults = bench.faults(range(first, first + 3), layout, False)
+    name = bench.name()
+    code, said = bench.start(layout, name, ("optimizer.max_nonfinite_steps=3",), faults)
+    story += f", in a row, {faults}, exit code {code}\n{said}"
+    told = one_line(said, story)
+    assert code == 1 and f"step {first + 2}: loss or gradients were not finite 3 times in a row" in told, story
+    assert "the last checkpoint is whole" in told, story
+    _nothing_since(bench, layout, name, first, story)
+    bench.figures["ended with a line"] += 1
+    return len(faults)
+
+
+def _nothing_since(bench: Bench, layout: str, name: str, batch: int, story: str) -> None:
+    """The last checkpoint has the weights of the undisturbed run before this batch."""
+    whole, run = bench.whole(layout), bench.folder / name
+    last = (batch - 1) // INTERVAL * INTERVAL
+    found = [step for step, _ in folders.find(run / "checkpoint")]
+    assert [step for step in found if step < batch] == [*range(INTERVAL, last + 1, INTERVAL)], f"{story}: {found}"
+    if last:
+        one, other = (weights(place / "checkpoint" / str(last)) for place in (whole, run))
+        assert one == other, f"{story}: other weights at step {last}"
+
+
+def wrong_memory(bench: Bench, layout: str, story: str) -> int:
+    """A number in weights or moments changes by itself, once."""
+    chance, figures = bench.chance, bench.figures
+    whole = bench.whole(layout)
+    place = chance.choice(("weight", *MOMENTS))
+    values = (*NOT_FINITE, *NOT_FINITE, *HUGE, *([-1e3] if place == "exp_avg_sq" else []))
+    fault = Fault(
+        chance.randrange(1, STEPS + 1), place, chance.choice(values), bench.rank(layout), chance.randrange(2**20)
+    )
+    if fault.value in HUGE and LAYOUTS[layout][0] > 1:
+        fault = Fault(fault.batch, place, fault.value, None, fault.chosen)  # else copies would differ
+    name = bench.name()
+    code, said = bench.start(layout, name, (), [fault])
+    story += f", wrong memory, {fault}, exit code {code}\n{said}"
+    assert code in (0, 1), story
+    if code:
+        told = one_line(said, story)
+        assert "whole" in told, story
+        figures["ended with a line"] += 1
+    if fault.value in HUGE:  # it may be anything; what is published is finite
+        figures["huge, and trained on with" if code == 0 else "huge, and ended for it"] += 1
+        return 1
+    assert code == 1 and re.search(r"holds (NaN or infinities|numbers below zero)|below zero", told), story
+    assert max((step for step, _ in folders.find(bench.folder / name / "checkpoint")), default=0) < fault.batch, story
+    figures[f"found before it was published: {place}"] += 1
+    code, said = bench.start(layout, name)
+    assert code == 0, f"{story}\nthen\n{said}"
+    for part in ("checkpoint", "export/llama"):
+        assert weights(bench.folder / name / part / str(STEPS)) == weights(whole / part / str(STEPS)), (
+            f"{story}: {part}"
+        )
+    assert losses(bench.folder / name) == losses(whole), f"{story}: other losses"
+    return 1
+
+
+def strange_tokens(bench: Bench, layout: str, story: str) -> int:
+    """A token that is not in the vocabulary: in the file, or read by one rank only, perhaps as a label alone."""
+    chance, figures = bench.chance, bench.figures
+    whole, world = bench.whole(layout), LAYOUTS[layout][0]
+    name, token = bench.name(), chance.choice((VOCABULARY, VOCABULARY + 1, 2**15, 2**16 - 1))
+    arguments = bench.arguments(layout, name)
+    before: Any = nothing
+    if chance.random() < 0.5:
+        prefix = bench.folder / f"{name} tokens"
+        write_tokens(prefix, 400, VOCABULARY)
+        data = np.memmap(f"{prefix}.bin", np.uint16, "r+")
+        where = f"token {chance.randrange(len(data))} of the file"
+        data[int(where.split()[1])] = token
+        data.flush()
+        arguments.append(f"data.path={prefix}")
+    else:
+        prefix = bench.folder / "tokens"
+        sequence = chance.randrange(STEPS * BATCH)
+        where = f"sequence {sequence}"
+        place = chance.choice((-1, -1, chance.randrange(25)))
+        before = partial(misread, sequence=sequence, place=place, token=token)
+    with Job(bench.folder, arguments, world, before) as job:
+        code, said = job.wait(PATIENCE), job.said()
+        job.wait_ranks(STUCK)
+    story += f", token {token}, {where}, exit code {code}\n{said}"
+    published_is_good(bench.folder / name, story)
+    if code == 0 and prefix.name != "tokens":  # it was not among those that were read
+        assert losses(bench.folder / name) == losses(whole), story
+        figures["strange tokens, never read"] += 1
+        return 1
+    told = one_line(said, story)
+    assert code == 2 and f"{prefix}: document " in told and f" holds token {token} " in told, story
+    figures["strange tokens, named"] += 1
+    return 1
+
+
+KINDS = {
+    steps_left_out: 6,
+    wrong_memory: 5,
+    strange_tokens: 2,
+    too_many_in_a_row: 1,
+    a_spike_that_stops: 1,
+}
+
+
+def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
+    """`budget`: faults."""
+    chance = random.Random(seed)
+    figures: Counter[str] = Counter()
+    bench = Bench(folder, chance, figures)
+    layouts = list(LAYOUTS)[: max(2, budget // 10)]
+    first = list(KINDS)
+    while figures["faults"] < budget:
+        kind = first.pop(0) if first else chance.choices(list(KINDS), list(KINDS.values()))[0]
+        layout = chance.choice(layouts)
+        story = f"seed {seed}, after {figures['faults']} faults, {layout}"
+        figures["faults"] += kind(bench, layout, story)
+        figures[f"layout {layout}"] += 1
+        for path in [*folder.glob("run*"), *folder.glob("notes*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    wanted = [f"layout {layout}" for layout in layouts] + [
+        "policy none",
+        "policy skip",
+        "policy rewind",
+        "rewinds",
+        "kills",
+    ]
+    assert budget < 200 or all(figures[name] for name in wanted), f"not everything happened: {figures}"
+    return {**dict(sorted(figures.items())), "decided differently": 0, "different": 0, "published and not finite": 0}
+
+
+if __name__ == "__main__":
+    command(campaign, 200)
