@@ -393,13 +393,14 @@ class OptimizerConfig(Section):
     learning_rate: LearningRateConfig = LearningRateConfig()
     gradient_scaler: GradientScalerConfig = GradientScalerConfig()
     moments_dtype: Annotated[
-        Literal["auto", "fp32", "bf16"],
+        Literal["auto", "fp32", "bf16", "int8"],
         _NO_FP64,
         BeforeValidator(_dtype),
-        Words("auto, fp32 or bf16 (float32, bfloat16)"),
+        Words("auto, fp32, bf16 or int8 (float32, bfloat16)"),
     ] = "auto"
-    """The dtype of both moments. bf16 saves 4 bytes a weight. auto is fp32, but bf16 on a GPU whose memory would not do; a run
-    that goes on keeps what it began with."""
+    """The dtype of both moments. bf16 saves 4 bytes a weight; int8, with a common exponent for each 128 neighbours, 6, for long
+    sequences. auto is fp32, but bf16 on a GPU whose memory would not do, and never int8. A run that goes on with auto keeps what it
+    began with; any may go on as any other."""
     max_nonfinite_steps: Positive = 5
     """Steps in a row with infinite or NaN gradients after which training stops. Such steps never touch the weights."""
 
@@ -579,9 +580,12 @@ class DistributedConfig(Section):
     training_dtype: DType = "fp32"
     """The dtype that is computed in. Weights, gradients and their sums are kept in fp32 besides."""
     optimization_dtype: Annotated[
-        Literal["fp32"], _NO_FP64, BeforeValidator(_dtype), Words("fp32; optimizer.moments_dtype: bf16 saves memory")
+        Literal["fp32"],
+        _NO_FP64,
+        BeforeValidator(_dtype),
+        Words("fp32; optimizer.moments_dtype: bf16 or int8 saves memory"),
     ] = "fp32"
-    """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 saves memory."""
+    """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 or int8 saves memory."""
     fp8: bool = False
     """Make the blocks' matrix products in fp8, on GPUs from Hopper (or Ada) on; weights, sums, and all else stay as they are. For
     speed it needs `multi_stage.compile_all: yes`; look at what it does to the loss."""

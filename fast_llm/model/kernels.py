@@ -7,7 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1), for tests.
 import torch
 from torch import Tensor
 
-from fast_llm.model.rounding import GOLDEN, MIX
+from fast_llm.model.rounding import BLOCK, DROPPED, GOLDEN, LEVELS, MIX
 
 try:
     import triton
@@ -73,6 +73,8 @@ if AVAILABLE:
         gradient,
         exp_avg,
         exp_avg_sq,
+        tops,
+        tops_sq,
         count,
         rate,
         keep,
@@ -83,14 +85,19 @@ if AVAILABLE:
         factor,
         seed,
         halves: tl.constexpr,
-        short: tl.constexpr,
+        bits_of_moments: tl.constexpr,
         GOLDEN: tl.constexpr,
         MIX_1: tl.constexpr,
         MIX_2: tl.constexpr,
+        DROPPED: tl.constexpr,
+        LARGEST: tl.constexpr,
+        LARGEST_SQ: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """One pass: every number is read once and written once, and computed with in fp32."""
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        place = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = place < count
         g = tl.load(gradient + place, mask=inside).to(tl.float32) * factor
         if halves:
@@ -98,7 +105,17 @@ if AVAILABLE:
             w = (bits + tl.load(low + place, mask=inside).to(tl.int32)).to(tl.float32, bitcast=True)
         else:
             w = tl.load(weight + place, mask=inside)
-        if short:
+        if bits_of_moments == 8:
+            # model/rounding.py has the codes.
+            code = tl.load(exp_avg + place, mask=inside, other=0).to(tl.int32)
+            top = tl.load(tops + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
+            grid = tl.where(code == 0, 0, tl.abs(code) + top - LARGEST)
+            m = (grid << DROPPED).to(tl.float32, bitcast=True)
+            m = tl.where(code < 0, -m, m)
+            code = tl.load(exp_avg_sq + place, mask=inside, other=0).to(tl.int32)
+            top = tl.load(tops_sq + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
+            v = (tl.where(code == 0, 0, code + top - LARGEST_SQ) << DROPPED).to(tl.float32, bitcast=True)
+        elif bits_of_moments == 16:
             m = (tl.load(exp_avg + place, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
             v = (tl.load(exp_avg_sq + place, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
@@ -114,19 +131,33 @@ if AVAILABLE:
             tl.store(low + place, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
             tl.store(weight + place, w, mask=inside)
-        if short:
-            # To the nearest, halves to even; and by chance.
-            bits = m.to(tl.int32, bitcast=True)
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            tl.store(exp_avg + place, nearest.to(tl.int16), mask=inside)
+        if bits_of_moments == 32:
+            tl.store(exp_avg + place, m, mask=inside)
+            tl.store(exp_avg_sq + place, v, mask=inside)
+        else:
             x = place.to(tl.uint32) * GOLDEN + seed.to(tl.uint32)  # a large seed comes in 64 bits
             x = (x ^ (x >> 16)) * MIX_1
             x = (x ^ (x >> 15)) * MIX_2
-            chance = ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)
-            tl.store(exp_avg_sq + place, ((v.to(tl.int32, bitcast=True) + chance) >> 16).to(tl.int16), mask=inside)
-        else:
-            tl.store(exp_avg + place, m, mask=inside)
-            tl.store(exp_avg_sq + place, v, mask=inside)
+            x = x ^ (x >> 16)
+            chance = (x & 0xFFFF).to(tl.int32)
+            bits, bits_sq = m.to(tl.int32, bitcast=True), v.to(tl.int32, bitcast=True)
+            if bits_of_moments == 16:
+                # To the nearest, halves to even; and by chance.
+                nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+                tl.store(exp_avg + place, nearest.to(tl.int16), mask=inside)
+                tl.store(exp_avg_sq + place, ((bits_sq + chance) >> 16).to(tl.int16), mask=inside)
+            else:
+                other = (x >> 16).to(tl.int32) << (DROPPED - 16)
+                grid = tl.where(inside, ((bits & 0x7FFFFFFF) + other) >> DROPPED, 0)
+                top = tl.max(grid, 1)
+                code = tl.where(grid > 0, tl.maximum(grid - top[:, None] + LARGEST, 0), 0)
+                tl.store(exp_avg + place, tl.where(bits < 0, -code, code).to(tl.int8), mask=inside)
+                tl.store(tops + row, top.to(tl.int16), mask=row * BLOCK < count)
+                grid = tl.where(inside, (bits_sq + (chance << (DROPPED - 16))) >> DROPPED, 0)
+                top = tl.max(grid, 1)
+                code = tl.where(grid > 0, tl.maximum(grid - top[:, None] + LARGEST_SQ, 1), 0)
+                tl.store(exp_avg_sq + place, code.to(tl.uint8), mask=inside)
+                tl.store(tops_sq + row, top.to(tl.int16), mask=row * BLOCK < count)
 
 
 def softmax_cross_entropy_(
@@ -156,6 +187,7 @@ def adamw_(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    tops: tuple[Tensor, Tensor] | None,
     *,
     step: int,
     learning_rate: float,
@@ -167,17 +199,19 @@ def adamw_(
 ) -> None:
     """AdamW's `step`-th update with `factor` times a gradient (optim/optimizer.py has the formula), in one pass over memory.
 
-    The weight is fp32, or in the halves of model/rounding.py; moments are fp32 or bf16, that of squares rounded by chance. All are
-    contiguous.
+    The weight is fp32, or in the halves of model/rounding.py; moments are fp32, or bf16, that of squares rounded by chance, or the 8 bits
+    of model/rounding.py with their `tops`, both rounded by chance. All are contiguous.
     """
 
     def whole(tensor: Tensor) -> Tensor:
         return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
-    block = 1024
-    _adamw[(triton.cdiv(weight.numel(), block),)](
-        whole(weight), weight if low is None else low, gradient, whole(exp_avg), whole(exp_avg_sq), weight.numel(),
+    tops_or_none = (exp_avg, exp_avg_sq) if tops is None else tops
+    rows = 8
+    _adamw[(triton.cdiv(weight.numel(), rows * BLOCK),)](
+        whole(weight), weight if low is None else low, gradient, whole(exp_avg), whole(exp_avg_sq), *tops_or_none, weight.numel(),
         learning_rate / (1 - betas[0] ** step), 1 - learning_rate * weight_decay, betas[0], betas[1], epsilon,
         (1 - betas[1] ** step) ** -0.5, factor, seed,
-        low is not None, exp_avg.dtype == torch.bfloat16, GOLDEN, *MIX, BLOCK=block, num_warps=4,
+        low is not None, 8 * exp_avg.dtype.itemsize, GOLDEN, *MIX, DROPPED, LEVELS[torch.int8], LEVELS[torch.uint8],
+        ROWS=rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -8,12 +8,14 @@ gradient and both moments, which also applies clipping and the loss scale.
     w -= lr · ( (m / (1-β1^t)) / (sqrt(v / (1-β2^t)) + ε) + λ w )       (Loshchilov & Hutter 2019)
 
 λ is `weight_decay` for matrices, embeddings and the output head included; 0 for norms and biases.
-Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones, of which that of squares is rounded by chance (model/rounding.py).
+Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones, of which that of squares is rounded by chance, and 2.03 for those of
+8 bits, both rounded by chance (model/rounding.py).
 """
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from fast_llm.config.train import OptimizerConfig
 from fast_llm.model import kernels
-from fast_llm.model.rounding import join, round_by_chance_, split_
+from fast_llm.model.rounding import join, pack_, round_by_chance_, split_, tops, unpack
 
 
 def squared_norm(gradients: Mapping[str, Tensor], holders: Mapping[str, int]) -> Tensor:
@@ -44,6 +46,9 @@ def clip_factor(norm: float, limit: float | None) -> float:
     return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
 
+_DTYPES = {"bf16": (torch.bfloat16, torch.bfloat16), "int8": (torch.int8, torch.uint8)}
+
+
 class Optimizer:
     """AdamW's moments for a set of named weights, and the update."""
 
@@ -64,9 +69,11 @@ class Optimizer:
         self.low = dict(low or {})
         self.kernel = kernel
         self.updates = 0
-        dtype = torch.bfloat16 if config.moments_dtype == "bf16" else torch.float32
-        self.exp_avg = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
+        first, second = _DTYPES.get(config.moments_dtype, (torch.float32, torch.float32))
+        self.exp_avg = {name: torch.zeros_like(w, dtype=first) for name, w in self.weights.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(w, dtype=second) for name, w in self.weights.items()}
+        # Of 8 bits both have the largest of each block beside them.
+        self.tops = {name: (tops(w), tops(w)) for name, w in self.weights.items() if config.moments_dtype == "int8"}
         self.groups = {
             decay: [
                 name for name, weight in self.weights.items() if weight.numel() and (weight.dim() > 1) == (decay > 0)
@@ -76,11 +83,33 @@ class Optimizer:
         if config.weight_decay == 0:
             self.groups = {0.0: [name for name, weight in self.weights.items() if weight.numel()]}
 
+    @contextmanager
+    def moments(self, changed: bool = False) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+        """Both as checkpoints hold them, by name. `changed`: what is written into them is taken over.
+
+        Those of 8 bits are bf16 then, which has all of their numbers: where blocks begin depends on the layout, numbers do not. If
+        weights are in halves, these are put together in the host's memory, as they are: 4 bytes a weight there, none on the device.
+        """
+        if not self.tops:
+            yield self.exp_avg, self.exp_avg_sq
+            return
+        both = self.exp_avg, self.exp_avg_sq
+        whole: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for which, (codes, into) in enumerate(zip(both, whole, strict=True)):
+            for name, code in codes.items():
+                number = unpack(code, self.tops[name][which], torch.bfloat16)
+                into[name] = number.cpu() if self.low else number
+        yield whole
+        if changed:
+            for which, (codes, numbers) in enumerate(zip(both, whole, strict=True)):
+                for name, code in codes.items():
+                    pack_(numbers.pop(name).to(code.device).float(), code, self.tops[name][which])
+
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, factor: float) -> None:
         """One update with `factor` times the gradients (fp32, shaped as the weights)."""
         self.updates += 1
-        plain = self.config.moments_dtype != "bf16" and not self.low
+        plain = self.config.moments_dtype not in _DTYPES and not self.low
         for decay, names in self.groups.items():
             if plain:
                 self._update(
@@ -102,6 +131,7 @@ class Optimizer:
             gradient,
             self.exp_avg[name],
             self.exp_avg_sq[name],
+            self.tops.get(name),
             step=self.updates,
             learning_rate=learning_rate * self.config.default_learning_rate_scale,
             weight_decay=decay,
@@ -116,15 +146,23 @@ class Optimizer:
     ) -> None:
         weight, low = self.weights[name], self.low.get(name)
         whole = weight if low is None else join(weight, low)
-        first, second = self.exp_avg[name].float(), self.exp_avg_sq[name].float()
-        self._update([name], {name: whole}, gradients, {name: first}, {name: second}, learning_rate, decay, factor)
+        first, second = self.exp_avg[name], self.exp_avg_sq[name]
+        if self.tops:
+            m, v = (unpack(codes, top) for codes, top in zip((first, second), self.tops[name], strict=True))
+        else:
+            m, v = first.float(), second.float()
+        self._update([name], {name: whole}, gradients, {name: m}, {name: v}, learning_rate, decay, factor)
         if low is not None:
             split_(whole, weight, low)
-        self.exp_avg[name].copy_(first)
-        if self.exp_avg_sq[name].dtype == torch.bfloat16:
-            round_by_chance_(second, self.exp_avg_sq[name], seed)
+        if self.tops:
+            for number, codes, top in zip((m, v), (first, second), self.tops[name], strict=True):
+                pack_(number, codes, top, seed)
+            return
+        first.copy_(m)
+        if second.dtype == torch.bfloat16:
+            round_by_chance_(v, second, seed)
         else:
-            self.exp_avg_sq[name].copy_(second)
+            second.copy_(v)
 
     def _update(
         self,

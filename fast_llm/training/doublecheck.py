@@ -29,13 +29,14 @@ from torch.distributed.tensor import DTensor
 from fast_llm.checkpoint.weights import gather
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
-from fast_llm.parallel.fsdp import ShardedWeights, like
+from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.step import Step
 
 logger = logging.getLogger("fast_llm")
 
 _PIECE = 2**22  # numbers that are digested at a time
+_INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,13 @@ class DoubleCheck:
         found: dict[str, Any] = {}
         for name, count in step.holders.items():
             if count > 1:
-                parts = {"weight": tensors[name]}
-                for part, moments in (("exp_avg", step.optimizer.exp_avg), ("exp_avg_sq", step.optimizer.exp_avg_sq)):
-                    parts[part] = like(tensors[name], moments[name])
-                found |= {f"{part} of {name}{_part(tensor)}": digest(_local(tensor)) for part, tensor in parts.items()}
+                parts = {
+                    "weight": _local(tensors[name]),
+                    "exp_avg": step.optimizer.exp_avg[name],
+                    "exp_avg_sq": step.optimizer.exp_avg_sq[name],
+                }
+                parts |= zip(("tops of exp_avg", "tops of exp_avg_sq"), step.optimizer.tops.get(name, ()), strict=False)
+                found |= {f"{part} of {name}{_part(tensors[name])}": digest(local) for part, local in parts.items()}
         return found
 
     def _gathered(self) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def impossible(step: Step) -> list[str]:
 @torch.no_grad()
 def digest(tensor: Tensor) -> int:
     """A number that any change of one element changes, and others all but surely: Σ bits · (2i + 1) modulo 2^64."""
-    bits = tensor.detach().contiguous().flatten().view(torch.int32 if tensor.dtype.itemsize == 4 else torch.int16)
+    bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.dtype.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for begin in range(0, len(bits), _PIECE):
         piece = bits[begin : begin + _PIECE].long()

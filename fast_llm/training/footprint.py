@@ -21,6 +21,7 @@ from fast_llm.model.cost import shapes
 _ROWS = 1024  # model/loss.py: rows of the head's gradient at a time
 STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
+MOMENTS = {"bf16": 4, "int8": 2 * (1 + 2 / 128)}  # model/rounding.py: two bytes for each block of 128
 
 # Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries in a process's memory.
 RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
@@ -107,7 +108,7 @@ class Shape:
     vectors: int  # and of its norms and biases
     sequence: int
     width: int  # bytes of the dtype that is computed in
-    moments: int  # bytes of both moments of a weight
+    moments: float  # bytes of both moments of a weight
     moments_auto: bool  # they may be 4 where 8 do not fit
     flash: bool
     loss: str
@@ -135,7 +136,7 @@ class Shape:
             vectors=sum(shape[0] for shape in block if len(shape) == 1),
             sequence=config.batch.sequence_length,
             width=4 if config.model.distributed.training_dtype == "fp32" else 2,
-            moments=4 if config.optimizer.moments_dtype == "bf16" else 8,
+            moments=MOMENTS.get(config.optimizer.moments_dtype, 8),
             moments_auto=config.optimizer.moments_dtype == "auto",
             flash=t.use_flash_attention,
             loss=base.cross_entropy_impl,
@@ -404,7 +405,7 @@ class Memory:
             )
         fixed.pop("communication", None)
         temporary = 0.0
-        if shape.moments == 4 and (self.cpu or not shape.halves):
+        if shape.moments < 8 and (self.cpu or not shape.halves):
             # The fp32 copies of one weight's moments.
             largest = max(V * E if self.first or self.last else 0, E * self.F)
             temporary = 8 * largest / (layout.shard if self.sharded else 1)
@@ -417,6 +418,15 @@ class Memory:
                 "passing": temporary,
             },
         )
+        if shape.moments < 4 and not self.cpu and (self.sharded or not shape.halves):
+            yield Moment(
+                "copying moments for a checkpoint",  # in bf16; those of one GPU go to the host's memory one by one
+                state
+                | {
+                    "gradients": 4 * self.parameters / (layout.shard if self.sharded else 1),
+                    "passing": 4 * self.parameters / (layout.shard if self.sharded else 1),
+                },
+            )
 
     def _loss(self) -> tuple[float, float]:
         """Bytes of logits, and of what is made of them."""

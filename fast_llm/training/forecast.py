@@ -18,10 +18,11 @@ from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.cost import cost
-from fast_llm.training.footprint import Layout, Memory, Moment, Shape, needed, peak, with_reserve
+from fast_llm.training.footprint import MOMENTS, Layout, Memory, Moment, Shape, needed, peak, with_reserve
 from fast_llm.training.plan import readable_bytes, with_shape
 
 NODE = 8  # devices of a node
+_MOMENTS = {8: "fp32", 4: "bf16", MOMENTS["int8"]: "8-bit"}
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Step:
     def optimizer(self) -> float:
         """Norm and update."""
         m = self.m
-        each = 32.0 if self.shape.moments == 8 else 24.0
+        each = 16.0 + 2 * self.shape.moments  # gradients read twice, masters and moments read and written
         if not m.sharded and m.mixed and not self.shape.halves:
             each += 6  # masters into weights
         return self.moved(each * m.parameters / (self.layout.shard if m.sharded else 1))
@@ -579,7 +580,7 @@ def _details(one: Forecast) -> list[str]:
     return [
         f"Layout     {layout.processes} × {one.device.name.upper()}: {_arranged(layout)};"
         f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute {layout.recompute},"
-        f" {'fp32' if one.shape.moments == 8 else 'bf16'} moments",
+        f" {_MOMENTS[one.shape.moments]} moments",
         f"Memory     {readable_bytes(one.memory)} of {readable_bytes(one.device.memory)}: {verdict}",
         f"           most {one.peak.name}: {held}",
         f"Step       {one.seconds:.3g} s for {one.shape.batch_size * one.shape.sequence:,} tokens:"

@@ -41,6 +41,7 @@ _FIXED = (
     "model.distributed.seed",
 )
 _SHAPE = "model.base_model"
+_MOMENTS = {"auto": "fp32 or bf16", "fp32": "fp32", "bf16": "bf16", "int8": "8-bit"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def describe(plan: Plan) -> str:
         f"Start         {_start(plan)}",
         f"Precision     computes in {config.model.distributed.training_dtype}"
         f"{', matrix products of the blocks in fp8' * config.model.distributed.fp8}; fp32 weights and gradients,"
-        f" {config.optimizer.moments_dtype.replace('auto', 'fp32 or bf16')} moments",
+        f" {_MOMENTS[config.optimizer.moments_dtype]} moments",
         f"Processes     {_processes(plan, stage)}",
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
         + (
@@ -283,8 +284,8 @@ def _processes(plan: Plan, stage: int) -> str:
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
-    """The size of a checkpoint: fp32 weights and two moments."""
-    return parameters * (8 if config.optimizer.moments_dtype == "bf16" else 12)
+    """The size of a checkpoint: fp32 weights and two moments, those of 8 bits in bf16."""
+    return parameters * (8 if config.optimizer.moments_dtype in ("bf16", "int8") else 12)
 
 
 def export_bytes(config: TrainConfig, parameters: int) -> int:

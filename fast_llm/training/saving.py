@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from fast_llm.checkpoint import state
 from fast_llm.checkpoint.weights import gather
 from fast_llm.errors import CheckpointError
+from fast_llm.parallel.fsdp import like
 from fast_llm.training.plan import readable_bytes
 
 logger = logging.getLogger("fast_llm")
@@ -78,8 +79,11 @@ class Saver:
         if self.background:
             state.stage(tensors, self.parts)
             parts = self.parts
-            # What is whole here needs nothing but the copy.
-            tensors = {name: t if isinstance(t, DTensor) else self.parts[name] for name, t in tensors.items()}
+            # Nothing but the copy is needed from now on, and of DTensors how they are spread.
+            tensors = {
+                name: like(t, self.parts[name].to("meta")) if isinstance(t, DTensor) else self.parts[name]
+                for name, t in tensors.items()
+            }
         still = time.perf_counter() - began
 
         def write() -> None:

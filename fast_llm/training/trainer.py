@@ -274,9 +274,11 @@ class Trainer:
             self.go_on(path, tensors)
             logger.info(f"Going on from {path}, after step {self.done}.")
         elif self.plan.source is not None and pretrained.model_weights and pretrained.format == "distributed":
-            state.load(self.plan.source, self.state(tensors, pretrained.optimizer_state), self.mesh.patient)
             if pretrained.optimizer_state:
+                self.load(self.plan.source, tensors)
                 self.train_step.optimizer.updates = checkpoints.read_manifest(self.plan.source).info["updates"]
+            else:
+                state.load(self.plan.source, self.state(tensors), self.mesh.patient)
             logger.info(f"Starting from the weights of {self.plan.source}.")
         elif self.plan.source is not None and pretrained.model_weights:
             load_weights(tensors, self.plan.source, self.mesh.patient)
@@ -288,7 +290,7 @@ class Trainer:
     def go_on(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Take over the state of a checkpoint."""
         info = checkpoints.read_manifest(path).info
-        state.load(path, self.state(tensors), self.mesh.patient)
+        self.load(path, tensors)
         self.done, self.samples = info["step"], info["samples"]
         self.passed_over = info.get("passed_over", [])
         self.metrics.skipped_in_a_row = info["skipped"]
@@ -297,16 +299,16 @@ class Trainer:
         self.train_step.spikes.load(info.get("spikes", {}))
         self.saver.step = self.done
 
-    def state(self, tensors: Mapping[str, Tensor], moments: bool = True) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint, with these weights."""
-        optimizer = self.train_step.optimizer
-        parts: Mapping[str, Mapping[str, Tensor]] = {
-            "exp_avg": optimizer.exp_avg if moments else {},
-            "exp_avg_sq": optimizer.exp_avg_sq if moments else {},
-        }
+    def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Weights and moments of a checkpoint."""
+        with self.train_step.optimizer.moments(changed=True) as moments:
+            state.load(path, self.state(tensors, *moments), self.mesh.patient)
+
+    def state(self, tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint, with these weights and moments."""
         return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
             f"{part}/{name}": like(tensors[name], local)
-            for part, locals_ in parts.items()
+            for part, locals_ in zip(("exp_avg", "exp_avg_sq"), moments, strict=False)
             for name, local in locals_.items()
         }
 
@@ -337,8 +339,8 @@ class Trainer:
                 checkpoints.prune(root, settings.keep, settings.is_permanent)
                 self.callback(settings.callback, path)
 
-        with self.weights.masters() as tensors:
-            self.saver.start(root, step, self.state(tensors), info, then, last)
+        with self.weights.masters() as tensors, self.train_step.optimizer.moments() as moments:
+            self.saver.start(root, step, self.state(tensors, *moments), info, then, last)
 
     def export(self, step: int) -> None:
         """Write a Hugging Face folder, unless this step has one."""

@@ -1,9 +1,11 @@
-"""fp32 in two halves, and rounding by chance."""
+"""fp32 in two halves, rounding by chance, and numbers in 8 bits."""
 
 import pytest
 import torch
 
-from fast_llm.model.rounding import join, round_by_chance_, split_
+from fast_llm.model.rounding import BLOCK, LEVELS, join, pack_, round_by_chance_, split_, tops, unpack
+
+KINDS = [torch.int8, torch.uint8]
 
 
 def test_halves_lose_nothing() -> None:
@@ -37,3 +39,94 @@ def test_by_chance_is_right_on_average() -> None:
     for rounded, seed in ((first, 1), (again, 1), (other, 2)):
         round_by_chance_(numbers, rounded, seed)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def wild(count: int, kind: torch.dtype, spread: float = 8.0) -> torch.Tensor:
+    """Numbers of very different sizes, some of them 0; no negative ones for uint8."""
+    generator = torch.Generator().manual_seed(count)
+    numbers = torch.randn(count, generator=generator) * torch.exp(spread * torch.randn(count, generator=generator))
+    numbers[::7] = 0
+    return numbers if kind == torch.int8 else numbers.abs()
+
+
+def packed(
+    numbers: torch.Tensor, kind: torch.dtype, seed: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, tops, and the numbers that they are."""
+    codes, largest = torch.empty(numbers.shape, dtype=kind), tops(numbers)
+    pack_(numbers, codes, largest, seed)
+    return codes, largest, unpack(codes, largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 2**16 + 5])
+def test_what_was_packed_is_packed_again(kind: torch.dtype, seed: int | None, count: int) -> None:
+    """Bit for bit, by way of the bf16 of a checkpoint."""
+    codes, largest, numbers = packed(wild(count, kind), kind, seed)
+    stored = unpack(codes, largest, torch.bfloat16)
+    assert torch.equal(stored.float(), numbers)
+    again = packed(stored.float(), kind)
+    assert torch.equal(again[0], codes) and torch.equal(again[1], largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_and_top(kind: torch.dtype) -> None:
+    """Whatever can be in a block: under each top from 0 to that of the largest finite number, each code that is above 0 on the grid."""
+    full = LEVELS[kind]
+    for top in range(0x7F8):
+        some = torch.arange(min(max(full - top + 1, 1), full), full)
+        block = torch.cat([torch.tensor([full if top else 0, 0]), some, -some if kind == torch.int8 else some])
+        # Each block begins with its largest.
+        parts = block[1:].split(BLOCK - 1)
+        codes = torch.cat([torch.cat([block[:1], part]) for part in parts]).to(kind)
+        largest = torch.full((len(parts),), top, dtype=torch.int16)
+        again = packed(unpack(codes, largest, torch.bfloat16).float(), kind)
+        assert torch.equal(again[0], codes) and torch.equal(again[1], largest), top
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_blocks_hold_the_same_numbers(kind: torch.dtype) -> None:
+    """As after another layout has cut a weight elsewhere, where no number is too small for its new block."""
+    numbers = packed(wild(5000, kind, spread=1.0), kind, seed=5)[2]
+    for begin, end in ((1, 5000), (37, 4000), (200, 201), (90, 90)):
+        assert torch.equal(packed(numbers[begin:end], kind)[2], numbers[begin:end])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_lost(kind: torch.dtype) -> None:
+    """Half of an eighth of a power of two at most; below a block's range, int8 has 0 and uint8 its smallest number."""
+    numbers = wild(2**16 + 5, kind)
+    codes, _, found = packed(numbers, kind)
+    largest = torch.cat([part.abs().max().expand(len(part)) for part in numbers.split(BLOCK)])
+    within = numbers.abs() > largest * 2.0 ** (-14 if kind == torch.int8 else -30)
+    assert within.float().mean() > 0.05 and ((found - numbers).abs() <= numbers.abs() / 17 + 1e-45)[within].all()
+    assert (found[numbers == 0] == 0).all()
+    below = (numbers != 0) & (numbers.abs() < largest * 2.0 ** (-16 if kind == torch.int8 else -32))
+    assert below.any() and (codes[below] == (0 if kind == torch.int8 else 1)).all()
+    tiny = torch.tensor([1e-38, 1e-40, 1e-45, 0.0]).repeat(50)  # where fp32 itself has fewer bits
+    error = (packed(tiny, kind)[2] - tiny).abs()
+    assert (error <= 2.0**-130 + tiny / 17).all() and packed(torch.zeros(300), kind)[2].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bits_by_chance_are_right_on_average(kind: torch.dtype) -> None:
+    numbers = torch.tensor([1.0, 1.01, 0.99, 1.12, 3.1e-3, 0.0]).repeat_interleave(128 * 200)
+    if kind == torch.int8:
+        numbers[::2] *= -1
+    sums = torch.zeros_like(numbers, dtype=torch.float64)
+    for seed in range(25):
+        found = packed(numbers, kind, seed)[2]
+        assert ((found - numbers).abs() <= numbers.abs() / 8).all()
+        sums += found * numbers.sign()
+    # 640,000 roundings of 2^-3 at most: the mean's deviation is below 2^-4 / 800.
+    assert (sums.view(6, -1).mean(1) / 25).tolist() == pytest.approx([1.0, 1.01, 0.99, 1.12, 3.1e-3, 0.0], rel=4e-4)
+
+
+def test_chances_of_one_place_are_independent() -> None:
+    """A mean and a mean of squares of the same weight are not rounded up together."""
+    numbers = torch.full((100_000,), 1.06)
+    first, second = (packed(numbers, kind, seed=1)[2] > 1.06 for kind in KINDS)
+    shares = [share.float().mean().item() for share in (first, second, first & second)]
+    assert all(0.4 < share < 0.6 for share in shares[:2])
+    assert shares[2] == pytest.approx(shares[0] * shares[1], abs=0.01)  # six deviations

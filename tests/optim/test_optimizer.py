@@ -90,6 +90,110 @@ def test_bf16_squares_shrink() -> None:
     assert optimizer.exp_avg_sq["a"].float().mean().item() == pytest.approx(before * 0.999**300, rel=0.01)
 
 
+def test_8_bit_squares_shrink() -> None:
+    """As those of bf16. Noise makes the mean of 2,000 walks of 300 steps of at most 2^-3 each uncertain by a per cent."""
+    weight = {"a": torch.zeros(2000)}
+    optimizer = Optimizer(weight, OptimizerConfig(moments_dtype="int8", beta_2=0.999))
+    optimizer.step({"a": torch.ones(2000)}, 0.0, 1.0)
+    with optimizer.moments() as (_, before):
+        begin = before["a"].float().mean().item()
+    for _ in range(300):
+        optimizer.step({"a": torch.zeros(2000)}, 0.0, 1.0)
+    with optimizer.moments() as (first, after):
+        assert after["a"].float().mean().item() == pytest.approx(begin * 0.999**300, rel=0.03)
+        assert first["a"].abs().max() < 1e-12  # 0.9^300
+
+
+def steep(step: int) -> torch.Tensor:
+    """Gradients of 6 · 100 weights over six powers of ten, tiny ones, and in the last row none at all."""
+    generator = torch.Generator().manual_seed(step)
+    gradient = torch.randn(6, 100, generator=generator)
+    gradient[:3] *= torch.logspace(-6, 0, 100)  # within one block
+    gradient[3] *= 1e-15
+    gradient[4] *= 1e-30  # their squares are 0 in fp32
+    gradient[5] = 0
+    return gradient
+
+
+def test_an_update_with_8_bits_is_an_update_in_float64() -> None:
+    """From the moments that the codes are: the weights exactly but for fp32, the new moments to the next code."""
+    config = OptimizerConfig(moments_dtype="int8", weight_decay=0.1, beta_2=0.95)
+    weight = {"a": torch.randn(6, 100, generator=torch.Generator().manual_seed(0))}
+    optimizer = Optimizer(weight, config)
+    for step in range(1, 31):
+        with optimizer.moments() as (first, second):
+            m, v, w = first["a"].double(), second["a"].double(), weight["a"].double()
+        gradient = steep(step).double() * 0.5
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.95 * v + 0.05 * gradient**2
+        w = w - 1e-2 * (m / (1 - 0.9**step) / ((v / (1 - 0.95**step)).sqrt() + 1e-8) + 0.1 * w)
+        optimizer.step({"a": steep(step)}, 1e-2, 0.5)
+        assert ((weight["a"] - w).abs() <= 3e-7 * w.abs() + 1e-8).all()
+        with optimizer.moments() as (first, second):
+            for exact, found, reach in ((m, first["a"], 2.0**-15), (v, second["a"], 2.0**-31)):
+                # Of the largest of all blocks, which is that of each block or more.
+                bottom = exact.abs().max() * reach
+                assert ((found - exact).abs() <= exact.abs() / 8 + bottom).all(), step
+                assert (found[5] == 0).all()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+def test_where_the_gradient_was_always_zero_nothing_moves(moments: str) -> None:
+    """And nothing becomes infinite or NaN, beside gradients of all sizes in the same block."""
+    start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
+    weight = {"a": start.clone()}
+    optimizer = Optimizer(weight, OptimizerConfig(moments_dtype=moments, weight_decay=0.0))
+    for step in range(1, 51):
+        optimizer.step({"a": steep(step)}, 1e-2, 1.0)
+    assert torch.equal(weight["a"][5], start[5]) and not torch.equal(weight["a"][:3], start[:3])
+    assert weight["a"].isfinite().all()
+    # |m| ≤ (1 - β1) / sqrt((1 - β2) (1 - β1²/β2)) sqrt(v), 7.3, by Cauchy and Schwarz, and after few steps at most sqrt(steps); codes are
+    # off by an eighth each. What is below a block's range is divided by more than it should be.
+    assert ((weight["a"] - start).abs() <= 50 * 1e-2 * 7.3 * 1.2).all()
+
+
+def test_8_bit_updates_are_near() -> None:
+    """A wide block's weights all go where fp32 has them go: 12 % off by chance, an error of its own at each step."""
+    start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for moments in ("fp32", "int8"):
+        weight = {"a": start.double().float()}
+        optimizer = Optimizer(weight, OptimizerConfig(moments_dtype=moments, weight_decay=0.0))
+        for step in range(1, 101):
+            optimizer.step({"a": steep(step)}, 1e-3, 1.0)
+        moved[moments] = (weight["a"] - start)[:3]
+    # A block's largest gradients are about 1; those below 2^-15 of it, or 3e-5, are lost, and their weights stand still for a while.
+    for columns, bound in (
+        (slice(40, 60), 0.1),
+        (slice(60, 80), 0.1),
+        (slice(80, 100), 0.1),
+    ):  # from 2e-4, 4e-3 and 6e-2 on
+        error = (moved["int8"] - moved["fp32"])[:, columns].norm() / moved["fp32"][:, columns].norm()
+        assert 0 < error < bound, (columns, error)
+    assert moved["int8"].norm() < 1.02 * moved["fp32"].norm()
+
+
+def test_moments_move_between_dtypes() -> None:
+    """Those of 8 bits are read into any other as they are, and back into the same codes."""
+    optimizers = {
+        moments: Optimizer(weights(), OptimizerConfig(moments_dtype=moments)) for moments in ("fp32", "bf16", "int8")
+    }
+    for step in range(1, 6):
+        optimizers["int8"].step(gradients(step), 1e-2, 1.0)
+    codes = {name: code.clone() for name, code in optimizers["int8"].exp_avg_sq.items()}
+    assert codes["a.weight"].any() and codes["a.weight"].dtype == torch.uint8
+    for one, other in (("int8", "fp32"), ("fp32", "bf16"), ("bf16", "int8")):
+        if other == "int8":
+            optimizers["int8"].exp_avg_sq["a.weight"].zero_()
+        with optimizers[one].moments() as source, optimizers[other].moments(changed=True) as target:
+            for saved, read in zip(source, target, strict=True):
+                for name in saved:
+                    read[name].copy_(saved[name])
+    for name, code in optimizers["int8"].exp_avg_sq.items():
+        assert torch.equal(code, codes[name])
+    assert optimizers["int8"].exp_avg_sq["empty"].shape == (0, 5)
+
+
 def test_norm_and_clipping() -> None:
     parts = {"a": torch.full((3,), 2.0), "b": torch.full((2, 2), -1.0), "c": torch.empty(0)}
     assert squared_norm(parts, dict.fromkeys(parts, 1)).item() == pytest.approx(16, rel=1e-6)  # norms are fp32

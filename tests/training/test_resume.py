@@ -38,11 +38,25 @@ def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 1), (2, 2), (2, 3)])
-def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "zero_stage", "dtype", "moments"),
+    [
+        *(
+            (world, stage, dtype, "auto")
+            for dtype in ("fp32", "bf16")
+            for world, stage in ((1, 1), (2, 1), (2, 2), (2, 3))
+        ),
+        (1, 1, "fp32", "int8"),
+        (3, 3, "bf16", "int8"),
+    ],
+)
+def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: int, dtype: str, moments: str) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    how = (f"model.multi_stage.zero_stage={zero_stage}", f"model.distributed.training_dtype={dtype}")
+    how = (
+        f"model.multi_stage.zero_stage={zero_stage}",
+        f"model.distributed.training_dtype={dtype}",
+        f"optimizer.moments_dtype={moments}",
+    )
     assert spawn(world, run, arguments(tmp_path, "whole", 8, *how)) == [0] * world
     for steps in (4, 8):
         assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
@@ -55,7 +69,7 @@ def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: i
 
 
 def with_halves(arguments_: list[str]) -> int:
-    """As on a GPU: masters in two halves, moments in bf16."""
+    """As on a GPU: masters in two halves, moments in bf16 or in 8 bits."""
 
     def in_halves(model: Llama, dtype: torch.dtype, device: torch.device, lean: bool) -> SingleWeights:
         assert not lean  # not on a CPU
@@ -66,16 +80,17 @@ def with_halves(arguments_: list[str]) -> int:
 
     def counted(self: build.Optimizer, *args: object) -> None:
         before(self, *args)  # type: ignore[arg-type]
-        assert self.low and self.exp_avg["model.norm.weight"].dtype == torch.bfloat16
+        assert self.low and self.exp_avg["model.norm.weight"].dtype in (torch.bfloat16, torch.int8)
 
     build.Optimizer.__init__ = counted  # type: ignore[method-assign,assignment]
     return run(arguments_)
 
 
-def test_masters_in_halves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", ["bf16", "int8"])
+def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
     """They go through checkpoints and exports, bit for bit, and train as whole ones do."""
     write_tokens(tmp_path / "tokens", 400)
-    how = ["model.distributed.training_dtype=bf16", "optimizer.moments_dtype=bf16"]
+    how = ["model.distributed.training_dtype=bf16", f"optimizer.moments_dtype={moments}"]
     assert spawn(1, run, arguments(tmp_path, "plain", 8, *how)) == [0]
     assert spawn(1, with_halves, arguments(tmp_path, "whole", 8, *how)) == [0]
     for steps in (4, 8):
