@@ -30,6 +30,7 @@ MIX = (0x7FEB352D, 0x846CA68B)
 BLOCK = 128  # numbers that are counted from the same top
 DROPPED = 20  # bits of fp32 that the grid has not
 LEVELS = {torch.int8: 127, torch.uint8: 255}  # the code of a block's largest number
+INFINITE = 0x7F800000 >> DROPPED  # the grid of infinities, and the least of NaN
 _PIECE = 2**16  # numbers that are rounded at a time: in the cache
 
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from fast_llm.checkpoint.weights import gather
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
+from fast_llm.model.rounding import INFINITE
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.step import Step
@@ -182,13 +183,18 @@ def impossible(step: Step) -> list[str]:
     """
     optimizer = step.optimizer
     parts = {"weight": step.weights.local(), "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+    for number, part in enumerate(("exp_avg", "exp_avg_sq")):
+        if optimizer.tops:  # 8 bits say nothing of NaN and infinities, the tops of their blocks do
+            parts[part] = {name: one[number] for name, one in optimizer.tops.items()}
     here = {(part, name): one for part, every in parts.items() for name, one in every.items() if one.numel()}
     if not here:
         return []
     extremes = torch.stack([torch.stack(torch.aminmax(one)).float() for one in here.values()])  # both NaN if one is
     wrong = []
     for (part, name), (least, most) in zip(here, extremes.tolist(), strict=True):
-        if not (math.isfinite(least) and math.isfinite(most)):
+        if not (math.isfinite(least) and math.isfinite(most)) or (
+            optimizer.tops and part != "weight" and most >= INFINITE
+        ):
             wrong.append(f"{part} of {name} holds NaN or infinities")
         elif part == "exp_avg_sq" and least < 0:
             wrong.append(f"{part} of {name}, averages of squares, holds numbers below zero")

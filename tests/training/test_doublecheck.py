@@ -4,7 +4,8 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder
+from fast_llm.config.train import OptimizerConfig
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
+from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.fsdp import ShardedWeights
-from fast_llm.training.doublecheck import Report, differences, digest
+from fast_llm.training.doublecheck import Report, differences, digest, impossible
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
@@ -277,3 +280,17 @@ def test_steps_that_are_not_finite_tell_whether_the_weights_are_why(
         TrainingStopped, match=r"^step 4: rank 0 on .*: weight of model.norm.weight holds NaN or infinities\. No"
     ):
         run([*how, "training.double_check.interval=null"])
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
+def test_what_no_update_makes(moments: Literal["fp32", "bf16", "int8"], fault: float) -> None:
+    weights = {"a": torch.ones(300), "b": torch.ones(4), "none of it here": torch.ones(0)}
+    optimizer = Optimizer(weights, OptimizerConfig(moments_dtype=moments))
+    step = cast(Step, SimpleNamespace(optimizer=optimizer, weights=SimpleNamespace(local=lambda: weights)))
+    gradients = {name: torch.full_like(weight, 1e18) for name, weight in weights.items()}
+    optimizer.step(gradients, 1e-3, 1.0)
+    assert impossible(step) == []
+    gradients["a"][200] = fault
+    optimizer.step(gradients, 1e-3, 1.0)
+    assert impossible(step) == [f"{part} of a holds NaN or infinities" for part in ("weight", "exp_avg", "exp_avg_sq")]
