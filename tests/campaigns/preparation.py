@@ -222,13 +222,8 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                 codes = [start.wait() for start in running]
                 longest = max(longest, time.monotonic() - at if len(running) == 1 and met else 0)
                 if met:
-                    figures.update(
-                        (
-                            "kills" if number == signal.SIGKILL else "told to stop",
-                            f"{death.number.name} to {death.victim}",
-                            name,
-                        )
-                    )
+                    what = "kills" if number == signal.SIGKILL else "told to stop"
+                    figures.update((what, f"{number.name} to {death.victim}", name))
                     figures[judge(death, codes[running.index(hit)], hit.said())] += 1
                     figures["with a file half written"] += bool(list(where.rglob("*.partial")))
                 assert all(code == 0 for start, code in zip(running, codes, strict=True) if not met or start is not hit)
