@@ -286,4 +286,4 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command(campaign, 250)
+    command(campaign, 210)
