@@ -101,6 +101,8 @@ class Trainer:
             self.restore()
             if self.done == 0 and training.validation.interval is not None:
                 self.validate(0)
+            elif self.done > 0:
+                self.catch_up()
         while (end := self.stretch()) is None:
             pass  # a spike: on from a checkpoint
         if not end:
@@ -144,12 +146,26 @@ class Trainer:
             return f"Stopped by a signal after step {self.done}; the same command goes on from here."
         return ""
 
+    def catch_up(self) -> None:
+        """What was due after the step that the run goes on from, and is not there: a signal or a crash came in between."""
+        training, step = self.config.training, self.done
+        if training.validation.due(step) and ("validation", step) not in self.recorded():
+            self.validate(step)
+        if training.export.due(step) and not self.stopping:
+            self.export(step)
+
+    def recorded(self) -> set[tuple[str, int]]:
+        """The phases and steps of all records, on every process."""
+        found: set[tuple[str, int]] = self.mesh.share(
+            {(one.get("phase"), one.get("step")) for one in self.run.recorded()}
+        )
+        return found
+
     def finish(self) -> None:
         """What is due at the end and not there yet; a finished run that is started again comes here at once."""
         training, step = self.config.training, self.done
         self.mark("what is due at the end", step=step, patient=True)
-        recorded = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
-        recorded = self.mesh.share(recorded)
+        recorded = self.recorded()
         if training.validation.interval is not None and ("validation", step) not in recorded:
             self.validate(step)
         if training.test_iters and ("test", step) not in recorded and not self.stopping:

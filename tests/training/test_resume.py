@@ -223,6 +223,20 @@ def test_all_leave_as_the_one_that_was_told(tmp_path: Path, number: signal.Signa
     assert newest is not None and newest.name == "4"
 
 
+def test_what_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
+    """What was due at the step that the run stopped after."""
+    write_tokens(tmp_path / "tokens", 400)
+    how = ("training.validation.interval=2", "training.export.interval=2")
+    assert spawn(2, told_after_three_steps, arguments(tmp_path, "run", 6, *how), signal.SIGTERM) == [143, 143]
+    assert 4 not in losses(tmp_path / "run", "validation")
+    assert spawn(2, run, arguments(tmp_path, "run", 6, *how)) == [0, 0]
+    assert spawn(2, run, arguments(tmp_path, "whole", 6, *how)) == [0, 0]
+    for step in (2, 4, 6):
+        one, other = (weights(tmp_path / name / "export" / "llama" / str(step)) for name in ("run", "whole"))
+        assert one == other
+    assert losses(tmp_path / "run", "validation") == losses(tmp_path / "whole", "validation")
+
+
 def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert (
