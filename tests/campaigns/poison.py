@@ -84,9 +84,8 @@ def course(faults: Sequence[Fault], policy: str) -> Course:
     bad = {fault.batch for fault in faults if fault.value != SPIKE}
     spikes = {fault.batch for fault in faults if fault.value == SPIKE and policy in ("skip", "rewind")} - bad
     found = Course()
-    step = batch = saved = since = (
-        0  # `since`: the batch after which the run went on from the checkpoint of step `saved`
-    )
+    # `since`: the batch after which the run went on from the checkpoint of step `saved`.
+    step = batch = saved = since = 0
     while step < STEPS:
         step, batch = step + 1, batch + 1
         if batch in spikes and policy == "rewind":
@@ -298,7 +297,7 @@ class Bench:
         reference: Course | None = None,
         kill: bool = False,
     ) -> tuple[int, str]:
-        """The exit code and what was said; the code is -9 if the run was killed on the way."""
+        """The exit code and what was said; that of SIGKILL if the run was killed on the way."""
         world = LAYOUTS[layout][0]
         notes = self.folder / f"notes of {name} {time.monotonic_ns()}"
         notes.mkdir()
@@ -346,10 +345,13 @@ def steps_left_out(bench: Bench, layout: str, story: str) -> int:
     chance, figures = bench.chance, bench.figures
     bench.whole(layout)
     policy = chance.choice(("none", "skip", "rewind"))
-    bad = chance.sample(range(1, STEPS + 1), chance.randrange(1, 4))
-    while any({one, one + 1, one + 2} <= {*bad} for one in bad):  # three in a row end a run
-        bad = chance.sample(range(1, STEPS + 1), 3)
-    late = [batch for batch in range(INTERVAL + WINDOW + 4, STEPS) if batch not in bad]
+    bad: list[int] = []
+    for batch in chance.sample(range(1, STEPS + 1), chance.randrange(2, 8)):
+        # Three in a row are for `too_many_in_a_row`, and spikes are judged by WINDOW steps before the checkpoint of step 8.
+        near = [one for one in bad if abs(one - batch) <= 2]
+        if len(near) < 2 and sum(one <= 2 * INTERVAL for one in bad) < 2 * INTERVAL - WINDOW:
+            bad.append(batch)
+    late = [batch for batch in range(3 * INTERVAL, STEPS) if batch not in bad]
     spikes = [] if policy == "none" else chance.sample(late, chance.choice((1, 1, 2)))
     faults = bench.faults(bad, layout, False) + bench.faults(spikes, layout, True)
     expected = course(faults, policy)
@@ -508,7 +510,7 @@ KINDS = {
     steps_left_out: 6,
     wrong_memory: 5,
     strange_tokens: 2,
-    too_many_in_a_row: 1,
+    too_many_in_a_row: 2,
     a_spike_that_stops: 1,
 }
 

@@ -41,7 +41,7 @@ EVENTS = {
 }
 DAMAGED = 0.2  # of the times that a run is down and has two checkpoints
 # Memory that a process may grow by once a third of its life is over, MB in 100 steps. Its first thousand steps cost 8 MB, then there
-# is next to nothing (0.01); one that keeps a batch or a record a step grows by 0.2.
+# is next to nothing (0.01); one that keeps the batch of each step grows by 0.8.
 GROWTH = 0.1
 SLOWER = 1.5  # times the processor's time a step, last third by second: on a shared machine it varies by a tenth
 
