@@ -55,9 +55,10 @@ NAMES = {
     "depth": "batch.depth_first_micro_batches",
     "micro": "batch.micro_batch_size",
     "dtype": "model.distributed.training_dtype",
+    "moments": "optimizer.moments_dtype",
 }
 # What changes the numbers: each has a one-process run of its own to be compared with.
-MEANING = ("tied", "biases", "across", "dtype")
+MEANING = ("tied", "biases", "across", "dtype", "moments")
 
 # Processes, and lines.
 LAYOUTS = [
@@ -117,6 +118,11 @@ LAYOUTS = [
     "2 pp=2 dtype=bf16",
     "2 pp=2 schedule=interleaved_zero_bubble layers=1 dtype=bf16",
     "8 pp=2 cp=2 tp=2 sp=yes dtype=bf16",
+    # 8-bit moments
+    "3 zero=3 moments=int8",
+    "4 zero=2 shard=2 moments=int8",
+    "2 tp=2 sp=yes micro=4 moments=int8",
+    "8 pp=2 cp=2 tp=2 sp=yes moments=int8",
 ]
 
 
