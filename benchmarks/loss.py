@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.gpu import SMOL, library, train
 
+
 def contenders(what: str, on_gpu: bool) -> dict[str, list[str]]:
     """By name, the settings of each."""
     other_order = "batch.micro_batch_size=2"
