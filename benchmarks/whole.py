@@ -42,6 +42,15 @@ RUNS = {f"{name}, compiled": run | {"model.multi_stage.compile_all": "yes"} for 
         f"{name}, compiled, fp8": run | {"model.multi_stage.compile_all": "yes", "model.distributed.fp8": "yes"}
         for name, run in RUNS.items()
     },
+    "sequence 4096, compiled, 8-bit moments": RUNS["sequence 4096"]
+    | {"model.multi_stage.compile_all": "yes", "optimizer.moments_dtype": "int8"},
+    "sequence 122880, mlp_recompute_level block, 8-bit moments": {
+        "batch.sequence_length": 122880,
+        "batch.micro_batch_size": 1,
+        "batch.batch_size": 1,
+        "model.base_model.transformer.mlp_recompute_level": "block",
+        "optimizer.moments_dtype": "int8",
+    },
 }
 
 

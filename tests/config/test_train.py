@@ -313,6 +313,8 @@ def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
         ("model.multi_stage.zero_stage=0", "given 0, must be 1, 2 or 3 or null"),
         ("model.distributed.training_dtype=float8", 'given "float8", must be one of fp32, bf16, fp16 (or float32, bfloat16, float16)'),
         ("model.distributed.training_dtype=float64", 'given "fp64", which is not offered: the highest precision is fp32'),
+        ("optimizer.moments_dtype=int4", 'given "int4", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
+        ("optimizer.moments_dtype=fp16", 'given "fp16", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
         ("model.distributed.tensor_parallel=0", "given 0, must be an integer above 0"),
         ("model.multi_stage.layers_per_stage=half", 'given "half", must be a number of layers, or a list with one for each stage or null'),
         ("run.accept_changes=data.path", 'given "data.path", must be a list, each of it text (numbers and dates in quotes)'),

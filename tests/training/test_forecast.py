@@ -106,6 +106,8 @@ ALONE = [
     *([BF16, f"{LEVEL}={level}"] for level in ("activation", "activation_and_input", "full", "block")),
     [BF16, "model.base_model.cross_entropy_impl=torch"],
     [BF16, "optimizer.moments_dtype=bf16"],
+    [BF16, "optimizer.moments_dtype=int8"],
+    [FP32, "optimizer.moments_dtype=int8", f"{LEVEL}=block"],
 ]
 
 
@@ -131,6 +133,7 @@ def test_memory_of_one_process() -> None:
     [
         *(([BF16, f"model.multi_stage.zero_stage={stage}"], 0.02) for stage in (1, 2, 3)),
         ([FP32, "model.multi_stage.zero_stage=2", "batch.batch_size=2"], 0.02),
+        ([BF16, "model.multi_stage.zero_stage=3", "optimizer.moments_dtype=int8"], 0.02),
         ([BF16, "model.distributed.tensor_parallel=2"], 0.05),
         ([FP32, "model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"], 0.05),
         ([FP32, "model.distributed.sequence_data_parallel=2"], 0.05),
@@ -164,6 +167,8 @@ def test_time() -> None:
     assert few < rate(*interleaved, processes=8)
     zero_bubble = "model.multi_stage.pipeline_schedule=interleaved_zero_bubble"
     assert rate(*interleaved, processes=8) < rate(*interleaved, zero_bubble, processes=8)
+    moments = [rate(f"optimizer.moments_dtype={dtype}") for dtype in ("fp32", "bf16", "int8")]
+    assert moments == sorted(moments)  # fewer bytes to read and to write
     parts = forecast(config(LLAMA), 8, DEVICES["h100"]).parts
     assert max(parts, key=lambda part: parts[part]) == "matrix products"
 
@@ -213,8 +218,10 @@ def test_plan_needs_no_weights(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "16", "--device", "h200"]) == 0
     said = capsys.readouterr().out
-    assert "16 × H200" in said and ": fits" in said and "tokens/s a GPU" in said
+    assert "16 × H200" in said and ": fits" in said and "tokens/s a GPU" in said and "fp32 moments" in said
     assert re.search(r"^ 1024  .*tensor", said, flags=re.M)
+    assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "1", "optimizer.moments_dtype=int8"]) == 0
+    assert "recompute none, 8-bit moments" in capsys.readouterr().out
     assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "1"]) == 0
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said and "None: " in said
@@ -249,6 +256,12 @@ def test_what_is_auto() -> None:
     rows, level, moments = settled(h200, "optimizer.moments_dtype=fp32")
     assert rows and level in ("full", "block") and moments == "fp32"  # as asked for: blocks are computed again instead
     assert settled(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (2, "activation", "bf16")
+    # Nobody gets 8 bits who did not ask for them; who does has room for twice the tokens, or for fp8's and long sequences' needs.
+    rows, level, moments = settled(h200, "optimizer.moments_dtype=int8")
+    assert rows and level not in ("full", "block") and moments == "int8"
+    eight = config([*LLAMA, "optimizer.moments_dtype=int8"])
+    state = Memory(Shape.of(eight, 256), Layout.of(eight, 1), "cuda").state
+    assert sum(state.values()) == pytest.approx(10.03 * 8.03e9, rel=1e-3)
     assert settled(b200)[::2] == (2, "fp32")
     rows, level, moments = settled(h100, processes=8)
     assert rows in (2, 4) and moments == "fp32" and level not in ("full", "block")

@@ -1,15 +1,19 @@
-"""What fp8 does to the loss: the same model, data and steps in bf16 and in fp8, on one GPU, or a smaller model on a CPU.
+"""What fewer bits do to the loss: the same model, data and steps in each format, on one GPU, or a smaller model on a CPU.
 
-    PYTHONPATH=. python benchmarks/fp8.py            (five minutes; a GPU has to be an H100, an L40 or newer)
+    PYTHONPATH=. python benchmarks/loss.py fp8           products in fp8 (a GPU has to be an H100, an L40 or newer)
+    PYTHONPATH=. python benchmarks/loss.py moments       moments in fp32, bf16 and 8 bits
+                                                         (each five to ten minutes, or with the number of
+                                                         steps as a further word longer or shorter)
 
 A model of 12 layers of 576 learns Python's library byte by byte, a thousand steps of 16,384 tokens; on a CPU
 one of 3 layers of 192, of 1,024 tokens. Printed: the mean loss of the last 100
-steps, and that of the validation at the end, in nats. bf16 runs twice, with sums in another
-order, for the size of chance.
+steps, and that of the validation at the end, in nats. What is compared with runs twice, with sums in another
+order, for the size of chance. Moments are compared with products in bf16 on a GPU, in fp32 on a CPU.
 """
 
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,10 +21,21 @@ import torch
 
 from benchmarks.gpu import SMOL, library, train
 
-STEPS = 1000
+
+def contenders(what: str, on_gpu: bool) -> dict[str, list[str]]:
+    """By name, the settings of each."""
+    other_order = "batch.micro_batch_size=2"
+    if what == "fp8":
+        return {"bf16": [], "fp8": ["model.distributed.fp8=yes"], "bf16, smaller micro-batches": [other_order]}
+    products = f"model.distributed.training_dtype={'bf16' if on_gpu else 'fp32'}"
+    found = {f"{name} moments": [products, f"optimizer.moments_dtype={name}"] for name in ("fp32", "bf16", "int8")}
+    return found | {"fp32 moments, smaller micro-batches": [*found["fp32 moments"], other_order]}
 
 
 def main() -> None:
+    if sys.argv[1:2] not in (["fp8"], ["moments"]):
+        raise SystemExit(__doc__)
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     folder = Path(tempfile.mkdtemp())
     library(folder / "library")
     transformer, on_gpu = "model.base_model.transformer", torch.cuda.is_available()
@@ -30,21 +45,17 @@ def main() -> None:
         *("model.base_model.vocab_size=256", f"{transformer}.num_layers=12"),
         *("data.format=list", f"data.path={folder}/library", "data.split=[95,5,0]"),
         *("batch.sequence_length=1024", "batch.batch_size=16", "batch.micro_batch_size=16"),
-        *("training.validation.iterations=20", f"training.validation.interval={STEPS}"),
+        *("training.validation.iterations=20", f"training.validation.interval={steps}"),
         *("optimizer.learning_rate.base=1e-3", "optimizer.learning_rate.warmup_iterations=50"),
-        *("optimizer.learning_rate.decay_style=cosine", f"optimizer.learning_rate.decay_iterations={STEPS}"),
+        *("optimizer.learning_rate.decay_style=cosine", f"optimizer.learning_rate.decay_iterations={steps}"),
     ]
     if on_gpu:
         settings += ["model.multi_stage.compile_all=yes"]
     else:
         settings += [f"{transformer}.{name}={value}" for name, value in small.items()]
         settings += ["batch.sequence_length=128", "batch.batch_size=8", "batch.micro_batch_size=8"]
-    for name, further in (
-        ("bf16", []),
-        ("fp8", ["model.distributed.fp8=yes"]),
-        ("bf16, smaller micro-batches", ["batch.micro_batch_size=2"]),
-    ):
-        records = train(folder / name.replace(" ", ""), [*settings, *further], STEPS)
+    for name, further in contenders(sys.argv[1], on_gpu).items():
+        records = train(folder / name.replace(" ", ""), [*settings, *further], steps)
         last = statistics.mean(r["language_model_loss"] for r in records[-100:])
         lines = (folder / name.replace(" ", "") / "metrics.jsonl").read_text().splitlines()
         evaluations = [r["language_model_loss"] for r in map(json.loads, lines) if r["phase"] == "validation"]
