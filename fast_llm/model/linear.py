@@ -53,7 +53,8 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.fast_llm.product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+        out: Tensor = torch.ops.fast_llm.product(x.flatten(0, -2), weight.t())
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
