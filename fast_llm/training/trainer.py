@@ -265,6 +265,10 @@ class Trainer:
         with self.weights.masters(changed=True) as tensors:
             self.read(tensors)
         self.weights.publish()
+        if self.run.is_main and self.run.folder is not None:
+            # A start that has nothing to save would leave what a kill left.
+            checkpoints.clean(self.run.folder / "checkpoint")
+            checkpoints.clean(self.run.folder / "export" / self.config.training.export.format)
         self.mesh.wait()
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:

@@ -279,6 +279,11 @@ def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: p
     assert (tmp_path / "run" / "export" / "llama" / "4" / "config.json").exists()
     assert 4 in losses(tmp_path / "run", "validation")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    # A kill while the last checkpoint but one was deleted, and one in an export.
+    left = [tmp_path / "run" / name for name in ("checkpoint/.2.deleted-0123abcd", "export/llama/.4.partial-0123abcd")]
+    for folder_ in left:
+        folder_.mkdir()
     assert run(arguments(tmp_path, "run", 4)) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert not any(folder_.exists() for folder_ in left)
     assert "Training is complete" in capsys.readouterr().out
