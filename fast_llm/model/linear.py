@@ -8,7 +8,6 @@ PyTorch makes the gradient by a weight in the weight's dtype, and then someone r
 weight for each micro-batch, and a rounding. `linear` adds within the product, in fp32 (as Megatron-LM's fused gradient accumulation).
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,16 +36,17 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def widened(x: Tensor) -> bool:
     """Whether products of such tensors are made in fp32, since this processor has none of their dtype."""
-    return x.device.type == "cpu" and x.dtype != torch.float32 and not _has_products(x.dtype)
+    return x.device.type == "cpu" and x.dtype in _WIDENED
 
 
-@cache
-def _has_products(dtype: torch.dtype) -> bool:
-    support = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype not in support or support[dtype]()
+def _without_products() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return torch.bfloat16, torch.float16
+    has = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return tuple(dtype for dtype, there in zip((torch.bfloat16, torch.float16), has, strict=True) if not there)
+
+
+_WIDENED = _without_products()  # a plain tuple: the compiler of models would look into a function
 
 
 class _Widened(torch.autograd.Function):

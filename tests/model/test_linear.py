@@ -18,7 +18,7 @@ SHORT = [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)]
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One without instructions for 16 bits, or with them, or so taken."""
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "_has_products", lambda dtype: request.param == "as it is")
+    monkeypatch.setattr(linear, "_WIDENED", () if request.param == "as it is" else (torch.bfloat16, torch.float16))
     return str(request.param)
 
 
@@ -35,7 +35,7 @@ SIZES = [(3, 1500, 7), (5, 1024, 1024), (64, 33, 2049), (1, 1, 1), (1025, 65, 2)
 def test_product(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, sizes: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr(linear, "_has_products", lambda _: False)
+    monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     left, right = torch.randn(sizes[0], sizes[1]).to(dtype), torch.randn(sizes[1], sizes[2]).to(dtype)
     wanted = left.double() @ right.double()
@@ -103,7 +103,7 @@ def test_head(processor: str, implementation: str) -> None:
 
 
 def test_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_has_products", lambda _: False)
+    monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     layer, x = Linear(16, 2050, bias=False, dtype=torch.bfloat16), torch.randn(4, 16, dtype=torch.bfloat16)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))

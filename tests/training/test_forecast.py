@@ -18,6 +18,7 @@ from fast_llm import cli
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
+from fast_llm.model.linear import widened
 from fast_llm.training.footprint import Layout, Memory, Shape, needed
 from fast_llm.training.forecast import DEVICES, best, forecast, settle
 from fast_llm.training.trainer import Trainer
@@ -61,6 +62,9 @@ LLAMA = [
 ]
 FP32, BF16 = "model.distributed.training_dtype=fp32", "model.distributed.training_dtype=bf16"
 LEVEL = "model.base_model.transformer.mlp_recompute_level"
+# Without instructions for bf16 products hold some rows of their factors in fp32 (model/linear.py), and attention all of its own: megabytes,
+# which are nothing to a model and a twentieth of the ones here. docs/planning.md says that they are not counted.
+HAS_BF16 = not widened(torch.empty(0, dtype=torch.bfloat16))
 
 
 def config(settings: list[str]) -> TrainConfig:
@@ -125,6 +129,9 @@ def test_memory_of_one_process() -> None:
     """Every tensor is known: what is left are scalars."""
     (found,) = spawn(1, all_alone)
     for settings, peak in zip(ALONE, found, strict=True):
+        if BF16 in settings and not HAS_BF16:
+            assert 0.9 * peak < peaks(settings, 1)[0] < peak, settings
+            continue
         assert peaks(settings, 1)[0] == pytest.approx(peak, rel=0.002), settings
 
 
@@ -143,6 +150,8 @@ def test_memory_of_one_process() -> None:
 )
 def test_memory_of_two_processes(settings: list[str], bound: float) -> None:
     expected = peaks(settings, 2)
+    if BF16 in settings and not HAS_BF16:
+        bound = 0.1
     for rank, found in enumerate(spawn(2, measured, MODEL + settings)):
         assert expected[rank % len(expected)] == pytest.approx(found, rel=bound), rank
 
