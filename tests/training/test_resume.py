@@ -14,6 +14,7 @@ import yaml
 from fast_llm.checkpoint import folder
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.errors import ConfigError
+from fast_llm.model.linear import widened
 from fast_llm.model.llama import Llama
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training import build
@@ -101,7 +102,9 @@ def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
     # One weight in 65,536 lies half-way between two of bf16 and is rounded the other way; from then on losses differ by less
     # than bf16's rounding, 2^-9.
     whole, plain = losses(tmp_path / "whole"), losses(tmp_path / "plain")
-    assert [whole[step] for step in (1, 2)] == [plain[step] for step in (1, 2)]
+    # Where the processor has no products in bf16, those that add to a sum are not rounded on the way, and step 2 differs already.
+    for step in (1,) if widened(torch.empty(0, dtype=torch.bfloat16)) else (1, 2):
+        assert whole[step] == plain[step]
     assert whole == pytest.approx(plain, rel=1e-3)
 
 
