@@ -3,6 +3,7 @@
 import errno
 import faulthandler
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -242,7 +243,8 @@ def stacks_while_saving(arguments_: list[str]) -> tuple[str, str]:
 
     disturb(before_writing, lambda trainer, step: Timer(0.5, look).start() if step == 6 else None)
     run(arguments_)
-    (thread,) = [part for part in found.split("\n\n") if "in _run" in part]
+    saver = re.compile(r"/saving\.py.* in _run$", re.M)
+    (thread,) = [part for part in found.split("\n\n") if saver.search(part)]
     return found, thread
 
 
