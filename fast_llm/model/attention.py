@@ -2,7 +2,7 @@
 
 Several documents share a sequence; none sees another. No mask is built, so the work is Σ length², not S²:
 
-a GPU in 16 bits    PyTorch's variable-length kernel (FlashAttention) takes the boundaries
+a GPU in 16 bits    cuDNN (model/cudnn.py) or PyTorch's variable-length kernel (FlashAttention) takes the boundaries
 a CPU               ours does (model/native.cpp), in fp32 and bf16
 elsewhere           each document goes through scaled_dot_product_attention by itself; documents of one length that
                     lie side by side go together
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from fast_llm.model import native
+from fast_llm.model import cudnn, native
 from fast_llm.model.linear import widened
 
 # Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
@@ -260,6 +260,9 @@ _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _KNOWN else {"wi
 def _variable_length(
     q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int, longest_key: int
 ) -> Tensor:
+    if cudnn.usable(q):
+        other_ends = None if key_ends is query_ends else key_ends
+        return cudnn.attention(q, k, v, query_ends, other_ends, longest_query, longest_key)
     how = dict(_CAUSAL)
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in _KNOWN:

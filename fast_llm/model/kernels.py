@@ -1,4 +1,4 @@
-"""Kernels in Triton, for what PyTorch does in several passes over memory.
+"""Kernels in Triton, for what PyTorch and its compiler do in several passes over memory, or slowly.
 
 Triton comes with PyTorch for NVIDIA GPUs; without it nothing here is used. On the CPU the kernels run in
 Triton's interpreter (TRITON_INTERPRET=1), for tests.
@@ -159,6 +159,52 @@ if AVAILABLE:
                 tl.store(exp_avg_sq + place, code.to(tl.uint8), mask=inside)
                 tl.store(tops_sq + row, top.to(tl.int16), mask=row * BLOCK < count)
 
+    @triton.jit
+    def _rms_norm_back(  # type: ignore[no-untyped-def]
+        by_x, parts, grad, beside, x, weight, inverse, rows, width,
+        added: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Every so many rows, ROWS at a time; what they give to the weight is summed on the way."""
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
+        by_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        here = (row < rows)[:, None] & inside[None, :]
+        next_x = tl.load(x + place, mask=here, other=0)
+        next_grad = tl.load(grad + place, mask=here, other=0)
+        step = tl.num_programs(0) * ROWS
+        for _ in range(tl.program_id(0) * ROWS, rows, step):
+            # The rows to come are asked for before these are worked on: else memory would wait for the sums.
+            mine, here_too = place, here
+            normed, along = next_x.to(tl.float32), next_grad.to(tl.float32)
+            scale = tl.load(inverse + row, mask=row < rows, other=0)[:, None]
+            if added:
+                other = tl.load(beside + mine, mask=here_too, other=0)
+            row += step
+            place = row.to(tl.int64)[:, None] * width + column[None, :]
+            here = (row < rows)[:, None] & inside[None, :]
+            next_x = tl.load(x + place, mask=here, other=0)
+            next_grad = tl.load(grad + place, mask=here, other=0)
+            normed *= scale
+            by_weight += along * normed
+            along *= w
+            # The part of the gradient along x changes nothing but the length, which is divided out.
+            share = tl.sum(along * normed, 1)[:, None] / width
+            made = (along - normed * share) * scale
+            if added:
+                made += other.to(tl.float32)
+            tl.store(by_x + mine, made.to(by_x.dtype.element_ty), mask=here_too)
+        tl.store(parts + tl.program_id(0) * width + column, tl.sum(by_weight, 0), mask=inside)
+
+    @triton.jit
+    def _add(total, addend, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < count
+        added = tl.load(total + place, mask=inside) + tl.load(addend + place, mask=inside).to(tl.float32)
+        tl.store(total + place, added, mask=inside)
+
 
 def softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
@@ -215,3 +261,35 @@ def adamw_(
         low is not None, 8 * exp_avg.dtype.itemsize, GOLDEN, *MIX, DROPPED, LEVELS[torch.int8], LEVELS[torch.uint8],
         ROWS=rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+def rms_norm_back(
+    grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x, with what came `beside` it added, and by the weight [E] of x · inverse · weight, where inverse, fp32 [T], is
+    that of the rows' root mean squares.
+
+    grad, beside and x [T, E], contiguous. Computed in fp32.
+    """
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    together = max(1, 2048 // block)
+    programs = min(triton.cdiv(rows, together), _programs(x.device))
+    by_x = torch.empty_like(x)
+    parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    _rms_norm_back[(programs,)](
+        by_x, parts, grad, grad if beside is None else beside, x, weight, inverse, rows, width,
+        beside is not None, ROWS=together, BLOCK=block, num_warps=min(16, max(4, block * together // 512)),
+    )  # fmt: skip
+    return by_x, parts.sum(0).to(weight.dtype)
+
+
+def _programs(device: torch.device) -> int:
+    """As many as run at once; few, since each leaves a row to be summed."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def add_(total: Tensor, addend: Tensor) -> None:
+    """Add to fp32 numbers in place, both contiguous. (PyTorch's addition of two dtypes runs at half the rate of memory.)"""
+    block = 4096
+    _add[(triton.cdiv(total.numel(), block),)](total, addend, total.numel(), BLOCK=block, num_warps=8)

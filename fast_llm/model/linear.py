@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fast_llm.model import kernels
+
 ROWS = 1024  # of a sum that are added at a time, or of a factor that are widened, by way of the cache
 
 
@@ -136,7 +138,10 @@ torch.library.define("fast_llm::add", "(Tensor(a!) total, Tensor gradient) -> ()
 
 @torch.library.impl("fast_llm::add", ("cpu", "cuda"))
 def _add_gradient(total: Tensor, gradient: Tensor) -> None:
-    total += gradient
+    if kernels.AVAILABLE and total.is_cuda and gradient.is_contiguous():
+        kernels.add_(total, gradient)
+    else:
+        total += gradient
 
 
 @torch.library.register_fake("fast_llm::add")

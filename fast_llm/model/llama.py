@@ -24,7 +24,7 @@ from fast_llm.model.attention import Documents, Stretches, attention
 from fast_llm.model.embedding import embed
 from fast_llm.model.linear import Linear
 from fast_llm.model.loss import cross_entropy
-from fast_llm.model.norm import rms_norm
+from fast_llm.model.norm import rms_norm_beside
 from fast_llm.model.rope import Angles, rotary, rotate
 from fast_llm.model.swiglu import swiglu
 
@@ -121,12 +121,13 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, angles: Angles, documents: Documents | Stretches | None) -> Tensor:
         """The residual stream [B, S, E] after this block."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), angles, documents)
-        return hidden + self.feed_forward(hidden)
+        normed, hidden = self.input_layernorm.beside(hidden)
+        return self.feed_forward(hidden + self.self_attn(normed, angles, documents))
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The MLP of the normalised residual stream."""
-        out: Tensor = self.mlp(self.post_attention_layernorm(hidden))
+        """The residual stream after the MLP."""
+        normed, hidden = self.post_attention_layernorm.beside(hidden)
+        out: Tensor = hidden + self.mlp(normed)
         return out
 
 
@@ -181,7 +182,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., E]."""
-        return rms_norm(x, self.weight, self.epsilon)
+        return self.beside(x)[0]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and x: for a residual stream, whose two gradients are then added where they are made."""
+        return rms_norm_beside(x, self.weight, self.epsilon)
 
 
 @torch.no_grad()

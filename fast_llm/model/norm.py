@@ -1,8 +1,9 @@
 """RMSNorm: x / √(mean x² + ε) · weight (Zhang & Sennrich 2019), all of it in fp32 but the result.
 
-GPUs have PyTorch's fused kernel. On the CPU PyTorch runs it as a dozen operations that keep three fp32 copies
-of x for the backward pass; here nothing but x and one number a token is kept. model/native.cpp has it in one pass; where that
-can not be built it is a few of PyTorch's operations.
+On a GPU the forward pass is PyTorch's, or what its compiler makes of it; the backward pass is a Triton kernel where
+there is Triton (model/kernels.py), since the compiler's takes more than twice the time that memory asks for. On the CPU
+PyTorch runs it as a dozen operations that keep three fp32 copies of x for the backward pass; here nothing but x and one
+number a token is kept. model/native.cpp has it in one pass; where that can not be built it is a few of PyTorch's operations.
 Letters: T tokens, E hidden size.
 """
 
@@ -13,16 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast_llm.model import native
+from fast_llm.model import kernels, native
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[..., E] → [..., E], in the dtype of x; weight [E]."""
-    if x.device.type != "cpu":
-        return F.rms_norm(x, weight.shape, weight, epsilon)
-    function = _Native if native.usable(x) and weight.dtype == x.dtype else _RMSNorm
-    normed: Tensor = function.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
-    return normed
+    return rms_norm_beside(x, weight, epsilon)[0]
+
+
+def rms_norm_beside(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The normalised x, and x itself: for a residual stream, whose two gradients are then added where they are made."""
+    normed: Tensor
+    if x.device.type == "cpu":
+        function = _Native if native.usable(x) and weight.dtype == x.dtype else _RMSNorm
+        normed = function.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+        return normed, x
+    if kernels.AVAILABLE and x.is_cuda and weight.dtype == x.dtype:
+        both: tuple[Tensor, Tensor] = _Fused.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+        return both
+    return F.rms_norm(x, weight.shape, weight, epsilon), x
 
 
 class _Native(torch.autograd.Function):
@@ -42,6 +52,48 @@ class _Native(torch.autograd.Function):
         sizes = inverse.numel(), x.shape[-1]
         torch.ops.fast_llm.rms_norm_back(by_x, by_weight, grad.contiguous(), x, weight, inverse, *sizes)
         return by_x, by_weight, None
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        normed, inverse = torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, epsilon)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.set_materialize_grads(False)
+        return normed, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        if grad is None:
+            return beside, None, None
+        by_x, by_weight = torch.ops.fast_llm.rms_norm_gradients(grad, beside, x, weight, inverse)
+        return by_x, by_weight, None
+
+
+# An operation, so that the compiler leaves it alone.
+torch.library.define(
+    "fast_llm::rms_norm_gradients",
+    "(Tensor grad, Tensor? beside, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("fast_llm::rms_norm_gradients", ("cpu", "cuda"))
+def _gradients(
+    grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().flatten(0, -2)
+
+    along = None if beside is None else rows(beside)
+    by_x, by_weight = kernels.rms_norm_back(rows(grad), along, rows(x), weight, inverse.flatten())
+    return by_x.view(x.shape), by_weight
+
+
+@torch.library.register_fake("fast_llm::rms_norm_gradients")
+def _(grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -33,6 +33,7 @@ _PRODUCTS = {
     _aten.linear.default,
     _aten._scaled_mm.default,
     torch.ops.fast_llm.attention.default,
+    torch.ops.fast_llm.ragged_attention.default,
     torch.ops.fast_llm.product.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,

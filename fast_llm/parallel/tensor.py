@@ -26,7 +26,7 @@ from fast_llm.model.embedding import embed
 from fast_llm.model.linear import project
 from fast_llm.model.llama import MLP, Embedding, Llama, RMSNorm, SelfAttention
 from fast_llm.model.loss import VocabularyPart, cross_entropy
-from fast_llm.model.norm import rms_norm
+from fast_llm.model.norm import rms_norm_beside
 from fast_llm.parallel.mesh import Axis
 
 ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -56,7 +56,7 @@ def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
         if isinstance(module, SelfAttention | MLP):
             module.forward = _gathered(module.forward, gather)  # type: ignore[method-assign]
         elif isinstance(module, RMSNorm):
-            module.forward = MethodType(norm, module)  # type: ignore[method-assign]
+            module.beside = MethodType(norm, module)  # type: ignore[method-assign]
         elif isinstance(module, Embedding):
             module.forward = partial(_embedding, module, axis, scatter)  # type: ignore[method-assign]
         elif kind in COLUMNS and isinstance(module, nn.Linear):
@@ -106,8 +106,8 @@ def _summed(module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Ten
     return out if module.bias is None else out + _local(module.bias, shared=sequence)  # once, not once a process
 
 
-def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> Tensor:
-    return rms_norm(x, _local(module.weight, shared=sequence), module.epsilon)
+def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> tuple[Tensor, Tensor]:
+    return rms_norm_beside(x, _local(module.weight, shared=sequence), module.epsilon)
 
 
 def _embedding(module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

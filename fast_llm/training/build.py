@@ -20,7 +20,7 @@ from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped
-from fast_llm.model import kernels, native
+from fast_llm.model import cudnn, kernels, native
 from fast_llm.model.fp8 import apply_fp8
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
@@ -153,6 +153,8 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
                 f"Training on the CPU without our own kernels, about half as fast: they could not be built ({problem});"
                 " install a C++ compiler (g++ or clang++ with OpenMP), or name one in the environment variable CXX."
             )
+        if mesh.device.type == "cuda" and _parts_documents(config) and (problem := cudnn.load(mesh.device)):
+            logger.info(f"Attention within documents goes through PyTorch's kernel, not cuDNN: {problem}.")
         models, weights = build_model(config, mesh)
         pipeline = build_pipeline(config, plan.batch, models, mesh)
         optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))
@@ -179,6 +181,13 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
         run.close()
     mesh.close()
     return code
+
+
+def _parts_documents(config: TrainConfig) -> bool:
+    """Whether attention has to know where documents begin and end, or a process has a part of a sequence only."""
+    packed = not config.batch.cross_document_attention and config.data.format != "random"
+    parted = packed or config.model.distributed.sequence_data_parallel > 1
+    return parted and config.model.base_model.transformer.use_flash_attention
 
 
 def decide(plan: Plan, mesh: Mesh, memory: float) -> Plan:

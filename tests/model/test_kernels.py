@@ -92,7 +92,53 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("check", [CHECK, ADAMW], ids=["softmax_cross_entropy", "adamw"])
+RMS_NORM = """
+import torch
+from fast_llm.model import kernels
+from fast_llm.model.norm import _Fused
+# The rounding of sums over a row, and over the rows for the weight; 16 bits: each result is rounded once, by at most 2^-8 and 2^-11.
+for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+    for rows, width in ((1, 5), (40, 33), (7, 576), (3, 4096), (5, 5000)):
+        x, grad, other = ((3 * torch.randn(rows, width)).to(dtype) for _ in range(3))
+        x[0] = 0  # its length is the root of epsilon
+        weight = (1 + 0.3 * torch.randn(width)).to(dtype)
+        exact = [t.double().requires_grad_() for t in (x, weight)]
+        inverse = (exact[0].square().mean(-1) + 1e-5).rsqrt()
+        normed = exact[0] * inverse[:, None] * exact[1]
+        for beside in (None, other):
+            given = (grad,) if beside is None else (grad, beside)
+            wanted = torch.autograd.grad((normed, exact[0] * 1)[: len(given)], exact, [g.double() for g in given], retain_graph=True)
+            for found in (
+                kernels.rms_norm_back(grad, beside, x.detach(), weight.detach(), inverse.float().detach()),
+                torch.autograd.grad(
+                    _Fused.apply(x.requires_grad_().view(1, rows, width), weight.requires_grad_(), 1e-5)[: len(given)],
+                    (x, weight), [g.view(1, rows, width) for g in given],
+                ),
+            ):
+                for one, two in zip(found, wanted):
+                    assert one.dtype == dtype and one.shape == two.shape
+                    assert (one.double() - two).norm() <= bound * two.norm(), (dtype, rows, width, beside is None)
+x = torch.randn(3, 8, requires_grad=True)
+assert torch.equal(torch.autograd.grad(_Fused.apply(x, torch.ones(8), 1e-5)[1].sum(), x)[0], torch.ones(3, 8))
+print("equal")
+"""
+
+ADD = """
+import torch
+from fast_llm.model.kernels import add_
+for shape in ((1,), (3, 4096), (41, 333)):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        total, addend = torch.randn(shape), torch.randn(shape).to(dtype)
+        expected = total + addend.float()
+        add_(total, addend)
+        assert torch.equal(total, expected), (shape, dtype)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "check", [CHECK, ADAMW, RMS_NORM, ADD], ids=["softmax_cross_entropy", "adamw", "rms_norm", "add"]
+)
 def test_in_the_interpreter(check: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", check],
