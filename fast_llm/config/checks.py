@@ -24,7 +24,6 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
     yield from _processes(config, processes)
     yield from _shard_size(config, processes)
     yield from _pipeline(config, processes)
-    yield from _cuda_graphs(config, processes)
     for law in (
         _micro_sequence,
         _tensor_parallel,
@@ -400,21 +399,6 @@ def _compilation(config: TrainConfig) -> Breaches:
         yield (
             ("model.base_model.cross_entropy_impl", "run.enable_triton_kernels"),
             "given triton, but run.enable_triton_kernels: no forbids it",
-        )
-
-
-def _cuda_graphs(config: TrainConfig, processes: int) -> Breaches:
-    """A recording has one shape, and nothing that several processes agree on while it runs."""
-    name = "model.multi_stage.cuda_graphs"
-    if not config.model.multi_stage.cuda_graphs:
-        return
-    if processes > 1:
-        yield (name,), f"given yes, which is for one process, not {processes}; leave it out"
-    if not config.batch.cross_document_attention and config.data.format != "random":
-        yield (
-            (name, "batch.cross_document_attention"),
-            "given yes, which needs whole sequences: documents are other ones in each micro-batch. Leave it out, or set"
-            " batch.cross_document_attention: yes",
         )
 
 

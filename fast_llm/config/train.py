@@ -572,9 +572,6 @@ class MultiStageConfig(Section):
     first and the last have fewer where it does not divide, for the embedding and the head."""
     compile_all: bool = False
     """Compile each block with torch.compile."""
-    cuda_graphs: bool = False
-    """Record the kernels of a micro-batch once and then start all of them together: for models so small that a GPU waits for
-    the next kernel to be started. For one process and whole sequences. Without effect on the CPU."""
 
 
 class DistributedConfig(Section):

@@ -41,13 +41,11 @@ class SingleWeights:
                 for name, p in self.working.items()
             }
         self.gradients: dict[str, Tensor] = {}
-        self._fresh = dict.fromkeys(self.working, True)  # whose gradient is the last step's; empty: nobody's is
-        self._sums: list[Tensor] = []  # gradients that are zero before the first micro-batch
-        self._products: set[str] = set()  # names of weights whose gradient is summed by the product that makes it
+        self._fresh = dict.fromkeys(self.working, True)
+        self._fused: list[Tensor] = []
         if self.mixed:
-            if lean:
-                self._fuse(model)
-            for name in self.working.keys() - self._products:
+            fused = self._fuse(model) if lean else set()
+            for name in self.working.keys() - fused:
                 self.working[name].register_post_accumulate_grad_hook(self._accumulate(name))
 
     @contextmanager
@@ -82,27 +80,12 @@ class SingleWeights:
     def before_micro_batch(self, first: bool, last: bool) -> None:
         """Get ready for a forward and a backward pass."""
         if first:
-            if self._sums:
-                torch._foreach_zero_(self._sums)
-            if not self._fresh:
-                return
+            if self._fused:
+                torch._foreach_zero_(self._fused)
             self._fresh = dict.fromkeys(self.working, True)
             if not self.mixed:
                 for parameter in self.working.values():
                     parameter.grad = None
-
-    def always_add(self) -> None:
-        """From now on let every micro-batch do the same: add to gradients that are there, and are zero before the first."""
-        for name, parameter in self.working.items():
-            if name in self._products:
-                continue
-            if not self.mixed and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradient = self.local_gradients()[name]
-            if self.mixed and self._fresh[name]:
-                gradient.zero_()
-            self._sums.append(gradient)
-        self._fresh = {}
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -110,8 +93,9 @@ class SingleWeights:
         if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
 
-    def _fuse(self, model: nn.Module) -> None:
-        """Let the blocks' matrix products add to the fp32 gradients themselves."""
+    def _fuse(self, model: nn.Module) -> set[str]:
+        """Let the blocks' matrix products add to the fp32 gradients themselves; the names of their weights."""
+        names: set[str] = set()
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and module.bias is None and ".layers." in name:
                 total = torch.zeros_like(module.weight, dtype=torch.float32)
@@ -120,20 +104,20 @@ class SingleWeights:
                     module.__class__ = _Adding
                 module.register_buffer("total", total, persistent=False)
                 self.gradients[f"{name}.weight"] = total
-                self._sums.append(total)
-                self._products.add(f"{name}.weight")
+                self._fused.append(total)
+                names.add(f"{name}.weight")
+        return names
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def accumulate(parameter: Tensor) -> None:
             assert parameter.grad is not None
             if name not in self.gradients:
                 self.gradients[name] = parameter.grad.float()
-            elif self._fresh.get(name):
+            elif self._fresh[name]:
                 self.gradients[name].copy_(parameter.grad)
             else:
                 self.gradients[name].add_(parameter.grad)
-            if self._fresh:
-                self._fresh[name] = False
+            self._fresh[name] = False
             parameter.grad = None
 
         return accumulate

@@ -160,10 +160,7 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
         optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))
         loss_scale = LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype)
         spikes = Spikes(config.training.spikes)
-        record = config.model.multi_stage.cuda_graphs and mesh.device.type == "cuda"
-        step = Step(
-            models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark, spikes, record
-        )
+        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark, spikes)
         trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
@@ -243,8 +240,6 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWei
     dtype = DTYPES[settings.distributed.training_dtype]
     if not config.run.torch_dynamo_enable:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if not config.run.enable_triton_kernels:
-        kernels.AVAILABLE = False
     sizes = stage_sizes(config)
     models = []
     for stage in own_stages(settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)):

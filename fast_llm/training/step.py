@@ -22,7 +22,6 @@ from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.pipeline import TIED, Pipeline
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.training.recording import Recording
 from fast_llm.training.spikes import Spikes
 
 # Gradients of a larger norm count as not finite: fp32 does not hold their squares, and an infinite average of squares would
@@ -58,9 +57,8 @@ class Step:
         pipeline: Pipeline | None = None,
         mark: Callable[[str], None] = lambda phase: None,
         spikes: Spikes | None = None,
-        record: bool = False,
     ):
-        """`mark`: is told what comes next; `record`: start the kernels of a micro-batch as one CUDA graph."""
+        """`mark`: is told what comes next."""
         self.model = model
         self.weights = weights
         self.optimizer = optimizer
@@ -70,9 +68,6 @@ class Step:
         self.spikes = spikes or Spikes(SpikesConfig())
         self.pipeline = pipeline
         self.mark = mark
-        self.micro_batch: Callable[[Batch, float], Tensor] = self.run_micro_batch
-        if record and isinstance(weights, SingleWeights):
-            self.micro_batch = Recording(self.run_micro_batch, weights)
         self.holders = weights.holders()
         if pipeline is not None and pipeline.twin is not None:
             self.holders[TIED] *= 2
@@ -134,16 +129,13 @@ class Step:
         for number, batch in enumerate(batches):
             self.mark("forward and backward")
             self.weights.before_micro_batch(first=number == 0, last=number == len(batches) - 1)
-            loss_sum += self.micro_batch(batch.to(self.mesh.device), seed)
+            batch = batch.to(self.mesh.device)
+            loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
+            (loss * seed).backward()
+            loss_sum += loss.detach()
             if number == 0:
                 self.first_loss = loss_sum.clone()
         return loss_sum
-
-    def run_micro_batch(self, batch: Batch, seed: float | Tensor) -> Tensor:
-        """The summed loss; the gradients of `seed` times it are added to what is there."""
-        loss: Tensor = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
-        (loss * seed).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> Tensor:

@@ -235,11 +235,6 @@ BROKEN: list[tuple[list[str], str]] = [
         "model.multi_stage.compile_all: given yes, but run.torch_dynamo_enable: no forbids it",
     ),
     (
-        [*FILES, "model.multi_stage.cuda_graphs=yes"],
-        "model.multi_stage.cuda_graphs: given yes, which needs whole sequences: documents are other ones in each micro-batch."
-        " Leave it out, or set batch.cross_document_attention: yes",
-    ),
-    (
         [*GOOD, "model.base_model.cross_entropy_impl=triton", "run.enable_triton_kernels=no"],
         "model.base_model.cross_entropy_impl: given triton, but run.enable_triton_kernels: no forbids it",
     ),
@@ -347,11 +342,6 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
         [*SHAPE, f"{AXES}.tensor_parallel=2", "model.multi_stage.shard_size=2"],
         6,
         "model.multi_stage.shard_size: given 2, must divide the 3 processes that share training state: 1, 3",
-    ),
-    (
-        [*GOOD, "batch.batch_size=2", "model.multi_stage.cuda_graphs=yes"],
-        2,
-        "model.multi_stage.cuda_graphs: given yes, which is for one process, not 2; leave it out",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", *FP8],
