@@ -181,7 +181,7 @@ def test_a_profile_changes_nothing_and_says_where_time_goes(tmp_path: Path, dtyp
 
 def test_one_of_two_processes(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
-    how = ("training.checkpoint.interval=4", "model.multi_stage.zero_stage=3")
+    how = ("training.checkpoint.interval=4", "training.double_check.interval=4", "model.multi_stage.zero_stage=3")
     profiling = ("training.profiling.interval=4", "training.profiling.ranks=[1]")
     every = [arguments(tmp_path, "plain", *how), arguments(tmp_path, "profiled", *how, *profiling)]
     assert spawn(2, run_all, every) == [[0, 0]] * 2
