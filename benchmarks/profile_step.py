@@ -1,59 +1,35 @@
-"""Where the time of a step goes: a trace of torch.profiler as a table of floor, measured and gap, part by part.
+"""Where the time of a step goes, and what it must take: a trace of torch.profiler as a table of floor, measured and gap, part by part.
 
-    python benchmarks/profile_step.py [--trace file.json] [--length 512] [--steps 3] [--rate FLOP/s] [--copy bytes/s]
+    PYTHONPATH=. python benchmarks/profile_step.py [--trace FILE] [--length 512] [--steps 3] [--rate FLOP/s] [--copy bytes/s]
 
-Without `--trace` it profiles the bf16 step of benchmarks/step_cpu.py on this machine. With one it reads what `profile(record_shapes=True)`
-wrote with `export_chrome_trace`, of the CPU or of a GPU, whose kernels are counted then and not the operations that start them.
+Without `--trace` it profiles the bf16 step of benchmarks/step_cpu.py on this machine. With one it reads what `training.profiling` or
+`export_chrome_trace` wrote, of the CPU or of a GPU, whose kernels are counted then and not the operations that start them. Parts are
+those of fast_llm/training/profile.py.
 `--rate` and `--copy`: what the device does of 2,048³ bf16 products, and of copying; measured here if they are not given.
 
 floor      products at the rate, those of attention (the causal half, two forward and five backward) as well; of other parts every tensor
            read or written once at the speed of copying; none where a trace has no shapes
 gap        what is measured beyond the floor, in percent of the step
-rest       time in which no operation ran: Python, and a GPU that waits
+idle       time in which no operation ran: Python, and a GPU that waits
 """
 
 import argparse
+import gzip
 import json
 import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# The first part of which a word occurs in the name of an operation or kernel.
-PARTS = (
-    ("attention", ("attention", "flash", "fmha", "sdpa", "cudnn_generated")),
-    ("cross entropy", ("cross_entropy", "log_softmax", "nll_loss")),
-    ("optimizer", ("adam", "foreach", "linalg_vector_norm", "multi_tensor", "lpnorm")),
-    ("norms and elementwise", ("rms_norm", "rotate", "swiglu", "silu")),
-    ("products", ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "nvjet", "cutlass", "xmma")),
-    ("data", ("DataLoader", "Memcpy HtoD")),
-)
-OTHER = "copies, sums and the like"
+from fast_llm.training.profile import OTHER, break_down, part
+
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4}
-
-
-def part(name: str) -> str:
-    """Which part of a step an operation or kernel belongs to."""
-    return next((title for title, words in PARTS if any(word.lower() in name.lower() for word in words)), OTHER)
-
-
-def own_times(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
-    """Each event of one thread with the microseconds that no event within it has."""
-    open_events: list[tuple[dict[str, Any], list[float]]] = []
-    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
-        while open_events and event["ts"] >= open_events[-1][0]["ts"] + open_events[-1][0]["dur"] - 1e-3:
-            done, own = open_events.pop()
-            yield done, own[0]
-        if open_events:
-            open_events[-1][1][0] -= event["dur"]
-        open_events.append((event, [event["dur"]]))
-    for done, own in reversed(open_events):
-        yield done, own[0]
+# Of everything else what reads or writes tensors; the rest hands them on.
+COPYING = ("aten::copy_", "aten::fill_", "aten::sum")
 
 
 def floor(event: dict[str, Any], rate: float, copy: float) -> float:
@@ -62,7 +38,9 @@ def floor(event: dict[str, Any], rate: float, copy: float) -> float:
     shapes = [shape for shape in arguments.get("Input Dims", []) if shape and all(isinstance(n, int) for n in shape)]
     kinds = [kind for kind in arguments.get("Input type", []) if kind in BYTES]
     name, title = event["name"], part(event["name"])
-    if title == "products" and len(shapes) >= 2:
+    if title == "products":
+        if not name.startswith(("aten::mm", "aten::addmm", "aten::bmm")) or len(shapes) < 2:  # what calls these
+            return 0.0
         left, right = shapes[-2:] if "addmm" in name else shapes[:2]
         return 2 * math.prod(left) * right[-1] / rate * 1e6
     if title == "attention" and name.startswith("fast_llm::attention"):
@@ -81,39 +59,21 @@ def floor(event: dict[str, Any], rate: float, copy: float) -> float:
 
 def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
     """The table, in Markdown: milliseconds of one step."""
-    events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and "dur" in e]
-    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    operations = [e for e in events if e.get("cat") == "cpu_op"]
-    counted = kernels or operations
-    measured: dict[str, float] = defaultdict(float)
+    found = break_down(trace)
     floors: dict[str, float] = defaultdict(float)
-    calls: dict[str, int] = defaultdict(int)
-    streams: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for event in counted:
-        streams[event["tid"]].append(event)
-    for stream in streams.values():
-        for event, own in own_times(stream):
-            measured[part(event["name"])] += own
-            calls[part(event["name"])] += 1
-    for event in operations:
-        if event["name"].startswith(("aten::", "fast_llm::")) and part(event["name"]) != OTHER:
-            floors[part(event["name"])] += floor(event, rate, copy)
-    for event in operations:
-        if event["name"] in ("aten::copy_", "aten::add_", "aten::add", "aten::mul", "aten::fill_", "aten::sum"):
-            floors[OTHER] += floor(event, rate, copy)
-    begin, end = min(e["ts"] for e in counted), max(e["ts"] + e["dur"] for e in counted)
-    whole = end - begin
-    measured["rest"] = max(0.0, whole - sum(measured.values()))
+    for event in trace["traceEvents"]:
+        name = event.get("name", "")
+        if event.get("ph") == "X" and event.get("cat") == "cpu_op" and name.startswith(("aten::", "fast_llm::")):
+            title = part(name)
+            floors[title] += floor(event, rate, copy) if title != OTHER or name in COPYING else 0.0
     lines = ["| part | calls | floor ms | measured ms | of the step | gap |", "|---|---|---|---|---|---|"]
-    for title in sorted(measured, key=lambda name: -measured[name]):
-        spent, least = measured[title] / steps / 1e3, floors[title] / steps / 1e3
-        gap = f"{(spent - least) * steps * 1e3 / whole:.1%}"
+    for title, spent in found.parts.items():
+        least, took = floors[title] / steps / 1e3, spent.own / steps / 1e3
+        gap = f"{(spent.once - floors[title]) / found.whole:.1%}"
         shown = f"{least:.1f}" if least else "–"
-        lines.append(
-            f"| {title} | {calls[title] // steps} | {shown} | {spent:.1f} | {measured[title] / whole:.1%} | {gap} |"
-        )
-    total = sum(floors[title] for title in measured) / steps / 1e3
-    lines.append(f"| all | {len(counted) // steps} | {total:.1f} | {whole / steps / 1e3:.1f} | 100.0% | |")
+        lines.append(f"| {title} | {spent.calls // steps} | {shown} | {took:.1f} | {found.share(title):.1%} | {gap} |")
+    total, calls = sum(floors.values()) / steps / 1e3, sum(spent.calls for spent in found.parts.values()) // steps
+    lines.append(f"| all | {calls} | {total:.1f} | {found.whole / steps / 1e3:.1f} | 100.0% | |")
     return "\n".join(lines)
 
 
@@ -153,6 +113,13 @@ def profiled(length: int, steps: int) -> dict[str, Any]:
         return trace
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A trace, as it is or gzipped."""
+    data = path.read_bytes()
+    trace: dict[str, Any] = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+    return trace
+
+
 def main() -> None:
     """Read or make a trace, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,7 +131,7 @@ def main() -> None:
     parser.add_argument("--copy", type=float)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    trace = json.loads(options.trace.read_text()) if options.trace else profiled(options.length, options.steps)
+    trace = read(options.trace) if options.trace else profiled(options.length, options.steps)
     rate, copy = (options.rate, options.copy) if options.rate and options.copy else rates()
     print(f"Products {rate / 1e9:.0f} GFLOP/s, copying {copy / 1e9:.0f} GB/s\n")
     print(table(trace, options.steps, rate, copy))

@@ -188,7 +188,7 @@ def test_all_mistakes_of_file_and_settings(tmp_path: Path, capsys: pytest.Captur
         f"  {path}:4: batch.seq_len: no such setting; did you mean batch.sequence_length? (allowed: micro_batch_size,"
         " batch_size, depth_first_micro_batches, breadth_first_micro_batches, sequential_micro_batches, sequence_length,"
         " micro_sequence_length, cross_document_attention)",
-        f"  {path}:6: profiling.cuda: not offered: run a few steps under torch.profiler instead, or nsys on a GPU",
+        f"  {path}:6: profiling.cuda: not offered: set training.profiling.interval: the CPU is profiled, and the GPU if there is one",
         "  override optimizer.beta_1=2: optimizer.beta_1: given 2, must be a number from 0 to below 1",
     ]
 

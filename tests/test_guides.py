@@ -31,6 +31,7 @@ GUIDES = [
     "docs/quick-start.md",
     "docs/launching.md",
     "docs/planning.md",
+    "docs/performance.md",
 ]
 SMALLER = (
     "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
@@ -40,6 +41,7 @@ SMALLER = (
 PARTS = {
     "mix.yaml": "data.split=[50,50,0]",
     "watch.yaml": "data.format=random",
+    "profile.yaml": "data.format=random",
 }
 NOT_RUN = ("git lfs install", "make demo", "make test")
 

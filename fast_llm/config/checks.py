@@ -23,6 +23,7 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
     yield from _batch(config, processes)
     yield from _processes(config, processes)
     yield from _shard_size(config, processes)
+    yield from _profiled_ranks(config, processes)
     yield from _pipeline(config, processes)
     for law in (
         _micro_sequence,
@@ -103,6 +104,15 @@ def _shard_size(config: TrainConfig, processes: int) -> Breaches:
         divisors = [str(divisor) for divisor in range(1, sharing + 1) if sharing % divisor == 0]
         words = f"the {sharing} processes" + (" that share training state" if sharing < processes else "")
         yield ("model.multi_stage.shard_size",), f"given {size}, must divide {words}: {', '.join(divisors)}"
+
+
+def _profiled_ranks(config: TrainConfig, processes: int) -> Breaches:
+    profiling = config.training.profiling
+    if profiling.interval is not None and max(profiling.ranks) >= processes:
+        yield (
+            ("training.profiling.ranks", "training.profiling.interval"),
+            f"given {profiling.ranks}, each must be below the number of processes, which is {processes}",
+        )
 
 
 def _tensor_parallel(config: TrainConfig) -> Breaches:
@@ -306,6 +316,7 @@ def _experiment_dir(config: TrainConfig) -> Breaches:
         ("training.checkpoint.interval", training.checkpoint.interval is not None),
         ("training.export.interval", training.export.interval is not None),
         ("training.shutdown.interval", training.shutdown.interval is not None),
+        ("training.profiling.interval", training.profiling.interval is not None),
         ("training.tensorboard", training.tensorboard),
     ):
         if wanted:

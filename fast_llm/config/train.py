@@ -176,6 +176,15 @@ class DoubleCheckConfig(Interval):
     (rank, host, tensor), and training stops with exit code 1. Costs a forward pass of a micro-batch, with a pipeline of all."""
 
 
+class ProfilingConfig(Interval):
+    """When a step is made under PyTorch's profiler, to see where its time goes: a table of its parts and of the operations that took
+    longest, and a trace for Perfetto, in `<experiment_dir>/profile`. Such a step trains as any other; how long it takes is not told in
+    metrics."""
+
+    ranks: Annotated[list[Count], Field(min_length=1), Words("a list of one or more ranks, each 0 or more")] = [0]
+    """The processes that write one, by their rank."""
+
+
 class SpikesConfig(Section):
     """What is done about a step whose loss or gradient norm stands out from those of the steps before: is above
     m + `threshold` × max(1.4826 × median |y - m|, 0.01 × |m|), where y are the last `window` steps' values and m their median.
@@ -234,6 +243,7 @@ class TrainingConfig(Section):
     shutdown: ShutdownConfig = ShutdownConfig()
     spikes: SpikesConfig = SpikesConfig()
     double_check: DoubleCheckConfig = DoubleCheckConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
     wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None
@@ -814,19 +824,25 @@ REFUSED: dict[str, str] = {
         "the CPU runs ahead of the device by itself; leave it out",
     ),
     **_all("schedule", "debug_schedule debug_send_recv", _DEBUGGING),
-    "schedule.profile_schedule": "run a few steps under torch.profiler instead",
+    "schedule.profile_schedule": "set training.profiling.interval, and look at the traces",
     "schedule.estimate_critical_batch": "was never done; leave it out",
     "schedule.skip_step": "to measure the loss without updates set training.train_iters: 0 and training.validation",
-    "profiling": "run a few steps under torch.profiler instead, or nsys on a GPU",
-    **_all("profiling", "cpu cuda", "run a few steps under torch.profiler instead, or nsys on a GPU"),
+    "profiling": "use training.profiling: every training.profiling.interval steps one is profiled",
     **_all(
         "profiling",
-        "skip wait warmup cycles ranks",
-        "there is no profiler in the loop; choose the steps in torch.profiler.schedule",
+        "cpu cuda",
+        "set training.profiling.interval: the CPU is profiled, and the GPU if there is one",
     ),
+    "profiling.skip": "use training.profiling.offset, the first step that is profiled",
+    **_all(
+        "profiling",
+        "wait warmup cycles",
+        "one step is profiled every training.profiling.interval, counted from training.profiling.offset",
+    ),
+    "profiling.ranks": "use training.profiling.ranks",
     **_all(
         "profiling",
         "averages trace table_width log export",
-        "there is no profiler in the loop; torch.profiler prints tables and writes traces",
+        "set training.profiling.interval: a table and a trace are written to profile/ in run.experiment_dir",
     ),
 }

@@ -43,6 +43,7 @@ class Metrics:
         self.first = self.last_written = first
         self.seconds = self.seconds_at_last = 0.0  # of training, since this start and at the last record
         self.waited_at_last = 0.0
+        self.usual = 0.0  # seconds of a step, on average of the last record's; 0 before it
         self._since = time.perf_counter()
         self._steps: list[StepResult] = []
         self.skipped_in_a_row = 0
@@ -59,6 +60,17 @@ class Metrics:
             yield
         finally:
             self._since = time.perf_counter()
+
+    @contextmanager
+    def as_usual(self) -> Iterator[None]:
+        """The step inside, which something slows down, counts as long as the others since the last record took on average, else as
+        those before it; the first of a start as it is."""
+        with self.not_training():
+            before, began = self.seconds, time.perf_counter()
+            since = len(self._steps)
+            usual = (before - self.seconds_at_last) / since if since else self.usual
+            yield
+            self.seconds = before + (usual or time.perf_counter() - began)
 
     def add(self, step: int, result: StepResult) -> None:
         """Take note of one step."""
@@ -133,6 +145,7 @@ class Metrics:
             **self._memory(),
         }
         self.seconds_at_last, self.waited_at_last, self.last_written = self.seconds, waited, step
+        self.usual = step_time
         self._send(step, "Training", values)
         memory = " | ".join(f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in self._memory_names())
         mfu = f" ({100 * values['mfu']:.1f} % MFU)" if values["mfu"] else ""

@@ -6,6 +6,7 @@
 ├── pretrained/              config.json and tokenizer of the model that was loaded; exports copy them
 ├── runs/<k>/logs/           logs_rank_<r>.txt of the k-th start; stacks_rank_<r>.txt if it hung
 ├── tensorboard/             with `training.tensorboard`
+├── profile/                 with `training.profiling`
 ├── checkpoint/<step>/       training state
 └── export/llama/<step>/     Hugging Face folders
 

@@ -10,7 +10,8 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fast_llm.training.doublecheck import DoubleCheck, impossible
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
+from fast_llm.training.profile import Profile
 from fast_llm.training.run import Run
 from fast_llm.training.saving import Saver
 from fast_llm.training.step import Step, StepResult
@@ -129,7 +131,8 @@ class Trainer:
             self.mark("data", step=self.done + 1)
             for step, batch in enumerate(batches, start=self.done + 1):
                 check = partial(self.check, step) if training.double_check.due(step) else None
-                result = self.train_step(batch, stop=lambda: self.interrupt.signal != 0, check=check)
+                with self.profiled(step) if training.profiling.due(step) else nullcontext():
+                    result = self.train_step(batch, stop=lambda: self.interrupt.signal != 0, check=check)
                 self.done, self.samples = step, self.samples + self.plan.batch.batch_size
                 self.stopping |= result.stop
                 self.mark("log")
@@ -384,6 +387,18 @@ class Trainer:
             subprocess.Popen(words, env=environment)
         except OSError as error:
             logger.warning(f"The callback {shlex.join(words)} could not be started: {error}")
+
+    @contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """The step inside is profiled on the processes that are asked for; the others wait for them."""
+        assert self.run.folder is not None
+        chosen = self.mesh.rank in self.config.training.profiling.ranks
+        with self.metrics.as_usual():
+            self.mark("profiling", patient=True)
+            with Profile(step, self.run.folder / "profile", self.mesh) if chosen else nullcontext():
+                yield
+                self.mark("profiling", patient=True)
+            self.mesh.wait()
 
     def check(self, step: int, batches: Sequence[Batch]) -> None:
         """Look for silent corruption, before the update."""

@@ -163,6 +163,7 @@ BROKEN: list[tuple[list[str], str]] = [
         for name, value in (
             ("training.checkpoint.interval", "5"),
             ("training.export.interval", "5"),
+            ("training.profiling.interval", "5"),
             ("training.tensorboard", "yes"),
         )
     ),
@@ -327,6 +328,11 @@ PIPELINE = [*SHAPE, f"{AXES}.pipeline_parallel=2", "batch.batch_size=8", "batch.
 # Of layouts: what is set, the processes, the message.
 LAYOUTS: list[tuple[list[str], int, str]] = [
     (
+        [*GOOD, "run.experiment_dir=x", "training.profiling.interval=5", "training.profiling.ranks=[0, 2, 3]"],
+        2,
+        "training.profiling.ranks: given [0, 2, 3], each must be below the number of processes, which is 2",
+    ),
+    (
         [*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_data_parallel=2"],
         4,
         f"{AXES}.tensor_parallel: tensor_parallel 4 × sequence_data_parallel 2 = 8 must divide the number of processes,"
@@ -468,6 +474,8 @@ def test_layouts_that_can_not_be(overrides: list[str], processes: int, message: 
         ([*PIPELINE, f"{STAGES}=[1,3,3,1]"], 2),
         ([*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=looped_bfs", "batch.batch_size=10"], 4),
         ([*PIPELINE, "batch.depth_first_micro_batches=4"], 2),
+        ([*GOOD, "training.profiling.ranks=[2]"], 1),  # nothing is profiled
+        ([*GOOD, "run.experiment_dir=x", "training.profiling.interval=5", "training.profiling.ranks=[1]"], 2),
         ([*PIPELINE, f"{AXES}.pipeline_parallel=4", "batch.batch_size=1"], 4),  # too few for 1f1b: gpipe by default
     ],
 )

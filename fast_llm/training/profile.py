@@ -1,0 +1,275 @@
+"""Where the time of a step goes: a step under torch.profiler, every so many (`training.profiling`).
+
+<experiment_dir>/profile/
+├── step_<n>_rank_<r>.txt        the parts of the step, and the operations that took longest
+└── step_<n>_rank_<r>.json.gz    the trace, for Perfetto (ui.perfetto.dev) or chrome://tracing
+
+Of a GPU kernels and copies count, of a CPU operations: each without those inside it, which count themselves. What is around them,
+Python and autograd's own functions, counts as none: it may as well wait for another process. So idle is when nothing ran.
+
+Streams and threads run side by side. The time of a part is that of all of them together, its share is not: each moment counts once,
+and communication and copies to the device are told only where nothing else ran. So shares are what could be won, and add up to the step.
+"""
+
+import gzip
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fast_llm.parallel.mesh import Mesh
+
+logger = logging.getLogger("fast_llm")
+
+COPIES, COMMUNICATION, OTHER, IDLE = "copies to the device", "communication", "everything else", "idle"
+# The first part of which a word occurs in the name of an operation or kernel. Products that the compiler makes are templates, and the
+# own time of its code for the CPU is that of its kernels, which have no names.
+PARTS = {
+    COMMUNICATION: "nccl|gloo|c10d::",
+    COPIES: "memcpy htod",
+    "attention": "attention|attn|flash|fmha|sdpa",
+    "cross entropy": "cross_entropy|log_?softmax|nll_loss",
+    "optimizer": "adam|foreach|multi_tensor|lpnorm|linalg_vector_norm",
+    "products": "::(add|b|baddb)?mm|::matmul|::linear|scaled_mm|product|gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem",
+    OTHER: "copy_kernel|fillfunctor",
+    "norms and elementwise": "norm|gammabeta|rotate|swiglu|silu|triton_|elementwise|compiledfxgraph|aten::(add|sub|mul|div|neg)",
+}
+# Of several that run at once the first has the moment.
+_ORDER = [*(title for title in PARTS if title not in (OTHER, COPIES, COMMUNICATION)), OTHER, COPIES, COMMUNICATION]
+_SHOWN = 30  # operations
+_WIDTH = 110  # characters of a kernel's name
+
+Event = dict[str, Any]  # of a trace: name and category, begin and duration in microseconds, thread or stream
+
+
+@cache
+def part(name: str) -> str:
+    """Which part of a step an operation or kernel belongs to."""
+    return next((title for title, words in PARTS.items() if re.search(words, name.lower())), OTHER)
+
+
+@dataclass
+class Spent:
+    """What a part took, in microseconds."""
+
+    calls: int = 0
+    own: float = 0.0  # on all threads or streams together
+    once: float = 0.0  # each moment of the step counted once
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """A trace taken apart."""
+
+    whole: float  # microseconds
+    parts: dict[str, Spent]  # the longest first; idle is one
+    operations: dict[str, Spent]  # by name, the longest first, without `once`
+
+    def share(self, title: str) -> float:
+        """Of the step, from 0 to 1; those of all parts add up to 1."""
+        return self.parts[title].once / self.whole
+
+
+def counted(trace: dict[str, Any]) -> list[Event]:
+    """What ran: kernels and copies if there was a GPU, else operations."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X" and "dur" in event]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return kernels or [event for event in events if _is_operation(event)]
+
+
+def _is_operation(event: Event) -> bool:
+    name: str = event["name"]
+    if event.get("cat") == "user_annotation":  # gloo's threads, and code of the compiler's for the CPU
+        return name.startswith(("gloo:", "## Call CompiledFxGraph"))
+    return event.get("cat") == "cpu_op" and "::" in name and "autograd::" not in name
+
+
+def stretches(events: Iterable[Event]) -> Iterator[tuple[float, float, Event]]:
+    """The time of one thread or stream, cut up: each moment is that of the event that began last and has not ended."""
+    begun: list[Event] = []
+    now = 0.0
+
+    def until(moment: float) -> Iterator[tuple[float, float, Event]]:
+        nonlocal now
+        while begun and now < moment:
+            end = min(begun[-1]["ts"] + begun[-1]["dur"], moment)
+            if end > now:
+                yield now, end, begun[-1]
+                now = end
+            if now < moment:
+                begun.pop()
+
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        yield from until(event["ts"])
+        now = max(now, event["ts"])
+        begun.append(event)
+    yield from until(float("inf"))
+
+
+def break_down(trace: dict[str, Any]) -> Breakdown:
+    """Take apart what `export_chrome_trace` wrote: of one step if it was made by `Profile`, else from the first operation on to the last.
+
+    Raises ValueError if nothing ran.
+    """
+    events = counted(trace)
+    if not events:
+        raise ValueError("the trace holds no operation")
+    begin, end = min(event["ts"] for event in events), max(event["ts"] + event["dur"] for event in events)
+    for event in trace["traceEvents"]:
+        if event.get("cat") == "user_annotation" and event["name"].startswith(_STEP):
+            begin, end = event["ts"], event["ts"] + event["dur"]
+    threads: dict[Any, list[Event]] = defaultdict(list)
+    parts: dict[str, Spent] = defaultdict(Spent)
+    operations: dict[str, Spent] = defaultdict(Spent)
+    for event in events:
+        threads[event.get("pid"), event["tid"]].append(event)
+        for spent in (parts[part(event["name"])], operations[event["name"]]):
+            spent.calls += 1
+    busy: list[tuple[float, float, str]] = []
+    for thread in threads.values():
+        for since, until, event in stretches(thread):
+            title = part(event["name"])
+            for spent in (parts[title], operations[event["name"]]):
+                spent.own += until - since
+            busy.append((max(since, begin), min(until, end), title))
+    for title, microseconds in _once(busy).items():
+        if microseconds:
+            parts[title].once = microseconds
+    idle = max(0.0, end - begin - sum(spent.once for spent in parts.values()))
+    parts[IDLE] = Spent(0, idle, idle)
+    return Breakdown(
+        end - begin,
+        dict(sorted(parts.items(), key=lambda item: -item[1].once)),
+        dict(sorted(operations.items(), key=lambda item: -item[1].own)),
+    )
+
+
+def _once(busy: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """How long each part ran, where several did only the first of them."""
+    changes = sorted(
+        (moment, change, _ORDER.index(title))
+        for since, until, title in busy
+        if since < until
+        for moment, change in ((since, 1), (until, -1))
+    )
+    running, spent = [0] * len(_ORDER), dict.fromkeys(_ORDER, 0.0)
+    for (moment, change, which), (following, _, _) in pairwise(changes):
+        running[which] += change
+        first = next((title for title, count in zip(_ORDER, running, strict=True) if count), None)
+        if first is not None:
+            spent[first] += following - moment
+    return spent
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def table(found: Breakdown, title: str) -> str:
+    """What is found, as text under a title."""
+    lines = [title, "", f"{'part':24}{'calls':>9}{'ms':>12}{'of the step':>14}"]
+    for name, spent in found.parts.items():
+        calls = f"{spent.calls:,}" if spent.calls else ""
+        lines.append(f"{name:24}{calls:>9}{spent.own / 1e3:>12,.2f}{_percent(found.share(name)):>14}")
+    calls = f"{sum(spent.calls for spent in found.parts.values()):,}"
+    lines += [
+        f"{'the step':24}{calls:>9}{found.whole / 1e3:>12,.2f}{_percent(1):>14}",
+        "",
+        "ms: of all threads or streams together. of the step: each moment counts once, and communication and copies to the",
+        "device only where nothing else ran. idle: no operation ran, but Python, or a device that waits.",
+        "",
+        f"{'calls':>9}{'ms':>12}  {'part':24}what took longest, without what it calls",
+    ]
+    for name, spent in list(found.operations.items())[:_SHOWN]:
+        shown = name if len(name) <= _WIDTH else name[: _WIDTH - 1] + "…"
+        lines.append(f"{spent.calls:>9,}{spent.own / 1e3:>12,.2f}  {part(name):24}{shown}")
+    return "\n".join(lines) + "\n"
+
+
+_STEP = "training step "
+
+
+class Profile:
+    """Entered before a step and left after it: records the step, and writes what is found.
+
+    What goes wrong with that is a warning: no run ends for a profile.
+    """
+
+    def __init__(self, step: int, folder: Path, mesh: Mesh):
+        """`folder`: that of profiles, which is made if need be."""
+        self.step, self.folder, self.mesh = step, folder, mesh
+        self.whole = record_function(f"{_STEP}{step}")
+        self.profiler: profile | None = None  # while it records
+
+    def __enter__(self) -> Self:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on the terminal that it begins and ends
+        try:
+            gpu = [ProfilerActivity.CUDA] if self.mesh.device.type == "cuda" else []
+            profiler = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
+            self._settle()
+            profiler.start()
+            self.profiler = profiler
+            self.whole.__enter__()
+        except Exception as error:
+            self._warn(error)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.profiler is None:
+            return
+        try:
+            if kind is None:
+                self._settle()
+            self.whole.__exit__(None, None, None)
+            self.profiler.stop()
+            if kind is None:
+                self._write(self.profiler)
+        except Exception as wrong:
+            self._warn(wrong)
+
+    def _settle(self) -> None:
+        """So that kernels of the step before are none of this one, and its own are all there."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+
+    def _write(self, profiler: profile) -> None:
+        name = f"step_{self.step}_rank_{self.mesh.rank}"
+        partial = self.folder / f".{name}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            profiler.export_chrome_trace(str(partial))
+            trace = partial.read_bytes()
+            found = break_down(_parsed(trace, partial))
+            place = f"rank {self.mesh.rank} of {self.mesh.size}, {self.mesh.device.type.upper()}"
+            text = table(found, f"Step {self.step}, {place}: {found.whole / 1e3:,.1f} ms under the profiler")
+            for ending, content in ((".txt", text.encode()), (".json.gz", gzip.compress(trace, 5))):
+                partial.write_bytes(content)
+                partial.replace(self.folder / f"{name}{ending}")
+        finally:
+            partial.unlink(missing_ok=True)
+        largest = ", ".join(f"{title} {_percent(found.share(title))}" for title in list(found.parts)[:3])
+        logger.info(f"Profile of step {self.step}: {largest}; see {self.folder / name}.txt")
+
+    def _warn(self, error: Exception) -> None:
+        logger.warning(f"Step {self.step} could not be profiled, which changes nothing else: {error!r}")
+
+
+def _parsed(trace: bytes, path: Path) -> dict[str, Any]:
+    try:
+        parsed: dict[str, Any] = json.loads(trace)
+    except ValueError as error:  # the profiler does not say so
+        raise OSError(f"{path} could not be written whole; make room") from error
+    return parsed
