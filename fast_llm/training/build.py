@@ -240,6 +240,8 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWei
     dtype = DTYPES[settings.distributed.training_dtype]
     if not config.run.torch_dynamo_enable:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if not config.run.enable_triton_kernels:
+        kernels.AVAILABLE = False
     sizes = stage_sizes(config)
     models = []
     for stage in own_stages(settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)):

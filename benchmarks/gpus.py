@@ -1,0 +1,140 @@
+"""Several GPUs of one host: that every kind of layout trains what one GPU trains, and how fast.
+
+    PYTHONPATH=. python benchmarks/gpus.py            (five minutes on two GPUs; needs PyTorch for CUDA, Triton, pydantic)
+
+A model of SmolLM2's widths and four layers, eight steps on the same random tokens, in fp32 and bf16: the greatest difference of losses and
+norms of gradients from those of one GPU, relative, bound beside. Then tokens/s of eight blocks of Llama-3.1-8B, on one GPU and on all.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SMALL = {
+    "training.train_iters": 8,
+    "batch.sequence_length": 512,
+    "batch.batch_size": 8,
+    "batch.micro_batch_size": 2,
+    "model.base_model.vocab_size": 49152,
+    "model.base_model.transformer.num_layers": 4,
+    "model.base_model.transformer.hidden_size": 512,
+    "model.base_model.transformer.num_attention_heads": 8,
+    "model.base_model.transformer.head_groups": 4,
+    "model.base_model.transformer.ffn_hidden_size": 1536,
+    "optimizer.learning_rate.base": 1e-3,
+}
+BIG = {  # the blocks of Llama-3.1-8B, as many as one GPU of 80 GB trains
+    "training.train_iters": 16,
+    "batch.sequence_length": 4096,
+    "batch.micro_batch_size": 1,
+    "model.base_model.vocab_size": 128256,
+    "model.base_model.tie_word_embeddings": "no",
+    "model.base_model.transformer.num_layers": 8,
+    "model.base_model.transformer.hidden_size": 4096,
+    "model.base_model.transformer.num_attention_heads": 32,
+    "model.base_model.transformer.head_groups": 8,
+    "model.base_model.transformer.ffn_hidden_size": 14336,
+    "model.distributed.training_dtype": "bf16",
+    "model.multi_stage.compile_all": "yes",
+}
+
+
+def layouts(gpus: int) -> dict[str, dict[str, object]]:
+    """Name → settings."""
+    multi, axes = "model.multi_stage", "model.distributed"
+    return {
+        "zero_stage 1": {f"{multi}.zero_stage": 1},
+        "zero_stage 2": {f"{multi}.zero_stage": 2},
+        "zero_stage 3, compiled": {f"{multi}.zero_stage": 3, f"{multi}.compile_all": "yes"},
+        "tensor_parallel": {f"{axes}.tensor_parallel": gpus},
+        "tensor_parallel, sequence_tensor_parallel": {
+            f"{axes}.tensor_parallel": gpus,
+            f"{axes}.sequence_tensor_parallel": "yes",
+        },
+        "sequence_data_parallel": {f"{axes}.sequence_data_parallel": gpus},
+        "pipeline_parallel": {f"{axes}.pipeline_parallel": gpus},
+        "zero_stage 2, recomputing": {
+            f"{multi}.zero_stage": 2,
+            "model.base_model.transformer.mlp_recompute_level": "selective",
+        },
+    }
+
+
+def train(folder: Path, processes: int, settings: dict[str, object]) -> list[dict[str, float]]:
+    """The metrics of a run's steps; none if it failed, which is told."""
+    words = [f"{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "fast_llm.cli", "train", "gpt", "data.format=random", "training.logs.interval=1"]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "4"}
+    done = subprocess.run(
+        [*command, *words, f"run.experiment_dir={folder}"], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(f"failed: {done.stdout[-1500:]}\n{done.stderr[-2500:]}", flush=True)
+        return []
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["phase"] == "training"]
+
+
+def main() -> None:
+    """Compare, then measure."""
+    gpus = torch.cuda.device_count()
+    print(
+        f"{gpus} x {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, NCCL {torch.cuda.nccl.version()}",
+        flush=True,
+    )
+    folder = Path(tempfile.mkdtemp())
+    wrong = []
+    # fp32: sums in another order, eight updates long. bf16: sums between processes are rounded to it.
+    for dtype, bound in (("fp32", 1e-4), ("bf16", 2e-2)):
+        settings = SMALL | {"model.distributed.training_dtype": dtype}
+        one = train(folder / f"{dtype}-one", 1, settings)
+        for name, layout in layouts(gpus).items():
+            if dtype == "fp32" and "recomputing" in name:
+                continue
+            found = train(folder / f"{dtype}-{name.replace(' ', '-').replace(',', '')}", gpus, settings | layout)
+            keys = "language_model_loss", "grad_norm"
+            worst = max(
+                (abs(a[k] / b[k] - 1) for a, b in zip(found, one, strict=False) for k in keys), default=float("nan")
+            )
+            if not worst < bound:
+                wrong.append(f"{dtype}, {name}")
+            print(f"{dtype}, {name}: differs from one GPU by {worst:.1e} (bound {bound:.0e})", flush=True)
+    for name, processes, layout in (
+        ("one GPU", 1, {}),
+        (f"{gpus} GPUs, zero_stage 2", gpus, {"model.multi_stage.zero_stage": 2}),
+        (f"{gpus} GPUs, zero_stage 3", gpus, {"model.multi_stage.zero_stage": 3}),
+        (
+            f"{gpus} GPUs, tensor_parallel",
+            gpus,
+            {"model.distributed.tensor_parallel": gpus, "model.distributed.sequence_tensor_parallel": "yes"},
+        ),
+        (
+            f"{gpus} GPUs, sequence_data_parallel, 16,384 tokens",
+            gpus,
+            {"model.distributed.sequence_data_parallel": gpus, "batch.sequence_length": 16384},
+        ),
+    ):
+        batch = {"batch.batch_size": 8 if "16,384" not in name else 2}
+        records = train(folder / name.replace(" ", "-").replace(",", ""), processes, BIG | batch | layout)[5:]
+        if records:
+            rates = [record["tokens_per_sec_per_gpu"] for record in records]
+            print(
+                f"8 blocks of Llama-3.1-8B, {name}: {statistics.median(rates):,.0f} tokens/s a GPU"
+                f" ({min(rates):,.0f} to {max(rates):,.0f}),"
+                f" MFU {100 * (records[-1]['mfu'] or 0):.1f} %, peak {records[-1]['global_max_reserved'] / 1024:.1f} GiB",
+                flush=True,
+            )
+    if wrong:
+        raise SystemExit(f"not as on one GPU: {'; '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
