@@ -22,6 +22,7 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped
 from fast_llm.model import cudnn, kernels, native
 from fast_llm.model.fp8 import apply_fp8
+from fast_llm.model.linear import widened
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
@@ -33,7 +34,7 @@ from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
-from fast_llm.training.footprint import Layout, Shape, needed
+from fast_llm.training.footprint import WIDENING, Layout, Shape, needed
 from fast_llm.training.forecast import settle, with_layout
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
@@ -196,7 +197,7 @@ def decide(plan: Plan, mesh: Mesh, memory: float) -> Plan:
     if plan.checkpoint is not None and config.optimizer.moments_dtype == "auto":
         before = checkpoints.read_manifest(plan.checkpoint).info["settings"]["optimizer"]
         config = with_layout(config, {"optimizer.moments_dtype": before.get("moments_dtype", "fp32")})
-    config = settle(config, mesh.size, memory, mesh.device.type)
+    config = settle(config, mesh.size, memory, _kind(config, mesh.device))
     return replace(plan, config=config, batch=plan_batch(config.batch, mesh.data.size, mesh.pipeline.size > 1))
 
 
@@ -208,6 +209,12 @@ def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
+def _kind(config: TrainConfig, device: torch.device) -> str:
+    """What the device is to the forecast."""
+    dtype = DTYPES[config.model.distributed.training_dtype]
+    return WIDENING if device.type == "cpu" and widened(torch.empty(0, dtype=dtype)) else device.type
+
+
 def _memory(mesh: Mesh) -> float:
     """Bytes that this process can have."""
     if mesh.device.type == "cuda":
@@ -217,7 +224,7 @@ def _memory(mesh: Mesh) -> float:
 
 def _tell_memory(plan: Plan, mesh: Mesh, memory: float) -> None:
     shape, layout = Shape.of(plan.config, plan.batch.batch_size), Layout.of(plan.config, mesh.size)
-    used = needed(shape, layout, mesh.device.type)
+    used = needed(shape, layout, _kind(plan.config, mesh.device))
     words = f"Memory by forecast: {readable_bytes(used)} of {readable_bytes(memory)} a process"
     if used <= memory:
         logger.info(f"{words}.")

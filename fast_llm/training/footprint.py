@@ -18,13 +18,15 @@ from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage
 from fast_llm.config.train import BaseModelConfig, TrainConfig
 from fast_llm.model.cost import shapes
 
-_ROWS = 1024  # model/loss.py: rows of the head's gradient at a time
+_ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
 STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
 MOMENTS = {"bf16": 4, "int8": 2 * (1 + 2 / 128)}  # model/rounding.py: two bytes for each block of 128
 
+# A CPU that has no products in the dtype that is computed in, and makes them in fp32 (model/linear.py).
+WIDENING = "widening cpu"
 # Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries in a process's memory.
-RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
+RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29, WIDENING: 2**29}
 FRAGMENTS = 0.03  # of PyTorch's memory, between tensors
 
 Parts = dict[str, float]  # part → bytes
@@ -164,8 +166,8 @@ class Memory:
     """Of one process, at one place of the pipeline."""
 
     def __init__(self, shape: Shape, layout: Layout, device: str, place: int = 0):
-        """`device`: cuda or cpu, whose kernels keep different things; `place` in the pipeline."""
-        self.shape, self.layout, self.cpu, self.place = shape, layout, device == "cpu", place
+        """`device`: cuda, cpu or WIDENING, whose kernels keep different things; `place` in the pipeline."""
+        self.shape, self.layout, self.cpu, self.place = shape, layout, device != "cuda", place
         self.T = layout.micro_batch_size * shape.sequence // layout.context
         self.R = self.T // layout.tensor if layout.sequence_tensor else self.T
         self.E, self.w = shape.hidden, shape.width
@@ -176,6 +178,7 @@ class Memory:
         self.block = shape.matrices // layout.tensor + shape.vectors  # weights of a block
         self.sharded = layout.processes > 1
         self.mixed = shape.width != 4
+        self.widens = device == WIDENING and self.mixed
         per_rank = len(layout.stages) // layout.pipeline or 1
         self.per_rank = per_rank
         sizes = layout.stages or (shape.layers,)
@@ -196,7 +199,8 @@ class Memory:
 
     def _attention(self) -> tuple[float, float]:
         """What attention keeps for its backward pass: queries, keys and values; its results."""
-        shape, T, A, K, w = self.shape, self.T, self.A, self.K, self.w
+        shape, T, A, K = self.shape, self.T, self.A, self.K
+        w = 4 if self.widens else self.w  # model/attention.py: it is in fp32 then
         sums = 4 * T * A // shape.head  # log Σ exp
         if not shape.flash:
             # Scores before and after softmax, of whole sequences.
@@ -221,7 +225,8 @@ class Memory:
             return x
         if level == "selective":  # products, and attention's results
             return 3 * x + (A + 2 * K + 2 * F) * T * w + results
-        front = x + norm + inputs + results + x  # and the residual stream between attention and MLP
+        rounded = A * T * w if self.widens else 0.0  # attention's result, as the next product takes it
+        front = x + norm + inputs + results + rounded + x  # and the residual stream between attention and MLP
         inner = {
             "none": norm + (3 if self.layout.compiled or self.cpu else 4) * F * T * w,
             "activation": norm + 2 * F * T * w + x,  # the result of the last product, too
@@ -249,14 +254,24 @@ class Memory:
         if level == "selective":
             x, (_, results) = self.R * E * w, self._attention()
             values = self.K * T * w  # the product's result itself
-            return self._kept("none") - x - 2 * F * T * w - results - values
+            # Widened, results of products are gone as soon as they have been read again.
+            read = (self.A + 2 * self.K) * T * w + 2 * x if self.widens else values
+            return self._kept("none") - x - 2 * F * T * w - results - read
         return self._kept("none") - self.kept
 
     @cached_property
     def passing(self) -> float:
         """Gradients of activations at the widest place of a block's backward pass, the MLP, beside the incoming one."""
-        F, T, w = self.F, self.T, self.w
-        return max(2 * F * T * w, F * T * w + self.E * self.F * w)
+        F, T, E, w = self.F, self.T, self.E, self.w
+        widest = max(2 * F * T * w, F * T * w + E * F * w)
+        if not self.widens:
+            return widest
+        return max(
+            widest,
+            F * T * w + _widened(T, E, F),
+            F * T * w + E * F * w + _widened(E, T, F),
+            T * E * w + E * F * w - F * T * w + _widened(F, T, E),  # gate, up and their product are gone
+        )
 
     # State.
 
@@ -335,7 +350,7 @@ class Memory:
                     "gradients": before,
                     "gathered": gathered,
                     "activations": activations + final,
-                    "logits": held + T * E * w + V * E * w + 4 * min(_ROWS, V) * E,
+                    "logits": held + T * E * w + V * E * w + self._loss_back(),
                 },
             )
         head_gradient = V * E * w if self.last and self.sharded else 0.0
@@ -438,9 +453,18 @@ class Memory:
         scratch = 0.0
         if shape.loss == "fused" and not self.cpu:
             scratch = 4 * V * min(max(1, _PIECE // V), length)
-        if self.cpu and self.mixed:
+        if self.widens:
+            scratch += max(_widened(length, self.E, V), _widened(length, V, self.E))
+        elif self.cpu and self.mixed:
             scratch += (4 + self.w) * min(_ROWS, V) * self.E
         return length * V * self.w, scratch
+
+    def _loss_back(self) -> float:
+        """Bytes that pass while the head's gradient is made: some rows in fp32, or the logits' gradient and the product with it."""
+        T, V, E = self.T, self.V, self.E
+        if self.widens and self.shape.loss == "torch" and self.layout.tensor == 1:
+            return T * V * self.w + _widened(V, T, E)
+        return 4.0 * min(_ROWS, V) * E
 
     def peak(self) -> Moment:
         """The worst moment."""
@@ -461,6 +485,13 @@ def with_reserve(moment: Moment, device: str) -> float:
 def needed(shape: Shape, layout: Layout, device: str) -> float:
     """Bytes of a process's memory that are needed for all of it."""
     return with_reserve(peak(shape, layout, device), device)
+
+
+def _widened(rows: int, inner: int, columns: int) -> float:
+    """Bytes in fp32 that a product [rows, inner] · [inner, columns] in 16 bits holds while model/linear.py makes it."""
+    # The left factor as a whole and rows of the right one; or the sum as a whole and rows of both.
+    whole, pieces = sorted((inner, columns))
+    return 4.0 * (rows * whole + (rows + whole) * min(_ROWS, pieces))
 
 
 def stretch(device: str, tokens: int, vocabulary: int, splits: int | None) -> int:

@@ -436,7 +436,7 @@ def choices(config: TrainConfig, processes: int) -> Iterator[dict[str, Any]]:
 
 
 def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> TrainConfig:
-    """What is `auto` decided, for processes with so many bytes each of a device of the `kind` cuda or cpu.
+    """What is `auto` decided, for processes with so many bytes each of a device of the `kind` cuda, cpu or WIDENING.
 
     Moments are fp32 where that fits without computing matrix products again, else bf16. A micro-batch is the fastest that fits; where
     none does, it is the smallest.
