@@ -49,6 +49,7 @@ def main() -> None:
         attention()
         stretches()
     norms()
+    compiled()
     cross_entropy()
     vocabulary_parts()
     long_context()
@@ -327,6 +328,53 @@ def norms() -> None:
                 f" us, forward and backward: ours {named[0]}; the compiler's {named[1]};"
                 f" four passes of memory: {4 * x.nbytes / 4.2e6:.0f} us"
             )
+
+
+def compiled() -> None:
+    """Every weight's gradient with compiled blocks against that without the compiler, sequences whole and packed."""
+    from fast_llm.config.section import Document, validate
+    from fast_llm.config.train import BaseModelConfig
+    from fast_llm.model.attention import Documents
+    from fast_llm.model.llama import Llama, init_weights
+    from fast_llm.parallel.single import SingleWeights
+
+    transformer = {
+        "num_layers": 2,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "head_groups": 4,
+        "ffn_hidden_size": 1536,
+    }
+    config = validate(BaseModelConfig, Document({"vocab_size": 4096, "transformer": transformer}, {}, ""))
+    device = torch.device("cuda", 0)
+    tokens = torch.randint(4096, (2, 513), generator=torch.Generator().manual_seed(0)).to(device)
+    lengths = (100, 412, 512)
+    ends = torch.tensor([0, 100, 512, 1024], dtype=torch.int32, device=device)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 6e-2)):
+        for documents in (None, Documents(lengths, ends, 512)):
+            found = []
+            for way in (False, True):
+                torch._dynamo.reset()
+                with torch.device("meta"):
+                    model = Llama(config, "triton")
+                if way:
+                    for block in model.model.layers.values():
+                        block.compile()
+                weights = SingleWeights(model, dtype, device, lean=True)
+                with weights.masters(changed=True) as tensors:
+                    init_weights(tensors, config, 0)
+                weights.publish()
+                weights.before_micro_batch(True, True)
+                positions = torch.arange(512, device=device).expand(2, -1).contiguous()
+                model(tokens[:, :-1], positions, documents, tokens[:, 1:].contiguous()).backward()
+                found.append({name: gradient.clone() for name, gradient in weights.local_gradients().items()})
+            far = {name: distance(found[1][name], gradient.double()) for name, gradient in found[0].items()}
+            name = max(far, key=lambda name: far[name])
+            print(
+                f"compiled blocks in {dtype}, {'packed' if documents else 'whole sequences'}: gradients differ by at most {far[name]:.1e}"
+                f" (bound {bound:.0e}), that of {name}"
+            )
+            assert far[name] < bound
 
 
 def products() -> None:

@@ -102,8 +102,9 @@ class _RMSNorm(torch.autograd.Function):
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()  # ... 1
         ctx.save_for_backward(x, weight, inverse)
-        normed: Tensor = x * inverse
-        return normed.mul_(weight).to(x.dtype)
+        # Not in place, for PyTorch 2.11's compiler (model/rope.py).
+        normed: Tensor = x * inverse * weight
+        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -82,7 +82,10 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
         out = torch.empty_like(x)
         torch.ops.fast_llm.rotate(out, x, cos, sin, x.shape[0] * x.shape[1], *x.shape[2:], direction)
         return out
-    whole = x.float()
+    # Without conversions that convert nothing: where a Function's result is an intermediate tensor itself, PyTorch 2.11's compiler
+    # gives gradients of zero (pytorch/pytorch#180642).
+    exact = x.dtype == torch.float32
+    whole = x if exact else x.float()
     first, second = whole.chunk(2, dim=-1)
-    swapped = torch.cat((second, first), dim=-1)
-    return (whole * cos).addcmul_(swapped, sin, value=direction).to(x.dtype)
+    turned = torch.addcmul(whole * cos, torch.cat((second, first), dim=-1), sin, value=direction)
+    return turned if exact else turned.to(x.dtype)

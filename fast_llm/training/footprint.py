@@ -211,8 +211,7 @@ class Memory:
             copied = A if shape.groups != shape.heads else K
             keys = T * n * (1 + 0.5 / n)
             return w * (A * T + 2 * copied * keys) + T * T * (2 * n + 1), A * T * w + sums
-        # Keys and values of the whole sequence up to the later of the two pieces that this process has.
-        keys = T * self.layout.context * (1 + 0.5 / self.layout.context) if self.layout.context > 1 else T
+        keys = self.keys
         return A * T * w + 2 * K * keys * w, A * T * w + sums
 
     def _kept(self, level: str) -> float:
@@ -234,6 +233,12 @@ class Memory:
             "full": 0.0,
         }[level]
         return front + inner
+
+    @property
+    def keys(self) -> float:
+        """Those that attention sees: of the whole sequence up to the later of the two pieces that this process has."""
+        context = self.layout.context
+        return self.T * (context + 0.5) if context > 1 else self.T
 
     @cached_property
     def kept(self) -> float:
@@ -261,9 +266,15 @@ class Memory:
 
     @cached_property
     def passing(self) -> float:
-        """Gradients of activations at the widest place of a block's backward pass, the MLP, beside the incoming one."""
+        """Gradients of activations at the widest place of a block's backward pass, beside the incoming one: the MLP, or attention
+        where a process has the keys of a long sequence."""
         F, T, E, w = self.F, self.T, self.E, self.w
-        widest = max(2 * F * T * w, F * T * w + E * F * w)
+        widest: float = max(2 * F * T * w, F * T * w + E * F * w)
+        if not self.cpu and self.shape.flash:
+            # Of the queries and, for each query head, of keys and values in fp32; and the results. The MLP's share is gone.
+            widest = max(
+                widest, 4 * self.A * (T + 2 * self.keys) + w * (2 * self.A * T + 2 * self.K * self.keys) - 3 * F * T * w
+            )
         if not self.widens:
             return widest
         return max(

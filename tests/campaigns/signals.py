@@ -22,7 +22,7 @@ from typing import Any
 
 from fast_llm.checkpoint import folder as folders
 from tests.campaigns import kills
-from tests.campaigns.jobs import Job, command, listens, send
+from tests.campaigns.jobs import Job, alive, command, listens, send
 from tests.campaigns.kills import published
 from tests.training.runs import losses, weights, write_tokens
 
@@ -106,8 +106,8 @@ def arm(rank: int, case: Case, note: Path) -> None:
         others = [int(process) for process in ranks if int(process) != os.getpid()]
         # Who has not begun to listen dies of it: a moment that the others would tell as the loss of a process.
         heard = [signal.SIGUSR1] if case.phase in EARLY else list(SIGNALS)
-        while not all(listens(process, number) for process in others for number in heard):
-            time.sleep(0.002)
+        while not all(listens(process, number) or not alive(process) for process in others for number in heard):
+            time.sleep(0.002)  # at the end of a run another one may have left already
         victims = {"one rank": [], "all ranks": others, "launcher": [launcher]}[case.target]
         if case.target != "launcher":
             victims = [*victims, os.getpid()]
