@@ -36,5 +36,35 @@ def test_documents_that_fill_up_are_empty() -> None:
     assert places["queries_begin"].dtype == torch.int64 and places["query_lengths"].dtype == torch.int32
 
 
+@pytest.mark.parametrize(
+    ("capability", "problem", "told"),
+    [
+        ((8, 0), None, "it has no fast kernels for this GPU"),
+        (
+            (9, 0),
+            ImportError("cudnn"),
+            "the package nvidia-cudnn-frontend is not installed (pip install 'fast-llm[cudnn]')",
+        ),
+        ((9, 0), RuntimeError("No engine\nsupports it"), "No engine"),
+        ((9, 0), AssertionError("its results are off by 2.0e-01"), "its results are off by 2.0e-01"),
+    ],
+)
+def test_why_it_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], problem: Exception | None, told: str
+) -> None:
+    def fails(*_: object) -> None:
+        assert problem is not None
+        raise problem
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if isinstance(problem, ImportError):
+        monkeypatch.setattr(cudnn, "import_module", fails)
+    else:
+        monkeypatch.setattr(cudnn, "import_module", lambda name: torch)
+        monkeypatch.setattr(cudnn, "_try", fails)
+    assert cudnn.load(torch.device("cuda", 0)) == told
+    assert cudnn._Loaded.library is None
+
+
 def test_nothing_is_used_that_was_not_made_ready() -> None:
     assert not cudnn.usable(torch.empty(1, 1, 8, dtype=torch.bfloat16))
