@@ -423,7 +423,7 @@ def adamw() -> None:
             moved = (ends[0][0] - start).norm()
             worst = ((ends[1][0] - ends[0][0]).norm() / moved).item()
             squares = distance(ends[1][1], ends[0][1].double())
-            # bf16: other chances gave 1.5e-3, and 3.6e-3 of the squares. 8 bits: the same chances but for a few; 1.6e-5 and 8.1e-5 on an H100.
+            # bf16: other chances gave 1.5e-3, and 3.6e-3 of the squares. 8 bits: the same chances but for a few.
             # fp32: 20 updates' roundings of a weight, 6e-8 each of a way of 0.1; 1.0e-5 were measured.
             bound = {"fp32": 3e-5, "bf16": 5e-4, "int8": 5e-3}[dtype]
             print(
