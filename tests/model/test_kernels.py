@@ -96,8 +96,9 @@ RMS_NORM = """
 import torch
 from fast_llm.model import kernels
 from fast_llm.model.norm import _Fused
-# The rounding of sums over a row, and over the rows for the weight; 16 bits: each result is rounded once, by at most 2^-8 and 2^-11.
-for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+# The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded once, by at most 2^-11; bf16: the
+# interpreter cuts off what does not fit, at most 2^-7, where a GPU rounds (benchmarks/gpu.py has its bound).
+for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 5e-4)):
     for rows, width in ((1, 5), (40, 33), (7, 576), (3, 4096), (5, 5000)):
         x, grad, other = ((3 * torch.randn(rows, width)).to(dtype) for _ in range(3))
         x[0] = 0  # its length is the root of epsilon
@@ -141,7 +142,7 @@ print("equal")
 )
 def test_in_the_interpreter(check: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", check],
+        [sys.executable, "-c", "import torch\ntorch.manual_seed(0)\n" + check],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
