@@ -175,7 +175,9 @@ def _rank(folder: Path, arguments: list[str], rank: int, world: int, before: Cal
                 "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT + 2)
             )
         before(rank)
-        code = cli.main(["train", "gpt", *arguments])
+        # As the process that it is: signals are its own until it has ended.
+        sys.argv = ["fast-llm", "train", "gpt", *arguments]
+        code = cli.main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
