@@ -23,9 +23,6 @@ import yaml
 from fast_llm.demo import RECIPE, SHAPE, write_code
 from tests.training.runs import run
 
-# In one process: a guide goes on with the files of another.
-pytestmark = pytest.mark.xdist_group("guides")
-
 ROOT = Path(__file__).parent.parent
 GUIDES = [
     "docs/data-preparation.md",

@@ -27,9 +27,6 @@ from fast_llm.model.cost import shapes
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run_all, settings, weights, write_tokens
 
-# In one process: what runs is run for many tests at once.
-pytestmark = pytest.mark.xdist_group("layouts")
-
 MODEL = {
     "vocab_size": 128,
     "transformer.num_layers": 4,

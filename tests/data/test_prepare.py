@@ -30,9 +30,6 @@ from fast_llm.errors import DataError, MissingPackage
 from tests import hub
 from tests.data import made
 
-# In one process, which makes the documents once.
-pytestmark = pytest.mark.xdist_group("prepare")
-
 TEXTS = [made.text(seed, 40) for seed in range(30)]
 
 
