@@ -27,6 +27,7 @@ import fcntl
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -500,6 +501,7 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     if workers == 1:
         yield lambda first, last: (worker.tokenize(source.task(*rows)) for rows in source.ranges(first, last, _RANGE))
         return
+    others = set(multiprocessing.active_children())
     # Spawned, since forked processes would inherit our locks, and those of the threads that libraries keep.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, _parts(job, source))
 
@@ -521,7 +523,21 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
             f" (now {workers}) and start the same command again, it goes on where it stopped"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        _see_off(set(multiprocessing.active_children()) - others)
+
+
+def _see_off(workers: set[Any]) -> None:
+    """Wait until workers that have been told to end have ended.
+
+    A pool waits for them one by one. One that is killed now, for want of memory maybe, takes the lock with it that the others wait for
+    to hear that they may go.
+    """
+    while left := [worker for worker in workers if worker.is_alive()]:
+        multiprocessing.connection.wait([worker.sentinel for worker in left])
+        if any(worker.exitcode for worker in workers):
+            for worker in left:
+                worker.kill()
 
 
 def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:

@@ -569,6 +569,48 @@ def test_worker_that_is_killed(tmp_path: Path, large: Path, model: Path) -> None
     assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
 
 
+_SEEN_OFF = """
+import multiprocessing, os, signal, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+
+def others_die(pool, *given, shutdown=ProcessPoolExecutor.shutdown, **named):
+    workers = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)  # so that they have not gone when their time comes
+    def come():
+        time.sleep(0.3)  # the pool waits for them by then
+        left = workers.pop(int(sys.argv.pop()))
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        os.kill(left.pid, signal.SIGCONT)
+    threading.Thread(target=come).start()
+    shutdown(pool, *given, **named)
+
+if __name__ == "__main__":
+    from fast_llm import cli
+    from fast_llm.data import prepare
+    prepare._RANGE = 40_000
+    ProcessPoolExecutor.shutdown = others_die
+    sys.exit(cli.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.parametrize("left", range(3))  # any of them may be the one that holds the lock
+def test_workers_that_are_killed_as_they_leave(tmp_path: Path, large: Path, model: Path, left: int) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(_SEEN_OFF)
+    settings = [
+        f"output_path={tmp_path}/data",
+        f"dataset.path={large}",
+        f"tokenizer.path={model}",
+        "tokenize_workers=3",
+    ]
+    command = [sys.executable, str(script), "prepare", *settings, str(left)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data.json").exists()
+
+
 def test_table_with_workers_and_without_torch(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_jsonl([made.text(seed, 3000) for seed in range(100)]))
     process = _start(tmp_path, tmp_path / "1" / "data", tmp_path / "a.jsonl", model, "tokenize_workers=2")
