@@ -534,10 +534,10 @@ def _see_off(workers: set[Any]) -> None:
     to hear that they may go.
     """
     while left := [worker for worker in workers if worker.is_alive()]:
-        multiprocessing.connection.wait([worker.sentinel for worker in left])
         if any(worker.exitcode for worker in workers):
             for worker in left:
                 worker.kill()
+        multiprocessing.connection.wait([worker.sentinel for worker in left])
 
 
 def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:

@@ -579,7 +579,7 @@ def others_die(pool, *given, shutdown=ProcessPoolExecutor.shutdown, **named):
         os.kill(worker.pid, signal.SIGSTOP)  # so that they have not gone when their time comes
     def come():
         time.sleep(0.3)  # the pool waits for them by then
-        left = workers.pop(int(sys.argv.pop()))
+        left = workers.pop(int(sys.argv[-1]))
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
         os.kill(left.pid, signal.SIGCONT)
@@ -587,6 +587,8 @@ def others_die(pool, *given, shutdown=ProcessPoolExecutor.shutdown, **named):
     shutdown(pool, *given, **named)
 
 if __name__ == "__main__":
+    import faulthandler
+    faulthandler.dump_traceback_later(50, exit=True)
     from fast_llm import cli
     from fast_llm.data import prepare
     prepare._RANGE = 40_000
