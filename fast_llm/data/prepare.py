@@ -27,18 +27,20 @@ import fcntl
 import json
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
+import pickle
+import queue
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -462,36 +464,32 @@ def _parts(job: _Job, source: Documents) -> tuple[Any, ...]:
     return source.table, source.field, job.loaded, job.dtype, job.front, job.back
 
 
-_worker: _Worker  # of this process, if it was started by _pool
+class _WorkerDied(Exception):
+    pass
 
 
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _start(*parts: Any) -> None:
-    """Begin a worker process."""
-    # If the parent is killed, its workers must not wait for it forever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    global _worker
-    _worker = _Worker(*parts)
+def _work(connection: Connection) -> None:
+    """A worker process: it is told what it is made of, then one task after the other, until nobody is left who tells it."""
+    with contextlib.suppress(EOFError, OSError):  # half of a task too
+        worker = _Worker(*connection.recv())
+        while True:
+            task = connection.recv()
+            try:
+                answer: _Part | Exception = worker.tokenize(task)
+            except Exception as error:
+                error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+                answer = error
+            connection.send(answer)
 
 
 @contextlib.contextmanager
-def _without_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until this is over. A process that is started meanwhile never hears of it: its parent does."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _deaf() -> Iterator[None]:
+    """Signals to stop wait until this is over. Processes that are started meanwhile never hear of them: their parent does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _tokenize(task: Task) -> _Part:
-    return _worker.tokenize(task)
 
 
 @contextlib.contextmanager
@@ -501,43 +499,65 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     if workers == 1:
         yield lambda first, last: (worker.tokenize(source.task(*rows)) for rows in source.ranges(first, last, _RANGE))
         return
-    others = set(multiprocessing.active_children())
+    # A process may be killed at any instant, for want of memory mostly. ProcessPoolExecutor then waits for ever if the process held the
+    # lock of a queue that all share, or had sent half an answer through a pipe that the others keep open. So each has a pipe of its own,
+    # which ends with it, and a thread of ours that waits for its answer.
     # Spawned, since forked processes would inherit our locks, and those of the threads that libraries keep.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, _parts(job, source))
+    context = multiprocessing.get_context("spawn")
+    parts = pickle.dumps(_parts(job, source))
+    processes: list[Any] = []
+    free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    threads = ThreadPoolExecutor(workers)
+
+    def begin(connection: Connection) -> None:
+        with contextlib.suppress(OSError):  # the first task will tell
+            connection.send_bytes(parts)
+        free.put(connection)
+
+    def ask(task: Task) -> _Part:
+        connection = free.get()
+        try:
+            connection.send(task)
+            answer: _Part | Exception = connection.recv()
+        except (EOFError, OSError):  # half of an answer too
+            raise _WorkerDied from None
+        finally:
+            free.put(connection)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def tokenized(first: int, last: int) -> Iterator[_Part]:
         waiting: deque[Future[_Part]] = deque()
         for rows in source.ranges(first, last, _RANGE):
-            with _without_interrupt():  # workers are started here
-                waiting.append(pool.submit(_tokenize, source.task(*rows)))
+            waiting.append(threads.submit(ask, source.task(*rows)))
             if len(waiting) >= _AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     try:
+        resource_tracker.ensure_running()  # a process of Python's; where it is begun, it ends what _deaf does
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            with _deaf():
+                process = context.Process(target=_work, args=(theirs,), daemon=True)
+                process.start()
+                processes.append(process)
+            theirs.close()  # or its end would not be one
+            threads.submit(begin, ours)
         yield tokenized
-    except BrokenProcessPool as error:
+    except _WorkerDied:
         raise DataError(
             "tokenize_workers: a worker process died, most likely for want of memory; lower tokenize_workers"
             f" (now {workers}) and start the same command again, it goes on where it stopped"
-        ) from error
+        ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        _see_off(set(multiprocessing.active_children()) - others)
-
-
-def _see_off(workers: set[Any]) -> None:
-    """Wait until workers that have been told to end have ended.
-
-    A pool waits for them one by one. One that is killed now, for want of memory maybe, takes the lock with it that the others wait for
-    to hear that they may go.
-    """
-    while left := [worker for worker in workers if worker.is_alive()]:
-        if any(worker.exitcode for worker in workers):
-            for worker in left:
-                worker.kill()
-        multiprocessing.connection.wait([worker.sentinel for worker in left])
+        for process in processes:  # they have nothing to save
+            process.kill()
+        threads.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
 
 
 def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:

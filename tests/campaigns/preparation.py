@@ -130,18 +130,18 @@ class Death:
     number: signal.Signals
     victim: str
     after: float  # seconds
-    files: int  # or once so many more files are there; 0 is not to wait for any
+    files: int  # or once so many more files are there, below 0 so many before all of them; 0 is not to wait for any
 
-    def come(self, start: Preparation, output: Path) -> bool:
+    def come(self, start: Preparation, output: Path, all_of_them: int) -> bool:
         """Wait for its time; whether there is somebody left to meet it."""
         before = len(list(output.glob("*")))
         begun = time.monotonic()
         while start.process.poll() is None:
-            there = (
-                len(list(output.glob("*"))) - before >= self.files
-                if self.files
-                else time.monotonic() - begun > self.after
-            )
+            present = len(list(output.glob("*")))
+            if self.files:
+                there = present - before >= self.files if self.files > 0 else present >= all_of_them + self.files
+            else:
+                there = time.monotonic() - begun > self.after
             # The interpreter's own start is none of ours.
             ready = self.number == signal.SIGKILL or listens(start.process.pid, self.number)
             ready = bool(start.workers()) if self.victim == "worker" else ready
@@ -186,6 +186,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     longest = 0.0
     whole: dict[str, dict[str, bytes]] = {}
     seconds: dict[str, float] = {}
+    files_of: dict[str, int] = {}
     settings = sources(folder)
     names = list(settings) if budget >= 20 else ["three workers"]
 
@@ -201,6 +202,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
             assert start.wait() == 0, start.said()
         seconds[name] = time.monotonic() - begun
         whole[name] = everything(where)
+        files_of[name] = len(list((where / "data").glob("*")))
         figures[f"token files, {name}"] = len([file for file in whole[name] if file.endswith(".bin")])
     while figures["kills"] < budget:
         name = names[figures["preparations"] % len(names)]
@@ -210,14 +212,14 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         for _ in range(chance.randrange(3, 7)):
             number = signal.SIGKILL if chance.random() < 0.75 else chance.choice((signal.SIGTERM, signal.SIGINT))
             possible = [*VICTIMS, *VICTIMS[:1]] if "workers" in name and number == signal.SIGKILL else VICTIMS[1:]
-            files = chance.choice((0, 1, 3, 6))
+            files = chance.choice((0, 1, 3, 6, -1, -3))
             death = Death(number, chance.choice(possible), chance.uniform(0, seconds[name]), files)
             story += f"\nthen {death}"
             begun = time.monotonic()
             running = starts(name, where)
             hit = chance.choice(running)
             try:
-                met = death.come(hit, where / "data")
+                met = death.come(hit, where / "data", files_of[name])
                 at = time.monotonic()
                 codes = [start.wait() for start in running]
                 longest = max(longest, time.monotonic() - at if len(running) == 1 and met else 0)
@@ -225,6 +227,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                     what = "kills" if number == signal.SIGKILL else "told to stop"
                     figures.update((what, f"{number.name} to {death.victim}", name))
                     figures[judge(death, codes[running.index(hit)], hit.said())] += 1
+                    figures["as it ended"] += files < 0
                     figures["with a file half written"] += bool(list(where.rglob("*.partial")))
                 assert all(code == 0 for start, code in zip(running, codes, strict=True) if not met or start is not hit)
             except AssertionError as error:

@@ -569,48 +569,38 @@ def test_worker_that_is_killed(tmp_path: Path, large: Path, model: Path) -> None
     assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
 
 
-_SEEN_OFF = """
-import multiprocessing, os, signal, sys, threading, time
-from concurrent.futures import ProcessPoolExecutor
+def test_worker_that_is_killed_in_the_midst_of_an_answer(tmp_path: Path, large: Path, model: Path) -> None:
+    for number in range(4):  # enough to do
+        shutil.copytree(large, tmp_path / "source" / str(number))
+    process = _start(tmp_path, tmp_path / "data", tmp_path / "source", model, "tokenize_workers=2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
-def others_die(pool, *given, shutdown=ProcessPoolExecutor.shutdown, **named):
-    workers = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGSTOP)  # so that they have not gone when their time comes
-    def come():
-        time.sleep(0.3)  # the pool waits for them by then
-        left = workers.pop(int(sys.argv[-1]))
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
-        os.kill(left.pid, signal.SIGCONT)
-    threading.Thread(target=come).start()
-    shutdown(pool, *given, **named)
+    def computed() -> dict[str, int]:
+        """Ticks that each worker has computed."""
+        found = {}
+        for worker in children.read_text().split():
+            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
+                found[worker] = sum(
+                    map(int, Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[11:13])
+                )
+        return found
 
-if __name__ == "__main__":
-    import faulthandler
-    faulthandler.dump_traceback_later(50, exit=True)
-    from fast_llm import cli
-    from fast_llm.data import prepare
-    prepare._RANGE = 40_000
-    ProcessPoolExecutor.shutdown = others_die
-    sys.exit(cli.main(sys.argv[1:-1]))
-"""
-
-
-@pytest.mark.parametrize("left", range(3))  # any of them may be the one that holds the lock
-def test_workers_that_are_killed_as_they_leave(tmp_path: Path, large: Path, model: Path, left: int) -> None:
-    script = tmp_path / "command.py"
-    script.write_text(_SEEN_OFF)
-    settings = [
-        f"output_path={tmp_path}/data",
-        f"dataset.path={large}",
-        f"tokenizer.path={model}",
-        "tokenize_workers=3",
-    ]
-    command = [sys.executable, str(script), "prepare", *settings, str(left)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "data.json").exists()
+    while not (tmp_path / "data" / "shard_0_0.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    # An answer is longer than what a pipe holds, so both stop in the middle of one.
+    before: dict[str, int] = {}
+    while (now := computed()) != before:
+        before = now
+        time.sleep(0.5)
+    assert len(now) == 2
+    os.kill(int(min(now)), signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2, stderr
+    assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
+    assert not _of_session(process.pid)
 
 
 def test_table_with_workers_and_without_torch(tmp_path: Path, model: Path) -> None:
