@@ -1,6 +1,9 @@
-"""Several GPUs of one host: that every kind of layout trains what one GPU trains, and how fast.
+"""Several GPUs of one host: that every kind of layout trains what one GPU trains, that runs survive faults, and how fast.
 
-    PYTHONPATH=. python benchmarks/gpus.py            (five minutes on two GPUs; needs PyTorch for CUDA, Triton, pydantic)
+    PYTHONPATH=. python benchmarks/gpus.py [faults layouts speed]     (eight minutes on two GPUs; needs PyTorch for CUDA, Triton, pydantic)
+
+Faults: a process killed, the launcher told to stop, a process stopped as if it hung; each run is started again, and ends with the
+losses and norms of gradients, to the bit, of one that nothing happened to.
 
 A model of SmolLM2's widths and four layers, eight steps on the same random tokens, in fp32 and bf16: the greatest difference of losses and
 norms of gradients from those of one GPU, relative, bound beside. Then tokens/s of eight blocks of Llama-3.1-8B, on one GPU and on all.
@@ -8,10 +11,12 @@ norms of gradients from those of one GPU, relative, bound beside. Then tokens/s 
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -66,21 +71,97 @@ def layouts(gpus: int) -> dict[str, dict[str, object]]:
     }
 
 
-def train(folder: Path, processes: int, settings: dict[str, object]) -> list[dict[str, float]]:
-    """The metrics of a run's steps; none if it failed, which is told."""
+def start(folder: Path, processes: int, settings: dict[str, object]) -> subprocess.Popen[bytes]:
+    """A run, in a session of its own."""
     words = [f"{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "fast_llm.cli", "train", "gpt", "data.format=random", "training.logs.interval=1"]
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "4"}
-    done = subprocess.run(
-        [*command, *words, f"run.experiment_dir={folder}"], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        print(f"failed: {done.stdout[-1500:]}\n{done.stderr[-2500:]}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.with_suffix(".said")).open("w") as said:
+        return subprocess.Popen(
+            [*command, *words, f"run.experiment_dir={folder}"],
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    """The metrics of a run's steps, so far; of one that was made again the newer ones."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    newest = {record["iteration"]: record for record in map(json.loads, lines) if record["phase"] == "training"}
+    return [newest[step] for step in sorted(newest)]
+
+
+def train(folder: Path, processes: int, settings: dict[str, object]) -> list[dict[str, float]]:
+    """The metrics of a run's steps; none if it failed, which is told."""
+    if start(folder, processes, settings).wait():
+        print(f"failed: {folder.with_suffix('.said').read_text()[-4000:]}", flush=True)
         return []
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["phase"] == "training"]
+    return records(folder)
+
+
+def ranks(launcher: int) -> list[int]:
+    """The processes that a launcher started, in order."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children if b"fast_llm.cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def faults(folder: Path, gpus: int) -> list[str]:
+    """What did not hold."""
+    keys = "language_model_loss", "grad_norm"
+    settings = SMALL | {
+        "training.train_iters": 300,
+        "training.checkpoint.interval": 20,
+        "model.distributed.training_dtype": "bf16",
+        "model.distributed.timeout": 20,
+        "model.multi_stage.zero_stage": 2,
+    }
+    whole = [[record[key] for key in keys] for record in train(folder / "whole", gpus, settings)]
+    wrong = [] if len(whole) == 300 else ["the run that nothing happens to"]
+
+    def kill(launcher: int) -> None:
+        os.kill(ranks(launcher)[-1], signal.SIGKILL)
+
+    def tell(launcher: int) -> None:
+        os.kill(launcher, signal.SIGTERM)
+
+    def hang(launcher: int) -> None:
+        os.kill(ranks(launcher)[-1], signal.SIGSTOP)
+
+    for name, what in (("one process killed", kill), ("told to stop", tell), ("one process hangs", hang)):
+        where = folder / name.replace(" ", "-")
+        run = start(where, gpus, settings)
+        while len(records(where)) < 130 and run.poll() is None:
+            time.sleep(0.01)
+        at = time.monotonic()
+        what(run.pid)
+        try:
+            run.wait(120)
+        except subprocess.TimeoutExpired:
+            wrong.append(f"{name}: stuck")
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        seconds = time.monotonic() - at
+        said = where.with_suffix(".said").read_text()
+        done = len(records(where))
+        found = [[record[key] for key in keys] for record in train(where, gpus, settings)]
+        same = found == whole
+        if not same:
+            wrong.append(f"{name}: ends otherwise")
+        told = [line for line in said.splitlines() if "This run hung" in line or "stopped by" in line]
+        print(
+            f"{name}: exit code {run.returncode} after {seconds:.1f} s and {done} of 300 steps; {'; '.join(told[:2])};"
+            f" started again it ends {'with the same bits' if same else 'OTHERWISE'}",
+            flush=True,
+        )
+        if not same:
+            print(said[-3000:], flush=True)
+    return wrong
 
 
 def main() -> None:
@@ -90,7 +171,19 @@ def main() -> None:
         f"{gpus} x {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, NCCL {torch.cuda.nccl.version()}",
         flush=True,
     )
+    wanted = sys.argv[1:] or ["faults", "layouts", "speed"]
     folder = Path(tempfile.mkdtemp())
+    wrong = faults(folder / "faults", gpus) if "faults" in wanted else []
+    if "layouts" in wanted:
+        wrong += compare(folder, gpus)
+    if "speed" in wanted:
+        speed(folder, gpus)
+    if wrong:
+        raise SystemExit(f"not as it should be: {'; '.join(wrong)}")
+
+
+def compare(folder: Path, gpus: int) -> list[str]:
+    """Layouts that do not train what one GPU trains."""
     wrong = []
     # fp32: sums in another order, eight updates long. bf16: sums between processes are rounded to it.
     for dtype, bound in (("fp32", 1e-4), ("bf16", 2e-2)):
@@ -107,6 +200,11 @@ def main() -> None:
             if not worst < bound:
                 wrong.append(f"{dtype}, {name}")
             print(f"{dtype}, {name}: differs from one GPU by {worst:.1e} (bound {bound:.0e})", flush=True)
+    return wrong
+
+
+def speed(folder: Path, gpus: int) -> None:
+    """Tokens/s of the blocks of Llama-3.1-8B."""
     for name, processes, layout in (
         ("one GPU", 1, {}),
         (f"{gpus} GPUs, zero_stage 2", gpus, {"model.multi_stage.zero_stage": 2}),
@@ -123,17 +221,15 @@ def main() -> None:
         ),
     ):
         batch = {"batch.batch_size": 8 if "16,384" not in name else 2}
-        records = train(folder / name.replace(" ", "-").replace(",", ""), processes, BIG | batch | layout)[5:]
-        if records:
-            rates = [record["tokens_per_sec_per_gpu"] for record in records]
+        found = train(folder / name.replace(" ", "-").replace(",", ""), processes, BIG | batch | layout)[5:]
+        if found:
+            rates = [record["tokens_per_sec_per_gpu"] for record in found]
             print(
                 f"8 blocks of Llama-3.1-8B, {name}: {statistics.median(rates):,.0f} tokens/s a GPU"
                 f" ({min(rates):,.0f} to {max(rates):,.0f}),"
-                f" MFU {100 * (records[-1]['mfu'] or 0):.1f} %, peak {records[-1]['global_max_reserved'] / 1024:.1f} GiB",
+                f" MFU {100 * (found[-1]['mfu'] or 0):.1f} %, peak {found[-1]['global_max_reserved'] / 1024:.1f} GiB",
                 flush=True,
             )
-    if wrong:
-        raise SystemExit(f"not as on one GPU: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":
