@@ -5,6 +5,7 @@ processes that torchrun started, only the first tells a mistake that all of them
 """
 
 import argparse
+import atexit
 import errno
 import gc
 import os
@@ -160,14 +161,25 @@ def _signals(command: str, own_process: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
     before = {number: signal.signal(number, signal.SIG_DFL if command == "train" else tell) for number in numbers}
     before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
+    if (
+        own_process
+    ):  # Python gives up its handlers before it has ended, and one signal more would end it as if work were left
+        atexit.register(ignore)
     try:
         yield
     finally:
         if not own_process:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        elif command != "train":
+            ignore()
 
 
 def _report(error: UserError) -> str:

@@ -232,6 +232,34 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
+# An object that is done away with as the very last, when Python has given up its handlers.
+_LATE = """
+import os, signal, sys
+from fast_llm import cli
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+        for number in numbers:
+            kill(process, number)
+
+late = Late()
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "gpt", "--validate", *SMALL],
+        ["prepare", "gpt_memmap", "--validate", "output_path=a", "dataset.path=b", "tokenizer.path=c"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_signals_when_all_is_done_change_nothing(command: list[str]) -> None:
+    code, stdout, stderr = start(*command, code=_LATE)
+    assert code == 0 and stdout and not stderr
+
+
 def test_a_disk_that_fails_is_no_fault_of_ours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
