@@ -1,6 +1,8 @@
 """Several GPUs of one host: that every kind of layout trains what one GPU trains, that runs survive faults, and how fast.
 
-    PYTHONPATH=. python benchmarks/gpus.py [faults layouts speed]     (eight minutes on two GPUs; needs PyTorch for CUDA, Triton, pydantic)
+    PYTHONPATH=. python benchmarks/gpus.py [faults layouts speed]
+
+A quarter of an hour on two GPUs; needs PyTorch for CUDA, Triton and pydantic.
 
 Faults: a process killed, the launcher told to stop, a process stopped as if it hung; each run is started again, and ends with the
 losses and norms of gradients, to the bit, of one that nothing happened to.

@@ -32,6 +32,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,23 +48,22 @@ from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.step import Step
 
-VOCABULARY, HIDDEN, LAYERS, HEADS, GROUPS, FFN = 49152, 576, 30, 9, 3, 1536
-SHAPE = {
-    "vocab_size": VOCABULARY,
+SHAPE: dict[str, Any] = {
+    "vocab_size": 49152,
     "tie_word_embeddings": True,
     "transformer": {
-        "num_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "head_groups": GROUPS,
-        "ffn_hidden_size": FFN,
+        "num_layers": 30,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "head_groups": 3,
+        "ffn_hidden_size": 1536,
     },
 }
 
 
 def tokens(sequences: int, length: int) -> torch.Tensor:
     """[B, S + 1], the same for both."""
-    return torch.randint(VOCABULARY, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(SHAPE["vocab_size"], (sequences, length + 1), generator=torch.Generator().manual_seed(0))
 
 
 def ours(sequences: int, length: int, dtype: torch.dtype = torch.bfloat16, plain: bool = False) -> Callable[[], float]:
@@ -93,26 +93,59 @@ def ours(sequences: int, length: int, dtype: torch.dtype = torch.bfloat16, plain
     return lambda: step([batch]).loss
 
 
+def transformers_model(shape: dict[str, Any]) -> torch.nn.Module:
+    """Theirs of our shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    blocks = shape["transformer"]
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape["vocab_size"],
+            hidden_size=blocks["hidden_size"],
+            intermediate_size=blocks["ffn_hidden_size"],
+            num_hidden_layers=blocks["num_layers"],
+            num_attention_heads=blocks["num_attention_heads"],
+            num_key_value_heads=blocks["head_groups"],
+            tie_word_embeddings=shape["tie_word_embeddings"],
+        )
+    )
+
+
+def litgpt_model(shape: dict[str, Any], length: int) -> torch.nn.Module:
+    """Theirs of our shape, for sequences up to `length`."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    blocks = shape["transformer"]
+    model = GPT(
+        Config(
+            block_size=length,
+            n_layer=blocks["num_layers"],
+            n_embd=blocks["hidden_size"],
+            n_head=blocks["num_attention_heads"],
+            n_query_groups=blocks["head_groups"],
+            padded_vocab_size=shape["vocab_size"],
+            intermediate_size=blocks["ffn_hidden_size"],
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    if shape["tie_word_embeddings"]:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
 def transformers(
     sequences: int, length: int, dtype: str = "bf16", kept: bool = False, compiled: bool = False
 ) -> Callable[[], float]:
     """A step that returns its loss; `dtype` is bf16, autocast or fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if kept:
         keep_freed_memory()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=GROUPS,
-            tie_word_embeddings=True,
-        )
-    )
+    model = transformers_model(SHAPE)
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     data = tokens(sequences, length)
@@ -122,46 +155,30 @@ def transformers(
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
             return run(input_ids=data[:, :-1], shift_labels=data[:, 1:], labels=data[:, 1:], use_cache=False).loss
 
-    return _trained(model, loss)
+    return trained(model, loss)
 
 
 def litgpt(sequences: int, length: int, compiled: bool = False) -> Callable[[], float]:
     """A step that returns its loss, in pure bf16."""
-    from litgpt.config import Config
-    from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
     keep_freed_memory()
     torch.manual_seed(0)
-    model = GPT(
-        Config(
-            block_size=length,
-            n_layer=LAYERS,
-            n_embd=HIDDEN,
-            n_head=HEADS,
-            n_query_groups=GROUPS,
-            padded_vocab_size=VOCABULARY,
-            intermediate_size=FFN,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-        )
-    ).to(torch.bfloat16)
-    model.lm_head.weight = model.transformer.wte.weight
+    model = litgpt_model(SHAPE, length).to(torch.bfloat16)
     data = tokens(sequences, length)
     run = torch.compile(model) if compiled else model
     # As litgpt pretrains: all logits at once.
-    return _trained(model, lambda: chunked_cross_entropy(run(data[:, :-1]), data[:, 1:], chunk_size=0))
+    return trained(model, lambda: chunked_cross_entropy(run(data[:, :-1]), data[:, 1:], chunk_size=0))
 
 
-def _trained(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+def trained(model: torch.nn.Module, loss: Callable[[], torch.Tensor], micro_batches: int = 1) -> Callable[[], float]:
+    """A step that returns its last micro-batch's loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
-        made = loss()
-        made.backward()
+        for _ in range(micro_batches):
+            made = loss()
+            (made / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
