@@ -1,9 +1,9 @@
 """The training step on one GPU, beside others.
 
-    PYTHONPATH=. python benchmarks/step_gpu.py [--shape llama-8b-blocks smollm2] [--contenders ours ...] [--rounds 1] [--json FILE]
+    PYTHONPATH=. python benchmarks/step_gpu.py [--shape llama-8b-blocks smollm2] [--contenders ours ...] [--json FILE]
 
 Eight blocks of Llama-3.1-8B with its embedding and head, as many as all can train on one card, and SmolLM2-135M. Each contender is a
-process of its own, one after the other, and so again in each round; three steps of several micro-batches warm up, nine count. All clip
+process of its own, one after the other; three steps of several micro-batches warm up, nine count. All clip
 gradients to norm 1 and take fused AdamW. Needs PyTorch for CUDA, Triton and pydantic; transformers, liger-kernel, litgpt and torchtitan
 for those that are named after them. One that fails is told and passed over.
 
@@ -171,12 +171,15 @@ def ours(size: tuple[Any, ...], settings: list[str]) -> tuple[list[float], float
             "model.distributed.training_dtype=bf16",
             f"run.experiment_dir={folder}/run",
         ]
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "fast_llm.cli", "train", "gpt", *words, *settings],
             env=os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"},
-            check=True,
-            stdout=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        if done.returncode:
+            raise SystemExit(done.stderr)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     records = [r for r in map(json.loads, lines) if r["phase"] == "training"][WARM:]
     tokens = length * sequences * micro_batches
@@ -209,7 +212,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,41 +230,34 @@ def main() -> None:
             versions[package] = version(package)
         except ImportError:
             versions[package] = "not there"
-    print(f"{torch.cuda.get_device_name()}, {versions}; {options.rounds} rounds\n", flush=True)
+    print(f"{torch.cuda.get_device_name()}, {versions}", flush=True)
     rows = []
     for shape in options.shape:
         layers, length, sequences, micro_batches = SHAPES[shape]
         tokens = length * sequences * micro_batches
         flops = cost(BaseModelConfig.model_validate(layers), length).model_flops_per_token * tokens
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
-        for _ in range(options.rounds):
-            for name in options.contenders:
-                command = [sys.executable, __file__, "--one", name, "--shape", shape]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    print(f"{name}: failed\n{done.stderr[-1200:]}", flush=True)
-                    continue
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                middle = statistics.median(found[name][-1]["seconds"])
-                print(f"{shape}, {name}: {tokens / middle:,.0f} tokens/s", flush=True)
         print(f"\n| {shape}: {micro_batches} × {sequences} × {length} tokens | tokens/s, median (range) | MFU", end="")
-        print(" | its time / ours | GiB | loss |\n|---|---|---|---|---|---|")
-        first = next(iter(found.values()))
-        for name, runs in found.items():
-            if not runs:
+        print(" | its time / the first's | GiB | loss |\n|---|---|---|---|---|---|", flush=True)
+        first = 0.0
+        for name in options.contenders:
+            command = [sys.executable, __file__, "--one", name, "--shape", shape]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"| {name} | failed: {' '.join(done.stderr.splitlines()[-1:])[-400:]} | | | | |", flush=True)
                 continue
-            seconds = [second for run in runs for second in run["seconds"]]
-            middle = statistics.median(seconds)
-            ratio = middle / statistics.median([second for run in first for second in run["seconds"]]) if first else 0
+            run = json.loads(done.stdout.splitlines()[-1])
+            middle = statistics.median(run["seconds"])
+            first = first or middle
+            slow, fast = tokens / max(run["seconds"]), tokens / min(run["seconds"])
             print(
-                f"| {name} | {tokens / middle:,.0f} ({tokens / max(seconds):,.0f} to {tokens / min(seconds):,.0f})"
-                f" | {flops / middle / 989e12:.1%} | {ratio:.2f} | {runs[-1]['peak']:.1f} | {runs[-1]['loss']:.3f} |",
+                f"| {name} | {tokens / middle:,.0f} ({slow:,.0f} to {fast:,.0f}) | {flops / middle / 989e12:.1%}"
+                f" | {middle / first:.2f} | {run['peak']:.1f} | {run['loss']:.3f} |",
                 flush=True,
             )
-            rows.append({"shape": shape, "name": name, "runs": runs})
-        print()
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": torch.cuda.get_device_name(), **versions, "rows": rows}))
+            rows.append({"shape": shape, "name": name, **run})
+            if options.json:
+                machine = {"machine": torch.cuda.get_device_name(), **versions}
+                Path(options.json).write_text(json.dumps(machine | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -128,9 +128,8 @@ class Source:
             starts.append(inside + (filled - begin))
             filled += end - begin
         all_starts = starts[0] if len(starts) == 1 else np.concatenate(starts)
-        different = np.ones(len(all_starts), bool)  # documents without tokens begin where the next one does
-        np.not_equal(all_starts[1:], all_starts[:-1], out=different[1:])
-        return Packed(tokens, all_starts[different])
+        different = all_starts[1:] != all_starts[:-1]  # documents without tokens begin where the next one does
+        return Packed(tokens, all_starts if different.all() else all_starts[np.append(True, different)])
 
     def locate(self, number: int) -> list[Stretch]:
         """Which documents sequence `number` is made of."""

@@ -111,56 +111,44 @@ class Loader:
     def micro_batch(self, first: int, count: int) -> Batch:
         """`count` sequences of the phase from `first` on, and rows without targets up to the micro-batch's size."""
         size, length = self.plan.micro_batch_size, self.dataset.length
-        tokens = np.zeros((size, length + 1), np.int64)
-        positions = np.empty((size, length), np.int64)
-        starts = []
+        tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
+        tokens[count:], labels[count:] = 0, IGNORED
+        places = np.arange(length)
+        starts = [np.zeros(1, np.int64)] * size
         for row in range(count):
             packed = self.dataset.read(self.phase, first + row)
-            tokens[row] = packed.tokens
-            starts.append(packed.starts)
+            tokens[row], labels[row] = packed.tokens[:-1], packed.tokens[1:]
+            starts[row] = packed.starts
             self._check(packed, first + row)
-        labels = tokens[:, 1:].copy()
-        labels[count:] = IGNORED
         targets = count * length
-        if not self.isolate:
-            positions[:] = np.arange(length)
-            return self._batch(tokens, labels, positions, None, targets)
-        starts += [np.zeros(1, np.int64)] * (size - count)
-        lengths: list[int] = []
-        for row, begins in enumerate(starts):
-            inside = begins[begins < length]
-            row_lengths = np.diff(inside, append=length)
-            positions[row] = np.arange(length) - np.repeat(inside, row_lengths)
-            labels[row, begins[1:] - 1] = IGNORED
-            targets -= len(begins) - 1
-            lengths += row_lengths.tolist()
-        boundaries = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        return self._batch(tokens, labels, positions, Documents(tuple(lengths), boundaries, max(lengths)), targets)
-
-    def _batch(
-        self,
-        tokens: np.ndarray,  # type: ignore[type-arg]
-        labels: np.ndarray,  # type: ignore[type-arg]
-        positions: np.ndarray,  # type: ignore[type-arg]
-        documents: Documents | None,
-        targets: int,
-    ) -> Batch:
-        batch = Batch(
-            torch.from_numpy(tokens[:, :-1].copy()),
-            torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            documents,
-            targets,
-        )
+        documents = None
+        if self.isolate:
+            lengths: list[int] = []
+            for row, begins in enumerate(starts):
+                inside = begins if begins[-1] < length else begins[:-1]
+                row_lengths = np.empty_like(inside)
+                row_lengths[:-1], row_lengths[-1] = inside[1:], length
+                row_lengths -= inside
+                np.subtract(places, np.repeat(inside, row_lengths), out=positions[row])
+                labels[row, begins[1:] - 1] = IGNORED
+                targets -= len(begins) - 1
+                lengths += row_lengths.tolist()
+            boundaries = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+            documents = Documents(tuple(lengths), boundaries, max(lengths))
+        else:
+            positions[:] = places
+        inputs, targeted, placed = (torch.from_numpy(array) for array in (tokens, labels, positions))
+        batch = Batch(inputs, targeted, placed, documents, targets)
         if self.cut is not None:
             batch = self.cut(batch)
         return batch.pin() if self.pin else batch
 
     def _check(self, packed: Packed, index: int) -> None:
         """A token that the model does not have would read foreign memory on a GPU."""
-        largest, smallest = int(packed.tokens.max()), int(packed.tokens.min())
-        if largest < self.vocab_size and smallest >= 0:
+        # A negative number is a huge one without a sign, so one pass over them is enough.
+        if packed.tokens.view(np.uint64).max() < self.vocab_size:
             return
+        largest, smallest = int(packed.tokens.max()), int(packed.tokens.min())
         place = int(packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin())
         for stretch in self.dataset.locate(self.phase, index):
             if place < stretch.tokens:
