@@ -111,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except BrokenPipeError:  # whoever reads, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        # Of what is there to be read that is no fault; other work was broken off, as by the signal that Python turns into this error.
+        only_said = parsed.command in ("plan", "why") or getattr(parsed, "validate", False)
+        return 0 if only_said else 128 + signal.SIGPIPE
     except UserError as error:
         # Before training all processes say the same; in it, data can fail on one of them.
         if _first() or isinstance(error, DataError):

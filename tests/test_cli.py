@@ -232,6 +232,26 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["plan", "--gpus=1", *SMALL], 0), (["train", "--validate", *SMALL], 0), (["prepare", "a.b=1"], 141)],
+)
+def test_nobody_reads_the_output(command: list[str], code: int) -> None:
+    """No fault of what is there to be read; other work was not done."""
+    broken = """
+import sys
+from fast_llm import cli
+from fast_llm.config import section
+
+def fail(*_):
+    raise BrokenPipeError
+
+section.read = fail
+sys.exit(cli.main())
+"""
+    assert start(*command, code=broken) == (code, "", "")
+
+
 # An object that is done away with as the very last, when Python has given up its handlers.
 _LATE = """
 import os, signal, sys

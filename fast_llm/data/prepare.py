@@ -33,6 +33,7 @@ import queue
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -315,7 +316,7 @@ def _write_shards(job: _Job, source: Documents) -> None:
     rows = sum(end - begin for _, begin, end in gaps)
     if rows < last - first:
         logger.info(f"{job.output}: goes on with {rows:,} of {last - first:,} rows left.")
-    worker = _Worker(*_parts(job, source))
+    worker = _Worker(source.table, source.field, job.loaded, job.dtype, job.front, job.back)
     _check_space(job, source, worker.encoder)
     progress = _Progress(rows)
     rest = _Skipped()  # behind the last token file
@@ -459,23 +460,29 @@ class _Worker:
         )
 
 
-def _parts(job: _Job, source: Documents) -> tuple[Any, ...]:
-    """What a _Worker is made of."""
-    return source.table, source.field, job.loaded, job.dtype, job.front, job.back
-
-
 class _WorkerDied(Exception):
     pass
 
 
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
 def _work(connection: Connection) -> None:
     """A worker process: it is told what it is made of, then one task after the other, until nobody is left who tells it."""
+    # If the parent is killed, it does not finish what nobody waits for.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    worker: _Worker | None = None
     with contextlib.suppress(EOFError, OSError):  # half of a task too
-        worker = _Worker(*connection.recv())
+        parts = connection.recv_bytes()
         while True:
             task = connection.recv()
             try:
+                worker = worker or _Worker(*pickle.loads(parts))
                 answer: _Part | Exception = worker.tokenize(task)
+            except MemoryError:
+                return
             except Exception as error:
                 error.add_note(f"in a worker process:\n{traceback.format_exc()}")
                 answer = error
@@ -485,11 +492,21 @@ def _work(connection: Connection) -> None:
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
     """Signals to stop wait until this is over. Processes that are started meanwhile never hear of them: their parent does."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # which those that are started inherit
+    handlers: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # Another thread may take a signal: the handler is called in this one all the same.
+        handlers = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for each, handler in handlers.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager
@@ -504,15 +521,35 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     # which ends with it, and a thread of ours that waits for its answer.
     # Spawned, since forked processes would inherit our locks, and those of the threads that libraries keep.
     context = multiprocessing.get_context("spawn")
-    parts = pickle.dumps(_parts(job, source))
+    parts = pickle.dumps((source.table, source.field, job.loaded, job.dtype, job.front, job.back))
     processes: list[Any] = []
     free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
     threads = ThreadPoolExecutor(workers)
 
     def begin(connection: Connection) -> None:
-        with contextlib.suppress(OSError):  # the first task will tell
+        try:
             connection.send_bytes(parts)
-        free.put(connection)
+        except OSError:
+            pass  # the first task will tell
+        finally:
+            free.put(connection)
+
+    def start() -> None:
+        try:
+            ours, theirs = context.Pipe()
+            with _deaf():
+                process = context.Process(target=_work, args=(theirs,), daemon=True)
+                process.start()
+                processes.append(process)
+            theirs.close()  # or its end would not be one
+            threads.submit(begin, ours)
+        except BrokenPipeError:
+            raise _WorkerDied from None
+        except (OSError, RuntimeError) as error:  # files, processes, threads
+            raise DataError(
+                f"tokenize_workers: only {len(processes)} of {workers} worker processes could be started: {error};"
+                " lower tokenize_workers"
+            ) from None
 
     def ask(task: Task) -> _Part:
         connection = free.get()
@@ -530,6 +567,8 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     def tokenized(first: int, last: int) -> Iterator[_Part]:
         waiting: deque[Future[_Part]] = deque()
         for rows in source.ranges(first, last, _RANGE):
+            if len(processes) < workers:
+                start()
             waiting.append(threads.submit(ask, source.task(*rows)))
             if len(waiting) >= _AHEAD * workers:
                 yield waiting.popleft().result()
@@ -538,14 +577,6 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
 
     try:
         resource_tracker.ensure_running()  # a process of Python's; where it is begun, it ends what _deaf does
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            with _deaf():
-                process = context.Process(target=_work, args=(theirs,), daemon=True)
-                process.start()
-                processes.append(process)
-            theirs.close()  # or its end would not be one
-            threads.submit(begin, ours)
         yield tokenized
     except _WorkerDied:
         raise DataError(
@@ -553,8 +584,9 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
             f" (now {workers}) and start the same command again, it goes on where it stopped"
         ) from None
     finally:
-        for process in processes:  # they have nothing to save
-            process.kill()
+        with _deaf():
+            for process in processes:  # they have nothing to save
+                process.kill()
         threads.shutdown(cancel_futures=True)
         for process in processes:
             process.join()
@@ -716,15 +748,21 @@ class _Progress:
             f"{100 * self.done / self.rows:.1f} %, {self.documents:,} documents, {self.tokens:,} tokens,"
             f" {self.tokens / seconds:,.0f} tokens/s, {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
         )
-        sys.stderr.write(f"\r\x1b[K{line}" if self.terminal else line + "\n")
-        sys.stderr.flush()
+        self._write(f"\r\x1b[K{line}" if self.terminal else line + "\n")
 
     def finish(self) -> None:
         """The last word."""
         if self.terminal:
-            sys.stderr.write("\r\x1b[K")
+            self._write("\r\x1b[K")
         seconds = max(time.monotonic() - self.started, 1e-9)
         logger.info(
             f"Tokenized {self.documents:,} documents: {self.tokens:,} tokens in {seconds:,.1f} s,"
             f" {self.tokens / seconds:,.0f} tokens/s."
         )
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:  # whoever reads has enough; the work goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

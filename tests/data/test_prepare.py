@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -601,6 +602,108 @@ def test_worker_that_is_killed_in_the_midst_of_an_answer(tmp_path: Path, large: 
     assert process.returncode == 2, stderr
     assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
     assert not _of_session(process.pid)
+
+
+_WITH_TROUBLE = """
+import multiprocessing, os, resource, signal, sys, threading, time
+from multiprocessing import util
+from fast_llm import cli
+from fast_llm.data import prepare
+
+prepare._RANGE = 40_000
+
+def signal_while_starting():
+    # To another thread, which Python's handlers never run in.
+    other = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+    other.start()
+    begin = util.spawnv_passfds
+    def begun(path, words, files):
+        process = begin(path, words, files)
+        if "spawn_main" in str(words):
+            signal.pthread_kill(other.ident, signal.SIGTERM)
+            time.sleep(0.1)
+        return process
+    util.spawnv_passfds = begun
+
+def killed_at_birth():
+    def begun(self):
+        raise BrokenPipeError
+    multiprocessing.context.SpawnProcess.start = begun
+
+def few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+
+class Broken(prepare._Worker):
+    def __init__(self, *parts):
+        raise OSError(5, "the table is gone")
+
+if __name__ == "__main__":
+    if sys.argv[-1] != "unmade":
+        globals()[sys.argv[-1]]()
+    sys.exit(cli.main(sys.argv[1:-1]))
+elif sys.argv[-1] == "unmade":
+    prepare._Worker = Broken
+"""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "said"),
+    [
+        ("signal_while_starting", 143, "stopped by SIGTERM; the same command goes on where it stopped"),
+        ("killed_at_birth", 2, "a worker process died"),
+        ("few_files", 2, r"tokenize_workers: only \d+ of 30 worker processes could be started: .*open files.*lower"),
+        ("unmade", 1, "the table is gone"),
+    ],
+)
+def test_trouble_with_workers(tmp_path: Path, large: Path, model: Path, trouble: str, code: int, said: str) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(_WITH_TROUBLE)
+    settings = [f"output_path={tmp_path}/data", f"dataset.path={large}", f"tokenizer.path={model}"]
+    process = subprocess.Popen(
+        [sys.executable, str(script), "prepare", *settings, "tokenize_workers=30", trouble],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert re.search(said, stderr), stderr
+    assert "Traceback" not in stderr and "leaked" not in stderr
+    deadline = time.monotonic() + 5
+    while _of_session(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_workers_of_a_parent_that_is_killed_finish_nothing(tmp_path: Path, model: Path) -> None:
+    """A range may take minutes, and gigabytes."""
+    (tmp_path / "source").mkdir()
+    for number in range(2):
+        (tmp_path / "source" / f"{number}.txt").write_text(made.text(number, 900_000))
+    process = _start(tmp_path, tmp_path / "data", tmp_path / "source", model, "tokenize_workers=2")
+    while not any("spawn_main" in Path(f"/proc/{p}/cmdline").read_text() for p in _of_session(process.pid)):
+        assert process.poll() is None
+    time.sleep(2)
+    assert len(_of_session(process.pid)) > 2
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    assert not _of_session(process.pid)
+    process.communicate()
+
+
+def test_nobody_reads_what_is_said(tmp_path: Path) -> None:
+    code = """
+import os, sys
+reading, writing = os.pipe()
+os.dup2(writing, 2)
+os.close(reading)
+from fast_llm.data.prepare import _Progress
+progress = _Progress(10)
+progress._write("half done\\n")
+progress._write("done\\n")
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_table_with_workers_and_without_torch(tmp_path: Path, model: Path) -> None:
