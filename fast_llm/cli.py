@@ -170,9 +170,8 @@ def _signals(command: str, own_process: bool) -> Iterator[None]:
 
     before = {number: signal.signal(number, signal.SIG_DFL if command == "train" else tell) for number in numbers}
     before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
-    if (
-        own_process
-    ):  # Python gives up its handlers before it has ended, and one signal more would end it as if work were left
+    if own_process:
+        # Python gives up its handlers before it has ended, and one signal more would end it as if work were left.
         atexit.register(ignore)
     try:
         yield
