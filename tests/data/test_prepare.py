@@ -511,6 +511,14 @@ def _of_session(session: int) -> list[str]:
     return found
 
 
+def _all_gone(session: int) -> None:
+    """Also what ends a moment after the main process."""
+    deadline = time.monotonic() + 20
+    while _of_session(session):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_killed_again_and_again(tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOWLY", "1")
     prepare(configure(tmp_path / "whole" / "data", large, model))
@@ -528,10 +536,7 @@ def test_killed_again_and_again(tmp_path: Path, large: Path, model: Path, monkey
             break
         os.kill(process.pid, signal.SIGKILL)  # not its workers: they must notice
         process.wait()
-        deadline = time.monotonic() + 20
-        while _of_session(process.pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        _all_gone(process.pid)
         process.communicate()
         kills += 1
     assert process.returncode == 0, process.communicate()
@@ -601,7 +606,7 @@ def test_worker_that_is_killed_in_the_midst_of_an_answer(tmp_path: Path, large: 
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2, stderr
     assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
-    assert not _of_session(process.pid)
+    _all_gone(process.pid)
 
 
 _WITH_TROUBLE = """
@@ -638,12 +643,26 @@ class Broken(prepare._Worker):
         raise OSError(5, "the table is gone")
 
 if __name__ == "__main__":
-    if sys.argv[-1] != "unmade":
+    if sys.argv[-1] in globals():
         globals()[sys.argv[-1]]()
     sys.exit(cli.main(sys.argv[1:-1]))
 elif sys.argv[-1] == "unmade":
     prepare._Worker = Broken
+elif sys.argv[-1] == "endless":
+    prepare._Worker.tokenize = lambda worker, task: time.sleep(200)
 """
+
+
+def _troubled(folder: Path, source: Path, model: Path, trouble: str, workers: int) -> subprocess.Popen[str]:
+    script = folder / "command.py"
+    script.write_text(_WITH_TROUBLE)
+    settings = [f"output_path={folder}/data", f"dataset.path={source}", f"tokenizer.path={model}"]
+    return subprocess.Popen(
+        [sys.executable, str(script), "prepare", *settings, f"tokenize_workers={workers}", trouble],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -656,39 +675,24 @@ elif sys.argv[-1] == "unmade":
     ],
 )
 def test_trouble_with_workers(tmp_path: Path, large: Path, model: Path, trouble: str, code: int, said: str) -> None:
-    script = tmp_path / "command.py"
-    script.write_text(_WITH_TROUBLE)
-    settings = [f"output_path={tmp_path}/data", f"dataset.path={large}", f"tokenizer.path={model}"]
-    process = subprocess.Popen(
-        [sys.executable, str(script), "prepare", *settings, "tokenize_workers=30", trouble],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = _troubled(tmp_path, large, model, trouble, 30 if trouble == "few_files" else 3)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert re.search(said, stderr), stderr
     assert "Traceback" not in stderr and "leaked" not in stderr
-    deadline = time.monotonic() + 5
-    while _of_session(process.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    _all_gone(process.pid)
 
 
-def test_workers_of_a_parent_that_is_killed_finish_nothing(tmp_path: Path, model: Path) -> None:
+def test_workers_of_a_parent_that_is_killed_finish_nothing(tmp_path: Path, large: Path, model: Path) -> None:
     """A range may take minutes, and gigabytes."""
-    (tmp_path / "source").mkdir()
-    for number in range(2):
-        (tmp_path / "source" / f"{number}.txt").write_text(made.text(number, 900_000))
-    process = _start(tmp_path, tmp_path / "data", tmp_path / "source", model, "tokenize_workers=2")
-    while not any("spawn_main" in Path(f"/proc/{p}/cmdline").read_text() for p in _of_session(process.pid)):
+    process = _troubled(tmp_path, large, model, "endless", 3)
+    while len(_of_session(process.pid)) < 4:
         assert process.poll() is None
-    time.sleep(2)
-    assert len(_of_session(process.pid)) > 2
+        time.sleep(0.01)
+    time.sleep(3)  # they have begun by then
     process.kill()
     process.wait()
-    time.sleep(1)
-    assert not _of_session(process.pid)
+    _all_gone(process.pid)
     process.communicate()
 
 
