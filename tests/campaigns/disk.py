@@ -121,29 +121,40 @@ def place(hit: str) -> str:
     return "the rest"
 
 
+def kind(operation: str) -> str:
+    """What it does to which file, whatever its step."""
+    return re.sub(r"\.partial-\w+|\.deleted-\w+|\d+", "N", operation)
+
+
 def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
     """`budget` runs on a disk that fails."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     write_tokens(folder / "tokens", 400)
     whole: dict[int, Any] = {}
-    places: dict[int, dict[str, list[int]]] = {}  # by world size and part of the run, the numbers of the operations
-    for world in (1, 2):
-        how = arguments(folder, f"whole{world}")
-        with Job(
-            folder, how, world, partial(fail, victim=0, way="once", number=10**9, root=folder / f"whole{world}")
-        ) as job:
+    # By world size and rank, the numbers of the operations of each kind.
+    kinds: dict[tuple[int, int], dict[str, list[int]]] = {}
+    for world, victim in ((1, 0), (2, 0), (2, 1)):
+        run = folder / f"whole{world}-{victim}"
+        (folder / "operations").unlink(missing_ok=True)
+        watched = partial(fail, victim=victim, way="once", number=10**9, root=run)
+        with Job(folder, arguments(folder, run.name), world, watched) as job:
             assert job.wait() == 0, job.said()
-        whole[world] = result(folder / f"whole{world}")
-        places[world] = {}
+        whole[world] = result(run)
+        found: dict[str, list[int]] = {}
         for number, operation in enumerate(trace(folder), start=1):
-            places[world].setdefault(place(operation), []).append(number)
-        figures[f"operations that write, in a process of {world}"] = sum(map(len, places[world].values()))
+            found.setdefault(kind(operation), []).append(number)
+        kinds[world, victim] = found
+        figures[f"operations that write, rank {victim} of {world}"] = sum(map(len, found.values()))
+    every = [(*who, name) for who, found in kinds.items() for name in found]
+    failed = set()
+    waiting: list[tuple[int, int, str, str]] = []
     while figures["runs"] < budget:
-        world, way = chance.choice((1, 1, 2)), chance.choice(WAYS)
-        victim = chance.randrange(world)
-        number = chance.choice(places[world][chance.choice(list(places[world]))])
-        number = chance.randrange(20_000, 150_000) if way == "limit" else number
+        if not waiting:  # each kind of operation once in each way, in another order every time
+            waiting = [(*one, way) for one in every for way in WAYS[:2]] + [(*one, WAYS[2]) for one in every[::9]]
+            chance.shuffle(waiting)
+        world, victim, name, way = waiting.pop()
+        number = chance.randrange(20_000, 150_000) if way == "limit" else chance.choice(kinds[world, victim][name])
         run = folder / "run"
         story = f"seed {seed}, run {figures['runs']}: {way} {number} in rank {victim} of {world}"
         (folder / "operations").unlink(missing_ok=True)
@@ -156,6 +167,7 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
         hit = "limit" if way == "limit" else reached[-1] if len(reached) == number else ""
         story += f", {hit}, exit code {code}\n{said}"
         if hit:
+            failed.add((world, victim, kind(hit)))
             figures[f"failed in {place(hit) if hit != 'limit' else 'what was too large'}"] += 1
             # A process that lost another one may say so in its own way; the one with the disk may not.
             mine = (
@@ -180,14 +192,16 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
         figures["metrics lost, and told"] += lost
         with Job(folder, arguments(folder, "run"), world) as job:
             assert job.wait() == 0, f"{story}\nthen\n{job.said()}"
-        found = result(run)
-        for name in found:
+        ended = result(run)
+        for name in ended:
             if lost and name in ("losses", "validation"):
-                assert found[name].items() <= whole[world][name].items(), story
+                assert ended[name].items() <= whole[world][name].items(), story
             else:
-                assert found[name] == whole[world][name], f"{story}: another {name}"
+                assert ended[name] == whole[world][name], f"{story}: another {name}"
         assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], f"{story}: left behind"
         shutil.rmtree(run)
+    figures["kinds of operations that failed"] = len(failed & set(every))
+    figures["of kinds of operations"] = len(every)
     return figures
 
 
