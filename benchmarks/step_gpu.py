@@ -29,13 +29,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import step_cpu  # beside this file
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import step_cpu
 
 WARM, STEPS = 3, 9
 SHAPES: dict[str, tuple[dict[str, Any], int, int, int]] = {  # shape, tokens, sequences and micro-batches of a step
@@ -129,6 +128,7 @@ def torchtitan(size: tuple[Any, ...]) -> Callable[[], float]:
         model.init_weights(DEVICE)
     assert model.layers["0"].feed_forward.w1.weight.shape[0] == widths[1]
     if shape["tie_word_embeddings"]:
+        torch.nn.init.normal_(model.tok_embeddings.weight, std=0.02)  # it does not tie, and begins embeddings with 1
         model.output.weight = model.tok_embeddings.weight
     for name, block in model.layers.named_children():
         model.layers.register_module(name, torch.compile(block, fullgraph=True))
@@ -225,8 +225,6 @@ def main() -> None:
     versions = {"torch": torch.__version__}
     for package in ("transformers", "liger_kernel", "litgpt", "torchtitan", "triton"):
         try:
-            from importlib.metadata import version
-
             versions[package] = version(package)
         except ImportError:
             versions[package] = "not there"

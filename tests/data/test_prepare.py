@@ -638,6 +638,16 @@ def killed_at_birth():
 def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
+def killed_as_they_leave():
+    fill = prepare._fill
+    def filled(*given):
+        skipped = fill(*given)
+        for worker in multiprocessing.active_children()[:2]:
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.1)
+        return skipped
+    prepare._fill = filled
+
 class Broken(prepare._Worker):
     def __init__(self, *parts):
         raise OSError(5, "the table is gone")
@@ -670,6 +680,7 @@ def _troubled(folder: Path, source: Path, model: Path, trouble: str, workers: in
     [
         ("signal_while_starting", 143, "stopped by SIGTERM; the same command goes on where it stopped"),
         ("killed_at_birth", 2, "a worker process died"),
+        ("killed_as_they_leave", 0, "data.json: "),
         ("few_files", 2, r"tokenize_workers: only \d+ of 30 worker processes could be started: .*open files.*lower"),
         ("unmade", 1, "the table is gone"),
     ],
