@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +51,7 @@ def main() -> None:
         attention()
         stretches()
     norms()
+    factors()
     compiled()
     cross_entropy()
     vocabulary_parts()
@@ -396,6 +399,43 @@ def products() -> None:
         worst = max(distance(total, exact[1].grad), distance(x.grad, exact[0].grad))
         print(f"products that add{way}: differ from float64 by {worst:.1e} (bound 1e-02)")
         assert worst < 1e-2
+
+
+def factors() -> None:
+    """What products in fp8 take, as it is and turned, against PyTorch's rounding; and how long that takes."""
+    from fast_llm.model.fp8 import FINE, WIDE, _scale
+
+    for dtype in (FINE, WIDE):
+        for size in ((8192, 4096), (8192, 14336), (14336, 4096), (1000, 48)):
+            x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+            x[3, 5] = 3e-3
+            scale = _scale(x, dtype)
+            straight, turned = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)
+            wanted = (x.float() * scale.reciprocal()).to(dtype)
+            assert torch.equal(straight.view(torch.int8), wanted.view(torch.int8))
+            assert torch.equal(turned.view(torch.int8), wanted.t().contiguous().view(torch.int8))
+            for alone in (0, 1):
+                found = torch.ops.fast_llm.shorten(x, scale, dtype, not alone, bool(alone))[alone]
+                assert torch.equal(found.view(torch.int8), (straight, turned)[alone].view(torch.int8))
+            assert torch.ops.fast_llm.amax(x) == x.abs().amax()
+            x[3, 5] = torch.nan
+            assert torch.ops.fast_llm.amax(x).isnan()
+            assert torch.ops.fast_llm.shorten(x, scale, dtype, True, True)[0][3, 5].isnan()
+            both, one = (
+                triton_time(partial(torch.ops.fast_llm.shorten, x, scale, dtype, way, True)) for way in (True, False)
+            )
+            largest = triton_time(partial(torch.ops.fast_llm.amax, x))
+            print(
+                f"{size} to {dtype}, as it is and turned: the same bits; {1e3 * both:.0f} us, turned alone {1e3 * one:.0f}, the greatest"
+                f" {1e3 * largest:.0f}; by memory {', '.join(f'{n * x.numel() / 4.2e6:.0f}' for n in (4, 3, 2))}"
+            )
+
+
+def triton_time(call: Callable[[], object]) -> float:
+    """Milliseconds, median."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
 
 
 def adamw() -> None:

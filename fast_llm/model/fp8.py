@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import fast_llm.model.linear  # noqa: F401
+import fast_llm.model.linear  # noqa: F401  (what adds to a sum)
+from fast_llm.model import kernels
 
 FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -35,41 +36,79 @@ def apply_fp8(block: nn.Module) -> None:
 
 
 class _Product(torch.autograd.Function):
+    """The right factor of cuBLAS's fp8 products lies column by column: each number is needed as it is, and turned."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
-        short, scale = _shorten(x.flatten(0, -2), FINE)
-        short_weight, weight_scale = _shorten(weight, FINE)
-        ctx.save_for_backward(short, scale, weight, weight_scale)
+        flat, scale, weight_scale = x.flatten(0, -2), _scale(x, FINE), _scale(weight, FINE)
+        short, turned = torch.ops.fast_llm.shorten(flat, scale, FINE, True, True)
+        short_weight, _ = torch.ops.fast_llm.shorten(weight, weight_scale, FINE, True, False)
+        ctx.save_for_backward(turned, scale, weight, weight_scale)
         ctx.total, ctx.shape = total, x.shape
-        return _product(short, short_weight.t(), scale, weight_scale, x.dtype).view(*x.shape[:-1], -1)
+        out = torch._scaled_mm(short, short_weight.t(), scale, weight_scale, out_dtype=x.dtype)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        short, scale, weight, weight_scale = ctx.saved_tensors
-        short_grad, grad_scale = _shorten(grad.flatten(0, -2), WIDE)
-        # The right factor of cuBLAS's fp8 products lies column by column.
-        columns = _with_scale(weight.t(), weight_scale, FINE).contiguous().t()
-        by_input = _product(short_grad, columns, grad_scale, weight_scale, grad.dtype).view(ctx.shape)
-        columns = short.t().contiguous().t()
-        by_weight = _product(short_grad.t().contiguous(), columns, grad_scale, scale, grad.dtype)
+        turned, scale, weight, weight_scale = ctx.saved_tensors
+        grad_scale = _scale(grad, WIDE)
+        short_grad, turned_grad = torch.ops.fast_llm.shorten(grad.flatten(0, -2), grad_scale, WIDE, True, True)
+        _, turned_weight = torch.ops.fast_llm.shorten(weight, weight_scale, FINE, False, True)
+        by_input = torch._scaled_mm(short_grad, turned_weight.t(), grad_scale, weight_scale, out_dtype=grad.dtype)
+        by_weight = torch._scaled_mm(turned_grad, turned.t(), grad_scale, scale, out_dtype=grad.dtype)
+        by_input = by_input.view(ctx.shape)
         if ctx.total is None:
             return by_input, by_weight, None
         torch.ops.fast_llm.add(ctx.total, by_weight)
         return by_input, None, None
 
 
-def _shorten(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The numbers in fp8, and by what they were divided."""
-    scale = x.abs().amax().float() / torch.finfo(dtype).max
-    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)  # of zeros
-    return _with_scale(x, scale, dtype), scale
+def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What numbers are divided by for fp8, fp32."""
+    scale: Tensor = torch.ops.fast_llm.amax(x) / torch.finfo(dtype).max
+    return scale.clamp_min(torch.finfo(torch.float32).tiny)  # of zeros
 
 
-def _with_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+# Operations, so that numbers are read once for both orders, and that the compiler does not make SwiGLU twice, for its greatest
+# number and for itself.
+torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("fast_llm::amax", ("cpu", "cuda"))
+def _amax(x: Tensor) -> Tensor:
+    """The greatest magnitude, fp32; NaN if there is one."""
+    return kernels.amax(x.contiguous()) if kernels.AVAILABLE and x.is_cuda else x.abs().amax().float()
+
+
+@torch.library.register_fake("fast_llm::amax")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+torch.library.define(
+    "fast_llm::shorten",
+    "(Tensor x, Tensor scale, ScalarType dtype, bool straight, bool turned) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("fast_llm::shorten", ("cpu", "cuda"))
+def _shorten(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool) -> tuple[Tensor, Tensor]:
+    """x [M, N] divided by its scale, in fp8: [M, N] and [N, M], or what is asked for of them."""
+    if kernels.AVAILABLE and x.is_cuda:
+        made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, straight, turned)
+        kernels.shorten(x.contiguous(), scale, *made)
+        return made
     limit = torch.finfo(dtype).max
-    return (x.float() / scale).clamp(-limit, limit).to(dtype)
+    short = (x.float() * scale.reciprocal()).clamp(-limit, limit).to(dtype)
+    nothing = short.new_empty(0)
+    return short if straight else nothing, short.t().contiguous() if turned else nothing
 
 
-def _product(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=dtype)
+@torch.library.register_fake("fast_llm::shorten")
+def _empty(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    return (
+        x.new_empty((rows, columns) if straight else 0, dtype=dtype),
+        x.new_empty((columns, rows) if turned else 0, dtype=dtype),
+    )

@@ -205,6 +205,32 @@ if AVAILABLE:
         added = tl.load(total + place, mask=inside) + tl.load(addend + place, mask=inside).to(tl.float32)
         tl.store(total + place, added, mask=inside)
 
+    @triton.jit
+    def _amax(x, bits, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Bits of fp32 without their sign, as whole numbers, are ordered as the numbers are; NaN comes last."""
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        numbers = tl.load(x + place, mask=place < count, other=0).to(tl.float32).to(tl.int32, bitcast=True)
+        tl.atomic_max(bits, tl.max(numbers & 0x7FFFFFFF, 0))
+
+    @triton.jit
+    def _shorten(  # type: ignore[no-untyped-def]
+        x, scale, straight, turned, rows, columns, largest: tl.constexpr, with_straight: tl.constexpr, with_turned: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        numbers = tl.load(x + row[:, None] * columns + column[None, :], mask=inside).to(tl.float32)
+        numbers *= 1.0 / tl.load(scale)
+        # Not `clamp`, which would make the largest number of what is not one.
+        numbers = tl.where(numbers > largest, largest, tl.where(numbers < -largest, -largest, numbers))
+        short = numbers.to(straight.dtype.element_ty)
+        if with_straight:
+            tl.store(straight + row[:, None] * columns + column[None, :], short, mask=inside)
+        if with_turned:
+            place = column[:, None] * rows + row[None, :]
+            tl.store(turned + place, tl.trans(short), mask=(column < columns)[:, None] & (row < rows)[None, :])
+
 
 def softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
@@ -293,3 +319,20 @@ def add_(total: Tensor, addend: Tensor) -> None:
     """Add to fp32 numbers in place, both contiguous. (PyTorch's addition of two dtypes runs at half the rate of memory.)"""
     block = 4096
     _add[(triton.cdiv(total.numel(), block),)](total, addend, total.numel(), BLOCK=block, num_warps=8)
+
+
+def amax(x: Tensor) -> Tensor:
+    """The greatest magnitude, fp32; x is contiguous."""
+    block = 16384
+    bits = torch.zeros((), dtype=torch.int32, device=x.device)
+    _amax[(triton.cdiv(x.numel(), block),)](x, bits, x.numel(), BLOCK=block, num_warps=8)
+    return bits.view(torch.float32)
+
+
+def shorten(x: Tensor, scale: Tensor, straight: Tensor, turned: Tensor) -> None:
+    """x [M, N], contiguous, divided by its scale and rounded to fp8, into [M, N] and [N, M]; one that is empty is left out."""
+    (rows, columns), height, width = x.shape, 64, 128
+    _shorten[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+        x, scale, straight, turned, rows, columns, torch.finfo(straight.dtype).max, straight.numel() > 0, turned.numel() > 0,
+        ROWS=height, COLUMNS=width, num_warps=4,
+    )  # fmt: skip

@@ -116,7 +116,7 @@ class SingleWeights:
             elif self._fresh[name]:
                 self.gradients[name].copy_(parameter.grad)
             else:
-                self.gradients[name].add_(parameter.grad)
+                torch.ops.fast_llm.add(self.gradients[name], parameter.grad)
             self._fresh[name] = False
             parameter.grad = None
 

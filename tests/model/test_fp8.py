@@ -6,32 +6,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fast_llm.model.fp8 import FINE, WIDE, _shorten, apply_fp8
+from fast_llm.model.fp8 import FINE, WIDE, _scale, apply_fp8
 
 
 def distance(one: Tensor, other: Tensor) -> float:
     return ((one.double() - other).norm() / other.norm()).item()
 
 
+def shorten(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = _scale(x, dtype)
+    short, turned = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)
+    assert torch.equal(short.t().view(torch.int8), turned.view(torch.int8))
+    return short, scale
+
+
 @pytest.mark.parametrize("dtype", [FINE, WIDE])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_scales_use_the_whole_range(dtype: torch.dtype, size: float) -> None:
     x = (torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
-    short, scale = _shorten(x, dtype)
+    short, scale = shorten(x, dtype)
     assert short.float().abs().max() == torch.finfo(dtype).max
     # Half a unit of three bits (or two), uniformly distributed: relative to numbers between 1 and 2, 2^-4 (2^-3) / √3 · ~0.7.
     assert distance(short.double() * scale.double(), x.double()) < (0.03 if dtype == FINE else 0.06)
 
 
 def test_zeros_and_what_is_not_finite() -> None:
-    short, scale = _shorten(torch.zeros(4, 4, dtype=torch.bfloat16), FINE)
+    short, scale = shorten(torch.zeros(4, 4, dtype=torch.bfloat16), FINE)
     assert not short.float().any() and scale > 0
     bad = torch.ones(4, 4, dtype=torch.bfloat16)
     bad[1, 1] = torch.nan
-    short, scale = _shorten(bad, FINE)
+    short, scale = shorten(bad, FINE)
     assert (short.float() * scale).isnan().any(), "a step that is not finite must be seen"
     bad[1, 1] = torch.inf
-    short, scale = _shorten(bad, FINE)
+    short, scale = shorten(bad, FINE)
     assert not (short.float() * scale).isfinite().all()
 
 

@@ -136,9 +136,36 @@ for shape in ((1,), (3, 4096), (41, 333)):
 print("equal")
 """
 
+# Numbers that fp8 has, so that nothing is rounded: the interpreter cuts off where a GPU rounds, and makes numbers of NaN
+# (benchmarks/gpu.py compares those).
+SHORTEN = """
+import torch
+from fast_llm.model import kernels
+for short, largest in ((torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, columns in ((1, 5), (64, 128), (65, 130), (200, 48)):
+            codes = torch.randint(256, (rows, columns), dtype=torch.uint8).view(short).float()
+            codes[~codes.isfinite()] = 0
+            given = codes.clone()
+            given[0, 1:4] = torch.tensor([1e5, -1e5, torch.inf])
+            codes[0, 1:4] = torch.tensor([1, -1, 1]) * largest
+            for ways in ((True, True), (True, False), (False, True)):
+                straight, turned = ((torch.zeros(size, dtype=short) if way else torch.empty(0, dtype=short))
+                                    for way, size in zip(ways, ((rows, columns), (columns, rows))))
+                assert kernels.amax(given.to(dtype)) == given.abs().max()
+                kernels.shorten((given / 8).to(dtype), torch.tensor(0.125), straight, turned)
+                for found, wanted in ((straight, codes), (turned, codes.t())):
+                    assert not found.numel() or torch.equal(found.float(), wanted), (short, rows)
+for number in (torch.nan, -torch.inf, 0.0, -1e-40, 3.0):
+    assert str(kernels.amax(torch.tensor([0, number] + 40000 * [0.0]))) == str(torch.tensor(number).abs())
+print("equal")
+"""
+
 
 @pytest.mark.parametrize(
-    "check", [CHECK, ADAMW, RMS_NORM, ADD], ids=["softmax_cross_entropy", "adamw", "rms_norm", "add"]
+    "check",
+    [CHECK, ADAMW, RMS_NORM, ADD, SHORTEN],
+    ids=["softmax_cross_entropy", "adamw", "rms_norm", "add", "shorten"],
 )
 def test_in_the_interpreter(check: str) -> None:
     run = subprocess.run(
