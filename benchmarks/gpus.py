@@ -29,6 +29,7 @@ SMALL = {
     "batch.batch_size": 8,
     "batch.micro_batch_size": 2,
     "model.base_model.vocab_size": 49152,
+    "model.base_model.tie_word_embeddings": "no",
     "model.base_model.transformer.num_layers": 4,
     "model.base_model.transformer.hidden_size": 512,
     "model.base_model.transformer.num_attention_heads": 8,

@@ -3,7 +3,7 @@
 A decoder of pre-normalised blocks: grouped-query attention with rotary positions, and a gated MLP (Touvron
 et al. 2023; "The Llama 3 Herd of Models", 2024). Parameters carry Hugging Face's names, so that there is
 nothing to convert. Everything parallel is applied from outside, by replacing what a part does: `SelfAttention.core`
-(what mixes tokens), `Block.feed_forward` (what recomputation wraps), `Llama.loss`, and the `forward` of any module. A
+(what mixes tokens), `Block.feed_forward` (what recomputation wraps), and the `forward` of any module. A
 pipeline stage is this model with its absent parts replaced by identities.
 
 Letters: B sequences, S tokens of a sequence, E hidden size, H query heads, K key and value heads, D head
@@ -35,9 +35,8 @@ class Llama(nn.Module):
     def __init__(self, config: BaseModelConfig, cross_entropy_impl: str = "fused"):
         super().__init__()
         self.config = config
-        self.cross_entropy_impl = cross_entropy_impl
         self.model = Decoder(config)
-        self.lm_head = Linear(config.transformer.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config, cross_entropy_impl)
         self.tie()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
@@ -64,20 +63,24 @@ class Llama(nn.Module):
         The loss is an fp32 scalar, -Σ log p over labels that are not -100. Without `documents` each sequence is one.
         """
         hidden = self.model(tokens, positions, documents)
-        if labels is None:
-            logits: Tensor = self.lm_head(hidden)
-            return logits
-        return self.loss(hidden, labels)
+        out: Tensor = self.lm_head(hidden) if labels is None else self.lm_head(hidden, labels)
+        return out
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The summed loss of hidden states [B, S, E] for labels [B, S]: an fp32 scalar."""
-        return cross_entropy(
-            hidden.flatten(0, 1),
-            self.lm_head.weight,
-            labels.flatten(),
-            self.cross_entropy_impl,
-            self.config.cross_entropy_splits,
-        )
+
+class Head(Linear):
+    """Of each token, how likely every token is to follow."""
+
+    def __init__(self, config: BaseModelConfig, cross_entropy_impl: str):
+        super().__init__(config.transformer.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy_impl = cross_entropy_impl
+        self.cross_entropy_splits = config.cross_entropy_splits
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] of hidden states [B, S, E]; with labels [B, S] their summed loss, an fp32 scalar."""
+        if labels is None:
+            return super().forward(hidden)
+        implementation, splits = self.cross_entropy_impl, self.cross_entropy_splits
+        return cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), implementation, splits)
 
 
 class Decoder(nn.Module):

@@ -32,9 +32,9 @@ from fast_llm.model.linear import ROWS, add_product_, product, project
 IGNORED = -100
 Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
 # Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
-# H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (half
-# a gigabyte of logits), where the CPU's memory is slow when it is new.
-_STRETCH = {"cuda": 2**28, "cpu": 2**25}
+# H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (a
+# gigabyte of logits, no more than the backward pass takes for the head), where the CPU's memory is slow when it is new.
+_STRETCH = {"cuda": 2**29, "cpu": 2**25}
 # Logits that are held in fp32.
 _PIECE = {"cuda": 2**26, "cpu": 2**22}
 

@@ -1,8 +1,8 @@
 """ZeRO on FSDP2: what each `zero_stage` shards, and when gradients meet.
 
 fp32 weights, their gradients after reduction and the optimizer's moments are always sharded over the data
-axis. Each block of the model is a unit whose weights are gathered together, in the training dtype; gradients
-are reduced in fp32 (Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
+axis. Each block of the model is a unit whose weights are gathered together, in the training dtype, and so is a head that
+is not the embedding; gradients are reduced in fp32 (Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
 
 zero_stage   gathered weights                    full gradients              communication
 1            kept from first to last use         fp32, kept over the step    once a step
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fast_llm.model.llama import Llama
+from fast_llm.model.llama import Head, Llama
 
 
 class ShardedWeights:
@@ -46,6 +46,9 @@ class ShardedWeights:
         for model in models:
             for block in model.model.layers.values():
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3)
+            if isinstance(model.lm_head, Head) and not model.config.tie_word_embeddings:
+                # Else its gradient would wait for the embedding's, which comes last, with nothing left to do meanwhile.
+                fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             model.to_empty(device=mesh.device_type)
             assert isinstance(root, FSDPModule)

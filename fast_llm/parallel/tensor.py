@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from fast_llm.model.embedding import embed
 from fast_llm.model.linear import project
-from fast_llm.model.llama import MLP, Embedding, Llama, RMSNorm, SelfAttention
+from fast_llm.model.llama import MLP, Embedding, Head, Llama, RMSNorm, SelfAttention
 from fast_llm.model.loss import VocabularyPart, cross_entropy
 from fast_llm.model.norm import rms_norm_beside
 from fast_llm.parallel.mesh import Axis
@@ -63,9 +63,8 @@ def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
             module.forward = MethodType(summed, module)  # type: ignore[method-assign]
         elif kind in ROWS and isinstance(module, nn.Linear):
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
-    if isinstance(model.lm_head, nn.Linear):
-        model.lm_head.forward = partial(_logits, model.lm_head, axis.mesh, gather)  # type: ignore[method-assign]
-        model.loss = partial(_loss, model, axis, gather)  # type: ignore[method-assign]
+    if isinstance(model.lm_head, Head):
+        model.lm_head.forward = partial(_head, model.lm_head, axis, gather)  # type: ignore[method-assign]
 
 
 def _cut(module: str, kind: str) -> Placement:
@@ -118,20 +117,21 @@ def _embedding(module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor
     return scatter(rows.masked_fill(elsewhere[..., None], 0))
 
 
-def _logits(head: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    logits = project(gather(hidden), _local(head.weight))
-    whole: Tensor = DTensor.from_local(logits, mesh, [Shard(-1)], run_check=False).full_tensor()
-    return whole
-
-
-def _loss(model: Llama, axis: Axis, gather: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
-    weight = _local(model.lm_head.weight)
+def _head(
+    head: Head, axis: Axis, gather: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    weight, hidden = _local(head.weight), gather(hidden)
+    if labels is None:
+        assert axis.mesh is not None
+        part = DTensor.from_local(project(hidden, weight), axis.mesh, [Shard(-1)], run_check=False)
+        whole: Tensor = part.full_tensor()
+        return whole
     return cross_entropy(
-        gather(hidden).flatten(0, 1),
+        hidden.flatten(0, 1),
         weight,
         labels.flatten(),
-        model.cross_entropy_impl,
-        model.config.cross_entropy_splits,
+        head.cross_entropy_impl,
+        head.cross_entropy_splits,
         VocabularyPart(axis.rank * len(weight), partial(_combine, axis)),
     )
 

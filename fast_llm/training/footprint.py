@@ -19,7 +19,7 @@ from fast_llm.config.train import BaseModelConfig, TrainConfig
 from fast_llm.model.cost import shapes
 
 _ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
-STRETCH = {"cuda": 2**28, "cpu": 2**25}  # model/loss.py: logits at once
+STRETCH = {"cuda": 2**29, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
 MOMENTS = {"bf16": 4, "int8": 2 * (1 + 2 / 128)}  # model/rounding.py: two bytes for each block of 128
 
@@ -188,6 +188,9 @@ class Memory:
         head = self.V * self.E
         both = self.first and self.last
         self.outside = head * (self.first + self.last - (both and shape.tied)) + self.E * self.last
+        self.head = (
+            head if self.sharded and self.last and not shape.tied else 0
+        )  # weights of one that is a unit of its own
         self.parameters = self.block * self.layers + self.outside
 
     def _own(self, stages: int) -> list[int]:
@@ -336,20 +339,26 @@ class Memory:
         fixed = state | {"buffers": batches + handed}
         final = R * E * w * 2 + 4 * R if self.last else 0.0  # the last norm: what it had and what it gave
         synchronised = self.sharded and not (full and several)
-        # FSDP2 keeps the last reduction's input to the next: that of embedding and head, from one micro-batch into the next.
+        # FSDP2 keeps the last reduction's input to the next: that of the embedding, from one micro-batch into the next.
+        ends = self.outside - self.head
         if synchronised and several:
-            fixed["communication"] = 4.0 * self.outside
+            fixed["communication"] = 4.0 * ends
         held = 0.0
         if self.last:
             # Gradients of hidden states and head are made with the loss.
             held = T * E * w + 4 * V * E if shape.loss != "torch" or layout.tensor > 1 else 0.0
             logits, scratch = self._loss()
+            gathering = 0.0
+            if gather_out and not (
+                whole and several
+            ):  # what the last unit came in; with zero_stage 3 no block is there
+                gathering = ((self.head or self.block) - (0 if whole else self.block)) * w
             yield Moment(
                 "in the cross entropy",
                 fixed
                 | {
                     "gradients": before,
-                    "gathered": gathered + (gather_out if whole and not several else 0.0),
+                    "gathered": gathered + gathering,
                     "activations": activations + final,
                     "logits": logits + scratch + held,
                 },
@@ -364,13 +373,30 @@ class Memory:
                     "logits": held + T * E * w + V * E * w + self._loss_back(),
                 },
             )
-        head_gradient = V * E * w if self.last and self.sharded else 0.0
+        head_gradient = V * E * w if self.last and self.sharded and not self.head else 0.0
+        head_reduced = 0.0
+        if self.head and synchronised:
+            head_reduced = 0.0 if before else 4 * self.head / layout.shard
+            yield Moment(
+                "reducing the head",
+                fixed
+                | {
+                    "gradients": before,
+                    "gathered": gathered,
+                    "activations": activations + final,
+                    "passing": T * E * w,
+                    "communication": self.head * (w + 4) + head_reduced,
+                },
+            )
+            fixed["communication"] = 4.0 * self.head
+        if self.head and not (whole and several):
+            gathered -= self.head * w
         if self.last and self.cpu:
             yield Moment(
                 "in the last norm's backward pass",
                 fixed
                 | {
-                    "gradients": before,
+                    "gradients": before + head_reduced,
                     "gathered": gathered,
                     "activations": activations + final,
                     "logits": head_gradient,
@@ -388,13 +414,13 @@ class Memory:
             own = self.block * w if self.sharded else 0.0
             sent = 4 * self.block if (synchronised or full) and behind else 0.0
             if whole:
-                there = gathered if several else self._gathered(self.layers - behind)
+                there = gathered - (0.0 if several else self.block * w * behind)
             else:
-                there = self._gathered(1) + (gather_out if behind < self.layers - 1 else 0.0)
+                there = gathered + (gather_out if behind < self.layers - 1 else 0.0)
             if behind:
                 fixed.pop("communication", None)
             common = fixed | {
-                "gradients": before + reduced,
+                "gradients": before + reduced + head_reduced,
                 "gathered": there,
                 "logits": head_gradient,
             }
@@ -421,12 +447,14 @@ class Memory:
                 )
         if self.sharded:
             yield Moment(
-                "reducing embedding and head",
+                "reducing the embedding",
                 fixed
                 | {
-                    "gradients": before + (0.0 if before else 4 * self.block * self.layers / layout.shard),
-                    "gathered": self._gathered(self.layers if whole and several else 0),
-                    "communication": self.outside * (w + 4 + (0 if before else 4 / layout.shard)),
+                    "gradients": before
+                    + head_reduced
+                    + (0.0 if before else 4 * self.block * self.layers / layout.shard),
+                    "gathered": gathered - (0 if whole and several else self.block * w * (self.layers if whole else 1)),
+                    "communication": ends * (w + 4 + (0 if before else 4 / layout.shard)),
                 },
             )
         fixed.pop("communication", None)

@@ -308,7 +308,11 @@ class Step:
                 + layers * copy(m.block)
                 + copy(m.outside)
             )
-        ends = gather(m.outside) + gather(m.block), reduce(m.block) + reduce(m.outside)
+        first = m.outside - m.head  # gathered before anything is computed, reduced when there is nothing left
+        ends = (
+            gather(first) + gather(m.block) + max(0.0, gather(m.head) - forward),
+            reduce(first) + reduce(m.block) + max(0.0, reduce(m.head) - backward),
+        )
         there = ends[0] + (layers - 1) * max(0.0, gather(m.block) - forward)
         back = ends[1] + (layers - 1) * max(0.0, reduce(m.block) - backward)
         both = reduce(m.block) + gather(m.block)

@@ -59,7 +59,7 @@ def test_the_length_of_a_stretch() -> None:
     """A few tokens are cut as well: all their logits never exist at once."""
     assert stretch_length("cpu", 7, 100, None) == 4
     assert stretch_length("cpu", 8192, 128256, None) == 2**25 // 128256
-    assert stretch_length("cuda", 8192, 128256, None) == 2**28 // 128256
+    assert stretch_length("cuda", 16384, 128256, None) == 2**29 // 128256
     assert stretch_length("cpu", 8192, 128256, 3) == 2731
     assert stretch_length("cpu", 8, 2**26, None) == 1
 

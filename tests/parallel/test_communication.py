@@ -90,9 +90,9 @@ def test_the_model_is_the_one_that_the_formulas_mean() -> None:
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero(root: Path, zero: int) -> None:
     """Two micro-batches: weights are gathered once, or twice a block each; gradients reduced once, or each."""
-    units, micro, weights = BLOCKS + 1, 2, 4 * PARAMETERS
+    units, micro, weights = BLOCKS + 2, 2, 4 * PARAMETERS  # the embedding with the last norm, and the head
     blocks = weights - 4 * (2 * 128 * HIDDEN + HIDDEN)
-    gathers, gathered = (micro * (2 * BLOCKS + 1), micro * (weights + blocks)) if zero == 3 else (units, weights)
+    gathers, gathered = (micro * (units + BLOCKS), micro * (weights + blocks)) if zero == 3 else (units, weights)
     reductions = micro if zero > 1 else 1
     check(
         root,
@@ -132,7 +132,7 @@ def test_context_parallelism(root: Path) -> None:
     check(
         root,
         "2 cp=2 tied=no micro=4",
-        {"all-gather": micro * BLOCKS + BLOCKS + 1, "reduce-scatter": micro * BLOCKS + BLOCKS + 1, "all-reduce": 1},
+        {"all-gather": micro * BLOCKS + BLOCKS + 2, "reduce-scatter": micro * BLOCKS + BLOCKS + 2, "all-reduce": 1},
         {"all-gather": BLOCKS * keys + weights, "reduce-scatter": BLOCKS * keys + weights, "all-reduce": SUM},
     )
 
