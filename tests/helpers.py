@@ -28,7 +28,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests._preload"])
 
 
-def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Run `function(*args)` in `world` processes of one gloo group; the results, by rank.
 
     `function` must be importable (at the top of a test module). RANK, WORLD_SIZE, LOCAL_RANK and
