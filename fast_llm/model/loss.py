@@ -130,6 +130,8 @@ class _Zero(torch.autograd.Function):
         if gradient.dtype == ctx.dtype:
             return gradient * grad.to(ctx.dtype), None
         scaled = torch.empty_like(gradient, dtype=ctx.dtype)
+        if scaled.is_cuda:
+            return torch.mul(gradient, grad, out=scaled), None
         # Piece by piece: product and rounding are one pass over memory.
         for rows, target in zip(gradient.split(ROWS), scaled.split(ROWS), strict=True):
             target.copy_(rows * grad)

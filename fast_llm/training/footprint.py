@@ -116,6 +116,7 @@ class Shape:
     loss: str
     splits: int | None
     packed: bool  # documents of a sequence are kept apart
+    fp8: bool
     halves: bool  # one GPU keeps of a weight's master what its bf16 weight lacks
     batch_size: int
 
@@ -144,6 +145,7 @@ class Shape:
             loss=base.cross_entropy_impl,
             splits=base.cross_entropy_splits,
             halves=config.model.distributed.training_dtype == "bf16" and config.run.enable_triton_kernels,
+            fp8=config.model.distributed.fp8,
             packed=not config.batch.cross_document_attention and config.data.format != "random",
             batch_size=batch_size,
         )
@@ -221,6 +223,7 @@ class Memory:
         """Of one block, its input included, between forward and backward."""
         T, R, E, A, K, F, w = self.T, self.R, self.E, self.A, self.K, self.F, self.w
         x = R * E * w
+        fp8, once = self.shape.fp8, self.layout.compiled
         norm = T * E * w + 4 * R  # what the matrices see, and one number a token
         inputs, results = self._attention()
         if level == "block":
@@ -228,9 +231,15 @@ class Memory:
         if level == "selective":  # products, and attention's results
             return 3 * x + (A + 2 * K + 2 * F) * T * w + results
         rounded = A * T * w if self.widens else 0.0  # attention's result, as the next product takes it
-        front = x + norm + inputs + results + rounded + x  # and the residual stream between attention and MLP
+        seen = norm
+        mlp = norm + (3 if once or self.cpu else 4) * F * T * w
+        if fp8:  # each product keeps what it saw; what several saw is one with the compiler
+            rounded = A * T
+            seen = (1 if once else 3) * T * E + 4 * R
+            mlp = (1 if once else 2) * T * E + 4 * R + (2 if once or self.cpu else 3) * F * T * w + F * T
+        front = x + seen + inputs + results + rounded + x  # and the residual stream between attention and MLP
         inner = {
-            "none": norm + (3 if self.layout.compiled or self.cpu else 4) * F * T * w,
+            "none": mlp,
             "activation": norm + 2 * F * T * w + x,  # the result of the last product, too
             "activation_and_input": 2 * F * T * w + x,
             "full": 0.0,
@@ -503,7 +512,7 @@ class Memory:
         T, V, E = self.T, self.V, self.E
         if self.widens and self.shape.loss == "torch" and self.layout.tensor == 1:
             return T * V * self.w + _widened(V, T, E)
-        return 4.0 * min(_ROWS, V) * E
+        return 4.0 * min(_ROWS, V) * E if self.cpu else 0.0
 
     def peak(self) -> Moment:
         """The worst moment."""

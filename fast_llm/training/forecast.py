@@ -153,10 +153,10 @@ class Step:
 
     # What the device does by itself.
 
-    def product(self, rows: int, columns: int, inner: int) -> float:
+    def product(self, rows: int, columns: int, inner: int, fp8: bool = False) -> float:
         """One product, with reading its factors and writing its result."""
-        rate = self.device.single if self.m.w == 4 else self.device.products
-        size = self.m.w * (rows * inner + inner * columns + rows * columns)
+        rate = self.device.single if self.m.w == 4 else self.device.products * (1 + fp8)
+        size = (1 if fp8 else self.m.w) * (rows * inner + inner * columns) + self.m.w * rows * columns
         return 2 * rows * columns * inner / rate + size / self.device.bandwidth
 
     def moved(self, size: float) -> float:
@@ -166,14 +166,25 @@ class Step:
     @cached_property
     def projections(self) -> float:
         """q, k, v and o of a block, forward."""
-        m = self.m
-        return 2 * self.product(m.T, m.A, m.E) + 2 * self.product(m.T, m.K, m.E)
+        m, fp8 = self.m, self.shape.fp8
+        return 2 * self.product(m.T, m.A, m.E, fp8) + 2 * self.product(m.T, m.K, m.E, fp8)
 
     @cached_property
     def feed_forward(self) -> float:
         """The products of a block's MLP, forward."""
-        m = self.m
-        return 2 * self.product(m.T, m.F, m.E) + self.product(m.T, m.E, m.F)
+        m, fp8 = self.m, self.shape.fp8
+        return 2 * self.product(m.T, m.F, m.E, fp8) + self.product(m.T, m.E, m.F, fp8)
+
+    @cached_property
+    def rounded(self) -> tuple[float, float]:
+        """What a block's products in fp8 need besides, forward and backward: the greatest number (2 bytes), and numbers read once
+        for both orders (2 and 2), of weights for one (2 and 1); gradients of weights go by way of bf16."""
+        m, shape = self.m, self.shape
+        if not shape.fp8:
+            return 0.0, 0.0
+        seen = m.T * (2 * m.E + m.A + m.F) if self.layout.compiled else m.T * (5 * m.E + m.A + m.F)
+        made = m.T * (m.A + 2 * m.K + 2 * m.E + 2 * m.F)
+        return self.moved(6 * seen + 5 * m.block), self.moved(6 * made + (3 + 4) * m.block)
 
     @cached_property
     def attention(self) -> tuple[float, float]:
@@ -212,6 +223,8 @@ class Step:
         passes = [sum(part[way] for part in self.elementwise.values()) for way in (0, 1)]
         there = {"matrix products": products, "attention": forward, "norms, rotary, gate": passes[0]}
         back = {"matrix products": 2 * products, "attention": backward, "norms, rotary, gate": passes[1]}
+        if self.shape.fp8:
+            there["rounding to fp8"], back["rounding to fp8"] = self.rounded
         gate, norms, rotary = (self.elementwise[name][0] for name in ("gate", "norms", "rotary"))
         again = {
             "none": 0.0,
@@ -219,7 +232,7 @@ class Step:
             "activation_and_input": gate + norms / 2,
             "selective": gate + norms + rotary,
             "full": self.feed_forward + gate + norms / 2,
-            "block": products + forward + passes[0],
+            "block": products + forward + passes[0] + self.rounded[0],
         }[self.layout.recompute]
         back["recomputed"] = again
         return there, back

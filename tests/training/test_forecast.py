@@ -116,6 +116,7 @@ ALONE = [
     [BF16, "optimizer.moments_dtype=bf16"],
     [BF16, "optimizer.moments_dtype=int8"],
     [FP32, "optimizer.moments_dtype=int8", f"{LEVEL}=block"],
+    *([BF16, "model.distributed.fp8=yes", f"{LEVEL}={level}"] for level in ("none", "selective", "activation", "full")),
 ]
 SMALL = "model.base_model.vocab_size=256"
 WIDE = [f"model.base_model.transformer.{size}" for size in ("num_layers=1", "hidden_size=256", "ffn_hidden_size=4096")]
