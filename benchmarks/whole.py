@@ -51,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sequence 8192, compiled, fp8, 8-bit moments": LONG | COMPILED | FP8 | INT8,
     "sequence 8192 by 2, compiled, fp8, 8-bit moments": LONG | COMPILED | FP8 | INT8 | {"batch.micro_batch_size": 2},
     "sequence 122880, mlp_recompute_level block, 8-bit moments": {
+        "training.train_iters": WARM + 1,
         "batch.sequence_length": 122880,
         "batch.micro_batch_size": 1,
         "batch.batch_size": 1,

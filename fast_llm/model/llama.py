@@ -68,7 +68,9 @@ class Llama(nn.Module):
 
 
 class Head(Linear):
-    """Of each token, how likely every token is to follow."""
+    """Of each token, how likely every token is to follow. With `total` its weight's gradient goes there (model/loss.py)."""
+
+    total: Tensor | None
 
     def __init__(self, config: BaseModelConfig, cross_entropy_impl: str):
         super().__init__(config.transformer.hidden_size, config.vocab_size, bias=False)
@@ -80,7 +82,8 @@ class Head(Linear):
         if labels is None:
             return super().forward(hidden)
         implementation, splits = self.cross_entropy_impl, self.cross_entropy_splits
-        return cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), implementation, splits)
+        total = getattr(self, "total", None)
+        return cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), implementation, splits, total=total)
 
 
 class Decoder(nn.Module):

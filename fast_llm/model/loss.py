@@ -72,11 +72,13 @@ def cross_entropy(
     implementation: str,
     splits: int | None,
     part: VocabularyPart | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """The summed loss of hidden states [T, E] under a head [V, E] for labels [T]: an fp32 scalar.
 
     `implementation` is torch, fused or triton. `splits`: into how many stretches the tokens are cut, by default as
     few as keep the logits small, and at least two. `part`: `weight` is one of several heads, each on its process.
+    `total`, fp32 [V, E]: the head's gradient is added to it, and the weight gets none; not with torch.
     """
     if implementation == "torch" and part is not None:
         implementation, splits = "fused", 1
@@ -91,9 +93,9 @@ def cross_entropy(
             hidden, weight, labels, length, _kernel(implementation, hidden), part, by_hidden, by_weight
         )
     # A branch each: zero-bubble pipelines go back to the hidden states first, and to the weight later.
-    for x, gradient in zip((hidden, weight), gradients, strict=True):
+    for x, gradient, into in zip((hidden, weight), gradients, (None, total), strict=True):
         if gradient is not None:
-            loss = loss + _Zero.apply(x, gradient)  # type: ignore[no-untyped-call]
+            loss = loss + _Zero.apply(x, gradient, into)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -115,27 +117,30 @@ class _Zero(torch.autograd.Function):
     """Zero, with the loss's gradient by something, which was made in the forward pass, while the logits were there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient, ctx.dtype = gradient, x.dtype
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, total: Tensor | None) -> Tensor:
+        ctx.gradient, ctx.dtype, ctx.total = gradient, x.dtype, total
         return torch.zeros((), dtype=torch.float32, device=x.device)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         gradient = ctx.gradient
         if gradient is None:
             raise RuntimeError("the cross entropy's backward pass ran twice; its gradients are gone after the first")
         # Whoever keeps the loss, PyTorch's pipelines for one, would keep it to the end of the step.
         ctx.gradient = None
+        if ctx.total is not None:
+            ctx.total.addcmul_(gradient, grad)
+            return None, None, None
         if gradient.dtype == ctx.dtype:
-            return gradient * grad.to(ctx.dtype), None
+            return gradient * grad.to(ctx.dtype), None, None
         scaled = torch.empty_like(gradient, dtype=ctx.dtype)
         if scaled.is_cuda:
-            return torch.mul(gradient, grad, out=scaled), None
+            return torch.mul(gradient, grad, out=scaled), None, None
         # Piece by piece: product and rounding are one pass over memory.
         for rows, target in zip(gradient.split(ROWS), scaled.split(ROWS), strict=True):
             target.copy_(rows * grad)
-        return scaled, None
+        return scaled, None, None
 
 
 def _loss_and_gradients(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fast_llm.model.fp8 import Fp8Linear
 from fast_llm.model.linear import linear
+from fast_llm.model.llama import Head
 from fast_llm.model.rounding import join, split_
 
 
@@ -41,12 +42,12 @@ class SingleWeights:
                 for name, p in self.working.items()
             }
         self.gradients: dict[str, Tensor] = {}
-        self._fresh = dict.fromkeys(self.working, True)
-        self._fused: list[Tensor] = []
+        self._fused = self._fuse(model) if self.mixed and lean else {}
+        self.gradients |= self._fused
+        self._fresh = self.working.keys() - self._fused.keys()  # those that hold nothing of this step yet
         if self.mixed:
-            fused = self._fuse(model) if lean else set()
-            for name in self.working.keys() - fused:
-                self.working[name].register_post_accumulate_grad_hook(self._accumulate(name))
+            for name, parameter in self.working.items():
+                parameter.register_post_accumulate_grad_hook(self._accumulate(name))
 
     @contextmanager
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -81,8 +82,8 @@ class SingleWeights:
         """Get ready for a forward and a backward pass."""
         if first:
             if self._fused:
-                torch._foreach_zero_(self._fused)
-            self._fresh = dict.fromkeys(self.working, True)
+                torch._foreach_zero_(list(self._fused.values()))
+            self._fresh = self.working.keys() - self._fused.keys()
             if not self.mixed:
                 for parameter in self.working.values():
                     parameter.grad = None
@@ -93,31 +94,37 @@ class SingleWeights:
         if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
 
-    def _fuse(self, model: nn.Module) -> set[str]:
-        """Let the blocks' matrix products add to the fp32 gradients themselves; the names of their weights."""
-        names: set[str] = set()
+    def _fuse(self, model: nn.Module) -> dict[str, Tensor]:
+        """Let the blocks' matrix products and the cross entropy add to the fp32 gradients themselves; these, by their weights' names."""
+        names = {
+            parameter: name for name, parameter in self.working.items()
+        }  # a head that is the embedding has its name
+        totals: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.bias is None and ".layers." in name:
+            if (
+                isinstance(module, nn.Linear)
+                and module.bias is None
+                and (".layers." in name or isinstance(module, Head))
+            ):
                 total = torch.zeros_like(module.weight, dtype=torch.float32)
-                if not isinstance(module, Fp8Linear):
+                if not isinstance(module, Fp8Linear | Head):
                     # Of another class, not with another function: that would be compiled anew for each block.
                     module.__class__ = _Adding
                 module.register_buffer("total", total, persistent=False)
-                self.gradients[f"{name}.weight"] = total
-                self._fused.append(total)
-                names.add(f"{name}.weight")
-        return names
+                totals[names[module.weight]] = total
+        return totals
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def accumulate(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # what adds to the sum by itself goes back with nothing
+                return
             if name not in self.gradients:
                 self.gradients[name] = parameter.grad.float()
-            elif self._fresh[name]:
+            elif name in self._fresh:
                 self.gradients[name].copy_(parameter.grad)
             else:
                 torch.ops.fast_llm.add(self.gradients[name], parameter.grad)
-            self._fresh[name] = False
+            self._fresh.discard(name)
             parameter.grad = None
 
         return accumulate

@@ -379,7 +379,7 @@ class Memory:
                     "gradients": before,
                     "gathered": gathered,
                     "activations": activations + final,
-                    "logits": held + T * E * w + V * E * w + self._loss_back(),
+                    "logits": held + T * E * w + self._loss_back(),
                 },
             )
         head_gradient = V * E * w if self.last and self.sharded and not self.head else 0.0
@@ -508,11 +508,14 @@ class Memory:
         return length * V * self.w, scratch
 
     def _loss_back(self) -> float:
-        """Bytes that pass while the head's gradient is made: some rows in fp32, or the logits' gradient and the product with it."""
-        T, V, E = self.T, self.V, self.E
+        """The head's gradient and what passes while it is made: some rows in fp32, or the logits' gradient and the product with it."""
+        T, V, E, w = self.T, self.V, self.E, self.w
         if self.widens and self.shape.loss == "torch" and self.layout.tensor == 1:
-            return T * V * self.w + _widened(V, T, E)
-        return 4.0 * min(_ROWS, V) * E if self.cpu else 0.0
+            return V * E * w + T * V * w + _widened(V, T, E)
+        if self.cpu:
+            return V * E * w + 4.0 * min(_ROWS, V) * E
+        alone = not self.sharded and self.shape.halves and self.shape.loss != "torch"
+        return 0.0 if alone else V * E * w  # it is added to the sum at once
 
     def peak(self) -> Moment:
         """The worst moment."""

@@ -54,12 +54,13 @@ def gradients(
     shard_size: int | None = None,
     lean: bool = False,
     compiled: bool = False,
+    cross_entropy: str = "fused",
 ) -> dict[str, np.ndarray]:
     """Of the second of two steps, so that weights that were not updated everywhere would show. Stage 0: no FSDP2."""
     mesh = Mesh(60, 60, shard_size)
     config = model_config(tied, recompute)
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config, cross_entropy)
     for block in model.model.layers.values():
         apply_recompute(block, recompute)
         if compiled:
@@ -150,8 +151,8 @@ def test_bf16_is_the_same_on_several_processes(world: int, zero_stage: int) -> N
 
 
 @functools.cache
-def four_micro_batches() -> dict[str, np.ndarray]:
-    return spawn(1, gradients, 0, 4, torch.bfloat16)[0]
+def four_micro_batches(tied: bool = False, cross_entropy: str = "fused") -> dict[str, np.ndarray]:
+    return spawn(1, gradients, 0, 4, torch.bfloat16, tied, "none", None, False, False, cross_entropy)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -163,3 +164,11 @@ def test_products_that_add_in_fp32(level: str, compiled: bool) -> None:
     # The same micro-batches; after the first step weights half-way between two of bf16 were rounded the other way, and the compiler
     # spares some roundings.
     assert worst(found, four_micro_batches()) < 0.02
+
+
+@pytest.mark.parametrize("cross_entropy", ["fused", "torch"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cross_entropy_that_adds_in_fp32(tied: bool, cross_entropy: str) -> None:
+    """To the sum that the embedding's gradient is added to as well, if they are one; torch's gives it to the weight."""
+    found = spawn(1, gradients, 0, 4, torch.bfloat16, tied, "none", None, True, False, cross_entropy)[0]
+    assert worst(found, four_micro_batches(tied, cross_entropy)) < 0.02
