@@ -47,6 +47,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "sequence 4096, mlp_recompute_level activation": SHORT | {LEVEL: "activation"},
     "sequence 4096, compiled, fp8": SHORT | COMPILED | FP8,
     "sequence 8192, compiled": LONG | COMPILED,
+    "sequence 8192 by 2, compiled, mlp_recompute_level activation_and_input, 8-bit moments": LONG
+    | COMPILED
+    | INT8
+    | {"batch.micro_batch_size": 2, LEVEL: "activation_and_input"},
     "sequence 8192, compiled, fp8": LONG | COMPILED | FP8,
     "sequence 8192, compiled, fp8, 8-bit moments": LONG | COMPILED | FP8 | INT8,
     "sequence 8192 by 2, compiled, fp8, 8-bit moments": LONG | COMPILED | FP8 | INT8 | {"batch.micro_batch_size": 2},
