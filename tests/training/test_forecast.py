@@ -213,6 +213,18 @@ def test_measured_on_an_h200() -> None:
     blocks = ["model.base_model.transformer.num_layers=8", "batch.batch_size=8", "batch.cross_document_attention=yes"]
     for level, tokens in (("none", 35_703), ("selective", 34_655), ("block", 30_286)):
         assert rate(*blocks, f"{LEVEL}={level}", processes=1, device="h200") == pytest.approx(tokens, rel=0.07)
+    # All of it, compiled, with 8-bit moments: GiB of tensors and tokens/s.
+    whole = ["model.multi_stage.compile_all=yes", "optimizer.moments_dtype=int8"]
+    long, fp8 = ["batch.sequence_length=8192", "batch.batch_size=32"], "model.distributed.fp8=yes"
+    level = f"{LEVEL}=activation_and_input"
+    for settings, gib, tokens, bound in (
+        (["batch.micro_batch_size=3", "batch.batch_size=63"], 129.4, 12_432, 0.002),
+        ([*long, fp8], 137.5, 15_694, 0.002),
+        ([*long, level], 128.5, 11_392, 0.04),  # what the compiler keeps by itself is less
+    ):
+        found = forecast(config([*LLAMA, *whole, *settings]), 1, DEVICES["h200"])
+        assert found.peak.bytes / 2**30 == pytest.approx(gib, rel=bound)
+        assert found.rate == pytest.approx(tokens, rel=0.07)
 
 
 def test_the_tables_of_the_guide() -> None:
