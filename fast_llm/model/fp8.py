@@ -75,10 +75,12 @@ def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
 torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
 
 
-@torch.library.impl("fast_llm::amax", ("cpu", "cuda"))
-def _amax(x: Tensor) -> Tensor:
+def greatest(x: Tensor) -> Tensor:
     """The greatest magnitude, fp32; NaN if there is one."""
     return kernels.amax(x.contiguous()) if kernels.AVAILABLE and x.is_cuda else x.abs().amax().float()
+
+
+torch.library.impl("fast_llm::amax", ("cpu", "cuda"), greatest)
 
 
 @torch.library.register_fake("fast_llm::amax")
@@ -92,17 +94,20 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fast_llm::shorten", ("cpu", "cuda"))
-def _shorten(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool) -> tuple[Tensor, Tensor]:
+def shorten(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool) -> tuple[Tensor, Tensor]:
     """x [M, N] divided by its scale, in fp8: [M, N] and [N, M], or what is asked for of them."""
     if kernels.AVAILABLE and x.is_cuda:
         made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, straight, turned)
         kernels.shorten(x.contiguous(), scale, *made)
         return made
     limit = torch.finfo(dtype).max
-    short = (x.float() * scale.reciprocal()).clamp(-limit, limit).to(dtype)
+    wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    short = wide.mul_(scale.reciprocal()).clamp_(-limit, limit).to(dtype)
     nothing = short.new_empty(0)
-    return short if straight else nothing, short.t().contiguous() if turned else nothing
+    return short if straight else nothing, short.t().clone(memory_format=torch.contiguous_format) if turned else nothing
+
+
+torch.library.impl("fast_llm::shorten", ("cpu", "cuda"), shorten)
 
 
 @torch.library.register_fake("fast_llm::shorten")

@@ -12,7 +12,7 @@ A head may be cut by vocabulary over several processes (Megatron-LM, Shoeybi et 
 part, and of each token only log Σ exp and the label's logit pass between them. `torch` is `fused` in one stretch then.
 
 All give Σ -log p(label) over the labels that are not -100, in fp32, with softmax computed in fp32; the
-gradient of the head is summed in fp32 and rounded once.
+gradient of the head is summed in fp32 and rounded once, or not at all if it is added to a sum in fp32 (`total`).
 Letters: T tokens, E hidden size, V vocabulary.
 """
 
@@ -33,7 +33,7 @@ IGNORED = -100
 Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
 # Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
 # H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (a
-# gigabyte of logits, no more than the backward pass takes for the head), where the CPU's memory is slow when it is new.
+# gigabyte of logits; at most as much more at the peak, if nothing else is as large), where the CPU's memory is slow when it is new.
 _STRETCH = {"cuda": 2**29, "cpu": 2**25}
 # Logits that are held in fp32.
 _PIECE = {"cuda": 2**26, "cpu": 2**22}

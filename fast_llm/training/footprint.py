@@ -287,7 +287,12 @@ class Memory:
             widest = max(
                 widest, 4 * self.A * (T + 2 * self.keys) + w * (2 * self.A * T + 2 * self.K * self.keys) - 3 * F * T * w
             )
-        if not self.widens:
+        if self.shape.fp8:
+            # The gradient and the weight in fp8, and in fp32 on their way where there is no kernel; then both products. What down's
+            # product saw is gone.
+            there, wide = F * T * (2 * w + 1), 4 if self.cpu else 0
+            widest = max(widest, there + wide * F * T, there + E * F * (1 + wide), there + E * F * (1 + w) + T * E * w)
+        if self.shape.fp8 or not self.widens:
             return widest
         return max(
             widest,

@@ -237,6 +237,11 @@ class Step:
         back["recomputed"] = again
         return there, back
 
+    @property
+    def adds(self) -> bool:
+        """Whether the cross entropy adds the head's gradient to its fp32 sum."""
+        return not self.m.sharded and self.m.mixed and self.shape.halves and self.shape.loss != "torch"
+
     @cached_property
     def head(self) -> dict[str, float]:
         """Head and cross entropy of a micro-batch: three products, passes over the logits, sums of the head's gradient."""
@@ -244,9 +249,10 @@ class Step:
         logits, weights = m.T * m.V, m.V * m.E
         passes = {"torch": 26, "fused": 34}.get(self.shape.loss, 3 * m.w)
         stretches = 2 if self.shape.loss != "torch" else 1
+        into = 12 if self.adds else 6  # to the fp32 sum at once, or into what is computed in
         return {
             "matrix products": 3 * self.product(m.T, m.V, m.E),
-            "head and embedding": self.moved(passes * logits + (8 * stretches + 6) * weights),
+            "head and embedding": self.moved(passes * logits + (8 * stretches + into) * weights),
         }
 
     @cached_property
@@ -360,9 +366,10 @@ class Step:
         if m.first:
             micro["head and embedding"] += self.moved(10 * m.V * m.E + 4 * m.R * m.E * m.w)
         if m.mixed or m.sharded:  # low-precision gradients into fp32 sums, or towards their reduction
-            # The products of one GPU add by themselves, but for embedding and head: sums are read and written within them.
-            alone = m.parameters if m.sharded or not self.shape.halves else 2 * m.V * m.E
-            micro["gradients"] += self.moved(10 * alone + 6 * (m.parameters - alone))
+            # The products of one GPU add by themselves, and so does the cross entropy: sums are read and written within them.
+            inside = m.parameters - m.outside if not m.sharded and self.shape.halves else 0
+            alone = m.V * m.E if self.adds else m.parameters - inside
+            micro["gradients"] += self.moved(10 * alone + 6 * inside)
         micro["sent within blocks"] += layers * self.within
         if layout.pipeline > 1:
             handed = m.R * m.E * m.w / (self.device.link if self.strides["pipeline"] < NODE else self.device.network)
