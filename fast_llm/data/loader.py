@@ -113,8 +113,7 @@ class Loader:
         """`count` sequences of the phase from `first` on, and rows without targets up to the micro-batch's size."""
         size, length = self.plan.micro_batch_size, self.dataset.length
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
-        if count < size:
-            tokens[count:], labels[count:] = 0, IGNORED
+        tokens[count:], labels[count:] = 0, IGNORED
         starts = [np.zeros(1, np.int64)] * size
         for row in range(count):
             packed = self.dataset.read(self.phase, first + row)
@@ -133,9 +132,8 @@ class Loader:
                 row_lengths[:-1], row_lengths[-1] = inside[1:], length
                 row_lengths -= inside
                 np.subtract(self.places, inside.repeat(row_lengths), out=positions[row])
-                if len(begins) > 1:
-                    labels[row, begins[1:] - 1] = IGNORED
-                    targets -= len(begins) - 1
+                labels[row, begins[1:] - 1] = IGNORED
+                targets -= len(begins) - 1
                 parts.append(row_lengths)
             lengths = np.concatenate(parts)
             boundaries = np.zeros(len(lengths) + 1, np.int32)

@@ -180,6 +180,8 @@ class Memory:
         self.block = shape.matrices // layout.tensor + shape.vectors  # weights of a block
         self.sharded = layout.processes > 1
         self.mixed = shape.width != 4
+        # One GPU's cross entropy adds the head's gradient to its fp32 sum.
+        self.adds = not self.cpu and not self.sharded and shape.halves and shape.loss != "torch"
         self.widens = device == WIDENING and self.mixed
         per_rank = len(layout.stages) // layout.pipeline or 1
         self.per_rank = per_rank
@@ -363,9 +365,8 @@ class Memory:
             held = T * E * w + 4 * V * E if shape.loss != "torch" or layout.tensor > 1 else 0.0
             logits, scratch = self._loss()
             gathering = 0.0
-            if gather_out and not (
-                whole and several
-            ):  # what the last unit came in; with zero_stage 3 no block is there
+            if gather_out and not (whole and several):
+                # What the last unit came in; with zero_stage 3 no block is there.
                 gathering = ((self.head or self.block) - (0 if whole else self.block)) * w
             yield Moment(
                 "in the cross entropy",
@@ -519,8 +520,7 @@ class Memory:
             return V * E * w + T * V * w + _widened(V, T, E)
         if self.cpu:
             return V * E * w + 4.0 * min(_ROWS, V) * E
-        alone = not self.sharded and self.shape.halves and self.shape.loss != "torch"
-        return 0.0 if alone else V * E * w  # it is added to the sum at once
+        return 0.0 if self.adds else V * E * w
 
     def peak(self) -> Moment:
         """The worst moment."""

@@ -237,11 +237,6 @@ class Step:
         back["recomputed"] = again
         return there, back
 
-    @property
-    def adds(self) -> bool:
-        """Whether the cross entropy adds the head's gradient to its fp32 sum."""
-        return not self.m.sharded and self.m.mixed and self.shape.halves and self.shape.loss != "torch"
-
     @cached_property
     def head(self) -> dict[str, float]:
         """Head and cross entropy of a micro-batch: three products, passes over the logits, sums of the head's gradient."""
@@ -249,7 +244,7 @@ class Step:
         logits, weights = m.T * m.V, m.V * m.E
         passes = {"torch": 26, "fused": 34}.get(self.shape.loss, 3 * m.w)
         stretches = 2 if self.shape.loss != "torch" else 1
-        into = 12 if self.adds else 6  # to the fp32 sum at once, or into what is computed in
+        into = 12 if m.adds else 6  # to the fp32 sum at once, or into what is computed in
         return {
             "matrix products": 3 * self.product(m.T, m.V, m.E),
             "head and embedding": self.moved(passes * logits + (8 * stretches + into) * weights),
@@ -368,7 +363,7 @@ class Step:
         if m.mixed or m.sharded:  # low-precision gradients into fp32 sums, or towards their reduction
             # The products of one GPU add by themselves, and so does the cross entropy: sums are read and written within them.
             inside = m.parameters - m.outside if not m.sharded and self.shape.halves else 0
-            alone = m.V * m.E if self.adds else m.parameters - inside
+            alone = m.V * m.E if m.adds else m.parameters - inside
             micro["gradients"] += self.moved(10 * alone + 6 * inside)
         micro["sent within blocks"] += layers * self.within
         if layout.pipeline > 1:

@@ -233,12 +233,11 @@ def test_measured_on_an_h200() -> None:
         assert rate(*blocks, f"{LEVEL}={level}", processes=1, device="h200") == pytest.approx(tokens, rel=0.07)
     # All of it, compiled, with 8-bit moments: GiB of tensors and tokens/s.
     whole = ["model.multi_stage.compile_all=yes", "optimizer.moments_dtype=int8"]
-    long, fp8 = ["batch.sequence_length=8192", "batch.batch_size=32"], "model.distributed.fp8=yes"
-    level = f"{LEVEL}=activation_and_input"
+    long = ["batch.sequence_length=8192", "batch.batch_size=32"]
     for settings, gib, tokens, bound in (
         (["batch.micro_batch_size=3", "batch.batch_size=63"], 129.4, 12_432, 0.002),
-        ([*long, fp8], 137.5, 15_694, 0.002),
-        ([*long, level], 128.5, 11_392, 0.04),  # what the compiler keeps by itself is less
+        ([*long, "model.distributed.fp8=yes"], 137.5, 15_694, 0.002),
+        ([*long, f"{LEVEL}=activation_and_input"], 128.5, 11_392, 0.04),  # what the compiler keeps by itself is less
     ):
         found = forecast(config([*LLAMA, *whole, *settings]), 1, DEVICES["h200"])
         assert found.peak.bytes / 2**30 == pytest.approx(gib, rel=bound)

@@ -104,19 +104,21 @@ def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
     """They go through checkpoints and exports, bit for bit, and train as whole ones do."""
     write_tokens(tmp_path / "tokens", 400)
     how = ["model.distributed.training_dtype=bf16", f"optimizer.moments_dtype={moments}"]
-    halves = partial(with_halves, rounded=True)
     assert spawn(1, rounding, run, arguments(tmp_path, "plain", 8, *how)) == [0]
-    assert spawn(1, rounding, halves, arguments(tmp_path, "whole", 8, *how)) == [0]
+    assert spawn(1, rounding, partial(with_halves, rounded=True), arguments(tmp_path, "rounded", 8, *how)) == [0]
+    assert spawn(1, rounding, with_halves, arguments(tmp_path, "whole", 8, *how)) == [0]
     for steps in (4, 8):
-        assert spawn(1, rounding, halves, arguments(tmp_path, "parts", steps, *how)) == [0]
+        assert spawn(1, rounding, with_halves, arguments(tmp_path, "parts", steps, *how)) == [0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for part in ("checkpoint", "export/llama"):
         assert weights(tmp_path / "whole" / part / "8") == weights(tmp_path / "parts" / part / "8")
     # One weight in 65,536 lies half-way between two of bf16 and is rounded the other way; from then on losses differ by less
     # than bf16's rounding, 2^-9.
-    whole, plain = losses(tmp_path / "whole"), losses(tmp_path / "plain")
-    assert (whole[1], whole[2]) == (plain[1], plain[2])
-    assert whole == pytest.approx(plain, rel=1e-3)
+    rounded, plain = losses(tmp_path / "rounded"), losses(tmp_path / "plain")
+    assert (rounded[1], rounded[2]) == (plain[1], plain[2])
+    assert rounded == pytest.approx(plain, rel=1e-3)
+    assert losses(tmp_path / "whole") != rounded
+    assert losses(tmp_path / "whole") == pytest.approx(plain, rel=1e-3)
 
 
 def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
