@@ -65,14 +65,18 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
+    # Every argument has a parameter: without gradients, Dynamo (PyTorch 2.11 to 2.13) compares their numbers to decide whether
+    # `forward` takes `ctx`, and with `*longest` it dropped q instead.
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None, *longest: int
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None,
+        longest_query: int, longest_key: int,
+    ) -> Tensor:  # fmt: skip
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, log_sums = torch.ops.fast_llm.ragged_attention(q, k, v, query_ends, key_ends, *longest)
+        ends = query_ends, key_ends, longest_query, longest_key
+        out, log_sums = torch.ops.fast_llm.ragged_attention(q, k, v, *ends)
         ctx.save_for_backward(q, k, v, out, log_sums, query_ends, key_ends)
-        ctx.longest = longest
+        ctx.longest = longest_query, longest_key
         attended: Tensor = out
         return attended
 

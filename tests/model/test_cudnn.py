@@ -1,8 +1,13 @@
 """What is asked of cuDNN, where there is none: the round numbers of its plans, and where documents begin. (benchmarks/gpu.py compares
 its results with float64.)"""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fast_llm.model import cudnn
 
@@ -68,3 +73,58 @@ def test_why_it_is_not_used(
 
 def test_nothing_is_used_that_was_not_made_ready() -> None:
     assert not cudnn.usable(torch.empty(1, 1, 8, dtype=torch.bfloat16))
+
+
+@pytest.fixture
+def played() -> Iterator[None]:
+    """cuDNN's operations on the CPU: plain attention, document by document, takes the library's place."""
+
+    def parts(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        lengths = ends.diff().tolist()
+        yield from zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None, *longest: int
+    ) -> tuple[Tensor, Tensor]:
+        assert key_ends is None and longest == (5, 5)
+        outs = []
+        for each in parts(q, k, v, query_ends):
+            heads = (x.transpose(0, 1) for x in each)
+            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            outs.append(out.transpose(0, 1))
+        return torch.cat(outs), q.new_zeros(q.shape[:2], dtype=torch.float32)
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(forward(*leaves, *rest[2:])[0], leaves, grad)
+
+    library = torch.library.Library("fast_llm", "IMPL")
+    library.impl("ragged_attention", forward, "CPU")
+    library.impl("ragged_attention_back", backward, "CPU")
+    yield
+    library._destroy()
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_gradients_and_without(compiled: bool) -> None:
+    """Validation runs the same compiled blocks as training, under no_grad."""
+    ends = torch.tensor([0, 2, 7, 9], dtype=torch.int32)
+    shapes = (9, 4, 16), (9, 2, 16), (9, 2, 16)
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * cudnn.attention(q, k, v, ends, None, 5, 5)
+
+    expected = attend(q, k, v)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(attend(q, k, v), expected)
+    found = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    with torch.no_grad():
+        assert torch.equal(attend(q, k, v), expected)
