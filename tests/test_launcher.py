@@ -1,0 +1,103 @@
+"""What a user sees when torchrun starts fast-llm: the complete output of real launchers and processes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fast_llm import launcher
+from tests.training.runs import losses, settings, write_tokens
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With the entry points of pyproject.toml, whatever is installed here."""
+    folder = tmp_path_factory.mktemp("installed")
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    metadata = folder / "fast_llm-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-llm\nVersion: 0\n")
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points[group].items()) for group in points]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    return kept | {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def torchrun(processes: int, *further: str) -> list[str]:
+    """The command; `-m fast_llm.cli` stands for `--no-python fast-llm`, which may not be on the path here."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *further]
+    return [*launch, "-m", "fast_llm.cli", "train", "gpt"]
+
+
+def output(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code, and standard output and error together."""
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_mistake_is_one_message_and_is_not_tried_again(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [*torchrun(2, "--max-restarts", "3"), *settings(tmp_path, "training.train_iters=x")]
+    assert output(command, environment) == (
+        2,
+        'fast-llm train: override training.train_iters=x: training.train_iters: given "x", must be an integer of 0 or more\n',
+    )
+
+
+def test_a_command_that_is_not_there(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "./fast-llm", "train"]
+    assert output(command, environment) == (
+        2,
+        "torchrun: ./fast-llm: no such command: activate the environment that fast-llm is installed in, or give its path\n",
+    )
+
+
+def test_a_crash_is_named_in_a_line(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    command = [*torchrun(2), *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no")]
+    said = tmp_path / "said"
+    with said.open("wb") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as job:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or not losses(tmp_path / "run"):
+            assert job.poll() is None, said.read_text()
+            time.sleep(0.05)
+        ranks = {process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()}
+        ranks["1"].kill()
+        assert job.wait(60) == 1
+    text = said.read_text()
+    line = rf"torchrun: rank 1 on {socket.gethostname()} was the first to fail: SIGKILL \(process {ranks['1'].pid}\)\n"
+    assert re.search(line + "$", text), text
+    assert "Traceback" not in text and "FAILED" not in text and "OMP_NUM_THREADS" not in text
+
+
+def test_other_launches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sys.excepthook
+    for words in (["torchrun", "train.py"], ["/usr/bin/fast-llm", "train", "gpt"]):
+        monkeypatch.setattr(sys, "argv", words)
+        backend = launcher.register()
+        assert sys.excepthook is before
+    with pytest.raises(ValueError, match="no rendezvous backend"):
+        backend(None)
+
+
+def test_unknown_errors_keep_their_report() -> None:
+    seen: list[object] = []
+    report = launcher._Report(lambda *given: seen.append(given))
+    error = RuntimeError("another torch")
+    report(RuntimeError, error, None)
+    assert seen == [(RuntimeError, error, None)]
+    with pytest.raises(SystemExit) as left:
+        stopped = type("SignalException", (Exception,), {"sigval": signal.SIGTERM})()
+        report(type(stopped), stopped, None)
+    assert left.value.code == 143
