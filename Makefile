@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install
+.PHONY: demo test test-gpu check install
 
 demo: install
 	$(BIN)/fast-llm demo
 
 test: check
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# On a machine with NVIDIA GPUs: the recipe, every kernel and every layout there, in one table (ten minutes).
+test-gpu: build/gpu-data/code.json
+	$(BIN)/python -m tests.gpu
+
+build/gpu-data/code.json: .venv/installed
+	$(BIN)/pip install --quiet --requirement tests/gpu/requirements.txt
+	$(BIN)/python -m tests.gpu.data build/gpu-data
 
 check: install
 	$(BIN)/ruff format --check .

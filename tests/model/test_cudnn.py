@@ -1,4 +1,4 @@
-"""What is asked of cuDNN, where there is none: the round numbers of its plans, and where documents begin. (benchmarks/gpu.py compares
+"""What is asked of cuDNN, where there is none: the round numbers of its plans, and where documents begin. (tests/gpu compares
 its results with float64.)"""
 
 from collections.abc import Iterator

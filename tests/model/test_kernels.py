@@ -97,7 +97,7 @@ import torch
 from fast_llm.model import kernels
 from fast_llm.model.norm import _Fused
 # The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded once, by at most 2^-11; bf16: the
-# interpreter cuts off what does not fit, at most 2^-7, where a GPU rounds (benchmarks/gpu.py has its bound).
+# interpreter cuts off what does not fit, at most 2^-7, where a GPU rounds (tests/gpu has its bound).
 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 5e-4)):
     for rows, width in ((1, 5), (40, 33), (7, 576), (3, 4096), (5, 5000)):
         x, grad, other = ((3 * torch.randn(rows, width)).to(dtype) for _ in range(3))
@@ -137,7 +137,7 @@ print("equal")
 """
 
 # Numbers that fp8 has, so that nothing is rounded: the interpreter cuts off where a GPU rounds, and makes numbers of NaN
-# (benchmarks/gpu.py compares those).
+# (tests/gpu compares those).
 SHORTEN = """
 import torch
 from fast_llm.model import kernels

@@ -1,0 +1,116 @@
+"""Folders for the suite: Llama-3.1-8B's shape with random weights, and the recipe's files where its YAML looks for them."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SPECIAL = [  # Llama 3.1's, from token 128,000 on
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
+]
+BOS, EOS = SPECIAL[:2]
+CONFIG = {  # as meta-llama/Llama-3.1-8B's config.json
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+HEAD = {"model.embed_tokens.weight": (128256, 4096), "lm_head.weight": (128256, 4096), "model.norm.weight": (4096,)}
+BLOCK = {
+    "self_attn.q_proj.weight": (4096, 4096),
+    "self_attn.k_proj.weight": (1024, 4096),
+    "self_attn.v_proj.weight": (1024, 4096),
+    "self_attn.o_proj.weight": (4096, 4096),
+    "mlp.gate_proj.weight": (14336, 4096),
+    "mlp.up_proj.weight": (14336, 4096),
+    "mlp.down_proj.weight": (4096, 14336),
+    "input_layernorm.weight": (4096,),
+    "post_attention_layernorm.weight": (4096,),
+}
+HEAD_PARAMETERS, BLOCK_PARAMETERS = 1_050_677_248, 218_112_000
+
+
+def shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors of each weight file: the ends of the model, then eight blocks a file."""
+    files = [dict(HEAD)]
+    for first in range(0, layers, 8):
+        numbers = range(first, min(first + 8, layers))
+        files.append({f"model.layers.{n}.{name}": shape for n in numbers for name, shape in BLOCK.items()})
+    return files
+
+
+def write_model(folder: Path, layers: int, tokenizer: Path) -> None:
+    """A Hugging Face folder with random weights in bf16; four files are written at a time."""
+    shutil.copytree(tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2) + "\n")
+    generator = torch.Generator("cuda").manual_seed(0)
+    files = shards(layers)
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    with ThreadPoolExecutor(4) as pool:
+        waiting = []
+        for name, shapes in zip(names, files, strict=True):
+            tensors = {
+                tensor: torch.ones(shape, dtype=torch.bfloat16)
+                if len(shape) == 1
+                else torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02, generator=generator).cpu()
+                for tensor, shape in shapes.items()
+            }
+            waiting.append(pool.submit(save_file, tensors, folder / name, {"format": "pt"}))
+            del tensors
+        for each in waiting:
+            each.result()
+    index = {tensor: name for name, shapes in zip(names, files, strict=True) for tensor in shapes}
+    total = 2 * (HEAD_PARAMETERS + layers * BLOCK_PARAMETERS)
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_tutorial(place: Path, layers: int, data: Path) -> Path:
+    """The recipe's YAML in `place`, and what it names: the model and the data. The YAML's path."""
+    root = Path(__file__).parent.parent.parent
+    tutorial = place / "fast-llm-tutorial"
+    tutorial.mkdir(parents=True)
+    shutil.copyfile(data / "code.json", tutorial / "dataset.json")
+    shutil.copytree(data / "code", tutorial / "code")
+    write_model(tutorial / "pretrained-model", layers, data / "code" / "tokenizer")
+    return Path(shutil.copyfile(root / "fast_llm" / "demo" / "train-config.yaml", place / "train-config.yaml"))

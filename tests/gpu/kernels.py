@@ -1,0 +1,344 @@
+"""Every kernel that a GPU runs, against float64: with gradients and under no_grad, compiled and not, documents packed.
+
+Bounds: fp32 sums of some thousand terms, 1e-5; bf16 has 8 bits and fp16 11, so one rounding is 2e-3 and 2.4e-4 at most, and a
+result goes through two or three.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fast_llm.config.section import Document, validate
+from fast_llm.config.train import BaseModelConfig, OptimizerConfig
+from fast_llm.model import cudnn
+from fast_llm.model.attention import Documents, attend, attention
+from fast_llm.model.fp8 import FINE, WIDE, _scale, apply_fp8
+from fast_llm.model.linear import linear
+from fast_llm.model.llama import Llama, init_weights
+from fast_llm.model.loss import VocabularyPart, cross_entropy
+from fast_llm.model.norm import rms_norm_beside
+from fast_llm.model.rounding import join, split_
+from fast_llm.optim.optimizer import Optimizer
+from fast_llm.parallel.context import _places, _stretches
+from fast_llm.parallel.single import SingleWeights
+from tests.gpu.checks import Rows, distance, farthest, report
+
+DEVICE = torch.device("cuda", 0)
+LENGTHS = (1, 700, 323, 1000, 24)  # of documents in two sequences of 1,024 tokens
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Packed attention by `cuDNN` or by `PyTorch`. Raises AssertionError if cuDNN cannot be had."""
+    problem = cudnn.load(DEVICE) if name == "cuDNN" else ""
+    assert not problem, f"cuDNN: {problem}"
+    try:
+        yield
+    finally:
+        cudnn._Loaded.library = None
+        torch._dynamo.reset()
+
+
+def engines(dtype: torch.dtype) -> list[str]:
+    """Those of which a dtype has a choice, if the package is installed."""
+    installed = find_spec("cudnn") is not None
+    return ["PyTorch", "cuDNN"] if installed and dtype != torch.float32 else ["PyTorch"]
+
+
+def packed(lengths: tuple[int, ...]) -> Documents:
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    return Documents(lengths, ends, max(lengths))
+
+
+def exactly(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of flat [T, H, D] tensors, document by document."""
+    outs = []
+    for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        heads = [x.transpose(0, 1)[None] for x in part]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def packed_attention() -> Rows:
+    documents = packed(LENGTHS)
+    for dtype, bound in BOUNDS.items():
+        for width in (64, 128):
+            shapes = ((2, 1024, heads, width) for heads in (8, 2, 2))
+            q, k, v = (torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes)
+            exact = [x.detach().double().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+            expected = exactly(LENGTHS, *exact)
+            wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
+
+            def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return attention(q, k, v, documents, True)
+
+            for name in engines(dtype):
+                for compiled in (False, True):
+                    with engine(name):
+                        function: Callable[..., Tensor] = torch.compile(attended) if compiled else attended
+                        with torch.no_grad():
+                            before = function(q, k, v)
+                        out = function(q, k, v)
+                        gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+                        with torch.no_grad():
+                            after = function(q, k, v)
+                    found = [x.flatten(0, 1) for x in (out, *gradients, before, after)]
+                    how = f"{short(dtype)}, heads of {width}, {name}{', compiled' * compiled}"
+                    yield f"attention within documents, {how}", farthest(found, (*wanted, expected, expected)), bound
+
+
+def attention_of_context_parallelism() -> Rows:
+    """Four processes' shares, one after the other, against all at once."""
+    rows, length, size = 2, 1024, 4
+    documents = packed(LENGTHS)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(rows * length, heads, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2))
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        expected = exactly(LENGTHS, *exact)
+        wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
+        # Where each token lies among those gathered, process by process.
+        places = torch.from_numpy(_places(torch.arange(rows * length).numpy(), rows, length, size)).to(DEVICE)
+        for name in engines(dtype):
+            gathered = [torch.empty_like(x).index_copy_(0, places, x).requires_grad_() for x in (q, k, v)]
+            outs, quiet = [], []
+            with engine(name):
+                for rank in range(size):
+                    own = _stretches(documents, rows, length, (rank, 2 * size - 1 - rank), size).to(DEVICE)
+                    part = gathered[0].chunk(size)[rank]
+                    keys, values = (x.index_select(0, own.index) for x in gathered[1:])
+                    outs.append(attend(part, keys, values, own, True))
+                    with torch.no_grad():
+                        quiet.append(attend(part, keys, values, own, True))
+                out = torch.cat(outs)
+                gradients = torch.autograd.grad(out.float().square().sum(), gathered)
+            found = [x[places] for x in (out, *gradients, torch.cat(quiet))]
+            how = f"{short(dtype)}, {name}"
+            yield f"attention of context parallelism, {how}", farthest(found, (*wanted, expected)), BOUNDS[dtype]
+
+
+def norms() -> Rows:
+    """A residual stream and its RMSNorm."""
+
+    def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm_beside(x, weight, 1e-5)
+
+    for tokens, width in ((8192, 4096), (32768, 576)):
+        for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)):
+            x = torch.randn(tokens, width, device=DEVICE, dtype=dtype, requires_grad=True)
+            weight = (1 + 0.1 * torch.randn(width, device=DEVICE, dtype=dtype)).requires_grad_()
+            grads = torch.randn_like(x), torch.randn_like(x)
+            exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+            expected = F.rms_norm(exact[0], exact[1].shape, exact[1], 1e-5), exact[0] * 1
+            wanted = *expected, *torch.autograd.grad(expected, exact, [g.double() for g in grads])
+            for compiled in (False, True):
+                function = torch.compile(ours) if compiled else ours
+                with torch.no_grad():
+                    quiet = function(x, weight)
+                out = function(x, weight)
+                found = *out, *torch.autograd.grad(out, (x, weight), grads), *quiet
+                how = f"{tokens} x {width}, {short(dtype)}{', compiled' * compiled}"
+                yield f"RMSNorm and residual, {how}", farthest(found, (*wanted, *expected)), bound
+                torch._dynamo.reset()
+
+
+def cross_entropies() -> Rows:
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = torch.randn(1000, 512, device=DEVICE, dtype=dtype, requires_grad=True)
+        weight = (0.05 * torch.randn(128256, 512, device=DEVICE, dtype=dtype)).requires_grad_()
+        labels = torch.randint(128256, (1000,), device=DEVICE)
+        labels[5:50] = -100
+        exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        expected = F.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=-100, reduction="sum")
+        wanted = expected, *torch.autograd.grad(expected, exact)
+        for implementation in ("torch", "fused", "triton"):
+            loss = cross_entropy(hidden, weight, labels, implementation, None)
+            gradients = torch.autograd.grad(loss, (hidden, weight))
+            with torch.no_grad():
+                quiet = cross_entropy(hidden, weight, labels, implementation, None)
+            far = farthest((loss, *gradients, quiet), (*wanted, expected))
+            yield f"cross entropy {implementation}, {short(dtype)}", far, BOUNDS[dtype]
+
+
+def cross_entropy_in_two() -> Rows:
+    """A head that two processes share: both halves on this GPU, with one another's sums from float64."""
+    hidden = torch.randn(1000, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = (0.05 * torch.randn(128256, 512, device=DEVICE, dtype=torch.bfloat16)).requires_grad_()
+    labels = torch.randint(128256, (1000,), device=DEVICE)
+    labels[5:50] = -100
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = exact[0] @ exact[1].T
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    wanted = expected, *torch.autograd.grad(expected, exact, retain_graph=True)
+    sums = logits.detach().logsumexp(-1).float()
+    chosen = logits.detach().gather(1, labels.clamp_min(0)[:, None])[:, 0].float()
+    for implementation in ("torch", "fused", "triton"):
+        found = [torch.zeros_like(hidden), torch.zeros_like(weight)]
+        for first in (0, 64128):
+            seen = 0
+
+            def combine(*mine: Tensor) -> tuple[Tensor, Tensor]:
+                nonlocal seen
+                begin, seen = seen % 1000, seen + len(mine[0])
+                return sums[begin : begin + len(mine[0])], chosen[begin : begin + len(mine[0])]
+
+            part = VocabularyPart(first, combine)
+            loss = cross_entropy(hidden, weight[first : first + 64128], labels, implementation, None, part)
+            for total, gradient in zip(found, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+                total += gradient
+        yield f"cross entropy {implementation}, vocabulary over two", farthest((loss, *found), wanted), 1e-2
+
+
+def blocks() -> Rows:
+    """Every weight's gradient of compiled blocks against that without the compiler, with a validation before and behind."""
+    transformer = {
+        "num_layers": 2,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "head_groups": 4,
+        "ffn_hidden_size": 1536,
+    }
+    config = validate(BaseModelConfig, Document({"vocab_size": 4096, "transformer": transformer}, {}, ""))
+    tokens = torch.randint(4096, (2, 513), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions = torch.arange(512, device=DEVICE).expand(2, -1).contiguous()
+
+    def run(dtype: torch.dtype, documents: Documents | None, compiled: bool, fp8: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        with torch.device("meta"):
+            model = Llama(config, "triton")
+        for block in model.model.layers.values():
+            if fp8:
+                apply_fp8(block)
+            if compiled:
+                block.compile()  # type: ignore[no-untyped-call]
+        weights = SingleWeights(model, dtype, DEVICE, lean=True)
+        with weights.masters(changed=True) as tensors:
+            init_weights(tensors, config, 0)
+        weights.publish()
+        given = tokens[:, :-1], positions, documents, tokens[:, 1:].contiguous()
+        with torch.no_grad():
+            first = model(*given)
+        weights.before_micro_batch(True, True)
+        loss = model(*given)
+        loss.backward()
+        with torch.no_grad():
+            last = model(*given)
+        losses = {"loss": loss.detach(), "loss of the validation before": first, "loss of the validation behind": last}
+        return losses | {name: gradient.clone() for name, gradient in weights.local_gradients().items()}
+
+    # bf16's gradients of queries and keys nearly cancel at random weights; fp8 has 3 bits, the others' weights see less of it.
+    for dtype, fp8, bound in (
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 6e-2),
+        (torch.bfloat16, True, 6e-2),
+    ):
+        for documents in (None, packed((100, 412, 512))):
+            for name in engines(dtype) if documents else ["PyTorch"]:
+                with engine(name):
+                    plain, found = (run(dtype, documents, compiled, fp8) for compiled in (False, True))
+                far = {key: distance(found[key], value) for key, value in plain.items()}
+                worst = max(far, key=lambda key: math.inf if far[key] != far[key] else far[key])
+                how = f"{'fp8' if fp8 else short(dtype)}, {f'packed, {name}' if documents else 'one document each'}"
+                yield f"blocks compiled and not, {how}: {worst}", far[worst], bound
+
+
+def products() -> Rows:
+    """Products whose weight gradient is added to an fp32 sum."""
+
+    def twice(x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        return F.silu(linear(x, weight, total))
+
+    for compiled in (False, True):
+        function = torch.compile(twice) if compiled else twice
+        x = torch.randn(2, 1000, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        weight = (0.05 * torch.randn(768, 512, device=DEVICE, dtype=torch.bfloat16)).requires_grad_()
+        total = torch.zeros(768, 512, device=DEVICE)
+        exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+        with torch.no_grad():
+            quiet = function(x, weight, total)
+        for _ in range(3):
+            function(x, weight, total).sum().backward()
+            expected = F.silu(exact[0] @ exact[1].T)
+            expected.sum().backward()
+        assert weight.grad is None and x.grad is not None
+        far = farthest((total, x.grad, quiet), (exact[1].grad, exact[0].grad, expected))
+        yield f"weight gradients added in fp32{', compiled' * compiled}", far, 1e-2
+
+
+def fp8_rounding() -> Rows:
+    """Bits of our rounding to fp8 that differ from PyTorch's, and greatest numbers that differ."""
+    for dtype in (FINE, WIDE):
+        for size in ((8192, 4096), (8192, 14336), (14336, 4096), (1000, 48)):
+            x = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
+            x[3, 5] = 3e-3
+            scale = _scale(x, dtype)
+            wanted = (x.float() * scale.reciprocal()).to(dtype)
+            both = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)
+            alone = [torch.ops.fast_llm.shorten(x, scale, dtype, not turned, bool(turned))[turned] for turned in (0, 1)]
+            expected = wanted.view(torch.int8), wanted.t().contiguous().view(torch.int8)
+            pairs = [*zip(both, expected, strict=True), *zip(alone, expected, strict=True)]
+            different = sum(int((one.view(torch.int8) != other).sum()) for one, other in pairs)
+            different += int(torch.ops.fast_llm.amax(x) != x.abs().amax())
+            x[3, 5] = torch.nan
+            kept = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)[0][3, 5].isnan()
+            different += int(not (torch.ops.fast_llm.amax(x).isnan() and kept))
+            yield f"rounding to {short(dtype)}, {size[0]} x {size[1]}, numbers that differ", different, 0
+
+
+def adamw() -> Rows:
+    """Twenty updates by the kernel against the same by PyTorch's operations, relative to the way that weights went.
+
+    fp32: twenty roundings of a weight, 6e-8 each of a way of 0.1. bf16: other random numbers of stochastic rounding gave
+    1.5e-3. int8: the same random numbers but for a few.
+    """
+    start = torch.randn(1000, 333, device=DEVICE)
+    gradients = [torch.randn(1000, 333, device=DEVICE) for _ in range(20)]
+    for halves in (False, True):
+        kinds: list[tuple[Any, float]] = [("fp32", 3e-5), ("bf16", 5e-4), ("int8", 5e-3)]
+        for dtype, bound in kinds:
+            ends = []
+            for kernel in (False, True):
+                weight, low = start.clone(), {}
+                if halves:
+                    weight = torch.empty_like(start, dtype=torch.bfloat16)
+                    low = {"w": torch.empty_like(start, dtype=torch.int16)}
+                    split_(start.clone(), weight, low["w"])
+                optimizer = Optimizer({"w": weight}, OptimizerConfig(moments_dtype=dtype), low, kernel)
+                for gradient in gradients:
+                    optimizer.step({"w": gradient.clone()}, 1e-2, 0.5)  # PyTorch scales them in place
+                with optimizer.moments() as (_, found):
+                    ends.append((join(weight, low["w"]) if halves else weight, found["w"].float().to(DEVICE)))
+            how = f"{dtype} moments{', split masters' * halves}"
+            moved = (ends[0][0] - start).norm()
+            yield f"AdamW, {how}", ((ends[1][0] - ends[0][0]).norm() / moved).item(), bound
+            yield f"AdamW, {how}, squares", distance(ends[1][1], ends[0][1]), 3 * bound
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    report(
+        packed_attention,
+        attention_of_context_parallelism,
+        norms,
+        cross_entropies,
+        cross_entropy_in_two,
+        blocks,
+        products,
+        fp8_rounding,
+        adamw,
+    )
+
+
+if __name__ == "__main__":
+    main()

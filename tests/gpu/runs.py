@@ -1,0 +1,95 @@
+"""Runs of the command, as a user starts it: by itself for one GPU, by torchrun for several."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent.parent
+NO_CUDNN = Path(__file__).parent / "no_cudnn"  # hides the cuDNN package
+KEYS = "language_model_loss", "grad_norm"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run under way; `folder` is its run.experiment_dir."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    log: Path
+
+    def wait(self) -> "Started":
+        """Until it has ended. Raises AssertionError, with the end of what it printed, unless it ended well."""
+        code = self.process.wait()
+        assert code == 0, f"exit code {code}: ...{self.printed()[-1500:]}"
+        return self
+
+    def kill(self) -> None:
+        """All of its processes, without notice."""
+        launcher = psutil.Process(self.process.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
+        self.process.wait()
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def records(self, phase: str = "training") -> dict[int, dict[str, Any]]:
+        """metrics.jsonl by step; of a step that was made twice the later record."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return {record["step"]: record for record in map(json.loads, lines) if record["phase"] == phase}
+
+
+def start(
+    place: Path,
+    folder: Path,
+    settings: Mapping[str, Any],
+    gpus: int = 1,
+    cudnn: bool = True,
+    config: Path | None = None,
+) -> Started:
+    """Start `fast-llm train gpt` in `place`, with settings on the command line."""
+    words = [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    words += ["-m", "fast_llm.cli", "train", "gpt", *(["--config", str(config)] if config else [])]
+    words += [f"{name}={value}" for name, value in settings.items()] + [f"run.experiment_dir={folder}"]
+    paths = [*([] if cudnn else [str(NO_CUDNN)]), str(ROOT), *os.environ.get("PYTHONPATH", "").split(":")]
+    environment = os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "OMP_NUM_THREADS": "4"}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(folder.name + ".log")
+    with log.open("ab") as said:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=place, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+    return Started(process, folder, log)
+
+
+def wait_for(condition: Any, run: Started, seconds: float = 300) -> None:
+    """Until a run has come so far. Raises AssertionError if it ends before or takes too long."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert run.process.poll() is None, f"ended too early: ...{run.printed()[-1500:]}"
+        assert time.monotonic() < limit, f"took more than {seconds} s: ...{run.printed()[-1500:]}"
+        time.sleep(0.02)
+
+
+def difference(found: Mapping[int, Mapping[str, Any]], exact: Mapping[int, Mapping[str, Any]]) -> float:
+    """The greatest relative difference of losses and gradient norms over steps; infinite if the steps are not the same."""
+    if not exact or found.keys() != exact.keys():
+        return float("inf")
+    pairs = [(found[step][key], exact[step][key]) for step in exact for key in KEYS]
+    worst = max(abs(one / other - 1) for one, other in pairs)
+    return worst if worst == worst else float("inf")
+
+
+def delete(folder: Path) -> None:
+    """A folder that takes much of the disk."""
+    shutil.rmtree(folder, ignore_errors=True)
