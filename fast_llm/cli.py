@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, **shaped(description=description, epilog=examples))
         command.add_argument("settings", nargs="*", metavar=f"[{kind}] a.b=c", help="settings that win over the file")
         command.add_argument("-c", "--config", metavar="FILE", help="the YAML file")
-        checked = "check all that can be checked, print the plan, and stop" if name == "train" else "check, and stop"
+        checked = "check, and stop" if name == "convert" else "check all that can be checked, print the plan, and stop"
         command.add_argument("-v", "--validate", action="store_true", help=checked)
         command.set_defaults(run=function, kind=kind)
     command = commands.add_parser(
@@ -319,7 +319,9 @@ def _prepare(parsed: argparse.Namespace) -> int:
     document = _read(parsed, "fast-llm prepare gpt_memmap --config prepare.yaml")
     config = validate(PrepareConfig, document, PREPARE_REFUSED)
     if parsed.validate:
-        print(dump(config), end="")
+        from fast_llm.data.prepare import check
+
+        print(f"{dump(config)}\n{check(config)}", end="")
         return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fast_llm").setLevel(logging.INFO)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fast_llm import __version__, cli
+from tests.data import made
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "fast_llm/demo/train-config.yaml")
@@ -102,7 +103,7 @@ def test_help_loads_next_to_nothing() -> None:
         (["train", *SMALL, "pretrained.path=./none"], 2, "pretrained.path: ./none: no such folder"),
         (["train", "--validate", *SMALL], 0, "Training      10 steps"),
         (["prepare", "output_path=x"], 2, "dataset.path: is missing"),
-        (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 0, "output_path: x\n"),
+        (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 2, "z: no such file or folder"),
         (["convert", "input.path=x"], 2, "output.path: is missing"),
         (["verify", "none"], 2, "none: nothing to verify; give a dataset.json, a checkpoint"),
         (["why", "none", "1"], 2, "none: no config.yaml in it"),
@@ -271,11 +272,14 @@ sys.exit(cli.main())
     "command",
     [
         ["train", "gpt", "--validate", *SMALL],
-        ["prepare", "gpt_memmap", "--validate", "output_path=a", "dataset.path=b", "tokenizer.path=c"],
+        ["prepare", "gpt_memmap", "--validate", "output_path=a"],
     ],
     ids=lambda command: command[0],
 )
-def test_signals_when_all_is_done_change_nothing(command: list[str]) -> None:
+def test_signals_when_all_is_done_change_nothing(command: list[str], tmp_path: Path) -> None:
+    if command[0] == "prepare":
+        (tmp_path / "text.txt").write_text("text")
+        command = [*command, f"dataset.path={tmp_path}", f"tokenizer.path={made.llama(tmp_path.parent / 'model')}"]
     code, stdout, stderr = start(*command, code=_LATE)
     assert code == 0 and stdout and not stderr
 

@@ -15,21 +15,24 @@ Processes = Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 102
 
 
 class SourceConfig(Section):
-    """Documents, read through Hugging Face's `datasets`."""
+    """Documents: files, or a dataset on the Hugging Face Hub."""
 
     path: PathText
-    """A dataset on the Hub, or a local file, folder or pattern: parquet, jsonl (also .gz, .zst), arrow, plain text
-    and source files (a file is a document)."""
+    """A local file, folder or pattern, or a dataset on the Hub (`hf://datasets/NAME` if a folder here has its name):
+    parquet, jsonl, json, arrow, plain text and source files (a file is a document); also .gz, .zst, .bz2, .xz."""
     config_name: Text | None = None
     """Which configuration of a Hub dataset."""
     data_directory: Text | None = None
     """Which folder of a Hub dataset, or of a local one."""
     data_files: Annotated[Text | list[Text], Words("a pattern, or a list of patterns")] | None = None
-    """Which files, as patterns."""
+    """Which files, by name or pattern."""
     split: Text = "train"
-    """Which split."""
+    """Which split, or parts: `train[:1000]`, `train[10%:]+test`."""
     field: Text = "text"
     """The column that holds the document."""
+    max_document_bytes: Annotated[int, Field(ge=1, le=2**40), Words("a number of bytes above 0")] = 2**26
+    """A text of more bytes than this (64 MiB) is left out, counted and named. Tokenizing takes 110 times as much
+    memory as the text, in each worker."""
     data_type: Literal["uint8", "uint16", "int16", "int32", "int64"] | None = None
     """Integer type of the tokens; null is the smallest that holds the vocabulary."""
     trust_remote_code: Annotated[
@@ -82,7 +85,7 @@ class PrepareConfig(Section):
     output_path: PathText
     """Folder of the token files; their metadata is written beside it, with `.json` behind its name."""
     loading_workers: Processes = 1
-    """Processes that `datasets` reads with."""
+    """Threads that count rows of local files; processes that `datasets` reads the Hub's with."""
     tokenize_workers: Processes = 1
     """Processes that tokenize."""
     tokens_per_shard: Annotated[int, Field(ge=100_000, le=2**62), Words("an integer of 100000 or more")] = 10**9

@@ -442,13 +442,22 @@ def _names(group: Sequence[tuple[float, TokenFile]]) -> str:
     return first if len(group) == 1 else f"{first} and {len(group) - 1} more"
 
 
+def _next_to(folder: Path) -> str:
+    """Where the dataset.json of a folder is: `prepare` writes it next to the folder."""
+    beside = folder.resolve().with_name(folder.resolve().name + ".json")
+    inside = folder / "dataset.json"
+    if inside.is_file() or not beside.is_file():
+        return f" in it, {inside}" if inside.is_file() else " that `fast-llm prepare` wrote, not a folder"
+    return f" next to it, {folder.parent / beside.name if folder.name else beside}"
+
+
 def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Read a dataset.json; its list of token files."""
     try:
         if path.stat().st_size > LARGEST_METADATA:
             raise DataError(f"{path}: larger than 1 GiB; this is no dataset.json")
         if path.is_dir():
-            raise DataError(f"{path}: a folder; give the dataset.json in it")
+            raise DataError(f"{path}: a folder; give the dataset.json{_next_to(path)}")
         if not path.is_file():  # a pipe would be waited for
             raise DataError(f"{path}: not a file")
         data = path.read_bytes()

@@ -49,10 +49,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.data import documents, tokenizer
+from fast_llm.data import documents, files, tokenizer
 from fast_llm.data.dataset import seal
-from fast_llm.data.documents import Documents, Odd, Task
+from fast_llm.data.documents import Documents
 from fast_llm.data.encode import Encoder
+from fast_llm.data.reading import Odd, Reader, Task
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 
@@ -63,6 +64,11 @@ _RANGE = 2**20  # bytes of text that a worker is given at a time
 _AHEAD = 3  # ranges in flight for each worker
 _EXAMPLES = 10  # documents passed over that are named
 _SAMPLE = 2**18  # bytes of text tokenized to estimate the whole
+_LONG = 2**20  # tokens; a file that makes so many is likely a collection of documents
+_MUCH = 2**26  # bytes of text that keep one worker busy for some time
+# What records say that have no such line, since they are of a version that had no such setting.
+_EARLIER = {"dataset.max_document_bytes": 2**26, "reading": 1}
+_READING = 2  # how JSON and compressed texts are read: 1 guessed types from rows, and did not decompress texts
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -83,19 +89,20 @@ def prepare(config: PrepareConfig) -> Path:
         "tokenizer.bos": front,
         "tokenizer.eos": back,
         "dataset.data_type": str(dtype),
+        "dataset.max_document_bytes": config.dataset.max_document_bytes,
         "tokens_per_shard": config.tokens_per_shard,
         "distributed.world_size": world,
     }
     job = _Job(config, output, rank, world, loaded, dtype, front, back, settings)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with _alone(job):
+        with _new_folders_go_if_empty(job), _alone(job):
             _clean(job)
             if _is_finished(job):
                 logger.info(f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}.")
                 return job.metadata
-            source = documents.open_documents(documents.find(config.dataset), config.loading_workers)
-            settings |= _identity(config, source)
+            source = documents.open_documents(files.find(config.dataset), config.loading_workers)
+            settings |= _identity(source)
+            _report(job, source)
             for record in [*output.glob("shard_*_*.json"), *output.glob("rank_*.json")]:
                 _compare(record, settings)
             job.metadata.unlink(missing_ok=True)  # of files that are gone: like them, it is whole or absent
@@ -110,6 +117,61 @@ def prepare(config: PrepareConfig) -> Path:
             raise DataError(f"output_path: {output}: can not be written to: {error.strerror}") from error
         raise
     return job.metadata
+
+
+def check(config: PrepareConfig) -> str:
+    """What `prepare` would do, in lines: documents and the tokenizer are looked at, nothing is written.
+
+    Raises as `prepare` does. Datasets on the Hub are not fetched.
+    """
+    rank, world = _rank(config)
+    loaded = tokenizer.load(config.tokenizer.path)
+    dtype = _dtype(config, loaded)
+    front, back = _ends(config, loaded)
+    output = Path(config.output_path).expanduser()
+    lines: list[tuple[str, str]] = []
+    found = files.find(config.dataset)
+    if found.kind == "hub":
+        lines.append(("documents", f"{config.dataset.path} on the Hugging Face Hub, which is not fetched for a check"))
+    else:
+        lines += _described(config, documents.open_documents(found, config.loading_workers), loaded, dtype)
+    tokens = [
+        f"{place} {name} {token} {loaded.tokenizer.id_to_token(token)}" if token is not None else f"{place} no {name}"
+        for place, name, token in (("begins with", "BOS", front), ("ends with", "EOS", back))
+    ]
+    lines.append(("tokenizer", f"{loaded.path}: {loaded.vocab_size:,} tokens, stored as {dtype}"))
+    lines.append(("a document", " and ".join(tokens)))
+    part = f", of which this is rank {rank} of {world}" if world > 1 else ""
+    there = "; finished already" if output.with_name(output.name + ".json").exists() else ""
+    lines.append(("written to", f"{output}/ and {output}.json{part}{there}"))
+    return "".join(f"{name:<12}{text}\n" for name, text in lines)
+
+
+def _described(
+    config: PrepareConfig, source: Documents, loaded: tokenizer.Loaded, dtype: np.dtype[Any]
+) -> list[tuple[str, str]]:
+    """Documents, how many tokens they make, and what is left out."""
+    number = len(source) - source.blank
+    lines = [("documents", f"{number:,} in {config.dataset.path}, about {source.bytes / 1e6:,.3g} MB of text")]
+    if number:
+        needed = _estimate(source, Encoder(loaded.tokenizer, dtype))
+        folder = Path(config.output_path).expanduser().resolve()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        lines.append(
+            (
+                "tokens",
+                f"about {needed / dtype.itemsize:,.3g} with BOS and EOS: {needed / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free",
+            )
+        )
+    if source.left_out:
+        lines.append(("left out", _files(source.left_out)))
+    lines += [
+        ("left out", f"{table.rows - table.blank:,} rows of {table.path}, which {table.lacks}")
+        for table in source.lacking[:_EXAMPLES]
+    ]
+    return lines
 
 
 @dataclass(frozen=True)
@@ -133,6 +195,10 @@ class _Job:
 
     def prefix(self, number: int, rank: int | None = None) -> Path:
         return self.output / f"shard_{self.rank if rank is None else rank}_{number}"
+
+    @property
+    def lock(self) -> Path:
+        return self.output / f".lock_{self.rank}"
 
     def done(self, rank: int) -> Path:
         return self.output / f"rank_{rank}.json"
@@ -189,15 +255,53 @@ def _ends(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int | None, 
     return front, None if wanted.eos == "no" else loaded.eos
 
 
-def _identity(config: PrepareConfig, source: Documents) -> dict[str, Any]:
+def _identity(source: Documents) -> dict[str, Any]:
     """Which documents these are. The path of local ones may change: their names and sizes may not."""
-    return {"documents": len(source), "digest of the documents": source.digest}
+    reading = {"reading": _READING} if source.read_anew else {}
+    return {"documents": len(source), "digest of the documents": source.digest, **reading}
+
+
+def _report(job: _Job, source: Documents) -> None:
+    """What is left out, and what would be faster."""
+    if source.left_out:
+        logger.warning(f"{job.config.dataset.path}: left out {_files(source.left_out)}.")
+    for table in source.lacking[:_EXAMPLES]:
+        logger.warning(f"{table.path} {table.lacks}: its {table.rows - table.blank:,} rows are left out.")
+    if (more := len(source.lacking) - _EXAMPLES) > 0:
+        logger.warning(f"So are the rows of {more:,} more such files.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if job.config.tokenize_workers == 1 and cores > 1 and source.bytes >= _MUCH:
+        logger.info(
+            f"tokenize_workers is 1, and this machine has {cores} cores: tokenize_workers={cores} is up to {cores} times"
+            " as fast."
+        )
+
+
+def _files(left_out: list[tuple[str, str]]) -> str:
+    return f"{len(left_out):,} file{'s' if len(left_out) > 1 else ''}: {files.describe(left_out)}"
+
+
+@contextlib.contextmanager
+def _new_folders_go_if_empty(job: _Job) -> Iterator[None]:
+    """Makes the folder; if nothing comes of it, it goes again."""
+    made = [folder for folder in (job.output, *job.output.parents) if not folder.exists()]
+    job.output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if job.output in made and not any(path for path in job.output.iterdir() if path != job.lock):
+            with contextlib.suppress(OSError):
+                job.lock.unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
 def _alone(job: _Job) -> Iterator[None]:
     """Two processes must not write the same files."""
-    with (job.output / f".lock_{job.rank}").open("w") as lock:
+    job.output.mkdir(parents=True, exist_ok=True)  # another rank that failed may have just removed it
+    with job.lock.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -228,7 +332,7 @@ def _is_finished(job: _Job) -> bool:
         return False
     settings = dict(job.settings)
     with contextlib.suppress(DataError):  # the documents may have been deleted since
-        source = documents.find(job.config.dataset)
+        source = files.find(job.config.dataset)
         if source.digest is not None:
             settings["digest of the documents"] = source.digest
     for rank in range(job.world):
@@ -246,13 +350,19 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     """Raises DataError if a record was made with other settings."""
     before = _load(path)["settings"]
     for name, value in settings.items():
-        if before.get(name, value) == value:
+        begun = before.get(name, _EARLIER.get(name, value))
+        if begun == value:
             continue
-        difference = f"{name} {json.dumps(before[name])}, now it is {json.dumps(value)}"
+        difference = f"{name} {json.dumps(begun)}, now it is {json.dumps(value)}"
         if name == "tokenizer":
             difference = "another tokenizer"
         elif name.startswith("digest"):
             difference = "other documents than are there now (their names, sizes or revision differ)"
+        elif name == "reading":
+            raise DataError(
+                f"{path.parent}: was begun by an earlier version, which read such files differently; choose another"
+                f" output_path, or delete {path.parent}"
+            )
         raise DataError(
             f"{path.parent}: was begun with {difference}; set it back, choose another output_path, or delete {path.parent}"
         )
@@ -316,9 +426,9 @@ def _write_shards(job: _Job, source: Documents) -> None:
     rows = sum(end - begin for _, begin, end in gaps)
     if rows < last - first:
         logger.info(f"{job.output}: goes on with {rows:,} of {last - first:,} rows left.")
-    worker = _Worker(source.table, source.field, job.loaded, job.dtype, job.front, job.back)
+    worker = _Worker(source.reader, job.loaded, job.dtype, job.front, job.back)
     _check_space(job, source, worker.encoder)
-    progress = _Progress(rows)
+    progress = _Progress(rows, job.config.dataset.max_document_bytes)
     rest = _Skipped()  # behind the last token file
     with _pool(job, source, worker) as tokenized:
         for number, begin, end in gaps:
@@ -365,6 +475,9 @@ def _fill(
                     place, reason = odd.popleft()
                     skipped.add(source.name(place), reason)
                     progress.say(source.name(place), reason)
+                if source.kind == "file":
+                    for long in np.flatnonzero(part.lengths[at:until] >= _LONG).tolist():
+                        progress.long(source.name(int(part.rows[at + long])), int(part.lengths[at + long]))
                 if full and writer is not None:
                     _publish(job, writer, number, (first_row, row), largest, skipped)
                     writer, number = None, number + 1
@@ -418,15 +531,14 @@ class _Worker:
 
     def __init__(
         self,
-        table: Any | None,
-        field: str,
+        reader: Reader,
         loaded: tokenizer.Loaded,
         dtype: np.dtype[Any],
         front: int | None,
         back: int | None,
     ):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
-        self.table, self.field = table, field
+        self.reader = reader
         self.encoder = Encoder(loaded.tokenizer, dtype)
         self.front, self.back = (np.array([] if token is None else [token], dtype).tobytes() for token in (front, back))
         self.ends = np.array([token for token in (loaded.bos, loaded.eos) if token is not None], dtype)
@@ -435,10 +547,10 @@ class _Worker:
         texts: list[str] = []
         rows: list[int] = []
         odd: list[tuple[int, str]] = []
-        for row, text in enumerate(task.read(self.table, self.field), task.first):
+        for row, text in enumerate(self.reader.texts(task), task.first):
             if isinstance(text, Odd):
                 odd.append((row, text.reason))
-            else:
+            elif text is not None:
                 texts.append(text)
                 rows.append(row)
         pieces: list[bytes] = []
@@ -514,14 +626,14 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
     """Gives a function from rows [first, last) to what becomes of them, range by range and in order."""
     workers = job.config.tokenize_workers
     if workers == 1:
-        yield lambda first, last: (worker.tokenize(source.task(*rows)) for rows in source.ranges(first, last, _RANGE))
+        yield lambda first, last: map(worker.tokenize, source.tasks(first, last, _RANGE))
         return
     # A process may be killed at any instant, for want of memory mostly. ProcessPoolExecutor then waits for ever if the process held the
     # lock of a queue that all share, or had sent half an answer through a pipe that the others keep open. So each has a pipe of its own,
     # which ends with it, and a thread of ours that waits for its answer.
     # Spawned, since forked processes would inherit our locks, and those of the threads that libraries keep.
     context = multiprocessing.get_context("spawn")
-    parts = pickle.dumps((source.table, source.field, job.loaded, job.dtype, job.front, job.back))
+    parts = pickle.dumps((source.reader, job.loaded, job.dtype, job.front, job.back))
     processes: list[Any] = []
     free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
     threads = ThreadPoolExecutor(workers)
@@ -566,10 +678,10 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
 
     def tokenized(first: int, last: int) -> Iterator[_Part]:
         waiting: deque[Future[_Part]] = deque()
-        for rows in source.ranges(first, last, _RANGE):
+        for task in source.tasks(first, last, _RANGE):
             if len(processes) < workers:
                 start()
-            waiting.append(threads.submit(ask, source.task(*rows)))
+            waiting.append(threads.submit(ask, task))
             if len(waiting) >= _AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -592,19 +704,24 @@ def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[i
             process.join()
 
 
+def _estimate(source: Documents, encoder: Encoder) -> float:
+    """Bytes that the token files will take, from a sample of the documents."""
+    texts: list[str] = []
+    size = 0
+    for text in source.sample(64):
+        texts.append(text[:_SAMPLE])
+        size += len(texts[-1].encode())
+        if size >= _SAMPLE:
+            break
+    sample = sum(len(content or b"") for content in encoder.encode(texts))
+    return sample / max(size, 1) * source.bytes + (20 + 2 * encoder.dtype.itemsize) * len(source)
+
+
 def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:
     """Raises DataError if a sample of the documents says that the token files will not fit on the disk."""
     if job.config.dataset.disable_disk_space_check or not len(source):
         return
-    texts: list[str] = []
-    size = 0
-    for row in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(np.int64).tolist():
-        for text in source.task(row, row + 1).read(source.table, source.field):
-            if isinstance(text, str) and size < _SAMPLE:
-                texts.append(text[:_SAMPLE])
-                size += len(texts[-1].encode(errors="surrogatepass"))
-    sample = sum(len(content or b"") for content in encoder.encode(texts))
-    in_all = sample / max(size, 1) * source.bytes + (20 + 2 * job.dtype.itemsize) * len(source)
+    in_all = _estimate(source, encoder)
     there = sum(path.stat().st_size for path in job.output.glob("shard_*.*"))
     free = shutil.disk_usage(job.output).free
     if in_all - there > free:
@@ -637,6 +754,8 @@ def _finish(job: _Job, source: Documents) -> None:
     }
     config = job.config.dataset
     if not shards:
+        for rank in range(job.world):  # nothing to go on from
+            job.done(rank).unlink(missing_ok=True)
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are none"
         raise DataError(f"dataset.path: {config.path} has no document to write: {why}")
     _copy_tokenizer(job)
@@ -677,8 +796,10 @@ def _finish(job: _Job, source: Documents) -> None:
             "data_files": config.data_files,
             "split": config.split,
             "field": config.field,
-            "documents": len(source),
+            "documents": len(source) - source.blank,
             "digest": source.digest,
+            "left_out_files": len(source.left_out),
+            "left_out_examples": [list(each) for each in source.left_out[:_EXAMPLES]],
         },
     }
     _write_json(job.metadata, job.rank, {**content, "sha256": seal(content)})
@@ -723,9 +844,9 @@ def _write_json(path: Path, rank: int, content: dict[str, Any]) -> None:
 class _Progress:
     """Rows, tokens, tokens per second and time left, on stderr every few seconds."""
 
-    def __init__(self, rows: int):
-        self.rows = rows
-        self.done = self.documents = self.tokens = self.named = 0
+    def __init__(self, rows: int, largest: int = 2**26):
+        self.rows, self.largest = rows, largest
+        self.done = self.documents = self.tokens = self.named = self.large = 0
         self.started = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
@@ -734,7 +855,17 @@ class _Progress:
         self.named += reason != "empty"
         if reason != "empty" and self.named <= _EXAMPLES:
             last = "; further ones are only counted" if self.named == _EXAMPLES else ""
-            logger.warning(f"Passed over ({reason}): {where}{last}")
+            limit = f", more than dataset.max_document_bytes {self.largest:,}" if reason == "too_large" else ""
+            logger.warning(f"Passed over ({reason}{limit}): {where}{last}")
+
+    def long(self, where: str, tokens: int) -> None:
+        """Name a file that is one document of millions of tokens, unless there were several already."""
+        self.large += 1
+        if self.large <= _EXAMPLES:
+            logger.info(
+                f"{where} is one document of {tokens:,} tokens, since a file is a document. If it holds several, write"
+                " them to a file each, or as rows of jsonl."
+            )
 
     def show(self, rows: int, documents: int, tokens: int) -> None:
         """So many more are done."""

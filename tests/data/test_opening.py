@@ -80,6 +80,12 @@ def test_paths_that_are_nearly_right(tmp_path, monkeypatch):
         opened(tmp_path / "d" / "s0.idx", form="list")
     with pytest.raises(DataError, match=r"/d: a folder; give the dataset\.json in it"):
         opened(tmp_path / "d")
+    (tmp_path / "py").mkdir()
+    with pytest.raises(DataError, match=r"/py: a folder; give the dataset.json that `fast-llm prepare` wrote, not"):
+        opened(tmp_path / "py")
+    (tmp_path / "py.json").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"/py: a folder; give the dataset.json next to it, .*/py.json$"):
+        opened(tmp_path / "py")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert opened("~/d/dataset.json").fingerprint() == opened(path).fingerprint()
     assert opened("~/d/s0", form="list").tokens("training") == 100

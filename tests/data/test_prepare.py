@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 import zstandard
 
+from fast_llm import cli
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.data import documents, tokenizer
+from fast_llm.data import documents, files, reading, tokenizer
 from fast_llm.data import prepare as module
 from fast_llm.data.prepare import prepare
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter, digest
@@ -216,15 +217,23 @@ def test_source_files(tmp_path: Path, model: Path) -> None:
     )
 
 
-def test_source_files_need_no_datasets(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_need_no_datasets(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.md").write_text("text")
     assert read(prepare(configure(tmp_path / "out", tmp_path / "a.md", model))) == tokens(model, ["text"])
     (tmp_path / "a.jsonl").write_bytes(_jsonl(TEXTS))
-    with pytest.raises(
-        MissingPackage, match=r"reading .*a.jsonl needs the package datasets: pip install 'fast-llm\[data\]'"
-    ):
-        prepare(configure(tmp_path / "other", tmp_path / "a.jsonl", model))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(_jsonl(TEXTS)))
+    assert read(prepare(configure(tmp_path / "1", tmp_path / "a.jsonl", model))) == tokens(model, TEXTS)
+    assert read(prepare(configure(tmp_path / "2", tmp_path / "a.parquet", model))) == tokens(model, TEXTS)
+    for package, path in (("datasets", "org/name"), ("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(
+            MissingPackage, match=rf"reading .*{path} needs the package {package}: pip install 'fast-llm\[data\]'"
+        ):
+            prepare(configure(tmp_path / "other", path if package == "datasets" else tmp_path / path, model))
+    # JSON lines need none of them.
+    assert read(prepare(configure(tmp_path / "3", tmp_path / "a.jsonl", model))) == tokens(model, TEXTS)
 
 
 def test_hub(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +304,12 @@ def test_odd_rows(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture)
     described = content(metadata)
     assert described["skipped"] == {"empty": 1, "not_text": 1, "not_utf8": 1}
     assert described["skipped_documents"] == 3
-    assert described["skipped_examples"] == [["row 1", "empty"], ["row 2", "not_text"], ["row 3", "not_utf8"]]
-    assert "Passed over (not_utf8): row 3" in caplog.text
+    assert described["skipped_examples"] == [
+        [f"{path}:2", "empty"],
+        [f"{path}:3", "not_text"],
+        [f"{path}:4", "not_utf8"],
+    ]
+    assert f"Passed over (not_utf8): {path}:4" in caplog.text
     assert "passed over 1 empty, 1 not_text, 1 not_utf8" in caplog.text
 
 
@@ -317,9 +330,8 @@ def test_odd_files(
     (source / "a.txt").write_text("a")
     (source / "large.txt").write_text("b" * 50)
     (source / "z.txt").write_text("gone when it is read")
-    monkeypatch.setattr(documents, "LARGEST", 49)
-    config = configure(tmp_path / "out", source, model)
-    found = documents.open_documents(documents.find(config.dataset), 1)
+    config = configure(tmp_path / "out", source, model, dataset__max_document_bytes=49)
+    found = documents.open_documents(files.find(config.dataset), 1)
     assert len(found) == 15
     (source / "z.txt").unlink()
     monkeypatch.setattr(documents, "open_documents", lambda *_: found)
@@ -339,11 +351,11 @@ def test_disk_that_fails(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.EIO, "Input/output error")
 
     config = configure(tmp_path / "out", tmp_path / "a.txt", model)
-    found = documents.open_documents(documents.find(config.dataset), 1)
+    found = documents.open_documents(files.find(config.dataset), 1)
     monkeypatch.setattr(documents, "open_documents", lambda *_: found)
-    monkeypatch.setattr(documents.os, "stat", stat)
+    monkeypatch.setattr(reading.os, "stat", stat)
     with pytest.raises(DataError, match=r"a.txt: can not be read: Input/output error; start the same command again"):
-        documents._read_file(str(tmp_path / "a.txt"))
+        found.reader.file(str(tmp_path / "a.txt"))
 
 
 def test_spelled_special_tokens_end_nothing(tmp_path: Path, model: Path) -> None:
@@ -384,6 +396,130 @@ def test_text_on_which_the_tokenizer_fails(tmp_path: Path, model: Path, monkeypa
     metadata = prepare(configure(tmp_path / "out", tmp_path / "a.jsonl", model))
     assert read(metadata) == tokens(model, ["a", "c"])
     assert content(metadata)["skipped"] == {"untokenizable": 1}
+
+
+def test_left_out_files_are_named(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("train", "zoo"):
+        (source / f"{name}.jsonl").write_bytes(_jsonl([name]))
+    (source / "train_1.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    metadata = prepare(configure(tmp_path / "out", source, model))
+    assert read(metadata) == tokens(model, ["train"])
+    assert f"{source}: left out 1 file: zoo.jsonl (of no split)." in caplog.text
+    assert f"{source}/train_1.jsonl has no column text; it has body: its 2 rows are left out." in caplog.text
+    described = content(metadata)
+    assert described["source"]["left_out_files"] == 1
+    assert described["source"]["left_out_examples"] == [["zoo.jsonl", "of no split"]]
+    assert described["skipped"] == {"not_text": 2}
+    assert described["skipped_examples"][1] == [f"{source}/train_1.jsonl:2", "not_text"]
+
+
+def test_lone_surrogates_and_texts_of_any_size(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n{"text": "' + "b" * 5000 + '"}\n')
+    metadata = prepare(configure(tmp_path / "1", path, model, dataset__max_document_bytes=4999))
+    assert read(metadata) == tokens(model, ["a"])
+    assert content(metadata)["skipped_examples"] == [[f"{path}:2", "not_utf8"], [f"{path}:3", "too_large"]]
+    assert f"Passed over (too_large, more than dataset.max_document_bytes 4,999): {path}:3" in caplog.text
+    metadata = prepare(configure(tmp_path / "2", path, model, dataset__max_document_bytes=5000))
+    assert read(metadata) == tokens(model, ["a", "b" * 5000])
+
+
+def test_a_file_of_millions_of_tokens_is_named(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONG", 5000)
+    (tmp_path / "small.txt").write_text(made.text(0, 10))
+    (tmp_path / "wiki.txt").write_text(made.text(0, 6000))
+    (tmp_path / "rows.jsonl").write_bytes(_jsonl([made.text(0, 6000)]))
+    with caplog.at_level(logging.INFO):
+        prepare(configure(tmp_path / "1", f"{tmp_path}/*.txt", model))
+        prepare(configure(tmp_path / "2", tmp_path / "rows.jsonl", model))
+    assert re.findall(r"(\S+) is one document of [\d,]+ tokens, since a file is a document", caplog.text) == [
+        f"{tmp_path}/wiki.txt"
+    ]
+
+
+def test_hint_at_more_workers(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text(made.text(0, 1000))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    hint = "tokenize_workers is 1, and this machine has 16 cores: tokenize_workers=16 is up to 16 times as fast."
+    with caplog.at_level(logging.INFO):
+        prepare(configure(tmp_path / "1", tmp_path / "a.txt", model))
+        assert hint not in caplog.text
+        monkeypatch.setattr(module, "_MUCH", 1000)
+        prepare(configure(tmp_path / "2", tmp_path / "a.txt", model, tokenize_workers=2))
+        assert hint not in caplog.text
+        prepare(configure(tmp_path / "3", tmp_path / "a.txt", model))
+    assert hint in caplog.text
+
+
+def test_a_failed_preparation_leaves_no_folder(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": oops}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n')
+    before = sorted(tmp_path.iterdir())
+    for name in ("a.jsonl", "b.jsonl", "none.jsonl"):
+        with pytest.raises(DataError):
+            prepare(configure(tmp_path / "new" / "deep" / "out", tmp_path / name, model))
+        assert sorted(tmp_path.iterdir()) == before
+    # What was there stays.
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError):
+        prepare(configure(tmp_path / "out", tmp_path / "a.jsonl", model))
+    assert (tmp_path / "out").is_dir()
+
+
+def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jsonl").write_bytes(_jsonl(TEXTS))
+    (source / "b.jsonl").write_text('{"body": "x"}\n\n')
+    (source / "README.md").write_text("about")
+
+    def command(*further: str) -> int:
+        given = [f"output_path={tmp_path}/out", f"dataset.path={source}", f"tokenizer.path={model}", *further]
+        return cli.main(["prepare", "gpt_memmap", "--validate", *given])
+
+    assert command() == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"output_path: {tmp_path}/out\n")
+    size = sum(len(text.encode()) for text in TEXTS) / 1e6
+    found = re.search(r"^documents   31 in .*/source, about ([\d.]+) MB of text$", out, re.M)
+    assert found and float(found[1]) == pytest.approx(size, rel=0.15)
+    found = re.search(r"^tokens      about ([\d,.]+(?:e\+\d+)?) with BOS and EOS: .* GB free$", out, re.M)
+    exact = sum(map(len, tokens(model, TEXTS)))
+    assert found and float(found[1].replace(",", "")) == pytest.approx(exact, rel=0.3)
+    assert "left out    1 file: README.md (no table)\n" in out
+    assert f"left out    1 rows of {source}/b.jsonl, which has no column text; it has body\n" in out
+    assert f"tokenizer   {model}/tokenizer.json: 320 tokens, stored as uint16\n" in out
+    assert f"a document  begins with BOS 0 {made.BOS} and ends with EOS 1 {made.EOS}\n" in out
+    assert f"written to  {tmp_path}/out/ and {tmp_path}/out.json\n" in out
+    assert not (tmp_path / "out").exists()
+    assert command("tokenizer.bos=no", "distributed.world_size=2", "distributed.rank=1") == 0
+    out = capsys.readouterr().out
+    assert "a document  begins with no BOS and ends" in out and "of which this is rank 1 of 2" in out
+    for setting, message in (
+        ("dataset.field=content", "dataset.field: "),
+        ("dataset.path=none.jsonl", "no such file"),
+        ("tokenizer.path=./none", "./none: no such file or folder"),
+    ):
+        assert command(setting) == 2
+        assert message in capsys.readouterr().err
+    assert command("dataset.path=org/name") == 0
+    assert "org/name on the Hugging Face Hub, which is not fetched" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_json_is_said_once(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_jsonl(["a"] * 1200) + b'{"text": oops}\n' + _jsonl(["a"] * 1200))
+    for workers in (1, 2):
+        process = _start(tmp_path, tmp_path / "out", tmp_path / "a.jsonl", model, f"tokenize_workers={workers}")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert stderr.count("not JSON") == 1 and "Traceback" not in stderr
+        assert f"fast-llm prepare: {tmp_path}/a.jsonl:1201: not JSON: Expecting value, at character 10" in stderr
 
 
 # --- BOS, EOS and the integer type --------------------------------------------------------------------------------------
@@ -840,6 +976,43 @@ def test_other_settings_are_refused(tmp_path: Path, large: Path, model: Path, mo
     prepare(configure(output, source, model, tokens_per_shard=200_000))
 
 
+def _as_of_an_earlier_version(output: Path) -> None:
+    """Records as they were before max_document_bytes and a reader of our own."""
+    for path in [*output.glob("shard_*.json"), *output.glob("rank_*.json")]:
+        record = json.loads(path.read_text())
+        for name in ("reading", "dataset.max_document_bytes"):
+            record["settings"].pop(name, None)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "txt.gz"])
+def test_preparations_of_earlier_versions(tmp_path: Path, model: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    texts = [made.text(seed, 3000) for seed in range(40)] if "txt" not in kind else [made.text(0, 30_000)]
+    if kind == "parquet":
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+    else:
+        packed = gzip.compress(texts[0].encode())
+        path.write_bytes({"jsonl": _jsonl(texts), "txt": texts[0].encode(), "txt.gz": packed}[kind])
+    output = tmp_path / "out"
+    metadata = prepare(configure(output, path, model))
+    before = everything(tmp_path)
+    _as_of_an_earlier_version(output)
+    # What is finished is finished.
+    prepare(configure(output, path, model))
+    assert metadata.read_bytes() == before["out.json"]
+    (output / "shard_0_0.json").unlink()
+    if kind in ("jsonl", "txt.gz"):
+        with pytest.raises(DataError, match=r"out: was begun by an earlier version, which read such files differently"):
+            prepare(configure(output, path, model))
+        return
+    message = "was begun with dataset.max_document_bytes 67108864, now it is 100000000"
+    with pytest.raises(DataError, match=message):
+        prepare(configure(output, path, model, dataset__max_document_bytes=10**8))
+    prepare(configure(output, path, model))
+    assert metadata.read_bytes() == before["out.json"]
+
+
 def test_stale_metadata_goes(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     metadata = prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
@@ -968,13 +1141,13 @@ def test_rank_of_the_environment(tmp_path: Path, model: Path, monkeypatch: pytes
         ),
         ({"a.jsonl": ""}, {}, r"nothing but empty files"),
         ({"a.jsonl": '{"body": "x", "id": 1}'}, {}, r"dataset.field: .* has no column text; it has body, id"),
-        ({"a.jsonl": '{"text": [1]}'}, {}, r"dataset.field: column text of .* holds list<item: int64>, must be text"),
+        ({"a.jsonl": '{"text": [1]}'}, {}, r"has no document to write: 1 not_text"),
         (
             {"a.jsonl": '{"text": "x"}\n{"text": oops}'},
             {},
-            r"dataset.path: .*/a.jsonl.*JSON parse error: Invalid value. in row 1",
+            r"/a.jsonl:2: not JSON: Expecting value, at character 10 of the line; mend the line or delete it",
         ),
-        ({"a.parquet": "nonsense"}, {}, r"dataset.path: .*/a.parquet.*not a parquet file"),
+        ({"a.parquet": "nonsense"}, {}, r"/a.parquet: damaged, or not a parquet file: .*magic bytes"),
         ({"a.jsonl": '{"text": null}'}, {}, r"has no document to write: 1 not_text"),
     ],
 )
@@ -1070,11 +1243,10 @@ def test_cache_of_datasets_fills_up(tmp_path: Path, model: Path, monkeypatch: py
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (tmp_path / "a.jsonl").write_bytes(_jsonl(TEXTS))
     with pytest.raises(
         DataError, match=r"no room for it in the cache of `datasets`, .*; set HF_HOME to a folder on a larger"
     ):
-        prepare(configure(tmp_path / "data", tmp_path / "a.jsonl", model))
+        prepare(configure(tmp_path / "data", "org/name", model))
 
 
 def test_output_that_can_not_be_written(tmp_path: Path, model: Path) -> None:

@@ -1,0 +1,202 @@
+"""Parquet and arrow files, of which only the column of the field is read, with pyarrow.
+
+Opening one costs its metadata. The process that hands rows out decodes them, a few at a time, so that workers need no
+pyarrow and a row group may be larger than memory.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fast_llm.data.reading import Column, Task, is_json
+from fast_llm.data.tables import BLOCK, cut
+from fast_llm.errors import DataError, MissingPackage
+
+_BATCH = 1024  # rows of parquet decoded at a time, at most
+
+
+@dataclass(frozen=True)
+class ArrowTable:
+    """A parquet or arrow file."""
+
+    path: str
+    field: str
+    parquet: bool
+    rows: int
+    bytes: int
+    lacks: str | None
+    groups: NDArray[np.int64]
+    """Rows before each row group or record batch, and in all."""
+    blank: int = 0
+
+    def name(self, row: int) -> str:
+        return f"{self.path}, row {row}"
+
+    def near(self, row: int) -> int:
+        return int(self.groups[np.searchsorted(self.groups, row, "right") - 1]) if self.parquet else row
+
+    def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
+        if self.lacks is not None:
+            for at in range(first, last, 2**16):
+                end = min(at + 2**16, last)
+                lengths = np.full(end - at, -1, np.int64)
+                yield Column(begin + at - first, begin + end - first, lengths, b"", False)
+            return
+        for at, array in self._arrays(first, last):
+            one, end = max(first - at, 0), min(last - at, len(array))
+            if one >= end:
+                continue
+            lengths, data, json_inside = _flat(array.slice(one, end - one))
+            ends = np.cumsum(np.maximum(lengths, 0))
+            row = begin + at + one - first
+            for here, there in cut(np.maximum(lengths, 0), target):
+                part = data[int(ends[here - 1]) if here else 0 : int(ends[there - 1])]
+                yield Column(row + here, row + there, lengths[here:there], bytes(part), json_inside)
+
+    def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        """The column in pieces, each with the number of its first row; those before `first` may be left out."""
+        at = first
+        try:
+            with contextlib.ExitStack() as stack:
+                if not self.parquet:
+                    for number, batch in enumerate(_batches(stack, self.path, self.field)):
+                        if self.groups[number + 1] > first:
+                            at = int(self.groups[number])
+                            yield at, batch.column(0)
+                        if self.groups[number + 1] >= last:
+                            return
+                    return
+                file = _open_parquet(stack, self.path)
+                rows = max(1, min(_BATCH, BLOCK * self.rows // max(1, self.bytes)))
+                for group in range(len(self.groups) - 1):
+                    if self.groups[group + 1] <= first or self.groups[group] >= last:
+                        continue
+                    at = int(self.groups[group])
+                    for batch in file.iter_batches(rows, row_groups=[group], columns=[self.field]):
+                        yield at, batch.column(batch.schema.get_field_index(self.field))
+                        at += batch.num_rows
+                        if at >= last:
+                            break
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}, row {at}: can not be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _pyarrow(path: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingPackage("pyarrow", "data", f"reading {path}") from error
+    return pyarrow
+
+
+def _open_parquet(stack: contextlib.ExitStack, path: str) -> Any:
+    # Pages are read when they are needed: a row group may be larger than memory.
+    return stack.enter_context(_pyarrow(path).parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False))
+
+
+def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Iterator[Any]:
+    """The record batches of an arrow file with only the column of the field, or with all of them."""
+    pyarrow = _pyarrow(path)
+    source = stack.enter_context(pyarrow.memory_map(path))
+    options = None
+
+    def opened() -> tuple[Any, bool]:
+        with contextlib.suppress(pyarrow.ArrowInvalid):
+            return pyarrow.ipc.open_file(source, options=options), True
+        source.seek(0)
+        return pyarrow.ipc.open_stream(source, options=options), False
+
+    reader, indexed = opened()
+    if field is not None and field in reader.schema.names:
+        options = pyarrow.ipc.IpcReadOptions(included_fields=[reader.schema.get_field_index(field)])
+        source.seek(0)
+        reader, indexed = opened()
+    if indexed:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
+def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
+    """Read the metadata of a file. Raises DataError if it is damaged, MissingPackage without pyarrow."""
+    pyarrow = _pyarrow(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            if parquet:
+                file = _open_parquet(stack, path)
+                schema, metadata = file.schema_arrow, file.metadata
+                groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+                counts = [group.num_rows for group in groups]
+                size = sum(
+                    group.column(at).total_uncompressed_size
+                    for group in groups
+                    for at in range(group.num_columns)
+                    if group.column(at).path_in_schema == field
+                )
+            else:
+                counts, size, schema = [], 0, None
+                for batch in _batches(stack, path, field):
+                    schema = schema or batch.schema
+                    counts.append(batch.num_rows)
+                    size += batch.nbytes
+                schema = schema or pyarrow.schema([])
+    except (OSError, ValueError) as error:
+        with open(path, "rb") as beginning:
+            if beginning.read(23) == b"version https://git-lfs":
+                raise DataError(
+                    f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+                ) from None
+        raise DataError(
+            f"{path}: damaged, or not a {'parquet' if parquet else 'arrow'} file: {_first_line(error)}"
+        ) from error
+    edges = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    rows = int(edges[-1])
+    return ArrowTable(path, field, parquet, rows, size, lacking(schema, field) if rows else None, edges)
+
+
+def lacking(schema: Any, field: str) -> str | None:
+    """What a schema has instead, if it has no text under a field."""
+    import pyarrow.types as types
+
+    if field not in schema.names:
+        return f"has no column {field}; it has {', '.join(schema.names[:20]) or 'none'}"
+    kind = schema.field(field).type
+    inside = kind.value_type if types.is_dictionary(kind) else kind
+    readable = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    if is_json(kind) or any(getattr(types, f"is_{name}")(inside) for name in readable):
+        return None
+    return f"holds {kind} in column {field}, must be text"
+
+
+def _flat(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
+    """Lengths (-1 for null), the bytes of all values, and whether they are JSON."""
+    import pyarrow
+
+    json_inside = is_json(array.type)
+    if json_inside:
+        array = array.storage
+    if pyarrow.types.is_null(array.type):
+        return np.full(len(array), -1, np.int64), memoryview(b""), False
+    if pyarrow.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    array = array.cast(pyarrow.large_binary())
+    _, offsets, data = array.buffers()
+    edges = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    lengths = np.diff(edges)
+    null = np.asarray(array.is_null().to_numpy(zero_copy_only=False), bool)
+    # What is under a null may be any bytes.
+    if lengths[null].any():
+        array = array.fill_null(b"")
+        lengths, data, _ = _flat(array)
+        return np.where(null, -1, lengths), data, json_inside
+    view = memoryview(data)[int(edges[0]) : int(edges[-1])] if data is not None else memoryview(b"")
+    return np.where(null, -1, lengths), view, json_inside

@@ -1,0 +1,267 @@
+"""Which files are read: those that a path, a pattern or a folder names.
+
+Paths are paths: a name that exists is that file or folder, whatever characters are in it; only what is left is a
+pattern. A folder is asked for its tables, or for all its files if it has none, and for those of a split; what a setting
+names file by file or by a pattern is taken as it is. What a folder has besides is left out, counted and named.
+"""
+
+import difflib
+import glob
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fast_llm.config.prepare import SourceConfig
+from fast_llm.data.reading import COMPRESSED
+from fast_llm.errors import DataError
+
+HUB = "hf://datasets/"
+_TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".arrow": "arrow"}
+_ARCHIVES = (".tar", ".zip", ".7z", ".rar", ".tgz", ".tbz2", ".txz")
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+# train, train_0, train-00000-of-00002, train-00000-of-00001-0123456789abcdef
+_NUMBERED = re.compile(r"([a-z]+)([-_.]?\d+([-_]of[-_]\d+)?([-_][0-9a-f]{16})?)?")
+_SLICE = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the configuration names, found but not opened."""
+
+    config: SourceConfig
+    kind: str
+    """`file`: each is a document; `json`, `parquet`, `arrow`: tables; `saved`: a folder of Dataset.save_to_disk; `hub`."""
+    files: dict[str, list[str]]
+    """Sorted, by split; empty for `saved` and `hub`."""
+    digest: str | None
+    """Of the files' names and sizes; None for what can only be known once it is open."""
+    left_out: list[tuple[str, str]]
+    """Files that are not read, and why."""
+
+
+def find(config: SourceConfig) -> Source:
+    """Look for the documents. Raises DataError if the configuration names nothing, or kinds that do not go together."""
+    place = Path(config.path).expanduser()
+    if place.exists() and config.config_name is not None:
+        raise DataError(
+            f"dataset.config_name: given {config.config_name}, but {config.path} is here, not on the Hub; leave it out"
+        )
+    if place.is_dir():
+        if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+            if config.data_files is not None or config.data_directory is not None:
+                raise DataError(
+                    f"dataset.data_files: {config.path} is a saved dataset; leave data_files and data_directory out"
+                )
+            return Source(config, "saved", {}, None, [])
+        return _in_folder(config, place)
+    if place.is_file() or any(sign in config.path for sign in "*?["):
+        if config.data_files is not None or config.data_directory is not None:
+            raise DataError(
+                f"dataset.data_files: dataset.path {config.path} names files already; give the folder there, or leave"
+                " data_files and data_directory out"
+            )
+        return _of_files(config, _matches(place), None, [])
+    if not config.path.startswith(HUB) and _is_local(config.path, place):
+        raise DataError(f"dataset.path: {config.path}: no such file or folder{similar(place)}")
+    return Source(config, "hub", {}, None, [])
+
+
+def _is_local(path: str, place: Path) -> bool:
+    """Whether a path that is not there can only have been meant to be here."""
+    return (
+        path.startswith((".", "/", "~"))
+        or path.endswith("/")
+        or path.count("/") > 1
+        or _kind(path) != "file"
+        or ("/" in path and place.parent.is_dir())
+    )
+
+
+def similar(place: Path) -> str:
+    """What is there under a similar name, for people."""
+    folder = place.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder, place = folder.parent, folder
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(place.name, names, n=3)
+    return f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
+
+
+def _matches(path: Path) -> list[str]:
+    """The file of this name, or the files that match it as a pattern. What exists of it is no pattern."""
+    if path.is_file():
+        return [str(path)]
+    base, parts = Path(), list(path.parts)
+    while parts and (base / parts[0]).exists():
+        base /= parts.pop(0)
+    found = glob.glob(os.path.join(*parts), root_dir=base, recursive=True) if parts else []
+    return sorted(name for match in found if os.path.isfile(name := str(base / match)))
+
+
+def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The files of a folder, sorted, and what is hidden in it. Links to folders are followed."""
+    found: list[str] = []
+    hidden: list[tuple[str, str]] = []
+    above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
+
+    def unreadable(error: OSError) -> None:
+        hidden.append((os.path.relpath(str(error.filename), root) + "/", f"can not be read: {error.strerror}"))
+
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        hidden += [
+            (os.path.relpath(os.path.join(folder, name), root) + "/", "hidden") for name in folders if name[0] == "."
+        ]
+        hidden += [(os.path.relpath(os.path.join(folder, name), root), "hidden") for name in files if name[0] == "."]
+        paths = {name: os.path.join(folder, name) for name in folders if name[0] != "."}
+        for path in paths.values():
+            above[path] = (*above[folder], os.path.realpath(path))
+        # A link to a folder around it has no end.
+        folders[:] = [name for name, path in paths.items() if above[path][-1] not in above[folder]]
+        found += [path for name in files if name[0] != "." and os.path.isfile(path := os.path.join(folder, name))]
+    return sorted(found), sorted(hidden)
+
+
+def _in_folder(config: SourceConfig, place: Path) -> Source:
+    root = place / config.data_directory if config.data_directory else place
+    if not root.is_dir():
+        raise DataError(f"dataset.data_directory: {root}: no such folder{similar(root)}")
+    if config.data_files is not None:
+        patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files
+        matches = {pattern: _matches(root / pattern) for pattern in patterns}
+        for pattern, found in matches.items():
+            if not found:
+                raise DataError(
+                    f"dataset.path: {config.path} with dataset.data_files {pattern}: no files there{similar(root / pattern)}"
+                )
+        return _of_files(config, sorted({path for found in matches.values() for path in found}), root, [])
+    files, left_out = _walk(root)
+    kinds = {path: _kind(path) for path in files}
+    for path in files:
+        name = os.path.relpath(path, root)
+        if kinds[path] == "archive":
+            left_out.append((name, "an archive: unpack it"))
+        elif os.path.basename(path) in _METADATA:
+            left_out.append((name, "about a dataset"))
+        else:
+            continue
+        del kinds[path]
+    if any(kind != "file" for kind in kinds.values()):
+        # Next to tables, a folder has a README, a licence and the like.
+        left_out += [(os.path.relpath(path, root), "no table") for path, kind in kinds.items() if kind == "file"]
+        kinds = {path: kind for path, kind in kinds.items() if kind != "file"}
+    return _of_files(config, list(kinds), root, left_out)
+
+
+def _of_files(config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]) -> Source:
+    """`root` is the folder in which names say which split a file is of."""
+    if not files:
+        also = f"; left out: {describe(left_out)}" if left_out else ""
+        raise DataError(f"dataset.path: {config.path}: no files there{also}")
+    kinds: dict[str, str] = {}
+    for path in files:
+        kinds.setdefault(_kind(path), path)
+    if len(kinds) > 1:
+        examples = ", ".join(f"{os.path.basename(path)} ({kind})" for kind, path in sorted(kinds.items()))
+        raise DataError(
+            f"dataset.path: {config.path} has files of several kinds: {examples}; choose some with dataset.data_files"
+        )
+    (kind,) = kinds
+    if kind == "csv":
+        raise DataError(f"dataset.path: {files[0]}: csv is not read; convert it to jsonl or parquet")
+    if kind == "archive":
+        raise DataError(f"dataset.path: {files[0]}: archives are not read; unpack it and give the folder")
+    if kind == "file" and config.split != "train":
+        raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
+    if not any(os.path.getsize(path) for path in files):
+        raise DataError(f"dataset.path: {config.path}: nothing but empty files")
+    names = {path: os.path.relpath(path, root) if root else os.path.basename(path) for path in files}
+    if kind != "file":
+        left_out = left_out + [(names[path], "empty") for path in files if not os.path.getsize(path)]
+        files = [path for path in files if os.path.getsize(path)]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(os.fsencode(names[path]) + b"\0%d\0" % os.path.getsize(path))
+    splits = {"train": files}
+    if kind != "file" and root is not None and config.data_files is None:
+        splits = _by_split({path: names[path] for path in files})
+    wanted = [name for name, _, _ in slices(config.split)]
+    for name in wanted:
+        if name not in splits or not name:
+            has = ", ".join(split for split in splits if split)
+            raise DataError(
+                f'dataset.split: Unknown split "{name}": {config.path} has {has}; a split is a folder, or files'
+                " named for it: train.jsonl, train-00000-of-00002.parquet"
+            )
+    for split, some in splits.items():
+        if split not in wanted:
+            left_out = left_out + [(names[path], f"split {split}" if split else "of no split") for path in some]
+    return Source(config, kind, splits, digest.hexdigest(), left_out)
+
+
+def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
+    """Files by split. Those whose names say none are `train`, unless others are; then they stand under "" ."""
+    found: dict[str, list[str]] = {}
+    for path, name in names.items():
+        found.setdefault(_split_of(name), []).append(path)
+    if "train" not in found and "" in found:
+        found["train"] = found.pop("")
+    return found
+
+
+def _split_of(name: str) -> str:
+    """The split that a folder is named for, or the file itself; "" if none is."""
+    *folders, file = Path(name.lower()).parts
+    for folder in folders:
+        if folder in _SPLIT_OF:
+            return _SPLIT_OF[folder]
+    stem, suffix = os.path.splitext(file)
+    if suffix in COMPRESSED:
+        stem = os.path.splitext(stem)[0]
+    numbered = _NUMBERED.fullmatch(stem)
+    return _SPLIT_OF.get(numbered[1], "") if numbered else ""
+
+
+def slices(text: str) -> list[tuple[str, str | None, str | None]]:
+    """Splits and parts of them, as `datasets` writes them: train[:10%]+test[5:20]. Raises DataError."""
+    found = []
+    for part in text.split("+"):
+        match = _SLICE.fullmatch(part.strip())
+        if match is None:
+            raise DataError(
+                f"dataset.split: given {text}, must be a split such as train, or parts of some: train[:1000]+test[50%:]"
+            )
+        found.append((match[1], match[2], match[3]))
+    return found
+
+
+def describe(left_out: list[tuple[str, str]], most: int = 10) -> str:
+    """Files that are left out, counted and named; those first that may have been meant to be read."""
+    last = ("hidden", "about a dataset", "no table")
+    ordered = sorted(left_out, key=lambda each: each[1] in last)
+    more = f" and {len(left_out) - most:,} more" if len(left_out) > most else ""
+    return ", ".join(f"{name} ({why})" for name, why in ordered[:most]) + more
+
+
+def _kind(path: str) -> str:
+    """What reads a file; `file` for a document of plain text."""
+    stem, suffix = os.path.splitext(path.lower())
+    packed = suffix in COMPRESSED
+    if packed:
+        suffix = os.path.splitext(stem)[1]
+    if suffix in _ARCHIVES:
+        return "archive"
+    if suffix in (".csv", ".tsv"):
+        return "csv"
+    kind = _TABLES.get(suffix, "file")
+    return "archive" if packed and kind in ("parquet", "arrow") else kind

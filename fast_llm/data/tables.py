@@ -1,0 +1,384 @@
+"""Files of rows, opened to count rows and to hand them out: JSON lines, and files that are one JSON value.
+
+Opening a file costs one pass over it, which counts lines at about a gigabyte a second. Rows of a file are numbered from
+0. In JSON lines a row is a line; blank lines have a number but make no document.
+
+All tables, those of columns.py too, have `rows`, of which `blank` are none; `bytes`, about how much text there is;
+`lacks`, what is wrong if no row has text under the field; `name(row)`, where a row is, for people; `near(row)`, a row
+close by that can be read fast; and `tasks(first, last, begin, target)`: rows [first, last) in order, in pieces of about
+`target` bytes, where `begin` is the number of `first` among all documents.
+
+Workers read plain JSON lines themselves. Compressed files and JSON that is one value can only be read from their
+beginning: the process that hands tasks out reads them, once, and sends the content.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fast_llm.data.reading import (
+    COMPRESSED,
+    Damaged,
+    Files,
+    Items,
+    Lines,
+    Reader,
+    Rows,
+    Task,
+    is_json,
+    not_json,
+    open_binary,
+    parse_line,
+    split_lines,
+)
+from fast_llm.errors import DataError
+
+BLOCK = 2**20  # bytes of JSON lines between two places that are noted
+_LARGEST_JSON = 2**31  # bytes of a file that is one JSON value, which is read at once
+_OPENING = b"{"[0]
+_CLOSING = b"}"[0]
+_RETURN, _NEWLINE = b"\r"[0], b"\n"[0]
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files of which each is a document."""
+
+    paths: list[str]
+    sizes: NDArray[np.int64]
+    """Bytes of text; a guess for compressed ones."""
+    blank: int = 0
+    lacks: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.paths)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.sizes.sum())
+
+    def name(self, row: int) -> str:
+        return self.paths[row]
+
+    def near(self, row: int) -> int:
+        return row
+
+    def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
+        for at in range(first, last, 8192):
+            sizes = self.sizes[at : min(at + 8192, last)]
+            for one, end in cut(sizes, target):
+                yield Files(begin + at - first + one, begin + at - first + end, self.paths[at + one : at + end])
+
+
+@dataclass(frozen=True)
+class HubTable:
+    """A dataset of the Hub or of Dataset.save_to_disk, which `datasets` maps into memory."""
+
+    table: Any
+    field: str
+    path: str
+    blank: int = 0
+    lacks: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.table)
+
+    @property
+    def bytes(self) -> int:
+        data = self.table.data
+        return int(data.column(self.field).nbytes * len(self.table) / max(1, data.num_rows))
+
+    def name(self, row: int) -> str:
+        return f"{self.path}, row {row}"
+
+    def near(self, row: int) -> int:
+        return row
+
+    def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
+        for at in range(first, last, 8192):
+            for one, end in cut(self._sizes(at, min(at + 8192, last)), target):
+                yield Rows(begin + at - first + one, begin + at - first + end, at + one)
+
+    def _sizes(self, first: int, last: int) -> NDArray[np.int64]:
+        import pyarrow.compute
+
+        column = self.table[first:last].column(self.field)
+        if pyarrow.types.is_null(column.type):
+            return np.zeros(len(column), np.int64)
+        if is_json(column.type):
+            column = pyarrow.chunked_array([chunk.storage for chunk in column.chunks], pyarrow.string())
+        # From the offsets alone, without touching the text.
+        lengths = pyarrow.compute.binary_length(column)
+        return np.asarray(lengths.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A file of JSON lines."""
+
+    path: str
+    rows: int
+    """Lines, blank ones too."""
+    blank: int
+    bytes: int
+    lacks: str | None
+    offsets: NDArray[np.int64]
+    """Where each block begins, in bytes of the decompressed file, and behind the last where it ends."""
+    lines: NDArray[np.int64]
+    """Lines before each block, and in all."""
+
+    def name(self, row: int) -> str:
+        return f"{self.path}:{row + 1}"
+
+    def near(self, row: int) -> int:
+        if not self.path.lower().endswith(COMPRESSED):
+            return row
+        return row % int(self.lines[1])
+
+    def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
+        packed = self.path.lower().endswith(COMPRESSED)
+        with contextlib.ExitStack() as stack:
+            with _readable(self.path):
+                blocks = _blocks(stack.enter_context(open_binary(self.path))) if packed else None
+            for number in range(len(self.lines) - 1):
+                before, behind = int(self.lines[number]), int(self.lines[number + 1])
+                if before >= last:
+                    return
+                content = _next(blocks, self.path) if blocks is not None else None
+                if behind <= first:
+                    continue
+                offset, size = int(self.offsets[number]), int(self.offsets[number + 1] - self.offsets[number])
+                pieces = max(1, min(size // target, behind - before))
+                edges = [before + (behind - before) * piece // pieces for piece in range(pieces + 1)]
+                for one, end in itertools.pairwise(edges):
+                    one, end = max(one, first), min(end, last)
+                    if one < end:
+                        rows = (begin + one - first, begin + end - first)
+                        yield Lines(*rows, self.path, before + 1, one - before, offset, size, content)
+
+    def line(self, row: int) -> int:
+        """The line of the row of this number, if blank lines are not counted."""
+        if not self.blank:
+            return row
+        before = 0
+        with open_binary(self.path) as file:
+            for at, line in enumerate(file):
+                if line.strip():
+                    if before == row:
+                        return at
+                    before += 1
+        return self.rows
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file in blocks that end with a line, or with the file."""
+    while block := file.read(BLOCK):
+        yield block + file.readline()
+
+
+def _next(blocks: Iterator[bytes], path: str) -> bytes:
+    try:
+        return next(blocks)
+    except (Damaged, StopIteration) as error:
+        raise DataError(f"{path}: has changed while it was read; start the same command again") from error
+
+
+@dataclass(frozen=True)
+class JsonValue:
+    """A file that is one JSON array, or objects written over several lines."""
+
+    path: str
+    field: str
+    largest: int
+    rows: int
+    bytes: int
+    lacks: str | None
+    blank: int = 0
+
+    def name(self, row: int) -> str:
+        return f"{self.path}, item {row + 1}"
+
+    def near(self, row: int) -> int:
+        return row % 64
+
+    def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
+        reader, values, size, at = Reader(self.field, self.largest), [], 0, begin
+        for row, value in enumerate(_values(self.path)):
+            if row < first:
+                continue
+            if row >= last:
+                break
+            # A list of texts is a table whose only column is `text`.
+            found = reader.document(value) if isinstance(value, str) and self.field == "text" else reader.values(value)
+            values.append(found)
+            size += len(found) if isinstance(found, str) else 0
+            if size >= target:
+                yield Items(at, at + len(values), values)
+                at, values, size = at + len(values), [], 0
+        if values:
+            yield Items(at, at + len(values), values)
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _values(path: str) -> Iterator[Any]:
+    """The elements of a file that is an array, or the objects in it. One at a time: values take ten times as much as text."""
+    with _readable(path), open_binary(path) as file:
+        content = file.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise DataError(f"{path}: larger than 2 GiB, and not one JSON object a line; convert it to jsonl")
+    text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    decoder = json.JSONDecoder(parse_int=_integer)
+    at = _skip(text, 0)
+    array = text.startswith("[", at)
+    try:
+        at = _skip(text, at + 1) if array else at
+        while at < len(text) and not (array and text.startswith("]", at)):
+            value, at = decoder.raw_decode(text, at)
+            yield value
+            at = _skip(text, at)
+            if array and not text.startswith("]", at):
+                if not text.startswith(",", at):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+                at = _skip(text, at + 1)
+        if array and at == len(text):
+            raise json.JSONDecodeError("Expecting ']'", text, at)
+        if array and _skip(text, at + 1) < len(text):
+            raise json.JSONDecodeError("Extra data", text, _skip(text, at + 1))
+    except json.JSONDecodeError as error:
+        raise not_json(path, error.lineno, error, content[:64]) from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be read; convert it to jsonl") from None
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _integer(digits: str) -> float:
+    """Python refuses integers of thousands of digits; nobody asked for their value."""
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        raise DataError(f"{path}: damaged, or not what its name says: {error}; fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: can not be read: {error.strerror}") from error
+
+
+def open_json(path: str, field: str, largest: int, stop: Any) -> "JsonLines | JsonValue":
+    """Count the rows of a file. `stop` is an Event that ends it early. Raises DataError for what is no JSON."""
+    with _readable(path), open_binary(path) as file:
+        blocks = _blocks(file)
+        block = next(blocks, b"")
+        found = block.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if found.startswith(b"["):
+            return _open_value(path, field, largest)
+        lines = split_lines(block)
+        number = next((number for number, line in enumerate(lines) if line.strip()), None)
+        if number is not None:
+            try:
+                parse_line(lines[number], path, number + 1)
+            except DataError as error:
+                # One object over several lines is no JSON lines; if it is no JSON either, then the first line is wrong.
+                with contextlib.suppress(DataError):
+                    return _open_value(path, field, largest)
+                raise error from None
+        return _count(path, Reader(field, largest), block, blocks, stop)
+
+
+def _open_value(path: str, field: str, largest: int) -> JsonValue:
+    rows = size = 0
+    seen: dict[str, None] = {}
+    has = False
+    reader = Reader(field, largest)
+    for value in _values(path):
+        rows += 1
+        if isinstance(value, dict):
+            has = has or field in value
+            if len(seen) < 100:
+                seen |= dict.fromkeys(value)
+        has = has or (field == "text" and isinstance(value, str))
+        text = value if isinstance(value, str) else reader.values(value)
+        size += len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0
+    return JsonValue(path, field, largest, rows, size, None if has else _keys(seen, field))
+
+
+def _keys(seen: dict[str, None], field: str) -> str:
+    has = f"it has {', '.join(list(seen)[:20])}" if seen else "its rows are no JSON objects"
+    return f"has no column {field}; {has}"
+
+
+def _count(path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any) -> JsonLines:
+    """Count lines and look at their ends: most lines that are damaged were cut off."""
+    # The name of the field as it may be written.
+    spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
+    offsets, lines, blank, has = [0], [0], 0, False
+    seen: dict[str, None] = {}
+    sampled = text = 0
+    while block and not stop.is_set():
+        has = has or any(spelling in block for spelling in spellings)
+        for number, line in _unusual(block, lines[-1] + 1):
+            if line.strip():
+                parse_line(line, path, number)
+            else:
+                blank += 1
+        first = block[: block.find(b"\n") + 1] or block
+        if first.strip():  # a sample for estimates
+            row = parse_line(first, path, lines[-1] + 1)
+            seen |= dict.fromkeys(row) if isinstance(row, dict) and len(seen) < 100 else {}
+            document = reader.values(row)
+            sampled += len(first)
+            text += len(document.encode()) if isinstance(document, str) else 0
+        lines.append(lines[-1] + block.count(b"\n") + (not block.endswith(b"\n")))
+        offsets.append(offsets[-1] + len(block))
+        block = next(blocks, b"")
+    return JsonLines(
+        path,
+        lines[-1],
+        blank,
+        int(offsets[-1] * text / max(1, sampled)),
+        None if has or lines[-1] == blank else _keys(seen, reader.field),
+        np.array(offsets, np.int64),
+        np.array(lines, np.int64),
+    )
+
+
+def _unusual(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
+    """Lines that do not begin with { and end with }, with their numbers."""
+    content = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(content == _NEWLINE)
+    if content[-1] != _NEWLINE:
+        ends = np.append(ends, len(content))
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    last = ends - 1  # of an empty line at the start this is the last byte of the block, which does no harm
+    last = last - (content[last] == _RETURN)
+    usual = (content[np.minimum(begins, len(content) - 1)] == _OPENING) & (content[last] == _CLOSING) & (ends > begins)
+    for line in np.flatnonzero(~usual).tolist():
+        yield number + line, block[begins[line] : ends[line]]
+
+
+def cut(sizes: NDArray[np.int64], target: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of about `target` bytes."""
+    total = np.cumsum(sizes)
+    at = 0
+    while at < len(sizes):
+        before = int(total[at - 1]) if at else 0
+        until = min(int(np.searchsorted(total, before + target)) + 1, len(sizes))
+        yield at, until
+        at = until
