@@ -59,7 +59,7 @@ def _give_up_after_mistakes() -> None:
             raise ChildFailedError(name=self.name, failures=result.failures)  # as torchrun does after the last attempt
         return result
 
-    PContext.wait = wait_and_look
+    PContext.wait = wait_and_look  # type: ignore[method-assign]
 
 
 class _Report:

@@ -263,7 +263,7 @@ def _open_wandb(config: TrainConfig, run: Run) -> Any:
     known = yaml.safe_load(identity.read_text()) if identity is not None and identity.exists() else {}
     name = config.run.experiment_name or (run.folder.name if run.folder is not None else "default")
     handle = wandb.init(
-        id=known.get("id") or wandb.util.generate_id(),
+        id=known.get("id") or wandb.util.generate_id(),  # type: ignore[attr-defined]
         project=settings.project_name,
         entity=settings.entity_name,
         group=settings.group_name,
