@@ -221,7 +221,8 @@ if AVAILABLE:
         column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         numbers = tl.load(x + row[:, None] * columns + column[None, :], mask=inside).to(tl.float32)
-        numbers *= 1.0 / tl.load(scale)
+        # Triton's `/` is off by up to 2 ulp, which would send some numbers to the other side of a tie.
+        numbers *= tl.div_rn(1.0, tl.load(scale))
         # Not `clamp`, which would make the largest number of what is not one.
         numbers = tl.where(numbers > largest, largest, tl.where(numbers < -largest, -largest, numbers))
         short = numbers.to(straight.dtype.element_ty)

@@ -113,7 +113,7 @@ def every_layout() -> Rows:
 
 
 def compare(kinds: dict[str, tuple[str, dict[str, Any]]], gpus: int) -> Rows:
-    """Train each way, four at a time, and compare with the plain one."""
+    """Train each way, several at a time, and compare with the plain one."""
     with TemporaryDirectory() as name:
         place = Path(name)
 
@@ -122,7 +122,7 @@ def compare(kinds: dict[str, tuple[str, dict[str, Any]]], gpus: int) -> Rows:
             return finished(start(place, place / str(number), SMALL | further, on))
 
         jobs = [(0, PLAIN, 1), *((number, further, gpus) for number, (_, further) in enumerate(kinds.values(), 1))]
-        with ThreadPoolExecutor(4 if gpus == 1 else 2) as pool:
+        with ThreadPoolExecutor(4 if gpus == 1 else 6) as pool:
             runs = list(pool.map(run, jobs))
         reference, *others = runs
         assert not isinstance(reference, str), reference

@@ -39,7 +39,8 @@ def print_row(**values: Any) -> None:
 
 def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
     """The norm of the difference, relative to that of the exact one."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
 
 
 def farthest(found: Any, exact: Any) -> float:
