@@ -261,26 +261,28 @@ and continue it on code with the recipe's YAML; compare, kill, resume. A few min
     return parser
 
 
-def _read(parsed: argparse.Namespace, example: str) -> Any:
+def _read(parsed: argparse.Namespace, kind: Any, example: str) -> Any:
     """The document that file and settings give. Raises ConfigError if neither is given."""
     from fast_llm.config.section import read
 
     settings = list(parsed.settings)
     if settings and "=" not in settings[0]:
-        kind = settings.pop(0)
-        if kind != parsed.kind:
-            hint = f"; a file is given as --config {kind}" if kind.endswith((".yaml", ".yml")) else ""
-            raise ConfigError([f"{kind}: must be {parsed.kind} or a setting a.b=c{hint}"])
+        word = settings.pop(0)
+        if word != parsed.kind:
+            hint = f"; a file is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
+            raise ConfigError([f"{word}: must be {parsed.kind} or a setting a.b=c{hint}"])
     if parsed.config is None and not settings:
         raise ConfigError([f"no settings: give --config FILE, or section.setting=value; for example `{example}`"])
-    return read(parsed.config, settings)
+    return read(parsed.config, settings, kind)
 
 
 def _train(parsed: argparse.Namespace) -> int:
     from fast_llm.training.interrupt import Interrupt
 
     interrupt = Interrupt()
-    document = _read(parsed, "fast-llm train gpt --config train.yaml")
+    from fast_llm.config.train import TrainConfig
+
+    document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
     from fast_llm.training.plan import describe, make_plan
 
     plan = make_plan(document, _processes(), weights=not parsed.validate)
@@ -288,12 +290,15 @@ def _train(parsed: argparse.Namespace) -> int:
         if _first():
             from fast_llm.training.forecast import describe_memory
 
-            print(describe(plan) + "\n" + describe_memory(plan.config, plan.processes))
+            warnings = "".join(f"\nWarning       {warning}." for warning in plan.warnings)
+            print(describe(plan) + "\n" + describe_memory(plan.config, plan.processes) + warnings)
         return 0
+    from fast_llm.config.section import locating
     from fast_llm.training.build import train
 
     gc.freeze()  # two thousand modules are no garbage; looking through them takes 0.2 s, in the midst of training and at the end
-    return train(plan, interrupt)
+    with locating(document, TrainConfig, "data.path"):
+        return train(plan, interrupt)
 
 
 def _positive(text: str) -> int:
@@ -303,7 +308,9 @@ def _positive(text: str) -> int:
 
 
 def _forecast(parsed: argparse.Namespace) -> int:
-    document = _read(parsed, "fast-llm plan --config train.yaml --gpus 8")
+    from fast_llm.config.train import TrainConfig
+
+    document = _read(parsed, TrainConfig, "fast-llm plan --config train.yaml --gpus 8")
     from fast_llm.training.forecast import DEVICES, describe, read_plan
 
     print(describe(read_plan(document, parsed.gpus), parsed.gpus, DEVICES[parsed.device]))
@@ -314,9 +321,9 @@ def _prepare(parsed: argparse.Namespace) -> int:
     import logging
 
     from fast_llm.config.prepare import PREPARE_REFUSED, PrepareConfig
-    from fast_llm.config.section import dump, validate
+    from fast_llm.config.section import dump, locating, validate
 
-    document = _read(parsed, "fast-llm prepare gpt_memmap --config prepare.yaml")
+    document = _read(parsed, PrepareConfig, "fast-llm prepare gpt_memmap --config prepare.yaml")
     config = validate(PrepareConfig, document, PREPARE_REFUSED)
     if parsed.validate:
         from fast_llm.data.prepare import check
@@ -327,22 +334,24 @@ def _prepare(parsed: argparse.Namespace) -> int:
     logging.getLogger("fast_llm").setLevel(logging.INFO)
     from fast_llm.data.prepare import prepare
 
-    prepare(config)
+    with locating(document, PrepareConfig):
+        prepare(config)
     return 0
 
 
 def _convert(parsed: argparse.Namespace) -> int:
     from fast_llm.config.prepare import CONVERT_REFUSED, ConvertConfig
-    from fast_llm.config.section import dump, validate
+    from fast_llm.config.section import dump, locating, validate
 
-    document = _read(parsed, "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL")
+    document = _read(parsed, ConvertConfig, "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL")
     config = validate(ConvertConfig, document, CONVERT_REFUSED)
     if parsed.validate:
         print(dump(config), end="")
         return 0
     from fast_llm.training.convert import convert
 
-    convert(config)
+    with locating(document, ConvertConfig, "input.path"):
+        convert(config)
     return 0
 
 

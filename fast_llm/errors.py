@@ -36,8 +36,9 @@ class CheckpointError(UserError):
 class MissingPackage(UserError):
     """A setting needs an optional package that is not installed."""
 
-    def __init__(self, package: str, extra: str, why: str):
-        super().__init__(f"{why} needs the package {package}: pip install 'fast-llm[{extra}]'")
+    def __init__(self, packages: str, why: str):
+        """`packages`: what to install, the one that is missing first. By name: fast-llm itself is on no index."""
+        super().__init__(f"{why} needs the package {packages.split()[0]}: pip install {packages}")
 
 
 class TrainingStopped(UserError):

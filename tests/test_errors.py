@@ -4,6 +4,7 @@ Mistakes of YAML and settings are in tests/config; those of damaged files with t
 whole command is given one wrong thing, made with small files.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -17,7 +18,10 @@ import safetensors.numpy
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.mistakes import leaves
+from fast_llm.config.prepare import ConvertConfig, PrepareConfig
 from fast_llm.config.section import read
+from fast_llm.config.train import TrainConfig
 from fast_llm.data import tokenizer
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import (
@@ -111,8 +115,8 @@ def test_what_the_mistakes_are_made_in_is_right(here: Path, capsys: pytest.Captu
 
 def test_classes() -> None:
     assert str(ConfigError(["a", "b"])) == "a\nb" and ConfigError(["a", "b"]).problems == ["a", "b"]
-    assert str(MissingPackage("wandb", "wandb", "training.wandb")) == (
-        "training.wandb needs the package wandb: pip install 'fast-llm[wandb]'"
+    assert str(MissingPackage("wandb", "training.wandb")) == (
+        "training.wandb needs the package wandb: pip install wandb"
     )
     for kind in (ConfigError, DataError, CheckpointError, MissingPackage, TrainingStopped):
         assert issubclass(kind, UserError)
@@ -231,7 +235,7 @@ def test_a_model_of_the_hub_without_its_client(
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert told(capsys, *SMALL, "pretrained.path=a/b") == [
         "override pretrained.path=a/b: pretrained.path: a/b is no folder here; fetching it from the Hub needs the"
-        " package huggingface_hub: pip install 'fast-llm[hf]'"
+        " package huggingface_hub: pip install huggingface_hub"
     ]
 
 
@@ -256,7 +260,8 @@ def test_weights_that_are_missing_or_do_not_fit(here: Path, capsys: pytest.Captu
     tensors = safetensors.numpy.load_file(weights)
     weights.unlink()
     assert told(capsys, *SMALL, MODEL) == [
-        "model: no model.safetensors and no model.safetensors.index.json; fetch the weights, or set"
+        "override pretrained.path=model: pretrained.path: model: no model.safetensors and no"
+        " model.safetensors.index.json; fetch the weights, or set"
         " pretrained.model_weights: no to start from random ones"
     ]
     assert cli.main(["train", "--validate", *SMALL, MODEL, "pretrained.model_weights=no"]) == 0
@@ -278,10 +283,13 @@ def test_a_checkpoint_to_start_from_that_is_none(here: Path, capsys: pytest.Capt
 
 def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, *SMALL, MODEL, "data.tokenizer.path=./none") == [
-        "./none: no such file or folder, and not a model on the Hugging Face Hub (organisation/name)"
+        "override data.tokenizer.path=./none: data.tokenizer.path: ./none: no such file or folder, and not a model on the"
+        " Hugging Face Hub (organisation/name)"
     ]
     (here / "model" / "tokenizer.json").write_text("[]")
-    assert told(capsys, *SMALL, MODEL) == ["model/tokenizer.json: not a JSON object"]
+    assert told(capsys, *SMALL, MODEL) == [
+        "override pretrained.path=model: pretrained.path: model/tokenizer.json: not a JSON object"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,8 @@ def test_data_of_another_vocabulary(here: Path, capsys: pytest.CaptureFixture[st
     entry = {"prefix": "large", "num_tokens": 1000, "num_documents": 20, "dtype": "uint16", "weight": 1.0}
     (here / "large.json").write_text(json.dumps({"datasets": [entry], "max_token_id": 99}))
     assert told(capsys, *SMALL, MODEL, "data.path=large.json", "data.format=file") == [
-        "large.json: holds token 99, but the model's vocab_size is 64; prepare the data with the model's own tokenizer"
+        "override data.path=large.json: data.path: large.json: holds token 99,"
+        " but the model's vocab_size is 64; prepare the data with the model's own tokenizer"
     ]
 
 
@@ -343,7 +352,8 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
     entry = {"prefix": "tokens", "num_tokens": 1000, "num_documents": 20, "dtype": "uint16", "weight": 1.0}
     (here / "other.json").write_text(json.dumps({"datasets": [entry], "tokenizer": {"fingerprint": "f" * 64}}))
     assert told(capsys, *SMALL, MODEL, "data.path=other.json") == [
-        f"other.json: made with another tokenizer than the model's (fingerprint ffffffffffff…, the model's is"
+        "override data.path=other.json: data.path: other.json: made with another tokenizer than"
+        f" the model's (fingerprint ffffffffffff…, the model's is"
         f" {fingerprint[:12]}…); prepare the data again with tokenizer.path set to the model's folder"
     ]
 
@@ -354,10 +364,13 @@ def test_mistakes_in_different_things_are_told_together(here: Path, capsys: pyte
     (here / "file").touch()
     problems = told(capsys, *SMALL, MODEL, "data.path=none", "run.experiment_dir=file")
     assert problems[0] == "4 mistakes"
-    assert problems[1] == "model/tokenizer.json: not a JSON object"
-    assert problems[2].startswith("none.idx: no such file")
-    assert problems[3].startswith("model: no model.safetensors")
-    assert problems[4] == "run.experiment_dir: file can not be a folder: file is a file"
+    model = "override pretrained.path=model: pretrained.path: "
+    assert problems[1] == f"{model}model/tokenizer.json: not a JSON object"
+    assert problems[2].startswith("override data.path=none: data.path: none.idx: no such file")
+    assert problems[3].startswith(f"{model}model: no model.safetensors")
+    assert (
+        problems[4] == "override run.experiment_dir=file: run.experiment_dir: file can not be a folder: file is a file"
+    )
 
 
 # Optional packages.
@@ -369,12 +382,12 @@ def test_mistakes_in_different_things_are_told_together(here: Path, capsys: pyte
         (
             "tensorboard",
             "training.tensorboard=yes",
-            "training.tensorboard: yes needs the package tensorboard: pip install 'fast-llm[tensorboard]'",
+            "training.tensorboard: yes needs the package tensorboard: pip install tensorboard",
         ),
         (
             "wandb",
             "training.wandb.entity_name=me",
-            "training.wandb needs the package wandb: pip install 'fast-llm[wandb]'",
+            "training.wandb needs the package wandb: pip install wandb",
         ),
     ],
 )
@@ -388,7 +401,7 @@ def test_optional_packages(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
-    assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [problem]
+    assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [f"override {override}: {problem}"]
 
 
 @pytest.mark.parametrize("name", ["model/config.json", "model/model.safetensors", "data.json"])
@@ -406,7 +419,7 @@ def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) 
     (here / "file").touch()
     for name in ("file", "file/run"):
         assert told(capsys, *SMALL, MODEL, f"run.experiment_dir={name}") == [
-            f"run.experiment_dir: {name} can not be a folder: file is a file"
+            f"override run.experiment_dir={name}: run.experiment_dir: {name} can not be a folder: file is a file"
         ]
 
 
@@ -429,7 +442,9 @@ def test_a_folder_that_can_not_be_written_to(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     (here / "run").mkdir()
-    assert told(capsys, *SMALL, MODEL, "run.experiment_dir=run") == ["run.experiment_dir: run can not be written to"]
+    assert told(capsys, *SMALL, MODEL, "run.experiment_dir=run") == [
+        "override run.experiment_dir=run: run.experiment_dir: run can not be written to"
+    ]
 
 
 def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +453,10 @@ def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     parameters = 64 * 8 + 8 * 3 + 8 * 8 * 2 + 4 * 8 * 2 + 12 * 8 * 3
     needed = parameters * (12 + 4) / 1000
     (problem,) = told(capsys, *SMALL, MODEL, *wanted)
-    assert problem == f"run.experiment_dir: a checkpoint and an export need {needed:.3g} kB, but . has 1 kB free"
+    assert problem == (
+        "override run.experiment_dir=run: run.experiment_dir: a checkpoint and an export need"
+        f" {needed:.3g} kB, but . has 1 kB free"
+    )
 
 
 # Going on.
@@ -457,6 +475,7 @@ def begun(here: Path) -> Path:
     return Path("run/checkpoint/10")
 
 
+DATA_CHANGED = "override data.path=tokens: data.path: data (its content): given "
 GOING_ON = [*SMALL, MODEL, "run.experiment_dir=run"]
 
 
@@ -479,7 +498,7 @@ def test_a_manifest_that_training_did_not_write(
     content["info"] |= changes
     manifest.write_text(json.dumps(content | {"sha256": checkpoints._digest(content)}))
     (said,) = told(capsys, *SMALL, MODEL, "run.experiment_dir=run")
-    assert said.startswith(f"{manifest}: {problem}"), said
+    assert said.startswith(f"override run.experiment_dir=run: run.experiment_dir: {manifest}: {problem}"), said
     assert said.endswith(f"; training did not write this: delete {begun}, or take another")
 
 
@@ -503,13 +522,15 @@ def test_what_is_trained_changed(
 ) -> None:
     problems = told(capsys, *GOING_ON, override)
     assert (
-        f"{name}: given {now}, but {begun} was trained with {before}; set it back, choose another run.experiment_dir, or"
+        f"override {override}: {name}: given {now}, but {begun} was trained with {before}; set it back, choose another"
+        " run.experiment_dir, or"
         f" consent with run.accept_changes=[{name}]"
     ) in problems
     # Of another seed or split the documents that are trained on differ too.
-    others = [problem for problem in problems if not problem.startswith((f"{name}: ", f"{len(problems) - 1} mistakes"))]
+    own = (f"override {override}: {name}: ", f"{len(problems) - 1} mistakes")
+    others = [problem for problem in problems if not problem.startswith(own)]
     assert len(others) == (name in ("model.distributed.seed", "data.split"))
-    assert all(problem.startswith("data (its content): given ") for problem in others)
+    assert all(problem.startswith(DATA_CHANGED) for problem in others)
     consent = f"run.accept_changes=[{name}{', data.path' if others else ''}]"
     assert cli.main(["train", "--validate", *GOING_ON, override, consent]) == 0
     assert f"Changed       {name}: {before} → {now}" in capsys.readouterr().out
@@ -518,7 +539,7 @@ def test_what_is_trained_changed(
 def test_other_data(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens("tokens", token=9)
     (problem,) = told(capsys, *GOING_ON)
-    assert problem.startswith("data (its content): given ")
+    assert problem.startswith(DATA_CHANGED)
     assert problem.endswith("or consent with run.accept_changes=[data.path]")
     assert cli.main(["train", "--validate", *GOING_ON, "run.accept_changes=[data.path]"]) == 0
 
@@ -527,14 +548,14 @@ def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIG | {"intermediate_size": 24}
     (Path("model") / "config.json").write_text(json.dumps(config))
     assert told(capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]") == [
-        f"model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model can not"
+        f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model can not"
         " change its shape"
     ]
 
 
 def test_fewer_steps_than_are_done(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, *GOING_ON, "training.train_iters=9") == [
-        f"training.train_iters: given 9, but {begun} has 10 steps behind it; raise it, or choose another"
+        f"override training.train_iters=9: training.train_iters: given 9, but {begun} has 10 steps behind it; raise it, or choose another"
         " run.experiment_dir"
     ]
 
@@ -544,3 +565,104 @@ def test_settings_that_may_change(begun: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "Changed       optimizer.weight_decay: 0.01 → 0.2\n" in out
     assert "Changed       training.train_iters: 10 → 20" in out
+
+
+# Files and folders that settings name.
+
+
+TEXT = ["output_path=new", "dataset.path=texts", "tokenizer.path=model"]
+PATHS: list[tuple[str, str, list[str]]] = [  # command, setting, and what else it needs
+    ("train", "data.path", SMALL),
+    (
+        "train",
+        "data.validation_sets.few",
+        [*SMALL, "training.validation.interval=1", "training.validation.iterations=1"],
+    ),
+    ("train", "data.tokenizer.path", SMALL),
+    ("train", "pretrained.path", SMALL),
+    ("train", "pretrained.path", [*SMALL, "pretrained.format=distributed"]),
+    ("train", "run.experiment_dir", SMALL),
+    ("plan", "pretrained.path", SMALL),
+    ("prepare", "output_path", TEXT),
+    ("prepare", "dataset.path", TEXT),
+    ("prepare", "tokenizer.path", TEXT),
+    ("convert", "input.path", ["output.path=new"]),
+    ("convert", "input.path", ["output.path=new", "input.format=llama"]),
+    ("convert", "output.path", ["input.path=model", "input.format=llama"]),
+]
+NO_MISTAKE = {  # a folder that is written to may be missing, or be there
+    *((setting, name) for setting in ("run.experiment_dir", "output_path") for name in ("empty-folder", "./missing")),
+    *((setting, "./missing.json") for setting in ("run.experiment_dir", "output_path", "output.path")),
+    ("output.path", "./missing"),
+}
+
+
+def every_path(kind: Any) -> set[str]:
+    return {path for path, _ in leaves(kind) if path.rpartition(".")[2] in ("path", "experiment_dir", "output_path")}
+
+
+def test_every_setting_that_names_a_file_is_tried() -> None:
+    tried = {(command, setting) for command, setting, _ in PATHS}
+    for command, kind in (("train", TrainConfig), ("prepare", PrepareConfig), ("convert", ConvertConfig)):
+        assert {(command, path) for path in every_path(kind)} <= tried
+
+
+@pytest.mark.parametrize(
+    "given", ["./missing", "./missing.json", "empty-folder", "empty.json", "locked.json", "file/inside"]
+)
+@pytest.mark.parametrize(
+    ("command", "setting", "further"), PATHS, ids=[f"{i}-{row[0]}-{row[1]}" for i, row in enumerate(PATHS)]
+)
+def test_a_file_or_folder_that_will_not_do(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, setting: str,
+    further: list[str], given: str,
+) -> None:  # fmt: skip
+    """One line, with the setting and where it stands, in a file and on the command line."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save("model/tokenizer.json")
+    Path("model/tokenizer_config.json").write_text('{"eos_token": "b"}')
+    Path("texts").mkdir()
+    Path("texts/a.jsonl").write_text('{"text": "a b"}\n')
+    Path("empty-folder").mkdir()
+    for name in ("empty.json", "locked.json", "file"):
+        Path(name).touch()
+    refuse(monkeypatch, "locked.json")
+    *above, name = setting.split(".")
+    written = "".join(f"{'  ' * i}{key}:\n" for i, key in enumerate(above)) + f"{'  ' * len(above)}{name}: {given}\n"
+    Path("c.yaml").write_text(written)
+    others = [one for one in further if not one.startswith(f"{setting}=")]
+    for arguments, place in (
+        (["-c", "c.yaml", *others], f"c.yaml:{len(above) + 1}: {setting}: "),
+        ([f"{setting}={given}", *others], f"override {setting}={given}: {setting}: "),
+    ):
+        if command == "train":
+            arguments = ["--validate", *arguments]
+        capsys.readouterr()
+        code = cli.main([command, *arguments])
+        said = capsys.readouterr().err
+        if code == 0:
+            assert (setting, given) in NO_MISTAKE, (setting, given)
+            for made in ("missing", "missing.json", "new"):
+                shutil.rmtree(made, ignore_errors=True)
+            continue
+        assert code == 2 and "Traceback" not in said
+        lines = [line.strip() for line in said.removeprefix(f"fast-llm {command}: ").splitlines()]
+        assert all(line.startswith(place) for line in lines if not line.endswith(" mistakes")), said
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No permission to read a file, also for root."""
+    import builtins
+    import io
+
+    def refusing(real: Any) -> Any:
+        def call(path: Any, *arguments: Any, **more: Any) -> Any:
+            if isinstance(path, str | os.PathLike) and os.fspath(path).endswith(name):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+            return real(path, *arguments, **more)
+
+        return call
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", refusing(open))

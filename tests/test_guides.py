@@ -5,6 +5,7 @@ What a machine without a network, eight GPUs and a hundred gigabytes can not do 
 - `git clone https://huggingface.co/…`, `git lfs install`: a small Llama takes the place of Llama-3.1-8B
 - `bigcode/the-stack-dedup`: a folder of parquet with a column `content`
 - `--nproc_per_node 8` becomes 2; four nodes become one
+- Weights & Biases records offline, and TensorBoard says what it would show
 - sizes: overrides after the command, in SMALLER
 - `make demo`: its model is put where the demo leaves it; `make test` is what runs this
 """
@@ -29,6 +30,7 @@ GUIDES = [
     "docs/training-llama-3.1-8b.md",
     "README.md",
     "docs/quick-start.md",
+    "docs/charts.md",
     "docs/launching.md",
     "docs/planning.md",
     "docs/performance.md",
@@ -43,7 +45,7 @@ PARTS = {
     "watch.yaml": "data.format=random",
     "profile.yaml": "data.format=random",
 }
-NOT_RUN = ("git lfs install", "make demo", "make test")
+NOT_RUN = ("git lfs install", "make demo", "make test", "pip install tensorboard", "pip install wandb", "wandb login")
 
 
 def blocks(guide: str) -> list[tuple[str, str]]:
@@ -102,6 +104,7 @@ def shrunk(command: str) -> str:
     command = re.sub(r"--nnodes \S+ (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500", r"--standalone \1", command)
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
     command = re.sub(r"\btorchrun\b", "python -m torch.distributed.run", command)
+    command = command.replace("tensorboard --logdir", "tensorboard --inspect --logdir")  # what is there, and no server
     if "--config train-config.yaml" in command and " plan " not in command:
         command += " " + SMALLER
     if "--config prepare-config.yaml" in command:
@@ -116,6 +119,7 @@ def test_guide(guide: str, place: Path) -> None:
         "PATH": f"{tools}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
         "HF_HOME": str(place / "hub"),
     }
     ran = 0

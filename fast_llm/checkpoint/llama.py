@@ -61,7 +61,7 @@ def fetch(path: str, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingPackage("huggingface_hub", "hf", f"{path} is no folder here; fetching it from the Hub") from error
+        raise MissingPackage("huggingface_hub", f"{path} is no folder here; fetching it from the Hub") from error
     patterns = ["*.json", "*.jinja", "tokenizer.model", "*.txt", "*.md"] + (["*.safetensors"] if weights else [])
     try:
         # Only what lies directly in the repository: some hold a second copy of the weights in a folder.

@@ -29,7 +29,6 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
         _micro_sequence,
         _tensor_parallel,
         _sequence_data_parallel,
-        _cross_entropy_splits,
         _data_path,
         _split,
         _learning_rate,
@@ -43,7 +42,6 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
         _rotary,
         _initialization,
         _pretrained,
-        _compilation,
         _fp8,
         _steps,
     ):
@@ -180,15 +178,6 @@ def _micro_sequence(config: TrainConfig) -> Breaches:
         )
 
 
-def _cross_entropy_splits(config: TrainConfig) -> Breaches:
-    model = config.model.base_model
-    if model.cross_entropy_splits is not None and model.cross_entropy_impl == "torch":
-        yield (
-            ("model.base_model.cross_entropy_splits", "model.base_model.cross_entropy_impl"),
-            f"given {model.cross_entropy_splits}, but cross_entropy_impl: torch computes all logits at once; use fused",
-        )
-
-
 def _data_path(config: TrainConfig) -> Breaches:
     style, given = config.data.format, config.data.path
     concerned = ("data.path", "data.format")
@@ -243,7 +232,9 @@ def _split(config: TrainConfig) -> Breaches:
 def _learning_rate(config: TrainConfig) -> Breaches:
     rate, above = config.optimizer.learning_rate, "optimizer.learning_rate"
     style, end, warmup = f"{above}.decay_style", f"{above}.decay_iterations", f"{above}.warmup_iterations"
-    if rate.decay_style != "constant" and rate.decay_iterations is None:
+    if rate.decay_style == "constant":
+        return  # the rest is not used
+    if rate.decay_iterations is None:
         yield (
             (end, style),
             f"missing: decay_style {rate.decay_style} needs the step at which it ends,"
@@ -296,7 +287,7 @@ def _keep_every(config: TrainConfig) -> Breaches:
         if saved.keep_every is not None and saved.interval is None:
             yield (
                 (f"training.{name}.keep_every", f"training.{name}.interval"),
-                f"given {saved.keep_every}, but nothing is saved: set training.{name}.interval",
+                f"given {saved.keep_every}, but nothing is saved: set training.{name}.interval, or leave it out",
             )
 
 
@@ -329,11 +320,15 @@ def _validation(config: TrainConfig) -> Breaches:
     if validation.interval is not None and validation.iterations is None:
         yield (many, every), "missing: training.validation.interval needs it: on how many batches, e.g. 25"
     if validation.iterations is not None and validation.interval is None:
-        yield (every, many), "missing: training.validation.iterations needs it: every how many steps, e.g. 1000"
-    if config.data.validation_sets and validation.interval is None:
+        yield (
+            (every, many),
+            "missing: training.validation.iterations needs it: every how many steps, e.g. 1000, or null",
+        )
+    never = validation.interval is None and "interval" in validation.model_fields_set
+    if config.data.validation_sets and validation.interval is None and not never:
         yield (
             (every, "data.validation_sets"),
-            "missing: data.validation_sets are measured every so many steps, e.g. 1000",
+            "missing: data.validation_sets are measured every so many steps, e.g. 1000, or null for never",
         )
 
 
@@ -391,26 +386,8 @@ def _pretrained(config: TrainConfig) -> Breaches:
     state, style, path = "pretrained.optimizer_state", "pretrained.format", "pretrained.path"
     if pretrained.optimizer_state and pretrained.format != "distributed":
         yield (state, style), "given yes, but a Hugging Face folder has no moments; only format: distributed has"
-    if pretrained.optimizer_state and not pretrained.model_weights:
-        yield (
-            (state, "pretrained.model_weights"),
-            "given yes, but moments are of no use without their weights; set model_weights: yes",
-        )
     if pretrained.format == "distributed" and pretrained.path is None:
         yield (path, style), "missing: format: distributed needs the folder of a checkpoint"
-
-
-def _compilation(config: TrainConfig) -> Breaches:
-    if config.model.multi_stage.compile_all and not config.run.torch_dynamo_enable:
-        yield (
-            ("model.multi_stage.compile_all", "run.torch_dynamo_enable"),
-            "given yes, but run.torch_dynamo_enable: no forbids it",
-        )
-    if config.model.base_model.cross_entropy_impl == "triton" and not config.run.enable_triton_kernels:
-        yield (
-            ("model.base_model.cross_entropy_impl", "run.enable_triton_kernels"),
-            "given triton, but run.enable_triton_kernels: no forbids it",
-        )
 
 
 def _fp8(config: TrainConfig) -> Breaches:

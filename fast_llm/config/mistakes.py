@@ -171,6 +171,16 @@ def paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
             yield from paths(inner, here)
 
 
+def leaves(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting that is no section, by its dotted path."""
+    for name, field in kind.model_fields.items():
+        inner = sections(field.annotation)
+        if not inner:
+            yield name, field
+        for section in inner:
+            yield from ((f"{name}.{below}", found) for below, found in leaves(section))
+
+
 def sections(annotation: Any) -> list[type[BaseModel]]:
     """The Sections that an annotation names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -97,7 +97,12 @@ def page() -> str:
         "",
         "All settings are optional unless their default says *required*. A setting is given in the YAML file or on the"
         " command line as `section.setting=value`, which wins. YAML has its 1.1 meanings (`100_000`, `yes`), and `1e-4`"
-        " is a number. What is unknown, stands twice or can not be is refused, all mistakes at once.",
+        " is a number. On the command line text is taken as it is written (`dataset.data_files=*.jsonl`), and `#` begins no"
+        " comment. What is unknown, stands twice or cannot be is refused, all mistakes at once.",
+        "",
+        "A thing is turned off by one setting, whatever else the file says about it: `training.validation.interval=null`,"
+        " `training.checkpoint.interval=null` (no shutdown either), `run.experiment_dir=null` (nothing is written),"
+        " `model.distributed.pipeline_parallel=1`, `pretrained.path=null`, `training.wandb=null`.",
         "",
         "1. [train](#train)",
         "2. [prepare](#prepare)",

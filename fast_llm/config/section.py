@@ -7,17 +7,18 @@ or raises one ConfigError with every mistake: where, what was given, what is all
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fast_llm.config.mistakes import MOST, Words, explain
+from fast_llm.config.mistakes import MOST, Words, explain, leaves, paths, sections
 from fast_llm.config.text import BROKEN, Dumper, Reading
 from fast_llm.config.text import show as show  # here for those who tell mistakes of their own
-from fast_llm.errors import ConfigError
+from fast_llm.errors import ConfigError, UserError
 
 Values = dict[str, Any]
 LARGEST_FILE = 2**20  # bytes
@@ -172,8 +173,11 @@ def _same(key: str, one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Document:
+def read(path: str | Path | None, overrides: Sequence[str] = (), kind: type[Section] | None = None) -> Document:
     """A YAML file (or none) with overrides `a.b=c` laid over it; the last of a path wins.
+
+    Overrides are YAML, with what a command line needs: `*.jsonl` or `@x`, which YAML refuses, is the text that it is,
+    `#` begins no comment, and where `kind` wants text, `2024` is text.
 
     Raises ConfigError for a file that can not be read at all; smaller mistakes travel in the document, so that
     `validate` tells them with all the others.
@@ -201,7 +205,9 @@ def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Document:
             problems.append(f"{here}: gives no value; write {name}=null for none")
             continue
         inner = Reading(here, numbered=False)
-        value = inner.values(text, name)
+        value = inner.override(text, name)
+        if kind is not None and text.strip()[0] not in "[{\"'" and _wants_text(kind, keys, value, text.strip()):
+            value = text.strip()
         problems += inner.problems
         broken |= inner.broken
         if value is BROKEN:
@@ -214,8 +220,8 @@ def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Document:
                 below = place[key] = {}
             if not isinstance(below, dict):
                 above = ".".join(keys[: position + 1])
-                kind = "a list; give all of it" if isinstance(below, list) else "a value, which has no settings inside"
-                problems.append(f"{here}: {above} is {show(below)} ({places.get(above, here)}), {kind}")
+                what = "a list; give all of it" if isinstance(below, list) else "a value, which has no settings inside"
+                problems.append(f"{here}: {above} is {show(below)} ({places.get(above, here)}), {what}")
                 broken.add(name)
                 break
             place = below
@@ -225,6 +231,32 @@ def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Document:
                 del places[known]
             places |= inner.places | {name: here}
     return Document(values, places, str(path) if path is not None else "the command line", problems, broken)
+
+
+def _wants_text(kind: type[Section], keys: Sequence[str], value: Any, text: str) -> bool:
+    """Whether what YAML takes for a number, yes, no or a mapping is meant as text."""
+    if isinstance(value, str) or value is None or value is BROKEN:
+        return False
+    section: type[BaseModel] = kind
+    for key in keys[:-1]:
+        field = section.model_fields.get(key)
+        below = sections(field.annotation) if field is not None else []
+        if not below:
+            return False
+        section = below[0]
+    field = section.model_fields.get(keys[-1])
+    if field is None:
+        return False
+    allowed = TypeAdapter[Any](Annotated[field.annotation, *(field.metadata or [None])])  # type: ignore[arg-type]
+    return not _allows(allowed, value) and _allows(allowed, text)
+
+
+def _allows(allowed: TypeAdapter[Any], value: Any) -> bool:
+    try:
+        allowed.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _read_text(path: str | Path) -> str:
@@ -308,6 +340,53 @@ def validate(
         problems = sorted(dict.fromkeys(problems), key=_line)
         raise ConfigError(problems[:MOST] + [f"… and {len(problems) - MOST} more"] * (len(problems) > MOST))
     return section
+
+
+_PATHS = re.compile(r"(.*\.)?(path|experiment_dir|output_path|validation_sets)")
+
+
+def located(problem: str, document: Document, kind: type[Section], default: str = "") -> str:
+    """A problem that was found later, with its place and its setting in front as those of `validate` have them.
+
+    The setting is the one that the problem begins with; else the one whose file or folder it begins with; else `default`.
+    """
+    if problem.startswith(("override ", f"{document.source}:")):
+        return problem
+    every = dict(leaves(kind))
+    head = re.match(r"[\w.]+(?=[ :])", problem)
+    if head is not None and (head[0] in every or ("." in head[0] and head[0] in set(paths(kind)))):
+        return f"{document.where(head[0])}: {problem}"
+    if head is not None and head[0].rpartition(".")[0] in every and document.get(head[0]) is not None:
+        return f"{document.where(head[0])}: {problem}"  # an entry of names that are the user's
+    names: dict[str, str] = {}  # the values of settings that name files, and these settings
+    for path in filter(_PATHS.fullmatch, every):
+        given = document.get(path)
+        inside = (
+            given.items()
+            if isinstance(given, dict)
+            else [("", one) for one in (given if isinstance(given, list) else [given])]
+        )
+        for name, value in inside:
+            if isinstance(value, str) and value:
+                here = f"{path}.{name}" if name else path
+                names |= {value: here, str(Path(value).expanduser()): here}
+    found = max((value for value in names if problem.startswith(value)), key=len, default=None)
+    default = default if found is None else names[found]
+    return f"{document.where(default)}: {default}: {problem}" if default else problem
+
+
+@contextmanager
+def locating(document: Document, kind: type[Section], default: str = "") -> Iterator[None]:
+    """UserErrors from inside have the place of their setting in front."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([located(problem, document, kind, default) for problem in error.problems]) from error
+    except UserError as error:
+        if not error.args or error.exit_code != UserError.exit_code:
+            raise
+        error.args = (located(str(error), document, kind, default),)
+        raise
 
 
 def _line(problem: str) -> tuple[bool, int]:

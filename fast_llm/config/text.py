@@ -36,7 +36,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise _Unsupported("anchors (&) and aliases (*) are not supported; write it out", event.start_mark)
+            text = "anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *"
+            raise _Anchor(text, event.start_mark)
         self.depth += 1
         if self.depth > DEEPEST:
             raise _Unsupported(f"nested more than {DEEPEST} levels deep", event.start_mark)
@@ -49,6 +50,10 @@ class _Unsupported(Exception):
     def __init__(self, text: str, mark: yaml.Mark):
         super().__init__(text)
         self.line = mark.line + 1
+
+
+class _Anchor(_Unsupported):
+    pass
 
 
 # Which plain words are no text. Dates, `=` and `<<` are text here; numbers with an exponent need no dot and no sign.
@@ -95,6 +100,7 @@ class Reading:
         self.places: dict[str, str] = {}
         self.problems: list[str] = []
         self.broken: set[str] = set()
+        self.not_yaml = False
 
     def values(self, text: str, path: str = "") -> Any:
         """What stands in the text (None for nothing), or BROKEN."""
@@ -103,8 +109,10 @@ class Reading:
             node = loader.get_single_node()  # type: ignore[no-untyped-call]
             return None if node is None else self._value(node, path, loader)
         except _Unsupported as error:
+            self.not_yaml = isinstance(error, _Anchor)
             self._problem(error.line, "", str(error))
         except yaml.MarkedYAMLError as error:
+            self.not_yaml = True
             mark = error.problem_mark or error.context_mark
             self._problem(mark.line + 1 if mark else None, "", f"not YAML: {_why(error)}")
         except yaml.reader.ReaderError as error:
@@ -113,6 +121,24 @@ class Reading:
         except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML stumbles
             self._problem(None, "", "not YAML: an escape (\\) that is no character")
         return BROKEN
+
+    def override(self, text: str, path: str) -> Any:
+        """As `values`, of a word of the command line: what only looks like YAML is text.
+
+        `*.jsonl`, `@x`, `%x`, `!x`, `a: b: c` are no YAML, and `run #2` would lose its end as a comment. What begins as a
+        list, a mapping or a quotation is YAML, and its mistakes are told.
+        """
+        plain = text.strip()
+        value = self.values(text, path)
+        comment = not isinstance(value, list | dict) and re.search(r"(^|\s)#", plain) is not None
+        if plain[0] in "[{\"'":
+            if self.not_yaml and not set(text) & set("\"'"):
+                quoted = f"""'{path}="{plain}"'"""
+                self.problems = [f"{problem}; if it is text, quote it twice: {quoted}" for problem in self.problems]
+        elif (comment or self.not_yaml) and plain.isprintable():
+            self.places, self.problems, self.broken = {path: self.name}, [], set()
+            return plain
+        return value
 
     def _at(self, line: int | None) -> str:
         return f"{self.name}:{line}" if self.numbered and line is not None else self.name
@@ -132,7 +158,11 @@ class Reading:
             items = [self._value(item, f"{path}.{i}", loader) for i, item in enumerate(node.value)]
             return BROKEN if any(item is BROKEN for item in items) else items
         if node.tag not in _PLAIN_TAGS:
-            self._problem(line, path, f"the tag {node.tag.replace(_TAG, '!!')} is not supported; write plain values")
+            self.not_yaml = True
+            tag = node.tag.replace(_TAG, "!!")
+            self._problem(
+                line, path, f"the tag {tag} is not supported; write plain values, or quote text that begins with !"
+            )
             return BROKEN
         return self._scalar(node, path, loader)
 
@@ -189,6 +219,14 @@ def _why(error: yaml.MarkedYAMLError) -> str:
     text = error.problem or error.context or "can not be read"
     if "'\\t'" in text:
         text += " (indent with spaces, not tabs)"
+    elif "cannot start any token" in text:
+        text += "; quote text that begins with it"
+    elif "mapping values are not allowed" in text:
+        text += "; quote text that holds ': '"
+    elif "expected alphabetic or numeric character" in text:
+        text += "; quote text that begins with & or *"
+    elif "expected <block end>, but found '<scalar>'" in text:
+        text += "; quote text that begins with [, { or a quotation mark"
     if "expected a single document" in (error.context or ""):
         text = "a second document begins here (---); keep one"
     return text

@@ -9,7 +9,7 @@ import re
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fast_llm.config.mistakes import Words, instead
 from fast_llm.config.section import (
@@ -212,7 +212,8 @@ class AlertConfig(Interval):
 
 
 class WandbConfig(Section):
-    """Weights & Biases, on as soon as one of these settings stands in the file."""
+    """Weights & Biases: on as soon as one of these settings is given, also without `entity_name` (in Fast-LLM 0.2 that one
+    turned it on); `training.wandb: null` turns it off. Without a login or a network the run is recorded offline."""
 
     entity_name: Text | None = None
     """User or team; null is your default one."""
@@ -685,6 +686,67 @@ class RunConfig(Section):
     `data.path`, `batch.batch_size`, `model.distributed.seed`)."""
 
 
+# A thing is turned off by one setting, whatever else is said about it: when the first is given and has that value,
+# the others count as left out. Left out itself, it turns nothing off, and what needs it is a mistake.
+TURNED_OFF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("training.validation.interval", None, ("training.validation.iterations",)),
+    ("training.checkpoint.interval", None, ("training.checkpoint.keep_every", "training.shutdown")),
+    ("training.export.interval", None, ("training.export.keep_every",)),
+    ("training.logs.interval", None, ("training.wandb.alert.interval",)),
+    (
+        "run.experiment_dir",
+        None,
+        (
+            *("training.checkpoint.interval", "training.checkpoint.keep_every"),
+            *("training.export.interval", "training.export.keep_every"),
+            *("training.shutdown", "training.profiling", "training.tensorboard"),
+        ),
+    ),
+    (
+        "model.distributed.pipeline_parallel",
+        1,
+        (
+            "model.multi_stage.pipeline_schedule",
+            "model.multi_stage.layers_per_stage",
+            "batch.breadth_first_micro_batches",
+        ),
+    ),
+    ("model.base_model.cross_entropy_impl", "torch", ("model.base_model.cross_entropy_splits",)),
+    ("pretrained.path", None, ("pretrained.format", "pretrained.optimizer_state")),
+    ("pretrained.model_weights", False, ("pretrained.optimizer_state",)),
+    ("run.torch_dynamo_enable", False, ("model.multi_stage.compile_all",)),
+)
+
+
+def _without_what_is_off(values: Any) -> Any:
+    """The values of a file without those that TURNED_OFF names; `values` is not changed."""
+
+    def at(path: str) -> Any:
+        here = values
+        for key in path.split("."):
+            if not isinstance(here, dict) or key not in here:
+                return ...
+            here = here[key]
+        return here
+
+    def changed(here: Any, keys: list[str], value: Any = ...) -> Any:
+        if not isinstance(here, dict) or keys[0] not in here:
+            return here
+        if len(keys) > 1:
+            return here | {keys[0]: changed(here[keys[0]], keys[1:], value)}
+        return {key: old for key, old in here.items() if key != keys[0]} | ({} if value is ... else {keys[0]: value})
+
+    off = [path for path, value, _ in TURNED_OFF if type(at(path)) is type(value) and at(path) == value]
+    for path, _, others in TURNED_OFF:
+        for other in others if path in off else ():
+            values = changed(values, other.split("."))
+    if {"training.checkpoint.interval", "run.experiment_dir"} & set(off) and at("training.spikes.policy") == "rewind":
+        values = changed(values, ["training", "spikes", "policy"], "skip")  # there is nothing to go back to
+    if at("run.enable_triton_kernels") is False and at("model.base_model.cross_entropy_impl") == "triton":
+        values = changed(values, ["model", "base_model", "cross_entropy_impl"], "fused")
+    return values
+
+
 class TrainConfig(Section):
     """The YAML file of `fast-llm train`."""
 
@@ -695,6 +757,11 @@ class TrainConfig(Section):
     pretrained: PretrainedConfig = PretrainedConfig()
     model: ModelConfig = ModelConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off(cls, values: Any) -> Any:
+        return _without_what_is_off(values)
 
 
 _BASE, _TRANSFORMER = "model.base_model", "model.base_model.transformer"

@@ -207,7 +207,7 @@ def _open_hub(source: Source, workers: int) -> tuple[Any, str]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingPackage("datasets", "data", f"reading {config.path}") from error
+        raise MissingPackage("datasets zstandard", f"reading {config.path}") from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _said_by_datasets() as said:

@@ -113,7 +113,7 @@ def _find(path: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingPackage("huggingface_hub", "hf", f"{path} is no folder here; fetching it from the Hub") from error
+        raise MissingPackage("huggingface_hub", f"{path} is no folder here; fetching it from the Hub") from error
     name, _, revision = path.partition("@")
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, *_IDS])

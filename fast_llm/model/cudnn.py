@@ -1,7 +1,7 @@
 """Attention within documents by cuDNN, on GPUs from Hopper on: some 1.6 times as fast as PyTorch's variable-length kernel there.
 
 PyTorch takes whole sequences to cuDNN; that documents lie packed in one (cuDNN's "ragged" tensors) can be said through NVIDIA's
-package cudnn-frontend alone (`pip install 'fast-llm[cudnn]'`). Without it all is as it was.
+package cudnn-frontend alone (`pip install nvidia-cudnn-frontend`). Without it all is as it was.
 
 cuDNN builds a plan for each shape, in a tenth of a second. Micro-batches have ever other documents, so the plans are for round numbers of
 documents, of tokens and of tokens of the longest, and the rest of the documents are empty: a run needs a dozen or two.
@@ -37,7 +37,7 @@ def load(device: torch.device) -> str:
     except Exception as error:  # whatever the library does: there is another way
         _Loaded.library = None
         if isinstance(error, ImportError):
-            return "the package nvidia-cudnn-frontend is not installed (pip install 'fast-llm[cudnn]')"
+            return "the package nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)"
         return (str(error).strip() or repr(error)).splitlines()[0]
     return ""
 

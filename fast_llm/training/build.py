@@ -148,6 +148,8 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
     interrupt.last = partial(watchdog.mark, ENDED)
     try:
         logger.info("What this run does:\n" + describe(plan))
+        for warning in plan.warnings:
+            logger.warning(f"{warning}.")
         _tell_memory(plan, mesh, memory)
         if mesh.device.type == "cpu" and (problem := native.load()):
             logger.warning(

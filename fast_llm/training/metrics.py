@@ -16,14 +16,13 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 
 from fast_llm.config.batch import BatchPlan
-from fast_llm.config.train import AlertConfig, TrainConfig
-from fast_llm.errors import MissingPackage
+from fast_llm.config.train import TrainConfig
 from fast_llm.model.cost import Cost
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.training.run import Run, write_whole
+from fast_llm.training.charts import TensorBoard, Wandb
+from fast_llm.training.run import Run
 from fast_llm.training.step import StepResult
 
 logger = logging.getLogger("fast_llm")
@@ -48,9 +47,12 @@ class Metrics:
         self._steps: list[StepResult] = []
         self.skipped_in_a_row = 0
         self.global_max_reserved = 0.0
-        self.tensorboard = _open_tensorboard(config, run)
-        self.wandb = _open_wandb(config, run)
-        self.alert = config.training.wandb.alert if config.training.wandb is not None else AlertConfig()
+        self.tensorboard: TensorBoard | None = None
+        self.wandb: Wandb | None = None
+        if run.is_main and config.training.tensorboard and run.folder is not None:
+            self.tensorboard = TensorBoard(run.folder / "tensorboard", first)
+        if run.is_main and config.training.wandb is not None:
+            self.wandb = Wandb(config.training.wandb, config, run)
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
@@ -93,6 +95,8 @@ class Metrics:
         self.seconds = self.seconds_at_last = self.waited_at_last = 0.0
         self._since = time.perf_counter()
         self._steps.clear()
+        if self.tensorboard is not None:
+            self.tensorboard.went_back(step)
 
     def write(self, step: int, samples: int, waited: float) -> None:
         """Write a training record for the steps since the last one.
@@ -195,10 +199,7 @@ class Metrics:
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
-            alert = self.alert
-            if alert.status_updates if alert.status_updates is not None else alert.interval is not None:
-                self.wandb.alert(title=f"Run {status}!", text=str(self.config.run.experiment_dir), level="INFO")
-            self.wandb.finish()
+            self.wandb.finish(status)
 
     def _send(self, step: int, phase: str, values: dict[str, Any]) -> None:
         self.run.record(values)
@@ -208,13 +209,9 @@ class Metrics:
             if isinstance(value, int | float) and name not in ("step", "iteration", "run")
         }
         if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
+            self.tensorboard.send(phase, step, numbers)
         if self.wandb is not None:
-            self.wandb.log({phase: numbers}, step=step)
-            if self.alert.due(step):
-                text = "\n".join(f"{name}: {value:.6g}" for name, value in numbers.items())
-                self.wandb.alert(title=f"{phase} results", text=text, level="INFO")
+            self.wandb.send(phase, step, numbers)
 
     def _memory_names(self) -> list[str]:
         if self.mesh.device.type == "cuda":
@@ -238,52 +235,3 @@ class Metrics:
 
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _open_tensorboard(config: TrainConfig, run: Run) -> Any:
-    if not config.training.tensorboard or not run.is_main or run.folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingPackage("tensorboard", "tensorboard", "training.tensorboard: true") from error
-    return SummaryWriter(log_dir=str(run.folder / "tensorboard"))
-
-
-def _open_wandb(config: TrainConfig, run: Run) -> Any:
-    """Weights & Biases, going on with the same chart when the experiment goes on."""
-    settings = config.training.wandb
-    if settings is None or not run.is_main:
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingPackage("wandb", "wandb", "training.wandb") from error
-    identity = run.folder / "wandb_config.yaml" if run.folder is not None else None
-    known = yaml.safe_load(identity.read_text()) if identity is not None and identity.exists() else {}
-    name = config.run.experiment_name or (run.folder.name if run.folder is not None else "default")
-    handle = wandb.init(
-        id=known.get("id") or wandb.util.generate_id(),  # type: ignore[attr-defined]
-        project=settings.project_name,
-        entity=settings.entity_name,
-        group=settings.group_name,
-        name=name,
-        config=config.model_dump(mode="json"),
-        resume="allow",
-        save_code=False,
-        dir=str(run.folder) if run.folder is not None else None,
-    )
-    if identity is not None:
-        write_whole(
-            identity,
-            yaml.safe_dump(
-                {
-                    "id": handle.id,
-                    "project": settings.project_name,
-                    "name": name,
-                    "entity": settings.entity_name,
-                    "group": settings.group_name,
-                }
-            ),
-        )
-    return handle

@@ -21,9 +21,9 @@ from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import llama
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.checks import check
-from fast_llm.config.section import Count, Document, PositiveFloat, dump, path_text, show, validate
+from fast_llm.config.section import Count, Document, PositiveFloat, dump, located, locating, path_text, show, validate
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.train import REFUSED, RENAMED, CheckpointConfig, ExportConfig, TrainConfig
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import CheckpointError, ConfigError, MissingPackage, UserError
@@ -61,6 +61,7 @@ class Plan:
     done: int  # the steps that it has behind it
     identity: dict[str, Any]  # what may not change on resume
     changes: list[str]  # what did change since the checkpoint
+    warnings: list[str]  # what will probably not be as the user expects
 
     @property
     def folder(self) -> Path | None:
@@ -85,7 +86,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     document, source, source_config, small = with_shape(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     problems = check(config, document, processes)
-    problems += _packages(config)
+    problems += [located(problem, document, TrainConfig) for problem in _packages(config)]
     if problems:
         raise ConfigError(problems)
     distributed = config.model.distributed
@@ -93,10 +94,11 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     batch = plan_batch(config.batch, dealt, distributed.pipeline_parallel > 1)
     model, training = config.model.base_model, config.training
 
-    def attempt(action: Callable[[], Any]) -> Any:
-        """So that a mistake in one thing does not hide those in others."""
+    def attempt(action: Callable[[], Any], setting: str = "data.path") -> Any:
+        """So that a mistake in one thing does not hide those in others. `setting`: what to change, if the mistake names none."""
         try:
-            return action()
+            with locating(document, TrainConfig, setting):
+                return action()
         except UserError as error:
             problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
             return None
@@ -105,7 +107,8 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     fingerprint = None
     tokenizer_at = config.data.tokenizer.path or (source if "tokenizer.json" in small else None)
     if tokenizer_at is not None:
-        loaded = attempt(lambda: tokenizer.load(str(tokenizer_at)))
+        setting = "pretrained.path" if config.data.tokenizer.path is None else "data.tokenizer.path"
+        loaded = attempt(lambda: tokenizer.load(str(tokenizer_at)), setting)
         if loaded is not None:
             tokens = {"bos": loaded.bos, "eos": loaded.eos}
             fingerprint = loaded.fingerprint
@@ -143,13 +146,14 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     local = config.pretrained.path is not None and Path(config.pretrained.path).expanduser().is_dir()
     from_weights = config.pretrained.model_weights and config.pretrained.format == "llama" and checkpoint is None
     if source is not None and from_weights and (local or weights):
-        problems += attempt(lambda: llama.check_weights(source, model)) or []
+        wrong = attempt(lambda: llama.check_weights(source, model), "pretrained.path") or []
+        problems += [located(problem, document, TrainConfig, "pretrained.path") for problem in wrong]
     identity = _identity(config, batch, dataset) if dataset is not None else {}
     done, changes = 0, list[str]()
     if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)
         done = manifest.step
-        if attempt(lambda: _check_info(checkpoint, manifest)):
+        if attempt(lambda: _check_info(checkpoint, manifest), "run.experiment_dir"):
             found, changes = _compare(manifest.info, config, identity, checkpoint)
             problems += found
         if done > training.train_iters:
@@ -159,9 +163,9 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             )
     costs = cost(model, config.batch.sequence_length)
     if folder is not None:
-        problems += _disk(folder, config, costs.parameters)
+        problems += _disk(folder, config, costs.parameters, done)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([located(problem, document, TrainConfig, "data.path") for problem in problems])
     return Plan(
         config,
         processes,
@@ -176,6 +180,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         done,
         identity,
         changes,
+        _warnings(document, config, source, folder, costs.parameters, done),
     )
 
 
@@ -232,7 +237,7 @@ def describe(plan: Plan) -> str:
         kept = training.checkpoint.keep
         lines.append(
             f"Checkpoints   every {training.checkpoint.interval:,} steps, {readable_bytes(state)} each"
-            + (f", {kept} kept: {readable_bytes(state * (kept + 1))} at most" if kept else ", all kept")
+            + (f", {kept} kept" if kept else ", all kept")
             + (", and the permanent ones" if training.checkpoint.keep_every else "")
             + _copied(plan, state)
         )
@@ -244,7 +249,11 @@ def describe(plan: Plan) -> str:
             f"Exports       every {training.export.interval:,} steps, {readable_bytes(size)} each, {readable_bytes(size * count)} in all"
         )
     if plan.folder is not None:
-        lines.append(f"Disk          {readable_bytes(_free(plan.folder))} free at {plan.folder}")
+        use = disk_use(config, plan.folder, parameters, plan.done)
+        more = readable_bytes(sum(count * size for count, size in use.values()))
+        lines.append(
+            f"Disk          {readable_bytes(_free(plan.folder))} free at {plan.folder}, this run takes {more} at most"
+        )
     return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
 
 
@@ -334,7 +343,8 @@ def _pretrained(
         source = Path(path).expanduser()
         kept = source.parent.parent / "pretrained"  # beside the checkpoint's folder
         config = llama.read_json(kept / "config.json") if (kept / "config.json").exists() else None
-        checkpoints.verify(source)
+        with locating(document, TrainConfig, "pretrained.path"):
+            checkpoints.verify(source)
         return source, config, _small(kept)
     copy = folder / "pretrained" if folder is not None else None
     gone = not Path(path).expanduser().exists()
@@ -367,12 +377,12 @@ def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
 
 def _packages(config: TrainConfig) -> list[str]:
     wanted = [
-        ("tensorboard", "tensorboard", "training.tensorboard: yes", config.training.tensorboard),
-        ("wandb", "wandb", "training.wandb", config.training.wandb is not None),
+        ("tensorboard", "training.tensorboard: yes", config.training.tensorboard),
+        ("wandb", "training.wandb", config.training.wandb is not None),
     ]
     return [
-        str(MissingPackage(package, extra, why))
-        for package, extra, why, needed in wanted
+        str(MissingPackage(package, why))
+        for package, why, needed in wanted
         if needed and importlib.util.find_spec(package) is None
     ]
 
@@ -485,19 +495,119 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def _disk(folder: Path, config: TrainConfig, parameters: int) -> list[str]:
-    """Whether the folder can be written to and holds at least one checkpoint and one export."""
+def _warnings(
+    document: Document, config: TrainConfig, source: Path | None, folder: Path | None, parameters: int, done: int
+) -> list[str]:
+    """What is allowed and probably not meant, a line each."""
+    return [
+        located(warning, document, TrainConfig)
+        for warning in (_nothing_saved(config), _too_long(config, source), _too_full(config, folder, parameters, done))
+        if warning
+    ]
+
+
+def _nothing_saved(config: TrainConfig) -> str:
+    training = config.training
+    if not training.train_iters:
+        return ""
+    model = "training.export.interval (a Hugging Face model, also after the last step)"
+    state = "training.checkpoint.interval (training state, also after the last step)"
+    if config.run.experiment_dir is None:
+        return f"run.experiment_dir: nothing will be saved: set it, with {state} or {model}"
+    if training.checkpoint.interval is None and training.export.interval is None:
+        return f"training.checkpoint: nothing that is trained will be saved: set {state} or {model}"
+    if training.checkpoint.interval is None:
+        return "training.checkpoint: a run that crashes begins anew: set training.checkpoint.interval to save its state"
+    return ""
+
+
+def _too_long(config: TrainConfig, source: Path | None) -> str:
+    length, most = config.batch.sequence_length, config.model.base_model.max_position_embeddings
+    if length <= most:
+        return ""
+    where = (
+        "model.base_model.max_position_embeddings"
+        if source is None
+        else f"max_position_embeddings of {source}/config.json"
+    )
+    return (
+        f"batch.sequence_length: given {length}, above {where}, {most}: positions from {most} on are new to the model,"
+        " and other programs may refuse them. Lower it, or raise the other"
+    )
+
+
+def _too_full(config: TrainConfig, folder: Path | None, parameters: int, done: int) -> str:
+    if folder is None:
+        return ""
+    parts = disk_use(config, folder, parameters, done)
+    needed, free = sum(count * size for count, size in parts.values()), _free(folder)
+    if needed <= free:
+        return ""
+    what = " and ".join(
+        f"{count} more {name} of {readable_bytes(size)}" for name, (count, size) in parts.items() if count
+    )
+    return (
+        f"run.experiment_dir: the disk will be full before this run ends: it keeps {what}, {readable_bytes(needed)} at"
+        f" most, and {readable_bytes(free)} are free. Lower training.checkpoint.keep or set training.export.keep, raise the"
+        " intervals, or make room"
+    )
+
+
+def disk_use(config: TrainConfig, folder: Path, parameters: int, done: int) -> dict[str, tuple[int, int]]:
+    """What a run takes on disk from the step `done` on, at its peak: of checkpoints and exports how many more than are
+    there, and the bytes of one."""
+    training = config.training
+    return {
+        "checkpoints": (
+            _more(training.checkpoint, folder / "checkpoint", done, training.train_iters),
+            checkpoint_bytes(config, parameters),
+        ),
+        "exports": (
+            _more(training.export, folder / "export" / training.export.format, done, training.train_iters),
+            export_bytes(config, parameters),
+        ),
+    }
+
+
+def _more(saved: CheckpointConfig | ExportConfig, root: Path, done: int, last: int) -> int:
+    """How many more folders than now lie under `root` at the fullest moment: one is deleted when a newer one is there."""
+    if saved.interval is None:
+        return 0
+    there = {step for step, _ in checkpoints.find(root)}
+    due = _multiples(saved.interval, saved.offset, done, last)
+    count = len(due) + (last not in due) - sum(step in due or step == last for step in there)
+    if saved.keep is None or not count:
+        return count
+    permanent = 0
+    if saved.keep_every is not None:
+        forever = _multiples(saved.interval * saved.keep_every, saved.offset, done, last)
+        permanent = len(forever) - sum(step in forever for step in there)
+    passing = sum(not saved.is_permanent(step) for step in there)  # they are deleted one by one
+    fresh = count - permanent
+    kept = min(passing + fresh, saved.keep)
+    spare = int(fresh > 0 and passing + fresh > saved.keep)  # the newest, before the oldest is deleted
+    return max(permanent + kept + spare - passing, 1)
+
+
+def _multiples(interval: int, offset: int, done: int, last: int) -> range:
+    """The steps after `done` up to `last` that are due."""
+    first = done + 1 + (offset - done - 1) % interval
+    return range(first, last + 1, interval)
+
+
+def _disk(folder: Path, config: TrainConfig, parameters: int, done: int) -> list[str]:
+    """Whether the folder can be written to and holds one more checkpoint and export, next to those that they replace."""
     there = _existing(folder)
     if not os.access(there, os.W_OK):
         return [f"run.experiment_dir: {there} can not be written to"]
     if (folder.exists() and not folder.is_dir()) or not there.is_dir():
         return [f"run.experiment_dir: {folder} can not be a folder: {there} is a file"]
-    needed = checkpoint_bytes(config, parameters) * (config.training.checkpoint.interval is not None)
-    needed += export_bytes(config, parameters) * (config.training.export.interval is not None)
-    if needed > _free(folder):
+    parts = {name: size for name, (count, size) in disk_use(config, folder, parameters, done).items() if count}
+    if sum(parts.values()) > _free(folder):
+        what = " and ".join(f"{'an' if name[0] == 'e' else 'a'} {name[:-1]}" for name in parts)
         return [
-            f"run.experiment_dir: a checkpoint and an export need {readable_bytes(needed)}, but {there} has"
-            f" {readable_bytes(_free(folder))} free"
+            f"run.experiment_dir: {what} need{'s' * (len(parts) == 1)} {readable_bytes(sum(parts.values()))}, but {there}"
+            f" has {readable_bytes(_free(folder))} free"
         ]
     return []
 

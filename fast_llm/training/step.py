@@ -113,6 +113,7 @@ class Step:
             self.weights.publish()
         scale = self.loss_scale.value
         self.loss_scale.update(finite)
+        rate *= self.config.default_learning_rate_scale  # as the optimizer does
         return StepResult(loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike)
 
     def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fast_llm.config import checks
 from fast_llm.config.checks import breaches, check
-from fast_llm.config.section import read, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.section import Document, dump, read, validate
+from fast_llm.config.train import REFUSED, RENAMED, TURNED_OFF, TrainConfig
 from fast_llm.errors import ConfigError
 
 # The smallest configuration that keeps all laws; overrides are laid over it.
@@ -40,11 +41,6 @@ BROKEN: list[tuple[list[str], str]] = [
         [*GOOD, "batch.micro_sequence_length=512"],
         "batch.micro_sequence_length: given 512, must be sequence_length 2048: sequences are computed whole; leave it"
         " out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
-    ),
-    (
-        [*GOOD, "model.base_model.cross_entropy_splits=4", "model.base_model.cross_entropy_impl=torch"],
-        "model.base_model.cross_entropy_splits: given 4, but cross_entropy_impl: torch computes all logits at once;"
-        " use fused",
     ),
     ([*GOOD, "data.path=x"], "data.path: format: random reads no path; leave it out, or set format: file"),
     (
@@ -114,12 +110,12 @@ BROKEN: list[tuple[list[str], str]] = [
         for style in ("linear", "power", "cosine")
     ),
     (
-        [*GOOD, f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=10"],
+        [*GOOD, f"{RATE}.decay_style=linear", f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=10"],
         f"{RATE}.warmup_iterations: given 10, must be below decay_iterations 10, which counts from the start and"
         " includes the warmup",
     ),
     (
-        [*GOOD, f"{RATE}.minimum=1e-3"],
+        [*GOOD, f"{RATE}.decay_style=linear", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-3"],
         f"{RATE}.minimum: given 0.001, must be at most base 0.0001",
     ),
     (
@@ -144,12 +140,12 @@ BROKEN: list[tuple[list[str], str]] = [
             f"training.wandb.alert.interval: given 30, must be a multiple of training.logs.interval ({given}) with the"
             " same offset: an alert posts what is logged",
         )
-        for given, further in (("null", []), ("20", []), ("10", ["training.wandb.alert.offset=5"]))
+        for given, further in (("20", []), ("10", ["training.wandb.alert.offset=5"]))
     ),
     *(
         (
             [*GOOD, f"training.{name}.keep_every=3"],
-            f"training.{name}.keep_every: given 3, but nothing is saved: set training.{name}.interval",
+            f"training.{name}.keep_every: given 3, but nothing is saved: set training.{name}.interval, or leave it out",
         )
         for name in ("checkpoint", "export")
     ),
@@ -173,11 +169,11 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "training.validation.iterations=5"],
-        "training.validation.interval: missing: training.validation.iterations needs it: every how many steps, e.g. 1000",
+        "training.validation.interval: missing: training.validation.iterations needs it: every how many steps, e.g. 1000, or null",
     ),
     (
         [*GOOD, "data.validation_sets.prose=prose.json"],
-        "training.validation.interval: missing: data.validation_sets are measured every so many steps, e.g. 1000",
+        "training.validation.interval: missing: data.validation_sets are measured every so many steps, e.g. 1000, or null for never",
     ),
     (
         [*GOOD, f"{TRANSFORMER}.head_groups=3"],
@@ -218,26 +214,8 @@ BROKEN: list[tuple[list[str], str]] = [
         "pretrained.optimizer_state: given yes, but a Hugging Face folder has no moments; only format: distributed has",
     ),
     (
-        [
-            *GOOD,
-            "pretrained.optimizer_state=yes",
-            "pretrained.path=x",
-            "pretrained.format=distributed",
-            "pretrained.model_weights=no",
-        ],
-        "pretrained.optimizer_state: given yes, but moments are of no use without their weights; set model_weights: yes",
-    ),
-    (
         [*GOOD, "pretrained.format=distributed"],
         "pretrained.path: missing: format: distributed needs the folder of a checkpoint",
-    ),
-    (
-        [*GOOD, "model.multi_stage.compile_all=yes", "run.torch_dynamo_enable=no"],
-        "model.multi_stage.compile_all: given yes, but run.torch_dynamo_enable: no forbids it",
-    ),
-    (
-        [*GOOD, "model.base_model.cross_entropy_impl=triton", "run.enable_triton_kernels=no"],
-        "model.base_model.cross_entropy_impl: given triton, but run.enable_triton_kernels: no forbids it",
     ),
     (
         [*FP8, "model.distributed.training_dtype=fp16"],
@@ -285,7 +263,8 @@ def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
         ["training.train_iters=10", "data.format=file", "data.path=[a]"],
         [*GOOD, "data.split=[1]", "training.test_iters=3"],
         [*GOOD, f"{RATE}.decay_style=cosine", f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=9"],
-        [*GOOD, f"{RATE}.minimum=1e-4"],
+        [*GOOD, f"{RATE}.decay_style=linear", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-4"],
+        [*GOOD, f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=10", f"{RATE}.minimum=1e-3"],  # constant
         [*GOOD, f"{RATE}.base=0"],
         [
             *GOOD,
@@ -309,6 +288,122 @@ def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
 )
 def test_laws_that_are_kept(overrides: list[str]) -> None:
     assert told(overrides) == []
+
+
+FOLDER = "run.experiment_dir=x"
+SAVES = [FOLDER, "training.checkpoint.interval=10", "training.checkpoint.keep_every=2"]
+# What is set, what turns it off, and what is then as if it had not been set.
+OFF: list[tuple[list[str], str, list[str]]] = [
+    (
+        ["training.validation.interval=5", "training.validation.iterations=5", "data.validation_sets.prose=prose.json"],
+        "training.validation.interval=null",
+        ["training.validation.iterations"],
+    ),
+    (
+        [*SAVES, "training.shutdown.interval=30"],
+        "training.checkpoint.interval=null",
+        ["training.checkpoint.keep_every", "training.shutdown.interval"],
+    ),
+    ([*SAVES, "training.spikes.policy=rewind"], "training.checkpoint.interval=null", []),
+    ([*SAVES, "training.spikes.policy=rewind"], "run.experiment_dir=null", []),
+    (
+        [FOLDER, "training.export.interval=5", "training.export.keep_every=2", "training.export.data_type=fp32"],
+        "training.export.interval=null",
+        ["training.export.keep_every"],
+    ),
+    (
+        [
+            *(*SAVES, "training.export.interval=5", "training.export.keep_every=3", "training.shutdown.interval=10"),
+            *("training.profiling.interval=7", "training.tensorboard=yes"),
+        ],
+        "run.experiment_dir=null",
+        [
+            *("training.checkpoint.interval", "training.export.interval", "training.shutdown.interval"),
+            *("training.checkpoint.keep_every", "training.export.keep_every"),
+            *("training.profiling.interval", "training.tensorboard"),
+        ],
+    ),
+    ([FOLDER, "training.profiling.interval=7", "training.profiling.offset=3"], "training.profiling.interval=null", []),
+    (["training.double_check.interval=7", "training.double_check.offset=3"], "training.double_check.interval=null", []),
+    ([*SAVES, "training.shutdown.interval=30", "training.shutdown.offset=0"], "training.shutdown.interval=null", []),
+    ([*SAVES, "training.spikes.policy=rewind", "training.spikes.window=9"], "training.spikes.policy=none", []),
+    (["training.test_iters=3"], "training.test_iters=0", []),
+    (["training.wandb.alert.interval=100"], "training.logs.interval=null", ["training.wandb.alert.interval"]),
+    (["training.wandb.alert.interval=100"], "training.wandb.alert.interval=null", []),
+    (["training.wandb.alert.interval=100", "training.wandb.group_name=x"], "training.wandb=null", []),
+    (
+        [f"{RATE}.decay_style=cosine", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-5"],
+        f"{RATE}.decay_style=constant",
+        [],
+    ),
+    (
+        [
+            *("model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"),
+            f"{TRANSFORMER}.head_groups=2",
+        ],
+        "model.distributed.tensor_parallel=1",
+        [],
+    ),
+    (
+        [
+            *("model.distributed.pipeline_parallel=2", "model.multi_stage.layers_per_stage=3"),
+            *("model.multi_stage.pipeline_schedule=looped_bfs", "batch.breadth_first_micro_batches=4"),
+        ],
+        "model.distributed.pipeline_parallel=1",
+        [
+            *("model.multi_stage.layers_per_stage", "model.multi_stage.pipeline_schedule"),
+            "batch.breadth_first_micro_batches",
+        ],
+    ),
+    (
+        ["model.base_model.cross_entropy_splits=4"],
+        "model.base_model.cross_entropy_impl=torch",
+        ["model.base_model.cross_entropy_splits"],
+    ),
+    (["model.base_model.cross_entropy_impl=triton"], "run.enable_triton_kernels=no", []),
+    (["model.multi_stage.compile_all=yes"], "run.torch_dynamo_enable=no", ["model.multi_stage.compile_all"]),
+    (
+        ["pretrained.path=x", "pretrained.format=distributed", "pretrained.optimizer_state=yes"],
+        "pretrained.path=null",
+        ["pretrained.format", "pretrained.optimizer_state"],
+    ),
+    (
+        ["pretrained.path=x", "pretrained.format=distributed", "pretrained.optimizer_state=yes"],
+        "pretrained.model_weights=no",
+        ["pretrained.optimizer_state"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "off", "left_out"), OFF, ids=[f"{i}-{row[1]}" for i, row in enumerate(OFF)])
+def test_a_thing_is_turned_off_by_one_override(given: list[str], off: str, left_out: list[str]) -> None:
+    processes = 2 if any("_parallel" in one for one in given) else 1
+    assert told([*GOOD, *given], processes) == []
+    assert told([*GOOD, *given, off], processes) == []
+    config = validate(TrainConfig, read(None, [*GOOD, *given, off]), REFUSED, RENAMED)
+    plain = validate(TrainConfig, read(None, GOOD), REFUSED, RENAMED)
+    for path in left_out:
+        assert at(config, path) == at(plain, path), path
+    assert (
+        config.training.spikes.policy == ("skip" if any("rewind" in one for one in given) else "none") or "none" in off
+    )
+    written = Document(yaml.safe_load(dump(config)), {}, "config.yaml")  # which is valid input
+    assert validate(TrainConfig, written, REFUSED, RENAMED).model_dump() == config.model_dump()
+
+
+def at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name, None)  # wandb may be null
+    return config
+
+
+def test_every_pair_of_one_that_turns_off_is_tried() -> None:
+    tried = {(off.partition("=")[0], path) for _, off, left_out in OFF for path in left_out}
+    for path, _, others in TURNED_OFF:
+        for other in others:
+            names = {other, f"{other}.interval"}
+            assert any((path, name) in tried for name in names), (path, other)
+            assert not other.startswith(f"{path}.")
 
 
 def test_groups_of_processes() -> None:

@@ -51,6 +51,8 @@ def wrong(yaml: Any, text: str | bytes, *overrides: str, **more: Any) -> list[st
     return [re.sub(r"/\S*/c\.yaml", "c.yaml", problem) for problem in caught.value.problems]
 
 
+QUOTE_TAG = " quote text that begins with !"
+
 # Values.
 
 
@@ -126,9 +128,18 @@ def test_an_empty_section_is_all_defaults(yaml: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: 1\nb: &x 2\n", "c.yaml:2: anchors (&) and aliases (*) are not supported; write it out"),
-        ("a: &a [1]\nb: *a\n", "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out"),
-        ("a: *a\n", "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out"),
+        (
+            "a: 1\nb: &x 2\n",
+            "c.yaml:2: anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *",
+        ),
+        (
+            "a: &a [1]\nb: *a\n",
+            "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *",
+        ),
+        (
+            "a: *a\n",
+            "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *",
+        ),
         (
             "a: 1\n\tb: 2\n",
             "c.yaml:2: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)",
@@ -200,12 +211,12 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("inner:\n  size: !!int x\n", 'c.yaml:2: inner.size: "x" can not be read as int'),
         ("inner:\n  size: 0b\n", 'c.yaml:2: inner.size: given "0b", must be an integer above 0'),
         (f"inner:\n  size: {2**63}\n", "c.yaml:2: inner.size: the number 9223372036854775808… is too large"),
-        ("inner:\n  name: !x y\n", "c.yaml:2: inner.name: the tag !x is not supported; write plain values"),
+        ("inner:\n  name: !x y\n", "c.yaml:2: inner.name: the tag !x is not supported; write plain values, or" + QUOTE_TAG),
         (
             "inner:\n  name: !!python/name:os.system x\n",
-            "c.yaml:2: inner.name: the tag !!python/name:os.system is not supported; write plain values",
+            "c.yaml:2: inner.name: the tag !!python/name:os.system is not supported; write plain values, or" + QUOTE_TAG,
         ),
-        ("inner:\n  name: !!binary aGk=\n", "c.yaml:2: inner.name: the tag !!binary is not supported; write plain values"),
+        ("inner:\n  name: !!binary aGk=\n", "c.yaml:2: inner.name: the tag !!binary is not supported; write plain values, or" + QUOTE_TAG),
         ('inner:\n  name: "\\x07"\n', "c.yaml:2: inner.name: the character '\\x07' is not supported in text"),
         ("inner:\n  name: ''\n", "c.yaml:2: inner.name: given nothing between the quotes; write null, or leave it out, for none"),
         ("inner:\n  names: [a, 1]\n", "c.yaml:2: inner.names: given [a, 1], must be a list, each of it text (numbers and dates in quotes)"),
@@ -304,9 +315,15 @@ def test_a_value_may_hold_an_equals_sign_and_colons() -> None:
         ("in ner.size=3", "must have the form section.setting=value, e.g. training.train_iters=1000"),
         ("inner.size=", "gives no value; write inner.size=null for none"),
         ("inner.size= ", "gives no value; write inner.size=null for none"),
-        ("inner.size=[", "not YAML: expected the node content, but found '<stream end>'"),
-        ("inner.size=a: b: c", "not YAML: mapping values are not allowed here"),
-        ("inner.size=&a 1", "anchors (&) and aliases (*) are not supported; write it out"),
+        ("inner.size=[", "not YAML: expected the node content, but found '<stream end>'; if it is text, quote it twice:"
+         """ 'inner.size="["'"""),
+        ("inner.size=[a].txt", "not YAML: expected '<document start>', but found '<scalar>'; if it is text, quote it twice:"
+         """ 'inner.size="[a].txt"'"""),
+        ("inner.size='a", "not YAML: found unexpected end of stream"),
+        ("inner.size=a: b: c", 'inner.size: given "a: b: c", must be an integer above 0'),
+        ("inner.size=&a 1", 'inner.size: given "&a 1", must be an integer above 0'),
+        ("inner.size=*a", 'inner.size: given "*a", must be an integer above 0'),
+        ("inner.size=1 # one", 'inner.size: given "1 # one", must be an integer above 0'),
         ("inner={size: 1, size: 2}", "inner.size: stands twice, first in line 1; keep one"),
         ("inner.size=0", "inner.size: given 0, must be an integer above 0"),
         ("inner.siz=1", "inner.siz: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)"),
@@ -320,6 +337,42 @@ def test_one_mistake_in_an_override(override: str, problem: str) -> None:
         f"override {override}: {problem}",
         "override other.size=0: other.size: given 0, must be an integer above 0",
     ]
+
+
+AS_IT_IS = """*.jsonl|*|&a|!x y|%x|@x|`x`|#1|a #2|- a|? a|a: b: c|---x|007|0x10|12:30|1e3|1_000|1.50|yes|No|2020-01-05|x:|a: b|> a"""
+
+
+@pytest.mark.parametrize("text", AS_IT_IS.split("|"))
+def test_text_of_the_command_line_is_what_it_is(text: str) -> None:
+    """Where text is wanted, whatever YAML would make of it."""
+    document = read(None, [f"inner.name={text}", f"other.name= \t{text} "], Outer)
+    assert validate(Outer, document).inner.name == validate(Outer, document).other.name == text
+    quoted = text.replace("\\", "\\\\")
+    assert validate(Outer, read(None, [f'inner.name="{quoted}"'], Outer)).inner.name == text
+
+
+def test_what_is_no_text_on_the_command_line_keeps_its_meaning() -> None:
+    given = ["inner.name=null", "inner.size=1_000", "inner.names=[1e3, '2']", "inner.share=0.5", "inner.active=no"]
+    inner = read(None, given, Outer).values["inner"]
+    assert inner == {"name": None, "size": 1000, "names": [1000.0, "2"], "share": 0.5, "active": False}
+
+
+def test_text_in_a_file_that_must_be_quoted(yaml: Any) -> None:
+    for text, hint in (
+        ("*.jsonl", "; quote text that begins with & or *"),
+        ("*a", "or quote text that begins with & or *"),
+        ("!x", "or quote text that begins with !"),
+        ("%x", "; quote text that begins with it"),
+        ("@x", "; quote text that begins with it"),
+        ("`x`", "; quote text that begins with it"),
+        ("a: b", "; quote text that holds ': '"),
+        ("[a].txt", "; quote text that begins with [, { or a quotation mark"),
+        ("{a}.txt", "; quote text that begins with [, { or a quotation mark"),
+        ("'a' b", "; quote text that begins with [, { or a quotation mark"),
+    ):
+        problems = wrong(yaml, f"inner:\n  name: {text}\n")
+        assert len(problems) == 1 and problems[0].startswith("c.yaml:2: ") and problems[0].endswith(hint), problems
+        assert validate(Outer, yaml(f'inner:\n  name: "{text}"\n')).inner.name == text
 
 
 def test_an_override_inside_a_list(yaml: Any) -> None:

@@ -48,7 +48,7 @@ def test_documents_that_fill_up_are_empty() -> None:
         (
             (9, 0),
             ImportError("cudnn"),
-            "the package nvidia-cudnn-frontend is not installed (pip install 'fast-llm[cudnn]')",
+            "the package nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)",
         ),
         ((9, 0), RuntimeError("No engine\nsupports it"), "No engine"),
         ((9, 0), AssertionError("its results are off by 2.0e-01"), "its results are off by 2.0e-01"),

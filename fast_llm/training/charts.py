@@ -1,0 +1,239 @@
+"""Charts in TensorBoard and Weights & Biases, for whoever asks for them. Neither ever ends or delays training.
+
+A run that starts again, or goes back to a checkpoint, makes some steps twice. TensorBoard is told where the curve
+continues and drops what lay behind (`purge_step`). Weights & Biases gets every record, with `iteration` as its axis.
+"""
+
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import deque
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fast_llm.config.train import TrainConfig, WandbConfig
+from fast_llm.errors import MissingPackage
+from fast_llm.training.run import Run, write_whole
+
+logger = logging.getLogger("fast_llm")
+
+Numbers = dict[str, int | float]
+_UPLOAD_SECONDS = 30.0  # that the end of a run waits for Weights & Biases
+_MOST_WAITING = 100_000  # lines of about a kilobyte
+
+
+class TensorBoard:
+    """Event files in `<experiment_dir>/tensorboard`."""
+
+    def __init__(self, folder: Path, first: int):
+        """`first`: the step that this start continues from."""
+        self.folder = folder
+        self.broken = False
+        self.writer: Any = None
+        self._open(first + 1 if first else 0)
+
+    def _open(self, purge_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingPackage("tensorboard", "training.tensorboard: yes") from error
+        try:
+            self.writer = SummaryWriter(log_dir=str(self.folder), purge_step=purge_step)
+        except OSError as error:
+            self._failed(error)
+
+    def send(self, phase: str, step: int, numbers: Numbers) -> None:
+        """Add a point to each curve."""
+        if self.broken:
+            return
+        try:
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{phase}/{name}", value, step)
+        except OSError as error:
+            self._failed(error)
+
+    def went_back(self, step: int) -> None:
+        """The curves continue from an earlier step."""
+        self.close()
+        if not self.broken:
+            self._open(step + 1)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self.writer is None or self.broken:
+            return
+        try:
+            self.writer.close()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if self.broken:
+            return
+        self.broken = True
+        logger.warning(
+            f"TensorBoard's files in {self.folder} cannot be written: {error.strerror or error}. They end here until the next"
+            " start; metrics.jsonl has everything."
+        )
+
+
+class Wandb(logging.Handler):
+    """A run in Weights & Biases, through a process of its own (wandb_process.py). Also takes the lines of the log."""
+
+    def __init__(self, settings: WandbConfig, config: TrainConfig, run: Run):
+        super().__init__()
+        self.settings = settings
+        self.folder = str(config.run.experiment_dir)
+        self.recorded_in = ""
+        self.warned = self.exchanging = False
+        self.waiting: deque[bytes] = deque()  # lines that are not being sent yet
+        self.sending = self.received = b""
+        self.process: subprocess.Popen[bytes] | None = None
+        try:
+            with open(os.devnull if run.logs is None else run.logs / "wandb.txt", "ab") as errors:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", str(Path(__file__).with_name("wandb_process.py"))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,  # Ctrl-C in a terminal is for training alone, and no login is asked for
+                )
+        except OSError as error:
+            logger.warning(f"Weights & Biases could not be started: {error}. Training continues without it.")
+            return
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.inlet, self.outlet = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.inlet, False)
+        os.set_blocking(self.outlet, False)
+        self._tell(_arguments(settings, config, run))
+        if logger.handlers:
+            self.setFormatter(logger.handlers[0].formatter)
+        logger.addHandler(self)
+
+    def send(self, phase: str, step: int, numbers: Numbers) -> None:
+        """Add a point to each curve, and post them where an alert is due."""
+        self._tell({"log": {phase: numbers, "iteration": step}})
+        if self.settings.alert.due(step):
+            text = "\n".join(f"{name}: {value:.6g}" for name, value in numbers.items())
+            self._tell({"alert": {"title": f"{phase} results", "text": text}})
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a line of the log."""
+        self._tell({"text": self.format(record)})
+
+    def finish(self, status: str) -> None:
+        """Post `status` (ended, crashed) if that is wanted; wait until everything is uploaded, but not for long."""
+        logger.removeHandler(self)
+        alert = self.settings.alert
+        if alert.status_updates if alert.status_updates is not None else alert.interval is not None:
+            self._tell({"alert": {"title": f"Run {status}!", "text": self.folder}})
+        self._tell({"finish": int(status == "crashed")})
+        until = time.monotonic() + _UPLOAD_SECONDS
+        while self.process is not None and (left := until - time.monotonic()) > 0:
+            select.select([self.outlet], [self.inlet] if self.sending else [], [], left)
+            self._exchange(finishing=True)
+        if self.process is not None:
+            self._end(f"has not taken all records within {_UPLOAD_SECONDS:g} s")
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self.process is None:
+            return
+        self.waiting.append(json.dumps(message).encode() + b"\n")
+        self._exchange()
+        if self.process is not None and len(self.waiting) > _MOST_WAITING:
+            self._end("takes no records")
+
+    def _exchange(self, finishing: bool = False) -> None:
+        """Send as much as is taken without waiting, and log what is said.
+
+        Lines of the log come from several threads, from signal handlers, and from here.
+        """
+        with self.lock or nullcontext():
+            if self.exchanging or self.process is None:
+                return
+            self.exchanging = True
+            try:
+                if not self._send() or not self._receive():
+                    self._end("" if finishing else "has ended unexpectedly")
+            finally:
+                self.exchanging = False
+
+    def _send(self) -> bool:
+        """Whether somebody reads."""
+        try:
+            while self.sending or self.waiting:
+                self.sending = self.sending or self.waiting.popleft()
+                self.sending = self.sending[os.write(self.inlet, self.sending) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._receive()
+            return False
+        return True
+
+    def _receive(self) -> bool:
+        """Whether more may be said."""
+        more = True
+        try:
+            while data := os.read(self.outlet, 2**16):
+                self.received += data
+            more = False
+        except BlockingIOError:
+            pass
+        *lines, self.received = self.received.split(b"\n")
+        for message in map(json.loads, lines):
+            if "folder" in message:
+                self.recorded_in = message["folder"]
+            else:
+                self.warned |= message["level"] == "warning"
+                logger.log(logging.getLevelNamesMapping()[message["level"].upper()], message["text"])
+        return more
+
+    def _end(self, why: str) -> None:
+        """Send no more; without `why` all has been sent."""
+        assert self.process is not None
+        process, self.process = self.process, None
+        with suppress(ProcessLookupError):
+            if why:
+                os.killpg(process.pid, signal.SIGKILL)
+        with suppress(BrokenPipeError), process:  # closes its pipes, and waits
+            pass
+        if not self.warned and (why or process.returncode):
+            upload = f" `wandb sync {self.recorded_in}` uploads what it took;" if self.recorded_in else ""
+            logger.warning(
+                f"Weights & Biases {why or 'has failed'}: training continues without it;{upload} metrics.jsonl has everything."
+            )
+
+
+def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str, Any]:
+    """Of `wandb.init`; an experiment that was started before continues its chart."""
+    identity = run.folder / "wandb_config.yaml" if run.folder is not None else None
+    known = yaml.safe_load(identity.read_text()) if identity is not None and identity.exists() else None
+    chart = known.get("id") if isinstance(known, dict) else None
+    named = {
+        "id": chart or uuid.uuid4().hex[:8],
+        "project": settings.project_name,
+        "name": config.run.experiment_name or (run.folder.name if run.folder is not None else "default"),
+        "entity": settings.entity_name,
+        "group": settings.group_name,
+    }
+    if identity is not None:
+        write_whole(identity, yaml.safe_dump(named))
+    return {
+        **named,
+        "config": config.model_dump(mode="json"),
+        "resume": "allow",
+        "save_code": False,
+        "dir": str(run.folder) if run.folder is not None else tempfile.mkdtemp(prefix="fast-llm-wandb-"),
+        "process": os.getpid(),
+    }

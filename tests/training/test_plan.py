@@ -1,0 +1,176 @@
+"""What the plan says before the first step: what will be saved, what it takes on disk, what is probably not meant."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from fast_llm import cli
+from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.section import read
+from fast_llm.config.train import CheckpointConfig
+from fast_llm.training import plan
+from fast_llm.training.plan import make_plan
+from tests.training.runs import run, settings, write_tokens
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_tokens(tmp_path / "tokens", 400)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def warnings(folder: Path, *further: str) -> list[str]:
+    return make_plan(read(None, settings(folder, *further)), 1, weights=False).warnings
+
+
+SAVES = ["training.checkpoint.interval=5", "training.export.interval=5"]
+
+
+@pytest.mark.parametrize(
+    ("further", "expected"),
+    [
+        (
+            [],
+            "training.checkpoint: nothing that is trained will be saved: set training.checkpoint.interval (training state,"
+            " also after the last step) or training.export.interval (a Hugging Face model, also after the last step)",
+        ),
+        (
+            ["run.experiment_dir=null"],
+            "override run.experiment_dir=null: run.experiment_dir: nothing will be saved: set it, with"
+            " training.checkpoint.interval (training state, also after the last step) or training.export.interval (a"
+            " Hugging Face model, also after the last step)",
+        ),
+        (
+            ["training.export.interval=5"],
+            "training.checkpoint: a run that crashes begins anew: set training.checkpoint.interval to save its state",
+        ),
+        (["training.checkpoint.interval=5"], None),
+        (SAVES, None),
+    ],
+)
+def test_what_will_not_be_saved(
+    tokens: Path, capsys: pytest.CaptureFixture[str], further: list[str], expected: str | None
+) -> None:
+    arguments = settings(tokens, "training.train_iters=1", *further)
+    assert cli.main(["train", "--validate", *arguments]) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert run(arguments) == 0
+    said = capsys.readouterr().out
+    if expected is None:
+        assert found == [] and "will be saved" not in said and "begins anew" not in said
+        return
+    assert len(found) == 1 and found[0].endswith(f"{expected}.")
+    assert said.count(f"{expected}.") == 1 and said.index(expected) < said.index("Training @ iteration 1/")
+
+
+def test_nothing_is_trained_and_nothing_said(tokens: Path) -> None:
+    measure = ["training.validation.interval=1", "training.validation.iterations=1"]
+    assert warnings(tokens, "training.train_iters=0", *measure) == []
+
+
+def test_sequences_longer_than_the_model_was_made_for(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    most = "model.base_model.max_position_embeddings"
+    arguments = settings(tokens, "training.train_iters=1", *SAVES, f"{most}=20")
+    assert cli.main(["train", "--validate", *arguments]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"Warning       override batch.sequence_length=24: batch.sequence_length: given 24, above {most}, 20: positions from 20"
+        " on are new to the model, and other programs may refuse them. Lower it, or raise the other.\n"
+    )
+    assert warnings(tokens, "training.train_iters=1", *SAVES, f"{most}=24") == []
+    (tokens / "model").mkdir()
+    (tokens / "model" / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "vocab_size": 128,'
+        ' "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "head_dim": 10}'
+    )
+    shape = ["pretrained.path=model", "pretrained.model_weights=no", "batch.sequence_length=24", "run.experiment_dir=r"]
+    data = [f"data.path={tokens}/tokens", "data.split=[1]", "training.train_iters=1"]
+    (said,) = make_plan(read(None, [*shape, *data, *SAVES]), 1, weights=False).warnings
+    assert "given 24, above max_position_embeddings of model/config.json, 16:" in said
+
+
+def disk(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, free))  # type: ignore[attr-defined]
+
+
+def test_a_disk_that_will_be_full(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = 27_400
+    state, export = 12 * parameters, 4 * parameters
+    more = ["training.train_iters=20", "training.checkpoint.interval=2", "training.checkpoint.keep=3", SAVES[1]]
+    needed = 4 * state + 4 * export
+    disk(monkeypatch, needed)
+    assert warnings(tokens, *more) == []
+    disk(monkeypatch, needed - 1)
+    (said,) = warnings(tokens, *more)
+    assert said == (
+        f"override run.experiment_dir={tokens}/run: run.experiment_dir: the disk will be full before this run ends: it keeps 4"
+        " more checkpoints of 329 kB and 4 more exports of 110 kB, 1.75 MB at most, and 1.75 MB are free. Lower"
+        " training.checkpoint.keep or set training.export.keep, raise the intervals, or make room"
+    )
+    assert cli.main(["train", "--validate", *settings(tokens, *more)]) == 0
+    assert "this run takes 1.75 MB at most" in capsys.readouterr().out
+    # What is there counts as there, and what is replaced makes room.
+    disk(monkeypatch, 10**12)
+    assert run(settings(tokens, *more, "training.train_iters=10")) == 0
+    disk(monkeypatch, state + 2 * export)
+    assert warnings(tokens, *more) == []
+    disk(monkeypatch, state + 2 * export - 1)
+    (said,) = warnings(tokens, *more)
+    assert "it keeps 1 more checkpoints of 329 kB and 2 more exports of 110 kB" in said
+    disk(monkeypatch, state + export - 1)
+    assert cli.main(["train", "--validate", *settings(tokens, *more)]) == 2
+    assert "a checkpoint and an export need 438 kB, but" in capsys.readouterr().err
+    # A run that is done needs nothing.
+    disk(monkeypatch, 10)
+    assert warnings(tokens, *more, "training.train_iters=10") == []
+
+
+SAVED = st.builds(
+    CheckpointConfig,
+    interval=st.integers(1, 4),
+    offset=st.integers(0, 5),
+    keep_every=st.none() | st.integers(1, 3),
+)
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(SAVED, st.none() | st.integers(1, 3), st.integers(0, 20), st.integers(0, 20), st.integers(1, 8))
+def test_how_many_more_there_will_be(
+    tmp_path: Path, saved: CheckpointConfig, keep: int | None, done: int, further: int, kept_before: int
+) -> None:
+    """As many as saving and deleting leave at the fullest moment."""
+    saved = saved.model_copy(update={"keep": keep})
+    root = tmp_path / "checkpoint"
+    shutil.rmtree(root, ignore_errors=True)
+
+    def save(step: int) -> None:
+        checkpoints.publish(checkpoints.begin(root / str(step)), root / str(step), "checkpoint", step, {}, {})
+
+    last = done + further
+    for step in range(1, done + 1):
+        if saved.due(step) or step == done:
+            save(step)
+            checkpoints.prune(root, kept_before, saved.is_permanent)
+    before = fullest = len(checkpoints.find(root))
+    expected = plan._more(saved, root, done, last)
+    for step in range(done + 1, last + 1):
+        if saved.due(step) or step == last:
+            save(step)
+            fullest = max(fullest, len(checkpoints.find(root)))
+            checkpoints.prune(root, keep, saved.is_permanent)
+    if further:
+        # The newest may be permanent when the one before it is deleted: one fewer at once.
+        assert expected - (saved.keep_every is not None) <= fullest - before <= expected
+    else:
+        assert expected == (0 if done else 1)
+
+
+def test_a_run_of_a_quadrillion_steps_is_planned_at_once(tokens: Path) -> None:
+    (said,) = warnings(tokens, "training.train_iters=1_000_000_000_000_000", *SAVES, "training.checkpoint.keep_every=7")
+    assert "the disk will be full before this run ends: it keeps 28571428571434 more checkpoints" in said
