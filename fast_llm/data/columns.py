@@ -94,7 +94,7 @@ def _pyarrow(path: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MissingPackage("pyarrow", "data", f"reading {path}") from error
+        raise MissingPackage("pyarrow", f"reading {path}") from error
     return pyarrow
 
 

@@ -264,7 +264,7 @@ def open_binary(path: str) -> BinaryIO:
         try:
             import zstandard
         except ImportError as error:
-            raise MissingPackage("zstandard", "data", f"reading {path}") from error
+            raise MissingPackage("zstandard", f"reading {path}") from error
         return cast(BinaryIO, io.BufferedReader(_Checked(_Zstd(open(path, "rb"), zstandard)), 2**17))
     if suffix in COMPRESSED:
         library: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix]
