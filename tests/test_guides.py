@@ -45,7 +45,15 @@ PARTS = {
     "watch.yaml": "data.format=random",
     "profile.yaml": "data.format=random",
 }
-NOT_RUN = ("git lfs install", "make demo", "make test", "pip install tensorboard", "pip install wandb", "wandb login")
+NOT_RUN = (
+    "git lfs install",
+    "make demo",
+    "make test",
+    "pip install tensorboard",
+    "pip install wandb",
+    "wandb login",
+    "source .venv/bin/activate",
+)
 
 
 def blocks(guide: str) -> list[tuple[str, str]]:

@@ -151,7 +151,9 @@ def demo(name: str) -> None:
         compare_logits(whole, steps, continued),
         compare_runs(whole, broken, steps),
     ]
-    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Three commands to try next:\n")
+    activate = Path(sys.prefix) / "bin" / "activate"
+    first = f", after `source {activate}`" if shutil.which("fast-llm") is None and activate.exists() else ""
+    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Three commands to try next{first}:\n")
     print(f"  fast-llm train gpt --config {RECIPE} --validate data.path={folder}/code-tokens.json "
           f"pretrained.path={pretrained} {' '.join(SIZES)}")  # fmt: skip
     print(f"  torchrun --nproc_per_node 2 --no-python {' '.join(words([*recipe, f'run.experiment_dir={folder}/two']))}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.config.section import read, validate
+from fast_llm.config.section import locating, read, validate
 from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
 from fast_llm.errors import ConfigError, DataError, UserError
@@ -67,11 +67,14 @@ def why(run: str, step: int) -> list[str]:
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
         raise DataError(f"{folder}: no config.yaml in it; give the experiment folder of a training run")
-    config = validate(TrainConfig, read(str(folder / "config.yaml"), []))
+    document = read(str(folder / "config.yaml"), [])
+    config = validate(TrainConfig, document)
     if not 1 <= step <= config.training.train_iters:
         raise DataError(f"step {step}: {folder} has the steps 1 to {config.training.train_iters}")
     batch, length = config.batch, config.batch.sequence_length
-    data = dataset.open_dataset(config.data, length, config.model.distributed.seed, config.model.base_model.vocab_size)
+    vocabulary = config.model.base_model.vocab_size
+    with locating(document, TrainConfig, "data.path"):
+        data = dataset.open_dataset(config.data, length, config.model.distributed.seed, vocabulary)
     file = folder / "pretrained" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
     assert batch.batch_size is not None

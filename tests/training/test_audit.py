@@ -103,6 +103,18 @@ def test_why_not(
     assert said in capsys.readouterr().err
 
 
+def test_why_without_its_data(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = copy / "config.yaml"
+    lines = config.read_text().splitlines()
+    number = next(i for i, line in enumerate(lines) if line.startswith("  path: ["))
+    lines[number] = f"  path: [{copy}/gone]"
+    config.write_text("\n".join(lines))
+    assert main(["why", str(copy), "2"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"fast-llm why: {config}:{number + 1}: data.path: {copy}/gone.idx: no such file"
+    )
+
+
 def test_a_reader_that_has_enough(made: tuple[Path, list[list[int]]]) -> None:
     command = f"{sys.executable} -m fast_llm.cli why {made[0] / 'run'} 1 | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
