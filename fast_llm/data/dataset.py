@@ -5,33 +5,18 @@ after the other, T tokens. With sequences of L tokens it has n = (T - 1) // L of
 [k·L, k·L + L], the last of which is only predicted. Nothing is indexed or cached: opening reads the index files
 once, and nothing can be out of date. Reading a sequence takes some 50 µs, whatever the size of the data.
 
-Order. Sequence i of a run depends on the seed and i alone; what follows is all there is to it. If there is a
-single source, it is the source's number π(i mod n) in epoch e = i // n, so that each comes once an epoch, in an
-order that differs between epochs. π is a permutation of 0 … n - 1: a Feistel network (Black & Rogaway 2002).
-
-    a = ⌈√n⌉,  b = ⌈n / a⌉
-    k_0 … k_7 = the 64 bytes of sha512("<seed> <s> <e>") as u64, little endian; s: the source's place, from 0
-    mix(x)    = the finalizer of splitmix64 (Steele et al. 2014): x ^= x >> 30; x *= 0xBF58476D1CE4E5B9;
-                x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31, in u64
-    π(x):  l, r = x // b, x mod b;  for j = 0, 2, 4, 6:  l = (l + mix(r ^ k_j)) mod a;  r = (r + mix(l ^ k_j+1)) mod b
-           y = l·b + r, and if y ≥ n (there are fewer than a such) the same again with x = y
-
-Mixtures. Several sources with weights share the sequences by halving. With W_s = round(2⁵³ · (the weights of the
-sources before s) / (all weights)), sources lo … hi - 1 and the t-th sequence that goes to any of them (in the
-beginning all of them, and t = i): mid = (lo + hi) // 2, g(t) = ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋; if
-g(t + 1) > g(t) it is the g(t)-th of sources lo … mid - 1, else the (t - g(t))-th of the others. The t that a
-source is left with counts its sequences and takes the place of i above. So of any number of sequences, of each
-single batch too, every source has its share, to within half a sequence a halving; weights may be as small as they like.
+The order of a run's sequences is in sampling.py, which documents each phase has in split.py.
 """
 
 import bisect
+import copy
 import functools
 import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,16 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fast_llm.config.train import DataConfig
+from fast_llm.data import split as splitting
+from fast_llm.data.sampling import Drawn, Mixture, Rest, Stream, Walk
+from fast_llm.data.split import Part
 from fast_llm.data.tokenfile import TokenFile, digest
 from fast_llm.errors import DataError
 
 logger = logging.getLogger("fast_llm")
 
 PHASES = ("training", "validation", "test")
-UNIT = 2**53  # all weights together
 LARGEST_METADATA = 2**30  # bytes
-_MASK = 2**64 - 1
-_ENDS = 2**20  # bytes of a file's beginning and end that tell it from others
 
 
 @dataclass(frozen=True)
@@ -64,83 +49,117 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Packed:
-    """One sequence: L + 1 tokens, and where in them documents begin (0 is always among these)."""
+    """One sequence of L inputs, each followed by its target."""
 
-    tokens: NDArray[np.int64]
-    starts: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Documents [first, last) of a token file."""
-
-    file: TokenFile
-    first: int
-    last: int
-
-    @functools.cached_property
-    def begin(self) -> int:
-        """First token in the file."""
-        return self.file.start_of(self.first)
-
-    @functools.cached_property
-    def end(self) -> int:
-        """Behind the last token in the file."""
-        return self.file.start_of(self.last)
+    tokens: NDArray[np.int64]  # [L + 1]: the inputs, and the last one's target
+    starts: NDArray[np.int64]  # where in them documents, or parts of some, begin; 0 is always among these
+    targets: NDArray[np.int64]  # [L]: mostly tokens[1:], but not where a sequence is made of several parts
+    ends: NDArray[np.int64]  # inputs whose target belongs to another document
 
 
 class Source:
     """Documents of several token files, one after the other, cut into sequences."""
 
-    def __init__(self, name: str, slices: Sequence[Slice], length: int):
+    def __init__(self, name: str, parts: Sequence[Part], length: int):
         self.name = name
-        self.slices = [part for part in slices if part.end > part.begin]
+        self.parts = [part for part in parts if len(part.begins)]
         self.length = length
-        self.ends = list(accumulate(part.end - part.begin for part in self.slices))
-        self.tokens = self.ends[-1] if self.ends else 0
-        self.documents = sum(part.last - part.first for part in self.slices)
-        self.sequences = max(0, (self.tokens - 1) // length)
+        self.documents = sum(part.documents for part in parts)
+        # Runs of neighbouring documents, as ranges of tokens of a file: where they begin, and where they end in all.
+        empty = np.zeros(0, np.int64)
+        self.begins = np.concatenate([empty, *(part.begins for part in self.parts)])
+        sizes = [part.ends - part.begins for part in self.parts]
+        self.ends = np.cumsum(np.concatenate([empty, *sizes]))
+        self.files = [part.file for part in self.parts]
+        self.runs = list(accumulate((len(part.begins) for part in self.parts), initial=0))
+        self.tokens = int(self.ends[-1]) if len(self.ends) else 0
+        self.inputs = max(0, self.tokens - 1)
+        self.stream: Rest | None = None  # what sequences are cut from, if not from all of it
 
-    def parts(self, number: int) -> Iterator[tuple[Slice, int, int]]:
-        """The stretches [begin, end) of token files that sequence `number` consists of."""
-        begin, left = number * self.length, self.length + 1
-        which = bisect.bisect_right(self.ends, begin)
-        while left:
-            part = self.slices[which]
-            ahead = self.ends[which] - begin
-            take = min(left, ahead)
-            end = part.end - ahead + take
-            yield part, end - take, end
-            begin, left, which = begin + take, left - take, which + 1
+    @property
+    def sequences(self) -> int:
+        """How many it has."""
+        return (self.inputs if self.stream is None else self.stream.size) // self.length
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells its content from any other's, wherever the files lie."""
+        content = [(part.described, part.file.identity) for part in self.parts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def cut_from(self, stream: Stream) -> "Source":
+        """The same, with sequences that are cut from a stream of its inputs."""
+        if not isinstance(stream, Rest):
+            return self
+        other = copy.copy(self)
+        other.stream = stream
+        return other
+
+    def ranges(self, number: int) -> list[tuple[int, int]]:
+        """The inputs of sequence `number`: [begin, end) in the source's tokens."""
+        begin, end = number * self.length, (number + 1) * self.length
+        return [(begin, end)] if self.stream is None else self.stream.ranges(begin, end)
+
+    def pieces(self, begin: int, end: int) -> Iterator[tuple[TokenFile, int, int]]:
+        """The pieces [begin, end) of token files that the source's tokens [begin, end) consist of."""
+        run = int(np.searchsorted(self.ends, begin, "right"))
+        file = bisect.bisect_right(self.runs, run) - 1
+        while begin < end:
+            while run >= self.runs[file + 1]:
+                file += 1
+            stop = min(end, int(self.ends[run]))
+            last = int(self.begins[run]) + stop - (int(self.ends[run - 1]) if run else 0)
+            yield self.files[file], last - (stop - begin), last
+            begin, run = stop, run + 1
 
     def read(self, number: int) -> Packed:
         """Sequence `number`, below `sequences`."""
-        tokens = np.empty(self.length + 1, np.int64)
+        ranges = self.ranges(number)
+        if len(ranges) == 1:
+            tokens, starts = self._read(ranges[0][0], ranges[0][1] + 1)
+            return Packed(tokens, starts, tokens[1:], starts[1:] - 1)
+        tokens, targets = np.empty(self.length + 1, np.int64), np.empty(self.length, np.int64)
+        begun, ends, filled = [], [], 0
+        for begin, end in ranges:  # each part with a target of its own for its last input
+            part, begins = self._read(begin, end + 1)
+            size = end - begin
+            tokens[filled : filled + size + 1] = part
+            targets[filled : filled + size] = part[1:]
+            begun.append(filled + begins[begins < size])
+            ends.append(filled + begins[1:] - 1)
+            filled += size
+        return Packed(tokens, np.concatenate(begun), targets, np.concatenate(ends))
+
+    def _read(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The source's tokens [begin, end), and where in them documents begin, 0 included."""
+        tokens = np.empty(end - begin, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
-        for part, begin, end in self.parts(number):
-            file = part.file
-            tokens[filled : filled + end - begin] = file.tokens_at(begin, end)
-            first = file.document_at(begin)
-            last = file.document_at(end - 1, first)
+        for file, first_token, stop in self.pieces(begin, end):
+            tokens[filled : filled + stop - first_token] = file.tokens_at(first_token, stop)
+            first = file.document_at(first_token)
+            last = file.document_at(stop - 1, first)
             inside = file.starts[first : last + 1] // file.dtype.itemsize
-            inside[0] = begin  # a document that begins further ahead goes on here
-            starts.append(inside + (filled - begin))
-            filled += end - begin
-        all_starts = starts[0] if len(starts) == 1 else np.concatenate(starts)
-        different = all_starts[1:] != all_starts[:-1]  # documents without tokens begin where the next one does
-        return Packed(tokens, all_starts if different.all() else all_starts[np.append(True, different)])
+            inside[0] = first_token  # a document that begins further ahead continues here
+            starts.append(inside + (filled - first_token))
+            filled += stop - first_token
+        found = starts[0] if len(starts) == 1 else np.concatenate(starts)
+        # Documents without tokens begin where the next one does.
+        different = found[1:] != found[:-1]
+        return tokens, found if different.all() else found[np.append(True, different)]
 
     def locate(self, number: int) -> list[Stretch]:
-        """Which documents sequence `number` is made of."""
+        """Which documents sequence `number` is made of, its last target included: L + 1 tokens."""
+        ranges = self.ranges(number)
+        ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
         found = []
-        for part, begin, end in self.parts(number):
+        for piece in (piece for one in ranges for piece in self.pieces(*one)):
+            file, begin, end = piece
             while begin < end:
-                document = part.file.document_at(begin)
-                stop = min(end, part.file.start_of(document + 1))
-                found.append(
-                    Stretch(str(part.file.prefix), document, begin - part.file.start_of(document), stop - begin)
-                )
+                document = file.document_at(begin)
+                stop = min(end, file.start_of(document + 1))
+                at = begin - file.start_of(document)
+                found.append(Stretch(str(file.prefix), document, at, stop - begin))
                 begin = stop
         return found
 
@@ -154,15 +173,36 @@ class RandomSource:
 
     def __init__(self, length: int, vocab_size: int, seed: int):
         self.length, self.vocab_size, self.seed = length, vocab_size, seed
+        self.inputs = self.sequences * length
+        self.digest = f"random {length} {vocab_size} {seed}"
+
+    def cut_from(self, stream: Stream) -> "RandomSource":
+        """Another length or seed makes it another source, so it never has a rest."""
+        return self
 
     def read(self, number: int) -> Packed:
         """Sequence `number`: one document."""
-        tokens = np.random.default_rng((self.seed, number)).integers(self.vocab_size, size=self.length + 1)
-        return Packed(tokens, np.zeros(1, np.int64))
+        random = np.random.default_rng((self.seed, number))
+        tokens = random.integers(self.vocab_size, size=self.length + 1)
+        return Packed(tokens, np.zeros(1, np.int64), tokens[1:], np.zeros(0, np.int64))
 
     def locate(self, number: int) -> list[Stretch]:
         """It comes from no file."""
         return [Stretch("random", number, 0, self.length + 1)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order sequences come from a certain one of the run on: what `Phase` computes with.
+
+    For each source what tells its content, the number of its keys, and what it has given before.
+    """
+
+    index: int = 0  # the first sequence
+    edges: list[int] = field(default_factory=list)  # of the mixture
+    digests: list[str] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    drawn: list[list[Drawn]] = field(default_factory=list)
 
 
 class Phase:
@@ -170,42 +210,34 @@ class Phase:
 
     def __init__(self, name: str, sources: Sequence[Source | RandomSource], weights: Sequence[float], seed: int):
         self.name, self.sources, self.seed = name, sources, seed
-        sums = list(accumulate(weights, initial=0.0))
-        self.edges = [round(before / sums[-1] * UNIT) for before in sums]
+        self.mixture = Mixture.of(weights)
+        self.first = 0  # the sequence with which this order begins
+        self.walks = [Walk(source.inputs, source.length, seed, place) for place, source in enumerate(sources)]
+
+    def follow(self, order: Order) -> None:
+        """Continue in the order of a run that was changed. Its sources must be those of this phase."""
+        self.mixture, self.first = Mixture(order.edges), order.index
+        self.walks = [
+            Walk(source.inputs, source.length, self.seed, key, drawn)
+            for source, key, drawn in zip(self.sources, order.keys, order.drawn, strict=True)
+        ]
+
+    def open(self) -> None:
+        """Find out what is left of epochs that were cut, so that no step has to wait for it."""
+        for walk in self.walks:
+            walk.stream.open()
 
     def find(self, index: int) -> tuple[Source | RandomSource, int, int]:
         """The source of sequence `index`, its number there, and its epoch."""
-        low, high, inside = 0, len(self.sources), index
-        while high - low > 1:
-            middle = (low + high) // 2
-            before = self._left(low, middle, high, inside)
-            if self._left(low, middle, high, inside + 1) > before:
-                high, inside = middle, before
-            else:
-                low, inside = middle, inside - before
-        source = self.sources[low]
-        epoch, place = divmod(inside, source.sequences)
-        return source, permute(place, source.sequences, _keys(self.seed, low, epoch)), epoch
+        if index < self.first:
+            raise IndexError(f"sequence {index} is of an earlier order, which ended at {self.first}")
+        place, inside = self.mixture.find(index - self.first)
+        stream, number, epoch = self.walks[place].find(inside)
+        return self.sources[place].cut_from(stream), number, epoch
 
     def counts(self, sequences: int) -> list[int]:
-        """How many of the first `sequences` sequences are each source's."""
-        counts = [0] * len(self.sources)
-        waiting = [(0, len(self.sources), sequences)]
-        while waiting:
-            low, high, share = waiting.pop()
-            if high - low == 1:
-                counts[low] = share
-                continue
-            middle = (low + high) // 2
-            left = self._left(low, middle, high, share)
-            waiting += [(low, middle, left), (middle, high, share - left)]
-        return counts
-
-    def _left(self, low: int, middle: int, high: int, share: int) -> int:
-        """How many of the first `share` sequences of sources low … high - 1 are of those below middle."""
-        left, whole = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
-        # Weights that round to nothing beside others never get here, but `counts` visits them.
-        return (2 * share * left + whole) // (2 * whole) if whole else share
+        """How many of the first `sequences` sequences of this order are each source's."""
+        return self.mixture.counts(sequences)
 
     @functools.cached_property
     def sequences(self) -> int:
@@ -254,11 +286,12 @@ class Dataset:
         """How many documents a phase has."""
         return sum(source.documents for source in self.phases[phase].sources) if phase in self.phases else 0
 
-    def epochs(self, phase: str, sequences: int) -> dict[str, float]:
-        """How often each source is gone through in so many sequences."""
+    def epochs(self, phase: str, sequences: int) -> list[tuple[str, float]]:
+        """How often each source was gone through after the first `sequences` sequences of a run."""
         found = self.phases[phase]
-        shares = zip(found.counts(sequences), found.sources, strict=True)
-        return {source.name: count / source.sequences for count, source in shares}
+        counts = found.counts(max(0, sequences - found.first))
+        places = zip(found.sources, found.walks, counts, strict=True)
+        return [(source.name, walk.epochs(count)) for source, walk, count in places]
 
     def require(self, phase: str, iterations: int, batch_size: int, setting: str, split: Sequence[float]) -> None:
         """Raises DataError if a phase has fewer sequences than its losses are measured on."""
@@ -266,7 +299,12 @@ class Dataset:
         if there >= needed:
             return
         possible = there // batch_size
-        advice = f"lower {setting} to {possible}, or " if possible else ""
+        if possible:
+            advice = f"lower {setting} to {possible}, or "
+        elif iterations > 1:
+            advice = f"lower {setting}, of which even one needs {batch_size:,} sequences, and "
+        else:
+            advice = ""
         needs = (
             f"needs {iterations} batches × {batch_size} sequences = {needed:,} sequences of {self.length} tokens"
             if iterations > 1
@@ -277,9 +315,10 @@ class Dataset:
                 f"data.validation_sets.{phase}: {needs}, but it has {there:,}; {advice}prepare more of it, or leave it out"
             )
         shares = ", ".join(f"{share:g}" for share in split)
+        documents = self.documents(phase)
         raise DataError(
-            f"data.split: {phase} {needs}, but [{shares}] of the documents leaves {there:,}; {advice}give {phase} a larger"
-            " share, or prepare more data"
+            f"data.split: {phase} {needs}, but [{shares}] of the documents leaves {there:,}, in {documents:,} documents;"
+            f" {advice}give {phase} a larger share, or prepare more {'data' if documents else 'documents'}"
         )
 
     def check_vocabulary(self, vocab_size: int, model_tokenizer: str | None) -> None:
@@ -318,25 +357,14 @@ class Dataset:
         phase = self.phases.get("training")
         content: list[Any] = [self.length, self.seed]
         if phase is not None:
-            content.append(phase.edges)
+            content.append(phase.mixture.edges)
         for source in phase.sources if phase else ():
             if isinstance(source, RandomSource):
                 content.append(["random", source.vocab_size])
                 continue
-            for part in source.slices:
-                file = part.file
-                sizes = (part.first, part.last, file.documents, file.tokens, file.dtype.str)
-                content.append([*sizes, _ends(file.idx), _ends(file.bin)])
+            content += [[*part.described, *part.file.identity] for part in source.parts]
             content.append("source")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _ends(path: Path) -> str:
-    """A digest of the beginning and the end of a file."""
-    with path.open("rb") as file:
-        head = file.read(_ENDS)
-        file.seek(max(0, path.stat().st_size - _ENDS))
-        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) -> Dataset:
@@ -347,61 +375,94 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
     described: dict[str, dict[str, Any]] = {}
     alone = len(config.path) == 1
     weighted = [(1.0, config.path[0])] if alone else list(zip(config.path[::2], config.path[1::2], strict=True))
-    opened = [
-        (float(weight) * share, name, files)
-        for weight, path in weighted
-        for share, name, files in _groups(path, config.format == "file", described)
-    ]
+    members: dict[TokenFile, list[Part]] = {}
+    opened = []
+    for weight, path in weighted:
+        groups, files = _groups(path, config.format == "file", described)
+        members |= _members(path, files, described, config.split)
+        opened += [(float(weight) * share, name, group) for share, name, group in groups]
     phases = {}
     for position, phase in enumerate(PHASES):
         if not config.split[position]:
             continue
         if config.format == "random":
-            phases[phase] = Phase(phase, [RandomSource(length, vocab_size, seed + position)], [1.0], seed)
+            random = RandomSource(length, vocab_size, seed + position)
+            phases[phase] = Phase(phase, [random], [1.0], seed)
             continue
-        sources: list[Source | RandomSource] = []
-        weights: list[float] = []
-        missing = []
-        for weight, name, files in opened:
-            source = Source(name, [_part(file, config.split, position) for file in files], length)
-            if source.sequences:
-                sources.append(source)
-                weights.append(weight)
-            elif phase == "training":
-                raise DataError(
-                    f"{name}: {source.tokens:,} tokens for training, fewer than one sequence of {length} + 1; lower"
-                    " batch.sequence_length, prepare more data, or leave it out"
-                )
-            else:
-                missing.append(name)
-        if sources and missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            logger.warning(
-                f"data.split leaves {phase} less than a sequence of {', '.join(missing[:3])}{more}; its loss is of the others."
-            )
-        if sources:
+        cut = [
+            (weight, Source(name, [members[file][position] for file in files], length))
+            for weight, name, files in opened
+        ]
+        if found := _with_sequences(phase, cut):
+            weights, sources = zip(*found, strict=True)
             phases[phase] = Phase(phase, sources, weights, seed)
     for name, path in config.validation_sets.items():
-        files = [file for _, _, group in _groups(path, False, described) for file in group]
-        whole = Source(path, [Slice(file, 0, file.documents) for file in files], length)
-        if not whole.sequences:
-            raise DataError(
-                f"data.validation_sets.{name}: {path} has {whole.tokens:,} tokens, fewer than one sequence of {length} + 1"
-            )
-        phases[name] = Phase(name, [whole], [1.0], seed)
+        phases[name] = Phase(name, [_set(name, path, members, config.split, length)], [1.0], seed)
     return Dataset(phases, described, length, seed)
 
 
-def _part(file: TokenFile, split: Sequence[float], position: int) -> Slice:
-    """The documents of a token file that belong to one phase."""
-    edges = [0, *(round(float(edge) * file.documents) for edge in np.cumsum(split) / sum(split))]
-    return Slice(file, edges[position], edges[position + 1])
+def _with_sequences(phase: str, sources: Sequence[tuple[float, Source]]) -> list[tuple[float, Source]]:
+    """The sources that a phase has a sequence of, with their weights. Raises DataError if training has none of one."""
+    missing = [source for _, source in sources if not source.sequences]
+    if missing and phase == "training":
+        first = missing[0]
+        raise DataError(
+            f"{first.name}: {first.tokens:,} tokens of {first.documents:,} documents for training, fewer than one"
+            f" sequence of {first.length} + 1; lower batch.sequence_length, prepare more data, or leave it out"
+        )
+    if missing and len(missing) < len(sources):
+        names = ", ".join(source.name for source in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        logger.warning(f"data.split leaves {phase} less than a sequence of {names}{more}; its loss is of the others.")
+    return [(weight, source) for weight, source in sources if source.sequences]
+
+
+def _members(
+    path: str,
+    files: Sequence[TokenFile],
+    described: Mapping[str, Mapping[str, Any]],
+    split: Sequence[float],
+) -> dict[TokenFile, list[Part]]:
+    """For each token file of a dataset the documents of training, validation and test."""
+    version = described[str(Path(path).expanduser())].get("split")
+    if version is None:
+        return {file: [splitting.by_place(file, split, phase) for phase in range(3)] for file in files}
+    if version not in splitting.VERSIONS:
+        raise DataError(
+            f"{path}: its `split` is {json.dumps(version)[:80]}, which this version does not know"
+            f" ({', '.join(splitting.VERSIONS)}); use the version of Fast-LLM that prepared it, or a later one"
+        )
+    return dict(zip(files, splitting.by_hash(files, split), strict=True))
+
+
+def _set(name: str, path: str, trained: Mapping[TokenFile, list[Part]], split: Sequence[float], length: int) -> Source:
+    """A dataset that a loss is measured on: of token files that are trained on, validation's documents."""
+    alike: dict[tuple[int, int], list[TokenFile]] = {}
+    for file in trained:
+        alike.setdefault((file.documents, file.tokens), []).append(file)
+    _, files = _groups(path, False, {})
+    parts, shared = [], False
+    for file in files:
+        same = [other for other in alike.get((file.documents, file.tokens), []) if other.identity == file.identity]
+        shared |= bool(same)
+        parts.append(trained[same[0]][1] if same else splitting.whole(file))
+    source, setting = Source(path, parts, length), f"data.validation_sets.{name}"
+    if source.sequences:
+        return source
+    if not shared:
+        raise DataError(f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} + 1")
+    shares = ", ".join(f"{share:g}" for share in split)
+    raise DataError(
+        f"{setting}: {path} is trained on (data.path), so that its loss can only be measured on validation's share of"
+        f" it; data.split [{shares}] leaves that {source.documents:,} documents with {source.tokens:,} tokens, fewer than"
+        f" one sequence of {length} + 1; give validation a larger share (data.split=[99,1,0]), or leave the set out"
+    )
 
 
 def _groups(
     path: str, metadata: bool, described: dict[str, dict[str, Any]]
-) -> list[tuple[float, str, list[TokenFile]]]:
-    """The sources of a dataset: share of the dataset, name, token files.
+) -> tuple[list[tuple[float, str, list[TokenFile]]], list[TokenFile]]:
+    """The sources of a dataset (share of the dataset, name, token files), and all its token files in order.
 
     Token files that are weighted by their tokens, as `prepare` does it, are one source; those with weights of their
     own are others. `metadata`: the path is a dataset.json, whatever its name.
@@ -411,10 +472,13 @@ def _groups(
         if place.suffix in (".bin", ".idx"):
             raise DataError(f"data.path: given {path}, must be without {place.suffix}: {path[:-4]}")
         described.setdefault(str(place), {})
-        return [(1.0, path, [TokenFile(place)])]
+        file = TokenFile(place)
+        return [(1.0, path, [file])], [file]
     groups: dict[str, list[tuple[float, TokenFile]]] = {}
+    files = []
     for entry in _describe(place, described):
         file = TokenFile(_inside(place, entry["prefix"]))
+        files.append(file)
         for key, found in (("num_tokens", file.tokens), ("num_documents", file.documents), ("dtype", file.dtype.name)):
             if entry.get(key, found) != found:
                 raise DataError(
@@ -434,7 +498,7 @@ def _groups(
             [file for _, file in group],
         )
         for group in groups.values()
-    ]
+    ], files
 
 
 def _names(group: Sequence[tuple[float, TokenFile]]) -> str:
@@ -539,28 +603,3 @@ def verify(path: Path) -> int:
     if wrong:
         raise DataError("\n".join(wrong))
     return read
-
-
-@functools.lru_cache(maxsize=256)
-def _keys(seed: int, source: int, epoch: int) -> tuple[int, ...]:
-    data = hashlib.sha512(f"{seed} {source} {epoch}".encode()).digest()
-    return tuple(int.from_bytes(data[8 * j : 8 * j + 8], "little") for j in range(8))
-
-
-def permute(value: int, count: int, keys: Sequence[int]) -> int:
-    """Where a permutation of 0 … count - 1 puts a value. The formula is at the top."""
-    a = math.isqrt(count - 1) + 1
-    b = -(-count // a)
-    left, right = divmod(value, b)
-    while True:
-        for j in range(0, len(keys), 2):
-            left = (left + _mix(right ^ keys[j])) % a
-            right = (right + _mix(left ^ keys[j + 1])) % b
-        if left * b + right < count:
-            return left * b + right
-
-
-def _mix(x: int) -> int:
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return x ^ (x >> 31)

@@ -59,6 +59,7 @@ class Loader:
         self.isolate, self.cut, self.pin, self.warn_ms = isolate, cut, pin, warn_ms
         self.ahead = workers * prefetch
         self.places = np.arange(dataset.length)
+        dataset.phases[phase].open()
         # A new thread begins on the first GPU; it must pin for this process's own.
         begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
         self.pool = ThreadPoolExecutor(workers, "batches", begin) if workers else None
@@ -115,14 +116,17 @@ class Loader:
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
         tokens[count:], labels[count:] = 0, IGNORED
         starts = [np.zeros(1, np.int64)] * size
+        targets = count * length
         for row in range(count):
             packed = self.dataset.read(self.phase, first + row)
             # Not an assignment: the C library's copy of some tens of kB takes seven times as long on some processors (Zen 3).
             np.positive(packed.tokens[:-1], out=tokens[row])
-            np.positive(packed.tokens[1:], out=labels[row])
+            np.positive(packed.targets, out=labels[row])
             starts[row] = packed.starts
+            if self.isolate:
+                labels[row, packed.ends] = IGNORED
+                targets -= len(packed.ends)
             self._check(packed, first + row)
-        targets = count * length
         documents = None
         if self.isolate:
             parts = []
@@ -132,8 +136,6 @@ class Loader:
                 row_lengths[:-1], row_lengths[-1] = inside[1:], length
                 row_lengths -= inside
                 np.subtract(self.places, inside.repeat(row_lengths), out=positions[row])
-                labels[row, begins[1:] - 1] = IGNORED
-                targets -= len(begins) - 1
                 parts.append(row_lengths)
             lengths = np.concatenate(parts)
             boundaries = np.zeros(len(lengths) + 1, np.int32)
@@ -150,7 +152,10 @@ class Loader:
     def _check(self, packed: Packed, index: int) -> None:
         """A token that the model does not have would read foreign memory on a GPU."""
         # A negative number is a huge one without a sign, so one pass over them is enough.
-        if packed.tokens.view(np.uint64).max() < self.vocab_size:
+        worst = int(packed.tokens.view(np.uint64).max())
+        if packed.targets.base is None:  # no view of the tokens: made of parts, each with a target of its own
+            worst = max(worst, int(packed.targets.view(np.uint64).max()))
+        if worst < self.vocab_size:
             return
         largest, smallest = int(packed.tokens.max()), int(packed.tokens.min())
         place = int(packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin())
@@ -162,3 +167,7 @@ class Loader:
                     f" model's vocab_size is {self.vocab_size}; the data was made with another tokenizer or is damaged"
                 )
             place -= stretch.tokens
+        raise DataError(
+            f"sequence {index:,} of {self.phase}: a target is token {worst}, but the model's vocab_size is"
+            f" {self.vocab_size}; the data was made with another tokenizer or is damaged"
+        )

@@ -24,6 +24,7 @@ a name instead of the end of the process (SIGBUS). Two file descriptors a pair; 
 import bisect
 import contextlib
 import errno
+import functools
 import hashlib
 import mmap
 import os
@@ -55,6 +56,7 @@ LONGEST = 2**31 - 1  # tokens of a document
 Tokens = NDArray[Any]
 T = TypeVar("T")
 _STRETCH = 2**20  # documents checked at a time
+_ENDS = 2**20  # bytes of a file's beginning and end that tell it from others
 _MOST_FILES = 2**16  # open at once, if the system lets us
 
 
@@ -224,6 +226,11 @@ class TokenFile:
             expected = int(ends[-1])
         return expected // itemsize
 
+    @functools.cached_property
+    def identity(self) -> tuple[int, int, str, str, str]:
+        """What tells this pair from any other, wherever it lies: sizes, and the first and last mebibyte of both."""
+        return (self.documents, self.tokens, self.dtype.str, _ends(self.idx), _ends(self.bin))
+
     def tokens_at(self, begin: int, end: int) -> Tokens:
         """Tokens [begin, end) of the whole file.
 
@@ -254,6 +261,14 @@ class TokenFile:
     def start_of(self, document: int) -> int:
         """The first token of a document; behind the last one, the number of all tokens."""
         return self.tokens if document >= self.documents else int(self.starts[document]) // self.dtype.itemsize
+
+
+def _ends(path: Path) -> str:
+    """A digest of the beginning and the end of a file."""
+    with path.open("rb") as file:
+        head = file.read(_ENDS)
+        file.seek(max(0, path.stat().st_size - _ENDS))
+        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -223,7 +223,7 @@ def describe(plan: Plan) -> str:
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
         f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
     ]
-    for name, count in plan.dataset.epochs("training", training.train_iters * batch.batch_size).items():
+    for name, count in plan.dataset.epochs("training", training.train_iters * batch.batch_size):
         source = next(s for s in plan.dataset.phases["training"].sources if s.name == name)
         lines.append(f"Data          {name}: {source.tokens:,} tokens to train on, {count:.3g} epochs")
     if training.validation.interval is not None and training.validation.iterations is not None:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import Phase, RandomSource, _keys, open_dataset, permute, verify
+from fast_llm.data.dataset import Phase, RandomSource, open_dataset, verify
+from fast_llm.data.sampling import keys as _keys
+from fast_llm.data.sampling import permute
 from fast_llm.errors import DataError
 from tests.data.test_tokenfile import write
 
@@ -97,7 +99,7 @@ def test_each_sequence_once_per_epoch(tmp_path):
     assert other != epochs[0]
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     files=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4),
     length=st.integers(1, 12),
@@ -187,7 +189,7 @@ def test_blends_get_exact_shares(tmp_path, weights):
             assert abs(so_far[other] - weight / sum(weights) * count) <= allowed
         if count % 500 == 0:
             assert dataset.phases["training"].counts(count) == [so_far[name] for name in names]
-            assert dataset.epochs("training", count) == {name: so_far[name] / sizes[name] for name in names}
+            assert dict(dataset.epochs("training", count)) == {name: so_far[name] / sizes[name] for name in names}
     # Each sequence of a source at most once an epoch, and all of them in the epochs before the last.
     for name, size in sizes.items():
         epochs = {}
@@ -311,8 +313,15 @@ def test_too_little_names_what_to_do(tmp_path):
         opened(path, 4, validation_sets={"old": numbered(tmp_path / "b", [3])})
     dataset = opened(path, 4, split=(0.8, 0.2, 0))  # 20 tokens: 4 sequences
     dataset.require("validation", 2, 2, "training.validation.iterations", [0.8, 0.2, 0])
-    with pytest.raises(DataError, match=r"3 batches × 2 sequences = 6 .* leaves 4; lower training\.validation\.iter"):
+    with pytest.raises(
+        DataError,
+        match=r"3 batches × 2 sequences = 6 .* leaves 4, in 2 documents; lower training\.validation\.iterations to 2, or give",
+    ):
         dataset.require("validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0])
+    with pytest.raises(
+        DataError, match=r"lower training\.validation\.iterations, of which even one needs 5 sequences, and give"
+    ):
+        dataset.require("validation", 3, 5, "training.validation.iterations", [0.8, 0.2, 0])
 
 
 def test_tokenizer_and_vocabulary_must_fit(tmp_path):
@@ -346,3 +355,121 @@ def test_verify(tmp_path):
     with pytest.raises(DataError, match=r"a\.bin: its content is not what was prepared"):
         data.check_digests(12)
     data.check_digests(11)  # too large to be read at each start
+
+
+def test_a_validation_set_that_is_trained_on(tmp_path):
+    """It means validation's documents of it, however its path is spelled; others are used whole."""
+    numbered(tmp_path / "a", [5] * 100)
+    numbered(tmp_path / "b", [5] * 40, 1000)
+    (tmp_path / "copies").mkdir()
+    for name in ("a.bin", "a.idx"):
+        (tmp_path / "copies" / name).write_bytes((tmp_path / name).read_bytes())
+    both = described(tmp_path / "both.json", [("a", 500, 500), ("b", 200, 200)])
+    sets = {
+        "same": str(tmp_path / "a"),
+        "copy": str(tmp_path / "copies" / ".." / "copies" / "a"),
+        "other": str(tmp_path / "b"),
+        "both": both,
+    }
+    dataset = opened(str(tmp_path / "a"), split=(0.8, 0.1, 0.1), validation_sets=sets)
+    held_out = list(range(400, 450))
+    assert dataset.tokens("validation") == 50
+    for name, content in (
+        ("same", held_out),
+        ("copy", held_out),
+        ("other", list(range(1000, 1200))),
+        ("both", [*held_out, *range(1000, 1200)]),
+    ):
+        seen = {int(t) for i in range(dataset.sequences(name)) for t in dataset.read(name, i).tokens}
+        assert seen == set(content[: dataset.sequences(name) * 4 + 1]), name
+    with pytest.raises(
+        DataError,
+        match=r"data\.validation_sets\.same: .*a is trained on \(data\.path\).* data\.split \[1, 0, 0\] leaves that"
+        r" 0 documents.*give validation a larger share \(data\.split=\[99,1,0\]\), or leave the set out",
+    ):
+        opened(str(tmp_path / "a"), validation_sets={"same": sets["copy"]})
+
+
+def hashed(path, shards, version="hash-1"):
+    """A dataset.json whose documents are split by hash."""
+    entries = [{"prefix": prefix, "weight": weight} for prefix, weight in shards]
+    path.write_text(json.dumps({"datasets": entries, "split": version}))
+    return str(path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    files=st.lists(st.lists(st.integers(0, 5), max_size=60), min_size=1, max_size=4),
+    split=st.sampled_from([(8, 1, 1), (0.9, 0.1), (1, 0, 1), (1,), (1, 1, 1)]),
+)
+def test_split_by_hash_is_the_documented_one(tmp_path_factory, files, split):
+    folder = tmp_path_factory.mktemp("hash")
+    documents, numbers = [], [n for n, lengths in enumerate(files) if sum(lengths)]
+    for n in range(len(files)):
+        numbered(folder / f"s{n}", files[n], 1000 * n)
+        edges = np.cumsum([0, *files[n]])
+        documents += [list(range(1000 * n + a, 1000 * n + b)) for a, b in pairwise(edges)]
+    if not numbers:
+        return
+    path = hashed(folder / "d.json", [(f"s{n}", sum(lengths)) for n, lengths in enumerate(files)])
+
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    ranked = sorted(range(len(documents)), key=lambda d: mix((d + 0x9E3779B97F4A7C15) % 2**64))
+    shares = np.cumsum([*split, 0, 0][:3]) / sum(split)
+    edges = [0, *(round(float(share) * len(documents)) for share in shares)]
+    expected = [sorted(ranked[a:b]) for a, b in pairwise(edges)]
+    try:
+        dataset = opened(path, 1, split=split)
+    except DataError:
+        assert sum(len(documents[d]) for d in expected[0]) < 2
+        return
+    for phase, mine in zip(("training", "validation", "test"), expected, strict=True):
+        tokens = [t for d in mine for t in documents[d]]
+        if len(tokens) < 2:
+            assert phase not in dataset.phases
+            continue
+        assert dataset.documents(phase) == len(mine) and dataset.tokens(phase) == len(tokens)
+        source = dataset.phases[phase].sources[0]
+        assert [source.read(k).tokens[0] for k in range(source.sequences)] == tokens[:-1]
+        assert [source.read(k).targets[0] for k in range(source.sequences)] == tokens[1:]
+
+
+def test_split_by_hash_in_blocks(tmp_path, monkeypatch):
+    """Documents are looked at a block at a time; nothing depends on how many that is."""
+    numbered(tmp_path / "a", [3] * 500)
+    numbered(tmp_path / "b", [2] * 333, 5000)
+    path = hashed(tmp_path / "d.json", [("a", 1500), ("b", 666)])
+
+    def drawn():
+        dataset = opened(path, 1, split=(6, 3, 1))
+        return {
+            phase: [int(dataset.phases[phase].sources[0].read(k).tokens[0]) for k in range(dataset.sequences(phase))]
+            for phase in dataset.phases
+        }
+
+    once = drawn()
+    assert sum(map(len, once.values())) == 1500 + 666 - 3
+    for size in (1, 7, 64):
+        monkeypatch.setattr("fast_llm.data.split._BLOCK", size)
+        assert drawn() == once
+
+
+def test_an_unknown_split(tmp_path):
+    numbered(tmp_path / "a", [50] * 3)
+    for version in ("hash-9", 3):
+        path = hashed(tmp_path / "d.json", [("a", 1)], version)
+        with pytest.raises(DataError, match=r"its `split` is .*which this version does not know \(hash-1\)"):
+            opened(path)
+
+
+def test_a_share_without_a_document(tmp_path):
+    numbered(tmp_path / "a", [50] * 3)
+    dataset = opened(hashed(tmp_path / "d.json", [("a", 1)]), split=(0.9, 0.1, 0))
+    with pytest.raises(
+        DataError, match=r"leaves 0, in 0 documents; give validation a larger share, or prepare more documents"
+    ):
+        dataset.require("validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0])

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import _keys, open_dataset, permute, verify
+from fast_llm.data.dataset import open_dataset, verify
+from fast_llm.data.sampling import keys as _keys
+from fast_llm.data.sampling import permute
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter
 from fast_llm.errors import DataError
 
@@ -185,14 +187,17 @@ def test_a_source_without_validation_is_told(tmp_path, caplog):
 
 def test_too_little_for_a_validation_set(tmp_path):
     made(tmp_path / "d")
-    dataset = opened(tmp_path / "d" / "dataset.json", validation_sets={"old": str(tmp_path / "d" / "s0")})
+    made(tmp_path / "other")
+    other = tmp_path / "other" / "s1"  # of the sizes of one that is trained on, but not its content
+    dataset = opened([str(tmp_path / "d" / "s0")], form="list", validation_sets={"old": str(other)})
     with pytest.raises(
         DataError, match=r"validation_sets\.old: needs one batch of 25 sequences of 4 tokens, but it has 24"
     ):
         dataset.require("old", 1, 25, "batch.batch_size", [1, 0, 0])
     dataset.require("old", 1, 24, "batch.batch_size", [1, 0, 0])
     with pytest.raises(
-        DataError, match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0; give test"
+        DataError,
+        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, in 0 documents; lower training\.test_iters, .* and give test",
     ):
         dataset.require("test", 2, 8, "training.test_iters", [1, 0, 0])
 

@@ -67,7 +67,7 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
     assert loaded.bos is not None and loaded.eos is not None
     rest = data.tokens("training") - len(tokens)
     assert 0 < rest <= LENGTH  # they fill no sequence any more
-    file = data.phases["training"].sources[0].slices[-1].file  # type: ignore[union-attr]
+    file = data.phases["training"].sources[0].files[-1]  # type: ignore[union-attr]
     tokens += file.tokens_at(file.tokens - rest, file.tokens).tolist()
     documents: list[list[int]] = []
     for token in tokens:

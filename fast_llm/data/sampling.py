@@ -1,0 +1,305 @@
+"""Which tokens the i-th sequence of a run holds: arithmetic on sizes, seeds and counts alone.
+
+One source. A source of T tokens has T - 1 inputs, each followed by its target. With sequences of L tokens an epoch
+has n = (T - 1) // L of them; number k holds the inputs [k·L, k·L + L). The u-th sequence that a source gives is its
+number π(u mod n) in epoch e = u // n, so that each comes once an epoch, in an order that differs between epochs.
+π is a permutation of 0 … n - 1: a Feistel network (Black & Rogaway 2002).
+
+    a = ⌈√n⌉,  b = ⌈n / a⌉
+    k_0 … k_7 = the 64 bytes of sha512("<seed> <s> <e>") as u64, little endian; s: the source's key number
+    mix(x)    = the finalizer of splitmix64 (Steele et al. 2014): x ^= x >> 30; x *= 0xBF58476D1CE4E5B9;
+                x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31, in u64
+    π(x):  l, r = x // b, x mod b;  for j = 0, 2, 4, 6:  l = (l + mix(r ^ k_j)) mod a;  r = (r + mix(l ^ k_j+1)) mod b
+           y = l·b + r, and if y ≥ n (there are fewer than a such) the same again with x = y
+
+Mixtures. Several sources with weights share the sequences by halving. With W_s = round(2⁵³ · (the weights of the
+sources before s) / (all weights)), sources lo … hi - 1 and the t-th sequence that goes to any of them (in the
+beginning all of them, and t = i): mid = (lo + hi) // 2, g(t) = ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋; if
+g(t + 1) > g(t) it is the g(t)-th of sources lo … mid - 1, else the (t - g(t))-th of the others. The t that a
+source is left with counts its sequences and takes the place of u above. So of any number of sequences, of each
+single batch too, every source has its share, to within half a sequence a halving; weights may be as small as they like.
+
+Changes. When weights or sources change at sequence i, the mixture starts anew with t = 0 at i, and each source
+continues from its own count. Its key number never changes: that of a run's first sources is their place, from 0;
+a new source takes the next number that no other has had.
+
+When L or the seed changes after c > 0 of the n sequences of an epoch (or of what is left of one), the inputs that
+were not used are put together in ascending order, also those after n·L. Of these M inputs the rest of the epoch
+consists: n' = M // L' sequences, number k of which holds the inputs [k·L', k·L' + L') of what is left, in the order of
+π over n' with the keys of "<seed> <s> <e> <g>"; g: how often the epoch was cut so, this time included. The next epoch
+is cut as any other.
+"""
+
+import functools
+import hashlib
+import math
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNIT = 2**53  # all weights together
+_MASK = 2**64 - 1
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_BLOCK = 512  # sequences that share a count in Rest
+_AT_ONCE = 2**18  # numbers that are permuted together
+_THREADS = 4
+
+Range = tuple[int, int]  # [begin, end)
+Drawn = tuple[int, int, int]  # L, seed, and how many sequences a source gave with these
+
+
+@functools.lru_cache(maxsize=256)
+def keys(seed: int, source: int, epoch: int, cut: int = 0) -> tuple[int, ...]:
+    """The keys of a source's permutation in an epoch, after it was cut so many times."""
+    text = f"{seed} {source} {epoch}" + (f" {cut}" if cut else "")
+    data = hashlib.sha512(text.encode()).digest()
+    return tuple(int.from_bytes(data[8 * j : 8 * j + 8], "little") for j in range(8))
+
+
+def permute(value: int, count: int, keys: Sequence[int]) -> int:
+    """Where a permutation of 0 … count - 1 puts a value. The formula is at the top."""
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
+    left, right = divmod(value, b)
+    while True:
+        for j in range(0, len(keys), 2):
+            left = (left + _mix(right ^ keys[j])) % a
+            right = (right + _mix(left ^ keys[j + 1])) % b
+        if left * b + right < count:
+            return left * b + right
+
+
+def _mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * _MULTIPLIERS[0] & _MASK
+    x = (x ^ (x >> 27)) * _MULTIPLIERS[1] & _MASK
+    return x ^ (x >> 31)
+
+
+def mix_many(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 for many numbers."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(_MULTIPLIERS[0])
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_MULTIPLIERS[1])
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def permute_many(values: NDArray[np.uint64], count: int, keys: Sequence[int]) -> NDArray[np.uint64]:
+    """`permute` for many values below `count` (at most 2^62)."""
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
+    size_a, size_b = np.uint64(a), np.uint64(b)
+    left, right = values // size_b, values % size_b
+    for j in range(0, len(keys), 2):
+        # Both terms are below the size, so that the sum does not wrap around as one with all 64 bits would.
+        left = (left + mix_many(right ^ np.uint64(keys[j])) % size_a) % size_a
+        right = (right + mix_many(left ^ np.uint64(keys[j + 1])) % size_b) % size_b
+    images = left * size_b + right
+    outside = images >= np.uint64(count)
+    if outside.any():
+        images[outside] = permute_many(images[outside], count, keys)
+    return images
+
+
+class Mixture:
+    """How sources share sequences. `edges`: W_0 … W_n of the formula at the top."""
+
+    def __init__(self, edges: Sequence[int]):
+        self.edges = list(edges)
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> "Mixture":
+        """Sources with these weights, which are above 0."""
+        sums = list(accumulate(weights, initial=0.0))
+        return cls([round(before / sums[-1] * UNIT) for before in sums])
+
+    def find(self, index: int) -> tuple[int, int]:
+        """The place of sequence `index`'s source, and its number among those of that source."""
+        low, high, inside = 0, len(self.edges) - 1, index
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = self._left(low, middle, high, inside)
+            if self._left(low, middle, high, inside + 1) > before:
+                high, inside = middle, before
+            else:
+                low, inside = middle, inside - before
+        return low, inside
+
+    def counts(self, sequences: int) -> list[int]:
+        """How many of the first `sequences` sequences are each source's."""
+        counts = [0] * (len(self.edges) - 1)
+        waiting = [(0, len(counts), sequences)]
+        while waiting:
+            low, high, share = waiting.pop()
+            if high - low == 1:
+                counts[low] = share
+                continue
+            middle = (low + high) // 2
+            left = self._left(low, middle, high, share)
+            waiting += [(low, middle, left), (middle, high, share - left)]
+        return counts
+
+    def _left(self, low: int, middle: int, high: int, share: int) -> int:
+        """How many of the first `share` sequences of sources low … high - 1 are of those below middle."""
+        left, whole = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
+        # Weights that round to nothing beside others never get here, but `counts` visits them.
+        return (2 * share * left + whole) // (2 * whole) if whole else share
+
+
+class All:
+    """Every input of a source: what an epoch begins with."""
+
+    cut = 0
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def ranges(self, begin: int, end: int) -> list[Range]:
+        """Where in the source the inputs [begin, end) lie."""
+        return [(begin, end)]
+
+    def open(self) -> None:
+        """Nothing has to be computed first."""
+
+
+class Rest:
+    """What is left of a stream of inputs after some of its sequences: a bit for each sequence says whether it is left."""
+
+    cut: int
+    size: int
+
+    def __init__(self, parent: "All | Rest", length: int, used: int, keys: Sequence[int]):
+        """`used`: how many sequences of `length` inputs were taken, in the order of these keys."""
+        self.parent, self.length, self.used, self.keys = parent, length, used, keys
+        self.sequences = parent.size // length
+        self.left = self.sequences - used
+        self.size = parent.size - used * length
+        self.cut = parent.cut + 1
+        self._lock = threading.Lock()
+        self._bits: NDArray[np.uint8] | None = None
+
+    def open(self) -> None:
+        """Find out which sequences are left: a second for some ten million of them, 1/8 byte each."""
+        self.parent.open()
+        with self._lock:
+            if self._bits is not None:
+                return
+            few = self.used <= self.left  # a bijection: those that are left are the images of the other indices
+            first, last = (0, self.used) if few else (self.used, self.sequences)
+            is_left = np.full(self.sequences, few)
+
+            def mark(begin: int) -> None:
+                values = np.arange(begin, min(begin + _AT_ONCE, last), dtype=np.uint64)
+                is_left[permute_many(values, self.sequences, self.keys)] = not few
+
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(mark, range(first, last, _AT_ONCE)))
+            blocks = np.add.reduceat(is_left, np.arange(0, self.sequences, _BLOCK), dtype=np.int64)
+            self._before: NDArray[np.int64] = np.concatenate([[0], np.cumsum(blocks)])
+            self._bits = np.packbits(is_left)
+
+    def _select(self, begin: int, end: int) -> NDArray[np.int64]:
+        """The numbers of those sequences left, in ascending order, from the begin-th to before the end-th."""
+        first = int(np.searchsorted(self._before, begin, "right")) - 1
+        last = int(np.searchsorted(self._before, end, "left"))
+        assert self._bits is not None
+        bits = np.unpackbits(self._bits[first * _BLOCK // 8 : last * _BLOCK // 8])
+        offset = begin - int(self._before[first])
+        return np.flatnonzero(bits)[offset : offset + end - begin] + first * _BLOCK
+
+    def ranges(self, begin: int, end: int) -> list[Range]:
+        """Where in the source the inputs [begin, end) lie: ranges in ascending order, neighbours merged."""
+        self.open()
+        length, inside = self.length, self.left * self.length
+        places: list[Range] = []
+        if begin < inside:
+            stop = min(end, inside)
+            numbers = self._select(begin // length, (stop - 1) // length + 1)
+            gaps = np.flatnonzero(np.diff(numbers) > 1) + 1
+            firsts, lasts = numbers[np.append(0, gaps)], numbers[np.append(gaps, 0) - 1]
+            places = [
+                (int(first) * length, (int(last) + 1) * length) for first, last in zip(firsts, lasts, strict=True)
+            ]
+            places[0] = (places[0][0] + begin % length, places[0][1])
+            places[-1] = (places[-1][0], places[-1][1] - -stop % length)
+        if end > inside:  # behind the last sequence that was cut there
+            shift = self.sequences * length - inside
+            places.append((max(begin, inside) + shift, end + shift))
+        found: list[Range] = []
+        for place in places:
+            for low, high in self.parent.ranges(*place):
+                if found and found[-1][1] == low:
+                    low = found.pop()[0]
+                found.append((low, high))
+        return found
+
+
+Stream = All | Rest
+
+
+class Walk:
+    """The way of one source through its epochs: which sequence the u-th is, from a point of a run on."""
+
+    def __init__(self, inputs: int, length: int, seed: int, key: int, drawn: Sequence[Drawn] = ()):
+        """`inputs`: of the source; `drawn`: what it has given before, the oldest first."""
+        self.length, self.seed, self.key = length, seed, key
+        self.drawn = list(drawn)
+        self.all = All(inputs)
+        before = list(drawn)
+        self.base = 0  # sequences that were drawn with this length and seed just before
+        if before and before[-1][:2] == (length, seed):
+            self.base = before.pop()[2]
+        self.epoch = 0  # at the last change of length or seed, as is
+        self.stream: Stream = self.all
+        for cut_at, with_seed, count in before:
+            self._pass(cut_at, with_seed, count)
+
+    def _pass(self, length: int, seed: int, count: int) -> None:
+        """So many sequences later."""
+        there = self.stream.size // length
+        if self.stream is not self.all and count >= there:
+            count -= there
+            self.epoch, self.stream = self.epoch + 1, self.all
+        if self.stream is self.all:
+            more, count = divmod(count, self.all.size // length)
+            self.epoch += more
+        if count:
+            cut = keys(seed, self.key, self.epoch, self.stream.cut)
+            self.stream = Rest(self.stream, length, count, cut)
+
+    def find(self, index: int) -> tuple[Stream, int, int]:
+        """What the index-th sequence is cut from, its number there, and its epoch."""
+        index, stream, epoch = index + self.base, self.stream, self.epoch
+        if stream is not self.all:
+            there = stream.size // self.length
+            if index < there:
+                order = keys(self.seed, self.key, epoch, stream.cut)
+                return stream, permute(index, there, order), epoch
+            index, epoch = index - there, epoch + 1
+        there = self.all.size // self.length
+        more, place = divmod(index, there)
+        epoch += more
+        return self.all, permute(place, there, keys(self.seed, self.key, epoch)), epoch
+
+    def after(self, count: int) -> list[Drawn]:
+        """`drawn` of a walk that begins after so many sequences more."""
+        if not count:
+            return self.drawn
+        before = self.drawn[:-1] if self.base else self.drawn
+        return [*before, (self.length, self.seed, self.base + count)]
+
+    def epochs(self, count: int) -> float:
+        """How often the source was gone through after so many sequences more: epochs and a share of inputs."""
+        if self.stream is self.all:
+            return self.epoch + (self.base + count) / (self.all.size // self.length)
+        there = self.stream.size // self.length
+        if self.base + count >= there:
+            later = self.base + count - there
+            return self.epoch + 1 + later / (self.all.size // self.length)
+        unused = self.stream.size - (self.base + count) * self.length
+        return self.epoch + 1 - unused / self.all.size
