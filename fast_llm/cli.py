@@ -252,6 +252,7 @@ looks odd."""
     why = commands.add_parser("why", help="which documents were in a step", **shaped(description=about))
     why.add_argument("experiment", metavar="RUN", help="the experiment folder")
     why.add_argument("step", type=int, metavar="STEP", help="the step, from 1 on")
+    why.add_argument("--json", action="store_true", help="print JSON alone, for programs")
     why.set_defaults(run=_why)
     about = """Make a tokenizer, a corpus of prose and one of code from what Python brings, pretrain a small Llama on prose
 and continue it on code with the recipe's YAML; compare, kill, resume. A few minutes on two cores, no network."""
@@ -365,7 +366,8 @@ def _verify(parsed: argparse.Namespace) -> int:
 def _why(parsed: argparse.Namespace) -> int:
     from fast_llm.training.audit import why
 
-    print("\n".join(why(parsed.experiment, parsed.step)))
+    found = why(parsed.experiment, parsed.step)
+    print(found.as_json() if parsed.json else "\n".join(found.as_text()))
     return 0
 
 

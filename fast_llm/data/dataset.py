@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -191,20 +191,6 @@ class RandomSource:
         return [Stretch("random", number, 0, self.length + 1)]
 
 
-@dataclass(frozen=True)
-class Order:
-    """In which order sequences come from a certain one of the run on: what `Phase` computes with.
-
-    For each source what tells its content, the number of its keys, and what it has given before.
-    """
-
-    index: int = 0  # the first sequence
-    edges: list[int] = field(default_factory=list)  # of the mixture
-    digests: list[str] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
-    drawn: list[list[Drawn]] = field(default_factory=list)
-
-
 class Phase:
     """The sources of training, of validation or of test, and their shares of the sequences."""
 
@@ -214,12 +200,15 @@ class Phase:
         self.first = 0  # the sequence with which this order begins
         self.walks = [Walk(source.inputs, source.length, seed, place) for place, source in enumerate(sources)]
 
-    def follow(self, order: Order) -> None:
-        """Continue in the order of a run that was changed. Its sources must be those of this phase."""
-        self.mixture, self.first = Mixture(order.edges), order.index
+    def follow(self, first: int, edges: Sequence[int], keys: Sequence[int], drawn: Sequence[Sequence[Drawn]]) -> None:
+        """Continue as a run whose settings changed at sequence `first`.
+
+        `edges`: of the mixture; of each source the number of its keys, and what it had given then.
+        """
+        self.mixture, self.first = Mixture(edges), first
         self.walks = [
-            Walk(source.inputs, source.length, self.seed, key, drawn)
-            for source, key, drawn in zip(self.sources, order.keys, order.drawn, strict=True)
+            Walk(source.inputs, source.length, self.seed, key, given)
+            for source, key, given in zip(self.sources, keys, drawn, strict=True)
         ]
 
     def open(self) -> None:
@@ -286,12 +275,12 @@ class Dataset:
         """How many documents a phase has."""
         return sum(source.documents for source in self.phases[phase].sources) if phase in self.phases else 0
 
-    def epochs(self, phase: str, sequences: int) -> list[tuple[str, float]]:
+    def epochs(self, phase: str, sequences: int) -> list[tuple[Source | RandomSource, float]]:
         """How often each source was gone through after the first `sequences` sequences of a run."""
         found = self.phases[phase]
         counts = found.counts(max(0, sequences - found.first))
         places = zip(found.sources, found.walks, counts, strict=True)
-        return [(source.name, walk.epochs(count)) for source, walk, count in places]
+        return [(source, walk.epochs(count)) for source, walk, count in places]
 
     def require(self, phase: str, iterations: int, batch_size: int, setting: str, split: Sequence[float]) -> None:
         """Raises DataError if a phase has fewer sequences than its losses are measured on."""

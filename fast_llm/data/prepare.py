@@ -54,6 +54,7 @@ from fast_llm.data.dataset import seal
 from fast_llm.data.documents import Documents
 from fast_llm.data.encode import Encoder
 from fast_llm.data.reading import Odd, Reader, Task
+from fast_llm.data.split import HASH
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 
@@ -763,6 +764,7 @@ def _finish(job: _Job, source: Documents) -> None:
     count = sum(record["documents"] for _, record in shards)
     content = {
         "format": FORMAT,
+        "split": HASH,
         "datasets": [
             {
                 "prefix": f"{job.output.name}/{name}",

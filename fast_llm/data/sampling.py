@@ -286,13 +286,6 @@ class Walk:
         epoch += more
         return self.all, permute(place, there, keys(self.seed, self.key, epoch)), epoch
 
-    def after(self, count: int) -> list[Drawn]:
-        """`drawn` of a walk that begins after so many sequences more."""
-        if not count:
-            return self.drawn
-        before = self.drawn[:-1] if self.base else self.drawn
-        return [*before, (self.length, self.seed, self.base + count)]
-
     def epochs(self, count: int) -> float:
         """How often the source was gone through after so many sequences more: epochs and a share of inputs."""
         if self.stream is self.all:
@@ -303,3 +296,14 @@ class Walk:
             return self.epoch + 1 + later / (self.all.size // self.length)
         unused = self.stream.size - (self.base + count) * self.length
         return self.epoch + 1 - unused / self.all.size
+
+
+def add(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
+    """What a source has given, with what it gave then: one entry as long as length and seed stay the same."""
+    length, seed, count = more
+    found = list(drawn)
+    if not count:
+        return found
+    if found and found[-1][:2] == (length, seed):
+        count += found.pop()[2]
+    return [*found, (length, seed, count)]

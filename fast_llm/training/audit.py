@@ -3,8 +3,12 @@
 Neither imports torch.
 """
 
+import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -12,10 +16,11 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.config.section import locating, read, validate
 from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
+from fast_llm.data.sampling import Mixture, Walk
 from fast_llm.errors import ConfigError, DataError, UserError
+from fast_llm.training.history import History, Order, begin, open_sources, recover
 from fast_llm.training.plan import readable_bytes
 from fast_llm.training.run import read_records
-from fast_llm.training.spikes import first_sequence
 
 _SHOWN = 60  # characters of a document
 
@@ -59,8 +64,45 @@ def _parts(path: Path) -> list[Path]:
     return found
 
 
-def why(run: str, step: int) -> list[str]:
-    """What a training step was made of: a line for each stretch of a document in each sequence.
+@dataclass(frozen=True)
+class StepData:
+    """What a training step was made of."""
+
+    step: int
+    length: int
+    sequences: list[dict[str, Any]]
+    undone: list[dict[str, int]]  # each time that the run went back behind this step
+    note: str  # what is not known for sure
+
+    def as_json(self) -> str:
+        """Step and sequences, for programs."""
+        return json.dumps({"step": self.step, "sequences": self.sequences}, ensure_ascii=False)
+
+    def as_text(self) -> list[str]:
+        """For people: the shares of token files, then a line for each document in each sequence."""
+        lines, counts = [], Counter[str]()
+        for sequence in self.sequences:
+            lines.append(f"sequence {sequence['index']:,}")
+            for part in sequence["documents"]:
+                text = f": {part['text']!r}" if "text" in part else ""
+                begin = part["first_token"]
+                lines.append(
+                    f"  {part['file']} document {part['document']:,}, tokens {begin:,} to"
+                    f" {begin + part['tokens'] - 1:,}{text}"
+                )
+                counts[part["file"]] += part["tokens"]
+        total = sum(counts.values())
+        shares = [f"  {name}: {100 * n / total:.1f} % of the tokens" for name, n in counts.most_common()]
+        undone = [
+            f"  (from step {one['after'] + 1} to the spike at step {one['spike']} the run was undone, and went on with later data)"
+            for one in self.undone
+        ]
+        first = f"step {self.step}: {len(self.sequences)} sequences of {self.length:,} + 1 tokens"
+        return [first, *([f"  ({self.note})"] if self.note else []), *undone, *shares, *lines]
+
+
+def why(run: str, step: int) -> StepData:
+    """What a training step was made of, by the settings that were in force then.
 
     Raises DataError or ConfigError for a folder that is no run's, a step that it does not have, or data that is gone.
     """
@@ -71,36 +113,95 @@ def why(run: str, step: int) -> list[str]:
     config = validate(TrainConfig, document)
     if not 1 <= step <= config.training.train_iters:
         raise DataError(f"step {step}: {folder} has the steps 1 to {config.training.train_iters}")
-    batch, length = config.batch, config.batch.sequence_length
-    vocabulary = config.model.base_model.vocab_size
     with locating(document, TrainConfig, "data.path"):
-        data = dataset.open_dataset(config.data, length, config.model.distributed.seed, vocabulary)
+        history, passed_over, note = _history(folder, config)
+    first = history.first_sequence(step, passed_over)
+    count = history.at_step(step).batch_size
     file = folder / "pretrained" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
-    assert batch.batch_size is not None
-    lines, counts = [], Counter[str]()
-    passed_over = _passed_over(folder)
-    first = first_sequence(step, batch.batch_size, passed_over)
-    for index in range(first, first + batch.batch_size):
-        tokens, at = data.read("training", index).tokens, 0
-        lines.append(f"sequence {index:,}")
-        for stretch in data.locate("training", index):
-            shown = tokens[at : min(at + stretch.tokens, at + _SHOWN)].tolist()
-            text = "" if tokenizer is None else f": {tokenizer.decode(shown)[:_SHOWN]!r}"
-            lines.append(
-                f"  {stretch.prefix} document {stretch.document:,}, tokens {stretch.begin:,} to"
-                f" {stretch.begin + stretch.tokens - 1:,}{text}"
+    order = history.at_sequence(first)
+    sources = _sources(order, config)
+    sequences = []
+    for index in range(first, first + count):
+        place, inside = Mixture(order.edges).find(index - order.index)
+        state = order.sources[place]
+        source = sources.get(state.digest)
+        if source is None:
+            raise DataError(
+                f"step {step}: sequence {index:,} is of {state.name}, whose files are gone or are no longer those that the"
+                " run was trained on; put them back where they were"
             )
-            counts[stretch.prefix] += stretch.tokens
-            at += stretch.tokens
-    total = sum(counts.values())
-    shares = (f"  {name}: {100 * count / total:.1f} % of the tokens" for name, count in counts.most_common())
-    undone = [
-        f"  (from step {one['after'] + 1} to the spike at step {one['spike']} the run was undone, and went on with later data)"
-        for one in passed_over
-        if one["after"] < step <= one["spike"]
-    ]
-    return [f"step {step}: {batch.batch_size} sequences of {length:,} + 1 tokens", *undone, *shares, *lines]
+        walk = Walk(source.inputs, order.sequence_length, order.seed, state.key, state.drawn)
+        stream, number, epoch = walk.find(inside)
+        documents = _documents(source.cut_from(stream), number, tokenizer)
+        sequences.append({"index": index, "source": state.name, "epoch": epoch, "documents": documents})
+    undone = [one for one in passed_over if one["after"] < step <= one["spike"]]
+    return StepData(step, order.sequence_length, sequences, undone, note)
+
+
+def _documents(
+    source: dataset.Source | dataset.RandomSource, number: int, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]]:
+    """The documents of one sequence, its last target included: file, number in it, tokens, how the text begins."""
+    found: list[dict[str, Any]] = []
+    tokens, at = source.read(number).tokens, 0
+    for part in source.locate(number):
+        entry = {"file": part.prefix, "document": part.document, "first_token": part.begin, "tokens": part.tokens}
+        if tokenizer is not None:
+            shown = tokens[at : min(at + part.tokens, at + _SHOWN)].tolist()
+            entry["text"] = tokenizer.decode(shown)[:_SHOWN]
+        found.append(entry)
+        at += part.tokens
+    return found
+
+
+def _sources(order: Order, config: TrainConfig) -> dict[str, dataset.Source | dataset.RandomSource]:
+    """The sources of an order by their digests, from where they were then or are now; without those that are gone."""
+    vocabulary = config.model.base_model.vocab_size
+    now = config.data.model_dump(mode="json", include={"format", "path", "split"})
+    found = open_sources(order.data, order, vocabulary)
+    if any(source.digest not in found for source in order.sources):
+        found |= open_sources(now, order, vocabulary)
+    return found
+
+
+def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str, int]], str]:
+    """The run's history until now, when it went back, and what is not known for sure.
+
+    The newest checkpoint has the history up to its step; what came later is in config.yaml.
+    """
+    saved = folders.find(folder / "checkpoint", "checkpoint")
+    seed, vocabulary = config.model.distributed.seed, config.model.base_model.vocab_size
+    records = read_records(folder)
+    sizes = [one["batch_size"] for one in records if one.get("phase") == "training"]
+    size = config.batch.batch_size or (sizes[-1] if sizes else None)
+    if size is None:
+        raise DataError(f"{folder}: no step in its metrics.jsonl; training has not begun")
+    info = folders.read_manifest(saved[-1][1]).info if saved else None
+    if info is not None and info.get("history") is not None and _as_saved(info, config, size):
+        # Nothing has changed since: sources that are gone matter only where their sequences are asked for.
+        return History.model_validate(info["history"]), _passed_over(folder), ""
+    data = dataset.open_dataset(config.data, config.batch.sequence_length, seed, vocabulary)
+    if info is None:
+        return begin(config, size, data), _passed_over(folder), ""
+    if info.get("history") is not None:
+        history, notes = History.model_validate(info["history"]), list[str]()
+    else:
+        history, notes = recover(info, folder, data, vocabulary)
+        notes.append("version 0.1 did not record changes of data: steps before one are shown as if it had been then")
+    history = history.with_batches(info["step"], info["samples"], size)
+    history = history.with_data(info["samples"], config, data.phases["training"])
+    return history, _passed_over(folder), "; ".join(notes)
+
+
+def _as_saved(info: Mapping[str, Any], config: TrainConfig, size: int) -> bool:
+    """Whether the settings that decide the order are still those of a checkpoint."""
+    now, then = config.model_dump(mode="json"), info["settings"]
+    data = all(now["data"][name] == then["data"][name] for name in ("format", "path", "split"))
+    seeds = (now["model"]["distributed"]["seed"], then["model"]["distributed"]["seed"])
+    lengths = (now["batch"]["sequence_length"], then["batch"]["sequence_length"])
+    same = seeds[0] == seeds[1] and lengths[0] == lengths[1]
+    return bool(data and same and info["identity"]["batch.batch_size"] == size)
 
 
 def _passed_over(folder: Path) -> list[dict[str, int]]:

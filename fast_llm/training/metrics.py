@@ -98,10 +98,10 @@ class Metrics:
         if self.tensorboard is not None:
             self.tensorboard.went_back(step)
 
-    def write(self, step: int, samples: int, waited: float) -> None:
+    def write(self, step: int, samples: int, consumed: int, waited: float) -> None:
         """Write a training record for the steps since the last one.
 
-        `samples`: sequences consumed by the run; `waited`: seconds for data since this start.
+        `samples`: sequences consumed by the run; `consumed`: their tokens; `waited`: seconds for data since this start.
         """
         now = time.perf_counter()
         self.seconds += now - self._since
@@ -125,7 +125,7 @@ class Metrics:
             "train_iters": train_iters,
             "batch_size": self.batch.batch_size,
             "consumed_samples": samples,
-            "consumed_tokens": samples * self.config.batch.sequence_length,
+            "consumed_tokens": consumed,
             "language_model_loss": sum(r.loss for r in good) / len(good) if good else math.nan,
             "grad_norm": steps[-1].gradient_norm,
             "learning_rate": steps[-1].learning_rate,

@@ -28,6 +28,8 @@ from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import CheckpointError, ConfigError, MissingPackage, UserError
 from fast_llm.model.cost import Cost, cost
+from fast_llm.training import history as histories
+from fast_llm.training.history import History
 
 logger = logging.getLogger("fast_llm")
 
@@ -62,6 +64,8 @@ class Plan:
     identity: dict[str, Any]  # what may not change on resume
     changes: list[str]  # what did change since the checkpoint
     warnings: list[str]  # what will probably not be as the user expects
+    samples: int  # sequences that those steps consumed
+    history: History | None  # of batch sizes and data orders; None without training data
 
     @property
     def folder(self) -> Path | None:
@@ -149,11 +153,13 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         wrong = attempt(lambda: llama.check_weights(source, model), "pretrained.path") or []
         problems += [located(problem, document, TrainConfig, "pretrained.path") for problem in wrong]
     identity = _identity(config, batch, dataset) if dataset is not None else {}
-    done, changes = 0, list[str]()
+    done, samples, changes = 0, 0, list[str]()
+    past: Mapping[str, Any] | None = None
     if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)
         done = manifest.step
         if attempt(lambda: _check_info(checkpoint, manifest), "run.experiment_dir"):
+            past, samples = manifest.info, manifest.info["samples"]
             found, changes = _compare(manifest.info, config, identity, checkpoint)
             problems += found
         if done > training.train_iters:
@@ -166,6 +172,8 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         problems += _disk(folder, config, costs.parameters, done)
     if problems:
         raise ConfigError([located(problem, document, TrainConfig, "data.path") for problem in problems])
+    history, more = _history(past, folder, config, batch, dataset)
+    changes += more
     return Plan(
         config,
         processes,
@@ -181,7 +189,39 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         identity,
         changes,
         _warnings(document, config, source, folder, costs.parameters, done),
+        samples,
+        history,
     )
+
+
+def _history(
+    past: Mapping[str, Any] | None,
+    folder: Path | None,
+    config: TrainConfig,
+    batch: BatchPlan,
+    dataset: Dataset,
+) -> tuple[History | None, list[str]]:
+    """The history of the run with the settings as they are now, and what changes for its data; the data follows it.
+
+    `past`: what the checkpoint's manifest says.
+    """
+    phase = dataset.phases.get("training")
+    if phase is None:
+        return None, []
+    if past is None:
+        return histories.begin(config, batch.batch_size, dataset), []
+    notes: list[str] = []
+    if past.get("history") is not None:
+        before = History.model_validate(past["history"])
+    else:
+        assert folder is not None
+        before, notes = histories.recover(past, folder, dataset, config.model.base_model.vocab_size)
+    now = before.with_batches(past["step"], past["samples"], batch.batch_size)
+    now = now.with_data(past["samples"], config, phase)
+    histories.follow(phase, now.orders[-1])
+    if len(now.orders) > len(before.orders):
+        notes += now.counts(phase)
+    return now, notes
 
 
 def with_shape(
@@ -223,9 +263,17 @@ def describe(plan: Plan) -> str:
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
         f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
     ]
-    for name, count in plan.dataset.epochs("training", training.train_iters * batch.batch_size):
-        source = next(s for s in plan.dataset.phases["training"].sources if s.name == name)
-        lines.append(f"Data          {name}: {source.tokens:,} tokens to train on, {count:.3g} epochs")
+    sequences = plan.samples + (training.train_iters - plan.done) * batch.batch_size
+    for source, epochs in plan.dataset.epochs("training", sequences):
+        lines.append(
+            f"Data          {source.name}: {source.tokens:,} tokens in {source.documents:,} documents to train on,"
+            f" {epochs:.3g} epochs"
+        )
+    lines += [
+        f"              for {phase}: {plan.dataset.tokens(phase):,} tokens in {plan.dataset.documents(phase):,} documents"
+        for phase in ("validation", "test")
+        if plan.dataset.documents(phase)
+    ]
     if training.validation.interval is not None and training.validation.iterations is not None:
         measured = training.validation.iterations * tokens
         lines.append(
@@ -434,6 +482,7 @@ class _Info(BaseModel):
     loss_scale: _LossScale
     spikes: dict[str, list[float]] = {}
     passed_over: list[dict[str, Count]] = []
+    history: History | None = None
     identity: dict[str, Any]
     settings: _Settings
 

@@ -13,7 +13,7 @@ one that was killed.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -52,12 +52,3 @@ class Spikes:
         for name, values in self.seen.items():
             values.clear()
             values.extend(state.get(name, ()))
-
-
-def first_sequence(step: int, batch_size: int, passed_over: Iterable[Mapping[str, int]]) -> int:
-    """The sequence with which a step begins.
-
-    `passed_over`: for each time that a run went back, the step `after` which it went on, and how many `sequences` it left out
-    there.
-    """
-    return (step - 1) * batch_size + sum(one["sequences"] for one in passed_over if one["after"] < step)

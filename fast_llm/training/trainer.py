@@ -68,6 +68,7 @@ class Trainer:
         self.done = 0  # steps
         self.samples = 0  # sequences that these consumed, and those that were passed over
         self.passed_over: list[dict[str, int]] = []  # each time that the run went back
+        self.history = plan.history
         self.saver = Saver(mesh.saving, plan.config.training.checkpoint.background)
         self.double_check = DoubleCheck(step, mesh)
         self.stopping = False
@@ -138,7 +139,7 @@ class Trainer:
                 self.mark("log")
                 self.metrics.add(step, result)
                 if training.logs.due(step) or step == training.train_iters:
-                    self.metrics.write(step, self.samples, batches.wait_seconds)
+                    self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
                 self.check_finite(step)
                 self.saver.check()
                 if result.spike and self.goes_back(step, result, batches):
@@ -161,6 +162,11 @@ class Trainer:
         if self.stopping:
             return f"Stopped by a signal after step {self.done}; the same command goes on from here."
         return ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequences that were consumed, of whatever length they were."""
+        return self.history.tokens(self.samples) if self.history is not None else 0
 
     def recorded(self) -> set[tuple[str, int]]:
         """Phase and step of all that metrics.jsonl holds."""
@@ -208,7 +214,7 @@ class Trainer:
                         " checkpoint is whole. Look at the data of these steps with `fast-llm why`, or lower"
                         " optimizer.learning_rate.base."
                     )
-                self.metrics.write(step, self.samples, batches.wait_seconds)
+                self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
                 self.go_back(step, path)
                 logger.warning(f"{told}: back to step {self.done}, and on with the data after the spike's.")
                 return True
@@ -227,6 +233,9 @@ class Trainer:
         passed_over = [one for one in passed_over if one["after"] <= self.done]
         since = self.samples + sum(one["sequences"] for one in passed_over if one["after"] == self.done)
         self.passed_over = [*passed_over, {"after": self.done, "spike": step, "sequences": until - since}]
+        if self.history is not None:
+            # The checkpoint may be an earlier one than that which this start continued from, with other batches.
+            self.history = self.history.with_batches(self.done, self.samples, self.plan.batch.batch_size)
         self.samples = until
         self.metrics.went_back(self.done, self.passed_over[-1])
         if self.run.is_main and self.run.folder is not None:
@@ -337,6 +346,7 @@ class Trainer:
             "skipped": self.metrics.skipped_in_a_row,
             "spikes": self.train_step.spikes.state(),
             "passed_over": list(self.passed_over),
+            "history": self.history.model_dump(mode="json") if self.history is not None else None,
             "identity": self.plan.identity,
             "settings": self.config.model_dump(mode="json"),
         }

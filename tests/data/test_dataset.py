@@ -189,7 +189,8 @@ def test_blends_get_exact_shares(tmp_path, weights):
             assert abs(so_far[other] - weight / sum(weights) * count) <= allowed
         if count % 500 == 0:
             assert dataset.phases["training"].counts(count) == [so_far[name] for name in names]
-            assert dict(dataset.epochs("training", count)) == {name: so_far[name] / sizes[name] for name in names}
+            found_epochs = {source.name: epochs for source, epochs in dataset.epochs("training", count)}
+            assert found_epochs == {name: so_far[name] / sizes[name] for name in names}
     # Each sequence of a source at most once an epoch, and all of them in the epochs before the last.
     for name, size in sizes.items():
         epochs = {}

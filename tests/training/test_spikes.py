@@ -16,7 +16,8 @@ from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.training.audit import why
-from fast_llm.training.spikes import Spikes, first_sequence
+from fast_llm.training.history import Batches, History, Order, SourceState
+from fast_llm.training.spikes import Spikes
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
@@ -165,16 +166,17 @@ def test_why_knows_what_was_passed_over(tmp_path: Path) -> None:
     arguments_ = arguments(tmp_path, "run", "rewind")
     (killed,) = spawn(1, spiking, arguments_, BAD, 10)  # steps 7 and 8 again, no checkpoint since
     assert killed == ("", [*range(1, 9), 9, 10])
-    told = {step: why(str(tmp_path / "run"), step) for step in (6, 7, 8)}
+    told = {step: why(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)}
     assert next(line for line in told[6] if line.startswith("sequence")) == "sequence 40"
     for step, first in ((7, 64), (8, 72)):
         expected = [f"sequence {first + i}" for i in range(BATCH)]
         assert [line for line in told[step] if line.startswith("sequence")] == expected
         assert "from step 7 to the spike at step 8 the run was undone" in told[step][1]
     assert spawn(1, spiking, arguments_) == [(0, [*range(7, 9), *range(9, 17)])]
-    assert {step: why(str(tmp_path / "run"), step) for step in (6, 7, 8)} == told
+    assert {step: why(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)} == told
     assert (
-        next(line for line in why(str(tmp_path / "run"), 14) if line.startswith("sequence")) == f"sequence {15 * BATCH}"
+        next(line for line in why(str(tmp_path / "run"), 14).as_text() if line.startswith("sequence"))
+        == f"sequence {15 * BATCH}"
     )
 
 
@@ -210,6 +212,9 @@ def test_where_a_step_begins() -> None:
         {"after": 4, "spike": 5, "sequences": 10},
         {"after": 8, "spike": 9, "sequences": 10},
     ]
-    starts = [first_sequence(step, 10, passed) for step in range(1, 11)]
+    source = SourceState(name="a", digest="a", key=0)
+    order = Order(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
+    history = History(batches=[Batches(after=0, index=0, batch_size=10)], orders=[order])
+    starts = [history.first_sequence(step, passed) for step in range(1, 11)]
     assert starts == [0, 10, 20, 30, 70, 80, 90, 100, 120, 130]
     assert all(one < other for one, other in pairwise(starts))

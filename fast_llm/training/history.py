@@ -1,0 +1,291 @@
+"""What was in force at each step of a run's life: batch sizes by step, and orders of data by sequence.
+
+Sequences are numbered from 0 over the life of a run, those that were passed over after spikes included. A change by
+consent (`run.accept_changes`) adds an entry; nothing of the past is ever rewritten. Each checkpoint's manifest has the
+history up to it, so that a run continues, and `fast-llm why` answers, from what was in force then.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
+
+from fast_llm.config.train import DataConfig, TrainConfig
+from fast_llm.data.dataset import Dataset, Phase, RandomSource, Source, open_dataset
+from fast_llm.data.sampling import Mixture, add
+from fast_llm.errors import DataError, UserError
+from fast_llm.training.run import read_records
+
+_GONE = "gone"  # the digest of what can no longer be read
+
+
+class Batches(BaseModel):
+    """The size of batches after a step, and the sequence with which the first of them begins."""
+
+    after: NonNegativeInt
+    index: NonNegativeInt
+    batch_size: PositiveInt
+
+
+class SourceState(BaseModel):
+    """One source: what it is called, what tells its content, and what it had given when an order began."""
+
+    name: str
+    digest: str
+    key: NonNegativeInt  # the number of its permutation's keys: no two sources of a run share one
+    drawn: list[tuple[PositiveInt, NonNegativeInt, PositiveInt]] = []
+
+
+class Order(BaseModel):
+    """The order of sequences from a certain one on."""
+
+    index: NonNegativeInt
+    sequence_length: PositiveInt
+    seed: NonNegativeInt
+    data: dict[str, Any]  # format, path and split, to open the sources again
+    edges: list[NonNegativeInt]  # of the mixture, as sampling.py has them
+    sources: list[SourceState]
+    left_out: list[SourceState] = []  # sources of earlier orders, should they return
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Order":
+        ascending = all(low <= high for low, high in pairwise(self.edges))
+        if not self.sources or len(self.edges) != len(self.sources) + 1:
+            raise ValueError("edges and sources do not fit")
+        if self.edges[0] != 0 or not ascending or self.edges[-1] == 0:
+            raise ValueError("edges must ascend from 0")
+        return self
+
+    def later(self, index: int) -> list[SourceState]:
+        """The sources as they are when the run has come to a sequence."""
+        with_these = self.sequence_length, self.seed
+        counts = Mixture(self.edges).counts(index - self.index)
+        return [
+            source.model_copy(update={"drawn": add(source.drawn, (*with_these, count))})
+            for source, count in zip(self.sources, counts, strict=True)
+        ]
+
+
+class History(BaseModel):
+    """Batch sizes and orders, the oldest first."""
+
+    batches: list[Batches]
+    orders: list[Order]
+
+    @model_validator(mode="after")
+    def _ascends(self) -> "History":
+        if not self.batches or not self.orders or self.orders[0].index != 0:
+            raise ValueError("batches and orders must begin")
+        for entries, name in ((self.batches, "after"), (self.orders, "index")):
+            places = [getattr(entry, name) for entry in entries]
+            if any(low >= high for low, high in pairwise(places)):
+                raise ValueError("batches and orders must ascend")
+        return self
+
+    def first_sequence(self, step: int, passed_over: Iterable[Mapping[str, int]]) -> int:
+        """The sequence with which a step begins.
+
+        `passed_over`: for each time that a run went back, the step `after` which it continued, and how many
+        `sequences` it left out there. Raises DataError for a step of which that is not known.
+        """
+        entry = self.at_step(step)
+        later = (o["sequences"] for o in passed_over if entry.after <= o["after"] < step)
+        return entry.index + (step - 1 - entry.after) * entry.batch_size + sum(later)
+
+    def at_step(self, step: int) -> Batches:
+        """The batches that a step belongs to."""
+        found = [entry for entry in self.batches if entry.after < step]
+        if not found:
+            raise DataError(
+                f"step {step}: the batch size changed before checkpoints recorded it, and metrics.jsonl does not say"
+                f" when; what steps were made of is known from step {self.batches[0].after + 1} on"
+            )
+        return found[-1]
+
+    def at_sequence(self, index: int) -> Order:
+        """The order that a sequence belongs to."""
+        return [order for order in self.orders if order.index <= index][-1]
+
+    def tokens(self, samples: int) -> int:
+        """How many tokens the first so many sequences have."""
+        ends = [*(order.index for order in self.orders[1:]), samples]
+        return sum(
+            max(0, min(end, samples) - order.index) * order.sequence_length
+            for order, end in zip(self.orders, ends, strict=True)
+        )
+
+    def with_batches(self, step: int, samples: int, batch_size: int) -> "History":
+        """The history of a run whose batches have this size after a step that ended with `samples` sequences."""
+        kept = [entry for entry in self.batches if entry.after < step or step == entry.after == 0]
+        if not kept or kept[-1].batch_size != batch_size:
+            kept = [entry for entry in kept if entry.after < step]
+            kept.append(Batches(after=step, index=samples, batch_size=batch_size))
+        return History(batches=kept, orders=self.orders)
+
+    def with_data(self, samples: int, config: TrainConfig, phase: Phase) -> "History":
+        """The history of a run that trains on these sources after `samples` sequences."""
+        kept = [order for order in self.orders if order.index < samples]
+        if not kept:
+            kept = [_order(0, config, phase, [])]
+        else:
+            before = kept[-1]
+            states = [*before.later(samples), *before.left_out]
+            order = _order(samples, config, phase, states)
+            if _same(before, order):
+                # Files may have moved since: where they lie is no matter of order.
+                named = [
+                    old.model_copy(update={"name": new.name})
+                    for old, new in zip(before.sources, order.sources, strict=True)
+                ]
+                kept[-1] = before.model_copy(update={"data": order.data, "sources": named})
+            else:
+                kept.append(order)
+        return History(batches=self.batches, orders=kept)
+
+    def counts(self, phase: Phase) -> list[str]:
+        """What becomes of each source where an order begins that was changed, in words."""
+        if len(self.orders) < 2:
+            return []
+        found = []
+        for source, walk in zip(self.orders[-1].sources, phase.walks, strict=True):
+            gone = f"continues after {walk.epochs(0):.3g} epochs" if source.drawn else "is new"
+            found.append(f"{source.name}: {gone}")
+        return found
+
+
+def begin(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
+    """The history of a new run."""
+    order = _order(0, config, dataset.phases["training"], [])
+    return History(batches=[Batches(after=0, index=0, batch_size=batch_size)], orders=[order])
+
+
+def follow(phase: Phase, order: Order) -> None:
+    """Have the training data continue in an order of the history."""
+    keys, drawn = [s.key for s in order.sources], [s.drawn for s in order.sources]
+    phase.follow(order.index, order.edges, keys, drawn)
+
+
+def _order(index: int, config: TrainConfig, phase: Phase, states: Sequence[SourceState]) -> Order:
+    """The order that the configuration asks for; known sources keep their keys and counts."""
+    states, sources = list(states), []
+    unused = max((state.key for state in states), default=-1) + 1
+    for source in phase.sources:
+        known = next((state for state in states if state.digest == source.digest), None)
+        if known is not None:
+            states.remove(known)
+            sources.append(known.model_copy(update={"name": source.name}))
+            continue
+        sources.append(SourceState(name=source.name, digest=source.digest, key=unused))
+        unused += 1
+    return Order(
+        index=index,
+        sequence_length=config.batch.sequence_length,
+        seed=config.model.distributed.seed,
+        data=_data(config.data),
+        edges=phase.mixture.edges,
+        sources=sources,
+        left_out=states,
+    )
+
+
+def _data(config: DataConfig) -> dict[str, Any]:
+    values: dict[str, Any] = config.model_dump(mode="json", include={"format", "path", "split"})
+    return values
+
+
+def _same(one: Order, other: Order) -> bool:
+    """Whether nothing changes between two orders."""
+
+    def essence(order: Order) -> Any:
+        digests = [source.digest for source in order.sources]
+        return (order.sequence_length, order.seed, order.edges, digests)
+
+    return bool(essence(one) == essence(other))
+
+
+def open_sources(data: Mapping[str, Any], order: Order, vocab_size: int) -> dict[str, Source | RandomSource]:
+    """The training sources that a `data` section names, by their digests; those that cannot be opened are left out."""
+    paths = data["path"][1::2] if len(data["path"]) > 1 else data["path"]
+    found: dict[str, Source | RandomSource] = {}
+    for path in paths or [None]:
+        values = {**data, "path": [] if path is None else [path]}
+        try:
+            config = DataConfig.model_validate(values)
+            dataset = open_dataset(config, order.sequence_length, order.seed, vocab_size)
+        except UserError:
+            continue
+        if "training" in dataset.phases:
+            found |= {source.digest: source for source in dataset.phases["training"].sources}
+    return found
+
+
+def recover(info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size: int) -> tuple[History, list[str]]:
+    """The history of a run that was begun by version 0.1, which kept none; and what is not known of it.
+
+    `info`: of a checkpoint's manifest; `folder`: of the experiment; `dataset`: that of the configuration as it is now.
+    """
+    identity, notes = info["identity"], []
+    length, seed = identity["batch.sequence_length"], identity["model.distributed.seed"]
+    data = {name: identity[f"data.{name}"] for name in ("format", "path", "split")}
+    content = identity["data (its content)"]
+    then: Dataset | None = dataset
+    if dataset.fingerprint() != content:
+        try:
+            then = open_dataset(DataConfig.model_validate(data), length, seed, vocab_size)
+        except UserError:
+            then = None
+        if then is not None and then.fingerprint() != content:
+            then = None
+    if then is not None:
+        edges = then.phases["training"].mixture.edges
+        pairs = [(source.name, source.digest) for source in then.phases["training"].sources]
+    else:
+        pairs = [(str(path), _GONE) for path in data["path"][1::2] or data["path"]]
+        edges = Mixture.of([1.0] * len(pairs)).edges
+        notes.append(
+            "the data that the run was trained on so far is gone, and its checkpoint is of version 0.1, which did not"
+            " count what each source gave: all sources start from their beginning"
+        )
+    sources = [SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)]
+    order = Order(index=0, sequence_length=length, seed=seed, data=data, edges=edges, sources=sources)
+    batches = _batches(info, read_records(folder))
+    if batches[0].after:
+        notes.append(
+            f"batch.batch_size changed in version 0.1, which did not record when; `fast-llm why` can answer from step"
+            f" {batches[0].after + 1} on"
+        )
+    return History(batches=batches, orders=[order]), notes
+
+
+def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[Batches]:
+    """Batch sizes of a run of version 0.1, from what metrics.jsonl says of sequences consumed."""
+    logged = {
+        record["step"]: (record["step"], record["batch_size"], record["consumed_samples"])
+        for record in records
+        if record.get("phase") == "training" and record["step"] < info["step"]
+    }
+    points = [logged[step] for step in sorted(logged)]
+    points.append((info["step"], info["identity"]["batch.batch_size"], info["samples"]))
+    passed_over = info.get("passed_over", [])
+    found = [Batches(after=0, index=0, batch_size=points[0][1])]
+    for step, size, samples in points:
+        if step == 0:
+            continue
+        history = found[-1]
+        # The step after which the size changed is the one with which the numbers of sequences come out.
+        changes = range(history.after, step) if size != history.batch_size else [history.after]
+        for change in changes:
+            begun = sum(o["sequences"] for o in passed_over if history.after <= o["after"] < change)
+            index = history.index + (change - history.after) * history.batch_size + begun
+            later = sum(o["sequences"] for o in passed_over if change <= o["after"] < step)
+            if index + (step - change) * size + later == samples:
+                if size != history.batch_size:
+                    if change == history.after:
+                        found.pop()
+                    found.append(Batches(after=change, index=index, batch_size=size))
+                break
+        else:  # more than one change since, or records that are missing: known from here on
+            found = [Batches(after=step, index=samples, batch_size=size)]
+    return found

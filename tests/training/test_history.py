@@ -1,0 +1,232 @@
+"""Runs whose settings change by consent, and runs of earlier versions: no token of an epoch is repeated or skipped."""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fast_llm.cli import main
+from fast_llm.config.train import DataConfig, TrainConfig
+from fast_llm.data.dataset import Source, open_dataset
+from fast_llm.data.sampling import Walk, keys, permute, permute_many
+from fast_llm.data.tokenfile import TokenFileWriter
+from fast_llm.errors import DataError
+from fast_llm.training import history as histories
+from fast_llm.training.audit import why
+from fast_llm.training.history import History, _batches
+from tests.training.runs import losses, records, run
+
+OLD = Path(__file__).parents[1] / "fixtures" / "v0.1"
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what version 0.1 wrote, as the working directory: its paths are relative."""
+    shutil.copytree(OLD, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def read_by(run_folder: str, steps: Sequence[int]) -> list[dict[str, Any]]:
+    """What steps read, as the fixtures' expected.json has it."""
+    return [
+        {
+            "step": step,
+            "index": sequence["index"],
+            "source": sequence["source"],
+            "documents": [[d["file"], d["document"], d["first_token"], d["tokens"]] for d in sequence["documents"]],
+        }
+        for step in steps
+        for sequence in why(run_folder, step).sequences
+    ]
+
+
+def test_a_run_of_version_0_1_continues_as_it_would_have(old: Path) -> None:
+    expected = json.loads((old / "expected.json").read_text())
+    assert read_by("run", range(1, 21)) == expected["order"]  # before anything of this version is there
+    given = ["training.shutdown.interval=null"]
+    from fast_llm.config.section import read
+    from fast_llm.training.build import train
+    from fast_llm.training.plan import make_plan
+
+    assert train(make_plan(read("run/config.yaml", given), 1, weights=True)) == 0
+    assert read_by("run", range(1, 21)) == expected["order"]
+    for phase in ("training", "validation"):
+        then = {int(step): loss for step, loss in expected["losses"][phase].items()}
+        # fp32: another processor sums in another order, 6e-8 an addition; twenty updates of Adam magnify it.
+        assert losses(old / "run", phase) == pytest.approx(then, rel=1e-4), phase
+    assert records(old / "run")[20]["consumed_samples"] == 80
+    assert records(old / "run")[20]["consumed_tokens"] == 80 * 16
+
+
+def test_files_of_version_0_1_are_read(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "run", "changed", "a.json", "b.json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert main(["convert", "gpt", "input.path=run/checkpoint/11", "output.path=again"]) == 0
+    for path in (old / "run" / "export" / "llama" / "11").glob("*.safetensors"):
+        settings_ = [f"output.data_type={dtype}" for dtype in ("bf16",)]
+        assert main(["convert", "input.path=run/checkpoint/11", "output.path=bf16", *settings_]) == 0
+        assert (old / "bf16" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_batch_size_that_version_0_1_changed(old: Path) -> None:
+    """Its checkpoint does not say when; metrics.jsonl does."""
+    expected = json.loads((old / "expected.json").read_text())["order of changed"]
+    assert read_by("changed", range(1, 8)) == expected
+    (old / "changed" / "metrics.jsonl").unlink()
+    assert read_by("changed", [6, 7]) == [one for one in expected if one["step"] > 5]
+    with pytest.raises(DataError, match=r"step 5: the batch size changed .* known from step 6 on"):
+        why("changed", 5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("change", [0, 1, 4, 7, 9])
+def test_when_a_batch_size_changed(every: int, change: int) -> None:
+    """Whatever was logged, with data that was passed over before and after."""
+    passed_over = [{"after": 2, "spike": 3, "sequences": 6}, {"after": 8, "spike": 9, "sequences": 10}]
+    sizes = [6 if step <= change else 5 for step in range(1, 11)]
+    ends = np.cumsum(sizes) + [
+        sum(one["sequences"] for one in passed_over if one["after"] < step) for step in range(1, 11)
+    ]
+    logged = [
+        {"phase": "training", "step": s, "batch_size": sizes[s - 1], "consumed_samples": int(ends[s - 1])}
+        for s in range(every, 11, every)
+    ]
+    info = {
+        "step": 10,
+        "samples": int(ends[-1]),
+        "identity": {"batch.batch_size": 5},
+        "passed_over": passed_over,
+    }
+    found = History.model_construct(batches=_batches(info, logged), orders=[])
+    for step in range(1, 11):
+        if step > found.batches[0].after:
+            assert found.first_sequence(step, passed_over) == ends[step - 1] - sizes[step - 1]
+    # With a change before the first record one cannot know.
+    assert found.batches[0].after == 0 or 0 < change < every
+
+
+def numbered(prefix: Path, lengths: Sequence[int], start: int) -> str:
+    """A file whose tokens are all different: start, start + 1, …"""
+    writer = TokenFileWriter(prefix, np.dtype("int32"))
+    edges = np.cumsum([0, *lengths])
+    for a, b in pairwise(edges):
+        writer.append(np.arange(start + a, start + b))
+    writer.close()
+    return str(prefix)
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "length": st.sampled_from([1, 2, 3, 4, 6, 7, 12]),
+        "seed": st.sampled_from([0, 0, 0, 1]),
+        "weights": st.lists(st.sampled_from([0, 0.02, 0.3, 1, 2]), min_size=3, max_size=3),
+        "swap": st.booleans(),
+        "steps": st.integers(0, 9),
+        "batch": st.integers(1, 9),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=20), min_size=3, max_size=3),
+    changes=st.lists(SETTINGS, min_size=1, max_size=6),
+)
+def test_any_history_uses_each_target_once_an_epoch(
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    changes: list[dict[str, Any]],
+) -> None:
+    """Tokens are numbers in turn, so that the right target of each input is the next number."""
+    root = tmp_path_factory.mktemp("history")
+    documents = [[13, *lengths] for lengths in documents]
+    paths = [numbered(root / f"s{n}", lengths, 1000 * n) for n, lengths in enumerate(documents)]
+    history, samples, done = None, 0, 0
+    used: dict[tuple[int, int], list[int]] = defaultdict(list)  # source and epoch → targets
+    length_at_end: dict[int, int] = {}
+    drawn: list[tuple[int, list[int]]] = []  # index and targets of every sequence
+    for change in changes:
+        chosen = [(w, p) for w, p in zip(change["weights"], paths, strict=True) if w] or [(1, paths[0])]
+        chosen = chosen[::-1] if change["swap"] else chosen
+        config = TrainConfig(
+            data=DataConfig(path=[item for pair in chosen for item in pair], split=[1]),
+            batch={"sequence_length": change["length"], "batch_size": change["batch"]},  # type: ignore[arg-type]
+            model={"distributed": {"seed": change["seed"]}},  # type: ignore[arg-type]
+        )
+        data = open_dataset(config.data, change["length"], change["seed"], 2**31)
+        phase = data.phases["training"]
+        if history is None:
+            history = histories.begin(config, change["batch"], data)
+        else:
+            history = History.model_validate_json(history.model_dump_json())
+            history = history.with_batches(done, samples, change["batch"])
+            history = history.with_data(samples, config, phase)
+            histories.follow(phase, history.orders[-1])
+        for step in range(done + 1, done + change["steps"] + 1):
+            assert history.first_sequence(step, []) == samples
+            for index in range(samples, samples + change["batch"]):
+                source, number, epoch = phase.find(index)
+                packed = source.read(number)
+                assert packed.targets.tolist() == (packed.tokens[:-1] + 1).tolist()
+                place = int(packed.tokens[0]) // 1000
+                check_documents(packed, documents[place], 1000 * place)
+                used[place, epoch] += packed.targets.tolist()
+                length_at_end[place, epoch] = change["length"]  # type: ignore[index]
+                drawn.append((index, packed.targets.tolist()))
+            samples += change["batch"]
+        done += change["steps"]
+    assert history is not None
+    for (place, epoch), targets in used.items():
+        assert len(set(targets)) == len(targets)
+        total = sum(documents[place]) - 1
+        if (place, epoch + 1) in used:
+            # What is left out at the end of an epoch is shorter than a sequence, of the length before or after it.
+            longest = max(length_at_end[place, epoch], length_at_end[place, epoch + 1])  # type: ignore[index]
+            assert total - len(targets) < longest
+    for place, epoch in used:
+        assert all((place, before) in used or sum(documents[place]) < 26 for before in range(epoch))
+    check_why(history, drawn)
+    assert history.tokens(samples) == sum(len(targets) for _, targets in drawn)
+
+
+def check_documents(packed: Any, lengths: Sequence[int], start: int) -> None:
+    """No attention across documents or parts of a sequence, and no target in another document."""
+    borders = set(start + np.cumsum([0, *lengths]))
+    inputs = packed.tokens[:-1]
+    jumps = {0} | {i for i in range(1, len(inputs)) if inputs[i] != inputs[i - 1] + 1}
+    begins = {i for i in range(len(inputs)) if int(inputs[i]) in borders}
+    assert {s for s in packed.starts.tolist() if s < len(inputs)} == jumps | begins
+    assert packed.ends.tolist() == [i for i, t in enumerate(packed.targets.tolist()) if t in borders]
+
+
+def check_why(history: History, drawn: Sequence[tuple[int, list[int]]]) -> None:
+    """Afterwards, each sequence is found again by what the history says of it."""
+    from fast_llm.data.sampling import Mixture
+
+    for index, targets in drawn:
+        order = history.at_sequence(index)
+        sources = histories.open_sources(order.data, order, 2**31)
+        place, inside = Mixture(order.edges).find(index - order.index)
+        state = order.sources[place]
+        source = sources[state.digest]
+        assert isinstance(source, Source)
+        walk = Walk(source.inputs, order.sequence_length, order.seed, state.key, state.drawn)
+        stream, number, _ = walk.find(inside)
+        assert source.cut_from(stream).read(number).targets.tolist() == targets
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**32), st.data())
+def test_many_are_permuted_as_one_is(count: int, seed: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, count - 1), max_size=20))
+    cut = keys(seed, 1, 2)
+    found = permute_many(np.array(values, np.uint64), count, cut)
+    assert found.tolist() == [permute(value, count, cut) for value in values]
