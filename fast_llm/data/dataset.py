@@ -304,10 +304,10 @@ class Dataset:
                 f"data.validation_sets.{phase}: {needs}, but it has {there:,}; {advice}prepare more of it, or leave it out"
             )
         shares = ", ".join(f"{share:g}" for share in split)
-        documents = self.documents(phase)
+        none = "" if self.documents(phase) else ", for its share is no document"
         raise DataError(
-            f"data.split: {phase} {needs}, but [{shares}] of the documents leaves {there:,}, in {documents:,} documents;"
-            f" {advice}give {phase} a larger share, or prepare more {'data' if documents else 'documents'}"
+            f"data.split: {phase} {needs}, but [{shares}] of the documents leaves {there:,}{none}; {advice}give {phase} a"
+            " larger share, or prepare more data"
         )
 
     def check_vocabulary(self, vocab_size: int, model_tokenizer: str | None) -> None:
@@ -396,7 +396,7 @@ def _with_sequences(phase: str, sources: Sequence[tuple[float, Source]]) -> list
     if missing and phase == "training":
         first = missing[0]
         raise DataError(
-            f"{first.name}: {first.tokens:,} tokens of {first.documents:,} documents for training, fewer than one"
+            f"{first.name}: {first.tokens:,} tokens for training, fewer than one"
             f" sequence of {first.length} + 1; lower batch.sequence_length, prepare more data, or leave it out"
         )
     if missing and len(missing) < len(sources):

@@ -265,15 +265,13 @@ def describe(plan: Plan) -> str:
     ]
     sequences = plan.samples + (training.train_iters - plan.done) * batch.batch_size
     for source, epochs in plan.dataset.epochs("training", sequences):
-        lines.append(
-            f"Data          {source.name}: {source.tokens:,} tokens in {source.documents:,} documents to train on,"
-            f" {epochs:.3g} epochs"
-        )
-    lines += [
-        f"              for {phase}: {plan.dataset.tokens(phase):,} tokens in {plan.dataset.documents(phase):,} documents"
-        for phase in ("validation", "test")
-        if plan.dataset.documents(phase)
-    ]
+        lines.append(f"Data          {source.name}: {source.tokens:,} tokens to train on, {epochs:.3g} epochs")
+    if plan.dataset.documents("training"):
+        shares = [
+            f"{plan.dataset.documents(phase):,} for {phase} ({plan.dataset.tokens(phase):,} tokens)"
+            for phase in ("training", "validation", "test")
+        ]
+        lines.append(f"Documents     {', '.join(shares)}")
     if training.validation.interval is not None and training.validation.iterations is not None:
         measured = training.validation.iterations * tokens
         lines.append(

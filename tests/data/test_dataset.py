@@ -316,7 +316,7 @@ def test_too_little_names_what_to_do(tmp_path):
     dataset.require("validation", 2, 2, "training.validation.iterations", [0.8, 0.2, 0])
     with pytest.raises(
         DataError,
-        match=r"3 batches × 2 sequences = 6 .* leaves 4, in 2 documents; lower training\.validation\.iterations to 2, or give",
+        match=r"3 batches × 2 sequences = 6 .* leaves 4; lower training\.validation\.iterations to 2, or give",
     ):
         dataset.require("validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0])
     with pytest.raises(
@@ -471,6 +471,6 @@ def test_a_share_without_a_document(tmp_path):
     numbered(tmp_path / "a", [50] * 3)
     dataset = opened(hashed(tmp_path / "d.json", [("a", 1)]), split=(0.9, 0.1, 0))
     with pytest.raises(
-        DataError, match=r"leaves 0, in 0 documents; give validation a larger share, or prepare more documents"
+        DataError, match=r"leaves 0, for its share is no document; give validation a larger share, or prepare more"
     ):
         dataset.require("validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0])

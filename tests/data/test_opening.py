@@ -197,7 +197,7 @@ def test_too_little_for_a_validation_set(tmp_path):
     dataset.require("old", 1, 24, "batch.batch_size", [1, 0, 0])
     with pytest.raises(
         DataError,
-        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, in 0 documents;"
+        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, for its share is no document;"
         r" lower training\.test_iters, .* and give test",
     ):
         dataset.require("test", 2, 8, "training.test_iters", [1, 0, 0])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fast_llm.cli import main
 from fast_llm.config.train import DataConfig, TrainConfig
-from fast_llm.data.dataset import Source, open_dataset
+from fast_llm.data.dataset import Dataset, Source, open_dataset
 from fast_llm.data.sampling import Walk, keys, permute, permute_many
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
@@ -230,3 +230,117 @@ def test_many_are_permuted_as_one_is(count: int, seed: int, data: st.DataObject)
     cut = keys(seed, 1, 2)
     found = permute_many(np.array(values, np.uint64), count, cut)
     assert found.tolist() == [permute(value, count, cut) for value in values]
+
+
+TINY = [
+    "model.base_model.vocab_size=4000",
+    "model.base_model.transformer.num_layers=1",
+    "model.base_model.transformer.hidden_size=8",
+    "model.base_model.transformer.num_attention_heads=1",
+    "model.base_model.transformer.ffn_hidden_size=8",
+    "batch.micro_batch_size=1",
+    "data.split=[1]",
+    "training.logs.interval=1",
+    "training.checkpoint.interval=3",
+    "run.experiment_dir=run",
+]
+LIFE = [  # settings, and what of them needs consent
+    (["data.path=[0.9,a,0.1,b]", "batch.batch_size=4", "batch.sequence_length=8"], ""),
+    (["data.path=[0.9,a,0.1,b]", "batch.batch_size=6", "batch.sequence_length=8"], "batch.batch_size"),
+    (["data.path=[0.5,a,0.5,b]", "batch.batch_size=6", "batch.sequence_length=8"], "data.path"),
+    (
+        ["data.path=[0.5,a,0.5,b]", "batch.batch_size=3", "batch.sequence_length=16"],
+        "batch.sequence_length, batch.batch_size, data.path",
+    ),
+    (
+        ["data.path=[1,c,2,b,2,./a]", "batch.batch_size=5", "batch.sequence_length=4"],
+        "batch.sequence_length, batch.batch_size, data.path",
+    ),
+]
+
+
+def test_a_life_with_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real runs: what they read, what `why` says of it afterwards, and what metrics count."""
+    monkeypatch.chdir(tmp_path)
+    starts = {"a": 0, "b": 1000, "c": 2000}
+    for name, start in starts.items():
+        numbered(tmp_path / name, [40, 1, 300, 0, 59], start)
+    given: dict[int, list[int]] = {}
+    read = Dataset.read
+
+    def recorded(data: Dataset, phase: str, index: int) -> Any:
+        packed = read(data, phase, index)
+        given[index] = [*packed.tokens.tolist(), *packed.targets.tolist()]
+        return packed
+
+    monkeypatch.setattr(Dataset, "read", recorded)
+    for number, (how, consent) in enumerate(LIFE):
+        steps = f"training.train_iters={3 * (number + 1)}"
+        assert run([*TINY, *how, steps, f"run.accept_changes=[{consent}]"]) == 0
+        said = capsys.readouterr().out
+        if number == 2:
+            assert "a: continues after 0.551 epochs" in said and "b: continues after" in said
+        if number == 4:
+            assert "c: is new" in said
+    sizes = [4] * 3 + [6] * 6 + [3] * 3 + [5] * 3
+    lengths = [8] * 9 + [16] * 3 + [4] * 3
+    samples = np.cumsum(sizes)
+    logged = records(tmp_path / "run")
+    assert [logged[step]["consumed_samples"] for step in range(1, 16)] == samples.tolist()
+    tokens = np.cumsum(np.array(sizes) * lengths).tolist()
+    assert [logged[step]["consumed_tokens"] for step in range(1, 16)] == tokens
+    assert sorted(given) == list(range(samples[-1]))
+    seen = [token for index in given for token in given[index][lengths_of(index, samples, lengths) + 1 :]]
+    assert len(set(seen)) == len(seen) == tokens[-1]  # less than an epoch: each target at most once
+    for step in range(1, 16):
+        assert main(["why", "run", str(step), "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        first = samples[step - 1] - sizes[step - 1]
+        assert answer["step"] == step
+        indices = [sequence["index"] for sequence in answer["sequences"]]
+        assert indices == list(range(first, samples[step - 1]))
+        for sequence in answer["sequences"]:
+            name = sequence["source"]
+            assert name in (("c", "b", "./a") if step > 12 else ("a", "b"))
+            begins = starts[name[-1]] + np.cumsum([0, 40, 1, 300, 0, 59])
+            read_ = []
+            for part in sequence["documents"]:
+                assert part["file"] == name.removeprefix("./")
+                begin = begins[part["document"]] + part["first_token"]
+                read_ += range(begin, begin + part["tokens"])
+            assert read_ == given[sequence["index"]][: lengths[step - 1] + 1]
+    # Earlier steps are answered for even where a later source is gone, and the other way round.
+    (tmp_path / "c.bin").unlink()
+    assert main(["why", "run", "9"]) == 0
+    capsys.readouterr()
+    assert main(["why", "run", "15", "--json"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "is of c, whose files are gone or are no longer those that the run was trained on" in error
+
+
+def lengths_of(index: int, samples: Any, lengths: Sequence[int]) -> int:
+    """The length of a sequence."""
+    return lengths[int(np.searchsorted(samples, index, "right"))]
+
+
+def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_path: Path) -> None:
+    """Neighbouring sequences that are left become one text, of which longer ones are cut."""
+    numbered(tmp_path / "a", [8 * 50 + 1], 0)
+    path = str(tmp_path / "a")
+    config = TrainConfig(data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 1})  # type: ignore[arg-type]
+    data = open_dataset(config.data, 8, 1234, 2**31)
+    history = histories.begin(config, 1, data)
+    used = {token for i in range(5) for token in data.read("training", i).tokens[:-1].tolist()}
+    longer = config.model_copy(update={"batch": config.batch.model_copy(update={"sequence_length": 40})})
+    data = open_dataset(config.data, 40, 1234, 2**31)
+    history = history.with_data(5, longer, data.phases["training"])
+    histories.follow(data.phases["training"], history.orders[-1])
+    left = [token for token in range(400) if token not in used]
+    drawn = [data.read("training", i).tokens[:-1].tolist() for i in range(5, 14)]
+    assert sorted(drawn) == [left[40 * i : 40 * i + 40] for i in range(9)]
+    (epochs,) = data.epochs("training", 14)
+    assert epochs[1] == 1.0
+    with pytest.raises(IndexError, match="of an earlier order"):
+        data.read("training", 4)

@@ -51,6 +51,9 @@ def test_the_plan_in_numbers(tokens: Path) -> None:
     assert "10 steps of 192 tokens = 1,920 tokens" in text
     assert re.search(r"tokens: \d[\d,]* tokens to train on, 0\.\d+ epochs", text)
     assert "every 5 steps" in text and "kept" in text and "free at" in text
+    assert re.search(
+        r"Documents     320 for training \([\d,]+ tokens\), 40 for validation \([\d,]+ tokens\), 40 for test", text
+    )
 
 
 def test_all_mistakes_of_data_and_settings_at_once(tokens: Path) -> None:
