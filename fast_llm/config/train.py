@@ -318,13 +318,13 @@ class DataConfig(Section):
         Field(min_length=1, max_length=3),
         Words("a list of one to three numbers of 0 or more"),
     ] = [969, 30, 1]
-    """Shares of the documents for training, validation and test, in each shard from front to back. What is left out
-    is 0."""
+    """Shares of the documents for training, validation and test. A hash of a document's number in the dataset decides;
+    of data without `split` in its dataset.json, the order in each token file, from front to back. A share that is left out is 0."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_sets: dict[str, PathText] = {}
-    """Further datasets whose loss is measured at every validation: name → dataset.json or prefix; all their
-    documents are used. With the old domain among them one sees what is forgotten. The loss is logged as
-    `<name>_loss`."""
+    """Further datasets whose loss is measured at every validation: name → dataset.json or prefix. Of data that is also trained on
+    (recognised by its content, wherever it lies), only validation's share is used; all documents of any other. With the old domain
+    among them one sees what is forgotten. The loss is logged as `<name>_loss`."""
     data_sample_warn_time_ms: PositiveFloat = 1000
     """Warn when making one step's batches takes longer, in milliseconds."""
 
@@ -683,7 +683,8 @@ class RunConfig(Section):
     """No forbids Triton kernels of this project."""
     accept_changes: list[Text] = []
     """Settings that may differ from those of the checkpoint although they change what is trained (as
-    `data.path`, `batch.batch_size`, `model.distributed.seed`)."""
+    `data.path`, `batch.batch_size`, `batch.sequence_length`, `model.distributed.seed`). Each source of data continues
+    from its own count."""
 
 
 # A thing is turned off by one setting, whatever else is said about it: when the first is given and has that value,
