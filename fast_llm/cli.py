@@ -298,7 +298,7 @@ def _train(parsed: argparse.Namespace) -> int:
     from fast_llm.training.build import train
 
     gc.freeze()  # two thousand modules are no garbage; looking through them takes 0.2 s, in the midst of training and at the end
-    with locating(document, TrainConfig, "data.path"):
+    with locating(document, TrainConfig):
         return train(plan, interrupt)
 
 

@@ -546,11 +546,9 @@ def _warnings(
     document: Document, config: TrainConfig, source: Path | None, folder: Path | None, parameters: int, done: int
 ) -> list[str]:
     """What is allowed and probably not meant, a line each."""
-    return [
-        located(warning, document, TrainConfig)
-        for warning in (_nothing_saved(config), _too_long(config, source), _too_full(config, folder, parameters, done))
-        if warning
-    ]
+    about = (_too_long(config, source), _too_full(config, folder, parameters, done))
+    placed = [located(warning, document, TrainConfig) for warning in about if warning]
+    return [*filter(None, [_nothing_saved(config)]), *placed]
 
 
 def _nothing_saved(config: TrainConfig) -> str:
@@ -560,11 +558,11 @@ def _nothing_saved(config: TrainConfig) -> str:
     model = "training.export.interval (a Hugging Face model, also after the last step)"
     state = "training.checkpoint.interval (training state, also after the last step)"
     if config.run.experiment_dir is None:
-        return f"run.experiment_dir: nothing will be saved: set it, with {state} or {model}"
+        return f"Nothing will be saved: set run.experiment_dir, and {state} or {model}"
     if training.checkpoint.interval is None and training.export.interval is None:
-        return f"training.checkpoint: nothing that is trained will be saved: set {state} or {model}"
+        return f"Nothing that is trained will be saved: set {state} or {model}"
     if training.checkpoint.interval is None:
-        return "training.checkpoint: a run that crashes begins anew: set training.checkpoint.interval to save its state"
+        return "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to save its state"
     return ""
 
 

@@ -36,18 +36,17 @@ SAVES = ["training.checkpoint.interval=5", "training.export.interval=5"]
     [
         (
             [],
-            "training.checkpoint: nothing that is trained will be saved: set training.checkpoint.interval (training state,"
+            "Nothing that is trained will be saved: set training.checkpoint.interval (training state,"
             " also after the last step) or training.export.interval (a Hugging Face model, also after the last step)",
         ),
         (
             ["run.experiment_dir=null"],
-            "override run.experiment_dir=null: run.experiment_dir: nothing will be saved: set it, with"
-            " training.checkpoint.interval (training state, also after the last step) or training.export.interval (a"
-            " Hugging Face model, also after the last step)",
+            "Nothing will be saved: set run.experiment_dir, and training.checkpoint.interval (training state, also"
+            " after the last step) or training.export.interval (a Hugging Face model, also after the last step)",
         ),
         (
             ["training.export.interval=5"],
-            "training.checkpoint: a run that crashes begins anew: set training.checkpoint.interval to save its state",
+            "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to save its state",
         ),
         (["training.checkpoint.interval=5"], None),
         (SAVES, None),
@@ -64,7 +63,7 @@ def test_what_will_not_be_saved(
     if expected is None:
         assert found == [] and "will be saved" not in said and "begins anew" not in said
         return
-    assert len(found) == 1 and found[0].endswith(f"{expected}.")
+    assert len(found) == 1 and found[0] == f"Warning       {expected}."
     assert said.count(f"{expected}.") == 1 and said.index(expected) < said.index("Training @ iteration 1/")
 
 

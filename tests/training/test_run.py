@@ -84,6 +84,12 @@ def test_tokens_that_the_model_does_not_have(tokens: Path, capsys: pytest.Captur
         run(settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50"))
 
 
+def test_mistakes_that_training_meets_have_their_setting(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50")
+    assert cli.main(["train", *arguments]) == 2
+    assert f"fast-llm train: override data.path={tokens}/tokens: data.path: {tokens}/tokens" in capsys.readouterr().err
+
+
 def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fast_llm.training.plan.importlib.util.find_spec", lambda name: None)
     text = problems(settings(tokens, "training.wandb.project_name=x", "training.tensorboard=yes"))
