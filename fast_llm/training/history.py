@@ -14,7 +14,7 @@ from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
 
 from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Phase, RandomSource, Source, open_dataset
-from fast_llm.data.sampling import Mixture, add
+from fast_llm.data.sampling import UNIT, Mixture, add
 from fast_llm.errors import DataError, UserError
 from fast_llm.training.run import read_records
 
@@ -242,11 +242,10 @@ def recover(info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size:
         edges = then.phases["training"].mixture.edges
         pairs = [(source.name, source.digest) for source in then.phases["training"].sources]
     else:
-        pairs = [(str(path), _GONE) for path in data["path"][1::2] or data["path"]]
-        edges = Mixture.of([1.0] * len(pairs)).edges
+        edges, pairs = _by_path(data, length, seed, vocab_size)
         notes.append(
-            "the data that the run was trained on so far is gone, and its checkpoint is of version 0.1, which did not"
-            " count what each source gave: all sources start from their beginning"
+            "the data of the checkpoint is gone or was changed, and version 0.1 did not record the content of each source:"
+            " those at the same path are taken to be what they were"
         )
     sources = [SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)]
     order = Order(index=0, sequence_length=length, seed=seed, data=data, edges=edges, sources=sources)
@@ -257,6 +256,27 @@ def recover(info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size:
             f" {batches[0].after + 1} on"
         )
     return History(batches=batches, orders=[order]), notes
+
+
+def _by_path(
+    data: Mapping[str, Any], length: int, seed: int, vocab_size: int
+) -> tuple[list[int], list[tuple[str, str]]]:
+    """The mixture of a `data` section some of whose files are gone, and name and digest of its sources."""
+    paths = data["path"]
+    weighted = zip(paths[::2], paths[1::2], strict=True) if len(paths) > 1 else [(1.0, p) for p in paths]
+    weights, pairs = list[float](), list[tuple[str, str]]()
+    for weight, path in weighted:
+        try:
+            config = DataConfig.model_validate({**data, "path": [path]})
+            phase = open_dataset(config, length, seed, vocab_size).phases["training"]
+        except UserError:
+            weights.append(weight)
+            pairs.append((str(path), _GONE))
+            continue
+        for source, (low, high) in zip(phase.sources, pairwise(phase.mixture.edges), strict=True):
+            weights.append(weight * (high - low) / UNIT)
+            pairs.append((source.name, source.digest))
+    return Mixture.of(weights).edges, pairs
 
 
 def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[Batches]:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fast_llm.cli import main
+from fast_llm.config.section import read
 from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Source, open_dataset
 from fast_llm.data.sampling import Walk, keys, permute, permute_many
@@ -21,7 +23,9 @@ from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 from fast_llm.training import history as histories
 from fast_llm.training.audit import why
-from fast_llm.training.history import History, _batches
+from fast_llm.training.build import train
+from fast_llm.training.history import Batches, History, Order, SourceState, _batches
+from fast_llm.training.plan import make_plan
 from tests.training.runs import losses, records, run
 
 OLD = Path(__file__).parents[1] / "fixtures" / "v0.1"
@@ -53,10 +57,6 @@ def test_a_run_of_version_0_1_continues_as_it_would_have(old: Path) -> None:
     expected = json.loads((old / "expected.json").read_text())
     assert read_by("run", range(1, 21)) == expected["order"]  # before anything of this version is there
     given = ["training.shutdown.interval=null"]
-    from fast_llm.config.section import read
-    from fast_llm.training.build import train
-    from fast_llm.training.plan import make_plan
-
     assert train(make_plan(read("run/config.yaml", given), 1, weights=True)) == 0
     assert read_by("run", range(1, 21)) == expected["order"]
     for phase in ("training", "validation"):
@@ -268,10 +268,10 @@ def test_a_life_with_changes(
     for name, start in starts.items():
         numbered(tmp_path / name, [40, 1, 300, 0, 59], start)
     given: dict[int, list[int]] = {}
-    read = Dataset.read
+    read_one = Dataset.read
 
     def recorded(data: Dataset, phase: str, index: int) -> Any:
-        packed = read(data, phase, index)
+        packed = read_one(data, phase, index)
         given[index] = [*packed.tokens.tolist(), *packed.targets.tolist()]
         return packed
 
@@ -344,3 +344,73 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
     assert epochs[1] == 1.0
     with pytest.raises(IndexError, match="of an earlier order"):
         data.read("training", 4)
+
+
+def test_batches_that_changed_and_a_run_that_goes_back() -> None:
+    source = SourceState(name="a", digest="a", key=0)
+    order = Order(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
+    history = History(batches=[Batches(after=0, index=0, batch_size=8)], orders=[order])
+    history = history.with_batches(6, 48, 4)  # a start with other batches
+    assert [history.first_sequence(step, []) for step in (1, 6, 7, 9)] == [0, 40, 48, 56]
+    # A spike at step 8, at 56 sequences: back to the checkpoint of step 6, or where that is damaged to that of step 3.
+    again = history.with_batches(6, 48, 4)
+    assert again == history
+    passed = [{"after": 6, "spike": 8, "sequences": 8}]
+    assert [again.first_sequence(step, passed) for step in (6, 7, 8)] == [40, 56, 60]
+    earlier = history.with_batches(3, 24, 4)
+    passed = [{"after": 3, "spike": 8, "sequences": 32}]
+    assert [earlier.first_sequence(step, passed) for step in (3, 4, 5)] == [16, 56, 60]
+    # A start from an earlier checkpoint with the batches of then.
+    assert history.with_batches(3, 24, 8).batches == [Batches(after=0, index=0, batch_size=8)]
+
+
+OLD_CHANGES = ["training.train_iters=16", "training.shutdown.interval=null", "training.export.interval=null"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_of_version_0_1_changes_by_consent(old: Path, gone: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its sources go on from what they had given, also where one of them was deleted."""
+    how = ["data.path=[1,a.json,1,b.json]", "batch.sequence_length=8"]
+    if gone:
+        (old / "b.json").unlink()
+        how = ["data.path=a.json"]
+    consent = "run.accept_changes=[data.path, batch.sequence_length]"
+    document = read("run/config.yaml", [*OLD_CHANGES, *how, consent])
+    assert train(make_plan(document, 1, weights=True)) == 0
+    assert "a.json: continues after 0.0" in capsys.readouterr().out
+    expected = json.loads((old / "expected.json").read_text())["order"]
+    before = [one for one in expected if one["step"] <= 11]
+    later = read_by("run", range(12, 17))
+    assert [one["index"] for one in later] == list(range(44, 64))
+    inputs: set[tuple[str, int, int]] = set()
+    for one in [*before, *later]:
+        if one["source"] != "a.json":
+            continue
+        mine = [(f, d, t) for f, d, first, n in one["documents"] for t in range(first, first + n)][:-1]
+        assert not inputs.intersection(mine)
+        inputs |= set(mine)
+    if gone:
+        with pytest.raises(DataError, match=r"step 3: sequence \d+ is of b\.json, whose files are gone"):
+            why("run", 3)
+    else:
+        assert read_by("run", range(1, 12)) == before
+
+
+def test_a_history_that_no_run_wrote() -> None:
+    source = {"name": "a", "digest": "a", "key": 0}
+    order = {"index": 0, "sequence_length": 8, "seed": 0, "data": {}, "edges": [0, 1], "sources": [source]}
+    batches = {"after": 0, "index": 0, "batch_size": 8}
+    good = {"batches": [batches], "orders": [order]}
+    History.model_validate(good)
+    for bad in (
+        {"batches": [], "orders": [order]},
+        {"batches": [batches, batches], "orders": [order]},
+        {"batches": [{**batches, "batch_size": 0}], "orders": [order]},
+        {"batches": [batches], "orders": [{**order, "index": 3}]},
+        {"batches": [batches], "orders": [{**order, "edges": [0, 0]}]},
+        {"batches": [batches], "orders": [{**order, "edges": [0, 2, 1]}]},
+        {"batches": [batches], "orders": [{**order, "sources": [], "edges": [0]}]},
+        {"batches": [batches], "orders": [{**order, "sequence_length": 0}]},
+    ):
+        with pytest.raises(ValidationError):
+            History.model_validate(bad)
