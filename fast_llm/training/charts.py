@@ -12,10 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ class TensorBoard:
         self.folder = folder
         self.broken = False
         self.writer: Any = None
+        threading.excepthook = partial(_without_tensorboards, threading.excepthook)
         self._open(first + 1 if first else 0)
 
     def _open(self, purge_step: int) -> None:
@@ -85,6 +89,12 @@ class TensorBoard:
             f"TensorBoard's files in {self.folder} cannot be written: {error.strerror or error}. They end here until the next"
             " start; metrics.jsonl has everything."
         )
+
+
+def _without_tensorboards(others: Callable[[Any], Any], failure: Any) -> None:
+    """What its writing thread meets is raised, and logged, at the next point; no traceback is needed."""
+    if not type(failure.thread).__module__.startswith("tensorboard."):
+        others(failure)
 
 
 class Wandb(logging.Handler):
