@@ -6,20 +6,24 @@ processes that torchrun started, only the first tells a mistake that all of them
 
 import argparse
 import atexit
-import errno
 import gc
+import io
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import Any
 
 from fast_llm import __version__
-from fast_llm.errors import ConfigError, DataError, UserError
+from fast_llm.errors import ConfigError, UserError, disk_problem
+
+# Seconds: torchrun ends all processes as soon as it sees that one has ended, and the first must have spoken; how long the
+# processes wait for each other when one of them has no plan.
+_FIRST, _MEETING = 1.0, 60.0
 
 _SETTINGS = """Settings stand in the YAML file, or on the command line as section.setting=value, which wins; the last of a
 name wins. Values are YAML: training.train_iters=1_000 data.split=[9,1,0] run.experiment_dir=null
@@ -63,10 +67,6 @@ _PLAN_EXAMPLES = """examples:
   fast-llm plan --config train.yaml --gpus 64 --device h200 model.multi_stage.shard_size=8
   fast-llm plan --config train.yaml --gpus 16 batch.sequence_length=131072 batch.micro_batch_size=1"""
 
-# What a disk does, and no mistake of ours. The places where most is written have words of their own.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
-_DISK_ADVICE = "what was saved is whole: see to the disk and start the same command again"
-
 _PREPARE = f"""Turn documents into token files: `output_path: data/code` gives data/code/ and data/code.json, which is what
 data.path of `train` names. A run that was interrupted goes on where it stopped.
 
@@ -98,12 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help()
         return 2
-    # argparse does not take settings on both sides of an option by itself.
-    parsed, further = parser.parse_known_args(words)
-    if unknown := [word for word in further if word.startswith("-") or not hasattr(parsed, "settings")]:
-        parser.error(f"unknown: {' '.join(unknown)}; settings have the form section.setting=value")
+    with _only_the_first_speaks():
+        # argparse does not take settings on both sides of an option by itself.
+        parsed, further = parser.parse_known_args(words)
+        if unknown := [word for word in further if word.startswith("-") or not hasattr(parsed, "settings")]:
+            parser.error(f"unknown: {' '.join(unknown)}; settings have the form section.setting=value")
     if further:
         parsed.settings = [*parsed.settings, *further]
+    shared = parsed.command == "train" and not parsed.validate
     try:
         with _signals(parsed.command, own_process=arguments is None):
             code: int = parsed.run(parsed)
@@ -115,17 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only_said = parsed.command in ("plan", "why") or getattr(parsed, "validate", False)
         return 0 if only_said else 128 + signal.SIGPIPE
     except UserError as error:
-        # Before training all processes say the same; in it, data can fail on one of them.
-        if _first() or isinstance(error, DataError):
-            print(f"fast-llm {parsed.command}: {_report(error)}", file=sys.stderr)
-        else:  # torchrun ends all as soon as it sees that one has ended: the first must have spoken
-            time.sleep(1)
+        if error.printed:
+            pass
+        elif shared or _first():  # the processes of training have agreed which of them says what
+            print(f"fast-llm {parsed.command}: {error.report()}", file=sys.stderr)
+        else:
+            time.sleep(_FIRST)
+        if shared and arguments is None:
+            _leave(error.exit_code)
         return error.exit_code
     except OSError as error:
-        if error.errno not in _DISK:
+        if (problem := disk_problem(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fast-llm {parsed.command}: {where}{error.strerror}; {_DISK_ADVICE}", file=sys.stderr)
+        print(f"fast-llm {parsed.command}: {problem}", file=sys.stderr)
         return 1
     except _Told as told:
         if _first():
@@ -134,6 +138,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + told.signal
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not shared or arguments is not None:
+            raise
+        if not getattr(error, "printed", False):
+            sys.excepthook(type(error), error, error.__traceback__)
+        _leave(1)
+        return 1
+
+
+def _leave(exit_code: int) -> None:
+    """End one of several processes after an error at once. On the usual way out it would wait for the others, or warn that it did
+    not leave their groups."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 class _Told(KeyboardInterrupt):
@@ -183,24 +203,69 @@ def _signals(command: str, own_process: bool) -> Iterator[None]:
             ignore()
 
 
-def _report(error: UserError) -> str:
-    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    return problems[0] if len(problems) == 1 else f"{len(problems)} mistakes\n  " + "\n  ".join(problems)
-
-
 def _first() -> bool:
     """Whether this is the only process, or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _processes() -> int:
-    """How many processes torchrun started."""
+@contextmanager
+def _only_the_first_speaks() -> Iterator[None]:
+    """Mistakes in the words of a command are the same for all processes of a run."""
+    if _first():
+        yield
+        return
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    except SystemExit:
+        time.sleep(_FIRST)
+        raise
+
+
+def _processes(training: bool) -> int:
+    """How many processes torchrun started. Raises ConfigError if the environment does not say it; `training`: nor how they find
+    each other."""
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) == 0:
         raise ConfigError(
             [f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes; unset it"]
         )
-    return int(given)
+    size = int(given)
+    if training and size > 1:
+        rank = os.environ.get("RANK", "")
+        if not rank.isdecimal() or int(rank) >= size:
+            raise ConfigError(
+                [
+                    f"RANK: given {rank!r} in the environment, must be from 0 to {size - 1}, as WORLD_SIZE is {size}; start the"
+                    " processes with torchrun, or unset both"
+                ]
+            )
+    return size
+
+
+def _agreed(error: UserError) -> UserError:
+    """What this process raises for a mistake in its plan: others may have none, or the same."""
+    from_here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if _first():
+        if from_here:  # torchrun ends the others
+            return error
+        print(f"fast-llm train: {error.report()}", file=sys.stderr, flush=True)
+    from fast_llm.parallel.failures import Failures
+
+    try:
+        failures = Failures.meet(_MEETING)
+    except ConfigError:  # there is no launcher either: the first has printed it
+        error.printed = True
+        return error
+    except UserError:
+        return error
+    if _first():
+        failures.spoke()
+    try:
+        failures.arrive(error, _MEETING)
+    except UserError as agreed:
+        return agreed
+    return error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -281,12 +346,26 @@ def _train(parsed: argparse.Namespace) -> int:
     from fast_llm.training.interrupt import Interrupt
 
     interrupt = Interrupt()
-    from fast_llm.config.train import TrainConfig
+    processes = _processes(training=not parsed.validate)
+    if processes > 1:  # warnings of C++ about sockets and groups that are being closed, which errors of Python follow
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    early: Any = nullcontext()
+    try:
+        from fast_llm.config.train import TrainConfig
 
-    document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
-    from fast_llm.training.plan import describe, make_plan
+        document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
+        from fast_llm.training.plan import describe, make_plan
+        from fast_llm.training.run import EarlyLog
 
-    plan = make_plan(document, _processes(), weights=not parsed.validate)
+        if not parsed.validate:
+            rank, timestamps = int(os.environ.get("RANK", "0")), document.get("run.log_timestamps", True)
+            early = EarlyLog(rank, processes, timestamps is not False)
+        with early:
+            plan = make_plan(document, processes, weights=not parsed.validate)
+    except UserError as error:
+        if processes == 1 or parsed.validate:
+            raise
+        raise _agreed(error) from error
     if parsed.validate:
         if _first():
             from fast_llm.training.forecast import describe_memory
@@ -298,8 +377,8 @@ def _train(parsed: argparse.Namespace) -> int:
     from fast_llm.training.build import train
 
     gc.freeze()  # two thousand modules are no garbage; looking through them takes 0.2 s, in the midst of training and at the end
-    with locating(document, TrainConfig):
-        return train(plan, interrupt)
+    with early:
+        return train(plan, interrupt, locating(document, TrainConfig))
 
 
 def _positive(text: str) -> int:

@@ -2,12 +2,13 @@
 
 torchrun imports the entry points of the group `torchrun.handlers` (new rendezvous backends) before it does anything
 else; ours is `register`. A process that ends with exit code 2 has reported a user's mistake: torchrun then ends with
-2 as well, without its traceback, and does not try again. After a crash it names the rank in one line.
+2 as well, without its traceback, and does not try again. A process that was killed is named in a line.
 
 Nothing here decides how a run goes. Where a later torch has other names, torchrun behaves as it does without this.
 """
 
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -96,9 +97,11 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     codes = {failure.exitcode for failure in failures.values()}
     if UserError.exit_code in codes:
         return UserError.exit_code, ""
-    rank, first = error.get_first_failure()  # type: ignore[attr-defined]
-    if first.exitcode > 128:  # stopped by a signal, and said so
-        return first.exitcode, ""
-    how = f"exit code {first.exitcode}" if first.exitcode > 0 else f"{first.signal_name()}"
-    line = f"torchrun: rank {rank} on {socket.gethostname()} was the first to fail: {how} (process {first.pid})"
-    return max(first.exitcode, 1), line
+    # SIGTERM is torchrun's own, to the processes that were left.
+    killed = {rank: one for rank, one in failures.items() if one.exitcode < 0 and one.exitcode != -signal.SIGTERM}
+    line = "\n".join(
+        f"torchrun: rank {rank} on {socket.gethostname()} was killed by {one.signal_name()} (process {one.pid})"
+        for rank, one in sorted(killed.items())[:8]
+    )
+    # With another exit code the processes have said why.
+    return max(error.get_first_failure()[1].exitcode, 1), line  # type: ignore[attr-defined]

@@ -296,8 +296,8 @@ def test_a_disk_that_fails_is_no_fault_of_ours(
     fail(errno.ENOSPC)
     assert cli.main(["verify", "x"]) == 1
     assert capsys.readouterr().err == (
-        "fast-llm verify: run/config.yaml: No space left on device; what was saved is whole: see to the disk and start the"
-        " same command again\n"
+        "fast-llm verify: run/config.yaml: No space left on device; free space on the disk or repair it, then start the same"
+        " command again\n"
     )
     fail(errno.EBADF)
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -251,16 +251,17 @@ def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda item: (item[0], _REPLACED.fullmatch(item[1].name) is None, item[1].name))
 
 
-def latest(root: Path, kind: str = "checkpoint", content: bool = True) -> Path | None:
+def latest(root: Path, kind: str = "checkpoint", content: bool = True, quiet: bool = False) -> Path | None:
     """The newest checkpoint under `root` that is whole; damaged ones are named in the log and passed over.
 
-    `content`: whether digests are compared too, or only sizes.
+    `content`: whether digests are compared too, or only sizes; `quiet`: the log has named the damaged ones already.
     """
+    level = logging.DEBUG if quiet else logging.WARNING
     for path in headless(root):
-        logger.warning(f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}")
+        logger.log(level, f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}")
     for _, manifest in _manifests(root):
         if isinstance(manifest, CheckpointError):
-            logger.warning(f"Passed over: {manifest}")
+            logger.log(level, f"Passed over: {manifest}")
     for _, path in reversed(find(root, kind)):
         if not content and is_complete(path):
             return path
@@ -268,7 +269,7 @@ def latest(root: Path, kind: str = "checkpoint", content: bool = True) -> Path |
             verify(path)
             return path
         except CheckpointError as error:
-            logger.warning(f"Passed over: {error}")
+            logger.log(level, f"Passed over: {error}")
     return None
 
 

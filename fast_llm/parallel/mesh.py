@@ -18,6 +18,7 @@ wait: exports, reading weights; and one as patient for checkpoints, which a thre
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fast_llm.errors import ConfigError
+from fast_llm.parallel.failures import Failures
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,29 @@ class Mesh:
         tensor: int = 1,
         context: int = 1,
         pipeline: int = 1,
+        failures: Failures | None = None,
     ):
-        """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy.
+        """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy. `failures`:
+        what has found them already.
 
-        The sizes divide the number of processes: config/checks.py sees to it.
+        The sizes divide the number of processes: config/checks.py sees to it. Raises UserError if that cannot be, and Elsewhere
+        if it is another process that cannot.
         """
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.failures = failures or Failures.meet(timeout)
+        self.rank, self.size = self.failures.rank, self.failures.size
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if torch.cuda.is_available():
+        problem: ConfigError | None = None
+        if not torch.cuda.is_available():
+            self.device = torch.device("cpu")
+        elif local_rank < torch.cuda.device_count():
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
-            self.device = torch.device("cpu")
+            here, gpus = os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1)), torch.cuda.device_count()
+            problem = ConfigError(
+                [f"--nproc_per_node: given {here}, must be at most {gpus}: {socket.gethostname()} has so many GPUs"]
+            )
+        self.failures.arrive(problem, timeout)
         sizes = {"pipeline": pipeline, "data": self.size // (pipeline * context * tensor), "context": context}
         sizes["tensor"] = tensor
         sharing = sizes["data"] * context  # processes that share training state
@@ -80,8 +94,12 @@ class Mesh:
         axes: DeviceMesh | None = None
         if self.size > 1:
             if not dist.is_initialized():
+                assert self.failures.root is not None
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                    store=dist.PrefixStore("default_pg", self.failures.root),
+                    rank=self.rank,
+                    world_size=self.size,
                     timeout=timedelta(seconds=timeout),
                     device_id=self.device if self.device.type == "cuda" else None,
                 )

@@ -2,11 +2,10 @@
 
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TextIO
@@ -19,7 +18,7 @@ from fast_llm.checkpoint.weights import gather
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
-from fast_llm.errors import ConfigError, TrainingStopped
+from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
 from fast_llm.model import cudnn, kernels, native
 from fast_llm.model.fp8 import apply_fp8
 from fast_llm.model.linear import widened
@@ -28,6 +27,7 @@ from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.context import apply_context_parallel
+from fast_llm.parallel.failures import Failures
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
@@ -40,6 +40,7 @@ from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.plan import Plan, describe, prepare_folder, readable_bytes
 from fast_llm.training.run import Run, lock, next_run_number
+from fast_llm.training.saving import what_is_saved
 from fast_llm.training.spikes import Spikes
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer
@@ -49,51 +50,53 @@ logger = logging.getLogger("fast_llm")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEEK = 7 * 24 * 3600.0
-_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")  # as gloo and NCCL say it
 
 
-def train(plan: Plan, interrupt: Interrupt | None = None) -> int:
+def train(plan: Plan, interrupt: Interrupt | None = None, locating: AbstractContextManager[None] | None = None) -> int:
     """Train as planned; the exit code: 0, or 128 and the signal that ended the run early (but for SIGUSR1), here or elsewhere.
 
-    `interrupt`: of a process that ends after this; others get their signals back. Raises UserError for what training itself meets.
+    `interrupt`: of a process that ends after this; others get their signals back. `locating`: adds the place of a setting to
+    mistakes. Raises UserError for what training itself meets.
     """
+    locating = locating or nullcontext()
     if interrupt is not None:
-        return _train(plan, interrupt)
+        return _train(plan, interrupt, locating)
     interrupt = Interrupt()
     try:
-        return _train(plan, interrupt)
+        return _train(plan, interrupt, locating)
     finally:
         interrupt.close()
 
 
-def _train(plan: Plan, interrupt: Interrupt) -> int:
+def _train(plan: Plan, interrupt: Interrupt, locating: AbstractContextManager[None]) -> int:
     started = time.perf_counter()
     # With one process DCP tells the user what the code says already.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config = plan.config
     distributed = config.model.distributed
-    try:
-        mesh = Mesh(
-            distributed.timeout + SLACK,
-            config.training.timeout or _WEEK,
-            config.model.multi_stage.shard_size,
-            tensor=distributed.tensor_parallel,
-            context=distributed.sequence_data_parallel,
-            pipeline=distributed.pipeline_parallel,
-        )
-        interrupt.begin()
-        if mesh.device.type == "cpu":
-            keep_freed_memory()
-            native.take_faster_exact_products()
-        with _alone(plan, mesh):
-            return _run(plan, mesh, interrupt, started)
-    except RuntimeError as error:
-        if not _LOST.search(str(error)):
-            raise
-        raise TrainingStopped(
-            "another process of this run has ended, or can not be reached any more: it and the launcher say why. What was saved"
-            " is whole, and the same command goes on from there"
-        ) from error
+    saved = partial(what_is_saved, plan.folder)
+    failures = Failures.meet(distributed.timeout + SLACK)
+    with failures.shared(interrupt.leave, saved):
+        try:
+            mesh = Mesh(
+                distributed.timeout + SLACK,
+                config.training.timeout or _WEEK,
+                config.model.multi_stage.shard_size,
+                tensor=distributed.tensor_parallel,
+                context=distributed.sequence_data_parallel,
+                pipeline=distributed.pipeline_parallel,
+                failures=failures,
+            )
+            interrupt.begin(lambda: failures.failing or failures.code is not None)
+            if mesh.device.type == "cpu":
+                keep_freed_memory()
+                native.take_faster_exact_products()
+            with locating, _alone(plan, mesh):
+                return _run(plan, mesh, interrupt, started)
+        except OSError as error:
+            if (problem := disk_problem(error)) is None:
+                raise
+            raise TrainingStopped(f"{problem}. {saved()}") from error
 
 
 @contextmanager
@@ -107,8 +110,8 @@ def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
             root = plan.folder / "checkpoint"
             # The plan was made before the lock was ours. Sizes are compared first: digests take their time.
             if (
-                checkpoints.latest(root, content=False) != plan.checkpoint
-                and checkpoints.latest(root) != plan.checkpoint
+                checkpoints.latest(root, content=False, quiet=True) != plan.checkpoint
+                and checkpoints.latest(root, quiet=True) != plan.checkpoint
             ):
                 refused = [
                     f"run.experiment_dir: another run saved to {plan.folder} just now; start the same command again"
@@ -165,6 +168,7 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
         spikes = Spikes(config.training.spikes)
         step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark, spikes)
         trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
+        interrupt.follows = trainer.on_signal
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
             trainer.fit()

@@ -7,10 +7,13 @@ Before the processes have met there is nothing to save and nobody to agree with:
 any other, at once and in whatever it is. SIGUSR1 is noted from the start, for its exit code 0 would not make torchrun end the others.
 
 A thread takes the signals: Python's handlers run only between two lines of Python, and who waits for a process that hangs, or for a
-GPU, would not hear of the second one.
+GPU, would not hear of the second one. The thread also tells the user what follows, by one system call and without the log, whose
+locks the other threads may hold.
 """
 
+import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -19,6 +22,7 @@ from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_WISH = 2.0  # seconds
+_PAUSE = 1.0  # seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, which says why
 
 
 class Interrupt:
@@ -28,6 +32,11 @@ class Interrupt:
         self.signal = 0
         self.since = 0.0
         self.last: Callable[[], None] = lambda: None  # done before leaving at once
+        # What follows a signal that comes now, and what else a second one does.
+        self.follows: Callable[[], tuple[str, str]] = lambda: ("the run ends before its first step", "")
+        self.fails: Callable[[], bool] = lambda: False  # whether the run is about to end by an error, which says why
+        self.speaks = os.environ.get("RANK", "0") == "0"
+        self.due: float | None = None  # when the first signal is to be acknowledged
         self.agreed: int | None = None  # the exit code of all processes, once there is nothing left but to leave
         self.before: dict[signal.Signals, Any] = {}
         # Python writes the number of each signal that has a handler into a pipe, as soon as it comes.
@@ -38,8 +47,9 @@ class Interrupt:
         self.thread.start()
         self._note_also(signal.SIGUSR1)
 
-    def begin(self) -> None:
-        """The processes have met: from here on they leave together."""
+    def begin(self, fails: Callable[[], bool] = lambda: False) -> None:
+        """The processes have met: from here on they leave together. `fails`: whether they are about to by an error."""
+        self.fails = fails
         self._note_also(signal.SIGTERM, signal.SIGINT)
 
     @property
@@ -51,7 +61,13 @@ class Interrupt:
         self.before |= {number: signal.signal(number, lambda *_: None) for number in numbers}
 
     def _listen(self) -> None:
-        while came := os.read(self.reader, 64):
+        while True:
+            wait = None if self.due is None else max(self.due - time.monotonic(), 0)
+            if not select.select([self.reader], [], [], wait)[0]:
+                self._acknowledge()
+                continue
+            if not (came := os.read(self.reader, 64)):
+                return
             for number in came:
                 if number in _SIGNALS:
                     self._note(number)
@@ -59,12 +75,37 @@ class Interrupt:
     def _note(self, number: int) -> None:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
+            self.due = self.since + (_PAUSE if number == signal.SIGTERM else 0)
         elif time.monotonic() - self.since > _SAME_WISH:
-            self.last()
-            # Not sys.exit: whatever is being saved must neither be finished nor cleaned up; it is
-            # unpublished, and the last checkpoint is whole.
+            if self.agreed is None and not self.fails():
+                self._say(f"A second signal ends the run at once{self.follows()[1]}.")
+            # Not sys.exit: whatever is being saved must neither be finished nor cleaned up; it is unpublished.
             # torchrun ends the others as soon as one has ended, which is no other wish.
-            os._exit(128 + number if self.agreed is None else self.agreed)
+            self.leave(128 + number if self.agreed is None else self.agreed)
+
+    def leave(self, exit_code: int) -> None:
+        """End this process at once, in whatever it is."""
+        self.last()
+        os._exit(exit_code)
+
+    def _acknowledge(self) -> None:
+        self.due = None
+        if self.agreed is not None or self.fails():
+            return
+        follows, further = self.follows()
+        limit = ""
+        if self.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ:
+            limit = f" torchrun waits {os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '30')} s for this."
+        name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
+        self._say(
+            f"{name}: {follows}.{limit} A second one, {_SAME_WISH:g} s later or more, ends the run at once{further}."
+        )
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            # Not where that would wait: for a terminal that is held, or for a program that does not read.
+            if self.speaks and select.select([], [2], [], 0)[1]:
+                os.write(2, (("\r\x1b[K" if os.isatty(2) else "") + text + "\n").encode())
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

@@ -26,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from fast_llm.errors import ConfigError
+from fast_llm.errors import ConfigError, disk_problem
 
 logger = logging.getLogger("fast_llm")
 
@@ -42,8 +42,7 @@ class Run:
         self._records: int | None = None  # a file descriptor
         self._unwritten = b""
         self._warned = False
-        prefix = f"[Rank {rank:0{len(str(processes - 1))}d}] " if processes > 1 else ""
-        formatter = logging.Formatter(("%(asctime)s " if timestamps else "") + prefix + "%(message)s")
+        formatter = _formatter(rank, processes, timestamps)
         handlers: list[logging.Handler] = []
         if self.is_main:
             handlers.append(_TerminalHandler(self.progress))
@@ -52,10 +51,14 @@ class Run:
             self.logs.mkdir(parents=True, exist_ok=True)
             width = len(str(processes - 1))
             handlers.append(_LogFile(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
         for handler in handlers:
             handler.setFormatter(formatter)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+            if isinstance(old, EarlyLog) and self.logs is not None:
+                for record in old.records:
+                    handlers[-1].handle(record)
+        for handler in handlers:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
@@ -106,6 +109,37 @@ class Run:
             logger.removeHandler(handler)
 
 
+def _formatter(rank: int, processes: int, timestamps: bool) -> logging.Formatter:
+    prefix = f"[Rank {rank:0{len(str(processes - 1))}d}] " if processes > 1 else ""
+    return logging.Formatter(("%(asctime)s " if timestamps else "") + prefix + "%(message)s")
+
+
+class EarlyLog(logging.Handler):
+    """The log before there is a Run: the first process prints its lines at once; their files get them from the Run."""
+
+    def __init__(self, rank: int, processes: int, timestamps: bool):
+        super().__init__()
+        self.is_main = rank == 0
+        self.records: list[logging.LogRecord] = []
+        self.setFormatter(_formatter(rank, processes, timestamps))
+
+    def __enter__(self) -> "EarlyLog":
+        self.before = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger.removeHandler(self)
+        logger.level, logger.propagate = self.before
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        if self.is_main:
+            print(self.format(record), flush=True)
+
+
 _INFINITY = float("inf")
 
 
@@ -135,8 +169,15 @@ def lock(folder: Path) -> TextIO:
 
     Raises ConfigError that names the process which holds it. The kernel keeps the lock, so a crash leaves none behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        if disk_problem(error) is not None:
+            raise
+        raise ConfigError(
+            [f"run.experiment_dir: {folder} cannot be written to: {error.strerror}; choose another"]
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

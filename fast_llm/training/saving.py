@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
 from fast_llm.checkpoint.weights import gather
 from fast_llm.errors import CheckpointError
@@ -44,6 +45,7 @@ class Saver:
         self.group = group
         self.background = background
         self.step = -1  # of the newest checkpoint that is there or being written
+        self.saved = -1  # of the newest that is there
         self.parts: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.urgency = _NOT
@@ -88,6 +90,7 @@ class Saver:
 
         def write() -> None:
             path = state.save(root, step, tensors, info, self.group, parts)
+            self.saved = step
             then(path)
             seconds = time.perf_counter() - began
             logger.info(
@@ -188,6 +191,19 @@ class Saver:
     def _agree(self) -> int:
         """How urgent it is for the process that is furthest."""
         return max(gather(self.urgency, self.group))
+
+
+def what_is_saved(folder: Path | None) -> str:
+    """A sentence about what the same command finds in an experiment folder after the run has ended."""
+    if folder is None:
+        return "Nothing was saved: run.experiment_dir is not set."
+    try:
+        newest = checkpoints.latest(folder / "checkpoint", content=False, quiet=True)
+    except (OSError, CheckpointError) as error:
+        return f"Whether a checkpoint is complete could not be found out: {error}."
+    if newest is None:
+        return "No checkpoint is complete: the same command starts from the beginning."
+    return f"Checkpoint {newest.name} is complete: the same command continues from it."
 
 
 def available_memory() -> int:

@@ -37,10 +37,17 @@ from fast_llm.training.metrics import Metrics
 from fast_llm.training.plan import Plan
 from fast_llm.training.profile import Profile
 from fast_llm.training.run import Run
-from fast_llm.training.saving import Saver
+from fast_llm.training.saving import Saver, what_is_saved
 from fast_llm.training.step import Step, StepResult
 
 logger = logging.getLogger("fast_llm")
+
+# What is done first when the run is asked to stop, by the part that it is in.
+_AFTER = {
+    "start": "the run ends before its next step; there is nothing new to save",
+    "steps": "the current step is finished and saved, then the run ends",
+    "end": "the run ends; the same command does the rest of what is due at its end",
+}
 
 
 class Trainer:
@@ -72,6 +79,7 @@ class Trainer:
         self.saver = Saver(mesh.saving, plan.config.training.checkpoint.background)
         self.double_check = DoubleCheck(step, mesh)
         self.stopping = False
+        self.stage = "start"  # of _AFTER
         self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
 
     def fit(self) -> None:
@@ -83,10 +91,28 @@ class Trainer:
             logger.info(end)
         except BaseException as error:
             self.leave(error)
+            if isinstance(error, TrainingStopped) and error.resumable:
+                raise TrainingStopped(f"{error} {what_is_saved(self.run.folder)}") from error
             raise
+
+    def on_signal(self) -> tuple[str, str]:
+        """What follows a signal to stop that comes now, and what else a second one does; for the user, from another thread."""
+        follows = _AFTER[self.stage]
+        if self.run.folder is None:
+            return "the run ends after the current step. Nothing is saved: run.experiment_dir is not set", ""
+        if self.stage == "start":
+            return follows, ""
+        saved, done = self.saver.saved, self.done
+        if saved < 0:
+            return follows, " and loses all steps: no checkpoint is complete yet"
+        return (
+            follows,
+            f" and loses the steps after checkpoint {saved}" if saved < done or self.stage == "steps" else "",
+        )
 
     def leave(self, error: BaseException) -> None:
         """Training ends by an error: have the checkpoint finished that is being written, if that can be."""
+        self.mesh.failures.failing = True
         seconds = None  # as long as it takes
         if self.mesh.size > 1 and not isinstance(error, TrainingStopped):
             # Others know nothing of it, or are gone: they wait for this process only so long, or this one for them in vain.
@@ -105,10 +131,21 @@ class Trainer:
             if not self.told():
                 self.catch_up()
         if self.stopping:
-            return "Stopped by a signal before the first step of this start; the same command goes on."
+            return f"Stopped by a signal before the first step of this start{self.continues}."
+        self.stage = "steps"
         while (end := self.stretch()) is None:
             pass  # a spike: on from a checkpoint
+        self.stage = "end"
         return end or self.finish()
+
+    @property
+    def continues(self) -> str:
+        """How a line about the end ends."""
+        if self.run.folder is None:
+            return "; nothing was saved, because run.experiment_dir is not set"
+        if self.saver.step < 0:
+            return "; no checkpoint is complete, so the same command starts from the beginning"
+        return "; the same command continues"
 
     def told(self) -> bool:
         """Whether any process was asked to stop; all of them ask at the same time."""
@@ -155,12 +192,12 @@ class Trainer:
                     if training.export.due(step) and not self.stopping:
                         self.export(step)
                 if shutdown:
-                    return f"Stopping after step {step}, as training.shutdown asks; the same command goes on."
+                    return f"Stopping after step {step}, as training.shutdown asks{self.continues}."
                 if self.stopping:
                     break
                 self.mark("data", step=step + 1)
         if self.stopping:
-            return f"Stopped by a signal after step {self.done}; the same command goes on from here."
+            return f"Stopped by a signal after step {self.done}{self.continues}."
         return ""
 
     @property
@@ -189,7 +226,7 @@ class Trainer:
         if training.export.interval is not None and not self.told():
             self.export(step)
         if self.stopping:
-            return "Stopped by a signal before all was done that is due at the end; the same command goes on with it."
+            return f"Stopped by a signal before all was done that is due at the end{self.continues}."
         return f"Training is complete: {self.done} steps."
 
     def goes_back(self, step: int, result: StepResult, batches: Loader) -> bool:
@@ -198,8 +235,9 @@ class Trainer:
         told = f"Step {step} is a spike: {result.spike} (median and deviations of {policy.window} steps)"
         if policy.policy == "stop":
             raise TrainingStopped(
-                f"{told}. Its update was not applied, and the last checkpoint is whole. Look at the step's data with"
-                " `fast-llm why`, lower optimizer.learning_rate.base, or choose another training.spikes.policy."
+                f"{told}. Its update was not applied. Look at the step's data with `fast-llm why`, lower"
+                " optimizer.learning_rate.base, or choose another training.spikes.policy.",
+                resumable=True,
             )
         if policy.policy == "rewind":
             self.mark("saving", step=step, patient=True)
@@ -210,9 +248,9 @@ class Trainer:
             if path is not None:
                 if len(self.passed_over) == policy.max_rewinds:
                     raise TrainingStopped(
-                        f"{told}. The run went back {policy.max_rewinds} times already (training.spikes.max_rewinds); the last"
-                        " checkpoint is whole. Look at the data of these steps with `fast-llm why`, or lower"
-                        " optimizer.learning_rate.base."
+                        f"{told}. The run went back {policy.max_rewinds} times already (training.spikes.max_rewinds). Look at the"
+                        " data of these steps with `fast-llm why`, or lower optimizer.learning_rate.base.",
+                        resumable=True,
                     )
                 self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
                 self.go_back(step, path)
@@ -313,7 +351,7 @@ class Trainer:
         self.train_step.optimizer.updates = info["updates"]
         self.train_step.loss_scale.load(info["loss_scale"])
         self.train_step.spikes.load(info.get("spikes", {}))
-        self.saver.step = self.done
+        self.saver.step = self.saver.saved = self.done
 
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Weights and moments of a checkpoint."""
@@ -435,9 +473,9 @@ class Trainer:
             self.check_state(step)
             raise TrainingStopped(
                 f"step {step}: loss or gradients were not finite {limit} times in a row"
-                " (optimizer.max_nonfinite_steps). The weights were not touched by these steps, and the last"
-                " checkpoint is whole. Look at the data of these steps, lower optimizer.learning_rate.base, or"
-                " go on from an earlier checkpoint."
+                " (optimizer.max_nonfinite_steps). The weights were not touched by these steps. Look at the data of these"
+                " steps, lower optimizer.learning_rate.base, or continue from an earlier checkpoint.",
+                resumable=True,
             )
 
     def check_state(self, step: int, told: str = "") -> None:
@@ -451,8 +489,8 @@ class Trainer:
         more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
         raise TrainingStopped(
             f"step {step}: {found[0]}{more}. {told}No update makes such numbers, unless optimizer.learning_rate.base is far too"
-            " large: a chip or its memory computes or remembers wrongly. The last checkpoint is whole; the same command goes on"
-            " from it."
+            " large: a chip or its memory computes or remembers wrongly.",
+            resumable=True,
         )
 
     def loader(self, phase: str, first_sample: int, steps: int) -> Loader:

@@ -403,7 +403,7 @@ def a_spike_that_stops(bench: Bench, layout: str, story: str) -> int:
         code, said = bench.start(layout, name, ("training.spikes.policy=stop",), faults)
         story += f", stop, {faults}, exit code {code}\n{said}"
         told = one_line(said, story)
-        assert code == 1 and f"Step {batch} is a spike" in told and "the last checkpoint is whole" in told, story
+        assert code == 1 and f"Step {batch} is a spike" in told and "is complete: the same command" in told, story
         _nothing_since(bench, layout, name, batch, story)
     bench.figures["ended with a line"] += 1
     return 1
@@ -418,7 +418,7 @@ def too_many_in_a_row(bench: Bench, layout: str, story: str) -> int:
     story += f", in a row, {faults}, exit code {code}\n{said}"
     told = one_line(said, story)
     assert code == 1 and f"step {first + 2}: loss or gradients were not finite 3 times in a row" in told, story
-    assert "the last checkpoint is whole" in told, story
+    assert " is complete: the same command" in told, story
     _nothing_since(bench, layout, name, first, story)
     bench.figures["ended with a line"] += 1
     return len(faults)

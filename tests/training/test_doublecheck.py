@@ -258,7 +258,7 @@ def test_what_no_update_makes_is_neither_saved_nor_exported(
         assert str(error.value).startswith(
             f"step 5: rank 0 on {HOST}: {part} of model.norm.weight{'' if told[0] == ',' else ' '}{told}. It was not {what}. "
         )
-        assert "The last checkpoint is whole; the same command goes on from it." in str(error.value)
+        assert "Checkpoint 3 is complete: the same command continues from it." in str(error.value)
         assert [path.name for path in (tmp_path / part / "checkpoint").iterdir()] == ["3"]
         assert not list((tmp_path / part / "export" / "llama").glob("*"))
 

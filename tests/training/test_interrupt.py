@@ -2,11 +2,14 @@
 
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,8 +94,79 @@ def test_who_loses_another_process_says_so_in_a_line(tmp_path: Path) -> None:
     with Job(tmp_path, settings(tmp_path, "training.train_iters=50"), 2, loses_the_other, helped=False) as job:
         assert job.wait() == 128 + signal.SIGKILL
         assert job.codes() == [1, 128 + signal.SIGKILL]
-        assert job.said().count("fast-llm train: another process of this run has ended") == 1
+        host = socket.gethostname()
+        assert job.said().count(f"fast-llm train: rank 0 on {host}: another process of this run has ended without") == 1
         assert "Traceback" not in job.said()
+
+
+def is_slow(folder: str, rank: int) -> None:
+    """The third step takes seconds."""
+    from fast_llm.training.trainer import Trainer
+
+    def wait(trainer: Trainer, step: int) -> None:
+        if step == 3:
+            (Path(folder) / f"ready{rank}").touch()
+            time.sleep(4)
+
+    Trainer.check_finite = wait  # type: ignore[method-assign]
+
+
+_AGAIN = "A second one, 2 s later or more, ends the run at once"
+
+
+@pytest.mark.parametrize(
+    ("world", "further", "signals", "said"),
+    [
+        (
+            1,
+            ["training.checkpoint.interval=2", "training.checkpoint.background=no"],
+            ["INT"],
+            f"Ctrl-C: the current step is finished and saved, then the run ends. {_AGAIN} and loses the steps after checkpoint 2.\n",
+        ),
+        (
+            2,
+            [],
+            ["INT", "INT"],
+            f"Ctrl-C: the current step is finished and saved, then the run ends. {_AGAIN} and loses all steps: no checkpoint is"
+            " complete yet.\nA second signal ends the run at once and loses all steps: no checkpoint is complete yet.\n",
+        ),
+        (
+            1,
+            ["run.experiment_dir=null"],
+            ["TERM"],
+            "SIGTERM: the run ends after the current step. Nothing is saved: run.experiment_dir is not set."
+            f" {_AGAIN}.\n",
+        ),
+    ],
+)
+def test_signals_are_acknowledged_at_once(
+    tmp_path: Path, world: int, further: list[str], signals: list[str], said: str
+) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    arguments = settings(tmp_path, "training.train_iters=50", "run.log_timestamps=no", *further)
+    with Job(tmp_path, arguments, world, partial(is_slow, str(tmp_path))) as job:
+        while len(list(tmp_path.glob("ready*"))) < world:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        for number in signals:
+            before = len(job.said())
+            sent = time.monotonic()
+            assert job.launcher.pid is not None
+            os.kill(job.launcher.pid, signal.Signals[f"SIG{number}"])
+            while len(job.said()) == before:
+                assert time.monotonic() < sent + 3, job.said()
+                time.sleep(0.01)
+            time.sleep(2.2 if len(signals) > 1 else 0)
+        code = job.wait()
+        assert code == 128 + signal.Signals[f"SIG{signals[0]}"]
+        lines = [
+            line for line in job.said().splitlines(keepends=True) if line.startswith(("Ctrl-C", "SIGTERM", "A second"))
+        ]
+        assert "".join(lines) == said
+        ends = job.said().splitlines()[-1]
+        if len(signals) == 1:
+            after = "the same command continues" if len(further) and "null" not in further[0] else "nothing was saved"
+            assert re.match(rf"(\[Rank 0\] )?Stopped by a signal after step [34]; {after}", ends)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

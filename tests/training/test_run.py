@@ -153,7 +153,8 @@ def test_steps_that_are_not_finite_never_touch_the_weights(tokens: Path, world: 
         "training.checkpoint.interval=2",
     )
     for message in spawn(world, train_on_nonsense, arguments):
-        assert "were not finite 4 times in a row" in message and "last checkpoint is whole" in message
+        assert "were not finite 4 times in a row" in message
+        assert message.endswith(" Checkpoint 4 is complete: the same command continues from it.")
     found = records(tokens / "run")
     assert [found[step]["skipped_iters"] for step in (1, 2, 3, 4, 5)] == [0, 1, 1, 1, 1] and 6 not in found
     assert found[2]["language_model_loss"] is None
@@ -305,13 +306,13 @@ def test_patience_lasts(tmp_path: Path) -> None:
 
 
 def speaks_late(rank: int) -> None:
-    report = cli._report
+    report = ConfigError.report
 
-    def late(error: UserError) -> str:
-        time.sleep(0.5)
+    def late(error: ConfigError) -> str:
+        time.sleep(0.5 * (rank == 0))
         return report(error)
 
-    cli._report = late
+    ConfigError.report = late  # type: ignore[method-assign]
 
 
 def test_the_first_process_tells_why_although_others_have_ended(tokens: Path) -> None:
@@ -320,6 +321,26 @@ def test_the_first_process_tells_why_although_others_have_ended(tokens: Path) ->
     with Job(tokens, arguments, 2, speaks_late) as job:
         assert job.wait() == 2
         assert re.search(r"fast-llm train: .* holds token 1\d\d", job.said()), job.said()
+
+
+def test_a_damaged_checkpoint_is_named_once(tokens: Path) -> None:
+    arguments = settings(tokens, "training.train_iters=2", "training.checkpoint.interval=1")
+    with Job(tokens, arguments, 1) as job:
+        assert job.wait() == 0
+    largest = max((tokens / "run" / "checkpoint" / "2").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[-1] ^= 1
+    largest.write_bytes(data)
+    with Job(tokens, arguments, 2) as job:
+        assert job.wait() == 0
+        named = [line for line in job.said().splitlines() if "Passed over" in line]
+    assert len(named) == 1 and re.match(r"20\d\d-\S+ \S+ \[Rank 0\] Passed over: .*checkpoint/2", named[0]), named
+    assert named[0] in (tokens / "run" / "runs" / "1" / "logs" / "logs_rank_0.txt").read_text().splitlines()
+
+
+def test_a_folder_that_cannot_be_created() -> None:
+    with pytest.raises(ConfigError, match=r"^run.experiment_dir: /proc/run cannot be written to: .*; choose another$"):
+        lock(Path("/proc/run"))
 
 
 def test_a_callback_is_started_with_what_was_saved(tokens: Path) -> None:

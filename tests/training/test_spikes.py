@@ -185,14 +185,15 @@ def test_stop_and_too_many_rewinds(tmp_path: Path) -> None:
     for policy, sentence in (
         (
             "stop",
-            "Its update was not applied, and the last checkpoint is whole. Look at the step's data with `fast-llm why`",
+            "Its update was not applied. Look at the step's data with `fast-llm why`",
         ),
-        ("rewind", "The run went back 1 times already (training.spikes.max_rewinds); the last checkpoint is whole."),
+        ("rewind", "The run went back 1 times already (training.spikes.max_rewinds). Look at the data of these steps"),
     ):
         how = arguments(tmp_path, policy, policy, "training.spikes.max_rewinds=1")
         results = spawn(2, spiking, how, (8, 10))
         assert results[0] == results[1] and str(results[0][0]).startswith("Step 8 is a spike: loss ")
         assert sentence in str(results[0][0])
+        assert str(results[0][0]).endswith(" Checkpoint 6 is complete: the same command continues from it.")
         newest = folder.latest(tmp_path / policy / "checkpoint")
         assert newest is not None and newest.name == "6"
 

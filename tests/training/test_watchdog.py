@@ -254,7 +254,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     text = (tmp_path / "output").read_text()
     assert job.returncode == 1 and f"Late: rank 1, process {ranks[1].pid} on" in text
     # torchrun names the right one too.
-    report = r"torchrun: rank 1 on \S+ was the first to fail: SIGKILL|Root Cause.*rank +: 1 \(local_rank: 1\)"
+    report = r"torchrun: rank 1 on \S+ was killed by SIGKILL|Root Cause.*rank +: 1 \(local_rank: 1\)"
     assert re.search(report, text, re.S), text  # the second where the entry points are not installed
 
 
