@@ -57,6 +57,17 @@ class _Stage(PipelineStage):
 
     batches: Sequence[Batch] = ()
 
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch 2.11 makes the buffers for received hidden states once, at the first pass. Where that is a validation it
+        makes them without gradients, and the first training step fails."""
+        made = super()._prepare_forward_infra(*args, **kwargs)
+        for received in self.args_recv_info.values():
+            for each in received:
+                buffer = getattr(each, "buffer", None)
+                if isinstance(buffer, Tensor):
+                    buffer.requires_grad_(True)
+        return made
+
     def forward_one_chunk(
         self,
         fwd_chunk_id: int,

@@ -199,11 +199,13 @@ def ways() -> Rows:
 
 
 def finished(run: Started) -> Started | str:
-    """A run that ended well, or why it did not."""
+    """A run that ended well, or why it did not, of which more goes to stderr."""
     try:
         return run.wait()
     except AssertionError as error:
-        return str(error).splitlines()[-1]
+        print(f"{run.folder}: {error}", file=sys.stderr, flush=True)
+        telling = [line for line in run.printed().splitlines() if "Error" in line or line.startswith("fast-llm ")]
+        return telling[-1][:200] if telling else "failed"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Started:
     def wait(self) -> "Started":
         """Until it has ended. Raises AssertionError, with the end of what it printed, unless it ended well."""
         code = self.process.wait()
-        assert code == 0, f"exit code {code}: ...{self.printed()[-1500:]}"
+        assert code == 0, f"exit code {code}: ...{self.printed()[-4000:]}"
         return self
 
     def kill(self) -> None:
