@@ -27,8 +27,10 @@ check: install
 install: .venv/installed
 
 .venv/installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("fast-llm needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("fast-llm needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@echo "Installing into .venv: PyTorch and the other packages of requirements.txt. This takes some minutes the first time."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@touch $@
+	@echo "Installed. \`source .venv/bin/activate\` makes fast-llm a command in this terminal."
