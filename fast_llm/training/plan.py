@@ -264,6 +264,11 @@ def describe(plan: Plan) -> str:
         f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
     ]
     sequences = plan.samples + (training.train_iters - plan.done) * batch.batch_size
+    consumed = plan.history.tokens(sequences) if plan.history is not None else 0
+    if plan.history is not None and consumed != training.train_iters * tokens:
+        lines.append(
+            f"              with other batches before, or data that was passed over: {consumed:,} tokens by the end"
+        )
     for source, epochs in plan.dataset.epochs("training", sequences):
         lines.append(f"Data          {source.name}: {source.tokens:,} tokens to train on, {epochs:.3g} epochs")
     if plan.dataset.documents("training"):

@@ -1,5 +1,6 @@
 """What can be asked of a run afterwards."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -119,3 +120,12 @@ def test_a_reader_that_has_enough(made: tuple[Path, list[list[int]]]) -> None:
     command = f"{sys.executable} -m fast_llm.cli why {made[0] / 'run'} 1 | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_why_of_a_batch_size_that_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the YAML file gives none, metrics.jsonl says what it was."""
+    runs.write_tokens(tmp_path / "tokens")
+    how = ["batch.batch_size=null", "training.train_iters=2"]
+    assert spawn(1, runs.run, runs.settings(tmp_path, *how)) == [0]
+    assert main(["why", str(tmp_path / "run"), "2", "--json"]) == 0
+    assert [one["index"] for one in json.loads(capsys.readouterr().out)["sequences"]] == [2, 3]
