@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _signals(parsed.command, own_process=arguments is None):
             code: int = parsed.run(parsed)
             sys.stdout.flush()
+            if shared and arguments is None:
+                _leave(code)
             return code
     except BrokenPipeError:  # whoever reads, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -148,12 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(exit_code: int) -> None:
-    """End one of several processes after an error at once. On the usual way out it would wait for the others, or warn that it did
-    not leave their groups."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+    """End a process that has trained, or failed to, with everything closed that is ours. On Python's way out libraries would report
+    what they leak, and after an error wait for other processes or warn that their groups were not left."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 class _Told(KeyboardInterrupt):

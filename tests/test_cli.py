@@ -215,6 +215,12 @@ def test_only_the_first_process_speaks() -> None:
         assert (code, err) == (0, "loaded:\n") and expected in out and bool(out) == bool(expected)
 
 
+def test_only_the_first_process_explains_the_words() -> None:
+    for rank, lines in (("0", 2), ("1", 0)):
+        code, out, err = start("train", "--confg", "x", RANK=rank, WORLD_SIZE="2")
+        assert code == 2 and out == "" and len(err.splitlines()) - 1 == lines, err  # the last line is the probe's
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("ours")

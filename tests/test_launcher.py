@@ -86,6 +86,17 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
     ]
 
 
+def test_a_run_prints_its_own_log_and_nothing_else(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    further = ["training.checkpoint.interval=1", "training.export.interval=2", "training.validation.interval=2"]
+    further += ["training.validation.iterations=1", "model.distributed.tensor_parallel=2", "batch.micro_batch_size=1"]
+    code, text = output([*torchrun(4), *settings(tmp_path, "training.train_iters=2", *further)], environment)
+    assert code == 0
+    ours = r"20\d\d-\d\d-\d\d \S+ \[Rank 0\] |[A-Z][a-z]+ {2,}\S"  # the log, and the lines of the plan
+    assert [line for line in text.splitlines() if not re.match(ours, line)] == []
+    assert text.splitlines()[-1].endswith("[Rank 0] Training is complete: 2 steps.")
+
+
 def test_other_launches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = sys.excepthook
     for words in (["torchrun", "train.py"], ["/usr/bin/fast-llm", "train", "gpt"]):

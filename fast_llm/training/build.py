@@ -70,8 +70,11 @@ def train(plan: Plan, interrupt: Interrupt | None = None, locating: AbstractCont
 
 def _train(plan: Plan, interrupt: Interrupt, locating: AbstractContextManager[None]) -> int:
     started = time.perf_counter()
-    # With one process DCP tells the user what the code says already.
+    # What torch.distributed warns of follows from the layout that the user chose: DCP with one process, gathers of DTensors …
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\b")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     config = plan.config
     distributed = config.model.distributed
     saved = partial(what_is_saved, plan.folder)
