@@ -210,6 +210,8 @@ def _open_hub(source: Source, workers: int) -> tuple[Any, str]:
         raise MissingPackage("datasets zstandard", f"reading {config.path}") from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if source.kind == "hub":
+        logger.info(f"{config.path} is no file or folder here: asking the Hugging Face Hub for it.")
     with _said_by_datasets() as said:
         try:
             rows = _load(datasets, source, workers if workers > 1 else None)
@@ -255,7 +257,7 @@ def _load(datasets: Any, source: Source, processes: int | None) -> Any:
 
 @contextlib.contextmanager
 def _said_by_datasets() -> Iterator[list[str]]:
-    """Collects the errors that `datasets` logs; it and the Hub's client print theirs once, not twice."""
+    """Collects the errors that `datasets` logs; it and the Hub's client print theirs once, not twice, and no retries."""
     said: list[str] = []
 
     class Collector(logging.Handler):
@@ -264,16 +266,18 @@ def _said_by_datasets() -> Iterator[list[str]]:
 
     collector = Collector(logging.ERROR)
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    before = [logger.propagate for logger in loggers]
+    before = [(logger.propagate, logger.level) for logger in loggers]
     loggers[0].addHandler(collector)
     for logger in loggers:
         logger.propagate = False
+    loggers[1].setLevel(logging.ERROR)
     try:
         yield said
     finally:
         loggers[0].removeHandler(collector)
-        for logger, propagate in zip(loggers, before, strict=True):
+        for logger, (propagate, level) in zip(loggers, before, strict=True):
             logger.propagate = propagate
+            logger.setLevel(level)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

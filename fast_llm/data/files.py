@@ -71,6 +71,11 @@ def find(config: SourceConfig) -> Source:
         return _of_files(config, _matches(place), None, [])
     if not config.path.startswith(HUB) and _is_local(config.path, place):
         raise DataError(f"dataset.path: {config.path}: no such file or folder{similar(place)}")
+    if "/" not in config.path and (near := similar(place)):
+        raise DataError(
+            f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub give"
+            f" {HUB}{config.path}"
+        )
     return Source(config, "hub", {}, None, [])
 
 

@@ -336,6 +336,11 @@ def _is_finished(job: _Job) -> bool:
         source = files.find(job.config.dataset)
         if source.digest is not None:
             settings["digest of the documents"] = source.digest
+        if source.kind == "json" and "reading" not in _load(job.done(job.rank))["settings"]:
+            logger.warning(
+                f"{job.metadata}: was made by an earlier version, which could change texts that look like dates or"
+                " numbers, and could leave files out for their names (CHANGELOG.md)."
+            )
     for rank in range(job.world):
         _compare(job.done(rank), settings)
     return all(_is_done(job, rank) for rank in range(job.world))

@@ -174,6 +174,10 @@ def test_wrong_paths_are_answered_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(DataError, match=message):
             find(SourceConfig(path=path))
+    with pytest.raises(DataError, match=r"did you mean data\? For a dataset on the Hub give hf://datasets/dataa$"):
+        find(SourceConfig(path="dataa"))
+    assert find(SourceConfig(path="hf://datasets/dataa")).kind == "hub"
+    assert find(SourceConfig(path="squad")).kind == "hub"
     assert find(SourceConfig(path="org/name")).kind == "hub"
     (tmp_path / "org").mkdir()
     assert find(SourceConfig(path="hf://datasets/org/name")).kind == "hub"

@@ -291,6 +291,35 @@ def test_hub_can_not_be_reached(tmp_path: Path, model: Path, monkeypatch: pytest
         prepare(configure(tmp_path / "out", "org/name", model))
 
 
+def test_hub_is_not_there(tmp_path: Path, model: Path) -> None:
+    """One line that it is asked, one that it does not answer, and none of its client's retries."""
+    settings = [f"output_path={tmp_path}/out", "dataset.path=org/name", f"tokenizer.path={model}"]
+    code = """
+import sys, time
+time.sleep = lambda _: None
+from fast_llm.cli import main
+sys.exit(main(["prepare", *sys.argv[1:]]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *settings],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        },
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    asked, answer = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert asked == "org/name is no file or folder here: asking the Hugging Face Hub for it."
+    assert answer.startswith(
+        "fast-llm prepare: dataset.path: org/name: no such file or folder here, and not from the Hug"
+    )
+
+
 # --- odd documents ------------------------------------------------------------------------------------------------------
 
 
@@ -986,7 +1015,9 @@ def _as_of_an_earlier_version(output: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "txt.gz"])
-def test_preparations_of_earlier_versions(tmp_path: Path, model: Path, kind: str) -> None:
+def test_preparations_of_earlier_versions(
+    tmp_path: Path, model: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / f"a.{kind}"
     texts = [made.text(seed, 3000) for seed in range(40)] if "txt" not in kind else [made.text(0, 30_000)]
     if kind == "parquet":
@@ -997,9 +1028,12 @@ def test_preparations_of_earlier_versions(tmp_path: Path, model: Path, kind: str
     output = tmp_path / "out"
     metadata = prepare(configure(output, path, model))
     before = everything(tmp_path)
+    prepare(configure(output, path, model))
+    assert "earlier version" not in caplog.text
     _as_of_an_earlier_version(output)
     # What is finished is finished.
     prepare(configure(output, path, model))
+    assert ("out.json: was made by an earlier version, which could change texts" in caplog.text) == (kind == "jsonl")
     assert metadata.read_bytes() == before["out.json"]
     (output / "shard_0_0.json").unlink()
     if kind in ("jsonl", "txt.gz"):
