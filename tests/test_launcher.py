@@ -55,6 +55,50 @@ def test_a_mistake_is_one_message_and_is_not_tried_again(tmp_path: Path, environ
     )
 
 
+def test_a_mistake_on_one_of_two_nodes(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Its data is elsewhere: one message, on that node; both launchers end at once, without another attempt."""
+    write_tokens(tmp_path / "tokens", 400)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", address, "--local-addr", "127.0.0.1"]
+    nodes = []
+    for data in ("tokens", "nowhere"):
+        command = [*torchrun(1, *meet, "--max-restarts", "3"), *settings(tmp_path, "training.train_iters=9")]
+        command.append(f"data.path={tmp_path}/{data}")
+        nodes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    (line,) = "".join(said).splitlines()
+    # Which of the nodes is the first to meet has rank 0, whose own mistake needs no rank.
+    place = rf"(rank 1 on {socket.gethostname()}: )?override data.path={tmp_path}/nowhere: data.path: "
+    assert re.match(rf"fast-llm train: {place}{tmp_path}/nowhere.idx: no such file", line), line
+
+
+def test_ctrl_c_in_the_launchers_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_tokens(tmp_path / "tokens", 400)
+    command = [*torchrun(2), *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no")]
+    said = tmp_path / "said"
+    with (
+        said.open("wb") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True) as job,
+    ):
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or not losses(tmp_path / "run"):
+            assert job.poll() is None, said.read_text()
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+        assert job.wait(60) == 128 + signal.SIGINT
+    text = said.read_text()
+    line = "Ctrl-C: the current step is finished and saved, then the run ends. torchrun waits 30 s for this. A second one, 2 s"
+    assert text.count(line) == 1, text
+    last = re.search(r"\[Rank 0\] Stopped by a signal after step (\d+); the same command continues.\n$", text)
+    assert last is not None and (tmp_path / "run" / "checkpoint" / last[1]).is_dir(), text
+    assert not re.search("Traceback|Signal|W1|closing", text), text
+
+
 def test_a_command_that_is_not_there(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "./fast-llm", "train"]
     assert output(command, environment) == (
