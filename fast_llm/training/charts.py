@@ -228,17 +228,25 @@ class Wandb(logging.Handler):
 def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str, Any]:
     """Of `wandb.init`; an experiment that was started before continues its chart."""
     identity = run.folder / "wandb_config.yaml" if run.folder is not None else None
-    known = yaml.safe_load(identity.read_text()) if identity is not None and identity.exists() else None
+    known = None
+    if identity is not None and identity.exists():
+        try:
+            known = yaml.safe_load(identity.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            logger.warning(f"{identity} cannot be read: {error}. This start begins another chart.".replace("\n", " "))
     chart = known.get("id") if isinstance(known, dict) else None
     named = {
-        "id": chart or uuid.uuid4().hex[:8],
+        "id": chart if isinstance(chart, str) else uuid.uuid4().hex[:8],
         "project": settings.project_name,
         "name": config.run.experiment_name or (run.folder.name if run.folder is not None else "default"),
         "entity": settings.entity_name,
         "group": settings.group_name,
     }
     if identity is not None:
-        write_whole(identity, yaml.safe_dump(named))
+        try:
+            write_whole(identity, yaml.safe_dump(named))
+        except OSError as error:
+            logger.warning(f"{identity} cannot be written: {error.strerror}. The next start begins another chart.")
     return {
         **named,
         "config": config.model_dump(mode="json"),

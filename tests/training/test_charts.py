@@ -1,5 +1,6 @@
 """TensorBoard's event files and Weights & Biases' records, read back: what a chart will show, and that neither ends a run."""
 
+import errno
 import json
 import os
 import resource
@@ -171,6 +172,28 @@ def test_wandb_without_a_login(tokens: Path, capfd: pytest.CaptureFixture[str]) 
         f" recorded offline; upload it with `wandb sync {path.parent}`." in out
     )
     assert len(history(path, "Training.language_model_loss")) == 2
+
+
+@pytest.mark.parametrize("content", [b"id: [", b"\xff", b"", b"id: 7", b"- a"])
+def test_wandbs_identity_that_is_damaged(tokens: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    (tokens / "run").mkdir()
+    (tokens / "run" / "wandb_config.yaml").write_bytes(content)
+    assert run(settings(tokens, "training.train_iters=1", WANDB)) == 0
+    assert len(yaml.safe_load((tokens / "run" / "wandb_config.yaml").read_text())["id"]) == 8
+    warned = logged(tokens / "run").count("wandb_config.yaml cannot be read: ")
+    assert warned == (content in (b"id: [", b"\xff"))
+
+
+def test_wandbs_identity_that_cannot_be_written(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(charts, "write_whole", full)
+    assert run(settings(tokens, "training.train_iters=1", WANDB)) == 0
+    assert logged(tokens / "run").count("wandb_config.yaml cannot be written: No space left on device.") == 1
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_wandb_without_a_network(
