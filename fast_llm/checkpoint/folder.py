@@ -96,7 +96,8 @@ def publish(
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _flush(partial)
+    for folder in {partial, *(partial / inner for name in files for inner in Path(name).parents)}:
+        _flush(folder)
     old = None
     if os.path.lexists(final):
         ours = os.path.isfile(final / MANIFEST) and not final.is_symlink()
@@ -170,7 +171,8 @@ def _check(manifest: Manifest) -> None:
     if type(manifest.info) is not dict or type(manifest.files) is not dict:
         raise ValueError("info or files are none")
     for name, entry in manifest.files.items():
-        if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
+        outside = any(part in ("", ".", "..") for part in name.split("/"))
+        if outside or name == MANIFEST or "\\" in name or "\0" in name:
             raise ValueError(f"{name[:80]!r} is not the name of a file in the folder")
         if type(entry["size"]) is not int or type(entry["sha256"]) is not str:
             raise ValueError(f"size or sha256 of {name} are none")

@@ -6,33 +6,34 @@ headers are read here, by hand and with every length checked, so that mistakes s
 """
 
 import json
+import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.errors import CheckpointError, MissingPackage
 from fast_llm.model.cost import shapes
 
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "LICENSE",
-    "LICENSE.txt",
-    "USE_POLICY.md",
-    "NOTICE",
-)
+logger = logging.getLogger("fast_llm")
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Weights in any format, what trainers keep with them, archives and unfinished files: no small files.
+_LARGE_FILES = tuple("*." + ending for ending in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5"))
+_LARGE_FILES += ("*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.npy", "*.pkl", "*.pickle", "*.tflite")
+_LARGE_FILES += ("*.mlmodel", "*.distcp", "*.zip", "*.tar", "*.gz", "*.tgz", "*.bz2", "*.xz", "*.7z", "*.zst")
+_LARGE_FILES += ("*.parquet", "*.arrow", "*.partial", "*.incomplete", "*.lock")
+LARGEST_SMALL = 2**26  # bytes of a small file
+LARGEST_TOKENIZER = 2**28  # bytes of tokenizer.json and the like
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+LARGEST_TOTAL = 2**29  # bytes of all small files: every process holds them
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LARGEST_JSON = 2**26  # bytes
@@ -45,7 +46,7 @@ _OTHER_WIDTHS = {"I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U1
 def fetch(path: str, weights: bool) -> Path:
     """The folder of a model: itself, or downloaded from the Hub (`organisation/name`, also `…@revision`).
 
-    Without `weights` only its small files are downloaded.
+    Without `weights` only its small files are downloaded, with those in sub-folders.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -62,17 +63,72 @@ def fetch(path: str, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingPackage("huggingface_hub", f"{path} is no folder here; fetching it from the Hub") from error
-    patterns = ["*.json", "*.jinja", "tokenizer.model", "*.txt", "*.md"] + (["*.safetensors"] if weights else [])
+    # Of weights only what lies directly in the repository: some hold a second copy in a folder.
+    ignored = [".*", "*/.*", *(f"*/{pattern}" for pattern in _LARGE_FILES)]
+    ignored += [pattern for pattern in _LARGE_FILES if pattern != "*.safetensors" or not weights]
     try:
-        # Only what lies directly in the repository: some hold a second copy of the weights in a folder.
-        found = snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"])
-        return Path(found)
+        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=ignored))
     except Exception as error:  # the Hub's client, requests and the disk each have their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: no such folder here, and it could not be fetched from the Hugging Face Hub: {reason};"
             " check the name, the network, and for gated models `hf auth login`"
         ) from error
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """What an export has from its model's folder, by the path in it (`additional_chat_templates/tools.jinja`).
+
+    That is everything but weights and their index, hidden files, other models in sub-folders, and files that
+    are too large (`LARGEST_SMALL`). What is left out and is no weight is logged.
+    """
+    found: dict[str, bytes] = {}
+    left_out: list[str] = []
+    total = 0
+    for at, folders, names in os.walk(folder):
+        below = Path(at)
+        # A sub-folder with a config.json is another model: a checkpoint of a trainer, an adapter.
+        folders[:] = sorted(n for n in folders if n[0] != "." and not (below / n / "config.json").exists())
+        left_out += [str((below / n).relative_to(folder)) for n in folders if (below / n).is_symlink()]
+        for path in (below / name for name in sorted(names) if _is_small(name)):
+            name = path.relative_to(folder).as_posix()
+            limit = LARGEST_TOKENIZER if name in _TOKENIZER else LARGEST_SMALL
+            if not path.is_file():  # a pipe, or a link to nothing
+                left_out.append(name)
+                continue
+            size = path.stat().st_size
+            if size > limit or total + size > LARGEST_TOTAL or _leads_out(path, folder):
+                left_out.append(name)
+                continue
+            found[name] = path.read_bytes()
+            total += size
+    if left_out and os.environ.get("RANK", "0") == "0":
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        logger.warning(
+            f"{folder}: exports will not have {', '.join(left_out[:3])}{more}: larger than"
+            f" {LARGEST_SMALL >> 20} MiB, not a file, or a link out of the folder."
+        )
+    return found
+
+
+def _is_small(name: str) -> bool:
+    ours = name.startswith(".") or name == MANIFEST or name.endswith(".index.json")
+    return not ours and not any(fnmatch(name.lower(), pattern) for pattern in _LARGE_FILES)
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Whether a link leads to a file that no model's folder holds: a repository could so publish its reader's secrets.
+
+    Links within the folder are followed, and into the folder of the linked config.json or tokenizer.json: that is
+    another model's, or the Hub's cache, where every file is a link to a blob.
+    """
+    real = os.path.realpath(path)
+    allowed = [os.path.realpath(folder)]
+    for name in ("config.json", "tokenizer.json"):
+        parent, target = os.path.split(os.path.realpath(folder / name))
+        if target == name or os.path.basename(parent) == "blobs":
+            allowed.append(parent)
+    return not any(os.path.commonpath((real, root)) == root for root in allowed)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,15 +246,23 @@ def _given(config: Mapping[str, Any], key: str, default: Callable[[], Any]) -> A
 
 
 def export_config(
-    source: Mapping[str, Any] | None, model: BaseModelConfig, dtype: str, tokens: Mapping[str, int | None]
+    source: Mapping[str, Any] | None,
+    model: BaseModelConfig,
+    dtype: str,
+    tokens: Mapping[str, int | None],
+    sequence_length: int = 0,
 ) -> dict[str, Any]:
-    """config.json of an export: the source's, key by key, with another dtype; without a source a complete one.
+    """config.json of an export: the source's, key by key, but for what training changed; without a source a complete one.
 
-    `tokens`: ids `bos` and `eos`.
+    `tokens`: ids `bos` and `eos`. `sequence_length`: in tokens, what the model was trained with.
     """
     if source is not None:
-        spellings = [key for key in ("torch_dtype", "dtype") if key in source] or ["torch_dtype"]
-        return {**source, **dict.fromkeys(spellings, TORCH_DTYPES[dtype])}
+        later = "dtype" if "rope_parameters" in source else "torch_dtype"  # transformers 5's spelling, or before
+        spellings = [key for key in ("torch_dtype", "dtype") if key in source] or [later]
+        changed = {**source, **dict.fromkeys(spellings, TORCH_DTYPES[dtype])}
+        if bool(source.get("tie_word_embeddings", False)) != model.tie_word_embeddings:
+            changed["tie_word_embeddings"] = model.tie_word_embeddings
+        return with_length(changed, sequence_length)
     t = model.transformer
     rotary = t.rotary
     scaling = None
@@ -221,7 +285,7 @@ def export_config(
         "hidden_size": t.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": t.ffn_hidden_size,
-        "max_position_embeddings": model.max_position_embeddings,
+        "max_position_embeddings": max(model.max_position_embeddings, sequence_length),
         "mlp_bias": t.add_linear_biases in ("everywhere", "only_mlp"),
         "model_type": "llama",
         "num_attention_heads": t.num_attention_heads,
@@ -236,6 +300,41 @@ def export_config(
         "use_cache": True,
         "vocab_size": model.vocab_size,
     }
+
+
+def with_length(config: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
+    """A config.json that states at least this context length, in tokens. Rotary angles stay what they are."""
+    before = config.get("max_position_embeddings") or 2048
+    if sequence_length <= before:
+        return dict(config)
+    changed = {**config, "max_position_embeddings": sequence_length}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        rope, original = config.get(spelling) or {}, "original_max_position_embeddings"
+        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear") and original not in rope:
+            # Angles are scaled by this length, which is max_position_embeddings where nothing else is said.
+            changed[spelling] = {**rope, original: config.get(original, before)}
+    return changed
+
+
+def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, bytes]:
+    """Small files for an export of a model that was trained with this sequence length, in tokens.
+
+    tokenizer_config.json's `model_max_length` is raised to it if it is smaller; everything else stays as it is.
+    """
+    files = dict(small)
+    text = files.get("tokenizer_config.json", b"").decode("utf-8", "replace")
+    try:
+        content = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return files
+    stated = content.get("model_max_length") if isinstance(content, dict) else None
+    if type(stated) is int and stated < sequence_length:
+        content["model_max_length"] = sequence_length
+        changed = re.sub(r'("model_max_length"\s*:\s*)\d+', rf"\g<1>{sequence_length}", text)
+        if json.loads(changed) != content:  # the name stands elsewhere, too
+            changed = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        files["tokenizer_config.json"] = changed.encode()
+    return files
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -325,12 +424,22 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def is_spare(name: str) -> bool:
     """Whether published folders may hold this tensor besides a model's: frequencies, which are computed, and the head
-    of a tied model, which repeats the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+    of a tied model, if it repeats the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or name == HEAD
+
+
+def place(name: str, wanted: Container[str], files: Container[str]) -> str:
+    """Under which name a folder holds a weight; `wanted`: all that the model has.
+
+    A shared embedding may be there as the head alone: so safetensors' and accelerate's `save_model` write it.
+    """
+    alone = name == EMBEDDING and HEAD not in wanted and name not in files and HEAD in files
+    return HEAD if alone else name
 
 
 def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
-    """What is wrong with the weights of a folder, from their headers; at most eleven lines.
+    """What is wrong with the weights of a folder, from their headers; at most eleven lines. Of a tied model that has a head
+    all the same, head and embedding are compared.
 
     Raises CheckpointError for files that can not be read at all.
     """
@@ -338,7 +447,8 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     files = weight_files(folder)
     headers = {path: read_header(path) for path in sorted(set(files.values()))}
     problems = []
-    for name, shape in expected.items():
+    for weight, shape in expected.items():
+        name = place(weight, expected, files)
         if name not in files:
             problems.append(f"{folder}: the weight {name} is missing")
             continue
@@ -356,4 +466,61 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
         for name, path in files.items()
         if name not in expected and not is_spare(name)
     ]
+    if not problems and model.tie_word_embeddings and HEAD in files and EMBEDDING in files:
+        problems += _other_head(folder, files, headers)
     return problems if len(problems) <= 10 else [*problems[:10], f"{folder}: … and {len(problems) - 10} more"]
+
+
+def _other_head(
+    folder: Path, files: Mapping[str, Path], headers: Mapping[Path, dict[str, dict[str, Any]]]
+) -> list[str]:
+    """Of a model whose config.json says that the embedding is the head: the head that is there and is another one."""
+    one, other = (headers[files[name]].get(name) for name in (HEAD, EMBEDDING))
+    if one is None or other is None:
+        return [f"{files[HEAD]}: the weight {HEAD} is missing, though the index names it"]
+    if one["shape"] != other["shape"]:
+        differs = f"has the shape {one['shape']}, {EMBEDDING} {other['shape']}"
+    elif one["dtype"] in _WIDTHS and _equal(files[HEAD], one, files[EMBEDDING], other):
+        return []
+    else:
+        differs = f"differs from {EMBEDDING}"
+    return [
+        f"{files[HEAD]}: {HEAD} {differs}, but {folder / 'config.json'} says tie_word_embeddings: true. To keep this head,"
+        " as transformers does, give model.base_model.tie_word_embeddings: no, or false in config.json; to use the"
+        f" embedding instead, remove {HEAD} from the weights"
+    ]
+
+
+def _equal(file: Path, tensor: Mapping[str, Any], other_file: Path, other: Mapping[str, Any]) -> bool:
+    """Whether two tensors of one shape, of any dtypes, hold the same numbers."""
+    count = int(np.prod(tensor["shape"], dtype=np.int64))
+    for first in range(0, count, 2**22):
+        length = min(2**22, count - first)
+        if not np.array_equal(_numbers(file, tensor, first, length), _numbers(other_file, other, first, length)):
+            return False
+    return True
+
+
+def _numbers(path: Path, tensor: Mapping[str, Any], first: int, count: int) -> np.ndarray[Any, Any]:
+    """Some elements of a tensor of a safetensors file, in a dtype that holds them exactly."""
+    dtype = tensor["dtype"]
+    kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            file.seek(8 + header + tensor["data_offsets"][0] + first * _WIDTHS[dtype])
+            data = np.frombuffer(file.read(count * _WIDTHS[dtype]), kind)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
+    return (data.astype("<u4") << 16).view("<f4") if dtype == "BF16" else data
+
+
+def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str:
+    """Which of fp32, bf16 and fp16 the weights of a folder have: what all of them have, else what config.json says, else fp32."""
+    found = {
+        tensor["dtype"] for path in sorted(set(weight_files(folder).values())) for tensor in read_header(path).values()
+    }
+    if len(found) == 1 and (name := {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}.get(found.pop())):
+        return name
+    stated = config.get("dtype", config.get("torch_dtype"))
+    return next((name for name, spelled in TORCH_DTYPES.items() if spelled == stated), "fp32")

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.llama import is_spare, weight_files
+from fast_llm.checkpoint.llama import is_spare, place, weight_files
 from fast_llm.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,20 +108,21 @@ def load_weights(weights: Mapping[str, Tensor], folder: Path, group: dist.Proces
     """
     files = weight_files(folder)
     wanted = {name for names in gather(list(weights), whole_group(group)) for name in names}
-    missing = sorted(wanted - files.keys())
+    places = {name: place(name, wanted, files) for name in wanted}
+    missing = sorted(name for name in wanted if places[name] not in files)
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    strange = sorted(name for name in files.keys() - wanted if not is_spare(name))
+    strange = sorted(name for name in files.keys() - set(places.values()) if not is_spare(name))
     if strange:
         raise CheckpointError(f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}")
     by_file: dict[Path, list[str]] = {}
     for name in weights:
-        by_file.setdefault(files[name], []).append(name)
+        by_file.setdefault(files[places[name]], []).append(name)
     for path, names in sorted(by_file.items()):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    source = file.get_slice(name)
+                    source = file.get_slice(places[name])
                     if tuple(source.get_shape()) != tuple(weights[name].shape):
                         raise CheckpointError(
                             f"{path}: {name} has the shape {source.get_shape()}, must be {list(weights[name].shape)}"
@@ -297,8 +298,9 @@ def export_llama(
 ) -> None:
     """Write a complete Hugging Face folder, which is there whole or not at all; every process calls it.
 
-    `files`: small files that go along, by name (tokenizer, generation_config.json). Raises CheckpointError on all
-    processes if it fails on one; what stood at `path` is still there then.
+    `files`: small files that go along, by their path in the folder (tokenizer, generation_config.json). A config.json
+    among them is written as it is if it says what `config` says. Raises CheckpointError on all processes if it
+    fails on one; what stood at `path` is still there then.
     """
     group = whole_group(group)
     what = f"{path}: could not be exported"
@@ -312,8 +314,11 @@ def export_llama(
         names = save_weights(weights, into, dtype, parameters_per_file, group)
         with together(what, group):
             if partial is not None:
-                small = {**files, "config.json": json.dumps(config, indent=2).encode() + b"\n"}
+                small = dict(files)
+                if "config.json" not in files or json.loads(files["config.json"]) != config:
+                    small["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
                 for name, content in small.items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(content)
                 folders.publish(partial, path, "export", step, {}, folders.digests(partial, [*names, *small]))
     except BaseException:

@@ -822,9 +822,9 @@ def _finish(job: _Job, source: Documents) -> None:
 def _copy_tokenizer(job: _Job) -> None:
     folder = job.output / "tokenizer"
     folder.mkdir(exist_ok=True)
-    for file in job.loaded.files:
-        name = tokenizer.MAIN if file == job.loaded.path else file.name
+    for name, file in job.loaded.named_files():
         partial = folder / f"{name}.{job.rank}.partial"
+        partial.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, partial)
         partial.replace(folder / name)
 

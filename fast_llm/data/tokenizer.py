@@ -26,10 +26,12 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
 )
+TEMPLATES = "additional_chat_templates/"  # a folder of jinja files
 _IDS = ("generation_config.json", "config.json")
 _LARGEST = 2**28  # bytes
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -52,6 +54,12 @@ class Loaded:
     fingerprint: str
     files: list[Path]
     """All that belongs to it, tokenizer.json first."""
+
+    def named_files(self) -> list[tuple[str, Path]]:
+        """`files`, each with its path in a copy of the folder."""
+        return [
+            (MAIN if file == self.path else file.relative_to(self.path.parent).as_posix(), file) for file in self.files
+        ]
 
 
 def load(path: str) -> Loaded:
@@ -78,7 +86,11 @@ def load(path: str) -> Loaded:
         adds_bos,
         max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
         _digest(content),
-        [file, *(file.parent / name for name in FILES[1:] if (file.parent / name).is_file())],
+        [
+            file,
+            *(file.parent / name for name in FILES[1:] if (file.parent / name).is_file()),
+            *sorted((file.parent / TEMPLATES).glob("*.jinja")),
+        ],
     )
 
 
@@ -116,7 +128,9 @@ def _find(path: str) -> Path:
         raise MissingPackage("huggingface_hub", f"{path} is no folder here; fetching it from the Hub") from error
     name, _, revision = path.partition("@")
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, *_IDS])
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=[*FILES, *_IDS, f"{TEMPLATES}*.jinja"]
+        )
     except Exception as error:
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__

@@ -12,10 +12,11 @@ import torch
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import llama, state
-from fast_llm.checkpoint.weights import DTYPES, export_llama, load_weights
+from fast_llm.checkpoint.weights import export_llama, load_weights
 from fast_llm.config.prepare import ConvertConfig
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
+from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
 from fast_llm.model.cost import shapes
 
@@ -55,19 +56,29 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
         raise CheckpointError(f"{path}: its manifest does not say which model it is of") from error
     weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
     state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
-    beside = path.parent.parent / "pretrained"
-    small = _small(beside)
-    original = llama.read_json(beside / "config.json") if "config.json" in small else None
+    kept = path.parent.parent / "pretrained"
+    small = llama.small_files(kept) if kept.is_dir() else {}
+    original = llama.read_json(kept / "config.json") if "config.json" in small else None
     wanted = dtype or trained_in
+    length = settings.get("batch", {}).get("sequence_length", 0)
+    tokens = info.get("tokens") or _tokens(kept)
     export_llama(
         output,
         weights,
-        config=llama.export_config(original, model, wanted, info.get("tokens", {})),
+        config=llama.export_config(original, model, wanted, tokens, length),
         dtype=wanted,
-        files={name: data for name, data in small.items() if name != "config.json"},
+        files=llama.export_files(small, length),
         parameters_per_file=parameters_per_file,
         step=info["step"],
     )
+
+
+def _tokens(folder: Path) -> dict[str, int | None]:
+    """Ids of BOS and EOS by a run's tokenizer, for checkpoints whose manifest does not have them."""
+    if not (folder / tokenizer.MAIN).is_file():
+        return {}
+    loaded = tokenizer.load(str(folder))
+    return {"bos": loaded.bos, "eos": loaded.eos}
 
 
 def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
@@ -83,35 +94,38 @@ def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[st
 
 def _import(path: Path, output: Path) -> None:
     """A Hugging Face folder → a checkpoint without moments, its small files beside it."""
-    model, weights, _ = _read(path)
+    llama.read_json(path / "config.json")
+    small = llama.small_files(path)
+    kept = output.parent.parent / "pretrained"
+    if (kept / "config.json").exists() and (kept / "config.json").read_bytes() != small["config.json"]:
+        raise CheckpointError(
+            f"{kept}: holds the files of another model, which this one's would replace; choose an output.path two folders"
+            " below one of its own, as in <folder>/checkpoint/0"
+        )
+    model, weights, original = _read(path)
+    dtype = llama.stored_dtype(path, original)
     info = {
         "step": 0,
-        "settings": {"model": {"base_model": model.model_dump(mode="json"), "distributed": {"training_dtype": "bf16"}}},
+        "settings": {"model": {"base_model": model.model_dump(mode="json"), "distributed": {"training_dtype": dtype}}},
     }
     written = state.save(output.parent, 0, {f"weight/{name}": weight for name, weight in weights.items()}, info)
     if written != output:
         written.rename(output)
-    beside = output.parent.parent / "pretrained"
-    beside.mkdir(exist_ok=True)
-    for name, data in _small(path).items():
-        (beside / name).write_bytes(data)
+    for name, data in small.items():
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_bytes(data)
 
 
 def _copy(path: Path, output: Path, dtype: str | None, parameters_per_file: int) -> None:
     """A Hugging Face folder → another, in another dtype or cut into other files."""
     model, weights, original = _read(path)
-    stated = str(original.get("torch_dtype", original.get("dtype", "float32")))
-    wanted = dtype or next((name for name, kind in DTYPES.items() if str(kind) == f"torch.{stated}"), "fp32")
+    wanted = dtype or llama.stored_dtype(path, original)
     export_llama(
         output,
         weights,
         config=llama.export_config(original, model, wanted, {}),
         dtype=wanted,
-        files={name: data for name, data in _small(path).items() if name != "config.json"},
+        files=llama.small_files(path),
         parameters_per_file=parameters_per_file,
         step=0,
     )
-
-
-def _small(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in llama.SMALL_FILES if (folder / name).is_file()}

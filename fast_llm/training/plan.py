@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             return None
 
     tokens: dict[str, int | None] = {"bos": None, "eos": None}
-    fingerprint = None
+    fingerprint, given = None, dict[str, bytes]()
     tokenizer_at = config.data.tokenizer.path or (source if "tokenizer.json" in small else None)
     if tokenizer_at is not None:
         setting = "pretrained.path" if config.data.tokenizer.path is None else "data.tokenizer.path"
@@ -116,6 +117,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         if loaded is not None:
             tokens = {"bos": loaded.bos, "eos": loaded.eos}
             fingerprint = loaded.fingerprint
+            given = {name: path.read_bytes() for name, path in loaded.named_files()}
     dataset = attempt(
         lambda: open_dataset(config.data, config.batch.sequence_length, config.model.distributed.seed, model.vocab_size)
     )
@@ -138,9 +140,10 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         if source is not None and not small.keys() & {"tokenizer.json"} and not small.keys() & {"tokenizer.model"}:
             small |= _dataset_tokenizer(dataset)
         elif source is None:
-            small |= _dataset_tokenizer(dataset)
+            small |= _dataset_tokenizer(dataset) or given
             described: dict[str, Any] = next(iter(dataset.described.values()), {})
-            tokens = {name: described.get("tokenizer", {}).get(name) for name in ("bos", "eos")}
+            ids = described.get("tokenizer", tokens)
+            tokens = {name: ids.get(name) for name in ("bos", "eos")}
     checkpoint = checkpoints.latest(folder / "checkpoint") if folder is not None else None
     if folder is not None and checkpoint is None and (lost := checkpoints.lost(folder / "checkpoint")):
         problems.append(
@@ -229,7 +232,8 @@ def with_shape(
 ) -> tuple[Document, Path | None, dict[str, Any] | None, dict[str, bytes]]:
     """The document with the pretrained model's shape under it; that model's folder, config.json and small files."""
     source, source_config, small = _pretrained(document, _experiment(document), weights)
-    if source_config is not None:
+    if source is not None and source_config is not None:
+        source_config = _untied(document, source, source_config)
         values = {"model": {"base_model": llama.architecture(source_config, f"{source}/config.json")}}
         document = document.under(values, f"{source}/config.json")
     return document, source, source_config, small
@@ -367,6 +371,7 @@ def prepare_folder(plan: Plan) -> None:
         (folder / "pretrained").mkdir(exist_ok=True)
         for name, content in plan.small_files.items():
             target = folder / "pretrained" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists() or target.read_bytes() != content:
                 target.write_bytes(content)
 
@@ -395,26 +400,41 @@ def _pretrained(
         kept = source.parent.parent / "pretrained"  # beside the checkpoint's folder
         config = llama.read_json(kept / "config.json") if (kept / "config.json").exists() else None
         with locating(document, TrainConfig, "pretrained.path"):
-            checkpoints.verify(source)
-        return source, config, _small(kept)
+            info = checkpoints.verify(source).info
+        small = llama.small_files(kept) if kept.is_dir() else {}
+        return source, None if config is None else _as_trained(config, info), small
     copy = folder / "pretrained" if folder is not None else None
     gone = not Path(path).expanduser().exists()
     if gone and copy is not None and (copy / "config.json").exists() and checkpoints.find(copy.parent / "checkpoint"):
         # The run has its own weights by now; the model it came from may be gone.
-        return copy, llama.read_json(copy / "config.json"), _small(copy)
+        return copy, llama.read_json(copy / "config.json"), llama.small_files(copy)
     try:
         source = llama.fetch(path, weights)
-        return source, llama.read_json(source / "config.json"), _small(source)
+        return source, llama.read_json(source / "config.json"), llama.small_files(source)
     except UserError as error:
         raise ConfigError([f"{document.where('pretrained.path')}: pretrained.path: {error}"]) from error
 
 
-def _small(folder: Path) -> dict[str, bytes]:
-    return {
-        name: (folder / name).read_bytes()
-        for name in llama.SMALL_FILES
-        if (folder / name).is_file() and (folder / name).stat().st_size < 2**28
-    }
+def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json beside a checkpoint, with what the checkpoint itself says of its head and its sequences."""
+    settings = info.get("settings") or {}
+    with suppress(KeyError, TypeError):
+        config = config | {"tie_word_embeddings": bool(settings["model"]["base_model"]["tie_word_embeddings"])}
+    with suppress(KeyError, TypeError):
+        config = llama.with_length(config, int(settings["batch"]["sequence_length"]))
+    return config
+
+
+def _untied(document: Document, source: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The pretrained config.json, without tied embeddings if the user asks for the separate head that the weights have."""
+    asked = document.get("model.base_model.tie_word_embeddings") is False
+    if not asked or not config.get("tie_word_embeddings") or document.get("pretrained.format") == "distributed":
+        return config
+    try:
+        there = llama.HEAD in llama.weight_files(source)
+    except CheckpointError:  # of a model on the Hub, before its weights are fetched
+        there = True
+    return config | {"tie_word_embeddings": False} if there else config
 
 
 def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
@@ -422,7 +442,8 @@ def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
     for path, described in dataset.described.items():
         place = described.get("tokenizer", {}).get("path")
         if isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts:
-            return {k: v for k, v in _small(Path(path).parent / place).items() if k != "config.json"}
+            found = llama.small_files(Path(path).parent / place)
+            return {k: v for k, v in found.items() if k in tokenizer.FILES or k.startswith(tokenizer.TEMPLATES)}
     return {}
 
 

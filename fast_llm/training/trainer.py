@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
-from fast_llm.checkpoint.llama import export_config
+from fast_llm.checkpoint.llama import export_config, export_files
 from fast_llm.checkpoint.weights import export_llama, gather, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.data.loader import Loader
@@ -385,6 +385,7 @@ class Trainer:
             "spikes": self.train_step.spikes.state(),
             "passed_over": list(self.passed_over),
             "history": self.history.model_dump(mode="json") if self.history is not None else None,
+            "tokens": self.plan.tokens,
             "identity": self.plan.identity,
             "settings": self.config.model_dump(mode="json"),
         }
@@ -408,13 +409,16 @@ class Trainer:
         started = time.perf_counter()
         dtype = settings.data_type or self.config.model.distributed.training_dtype
         self.check_state(step, "It was not exported. ")
+        length = self.config.batch.sequence_length
         with self.weights.masters() as tensors:
             export_llama(
                 path,
                 tensors,
-                config=export_config(self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokens),
+                config=export_config(
+                    self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokens, length
+                ),
                 dtype=dtype,
-                files={name: data for name, data in self.plan.small_files.items() if name != "config.json"},
+                files=export_files(self.plan.small_files, length),
                 parameters_per_file=settings.parameters_per_file,
                 step=step,
                 group=self.mesh.patient,
