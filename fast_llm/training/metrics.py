@@ -77,7 +77,8 @@ class Metrics:
     def add(self, step: int, result: StepResult) -> None:
         """Take note of one step."""
         self._steps.append(result)
-        self.skipped_in_a_row = 0 if result.updated or result.spike else self.skipped_in_a_row + 1
+        if result.targets:  # steps without any say nothing about whether training is healthy
+            self.skipped_in_a_row = 0 if result.updated or result.spike else self.skipped_in_a_row + 1
         if self.run.progress is not None:
             elapsed = self.seconds + time.perf_counter() - self._since
             rate = (step - self.first) * self.batch.batch_size * self.config.batch.sequence_length / elapsed
@@ -127,11 +128,11 @@ class Metrics:
             "consumed_samples": samples,
             "consumed_tokens": consumed,
             "language_model_loss": sum(r.loss for r in good) / len(good) if good else math.nan,
-            "grad_norm": steps[-1].gradient_norm,
+            "grad_norm": steps[-1].gradient_norm,  # NaN, null in metrics.jsonl, where there is none
             "learning_rate": steps[-1].learning_rate,
             "loss_scale": steps[-1].loss_scale,
             "skipped_iters": sum(not r.updated for r in steps),
-            "nan_iters": sum(not math.isfinite(r.loss) for r in steps),
+            "nan_iters": sum(r.targets > 0 and not math.isfinite(r.loss) for r in steps),
             "spikes": sum(bool(r.spike) for r in steps),
             "target_tokens": sum(r.targets for r in steps),
             "step_time_ms": step_time * 1e3,
@@ -172,8 +173,11 @@ class Metrics:
             f" | language model loss: {values['language_model_loss']:.5f} | run: {self.run.number}"
         )
 
-    def write_evaluation(self, step: int, phase: str, losses: dict[str, float], tokens: int, seconds: float) -> None:
-        """Write the losses of a `validation` or `test`: `language_model_loss` and one per further set."""
+    def write_evaluation(
+        self, step: int, phase: str, losses: dict[str, float | None], tokens: int, seconds: float
+    ) -> None:
+        """Write the losses of a `validation` or `test`: `language_model_loss` and one per further set; None is of a set
+        without target tokens."""
         values: dict[str, Any] = {
             "run": self.run.number,
             "step": step,
@@ -186,7 +190,8 @@ class Metrics:
         }
         self._send(step, phase.capitalize(), values)
         text = " | ".join(
-            f"{name.replace('_', ' ')}: {loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})"
+            f"{name.replace('_', ' ')}: "
+            + ("no target tokens" if loss is None else f"{loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})")
             for name, loss in losses.items()
         )
         logger.info(

@@ -33,12 +33,12 @@ _LARGEST_NORM = 2.0**63
 class StepResult:
     """What a step did, the same on every process."""
 
-    loss: float  # mean over the target tokens, in nats
-    gradient_norm: float  # before clipping
+    loss: float  # mean over the target tokens, in nats; NaN without any
+    gradient_norm: float  # before clipping; NaN without target tokens
     learning_rate: float
     loss_scale: float  # that the gradients were made with
     targets: int
-    updated: bool  # whether the weights moved: not if anything was infinite or NaN, or a spike
+    updated: bool  # whether the weights moved: not if anything was infinite or NaN, a spike, or nothing a target
     stop: bool  # whether any process was asked to stop
     spike: str = ""  # what stood out
 
@@ -100,18 +100,19 @@ class Step:
             loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop())
         )
         self.mark("update")
-        correction = tokens / (max(total_targets, 1) * self.loss_scale.value)
+        scale, rate = self.loss_scale.value, learning_rate(self.optimizer.updates + 1, self.config.learning_rate)
+        if not total_targets:  # an update would be nothing but decay of weights and moments
+            return StepResult(math.nan, math.nan, rate, scale, 0, False, stops > 0)
+        correction = tokens / (total_targets * scale)
         norm = math.sqrt(square) * correction if square >= 0 else math.nan
-        loss_mean = total_loss / max(total_targets, 1)
+        loss_mean = total_loss / total_targets
         finite = norm <= _LARGEST_NORM and math.isfinite(loss_mean)
-        rate = learning_rate(self.optimizer.updates + 1, self.config.learning_rate)
         spike = self.spikes.judge(loss_mean, norm) if finite else ""
         updated = finite and not spike
         if updated:
             factor = correction * clip_factor(norm, self.config.gradient_norm_clipping)
             self.optimizer.step(gradients, rate, factor)
             self.weights.publish()
-        scale = self.loss_scale.value
         self.loss_scale.update(finite)
         rate *= self.config.default_learning_rate_scale  # as the optimizer does
         return StepResult(loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike)

@@ -80,6 +80,7 @@ class Trainer:
         self.double_check = DoubleCheck(step, mesh)
         self.stopping = False
         self.stage = "start"  # of _AFTER
+        self.without_targets = 0  # steps since this start
         self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
 
     def fit(self) -> None:
@@ -175,6 +176,8 @@ class Trainer:
                 self.stopping |= result.stop
                 self.mark("log")
                 self.metrics.add(step, result)
+                if not result.targets:
+                    self.warn_of_no_targets(step)
                 if training.logs.due(step) or step == training.train_iters:
                     self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
                 self.check_finite(step)
@@ -204,6 +207,16 @@ class Trainer:
     def tokens(self) -> int:
         """Tokens of the sequences that were consumed, of whatever length they were."""
         return self.history.tokens(self.samples) if self.history is not None else 0
+
+    def warn_of_no_targets(self, step: int) -> None:
+        """The first time, and then ever more seldom: at the 2nd, 4th, 8th … step without target tokens."""
+        self.without_targets += 1
+        if self.without_targets & (self.without_targets - 1) == 0:
+            logger.warning(
+                f"Step {step} has no target tokens: its documents have one token each, and nothing precedes that. There is"
+                f" no loss, and the update was skipped (step {self.without_targets} of this kind since the start)."
+                f" `fast-llm why {self.plan.folder or '<experiment_dir>'} {step}` shows the documents."
+            )
 
     def recorded(self) -> set[tuple[str, int]]:
         """Phase and step of all that metrics.jsonl holds."""
@@ -286,7 +299,7 @@ class Trainer:
         """The loss on the same sequences every time, and on each of `data.validation_sets`."""
         started = time.perf_counter()
         iterations = iterations or self.config.training.validation.iterations or 1
-        losses: dict[str, float] = {}
+        losses: dict[str, float | None] = {}
         tokens = 0
         sets = {"language_model_loss": phase}
         if phase == "validation":
@@ -305,7 +318,12 @@ class Trainer:
                         logger.info(f"{phase.capitalize()} at step {step} was broken off by a signal.")
                         return
                     self.mark("data")
-            losses[metric] = total[0] / max(total[1], 1)
+            losses[metric] = total[0] / total[1] if total[1] else None
+            if not total[1]:
+                logger.warning(
+                    f"{phase.capitalize()} at step {step}: {name} has no target tokens, so there is no loss: each of its"
+                    " documents has one token."
+                )
             tokens += int(total[1])
         self.metrics.write_evaluation(step, phase, losses, tokens, time.perf_counter() - started)
 

@@ -197,7 +197,8 @@ def forge(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../secret", "/etc/passwd", "..", ".", "", "a/../b", "a//b", "a/", "./a", "a\\b", "a\0b", folders.MANIFEST]
+    "name",
+    ["../../secret", "/etc/passwd", "..", ".", "", "a/../b", "a//b", "a/", "./a", "a\\b", "a\0b", folders.MANIFEST],
 )
 def test_no_file_name_leaves_the_folder(tmp_path: Path, name: str) -> None:
     path = make(tmp_path, 1)

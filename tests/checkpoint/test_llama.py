@@ -406,17 +406,23 @@ def test_what_is_neither_a_folder_nor_on_the_hub(path: str) -> None:
 
 def test_the_hub_is_asked_for_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
+    offered = ["config.json", "model.safetensors", "consolidated.00.pth", "onnx/model.onnx", "additional/a.safetensors"]
     calls = []
 
     def download(name: str, **how: Any) -> str:
-        calls.append((name, how["revision"], "*.safetensors" in how["allow_patterns"]))
+        taken = filter_repo_objects(offered, ignore_patterns=how["ignore_patterns"])
+        calls.append((name, how["revision"], list(taken)))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert llama.fetch("org/name", weights=True) == tmp_path
     llama.fetch("org/name-1.0@v2", weights=False)
-    assert calls == [("org/name", None, True), ("org/name-1.0", "v2", False)]
+    assert calls == [
+        ("org/name", None, ["config.json", "model.safetensors"]),
+        ("org/name-1.0", "v2", ["config.json"]),
+    ]
 
 
 def test_without_the_network_both_possibilities_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
