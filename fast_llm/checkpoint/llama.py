@@ -294,7 +294,7 @@ def export_config(
         "pretraining_tp": 1,
         "rms_norm_eps": t.normalization.epsilon,
         "rope_scaling": scaling,
-        "rope_theta": rotary.theta,
+        "rope_theta": float(rotary.theta),
         "tie_word_embeddings": model.tie_word_embeddings,
         "torch_dtype": TORCH_DTYPES[dtype],
         "use_cache": True,

@@ -120,7 +120,7 @@ class ConvertOutput(Section):
     path: PathText
     """The folder to write."""
     data_type: DType | None = None
-    """Of a Hugging Face folder's weights; null is what a checkpoint was trained in, or what a model has."""
+    """Of a Hugging Face folder's weights; null is what a checkpoint was trained in, or what a model's weights have."""
     parameters_per_file: Annotated[int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")] = (
         2**32
     )

@@ -538,9 +538,10 @@ class BaseModelConfig(Section):
     vocab_size: Positive = 49152
     """Rows of the embedding."""
     max_position_embeddings: Positive = 2048
-    """The context length that an export's config.json states; training does not use it."""
+    """The context length that an export's config.json states, or batch.sequence_length if that is larger."""
     tie_word_embeddings: bool = True
-    """Whether embedding and head are one matrix."""
+    """Whether embedding and head are one matrix. `no` trains the separate head that a pretrained folder has although its
+    config.json says `tie_word_embeddings: true`."""
     transformer: TransformerConfig = TransformerConfig()
     cross_entropy_impl: Literal["auto", "torch", "fused", "triton"] = "auto"
     """`fused`: the logits of a few tokens at a time, never all of them; `triton`: as fused, with a GPU kernel;

@@ -440,5 +440,5 @@ def test_without_the_network_both_possibilities_are_named(monkeypatch: pytest.Mo
 
 def test_the_hubs_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingPackage, match=r"needs the package huggingface_hub: pip install 'fast-llm\[hf\]'"):
+    with pytest.raises(MissingPackage, match=r"needs the package huggingface_hub: pip install huggingface_hub"):
         llama.fetch("org/name", weights=True)

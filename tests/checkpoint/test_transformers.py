@@ -15,6 +15,7 @@ from fast_llm.checkpoint import llama
 from fast_llm.checkpoint.weights import export_llama, load_weights
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.cost import shapes
+from fast_llm.model.llama import Llama
 
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -163,3 +164,36 @@ def test_exports_from_scratch_are_read_as_they_are_meant(tmp_path: Path, name: s
     assert loaded.config.max_position_embeddings == 256
     assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (3, 4)
     assert folders.verify(tmp_path / "scratch").kind == "export"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_padding_token_is_trained_as_every_other(tmp_path: Path, tied: bool) -> None:
+    """transformers gives the embedding of `pad_token_id` no gradient; in continued pretraining nothing is padded, and in
+    published models it often is EOS. All other gradients are the same."""
+    pad = 7
+    tokens = torch.randint(20, (2, 24), generator=torch.Generator().manual_seed(0))
+    labels = tokens.roll(-1, 1)
+    assert (tokens == pad).any()
+    changes = {"tie_word_embeddings": tied, "pad_token_id": pad}
+    theirs = {"as published": make(tmp_path, changes, torch.float32)}
+    model, weights, config = read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    theirs["without padding"] = AutoModelForCausalLM.from_pretrained(tmp_path)
+    gradients = {}
+    for name, reference in theirs.items():
+        torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), labels.flatten()).backward()
+        gradients[name] = {key: p.grad for key, p in reference.named_parameters()}
+    ours = Llama(model)
+    ours.load_state_dict(weights | ({llama.HEAD: weights[llama.EMBEDDING]} if tied else {}))
+    positions = torch.arange(24).expand(2, -1)
+    (ours(tokens, positions, None, labels) / labels.numel()).backward()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients["without padding"][name], rtol=1e-4, atol=1e-6)
+        published = gradients["as published"][name]
+        other = torch.ones(len(published), dtype=torch.bool)
+        other[pad] = name != llama.EMBEDDING
+        torch.testing.assert_close(parameter.grad[other], published[other], rtol=1e-4, atol=1e-6)
+    row = [found[llama.EMBEDDING][pad] for found in gradients.values()]
+    assert (row[0] - row[1]).norm() > 1e-2, "a token that does not occur would show nothing"
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] is None
+    assert llama.export_config(config, model, "fp32", {})["pad_token_id"] == pad
