@@ -447,6 +447,8 @@ def _why(parsed: argparse.Namespace) -> int:
     from fast_llm.training.audit import why
 
     found = why(parsed.experiment, parsed.step)
+    if parsed.json and found.note:
+        print(f"fast-llm why: {found.note}", file=sys.stderr)
     print(found.as_json() if parsed.json else "\n".join(found.as_text()))
     return 0
 

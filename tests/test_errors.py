@@ -486,6 +486,7 @@ GOING_ON = [*SMALL, MODEL, "run.experiment_dir=run"]
         ({"loss_scale": []}, "info.loss_scale: input should be a valid dictionary"),
         ({"settings": {}}, "info.settings.optimizer: field required"),
         ({"step": 3}, "info.step: given 3, but step is 10"),
+        ({"history": {"batches": [], "orders": []}}, "info.history: value error, batches and orders must begin"),
     ],
 )
 def test_a_manifest_that_training_did_not_write(

@@ -77,10 +77,13 @@ def test_files_of_version_0_1_are_read(old: Path, capsys: pytest.CaptureFixture[
         assert (old / "bf16" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_batch_size_that_version_0_1_changed(old: Path) -> None:
+def test_a_batch_size_that_version_0_1_changed(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its checkpoint does not say when; metrics.jsonl does."""
     expected = json.loads((old / "expected.json").read_text())["order of changed"]
     assert read_by("changed", range(1, 8)) == expected
+    assert main(["why", "changed", "2", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["step"] == 2 and "version 0.1 did not record changes of data" in error
     (old / "changed" / "metrics.jsonl").unlink()
     assert read_by("changed", [6, 7]) == [one for one in expected if one["step"] > 5]
     with pytest.raises(DataError, match=r"step 5: the batch size changed .* known from step 6 on"):
