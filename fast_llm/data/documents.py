@@ -21,7 +21,6 @@ import contextlib
 import errno
 import hashlib
 import logging
-import os
 import re
 import sys
 import threading
@@ -138,7 +137,7 @@ def open_documents(source: Source, loading_workers: int) -> Documents:
     reader = Reader(config.field, largest)
     if source.kind == "file":
         files = source.files["train"]
-        sizes = [os.path.getsize(path) * (_GUESS if path.lower().endswith(COMPRESSED) else 1) for path in files]
+        sizes = [source.sizes[path] * (_GUESS if path.lower().endswith(COMPRESSED) else 1) for path in files]
         return _documents([(TextFiles(files, np.array(sizes, np.int64)), 0, len(files))], reader, source.digest, source)
     parts_of = slices(config.split)
     wanted = {split: source.files[split] for split, _, _ in parts_of}
@@ -160,7 +159,7 @@ def _documents(parts: list[tuple[Table, int, int]], reader: Reader, digest: str,
 def _open_tables(source: Source, paths: list[str], workers: int) -> dict[str, Table]:
     """Threads are enough: libraries decompress, and the disk reads, outside Python's lock."""
     config = source.config
-    size = sum(os.path.getsize(path) for path in paths)
+    size = sum(source.sizes[path] for path in paths)
     if source.kind == "json" and size > 2**30:
         logger.info(f"{config.path}: counting the rows of {len(paths):,} files, {size / 1e9:.1f} GB.")
     stop = threading.Event()

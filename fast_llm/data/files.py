@@ -43,6 +43,8 @@ class Source:
     """Sorted, by split; empty for `saved` and `hub`."""
     digest: str | None
     """Of the files' names and sizes; None for what can only be known once it is open."""
+    sizes: dict[str, int]
+    """Bytes of each file."""
     left_out: list[tuple[str, str]]
     """Files that are not read, and why."""
 
@@ -60,7 +62,7 @@ def find(config: SourceConfig) -> Source:
                 raise DataError(
                     f"dataset.data_files: {config.path} is a saved dataset; leave data_files and data_directory out"
                 )
-            return Source(config, "saved", {}, None, [])
+            return Source(config, "saved", {}, None, {}, [])
         return _in_folder(config, place)
     if place.is_file() or any(sign in config.path for sign in "*?["):
         if config.data_files is not None or config.data_directory is not None:
@@ -76,7 +78,7 @@ def find(config: SourceConfig) -> Source:
             f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub give"
             f" {HUB}{config.path}"
         )
-    return Source(config, "hub", {}, None, [])
+    return Source(config, "hub", {}, None, {}, [])
 
 
 def _is_local(path: str, place: Path) -> bool:
@@ -115,7 +117,7 @@ def _matches(path: Path) -> list[str]:
 
 
 def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The files of a folder, sorted, and what is hidden in it. Links to folders are followed."""
+    """The files of a folder, sorted, and what in it is hidden or no file. Links to folders are followed."""
     found: list[str] = []
     hidden: list[tuple[str, str]] = []
     above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
@@ -133,7 +135,12 @@ def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
             above[path] = (*above[folder], os.path.realpath(path))
         # A link to a folder around it has no end.
         folders[:] = [name for name, path in paths.items() if above[path][-1] not in above[folder]]
-        found += [path for name in files if name[0] != "." and os.path.isfile(path := os.path.join(folder, name))]
+        for name in files:
+            path = os.path.join(folder, name)
+            if name[0] != "." and os.path.isfile(path):
+                found.append(path)
+            elif name[0] != ".":
+                hidden.append((os.path.relpath(path, root), "a broken link" if os.path.islink(path) else "not a file"))
     return sorted(found), sorted(hidden)
 
 
@@ -188,15 +195,16 @@ def _of_files(config: SourceConfig, files: list[str], root: Path | None, left_ou
         raise DataError(f"dataset.path: {files[0]}: archives are not read; unpack it and give the folder")
     if kind == "file" and config.split != "train":
         raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
-    if not any(os.path.getsize(path) for path in files):
+    sizes = {path: os.path.getsize(path) for path in files}
+    if not any(sizes.values()):
         raise DataError(f"dataset.path: {config.path}: nothing but empty files")
     names = {path: os.path.relpath(path, root) if root else os.path.basename(path) for path in files}
     if kind != "file":
-        left_out = left_out + [(names[path], "empty") for path in files if not os.path.getsize(path)]
-        files = [path for path in files if os.path.getsize(path)]
+        left_out = left_out + [(names[path], "empty") for path in files if not sizes[path]]
+        files = [path for path in files if sizes[path]]
     digest = hashlib.sha256()
     for path in files:
-        digest.update(os.fsencode(names[path]) + b"\0%d\0" % os.path.getsize(path))
+        digest.update(os.fsencode(names[path]) + b"\0%d\0" % sizes[path])
     splits = {"train": files}
     if kind != "file" and root is not None and config.data_files is None:
         splits = _by_split({path: names[path] for path in files})
@@ -211,7 +219,7 @@ def _of_files(config: SourceConfig, files: list[str], root: Path | None, left_ou
     for split, some in splits.items():
         if split not in wanted:
             left_out = left_out + [(names[path], f"split {split}" if split else "of no split") for path in some]
-    return Source(config, kind, splits, digest.hexdigest(), left_out)
+    return Source(config, kind, splits, digest.hexdigest(), sizes, left_out)
 
 
 def _by_split(names: dict[str, str]) -> dict[str, list[str]]:

@@ -140,7 +140,10 @@ def test_links(tmp_path: Path) -> None:
     (tmp_path / "here" / "loop").symlink_to(tmp_path / "here")
     (tmp_path / "here" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "here" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    assert texts(tmp_path / "here") == ["a", "b"]
+    os.mkfifo(tmp_path / "here" / "pipe.jsonl")
+    source = opened(tmp_path / "here")
+    assert rows(source) == ["a", "b"]
+    assert source.left_out == [("gone.jsonl", "a broken link"), ("pipe.jsonl", "not a file")]
 
 
 def test_slices(tmp_path: Path) -> None:
