@@ -233,12 +233,13 @@ def _processes(training: bool) -> int:
         )
     size = int(given)
     if training and size > 1:
-        rank = os.environ.get("RANK", "")
-        if not rank.isdecimal() or int(rank) >= size:
+        rank = os.environ.get("RANK")
+        if rank is None or not rank.isdecimal() or int(rank) >= size:
+            found = "missing" if rank is None else f"given {rank!r}"
             raise ConfigError(
                 [
-                    f"RANK: given {rank!r} in the environment, must be from 0 to {size - 1}, as WORLD_SIZE is {size}; start the"
-                    " processes with torchrun, or unset both"
+                    f"RANK: {found} in the environment, must be from 0 to {size - 1}, as WORLD_SIZE is {size}; start the processes"
+                    " with torchrun, or unset both"
                 ]
             )
     return size

@@ -174,6 +174,20 @@ def test_a_wrong_number_of_processes(
     ]
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "missing"), ("2", "given '2'"), ("x", "given 'x'")])
+def test_a_wrong_place_among_the_processes(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str | None, found: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if given is not None:
+        monkeypatch.setenv("RANK", given)
+    assert cli.main(["train", *SMALL]) == 2
+    assert capsys.readouterr().err == (
+        f"fast-llm train: RANK: {found} in the environment, must be from 0 to 1, as WORLD_SIZE is 2; start the processes with"
+        " torchrun, or unset both\n"
+    )
+
+
 def test_a_mistake_that_all_processes_see_is_told_by_the_first(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
