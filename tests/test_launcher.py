@@ -107,6 +107,24 @@ def test_a_command_that_is_not_there(environment: dict[str, str]) -> None:
     )
 
 
+def test_a_crash_is_tried_again(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The processes that start again do not take what the first ones left in torchrun's store for their own."""
+    write_tokens(tmp_path / "tokens", 400)
+    command = [*torchrun(2, "--standalone", "--max-restarts", "1")]
+    command += settings(tmp_path, "training.train_iters=40", "training.checkpoint.interval=5", "run.log_timestamps=no")
+    said = tmp_path / "said"
+    with said.open("wb") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as job:
+        while not list(tmp_path.glob("run/checkpoint/[0-9]*")):
+            assert job.poll() is None, said.read_text()
+            time.sleep(0.02)
+        ranks = {process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()}
+        ranks["1"].kill()
+        assert job.wait(90) == 0, said.read_text()
+    text = said.read_text()
+    assert text.count("another process of this run has ended without a message") == 1, text
+    assert text.count("Going on from ") == 1 and text.endswith("[Rank 0] Training is complete: 40 steps.\n"), text
+
+
 def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
     write_tokens(tmp_path / "tokens", 400)
     command = [*torchrun(2), *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no")]

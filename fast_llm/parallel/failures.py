@@ -3,11 +3,15 @@
 The processes share the store through which they found each other. A process that fails posts the reason there. One of those
 that failed prints it, with rank and host unless all failed alike. The others look twice a second, wait until it is printed (the
 launcher ends all as soon as one has ended), and leave with the same exit code.
+
+torchrun keeps the store when it starts processes again, with all that those before them wrote. So each start has its own part,
+named by a token of the first process: another process asks for it under a name of its own, which no earlier answer has.
 """
 
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -16,7 +20,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import count
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -29,16 +32,19 @@ _UNWIND = 5.0  # seconds that a process has to leave after another failed, and t
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")  # as gloo and NCCL say it
 _LOST_MESSAGE = "another process of this run has ended without a message: its host's log, or the launcher, says why"
 _STORE_FAILS = (RuntimeError, ValueError, OSError)  # the store is gone with the process that had it
-_starts = count()  # of several runs in one process each has its own part of the store
 
 
 class Failures:
     """What the processes of a run know of each other's failures."""
 
-    def __init__(self, store: dist.Store | None, rank: int, size: int):
+    def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float = 0.0):
         self.root = store  # None: there is one process
-        self.store = dist.PrefixStore(f"fast_llm/{next(_starts)}", store) if store is not None else None
         self.rank, self.size = rank, size
+        self.answered: set[bytes] = set()
+        self.store: dist.Store | None = None
+        if store is not None:
+            self.token = secrets.token_hex(8) if rank == 0 else _ask(store, rank, timeout)
+            self.store = dist.PrefixStore(f"fast_llm/{self.token}", store)
         self.code: int | None = None  # another process has failed: the exit code of all
         self.posted = self.parted = False
         self.gone = self.watching = False  # the store; the thread that looks into it
@@ -56,14 +62,14 @@ class Failures:
         if size == 1:
             return cls(None, rank, size)
         if dist.is_initialized():
-            return cls(dist.distributed_c10d._get_default_store(), rank, size)
+            return cls(dist.distributed_c10d._get_default_store(), rank, size, timeout)
         try:
-            return cls(next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size)
+            return cls(next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size, timeout)
         except ValueError as error:  # the environment lacks the address
             raise ConfigError(
                 [f"WORLD_SIZE is {size} in the environment: start the processes with torchrun, or unset it ({error})"]
             ) from error
-        except dist.DistError as error:
+        except RuntimeError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a host says so
                 raise Elsewhere(TrainingStopped.exit_code) from error
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -81,9 +87,10 @@ class Failures:
             return
         if problem is not None:
             self._post(problem.report(), problem.exit_code)
-        if self.store.add("arrived", 1) == self.size:
-            self.store.set("all arrived", "1")
+        self.store.add("arrived", 1)
         try:
+            if self.rank == 0:
+                self._gather(timeout)
             self.store.wait(["all arrived"], timedelta(seconds=timeout))
         except RuntimeError as error:
             if problem is None:
@@ -98,6 +105,22 @@ class Failures:
             raise self.once(problem) from problem
         if (code := self._look()) is not None:
             raise self._elsewhere(code)
+
+    def _gather(self, timeout: float) -> None:
+        """The first process tells the others its token, until all have arrived. Raises RuntimeError if they do not."""
+        assert self.root is not None and self.store is not None
+        deadline = time.monotonic() + timeout
+        while self.store.add("arrived", 0) < self.size:
+            if time.monotonic() > deadline:
+                raise RuntimeError("not all processes have arrived")
+            for rank in range(1, self.size):
+                if self.root.check([f"fast_llm/asks/{rank}"]):
+                    name = self.root.get(f"fast_llm/asks/{rank}")
+                    if name not in self.answered:
+                        self.answered.add(name)
+                        self.root.set(f"fast_llm/answer/{name.decode()}", self.token)
+            time.sleep(0.02)
+        self.store.set("all arrived", "1")
 
     @contextmanager
     def shared(self, leave: Callable[[int], None], saved: Callable[[], str]) -> Iterator[None]:
@@ -255,6 +278,14 @@ class Failures:
         self.informed.set()
         if not ended.wait(max(0, deadline - time.monotonic())) and not self.failing:
             leave(found)
+
+
+def _ask(store: dist.Store, rank: int, timeout: float) -> str:
+    """The token of this start."""
+    name = secrets.token_hex(8)
+    store.set(f"fast_llm/asks/{rank}", name)
+    store.wait([f"fast_llm/answer/{name}"], timedelta(seconds=timeout))
+    return store.get(f"fast_llm/answer/{name}").decode()
 
 
 def _launcher_has_it() -> bool:

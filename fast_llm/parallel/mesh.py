@@ -97,7 +97,7 @@ class Mesh:
                 assert self.failures.root is not None
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                    store=dist.PrefixStore("default_pg", self.failures.root),
+                    store=dist.PrefixStore(f"default_pg/{self.failures.token}", self.failures.root),
                     rank=self.rank,
                     world_size=self.size,
                     timeout=timedelta(seconds=timeout),
