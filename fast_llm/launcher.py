@@ -8,6 +8,7 @@ Nothing here decides how a run goes. Where a later torch has other names, torchr
 """
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ def register() -> Callable[[Any], Any]:
     """Prepare this process if it is a torchrun that starts fast-llm. Returns what the entry point asks for, a rendezvous
     backend, which nobody can choose by mistake: it refuses."""
     if any(Path(word).name in _NAMES for word in sys.argv[1:]):
+        # Else torch 2.13 has a restart use the store of the last attempt, where processes find addresses of dead ones.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         try:
             _give_up_after_mistakes()
         except Exception:  # another torch: mistakes are tried again as often as crashes

@@ -6,6 +6,7 @@ whose thread pools have run hangs), so that a start costs a tenth of a second in
 
 import multiprocessing
 import os
+import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,14 @@ def _worker(
             dist.destroy_process_group()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
+
+
+def install(folder: Path) -> None:
+    """Make `folder`, on PYTHONPATH, give Python the entry points of pyproject.toml, whatever is installed here."""
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    points = tomllib.loads(text)["project"]["entry-points"]
+    metadata = folder / "fast_llm-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-llm\nVersion: 0\n")
+    groups = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points[group].items()) for group in points)
+    (metadata / "entry_points.txt").write_text("\n".join(groups))

@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fast_llm import launcher
+from tests.helpers import install
 from tests.training.runs import losses, settings, write_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -23,12 +23,7 @@ ROOT = Path(__file__).parent.parent
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """With the entry points of pyproject.toml, whatever is installed here."""
     folder = tmp_path_factory.mktemp("installed")
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    metadata = folder / "fast_llm-0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-llm\nVersion: 0\n")
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points[group].items()) for group in points]
-    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    install(folder)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
     return kept | {"PYTHONPATH": f"{folder}:{ROOT}"}
 
@@ -135,6 +130,8 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
             assert job.poll() is None, said.read_text()
             time.sleep(0.05)
         ranks = {process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()}
+        # With the agent's store, processes of the next attempt would find addresses of these.
+        assert ranks["1"].environ()["TORCHELASTIC_USE_AGENT_STORE"] == "False"
         ranks["1"].kill()
         assert job.wait(60) == 1
     text = said.read_text()
