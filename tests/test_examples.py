@@ -1,5 +1,5 @@
 """The files in examples/, as far as a machine without a cluster can check them: their syntax, Kubernetes' own schemas, and the
-exact torchrun line of each, run as two nodes of this machine."""
+exact torchrun line of each, run as two nodes of this machine. tests/slurm runs slurm.sbatch under a real Slurm."""
 
 import os
 import re
@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from fast_llm.checkpoint import folder
 from tests.training.runs import losses, settings, write_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -161,41 +159,3 @@ def test_nodes_of_two_networks(tmp_path: Path) -> None:
         said = ends(nodes(text, tmp_path, 2, "training.train_iters=3", head="10.77.0.1", hosts=hosts))
     assert losses(tmp_path / "run").keys() == {1, 2, 3}
     assert "× 2 processes" in "".join(said)
-
-
-SLURM = {  # stand-ins for its commands, with two nodes in one
-    "srun": """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
-for _ in 1 2; do "$@" & echo $! >> tasks; done
-wait
-""",
-    "scontrol": """#!/usr/bin/env bash
-if [ "$*" = "show hostnames nodes[1-2]" ]; then echo localhost; else echo "$*" >> scontrol.log; fi
-""",
-    "scancel": f"""#!{sys.executable}
-import psutil, signal, sys
-assert sys.argv[1:] == ["--signal=USR1", "77"], sys.argv
-for task in open("tasks"):
-    for process in [psutil.Process(int(task)), *psutil.Process(int(task)).children(recursive=True)]:
-        process.send_signal(signal.SIGUSR1)
-""",
-}
-
-
-def test_slurm_saves_and_queues_itself_again(tmp_path: Path) -> None:
-    """The batch script is told that time is over; `scancel` reaches every process of a step but not the batch script."""
-    (tmp_path / "bin").mkdir()
-    for name, text in SLURM.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    text = (EXAMPLES / "slurm.sbatch").read_text()
-    (job,) = nodes(text, tmp_path, 1, "training.train_iters=100000", "training.checkpoint.interval=100000")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (tmp_path / "run" / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    job.send_signal(signal.SIGUSR1)
-    (said,) = ends([job])
-    assert "× 2 processes" in said and "Stopped by a signal after step" in said
-    newest = folder.latest(tmp_path / "run" / "checkpoint")
-    assert newest is not None and int(newest.name) == max(losses(tmp_path / "run"))
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TextIO
 
 import psutil
@@ -185,12 +186,23 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
         # done; it would not start again with the others.
         code = max(gather(interrupt.exit_code, mesh.patient)) if trainer.stopping else 0
         interrupt.agreed = code
+        if mesh.rank == 0 and not trainer.stopping and trainer.done >= config.training.train_iters:
+            _note_complete()
     finally:
         interrupt.last = lambda: None
         watchdog.close()
         run.close()
     mesh.close()
     return code
+
+
+def _note_complete() -> None:
+    """Create the file FAST_LLM_COMPLETE_FILE, if a launcher names one: exit code 0 alone may also mean SIGUSR1."""
+    if path := os.environ.get("FAST_LLM_COMPLETE_FILE"):
+        try:
+            Path(path).touch()
+        except OSError as error:
+            logger.warning(f"FAST_LLM_COMPLETE_FILE: {path}: {error.strerror}; the launcher may start this run again.")
 
 
 def _parts_documents(config: TrainConfig) -> bool:

@@ -1,10 +1,12 @@
-"""SIGTERM, SIGINT and SIGUSR1 (Slurm's, ahead of the end of time): finish the step, save, leave. A second one leaves at once.
+"""SIGTERM, SIGINT and SIGUSR1 (Slurm's, ahead of the end of time): finish the step, save, leave. A second SIGTERM or
+SIGINT leaves at once. SIGUSR1 never does: Slurm may send several, also after the SIGTERM of a preemption.
 
 torchrun answers Ctrl-C by sending SIGTERM to processes that had their SIGINT from the terminal already, so a
 signal within two seconds of the first counts as the same wish.
 
 Before the processes have met there is nothing to save and nobody to agree with: SIGTERM and SIGINT end a process as they end
 any other, at once and in whatever it is. SIGUSR1 is noted from the start, for its exit code 0 would not make torchrun end the others.
+A process that had not started when a launcher sent SIGUSR1 finds the file FAST_LLM_STOP_FILE instead.
 
 A thread takes the signals: Python's handlers run only between two lines of Python, and who waits for a process that hangs, or for a
 GPU, would not hear of the second one. The thread also tells the user what follows, by one system call and without the log, whose
@@ -46,6 +48,10 @@ class Interrupt:
         self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self.thread.start()
         self._note_also(signal.SIGUSR1)
+        # A launcher creates the file first and sends the signal then: one of the two is noticed.
+        if (stop := os.environ.get("FAST_LLM_STOP_FILE")) and os.path.exists(stop):
+            self._note(signal.SIGUSR1)
+            os.write(self.writer, bytes(1))  # the thread looks what is due
 
     def begin(self, fails: Callable[[], bool] = lambda: False) -> None:
         """The processes have met: from here on they leave together. `fails`: whether they are about to by an error."""
@@ -76,7 +82,7 @@ class Interrupt:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
             self.due = self.since + (_PAUSE if number == signal.SIGTERM else 0)
-        elif time.monotonic() - self.since > _SAME_WISH:
+        elif number != signal.SIGUSR1 and time.monotonic() - self.since > _SAME_WISH:
             if self.agreed is None and not self.fails():
                 self._say(f"A second signal ends the run at once{self.follows()[1]}.")
             # Not sys.exit: whatever is being saved must neither be finished nor cleaned up; it is unpublished.
@@ -97,9 +103,8 @@ class Interrupt:
         if self.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ:
             limit = f" torchrun waits {os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '30')} s for this."
         name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
-        self._say(
-            f"{name}: {follows}.{limit} A second one, {_SAME_WISH:g} s later or more, ends the run at once{further}."
-        )
+        second = "SIGTERM or Ctrl-C" if self.signal == signal.SIGUSR1 else "A second one"
+        self._say(f"{name}: {follows}.{limit} {second}, {_SAME_WISH:g} s later or more, ends the run at once{further}.")
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):

@@ -119,7 +119,7 @@ def arm(rank: int, case: Case, note: Path) -> None:
             time.sleep(0.2 if case.times == "twice" else _LATER)
             for victim in victims:
                 send(victim, case.second)
-            time.sleep(0.1 if case.times == "twice" else 10)
+            time.sleep(10 if case.times == "late" and case.second != signal.SIGUSR1 else 0.1)
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
@@ -192,7 +192,7 @@ def judge(case: Case, job: Job, run: Path, known: list[int], note: Path, figures
         fatal = case.number
     elif case.phase == "leaving the others":  # all have agreed on the exit code
         fatal = None
-    elif case.times == "late" or (case.times == "twice" and case.phase in EARLY and case.second != signal.SIGUSR1):
+    elif case.second != signal.SIGUSR1 and (case.times == "late" or (case.times == "twice" and case.phase in EARLY)):
         fatal = case.second
     if fatal is not None:
         assert codes[case.rank] == 128 + fatal

@@ -17,7 +17,7 @@ import pytest
 from fast_llm.training.interrupt import Interrupt
 from tests import helpers  # noqa: F401  tells the server what to load
 from tests.campaigns.jobs import STUCK, Job
-from tests.training.runs import settings, write_tokens
+from tests.training.runs import losses, run, settings, write_tokens
 
 
 def waits_in_vain(folder: str, begins: bool) -> None:
@@ -31,7 +31,7 @@ def waits_in_vain(folder: str, begins: bool) -> None:
     dist.FileStore(f"{folder}/store", 2).wait(["never"], timedelta(seconds=300))
 
 
-@pytest.mark.parametrize(("begins", "numbers"), [(True, "TERM INT"), (False, "USR1 USR1"), (False, "TERM")])
+@pytest.mark.parametrize(("begins", "numbers"), [(True, "TERM INT"), (True, "USR1 USR1 TERM"), (False, "TERM")])
 def test_who_waits_for_others_hears_the_second_signal(tmp_path: Path, begins: bool, numbers: str) -> None:
     process = multiprocessing.get_context("forkserver").Process(target=waits_in_vain, args=(str(tmp_path), begins))
     process.start()
@@ -167,6 +167,30 @@ def test_signals_are_acknowledged_at_once(
         if len(signals) == 1:
             after = "the same command continues" if len(further) and "null" not in further[0] else "nothing was saved"
             assert re.match(rf"(\[Rank 0\] )?Stopped by a signal after step [34]; {after}", ends)
+
+
+def test_a_launcher_knows_whether_a_run_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is 0 in each case."""
+    write_tokens(tmp_path / "tokens", 400)
+    stop, complete = tmp_path / "stop", tmp_path / "complete"
+    monkeypatch.setenv("FAST_LLM_STOP_FILE", str(stop))
+    monkeypatch.setenv("FAST_LLM_COMPLETE_FILE", str(complete))
+    arguments = settings(tmp_path, "training.train_iters=3", "training.checkpoint.interval=3")
+    stop.touch()  # before the process started
+    assert run(arguments) == 0
+    assert "Stopped by a signal before the first step" in capsys.readouterr().out
+    assert not complete.exists()
+    stop.unlink()
+    assert run([*arguments, "training.train_iters=6", "training.shutdown.interval=3"]) == 0
+    assert losses(tmp_path / "run").keys() == {1, 2, 3} and not complete.exists()
+    assert run([*arguments, "training.train_iters=4"]) == 0
+    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4} and complete.exists()
+    monkeypatch.setenv("FAST_LLM_COMPLETE_FILE", str(tmp_path / "nowhere" / "complete"))
+    assert run([*arguments, "training.train_iters=4"]) == 0
+    message = f"FAST_LLM_COMPLETE_FILE: {tmp_path}/nowhere/complete: No such file or directory; the launcher may"
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
