@@ -1,10 +1,11 @@
-"""Gradients of every ZeRO stage × accumulation × number of processes against one process without FSDP2."""
+"""Gradients of every ZeRO stage × accumulation × number of processes, as near to float64 as those of one process without FSDP2."""
 
 import functools
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +17,7 @@ from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
+from tests import exact
 from tests.helpers import TINY, spawn
 
 SEQUENCES, LENGTH = 8, 12
@@ -95,9 +97,54 @@ def reference(dtype: torch.dtype, tied: bool) -> dict[str, np.ndarray]:
     return spawn(1, gradients, 0, 1, dtype, tied)[0]
 
 
+@functools.cache
+def in_float64(tied: bool) -> dict[str, np.ndarray]:
+    """The same two steps."""
+    config = model_config(tied, "none")
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    init_weights(weights, config, 0)
+    weights = {name: weight.double() for name, weight in weights.items()}
+    tokens, positions, documents, labels = micro_batch(0, SEQUENCES)
+    for _ in range(2):
+        leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
+        logits = exact.logits(leaves, config, tokens.flatten(), positions.flatten(), documents.lengths)
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / (SEQUENCES * LENGTH)
+        found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        weights = {name: (leaf - 0.5 * found[name]).detach() for name, leaf in leaves.items()}
+    return {name: gradient.numpy() for name, gradient in found.items()}
+
+
+def check_fp32(found: dict[str, np.ndarray], tied: bool = False) -> None:
+    """Each gradient is as near to float64's as that of one process.
+
+    Both are the same sums in other orders. The rounding of hundreds of numbers has a norm that hardly depends on the order:
+    the two distances are within a tenth of one another, as any of the emulated processors sums (tests/processors.py). What
+    is wrong in the least, a target too many or a factor in bf16, is a thousand times as far off.
+    """
+    wanted, one = in_float64(tied), reference(torch.float32, tied)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert distance(found[name], gradient) <= 1.5 * distance(one[name], gradient), name
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm, in float64."""
+    return float(np.linalg.norm(found - expected.astype(np.float64)) / np.linalg.norm(expected))
+
+
 def worst(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     assert found.keys() == expected.keys()
-    return max(float(np.linalg.norm(found[n] - e) / np.linalg.norm(e)) for n, e in expected.items())
+    return max(distance(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_process_is_near_float64(tied: bool) -> None:
+    # A sum of n products rounds by √n · 2^-24 of its size, if errors are random; n is 255 at most. On the longest way to a gradient
+    # of the second step lie less than a hundred sums (nine a layer and three, forward and back, twice), whose errors add as
+    # squares: 9.5e-6. Measured 2.7e-6.
+    assert worst(reference(torch.float32, tied), in_float64(tied)) < 2**-24 * (255 * 100) ** 0.5
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -106,32 +153,32 @@ def worst(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> floa
 def test_fp32(world: int, zero_stage: int, accumulation: int) -> None:
     accumulation = min(accumulation, SEQUENCES // world)
     for found in spawn(world, gradients, zero_stage, accumulation, torch.float32):
-        assert worst(found, reference(torch.float32, False)) < 1e-6
+        check_fp32(found)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_fp32_one_process_accumulates(accumulation: int) -> None:
-    assert worst(spawn(1, gradients, 0, accumulation, torch.float32)[0], reference(torch.float32, False)) < 1e-6
+    check_fp32(spawn(1, gradients, 0, accumulation, torch.float32)[0])
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_tied_embeddings(zero_stage: int) -> None:
     for found in spawn(2, gradients, zero_stage, 2, torch.float32, True):
-        assert worst(found, reference(torch.float32, True)) < 1e-6
+        check_fp32(found, tied=True)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 @pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 2), (4, 8)])
 def test_hybrid_sharding(world: int, shard_size: int, zero_stage: int) -> None:
     for found in spawn(world, gradients, zero_stage, 2, torch.float32, True, "none", shard_size):
-        assert worst(found, reference(torch.float32, True)) < 1e-6
+        check_fp32(found, tied=True)
 
 
 @pytest.mark.parametrize("level", ["activation", "activation_and_input", "full", "selective", "block"])
 @pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 3)])
 def test_recomputation_changes_nothing(world: int, zero_stage: int, level: str) -> None:
     for found in spawn(world, gradients, zero_stage, 2, torch.float32, False, level):
-        assert worst(found, reference(torch.float32, False)) < 1e-6
+        check_fp32(found)
 
 
 def test_bf16_is_near_fp32() -> None:
