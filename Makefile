@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-real test-gpu check install
+.PHONY: demo test test-real test-processors test-gpu check install
 
 demo: install
 	$(BIN)/fast-llm demo
@@ -14,6 +14,10 @@ test: check
 test-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/requirements.txt
 	$(BIN)/pytest tests/real
+
+# Every numeric test as on each processor that this one can emulate, one after the other.
+test-processors: install
+	$(BIN)/python -m tests.test_processors
 
 # On a machine with NVIDIA GPUs: the recipe, every kernel and every layout there, in one table (ten minutes).
 test-gpu: build/gpu-data/code.json

@@ -121,7 +121,7 @@ def check_fp32(found: dict[str, np.ndarray], tied: bool = False) -> None:
 
     Both are the same sums in other orders, and which order is the processor's choice: no number of ours bounds how far apart
     they are. The rounding of hundreds of numbers has a norm that hardly depends on the order, so that the two distances are
-    alike: 1.3 times at most, on all processors of tests/processors.py. What is wrong in the least, a target too many or a
+    alike: 1.3 times at most, on all processors of tests/test_processors.py. What is wrong in the least, a target too many or a
     factor rounded to bf16, is a thousand times as far off.
     """
     wanted, one = in_float64(tied), reference(torch.float32, tied)
@@ -134,7 +134,7 @@ def check_bf16(found: dict[str, np.ndarray], one: dict[str, np.ndarray], tied: b
     """Two results in bf16 are nearer to one another than to float64.
 
     They round the same weights, and for the most part the same activations: were their errors independent, they would be
-    √2 as far apart as each is off. Measured 0.7 times at most, on all processors of tests/processors.py.
+    √2 as far apart as each is off. Measured 0.7 times at most, on all processors of tests/test_processors.py.
     """
     assert all(gradient.dtype == np.float32 for gradient in found.values())
     assert worst(found, one) < worst(one, in_float64(tied))
