@@ -6,12 +6,20 @@ whose thread pools have run hangs), so that a start costs a tenth of a second in
 
 import multiprocessing
 import os
+import shutil
 import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import pytest
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="our kernels and PyTorch's compiler for the CPU need a C++ compiler",
+)
 
 TINY: dict[str, Any] = {
     "vocab_size": 256,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fast_llm.model import native
-from tests.helpers import spawn
+from tests.helpers import needs_compiler, spawn
 from tests.training.runs import losses, run_all, settings, write_tokens
 
 BF16 = "model.distributed.training_dtype=bf16"
@@ -32,6 +32,7 @@ def without_kernels(every: list[list[str]]) -> list[int]:
     return run_all(every)
 
 
+@needs_compiler
 def test_two_hundred_steps(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     for function, runs in ((without_kernels, WITHOUT_KERNELS), (run_all, WITH_KERNELS)):

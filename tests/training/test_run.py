@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from fast_llm.training.build import train
 from fast_llm.training.plan import describe, make_plan
 from fast_llm.training.run import Run, lock, next_run_number
 from tests.campaigns.jobs import Job
-from tests.helpers import spawn
+from tests.helpers import needs_compiler, spawn
 from tests.training.runs import losses, records, run, settings, write_tokens
 
 
@@ -408,7 +407,7 @@ def run_compiled(arguments: list[str]) -> tuple[int, bool]:
     return run(arguments), counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler on the CPU")
+@needs_compiler
 def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     small = [
