@@ -136,17 +136,15 @@ def test_nodes_and_workers_come_and_go(tmp_path: Path) -> None:
         kill(guest)
         entry = cluster.wait(world=2, after=entry["start"], steps=2)
         guest = cluster.start()
-        started = time.monotonic()
         entry = cluster.wait(world=4, after=entry["start"], steps=2)
-        grown = time.monotonic() - started
         worker = next(one["process"] for one in reversed(cluster.logged()) if one["rank"] == 3)
         os.kill(worker, signal.SIGKILL)
         cluster.wait(world=4, after=entry["start"], steps=2)
         (tmp_path / "run.ids.hurry").touch()
         for agent in (host, guest):
             assert agent.wait(60) == 0, cluster.said()
+        # torchrun kills after 30 s what does not stop, and says so: nothing had to wait for that.
         assert "forcefully exiting" not in cluster.said()
-        assert grown < 29  # torchrun kills after 30 s what does not stop: nothing had to wait for that
         # What counts of a step is the last time that it was done.
         last: dict[int, int] = {}
         for one in cluster.logged():

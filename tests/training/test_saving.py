@@ -11,7 +11,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from threading import Timer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -221,29 +221,36 @@ def test_a_fault_in_the_thread_ends_training(tmp_path: Path, monkeypatch: pytest
 def test_a_hang_is_not_excused_by_the_thread_that_saves(tmp_path: Path) -> None:
     """Its talking to other processes means that this one waits for them only where the training thread waits for it."""
     write_tokens(tmp_path / "tokens", 400)
-    training, thread = spawn(2, stacks_while_saving, arguments(tmp_path, "run", 6))[1]
+    training, thread = spawn(2, stacks_while_saving, arguments(tmp_path, "run", 6), tmp_path / "looked")[1]
     assert "/torch/distributed/" in thread and "saving.py" in thread
     assert not watchdog._waits(training.replace("in _end", "in elsewhere")) and watchdog._waits(training)
     assert watchdog._waits(thread.replace("in _run", "in elsewhere")) and not watchdog._waits(thread)
 
 
-def stacks_while_saving(arguments_: list[str]) -> tuple[str, str]:
-    """All stacks while the training thread waits for its saver, which waits for rank 0; and those of the saver."""
-    found = ""
+def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] | None:
+    """Of rank 1: all stacks while the training thread waits for its saver, which waits for rank 0; and those of the saver."""
+    found, saver = "", re.compile(r"/saving\.py.* in _run$", re.M)
 
-    def before_writing(step: str, attempt: int) -> None:
-        time.sleep(1.0 if os.environ["RANK"] == "0" else 0.0)
-
-    def look() -> None:
+    def both_wait() -> bool:
         nonlocal found
         with TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             found = file.read()
+        return " in _end\n" in found and any(
+            saver.search(p) and "/torch/distributed/" in p for p in found.split("\n\n")
+        )
 
-    disturb(before_writing, lambda trainer, step: Timer(0.5, look).start() if step == 6 else None)
+    def look() -> None:
+        until(both_wait)
+        looked.touch()
+
+    if os.environ["RANK"] == "0":
+        disturb(lambda step, attempt: until(looked.exists) if step == "6" else None)
+        run(arguments_)
+        return None
+    disturb(lambda step, attempt: None, lambda trainer, step: Thread(target=look).start() if step == 6 else None)
     run(arguments_)
-    saver = re.compile(r"/saving\.py.* in _run$", re.M)
     (thread,) = [part for part in found.split("\n\n") if saver.search(part)]
     return found, thread
 
