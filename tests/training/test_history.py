@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fast_llm.cli import main
+from fast_llm.config.batch import BatchPlan
 from fast_llm.config.section import read
 from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Source, open_dataset
+from fast_llm.data.loader import Loader
 from fast_llm.data.sampling import Walk, keys, permute, permute_many
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
+from fast_llm.model.loss import IGNORED
 from fast_llm.training import history as histories
 from fast_llm.training.audit import why
 from fast_llm.training.build import train
@@ -418,3 +421,41 @@ def test_a_history_that_no_run_wrote() -> None:
     ):
         with pytest.raises(ValidationError):
             History.model_validate(bad)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool) -> None:
+    """A joint makes no false label and loses no true one; attention and positions begin anew there."""
+    path = numbered(tmp_path / "a", [7] * 60, 0)
+    config = TrainConfig(data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 4})  # type: ignore[arg-type]
+    history = histories.begin(config, 4, open_dataset(config.data, 8, 1234, 2**31))
+    data = open_dataset(config.data, 20, 1234, 2**31)
+    longer = config.model_copy(update={"batch": config.batch.model_copy(update={"sequence_length": 20})})
+    history = history.with_data(28, longer, data.phases["training"])
+    histories.follow(data.phases["training"], history.orders[-1])
+    assert any(len(source.ranges(n)) > 1 for source, n, _ in map(data.phases["training"].find, range(28, 36)))
+    loader = Loader(
+        data,
+        "training",
+        BatchPlan(4, 4, 1),
+        rank=0,
+        processes=1,
+        vocab_size=420,
+        first_sample=28,
+        steps=2,
+        isolate=isolate,
+        workers=0,
+        prefetch=1,
+    )
+    for (batch,) in loader:
+        tokens, labels, positions = (x.numpy() for x in (batch.tokens, batch.labels, batch.positions))
+        kept = labels != IGNORED
+        assert batch.targets == kept.sum()
+        assert (labels[kept] == tokens[kept] + 1).all()
+        assert (kept == (((tokens + 1) % 7 != 0) | (not isolate))).all()  # all but documents' last tokens
+        if isolate:
+            begins = (tokens[:, 1:] != tokens[:, :-1] + 1) | (tokens[:, 1:] % 7 == 0)
+            assert (positions[:, 1:] == np.where(begins, 0, positions[:, :-1] + 1)).all()
+    with pytest.raises(DataError, match=r"vocab_size is 300"):
+        loader.vocab_size = 300
+        list(loader)
