@@ -163,7 +163,7 @@ def _described(
         lines.append(
             (
                 "tokens",
-                f"about {needed / dtype.itemsize:,.3g} with BOS and EOS: {needed / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free",
+                f"about {int(float(f'{needed / dtype.itemsize:.3g}')):,} with BOS and EOS: {needed / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free",
             )
         )
     if source.left_out:
