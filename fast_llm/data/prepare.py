@@ -160,12 +160,9 @@ def _described(
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        lines.append(
-            (
-                "tokens",
-                f"about {int(float(f'{needed / dtype.itemsize:.3g}')):,} with BOS and EOS: {needed / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free",
-            )
-        )
+        tokens = int(float(f"{needed / dtype.itemsize:.3g}"))
+        space = f"{needed / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free"
+        lines.append(("tokens", f"about {tokens:,} with BOS and EOS: {space}"))
     if source.left_out:
         lines.append(("left out", _files(source.left_out)))
     lines += [
