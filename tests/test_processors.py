@@ -112,7 +112,8 @@ def test_numbers(name: str) -> None:
         pytest.skip(f"this machine cannot emulate {name}")
     with emulated(name) as environment:
         seen = subprocess.run([sys.executable, "-c", SEEN], env=environment, capture_output=True, text=True, check=True)
-    assert seen.stdout.split() == [PROCESSORS[name].pytorch.upper(), str(name.endswith("bf16"))]
+    # oneDNN has bf16 from AVX-512 on; without its own instructions it widens within the product.
+    assert seen.stdout.split() == [PROCESSORS[name].pytorch.upper(), str(name.startswith("avx512"))]
     result = run(name, FEW, quiet=True)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2000:]
 
