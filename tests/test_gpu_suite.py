@@ -1,0 +1,31 @@
+"""What of the GPU suite can be tested without a GPU: that it says so, and that its model is Llama-3.1-8B's."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fast_llm.checkpoint.llama import architecture, shapes
+from fast_llm.config.section import Document, validate
+from fast_llm.config.train import BaseModelConfig
+from tests.gpu import files
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu() -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "this machine has no GPU that PyTorch sees\n"
+
+
+def test_its_model_is_that_of_the_recipe() -> None:
+    given = {name: shape for part in files.shards(32) for name, shape in part.items()}
+    config = validate(BaseModelConfig, Document(architecture(files.CONFIG, "config.json"), {}, ""))
+    assert given == shapes(config)
+    count = sum(math.prod(shape) for shape in given.values())
+    assert count == files.HEAD_PARAMETERS + 32 * files.BLOCK_PARAMETERS == 8_030_261_248
