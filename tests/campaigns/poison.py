@@ -452,7 +452,7 @@ def wrong_memory(bench: Bench, layout: str, story: str) -> int:
     assert code in (0, 1), story
     if code:
         told = one_line(said, story)
-        assert "whole" in told, story
+        assert " is complete: the same command " in told, story
         figures["ended with a line"] += 1
     if fault.value in HUGE:  # it may be anything; what is published is finite
         figures["huge, and trained on with" if code == 0 else "huge, and ended for it"] += 1
