@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import llama
 from fast_llm.checkpoint.weights import load_weights
+from fast_llm.config.section import read
 from fast_llm.config.train import BaseModelConfig, DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.llama import Llama
-from tests.training.runs import records, run
+from fast_llm.training.build import train
+from fast_llm.training.plan import make_plan
+from tests.training.runs import records
 
-LENGTH, STEPS, SEED = 256, 6, 1234
+LENGTH, STEPS, SEED = 128, 6, 1234
 SPLIT = [9, 1, 0]
 
 
@@ -41,6 +44,11 @@ def settings(model: Path, data: Path, experiment: Path, *further: str) -> list[s
         f"run.experiment_dir={experiment}",
         *further,
     ]
+
+
+def run(arguments: list[str]) -> int:
+    """Train in this process, on all cores."""
+    return train(make_plan(read(None, arguments), 1, weights=True))
 
 
 def validation_loss(model: Any, data: Path) -> float:
@@ -82,7 +90,7 @@ def test_there_and_back_is_the_same_folder(model: Path, data: Path, tmp_path: Pa
     assert run(arguments) == 0
     loss = records(tmp_path / "run", "validation")[0]["language_model_loss"]
     assert loss == pytest.approx(validation_loss(reference(model), data), rel=1e-5)
-    assert loss < 3  # it knows code: by chance it would be 10.8
+    assert loss < 4  # it knows code: by chance it would be 10.8
     export = tmp_path / "run" / "export" / "llama" / "0"
     names = {path.name for path in model.iterdir()}
     assert {path.name for path in export.iterdir()} == names | {folders.MANIFEST}
