@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-PATIENCE = 100.0  # seconds that a loaded machine may need for anything that is waited for
+PATIENCE = 300.0  # seconds that a loaded machine may need for anything that is waited for
 _SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # daemons are in /usr/sbin, which only root searches
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
