@@ -24,11 +24,13 @@ PATIENCE = 300.0  # seconds that a loaded machine may need for anything that is 
 _SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # daemons are in /usr/sbin, which only root searches
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
+# The example takes torchrun's port from the number of the job: clusters of one machine count from different numbers.
 _CONF = """
 ClusterName=fast-llm-test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmdPort={node}
+FirstJobId={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
