@@ -166,5 +166,5 @@ def test_hub_can_not_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_hub_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingPackage, match=r"org/name is no folder here.*pip install 'fast-llm\[hf\]'"):
+    with pytest.raises(MissingPackage, match=r"org/name is no folder here.*pip install huggingface_hub"):
         load("org/name")
