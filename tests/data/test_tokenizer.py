@@ -71,7 +71,7 @@ def test_fingerprint_is_of_what_decides_tokens(llama: Path) -> None:
     path = llama / "tokenizer.json"
     before = fingerprint(llama)
     assert before == fingerprint(path) == load(str(llama)).fingerprint
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
 
     def changed(**changes: object) -> str:
         path.write_text(json.dumps({**content, **changes}))
