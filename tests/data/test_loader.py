@@ -42,7 +42,7 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(lambda some: sum(some) > 12),
     length=st.integers(1, 12),

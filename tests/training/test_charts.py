@@ -93,7 +93,7 @@ def test_tensorboard_after_going_back_and_after_a_kill(tokens: Path) -> None:
     how = arguments(tokens, "run", "rewind", "training.tensorboard=yes")
     validation = ["training.validation.interval=2", "training.validation.iterations=1"]
     for kill_at in (7, -4, 0):  # killed after the checkpoint of step 6, told to stop, to the end
-        spawn(1, spiking, [*how, *validation], (8, 14), kill_at)
+        spawn(1, offline, [*how, *validation], (8, 14), kill_at)
     for phase, name in (("training", "Training"), ("validation", "Validation")):
         expected = losses(tokens / "run", phase)
         assert curve(tokens / "run", f"{name}/language_model_loss") == pytest.approx(expected, rel=1e-6)
@@ -130,12 +130,17 @@ def test_a_full_disk_under_tensorboard_ends_nothing(tokens: Path, capfd: pytest.
 WANDB = "training.wandb.entity_name=us"
 
 
-def test_wandb_after_going_back_and_after_a_kill(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def offline(*how: Any) -> Any:
+    """`spiking` in a process whose environment is not that of the test: the server that forks it began earlier."""
+    os.environ["WANDB_MODE"] = "offline"
+    return spiking(*how)
+
+
+def test_wandb_after_going_back_and_after_a_kill(tokens: Path) -> None:
     how = arguments(tokens, "run", "rewind", WANDB, "training.wandb.alert.interval=7")
     validation = ["training.validation.interval=7", "training.validation.iterations=1"]
     for kill_at in (-7, 0):
-        spawn(1, spiking, [*how, *validation], (8, 14), kill_at)
+        spawn(1, offline, [*how, *validation], (8, 14), kill_at)
     first, second = wandb_files(tokens / "run")
     identity = yaml.safe_load((tokens / "run" / "wandb_config.yaml").read_text())
     for path in (first, second):  # one chart
@@ -246,8 +251,8 @@ def test_what_becomes_of_wandb_ends_nothing(
     monkeypatch.setattr(charts, "_UPLOAD_SECONDS", 2.0)
     write, hit = Metrics.write, list[psutil.Process]()
 
-    def disturbed(self: Metrics, step: int, samples: int, waited: float) -> None:
-        write(self, step, samples, waited)
+    def disturbed(self: Metrics, step: int, *counts: Any) -> None:
+        write(self, step, *counts)
         if step == 2:
             assert self.wandb is not None and self.wandb.process is not None
             while not self.wandb.recorded_in:
@@ -277,11 +282,11 @@ def test_a_wandb_that_takes_nothing_is_given_up(tokens: Path, monkeypatch: pytes
     monkeypatch.setattr(charts, "_MOST_WAITING", 20)
     write = Metrics.write
 
-    def disturbed(self: Metrics, step: int, samples: int, waited: float) -> None:
+    def disturbed(self: Metrics, step: int, *counts: Any) -> None:
         if self.wandb is not None and self.wandb.process is not None and step == 2:
             self.wandb.process.send_signal(signal.SIGSTOP)
             self.wandb.sending = b" " * 2**20  # more than a pipe holds
-        write(self, step, samples, waited)
+        write(self, step, *counts)
 
     monkeypatch.setattr(Metrics, "write", disturbed)
     assert run(settings(tokens, "training.train_iters=20", WANDB)) == 0

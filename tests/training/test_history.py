@@ -158,7 +158,8 @@ def test_any_history_uses_each_target_once_an_epoch(
     paths = [numbered(root / f"s{n}", lengths, 1000 * n) for n, lengths in enumerate(documents)]
     history, samples, done = None, 0, 0
     used: dict[tuple[int, int], list[int]] = defaultdict(list)  # source and epoch → targets
-    length_at_end: dict[int, int] = {}
+    length_at_begin: dict[tuple[int, int], int] = {}
+    length_at_end: dict[tuple[int, int], int] = {}
     drawn: list[tuple[int, list[int]]] = []  # index and targets of every sequence
     for change in changes:
         chosen = [(w, p) for w, p in zip(change["weights"], paths, strict=True) if w] or [(1, paths[0])]
@@ -186,7 +187,8 @@ def test_any_history_uses_each_target_once_an_epoch(
                 place = int(packed.tokens[0]) // 1000
                 check_documents(packed, documents[place], 1000 * place)
                 used[place, epoch] += packed.targets.tolist()
-                length_at_end[place, epoch] = change["length"]  # type: ignore[index]
+                length_at_end[place, epoch] = change["length"]
+                length_at_begin.setdefault((place, epoch), change["length"])
                 drawn.append((index, packed.targets.tolist()))
             samples += change["batch"]
         done += change["steps"]
@@ -196,7 +198,7 @@ def test_any_history_uses_each_target_once_an_epoch(
         total = sum(documents[place]) - 1
         if (place, epoch + 1) in used:
             # What is left out at the end of an epoch is shorter than a sequence, of the length before or after it.
-            longest = max(length_at_end[place, epoch], length_at_end[place, epoch + 1])  # type: ignore[index]
+            longest = max(length_at_end[place, epoch], length_at_begin[place, epoch + 1])
             assert total - len(targets) < longest
     for place, epoch in used:
         assert all((place, before) in used or sum(documents[place]) < 26 for before in range(epoch))

@@ -161,8 +161,9 @@ def test_failing_to_the_end_is_an_error(tmp_path: Path, background: str) -> None
     how = f"training.checkpoint.background={background}"
     root = tmp_path / "run" / "checkpoint"
     problem = "could not be saved: No space left on device (the disk)"
+    place = f"override run.experiment_dir={tmp_path}/run: run.experiment_dir"
     assert spawn(2, always_full, arguments(tmp_path, "run", 14, how)) == [
-        (2, f"fast-llm train: {root}/14: {problem} (at the end, after 3 attempts)\n"),
+        (2, f"fast-llm train: {place}: {root}/14: {problem} (at the end, after 3 attempts)\n"),
         (2, ""),
     ]
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_1.txt").read_text()
