@@ -19,7 +19,7 @@ test-real: install
 test-processors: install
 	$(BIN)/python -m tests.test_processors
 
-# On a machine with NVIDIA GPUs: the recipe, every kernel and every layout there, in one table (ten minutes).
+# On a machine with NVIDIA GPUs: the recipe, every kernel and every layout there, in one table.
 test-gpu: build/gpu-data/code.json
 	$(BIN)/python -m tests.gpu
 

@@ -6,7 +6,7 @@
 
 Parts: kernels (against float64), whole (the recipe, all 32 layers), resume (checkpoint, SIGKILL, resume, export,
 transformers), ways (with and without the compiler and cuDNN), settings and layouts (small models, every setting and
-layout). All of them take ten minutes on one H200, and ten on two. The exit code is 1 if a row does not hold. A row's
+layout). All of them are meant to take ten minutes at most. The exit code is 1 if a row does not hold. A row's
 time is that since the row before it.
 """
 
