@@ -11,7 +11,10 @@ from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.training.forecast import DEVICES, forecast
 
 BASE, T = "model.base_model", "model.base_model.transformer"
-COMPILED, SELECTIVE = ("model.multi_stage.compile_all=yes",), (f"{T}.mlp_recompute_level=selective",)
+COMPILED, SELECTIVE = (
+    ("model.multi_stage.compile_all=yes",),
+    (f"{T}.mlp_recompute_level=selective",),
+)
 WHOLE, EVERYTHING = ("batch.cross_document_attention=yes",), (f"{T}.mlp_recompute_level=block",)
 
 
@@ -45,9 +48,39 @@ PUBLISHED = [
     ("torchtitan, Llama-3.1-8B, H100 of 500 W", LLAMA_8B, "h100", 8, 8192, 2, 16, SELECTIVE, 5_762),
     ("the same, compiled", LLAMA_8B, "h100", 8, 8192, 2, 16, SELECTIVE + COMPILED, 6_667),
     ("the same, compiled", LLAMA_8B, "h100", 128, 8192, 2, 256, SELECTIVE + COMPILED, 6_514),
-    ("torchao with torchtitan, Llama-3-8B, compiled", LLAMA_8B, "h100", 8, 8192, 1, 8, SELECTIVE + COMPILED, 6_150),
-    ("torchtitan #996, Llama-3-8B, cross entropy in pieces", LLAMA_8B, "h100", 8, 8192, 1, 8, SELECTIVE, 5_966),
-    ("llm.q, Qwen2.5-7B, weights and states in bf16", QWEN_7B, "h100", 1, 1024, 4, 512, COMPILED + WHOLE, 13_850),
+    (
+        "torchao with torchtitan, Llama-3-8B, compiled",
+        LLAMA_8B,
+        "h100",
+        8,
+        8192,
+        1,
+        8,
+        SELECTIVE + COMPILED,
+        6_150,
+    ),
+    (
+        "torchtitan #996, Llama-3-8B, cross entropy in pieces",
+        LLAMA_8B,
+        "h100",
+        8,
+        8192,
+        1,
+        8,
+        SELECTIVE,
+        5_966,
+    ),
+    (
+        "llm.q, Qwen2.5-7B, weights and states in bf16",
+        QWEN_7B,
+        "h100",
+        1,
+        1024,
+        4,
+        512,
+        COMPILED + WHOLE,
+        13_850,
+    ),
     ("the same", QWEN_7B, "h100", 8, 1024, 8, 512, COMPILED + WHOLE, 14_000),
     (
         "IBM fms-fsdp, Llama-2-7B, compiled, shards of 8",
@@ -60,7 +93,17 @@ PUBLISHED = [
         (*COMPILED, "model.multi_stage.shard_size=8"),
         9_600,
     ),
-    ("llm-foundry, MPT-7B", MPT_7B, "h100", 8, 2048, 6, 48, ("model.multi_stage.zero_stage=3",), 10_643),
+    (
+        "llm-foundry, MPT-7B",
+        MPT_7B,
+        "h100",
+        8,
+        2048,
+        6,
+        48,
+        ("model.multi_stage.zero_stage=3",),
+        10_643,
+    ),
     (
         "the same, everything recomputed",
         MPT_7B,
@@ -89,9 +132,39 @@ PUBLISHED = [
 MEASURED = [  # docs/performance.md
     ("8 blocks of Llama-3.1-8B", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE, 35_703),
     ("the same, compiled", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + COMPILED, 37_895),
-    ("the same, mlp_recompute_level: selective", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + SELECTIVE, 34_655),
-    ("the same, mlp_recompute_level: block", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + EVERYTHING, 30_286),
-    ("the whole of Llama-3.1-8B, compiled", LLAMA_8B, "h200", 1, 4096, 2, 16, WHOLE + COMPILED, 12_125),
+    (
+        "the same, mlp_recompute_level: selective",
+        BLOCKS,
+        "h200",
+        1,
+        4096,
+        2,
+        8,
+        WHOLE + SELECTIVE,
+        34_655,
+    ),
+    (
+        "the same, mlp_recompute_level: block",
+        BLOCKS,
+        "h200",
+        1,
+        4096,
+        2,
+        8,
+        WHOLE + EVERYTHING,
+        30_286,
+    ),
+    (
+        "the whole of Llama-3.1-8B, compiled",
+        LLAMA_8B,
+        "h200",
+        1,
+        4096,
+        2,
+        16,
+        WHOLE + COMPILED,
+        12_125,
+    ),
     ("the same", LLAMA_8B, "h200", 1, 8192, 1, 8, WHOLE + COMPILED, 11_162),
     ("SmolLM2-135M", SMOL, "h200", 1, 1024, 32, 64, WHOLE, 262_573),
     ("the same, compiled", SMOL, "h200", 1, 1024, 32, 64, WHOLE + COMPILED, 364_780),
@@ -99,7 +172,10 @@ MEASURED = [  # docs/performance.md
 
 
 def table(points: list[tuple]) -> list[str]:  # type: ignore[type-arg]
-    lines = ["| | GPUs | sequence | tokens/s a GPU | forecast | ratio |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | GPUs | sequence | tokens/s a GPU | forecast | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     for who, shape, device, gpus, sequence, rows, batch, further, given in points:
         settings = [
             *shape,
@@ -112,7 +188,9 @@ def table(points: list[tuple]) -> list[str]:  # type: ignore[type-arg]
             f"batch.batch_size={batch}",
             *further,
         ]
-        one = forecast(validate(TrainConfig, read(None, settings), REFUSED, RENAMED), gpus, DEVICES[device])
+        one = forecast(
+            validate(TrainConfig, read(None, settings), REFUSED, RENAMED), gpus, DEVICES[device]
+        )
         lines.append(
             f"| {who} | {gpus} {device.upper()} | {sequence:,} | {given:,} | {one.rate:,.0f} | {one.rate / given:.2f} |"
         )

@@ -70,11 +70,18 @@ def library(prefix: Path) -> None:
 def packed(folder: Path) -> None:
     """Documents that change with every micro-batch, compiled and not: the blocks are compiled for all of them at once."""
     library(folder / "library")
-    shape = [*SMOL, "model.base_model.transformer.num_layers=12", "batch.sequence_length=16384", "batch.batch_size=4"]
+    shape = [
+        *SMOL,
+        "model.base_model.transformer.num_layers=12",
+        "batch.sequence_length=16384",
+        "batch.batch_size=4",
+    ]
     data = ["data.format=list", f"data.path={folder}/library", "batch.micro_batch_size=1"]
     found = {}
     for compiled in ("no", "yes"):
-        records = train(folder / compiled, [*shape, *data, f"model.multi_stage.compile_all={compiled}"], 25)
+        records = train(
+            folder / compiled, [*shape, *data, f"model.multi_stage.compile_all={compiled}"], 25
+        )
         found[compiled] = statistics.median(r["tokens_per_sec_per_gpu"] for r in records[5:])
         print(
             f"packed documents, compile_all {compiled}: {found[compiled]:,.0f} tokens/s, loss {records[-1]['language_model_loss']:.4f}"
@@ -138,10 +145,21 @@ def long_context() -> None:
 
     length, size = 131072, 8
     for rank in (0, size - 1):
-        own = _stretches(None, 1, length, (rank, 2 * size - 1 - rank), size).to(torch.device("cuda"))
-        q = torch.randn(length // size, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        both = torch.randn(length, 2, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        times: dict[str, list[float]] = {"select": [], "forward": [], "backward": [], "select backward": []}
+        own = _stretches(None, 1, length, (rank, 2 * size - 1 - rank), size).to(
+            torch.device("cuda")
+        )
+        q = torch.randn(
+            length // size, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
+        both = torch.randn(
+            length, 2, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
+        times: dict[str, list[float]] = {
+            "select": [],
+            "forward": [],
+            "backward": [],
+            "select backward": [],
+        }
         for _ in range(5):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(5)]
             marks[0].record()
@@ -150,15 +168,21 @@ def long_context() -> None:
             keys, values = selected.unbind(1)
             out = attend(q, keys, values, own, True)
             marks[2].record()
-            (gradient,) = torch.autograd.grad(out, selected, torch.ones_like(out), retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                out, selected, torch.ones_like(out), retain_graph=True
+            )
             marks[3].record()
             torch.autograd.grad(selected, both, gradient)
             marks[4].record()
             torch.cuda.synchronize()
             for name, one, other in zip(times, marks[:-1], marks[1:], strict=True):
                 times[name].append(one.elapsed_time(other))
-        shown = ", ".join(f"{name} {statistics.median(found[1:]):.1f} ms" for name, found in times.items())
-        print(f"131,072 tokens over 8, process {rank}: {shown}; keys and values gathered: {both.nbytes / 1e6:.0f} MB")
+        shown = ", ".join(
+            f"{name} {statistics.median(found[1:]):.1f} ms" for name, found in times.items()
+        )
+        print(
+            f"131,072 tokens over 8, process {rank}: {shown}; keys and values gathered: {both.nbytes / 1e6:.0f} MB"
+        )
 
 
 def norms() -> None:
@@ -179,15 +203,21 @@ def norms() -> None:
                 for _ in range(3):
                     torch.autograd.grad(compiled(x, weight), (x, weight), grads)
                 # Of the kernels alone: launching them from Python takes as long.
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                with torch.profiler.profile(
+                    activities=[torch.profiler.ProfilerActivity.CUDA]
+                ) as profile:
                     for _ in range(10):
                         made = compiled(x, weight)
                         torch.cuda.synchronize()
                         with torch.profiler.record_function("back"):
                             torch.autograd.grad(made, (x, weight), grads)
                         torch.cuda.synchronize()
-                took.append([(e.key[:40], e.self_device_time_total / 10) for e in profile.key_averages()])
-            named = ["; ".join(f"{name} {time:.0f}" for name, time in one if time > 2) for one in took]
+                took.append(
+                    [(e.key[:40], e.self_device_time_total / 10) for e in profile.key_averages()]
+                )
+            named = [
+                "; ".join(f"{name} {time:.0f}" for name, time in one if time > 2) for one in took
+            ]
             print(
                 f"RMSNorm and residual, {tokens} x {width} in {dtype}: us, forward and backward: ours {named[0]};"
                 f" the compiler's {named[1]}; four passes of memory: {4 * x.nbytes / 4.2e6:.0f} us"
@@ -203,7 +233,8 @@ def factors() -> None:
             x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
             scale = _scale(x, dtype)
             both, one = (
-                triton_time(partial(torch.ops.fast_llm.shorten, x, scale, dtype, way, True)) for way in (True, False)
+                triton_time(partial(torch.ops.fast_llm.shorten, x, scale, dtype, way, True))
+                for way in (True, False)
             )
             largest = triton_time(partial(torch.ops.fast_llm.amax, x))
             print(
@@ -222,9 +253,21 @@ def triton_time(call: Callable[[], object]) -> float:
 def train(folder: Path, settings: list[str], steps: int) -> list[dict[str, float]]:
     """Run the command and read its metrics."""
     command = [
-        *(sys.executable, "-m", "fast_llm.cli", "train", "gpt", "model.distributed.training_dtype=bf16", *settings),
+        *(
+            sys.executable,
+            "-m",
+            "fast_llm.cli",
+            "train",
+            "gpt",
+            "model.distributed.training_dtype=bf16",
+            *settings,
+        ),
         *(f"training.train_iters={steps}", "training.logs.interval=1"),
-        *(() if any(setting.startswith("data.") for setting in settings) else ("data.format=random",)),
+        *(
+            ()
+            if any(setting.startswith("data.") for setting in settings)
+            else ("data.format=random",)
+        ),
         f"run.experiment_dir={folder}",
     ]
     root = Path(__file__).parent.parent

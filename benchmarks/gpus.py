@@ -77,10 +77,26 @@ def layouts(gpus: int) -> dict[str, dict[str, object]]:
 def start(folder: Path, processes: int, settings: dict[str, object]) -> subprocess.Popen[bytes]:
     """A run, in a session of its own."""
     words = [f"{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "fast_llm.cli", "train", "gpt", "data.format=random", "training.logs.interval=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    command += [
+        "-m",
+        "fast_llm.cli",
+        "train",
+        "gpt",
+        "data.format=random",
+        "training.logs.interval=1",
+    ]
     root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "4"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "4",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.with_suffix(".said")).open("w") as said:
         return subprocess.Popen(
@@ -96,7 +112,11 @@ def records(folder: Path) -> list[dict[str, float]]:
     """The metrics of a run's steps, so far; of one that was made again the newer ones."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    newest = {record["iteration"]: record for record in map(json.loads, lines) if record["phase"] == "training"}
+    newest = {
+        record["iteration"]: record
+        for record in map(json.loads, lines)
+        if record["phase"] == "training"
+    }
     return [newest[step] for step in sorted(newest)]
 
 
@@ -111,7 +131,11 @@ def train(folder: Path, processes: int, settings: dict[str, object]) -> list[dic
 def ranks(launcher: int) -> list[int]:
     """The processes that a launcher started, in order."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children if b"fast_llm.cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        int(child)
+        for child in children
+        if b"fast_llm.cli" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def faults(folder: Path, gpus: int) -> list[str]:
@@ -136,7 +160,11 @@ def faults(folder: Path, gpus: int) -> list[str]:
     def hang(launcher: int) -> None:
         os.kill(ranks(launcher)[-1], signal.SIGSTOP)
 
-    for name, what in (("one process killed", kill), ("told to stop", tell), ("one process hangs", hang)):
+    for name, what in (
+        ("one process killed", kill),
+        ("told to stop", tell),
+        ("one process hangs", hang),
+    ):
         where = folder / name.replace(" ", "-")
         run = start(where, gpus, settings)
         while len(records(where)) < 130 and run.poll() is None:
@@ -156,7 +184,9 @@ def faults(folder: Path, gpus: int) -> list[str]:
         same = found == whole
         if not same:
             wrong.append(f"{name}: ends otherwise")
-        told = [line for line in said.splitlines() if "This run hung" in line or "stopped by" in line]
+        told = [
+            line for line in said.splitlines() if "This run hung" in line or "stopped by" in line
+        ]
         print(
             f"{name}: exit code {run.returncode} after {seconds:.1f} s and {done} of 300 steps; {'; '.join(told[:2])};"
             f" started again it ends {'with the same bits' if same else 'OTHERWISE'}",
@@ -195,14 +225,22 @@ def compare(folder: Path, gpus: int) -> list[str]:
         for name, layout in layouts(gpus).items():
             if dtype == "fp32" and "recomputing" in name:
                 continue
-            found = train(folder / f"{dtype}-{name.replace(' ', '-').replace(',', '')}", gpus, settings | layout)
+            found = train(
+                folder / f"{dtype}-{name.replace(' ', '-').replace(',', '')}",
+                gpus,
+                settings | layout,
+            )
             keys = "language_model_loss", "grad_norm"
             worst = max(
-                (abs(a[k] / b[k] - 1) for a, b in zip(found, one, strict=False) for k in keys), default=float("nan")
+                (abs(a[k] / b[k] - 1) for a, b in zip(found, one, strict=False) for k in keys),
+                default=float("nan"),
             )
             if not worst < bound:
                 wrong.append(f"{dtype}, {name}")
-            print(f"{dtype}, {name}: differs from one GPU by {worst:.1e} (bound {bound:.0e})", flush=True)
+            print(
+                f"{dtype}, {name}: differs from one GPU by {worst:.1e} (bound {bound:.0e})",
+                flush=True,
+            )
     return wrong
 
 
@@ -215,7 +253,10 @@ def speed(folder: Path, gpus: int) -> None:
         (
             f"{gpus} GPUs, tensor_parallel",
             gpus,
-            {"model.distributed.tensor_parallel": gpus, "model.distributed.sequence_tensor_parallel": "yes"},
+            {
+                "model.distributed.tensor_parallel": gpus,
+                "model.distributed.sequence_tensor_parallel": "yes",
+            },
         ),
         (
             f"{gpus} GPUs, sequence_data_parallel, 16,384 tokens",
@@ -224,7 +265,9 @@ def speed(folder: Path, gpus: int) -> None:
         ),
     ):
         batch = {"batch.batch_size": 8 if "16,384" not in name else 2}
-        found = train(folder / name.replace(" ", "-").replace(",", ""), processes, BIG | batch | layout)[5:]
+        found = train(
+            folder / name.replace(" ", "-").replace(",", ""), processes, BIG | batch | layout
+        )[5:]
         if found:
             rates = [record["tokens_per_sec_per_gpu"] for record in found]
             print(

@@ -38,7 +38,9 @@ def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -
             writer = TokenFileWriter(prefix, np.dtype("int32"))
             while writer.tokens < tokens // shards:
                 lengths = random.integers(document // 2, document * 3 // 2, 10_000)
-                writer.append_many(random.integers(VOCABULARY, size=lengths.sum(), dtype=np.int32), lengths)
+                writer.append_many(
+                    random.integers(VOCABULARY, size=lengths.sum(), dtype=np.int32), lengths
+                )
             writer.close()
         entries.append({"prefix": prefix.name} | ({"weight": 1 + number} if edited else {}))
     path = folder / f"dataset_{edited}.json"
@@ -48,7 +50,9 @@ def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -
 
 def open_(path: Path, length: int) -> Dataset:
     """The whole of it for training."""
-    return open_dataset(DataConfig(format="file", path=[str(path)], split=[1]), length, 0, VOCABULARY)
+    return open_dataset(
+        DataConfig(format="file", path=[str(path)], split=[1]), length, 0, VOCABULARY
+    )
 
 
 def read_rate(dataset: Dataset, length: int) -> tuple[float, float]:
@@ -95,9 +99,13 @@ def batch_rate(dataset: Dataset, length: int, workers: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=200_000_000, help="in all token files")
-    parser.add_argument("--document", type=int, default=400, help="tokens of a document, on average")
+    parser.add_argument(
+        "--document", type=int, default=400, help="tokens of a document, on average"
+    )
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--shards", type=int, default=8)
     wanted = parser.parse_args()
@@ -106,7 +114,9 @@ def main() -> None:
         f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}: {wanted.tokens:,} tokens in"
         f" {wanted.shards} files, documents of {wanted.document}, sequences of {wanted.length}\n"
     )
-    print("| sources | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2, M tokens/s |")
+    print(
+        "| sources | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2, M tokens/s |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for edited in (False, True):

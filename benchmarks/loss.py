@@ -26,9 +26,16 @@ def contenders(what: str, on_gpu: bool) -> dict[str, list[str]]:
     """By name, the settings of each."""
     other_order = "batch.micro_batch_size=2"
     if what == "fp8":
-        return {"bf16": [], "fp8": ["model.distributed.fp8=yes"], "bf16, smaller micro-batches": [other_order]}
+        return {
+            "bf16": [],
+            "fp8": ["model.distributed.fp8=yes"],
+            "bf16, smaller micro-batches": [other_order],
+        }
     products = f"model.distributed.training_dtype={'bf16' if on_gpu else 'fp32'}"
-    found = {f"{name} moments": [products, f"optimizer.moments_dtype={name}"] for name in ("fp32", "bf16", "int8")}
+    found = {
+        f"{name} moments": [products, f"optimizer.moments_dtype={name}"]
+        for name in ("fp32", "bf16", "int8")
+    }
     return found | {"fp32 moments, smaller micro-batches": [*found["fp32 moments"], other_order]}
 
 
@@ -39,7 +46,13 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     library(folder / "library")
     transformer, on_gpu = "model.base_model.transformer", torch.cuda.is_available()
-    small = {"num_layers": 3, "hidden_size": 192, "num_attention_heads": 6, "head_groups": 3, "ffn_hidden_size": 512}
+    small = {
+        "num_layers": 3,
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "head_groups": 3,
+        "ffn_hidden_size": 512,
+    }
     settings = [
         *SMOL,
         *("model.base_model.vocab_size=256", f"{transformer}.num_layers=12"),
@@ -47,7 +60,10 @@ def main() -> None:
         *("batch.sequence_length=1024", "batch.batch_size=16", "batch.micro_batch_size=16"),
         *("training.validation.iterations=20", f"training.validation.interval={steps}"),
         *("optimizer.learning_rate.base=1e-3", "optimizer.learning_rate.warmup_iterations=50"),
-        *("optimizer.learning_rate.decay_style=cosine", f"optimizer.learning_rate.decay_iterations={steps}"),
+        *(
+            "optimizer.learning_rate.decay_style=cosine",
+            f"optimizer.learning_rate.decay_iterations={steps}",
+        ),
     ]
     if on_gpu:
         settings += ["model.multi_stage.compile_all=yes"]
@@ -58,10 +74,13 @@ def main() -> None:
         records = train(folder / name.replace(" ", ""), [*settings, *further], steps)
         last = statistics.mean(r["language_model_loss"] for r in records[-100:])
         lines = (folder / name.replace(" ", "") / "metrics.jsonl").read_text().splitlines()
-        evaluations = [r["language_model_loss"] for r in map(json.loads, lines) if r["phase"] == "validation"]
+        evaluations = [
+            r["language_model_loss"] for r in map(json.loads, lines) if r["phase"] == "validation"
+        ]
         rate = statistics.median(r["tokens_per_sec_per_gpu"] for r in records[50:])
         print(
-            f"{name}: last hundred steps {last:.4f}, validation {evaluations[-1]:.4f}, {rate:,.0f} tokens/s", flush=True
+            f"{name}: last hundred steps {last:.4f}, validation {evaluations[-1]:.4f}, {rate:,.0f} tokens/s",
+            flush=True,
         )
 
 

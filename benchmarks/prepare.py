@@ -96,7 +96,9 @@ def _processor_time() -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=20)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
@@ -108,7 +110,9 @@ def main() -> None:
         folder = Path(name)
         train_tokenizer(texts, arguments.vocabulary, folder)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters, {arguments.vocabulary} tokens")
+        print(
+            f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters, {arguments.vocabulary} tokens"
+        )
         measure_prepare(texts, folder, arguments.workers)
 
 

@@ -35,17 +35,26 @@ COPYING = ("aten::copy_", "aten::fill_", "aten::sum")
 def floor(event: dict[str, Any], rate: float, copy: float) -> float:
     """Microseconds that an operation must take, 0 if its shapes are not known."""
     arguments = event.get("args", {})
-    shapes = [shape for shape in arguments.get("Input Dims", []) if shape and all(isinstance(n, int) for n in shape)]
+    shapes = [
+        shape
+        for shape in arguments.get("Input Dims", [])
+        if shape and all(isinstance(n, int) for n in shape)
+    ]
     kinds = [kind for kind in arguments.get("Input type", []) if kind in BYTES]
     name, title = event["name"], part(event["name"])
     if title == "products":
-        if not name.startswith(("aten::mm", "aten::addmm", "aten::bmm")) or len(shapes) < 2:  # what calls these
+        if (
+            not name.startswith(("aten::mm", "aten::addmm", "aten::bmm")) or len(shapes) < 2
+        ):  # what calls these
             return 0.0
         left, right = shapes[-2:] if "addmm" in name else shapes[:2]
         return 2 * math.prod(left) * right[-1] / rate * 1e6
     if title == "attention" and name.startswith("fast_llm::attention"):
         back = name.endswith("back")
-        query, ends = shapes[6 if back else 0], shapes[9 if back else 3][0]  # of documents that are alike
+        query, ends = (
+            shapes[6 if back else 0],
+            shapes[9 if back else 3][0],
+        )  # of documents that are alike
         pairs = query[0] * query[1] * (query[0] * query[1] / (ends - 1)) / 2 * query[2] * query[3]
         return (10 if back else 4) * pairs / rate * 1e6
     if title == "attention" and "scaled_dot_product" in name and len(shapes[0]) == 4:
@@ -54,7 +63,9 @@ def floor(event: dict[str, Any], rate: float, copy: float) -> float:
         return (10 if back else 4) * batch * heads * length**2 / 2 * width / rate * 1e6
     if title == "attention":
         return 0.0
-    return sum(math.prod(s) * BYTES[kind] for s, kind in zip(shapes, kinds, strict=False)) / copy * 1e6
+    return (
+        sum(math.prod(s) * BYTES[kind] for s, kind in zip(shapes, kinds, strict=False)) / copy * 1e6
+    )
 
 
 def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
@@ -63,16 +74,28 @@ def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
     floors: dict[str, float] = defaultdict(float)
     for event in trace["traceEvents"]:
         name = event.get("name", "")
-        if event.get("ph") == "X" and event.get("cat") == "cpu_op" and name.startswith(("aten::", "fast_llm::")):
+        if (
+            event.get("ph") == "X"
+            and event.get("cat") == "cpu_op"
+            and name.startswith(("aten::", "fast_llm::"))
+        ):
             title = part(name)
             floors[title] += floor(event, rate, copy) if title != OTHER or name in COPYING else 0.0
-    lines = ["| part | calls | floor ms | measured ms | of the step | gap |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| part | calls | floor ms | measured ms | of the step | gap |",
+        "|---|---|---|---|---|---|",
+    ]
     for title, spent in found.parts.items():
         least, took = floors[title] / steps / 1e3, spent.own / steps / 1e3
         gap = f"{(spent.once - floors[title]) / found.whole:.1%}"
         shown = f"{least:.1f}" if least else "–"
-        lines.append(f"| {title} | {spent.calls // steps} | {shown} | {took:.1f} | {found.share(title):.1%} | {gap} |")
-    total, calls = sum(floors.values()) / steps / 1e3, sum(spent.calls for spent in found.parts.values()) // steps
+        lines.append(
+            f"| {title} | {spent.calls // steps} | {shown} | {took:.1f} | {found.share(title):.1%} | {gap} |"
+        )
+    total, calls = (
+        sum(floors.values()) / steps / 1e3,
+        sum(spent.calls for spent in found.parts.values()) // steps,
+    )
     lines.append(f"| all | {calls} | {total:.1f} | {found.whole / steps / 1e3:.1f} | 100.0% | |")
     return "\n".join(lines)
 
@@ -82,9 +105,9 @@ def rates() -> tuple[float, float]:
     one, other = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     product, source = torch.empty_like(one), torch.ones(2**24)
     copied = torch.zeros_like(source)
-    return 2 * 2048**3 / _least(lambda: torch.mm(one, other, out=product)), 2 * source.nbytes / _least(
-        lambda: copied.copy_(source)
-    )
+    return 2 * 2048**3 / _least(
+        lambda: torch.mm(one, other, out=product)
+    ), 2 * source.nbytes / _least(lambda: copied.copy_(source))
 
 
 def _least(run: Any) -> float:
@@ -122,7 +145,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Read or make a trace, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3, help="that the trace holds")

@@ -51,13 +51,13 @@ def rate(work: float, function: Callable[[], object]) -> str:
         times = seconds(function)
     except (RuntimeError, TypeError) as error:
         return f"not here: {str(error).splitlines()[0][:60]}"
-    return (
-        f"{work / statistics.median(times) / 1e12:.0f} ({work / max(times) / 1e12:.0f}–{work / min(times) / 1e12:.0f})"
-    )
+    return f"{work / statistics.median(times) / 1e12:.0f} ({work / max(times) / 1e12:.0f}–{work / min(times) / 1e12:.0f})"
 
 
 def products() -> None:
-    print("\n| TFLOP/s | forward | by input | by weight | by weight, added in fp32 |\n|---|---|---|---|---|")
+    print(
+        "\n| TFLOP/s | forward | by input | by weight | by weight, added in fp32 |\n|---|---|---|---|---|"
+    )
     for name, (inputs, outputs) in SHAPES.items():
         x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
@@ -85,7 +85,8 @@ def attention() -> None:
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, None):
             name = "PyTorch's choice" if backend is None else backend.name.lower()
             print(
-                f"| {batch} × {length}, {name} | {' | '.join(one_backend(batch, length, work, backend))} |", flush=True
+                f"| {batch} × {length}, {name} | {' | '.join(one_backend(batch, length, work, backend))} |",
+                flush=True,
             )
         documents(batch, length, work)
 
@@ -93,7 +94,9 @@ def attention() -> None:
 def one_backend(batch: int, length: int, work: float, backend: SDPBackend | None) -> list[str]:
     """The rates of forward and backward; None is what PyTorch chooses."""
     q, k, v = (
-        torch.randn(batch, heads, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(
+            batch, heads, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
         for heads in (32, 8, 8)
     )
 
@@ -106,7 +109,9 @@ def one_backend(batch: int, length: int, work: float, backend: SDPBackend | None
         grad = torch.randn_like(out)
     except RuntimeError as error:
         return [f"not here: {str(error).splitlines()[0][:60]}", ""]
-    backward = rate(2.5 * work, lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+    backward = rate(
+        2.5 * work, lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+    )
     return [rate(work, forward), backward]
 
 
@@ -116,19 +121,29 @@ def documents(batch: int, length: int, work: float) -> None:
     from fast_llm.model.attention import _variable_length
 
     q, k, v = (
-        torch.randn(batch * length, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(
+            batch * length, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
         for heads in (32, 8, 8)
     )
     ends = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device="cuda")
     for way in ("PyTorch's kernel", "cuDNN"):
         if way == "cuDNN" and (problem := cudnn.load(torch.device("cuda", 0))):
-            print(f"| {batch} × {length}, by boundaries, cuDNN | not here: {problem[:60]} | |", flush=True)
+            print(
+                f"| {batch} × {length}, by boundaries, cuDNN | not here: {problem[:60]} | |",
+                flush=True,
+            )
             continue
         out = _variable_length(q, k, v, ends, ends, length, length)
         grad = torch.randn_like(out)
         cells = [
             rate(work, lambda: _variable_length(q, k, v, ends, ends, length, length)),
-            rate(2.5 * work, lambda out=out, grad=grad: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)),
+            rate(
+                2.5 * work,
+                lambda out=out, grad=grad: torch.autograd.grad(
+                    out, (q, k, v), grad, retain_graph=True
+                ),
+            ),
         ]
         print(f"| {batch} × {length}, by boundaries, {way} | {' | '.join(cells)} |", flush=True)
     cudnn._Loaded.library = None
@@ -137,18 +152,26 @@ def documents(batch: int, length: int, work: float) -> None:
 def sustained(length: float = 20.0) -> None:
     """Products without pause: what the clock comes down to."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,power.draw,temperature.gpu",
+        "--format=csv,noheader",
+    ]
     print("\n8192³ without pause: seconds, TFLOP/s, clock, power, temperature")
     started = time.perf_counter()
     while (passed := time.perf_counter() - started) < length:
         times = seconds(lambda: a @ b, 500)
         said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        print(f"{passed:.0f} s: {2 * 8192**3 / statistics.mean(times) / 1e12:.0f}, {said}", flush=True)
+        print(
+            f"{passed:.0f} s: {2 * 8192**3 / statistics.mean(times) / 1e12:.0f}, {said}", flush=True
+        )
 
 
 def main() -> None:
     """Measure and print."""
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    print(
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    )
     products()
     attention()
     big = torch.empty(2**30, device="cuda", dtype=torch.uint8)

@@ -31,9 +31,19 @@ SETTINGS = [
 
 def train(folder: str) -> tuple[float, float]:
     """Seconds to the line of the first step, and to the end of the process."""
-    command = [sys.executable, "-m", "fast_llm.cli", "train", "gpt", *SETTINGS, f"run.experiment_dir={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "fast_llm.cli",
+        "train",
+        "gpt",
+        *SETTINGS,
+        f"run.experiment_dir={folder}",
+    ]
     started, first = time.perf_counter(), 0.0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
@@ -53,10 +63,16 @@ def load() -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=7)
     turns = parser.parse_args().turns
-    found: dict[str, list[float]] = {"to the first step": [], "to the end": [], "`import torch` alone": []}
+    found: dict[str, list[float]] = {
+        "to the first step": [],
+        "to the end": [],
+        "`import torch` alone": [],
+    }
     for turn in range(turns + 1):
         with tempfile.TemporaryDirectory() as folder:
             seconds = *train(str(Path(folder) / "run")), load()

@@ -63,10 +63,14 @@ SHAPE: dict[str, Any] = {
 
 def tokens(sequences: int, length: int) -> torch.Tensor:
     """[B, S + 1], the same for both."""
-    return torch.randint(SHAPE["vocab_size"], (sequences, length + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        SHAPE["vocab_size"], (sequences, length + 1), generator=torch.Generator().manual_seed(0)
+    )
 
 
-def ours(sequences: int, length: int, dtype: torch.dtype = torch.bfloat16, plain: bool = False) -> Callable[[], float]:
+def ours(
+    sequences: int, length: int, dtype: torch.dtype = torch.bfloat16, plain: bool = False
+) -> Callable[[], float]:
     """A step that returns its loss."""
     keep_freed_memory()  # as `fast-llm train` does
     native.take_faster_exact_products()
@@ -153,7 +157,12 @@ def transformers(
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            return run(input_ids=data[:, :-1], shift_labels=data[:, 1:], labels=data[:, 1:], use_cache=False).loss
+            return run(
+                input_ids=data[:, :-1],
+                shift_labels=data[:, 1:],
+                labels=data[:, 1:],
+                use_cache=False,
+            ).loss
 
     return trained(model, loss)
 
@@ -168,10 +177,14 @@ def litgpt(sequences: int, length: int, compiled: bool = False) -> Callable[[], 
     data = tokens(sequences, length)
     run = torch.compile(model) if compiled else model
     # As litgpt pretrains: all logits at once.
-    return trained(model, lambda: chunked_cross_entropy(run(data[:, :-1]), data[:, 1:], chunk_size=0))
+    return trained(
+        model, lambda: chunked_cross_entropy(run(data[:, :-1]), data[:, 1:], chunk_size=0)
+    )
 
 
-def trained(model: torch.nn.Module, loss: Callable[[], torch.Tensor], micro_batches: int = 1) -> Callable[[], float]:
+def trained(
+    model: torch.nn.Module, loss: Callable[[], torch.Tensor], micro_batches: int = 1
+) -> Callable[[], float]:
     """A step that returns its last micro-batch's loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -233,7 +246,9 @@ def contender(name: str, pipe: Connection, threads: int, *size: int) -> None:
         pipe.send((seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def compare(names: list[str], turns: int, warm_up: int, threads: int, *size: int) -> dict[str, list[list[float]]]:
+def compare(
+    names: list[str], turns: int, warm_up: int, threads: int, *size: int
+) -> dict[str, list[list[float]]]:
     """Seconds, losses and peaks of each turn, of each contender."""
     context = get_context("spawn")
     pipes = {}
@@ -250,24 +265,33 @@ def compare(names: list[str], turns: int, warm_up: int, threads: int, *size: int
             found[name].append(pipe.recv())
     for pipe in pipes.values():
         pipe.send(None)
-    return {name: [list(column) for column in zip(*rows[warm_up:], strict=True)] for name, rows in found.items()}
+    return {
+        name: [list(column) for column in zip(*rows[warm_up:], strict=True)]
+        for name, rows in found.items()
+    }
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "transformers"])
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=["ours", "transformers"]
+    )
     parser.add_argument("--json")
     options = parser.parse_args()
 
     first = options.contenders[0]
     names = [*dict.fromkeys(options.contenders), "products-bf16", "products-fp32"]
-    print(f"{_processor()}, {options.threads} threads, torch {torch.__version__}; {options.turns} turns\n")
+    print(
+        f"{_processor()}, {options.threads} threads, torch {torch.__version__}; {options.turns} turns\n"
+    )
     print(
         f"| tokens | | median s (quartiles) | tokens/s | GFLOP/s | of the matrix rate | peak MiB | its time / {first}'s |"
     )
@@ -275,13 +299,20 @@ def main() -> None:
     rows = []
     for length in options.lengths:
         count = options.sequences * length
-        found = compare(names, options.turns, options.warm_up, options.threads, options.sequences, length)
+        found = compare(
+            names, options.turns, options.warm_up, options.threads, options.sequences, length
+        )
         flops = cost(BaseModelConfig.model_validate(SHAPE), length).model_flops_per_token * count
-        peaks = {dtype: 2 * 2048**3 / statistics.median(found[f"products-{dtype}"][1]) for dtype in ("bf16", "fp32")}
+        peaks = {
+            dtype: 2 * 2048**3 / statistics.median(found[f"products-{dtype}"][1])
+            for dtype in ("bf16", "fp32")
+        }
         for name in names[:-2]:
             seconds, losses, memory = found[name]
             low, middle, high = statistics.quantiles(seconds, n=4)
-            times = statistics.quantiles([b / a for a, b in zip(found[first][0], seconds, strict=True)], n=4)
+            times = statistics.quantiles(
+                [b / a for a, b in zip(found[first][0], seconds, strict=True)], n=4
+            )
             # Numbers in bf16 can be multiplied in fp32, and are where that is faster.
             peak = peaks["fp32"] if name.endswith("fp32") else max(peaks.values())
             rate = flops / middle
@@ -291,16 +322,31 @@ def main() -> None:
                 f" | {times[1]:.2f} ({times[0]:.2f}–{times[2]:.2f}) |",
                 flush=True,
             )
-            rows.append({"tokens": count, "name": name, "seconds": seconds, "losses": losses, "peak": max(memory)})
-        print(f"\nProducts: {peaks['bf16'] / 1e9:.0f} GFLOP/s in bf16, {peaks['fp32'] / 1e9:.0f} in fp32\n")
+            rows.append(
+                {
+                    "tokens": count,
+                    "name": name,
+                    "seconds": seconds,
+                    "losses": losses,
+                    "peak": max(memory),
+                }
+            )
+        print(
+            f"\nProducts: {peaks['bf16'] / 1e9:.0f} GFLOP/s in bf16, {peaks['fp32'] / 1e9:.0f} in fp32\n"
+        )
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": _processor(), "torch": torch.__version__, "rows": rows}))
+        Path(options.json).write_text(
+            json.dumps({"machine": _processor(), "torch": torch.__version__, "rows": rows})
+        )
 
 
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}
+            found = {
+                key.strip(): value.strip()
+                for key, _, value in (line.partition(":") for line in file)
+            }
         amx = " with AMX" if "amx_bf16" in found.get("flags", "") else ""
         return f"{found.get('model name', platform.processor())}{amx}"
     except OSError:

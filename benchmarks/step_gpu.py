@@ -37,7 +37,9 @@ import step_cpu  # beside this file
 import torch
 
 WARM, STEPS = 3, 9
-SHAPES: dict[str, tuple[dict[str, Any], int, int, int]] = {  # shape, tokens, sequences and micro-batches of a step
+SHAPES: dict[
+    str, tuple[dict[str, Any], int, int, int]
+] = {  # shape, tokens, sequences and micro-batches of a step
     "llama-8b-blocks": (
         {
             "vocab_size": 128256,
@@ -63,7 +65,9 @@ def _batch(shape: dict[str, Any], length: int, sequences: int) -> torch.Tensor:
     return torch.randint(shape["vocab_size"], (sequences, length), device=DEVICE)
 
 
-def transformers(size: tuple[Any, ...], dtype: str, compiled: bool = False, liger: bool = False) -> Callable[[], float]:
+def transformers(
+    size: tuple[Any, ...], dtype: str, compiled: bool = False, liger: bool = False
+) -> Callable[[], float]:
     """A step that returns its loss."""
     shape, length, sequences, micro_batches = size
     if liger:
@@ -128,7 +132,9 @@ def torchtitan(size: tuple[Any, ...]) -> Callable[[], float]:
         model.init_weights(DEVICE)
     assert model.layers["0"].feed_forward.w1.weight.shape[0] == widths[1]
     if shape["tie_word_embeddings"]:
-        torch.nn.init.normal_(model.tok_embeddings.weight, std=0.02)  # it does not tie, and begins embeddings with 1
+        torch.nn.init.normal_(
+            model.tok_embeddings.weight, std=0.02
+        )  # it does not tie, and begins embeddings with 1
         model.output.weight = model.tok_embeddings.weight
     for name, block in model.layers.named_children():
         model.layers.register_module(name, torch.compile(block, fullgraph=True))
@@ -162,10 +168,22 @@ def ours(size: tuple[Any, ...], settings: list[str]) -> tuple[list[float], float
     shape, length, sequences, micro_batches = size
     root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"model.base_model.transformer.{key}={value}" for key, value in shape["transformer"].items()]
-        words += [f"model.base_model.{key}={shape[key]}" for key in ("vocab_size", "tie_word_embeddings")]
-        words += [f"batch.sequence_length={length}", f"batch.micro_batch_size={sequences}", "data.format=random"]
-        words += [f"batch.batch_size={sequences * micro_batches}", f"training.train_iters={WARM + STEPS}"]
+        words = [
+            f"model.base_model.transformer.{key}={value}"
+            for key, value in shape["transformer"].items()
+        ]
+        words += [
+            f"model.base_model.{key}={shape[key]}" for key in ("vocab_size", "tie_word_embeddings")
+        ]
+        words += [
+            f"batch.sequence_length={length}",
+            f"batch.micro_batch_size={sequences}",
+            "data.format=random",
+        ]
+        words += [
+            f"batch.batch_size={sequences * micro_batches}",
+            f"training.train_iters={WARM + STEPS}",
+        ]
         words += [
             "training.logs.interval=1",
             "model.distributed.training_dtype=bf16",
@@ -209,7 +227,9 @@ def one(name: str, shape: str) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json")
@@ -234,14 +254,20 @@ def main() -> None:
         layers, length, sequences, micro_batches = SHAPES[shape]
         tokens = length * sequences * micro_batches
         flops = cost(BaseModelConfig.model_validate(layers), length).model_flops_per_token * tokens
-        print(f"\n| {shape}: {micro_batches} × {sequences} × {length} tokens | tokens/s, median (range) | MFU", end="")
+        print(
+            f"\n| {shape}: {micro_batches} × {sequences} × {length} tokens | tokens/s, median (range) | MFU",
+            end="",
+        )
         print(" | its time / the first's | GiB | loss |\n|---|---|---|---|---|---|", flush=True)
         first = 0.0
         for name in options.contenders:
             command = [sys.executable, __file__, "--one", name, "--shape", shape]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(f"| {name} | failed: {' '.join(done.stderr.splitlines()[-1:])[-400:]} | | | | |", flush=True)
+                print(
+                    f"| {name} | failed: {' '.join(done.stderr.splitlines()[-1:])[-400:]} | | | | |",
+                    flush=True,
+                )
                 continue
             run = json.loads(done.stdout.splitlines()[-1])
             middle = statistics.median(run["seconds"])

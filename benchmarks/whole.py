@@ -53,7 +53,11 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"batch.micro_batch_size": 2, LEVEL: "activation_and_input"},
     "sequence 8192, compiled, fp8": LONG | COMPILED | FP8,
     "sequence 8192, compiled, fp8, 8-bit moments": LONG | COMPILED | FP8 | INT8,
-    "sequence 8192 by 2, compiled, fp8, 8-bit moments": LONG | COMPILED | FP8 | INT8 | {"batch.micro_batch_size": 2},
+    "sequence 8192 by 2, compiled, fp8, 8-bit moments": LONG
+    | COMPILED
+    | FP8
+    | INT8
+    | {"batch.micro_batch_size": 2},
     "sequence 122880, mlp_recompute_level block, 8-bit moments": {
         "training.train_iters": WARM + 1,
         "batch.sequence_length": 122880,
@@ -69,7 +73,10 @@ def main() -> None:
     import torch
 
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}",
+        flush=True,
+    )
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
     for name, run in RUNS.items():
@@ -80,7 +87,9 @@ def main() -> None:
             table = str(out / f"{name.replace(' ', '-').replace(',', '')}.txt") if out else ""
             words = [f"{key}={value}" for key, value in settings.items()]
             command = [sys.executable, __file__, "--one", table, *words]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 print(f"{name}: failed\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}", flush=True)
                 continue
@@ -123,7 +132,9 @@ def one(table: str, settings: list[str]) -> None:
             result = step(self, *args, **kwargs)
         averages = profile.key_averages()
         Path(table).write_text(
-            averages.table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=110)
+            averages.table(
+                sort_by="self_device_time_total", row_limit=60, max_name_column_width=110
+            )
         )
         return result
 
@@ -137,7 +148,9 @@ def one(table: str, settings: list[str]) -> None:
     from fast_llm.training.forecast import DEVICES, forecast, read_plan
 
     expected = forecast(read_plan(read(None, settings), 1), 1, DEVICES["h200"])
-    print(f"forecast {expected.peak.bytes / 2**30:.1f} GiB ({expected.peak.name}), {expected.rate:,.0f} tokens/s")
+    print(
+        f"forecast {expected.peak.bytes / 2**30:.1f} GiB ({expected.peak.name}), {expected.rate:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

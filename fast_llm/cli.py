@@ -101,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _only_the_first_speaks():
         # argparse does not take settings on both sides of an option by itself.
         parsed, further = parser.parse_known_args(words)
-        if unknown := [word for word in further if word.startswith("-") or not hasattr(parsed, "settings")]:
-            parser.error(f"unknown: {' '.join(unknown)}; settings have the form section.setting=value")
+        if unknown := [
+            word for word in further if word.startswith("-") or not hasattr(parsed, "settings")
+        ]:
+            parser.error(
+                f"unknown: {' '.join(unknown)}; settings have the form section.setting=value"
+            )
     if further:
         parsed.settings = [*parsed.settings, *further]
     shared = parsed.command == "train" and not parsed.validate
@@ -135,8 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except _Told as told:
         if _first():
-            hint = "; the same command goes on where it stopped" if parsed.command == "prepare" else ""
-            print(f"fast-llm {parsed.command}: stopped by {told.signal.name}{hint}", file=sys.stderr)
+            hint = (
+                "; the same command goes on where it stopped" if parsed.command == "prepare" else ""
+            )
+            print(
+                f"fast-llm {parsed.command}: stopped by {told.signal.name}{hint}", file=sys.stderr
+            )
         return 128 + told.signal
     except KeyboardInterrupt:
         return 130
@@ -189,7 +197,10 @@ def _signals(command: str, own_process: bool) -> Iterator[None]:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
 
-    before = {number: signal.signal(number, signal.SIG_DFL if command == "train" else tell) for number in numbers}
+    before = {
+        number: signal.signal(number, signal.SIG_DFL if command == "train" else tell)
+        for number in numbers
+    }
     before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
     if own_process:
         # Python gives up its handlers before it has ended, and one signal more would end it as if work were left.
@@ -229,7 +240,9 @@ def _processes(training: bool) -> int:
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) == 0:
         raise ConfigError(
-            [f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes; unset it"]
+            [
+                f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes; unset it"
+            ]
         )
     size = int(given)
     if training and size > 1:
@@ -272,17 +285,31 @@ def _agreed(error: UserError) -> UserError:
 
 def _parser() -> argparse.ArgumentParser:
     def shaped(**more: Any) -> dict[str, Any]:
-        return {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more}
+        return {
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+            **more,
+        }
 
     parser = argparse.ArgumentParser(
         prog="fast-llm",
-        **shaped(description="Continued pretraining of Llama models from one YAML file.", epilog=_EXAMPLES),
+        **shaped(
+            description="Continued pretraining of Llama models from one YAML file.",
+            epilog=_EXAMPLES,
+        ),
     )
     parser.add_argument("--version", action="version", version=f"fast-llm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, kind, function, text, description, examples in (
         ("train", "gpt", _train, "train a model, or go on with it", _TRAIN, _TRAIN_EXAMPLES),
-        ("prepare", "gpt_memmap", _prepare, "turn documents into token files", _PREPARE, _PREPARE_EXAMPLES),
+        (
+            "prepare",
+            "gpt_memmap",
+            _prepare,
+            "turn documents into token files",
+            _PREPARE,
+            _PREPARE_EXAMPLES,
+        ),
         (
             "convert",
             "gpt",
@@ -292,39 +319,64 @@ def _parser() -> argparse.ArgumentParser:
             _CONVERT_EXAMPLES,
         ),
     ):
-        command = commands.add_parser(name, help=text, **shaped(description=description, epilog=examples))
-        command.add_argument("settings", nargs="*", metavar=f"[{kind}] a.b=c", help="settings that win over the file")
+        command = commands.add_parser(
+            name, help=text, **shaped(description=description, epilog=examples)
+        )
+        command.add_argument(
+            "settings", nargs="*", metavar=f"[{kind}] a.b=c", help="settings that win over the file"
+        )
         command.add_argument("-c", "--config", metavar="FILE", help="the YAML file")
-        checked = "check, and stop" if name == "convert" else "check all that can be checked, print the plan, and stop"
+        checked = (
+            "check, and stop"
+            if name == "convert"
+            else "check all that can be checked, print the plan, and stop"
+        )
         command.add_argument("-v", "--validate", action="store_true", help=checked)
         command.set_defaults(run=function, kind=kind)
     command = commands.add_parser(
-        "plan", help="will it fit, how fast will it be", **shaped(description=_PLAN, epilog=_PLAN_EXAMPLES)
+        "plan",
+        help="will it fit, how fast will it be",
+        **shaped(description=_PLAN, epilog=_PLAN_EXAMPLES),
     )
-    command.add_argument("settings", nargs="*", metavar="[gpt] a.b=c", help="settings that win over the file")
+    command.add_argument(
+        "settings", nargs="*", metavar="[gpt] a.b=c", help="settings that win over the file"
+    )
     command.add_argument("-c", "--config", metavar="FILE", help="the YAML file")
-    command.add_argument("-n", "--gpus", type=_positive, default=8, metavar="N", help="how many (default: 8)")
+    command.add_argument(
+        "-n", "--gpus", type=_positive, default=8, metavar="N", help="how many (default: 8)"
+    )
     kinds = ("h100", "h200", "b200", "a100")
     command.add_argument("--device", choices=kinds, default="h100", help="which (default: h100)")
     command.set_defaults(run=_forecast, kind="gpt")
     about = """Read checkpoints, exports and datasets as a whole and compare them with the digests that were written with
 them. An experiment folder stands for all that it holds."""
-    verify = commands.add_parser("verify", help="compare files with their digests", **shaped(description=about))
+    verify = commands.add_parser(
+        "verify", help="compare files with their digests", **shaped(description=about)
+    )
     verify.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a dataset.json, checkpoint, export or experiment folder"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="a dataset.json, checkpoint, export or experiment folder",
     )
     verify.set_defaults(run=_verify)
     about = """Print which documents each sequence of a training step was made of, and how they begin; for a loss that
 looks odd."""
-    why = commands.add_parser("why", help="which documents were in a step", **shaped(description=about))
+    why = commands.add_parser(
+        "why", help="which documents were in a step", **shaped(description=about)
+    )
     why.add_argument("experiment", metavar="RUN", help="the experiment folder")
     why.add_argument("step", type=int, metavar="STEP", help="the step, from 1 on")
     why.add_argument("--json", action="store_true", help="print JSON alone, for programs")
     why.set_defaults(run=_why)
     about = """Make a tokenizer, a corpus of prose and one of code from what Python brings, pretrain a small Llama on prose
 and continue it on code with the recipe's YAML; compare, kill, resume. A few minutes on two cores, no network."""
-    demo = commands.add_parser("demo", help="see everything once, on this machine", **shaped(description=about))
-    demo.add_argument("folder", nargs="?", default="fast-llm-demo", help="where to (default: fast-llm-demo)")
+    demo = commands.add_parser(
+        "demo", help="see everything once, on this machine", **shaped(description=about)
+    )
+    demo.add_argument(
+        "folder", nargs="?", default="fast-llm-demo", help="where to (default: fast-llm-demo)"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -337,10 +389,14 @@ def _read(parsed: argparse.Namespace, kind: Any, example: str) -> Any:
     if settings and "=" not in settings[0]:
         word = settings.pop(0)
         if word != parsed.kind:
-            hint = f"; a file is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
+            hint = (
+                f"; a file is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
+            )
             raise ConfigError([f"{word}: must be {parsed.kind} or a setting a.b=c{hint}"])
     if parsed.config is None and not settings:
-        raise ConfigError([f"no settings: give --config FILE, or section.setting=value; for example `{example}`"])
+        raise ConfigError(
+            [f"no settings: give --config FILE, or section.setting=value; for example `{example}`"]
+        )
     return read(parsed.config, settings, kind)
 
 
@@ -349,7 +405,9 @@ def _train(parsed: argparse.Namespace) -> int:
 
     interrupt = Interrupt()
     processes = _processes(training=not parsed.validate)
-    if processes > 1:  # warnings of C++ about sockets and groups that are being closed, which errors of Python follow
+    if (
+        processes > 1
+    ):  # warnings of C++ about sockets and groups that are being closed, which errors of Python follow
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     early: Any = nullcontext()
     try:
@@ -360,7 +418,10 @@ def _train(parsed: argparse.Namespace) -> int:
         from fast_llm.training.run import EarlyLog
 
         if not parsed.validate:
-            rank, timestamps = int(os.environ.get("RANK", "0")), document.get("run.log_timestamps", True)
+            rank, timestamps = (
+                int(os.environ.get("RANK", "0")),
+                document.get("run.log_timestamps", True),
+            )
             early = EarlyLog(rank, processes, timestamps is not False)
         with early:
             plan = make_plan(document, processes, weights=not parsed.validate)
@@ -425,7 +486,11 @@ def _convert(parsed: argparse.Namespace) -> int:
     from fast_llm.config.prepare import CONVERT_REFUSED, ConvertConfig
     from fast_llm.config.section import dump, locating, validate
 
-    document = _read(parsed, ConvertConfig, "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL")
+    document = _read(
+        parsed,
+        ConvertConfig,
+        "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL",
+    )
     config = validate(ConvertConfig, document, CONVERT_REFUSED)
     if parsed.validate:
         print(dump(config), end="")

@@ -45,7 +45,11 @@ class ConfigError(UserError):
 
     def report(self) -> str:
         problems = self.problems
-        return problems[0] if len(problems) == 1 else f"{len(problems)} mistakes\n  " + "\n  ".join(problems)
+        return (
+            problems[0]
+            if len(problems) == 1
+            else f"{len(problems)} mistakes\n  " + "\n  ".join(problems)
+        )
 
 
 class DataError(UserError):

@@ -27,7 +27,13 @@ _LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
 )
 # Lines of torchrun that follow each end of a process, or say that each process computes with one thread, as the log does.
-_CHATTER = ("OMP_NUM_THREADS", "*****", "closing signal", "failed (exitcode:", "death signal, shutting down")
+_CHATTER = (
+    "OMP_NUM_THREADS",
+    "*****",
+    "closing signal",
+    "failed (exitcode:",
+    "death signal, shutting down",
+)
 
 
 def register() -> Callable[[Any], Any]:
@@ -41,7 +47,9 @@ def register() -> Callable[[Any], Any]:
         except Exception:  # another torch: mistakes are tried again as often as crashes
             logging.getLogger(__name__).debug("torchrun will retry mistakes", exc_info=True)
         for name in _LOGGERS:
-            logging.getLogger(name).addFilter(lambda record: not any(part in record.getMessage() for part in _CHATTER))
+            logging.getLogger(name).addFilter(
+                lambda record: not any(part in record.getMessage() for part in _CHATTER)
+            )
         sys.excepthook = _Report(sys.excepthook)
     return _no_backend
 
@@ -59,8 +67,12 @@ def _give_up_after_mistakes() -> None:
 
     def wait_and_look(self: Any, *arguments: Any, **further: Any) -> Any:
         result = wait(self, *arguments, **further)
-        if result is not None and any(one.exitcode == UserError.exit_code for one in result.failures.values()):
-            raise ChildFailedError(name=self.name, failures=result.failures)  # as torchrun does after the last attempt
+        if result is not None and any(
+            one.exitcode == UserError.exit_code for one in result.failures.values()
+        ):
+            raise ChildFailedError(
+                name=self.name, failures=result.failures
+            )  # as torchrun does after the last attempt
         return result
 
     PContext.wait = wait_and_look  # type: ignore[method-assign]
@@ -72,7 +84,9 @@ class _Report:
     def __init__(self, before: Callable[..., Any]):
         self.before = before
 
-    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
         try:
             code, line = _outcome(error)
         except Exception:
@@ -81,7 +95,9 @@ class _Report:
         if line:
             print(line, file=sys.stderr)
         sys.stderr.flush()
-        raise SystemExit(code)  # the interpreter takes the exit code of an exception hook that raises this
+        raise SystemExit(
+            code
+        )  # the interpreter takes the exit code of an exception hook that raises this
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
@@ -101,7 +117,11 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     if UserError.exit_code in codes:
         return UserError.exit_code, ""
     # SIGTERM is torchrun's own, to the processes that were left.
-    killed = {rank: one for rank, one in failures.items() if one.exitcode < 0 and one.exitcode != -signal.SIGTERM}
+    killed = {
+        rank: one
+        for rank, one in failures.items()
+        if one.exitcode < 0 and one.exitcode != -signal.SIGTERM
+    }
     line = "\n".join(
         f"torchrun: rank {rank} on {socket.gethostname()} was killed by {one.signal_name()} (process {one.pid})"
         for rank, one in sorted(killed.items())[:8]

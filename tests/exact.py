@@ -17,7 +17,11 @@ IGNORED = -100
 
 
 def logits(
-    weights: Mapping[str, Tensor], config: BaseModelConfig, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...]
+    weights: Mapping[str, Tensor],
+    config: BaseModelConfig,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: tuple[int, ...],
 ) -> Tensor:
     """Logits [T, V], float64, of tokens [T] at positions [T] in documents of these lengths.
 
@@ -27,14 +31,20 @@ def logits(
     width, epsilon = transformer.kv_channels, transformer.normalization.epsilon
     angles = (positions[:, None].float() * frequencies(transformer.rotary, width)).double()  # T D/2
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    hidden_from = (number[:, None] != number[None]) | torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
+    hidden_from = (number[:, None] != number[None]) | torch.ones(
+        len(tokens), len(tokens), dtype=torch.bool
+    ).triu(1)
 
     def linear(x: Tensor, name: str) -> Tensor:
         out = x @ weights[f"{name}.weight"].double().T
         return out + weights[f"{name}.bias"].double() if f"{name}.bias" in weights else out
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weights[f"{name}.weight"].double()
+        return (
+            x
+            * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            * weights[f"{name}.weight"].double()
+        )
 
     def heads(x: Tensor, rotate: bool) -> Tensor:
         x = x.unflatten(-1, (-1, width))  # T H D
@@ -51,7 +61,9 @@ def logits(
         q, k = (heads(linear(x, f"{block}.self_attn.{name}_proj"), True) for name in "qk")
         v = heads(linear(x, f"{block}.self_attn.v_proj"), False)
         scores = torch.einsum("shd,thd->hst", q, k) / width**0.5
-        attended = torch.einsum("hst,thd->shd", scores.masked_fill(hidden_from, -torch.inf).softmax(-1), v)
+        attended = torch.einsum(
+            "hst,thd->shd", scores.masked_fill(hidden_from, -torch.inf).softmax(-1), v
+        )
         hidden = hidden + linear(attended.flatten(1), f"{block}.self_attn.o_proj")
         x = norm(hidden, f"{block}.post_attention_layernorm")
         gate, up = (linear(x, f"{block}.mlp.{name}_proj") for name in ("gate", "up"))

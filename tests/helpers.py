@@ -46,7 +46,9 @@ def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float =
     with TemporaryDirectory() as folder:
         results = _context.Queue()
         workers = [
-            _context.Process(target=_worker, args=(function, args, rank, world, folder, results), daemon=True)
+            _context.Process(
+                target=_worker, args=(function, args, rank, world, folder, results), daemon=True
+            )
             for rank in range(world)
         ]
         for worker in workers:
@@ -68,7 +70,12 @@ def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float =
 
 
 def _worker(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, folder: str, results: Any
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world: int,
+    folder: str,
+    results: Any,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -98,5 +105,8 @@ def install(folder: Path) -> None:
     metadata = folder / "fast_llm-0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-llm\nVersion: 0\n")
-    groups = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points[group].items()) for group in points)
+    groups = (
+        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points[group].items())
+        for group in points
+    )
     (metadata / "entry_points.txt").write_text("\n".join(groups))

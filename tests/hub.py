@@ -16,7 +16,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-_API = re.compile(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_API = re.compile(
+    r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
+)
 _FILE = re.compile(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)")
 
 
@@ -40,14 +42,18 @@ def serve(folder: Path) -> Iterator[str]:
                 file = folder / ("datasets" if found[1] else "models") / found[2] / found[3]
                 self._send(file.read_bytes() if file.is_file() else None)
             elif (found := _API.fullmatch(path)) and (folder / found[1] / found[2]).is_dir():
-                self._send(json.dumps(_describe(folder / found[1] / found[2], found, body)).encode())
+                self._send(
+                    json.dumps(_describe(folder / found[1] / found[2], found, body)).encode()
+                )
             else:
                 self._send(None)
 
         def _send(self, content: bytes | None) -> None:
             self.send_response(404 if content is None else 200)
             if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in self.path else "RepoNotFound")
+                self.send_header(
+                    "X-Error-Code", "EntryNotFound" if "/resolve/" in self.path else "RepoNotFound"
+                )
             content = content or b""
             self.send_header("X-Repo-Commit", REVISION)
             self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
@@ -81,7 +87,14 @@ def _describe(root: Path, asked: re.Match[str], body: bytes) -> Any:
         }
         for path in files
     ]
-    folders = sorted({str(parent.relative_to(root)) for path in files for parent in path.parents if parent > root})
+    folders = sorted(
+        {
+            str(parent.relative_to(root))
+            for path in files
+            for parent in path.parents
+            if parent > root
+        }
+    )
     entries += [{"type": "directory", "path": name, "oid": REVISION, "size": 0} for name in folders]
     if asked[3] == "tree":
         under = asked[5].rstrip("/") + "/" if asked[5] else ""
@@ -90,4 +103,11 @@ def _describe(root: Path, asked: re.Match[str], body: bytes) -> Any:
         wanted = json.loads(body)["paths"]
         return [entry for entry in entries if entry["path"] in wanted]
     siblings = [{"rfilename": entry["path"]} for entry in entries if entry["type"] == "file"]
-    return {"id": asked[2], "sha": REVISION, "private": False, "gated": False, "siblings": siblings, "tags": []}
+    return {
+        "id": asked[2],
+        "sha": REVISION,
+        "private": False,
+        "gated": False,
+        "siblings": siblings,
+        "tags": [],
+    }

@@ -27,7 +27,11 @@ except SystemExit as exit:
 print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
-RUN = ["data.path=[]", "pretrained=null", "training.export=null"]  # laid over the recipe, for want of its files
+RUN = [
+    "data.path=[]",
+    "pretrained=null",
+    "training.export=null",
+]  # laid over the recipe, for want of its files
 SMALL = [
     "training.train_iters=10",
     "data.format=random",
@@ -53,7 +57,9 @@ def start(*arguments: str, code: str = PROBE, **environment: str) -> tuple[int, 
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "train", "plan", "prepare", "convert", "verify", "why", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "plan", "prepare", "convert", "verify", "why", "demo"]
+)
 def test_help_comes_at_once_and_without_torch(command: str) -> None:
     best = float("inf")
     for _ in range(4):  # other processes may be busy
@@ -69,7 +75,10 @@ def test_help_comes_at_once_and_without_torch(command: str) -> None:
         assert "examples:" in out or command in ("verify", "why", "demo")
         assert "section.setting=value" in out or command in ("verify", "why", "demo")
     else:
-        assert all(f"  {name} " in out for name in ("train", "plan", "prepare", "convert", "verify", "why", "demo"))
+        assert all(
+            f"  {name} " in out
+            for name in ("train", "plan", "prepare", "convert", "verify", "why", "demo")
+        )
 
 
 def test_plan_without_torch() -> None:
@@ -121,9 +130,14 @@ def test_exit_codes_without_traceback_or_torch(arguments: list[str], code: int, 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:
     script = Path(sys.executable).with_name("fast-llm")
-    for command in ([sys.executable, "-m", "fast_llm.cli"], [str(script)] if script.exists() else []):
+    for command in (
+        [sys.executable, "-m", "fast_llm.cli"],
+        [str(script)] if script.exists() else [],
+    ):
         if command:
-            done = subprocess.run([*command, "train"], cwd=ROOT, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, "train"], cwd=ROOT, capture_output=True, text=True, check=False
+            )
             assert done.returncode == 2
             assert done.stderr.startswith("fast-llm train: no settings: give --config FILE")
 
@@ -158,7 +172,13 @@ def test_validation_of_the_recipe_does_not_import_torch(tmp_path: Path) -> None:
 
 
 def test_settings_on_both_sides_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
-    rest = [*SMALL[1:], "data.path=[]", "pretrained=null", "run.experiment_dir=null", "training.checkpoint=null"]
+    rest = [
+        *SMALL[1:],
+        "data.path=[]",
+        "pretrained=null",
+        "run.experiment_dir=null",
+        "training.checkpoint=null",
+    ]
     rest += ["training.export=null"]
     for arguments in (
         ["train", "gpt", "training.train_iters=7", "--config", RECIPE, *rest],
@@ -166,18 +186,32 @@ def test_settings_on_both_sides_of_the_config(capsys: pytest.CaptureFixture[str]
         ["train", "--config", RECIPE, "gpt", "training.train_iters=7", *rest],
         ["train", "gpt", f"--config={RECIPE}", *rest, "training.train_iters=7"],
         ["train", *rest, "training.train_iters=8", "-c", RECIPE, "training.train_iters=7"],
-        ["train", "gpt", *rest[:2], "--validate", *rest[2:], "-c", RECIPE, "training.train_iters=7"],
+        [
+            "train",
+            "gpt",
+            *rest[:2],
+            "--validate",
+            *rest[2:],
+            "-c",
+            RECIPE,
+            "training.train_iters=7",
+        ],
     ):
         assert cli.main([*arguments, "--validate"]) == 0, capsys.readouterr().err
         assert "Training      7 steps of 4,096 tokens" in capsys.readouterr().out
 
 
 def test_the_last_of_a_name_wins(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "-v", "training.train_iters=1", *SMALL[1:], "training.train_iters=3"]) == 0
+    assert (
+        cli.main(["train", "-v", "training.train_iters=1", *SMALL[1:], "training.train_iters=3"])
+        == 0
+    )
     assert "Training      3 steps" in capsys.readouterr().out
 
 
-def test_all_mistakes_of_file_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_of_file_and_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("training:\n  train_iters: x\nbatch:\n  seq_len: 5\nprofiling:\n  cuda: yes\n")
     assert cli.main(["train", "gpt", "-c", str(path), "optimizer.beta_1=2"]) == 2
@@ -218,7 +252,9 @@ def test_only_the_first_process_speaks() -> None:
 def test_only_the_first_process_explains_the_words() -> None:
     for rank, lines in (("0", 2), ("1", 0)):
         code, out, err = start("train", "--confg", "x", RANK=rank, WORLD_SIZE="2")
-        assert code == 2 and out == "" and len(err.splitlines()) - 1 == lines, err  # the last line is the probe's
+        assert code == 2 and out == "" and len(err.splitlines()) - 1 == lines, (
+            err
+        )  # the last line is the probe's
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +277,11 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [(["plan", "--gpus=1", *SMALL], 0), (["train", "--validate", *SMALL], 0), (["prepare", "a.b=1"], 141)],
+    [
+        (["plan", "--gpus=1", *SMALL], 0),
+        (["train", "--validate", *SMALL], 0),
+        (["prepare", "a.b=1"], 141),
+    ],
 )
 def test_nobody_reads_the_output(command: list[str], code: int) -> None:
     """No fault of what is there to be read; other work was not done."""
@@ -285,7 +325,11 @@ sys.exit(cli.main())
 def test_signals_when_all_is_done_change_nothing(command: list[str], tmp_path: Path) -> None:
     if command[0] == "prepare":
         (tmp_path / "text.txt").write_text("text")
-        command = [*command, f"dataset.path={tmp_path}", f"tokenizer.path={made.llama(tmp_path.parent / 'model')}"]
+        command = [
+            *command,
+            f"dataset.path={tmp_path}",
+            f"tokenizer.path={made.llama(tmp_path.parent / 'model')}",
+        ]
     code, stdout, stderr = start(*command, code=_LATE)
     assert code == 0 and stdout and not stderr
 

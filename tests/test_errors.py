@@ -66,7 +66,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model.norm.weight": np.zeros(8, np.float32),
         f"{block}input_layernorm.weight": np.zeros(8, np.float32),
         f"{block}post_attention_layernorm.weight": np.zeros(8, np.float32),
-        **{f"{block}self_attn.{name}_proj.weight": np.zeros((size, 8), np.float32) for name, size in heads.items()},
+        **{
+            f"{block}self_attn.{name}_proj.weight": np.zeros((size, 8), np.float32)
+            for name, size in heads.items()
+        },
         f"{block}self_attn.o_proj.weight": np.zeros((8, 8), np.float32),
         f"{block}mlp.gate_proj.weight": np.zeros((12, 8), np.float32),
         f"{block}mlp.up_proj.weight": np.zeros((12, 8), np.float32),
@@ -104,10 +107,16 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "tr
     return lines if len(lines) == 1 else [line.removeprefix("  ") for line in lines]
 
 
-def test_what_the_mistakes_are_made_in_is_right(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_mistakes_are_made_in_is_right(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["train", "--validate", *SMALL, MODEL]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Model         1,") and "Start         the weights of model\n" in out and err == ""
+    assert (
+        out.startswith("Model         1,")
+        and "Start         the weights of model\n" in out
+        and err == ""
+    )
 
 
 # The classes themselves.
@@ -159,7 +168,9 @@ def test_classes() -> None:
         (["train", "-c", "model"], "model: a folder; give the YAML file in it"),
     ],
 )
-def test_the_command_line(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str) -> None:
+def test_the_command_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == f"fast-llm {arguments[0]}: {problem}\n"
 
@@ -174,9 +185,15 @@ def test_a_wrong_number_of_processes(
     ]
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "missing"), ("2", "given '2'"), ("x", "given 'x'")])
+@pytest.mark.parametrize(
+    ("given", "found"), [(None, "missing"), ("2", "given '2'"), ("x", "given 'x'")]
+)
 def test_a_wrong_place_among_the_processes(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str | None, found: str
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: str | None,
+    found: str,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     if given is not None:
@@ -235,7 +252,9 @@ def test_a_pretrained_model_that_is_not_there(
     ]
 
 
-def test_a_model_of_the_hub_without_a_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_the_hub_without_a_network(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (problem,) = told(capsys, *SMALL, "pretrained.path=nobody/nothing")
     assert problem.startswith(
         "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: no such folder here, and it could"
@@ -254,14 +273,18 @@ def test_a_model_of_the_hub_without_its_client(
 
 
 def test_no_llama(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "model" / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"}))
+    (here / "model" / "config.json").write_text(
+        json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"})
+    )
     assert [line.partition("model/")[2] for line in told(capsys, *SMALL, MODEL)] == [
         'config.json: model_type: given "qwen2", must be "llama": no other models can be trained here',
         'config.json: hidden_act: given "gelu", must be "silu"',
     ]
 
 
-def test_a_shape_that_contradicts_the_models(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shape_that_contradicts_the_models(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     override = "model.base_model.transformer.hidden_size=16"
     assert told(capsys, *SMALL, MODEL, override) == [
         f"override {override}: model.base_model.transformer.hidden_size: given 16, but model/config.json says 8; leave"
@@ -269,7 +292,9 @@ def test_a_shape_that_contradicts_the_models(here: Path, capsys: pytest.CaptureF
     ]
 
 
-def test_weights_that_are_missing_or_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_missing_or_do_not_fit(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = here / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(weights)
     weights.unlink()
@@ -287,9 +312,13 @@ def test_weights_that_are_missing_or_do_not_fit(here: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("path", ["none", "model"])
-def test_a_checkpoint_to_start_from_that_is_none(here: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
+def test_a_checkpoint_to_start_from_that_is_none(
+    here: Path, capsys: pytest.CaptureFixture[str], path: str
+) -> None:
     (problem,) = told(capsys, *SMALL, f"pretrained.path={path}", "pretrained.format=distributed")
-    assert problem.endswith(f"{path}: no fast_llm_manifest.json; it is not a complete checkpoint of this project")
+    assert problem.endswith(
+        f"{path}: no fast_llm_manifest.json; it is not a complete checkpoint of this project"
+    )
 
 
 # Tokenizer and data.
@@ -311,7 +340,10 @@ def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture
     [
         (["data.path=none"], "none.idx: no such file"),  # and how to make it
         (["data.path=tokens.bin"], "data.path: given tokens.bin, must be without .bin: tokens"),
-        (["data.path=none.json"], "none.json: no such file; `fast-llm prepare` writes it beside its output_path"),
+        (
+            ["data.path=none.json"],
+            "none.json: no such file; `fast-llm prepare` writes it beside its output_path",
+        ),
         (
             ["batch.sequence_length=1000"],
             "tokens: 800 tokens for training, fewer than one sequence of 1000 + 1; lower batch.sequence_length, prepare"
@@ -350,7 +382,13 @@ def test_data_that_does_not_do(
 
 def test_data_of_another_vocabulary(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens("large", token=99)
-    entry = {"prefix": "large", "num_tokens": 1000, "num_documents": 20, "dtype": "uint16", "weight": 1.0}
+    entry = {
+        "prefix": "large",
+        "num_tokens": 1000,
+        "num_documents": 20,
+        "dtype": "uint16",
+        "weight": 1.0,
+    }
     (here / "large.json").write_text(json.dumps({"datasets": [entry], "max_token_id": 99}))
     assert told(capsys, *SMALL, MODEL, "data.path=large.json", "data.format=file") == [
         "override data.path=large.json: data.path: large.json: holds token 99,"
@@ -363,8 +401,16 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
 
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save("model/tokenizer.json")
     fingerprint = tokenizer.fingerprint("model")
-    entry = {"prefix": "tokens", "num_tokens": 1000, "num_documents": 20, "dtype": "uint16", "weight": 1.0}
-    (here / "other.json").write_text(json.dumps({"datasets": [entry], "tokenizer": {"fingerprint": "f" * 64}}))
+    entry = {
+        "prefix": "tokens",
+        "num_tokens": 1000,
+        "num_documents": 20,
+        "dtype": "uint16",
+        "weight": 1.0,
+    }
+    (here / "other.json").write_text(
+        json.dumps({"datasets": [entry], "tokenizer": {"fingerprint": "f" * 64}})
+    )
     assert told(capsys, *SMALL, MODEL, "data.path=other.json") == [
         "override data.path=other.json: data.path: other.json: made with another tokenizer than"
         f" the model's (fingerprint ffffffffffff…, the model's is"
@@ -372,7 +418,9 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
-def test_mistakes_in_different_things_are_told_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_different_things_are_told_together(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "model" / "model.safetensors").unlink()
     (here / "model" / "tokenizer.json").write_text("[]")
     (here / "file").touch()
@@ -383,7 +431,8 @@ def test_mistakes_in_different_things_are_told_together(here: Path, capsys: pyte
     assert problems[2].startswith("override data.path=none: data.path: none.idx: no such file")
     assert problems[3].startswith(f"{model}model: no model.safetensors")
     assert (
-        problems[4] == "override run.experiment_dir=file: run.experiment_dir: file can not be a folder: file is a file"
+        problems[4]
+        == "override run.experiment_dir=file: run.experiment_dir: file can not be a folder: file is a file"
     )
 
 
@@ -414,12 +463,20 @@ def test_optional_packages(
     problem: str,
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
-    assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [f"override {override}: {problem}"]
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == package else find(name, *rest),
+    )
+    assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [
+        f"override {override}: {problem}"
+    ]
 
 
 @pytest.mark.parametrize("name", ["model/config.json", "model/model.safetensors", "data.json"])
-def test_a_pipe_is_not_waited_for(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_pipe_is_not_waited_for(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     Path(name).unlink(missing_ok=True)
     os.mkfifo(name)
     said = told(capsys, *SMALL, MODEL, *(["data.path=data.json"] if name == "data.json" else []))
@@ -438,9 +495,18 @@ def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    "setting", ["run.experiment_dir", "data.path", "pretrained.path", "data.tokenizer.path", "data.validation_sets.a"]
+    "setting",
+    [
+        "run.experiment_dir",
+        "data.path",
+        "pretrained.path",
+        "data.tokenizer.path",
+        "data.validation_sets.a",
+    ],
 )
-def test_text_that_can_name_no_file(here: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+def test_text_that_can_name_no_file(
+    here: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
     model = [] if setting == "pretrained.path" else [MODEL]
     for given, problem in (
         ("a" * 300, "which is too long for the name of a file or folder"),
@@ -461,9 +527,17 @@ def test_a_folder_that_can_not_be_written_to(
     ]
 
 
-def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
-    wanted = ["training.checkpoint.interval=5", "training.export.interval=5", "run.experiment_dir=run"]
+def test_a_full_disk(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
+    )  # type: ignore[attr-defined]
+    wanted = [
+        "training.checkpoint.interval=5",
+        "training.export.interval=5",
+        "run.experiment_dir=run",
+    ]
     parameters = 64 * 8 + 8 * 3 + 8 * 8 * 2 + 4 * 8 * 2 + 12 * 8 * 3
     needed = parameters * (12 + 4) / 1000
     (problem,) = told(capsys, *SMALL, MODEL, *wanted)
@@ -482,7 +556,10 @@ def begun(here: Path) -> Path:
     made = plan.make_plan(read(None, [*SMALL, MODEL, "run.experiment_dir=run"]), 1, weights=False)
     final = here / "run" / "checkpoint" / "10"
     partial = checkpoints.begin(final)
-    info: dict[str, Any] = {"identity": made.identity, "settings": made.config.model_dump(mode="json")}
+    info: dict[str, Any] = {
+        "identity": made.identity,
+        "settings": made.config.model_dump(mode="json"),
+    }
     info |= {"step": 10, "samples": 20, "updates": 10, "skipped": 0}
     info["loss_scale"] = {"value": 1.0, "clean_updates": 0, "failures_left": 2}
     checkpoints.publish(partial, final, "checkpoint", 10, info, {})
@@ -500,7 +577,10 @@ GOING_ON = [*SMALL, MODEL, "run.experiment_dir=run"]
         ({"loss_scale": []}, "info.loss_scale: input should be a valid dictionary"),
         ({"settings": {}}, "info.settings.optimizer: field required"),
         ({"step": 3}, "info.step: given 3, but step is 10"),
-        ({"history": {"batches": [], "orders": []}}, "info.history: value error, batches and orders must begin"),
+        (
+            {"history": {"batches": [], "orders": []}},
+            "info.history: value error, batches and orders must begin",
+        ),
     ],
 )
 def test_a_manifest_that_training_did_not_write(
@@ -513,7 +593,9 @@ def test_a_manifest_that_training_did_not_write(
     content["info"] |= changes
     manifest.write_text(json.dumps(content | {"sha256": checkpoints._digest(content)}))
     (said,) = told(capsys, *SMALL, MODEL, "run.experiment_dir=run")
-    assert said.startswith(f"override run.experiment_dir=run: run.experiment_dir: {manifest}: {problem}"), said
+    assert said.startswith(
+        f"override run.experiment_dir=run: run.experiment_dir: {manifest}: {problem}"
+    ), said
     assert said.endswith(f"; training did not write this: delete {begun}, or take another")
 
 
@@ -562,7 +644,9 @@ def test_other_data(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIG | {"intermediate_size": 24}
     (Path("model") / "config.json").write_text(json.dumps(config))
-    assert told(capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]") == [
+    assert told(
+        capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]"
+    ) == [
         f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model can not"
         " change its shape"
     ]
@@ -576,7 +660,18 @@ def test_fewer_steps_than_are_done(begun: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_settings_that_may_change(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--validate", *GOING_ON, "optimizer.weight_decay=0.2", "training.train_iters=20"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--validate",
+                *GOING_ON,
+                "optimizer.weight_decay=0.2",
+                "training.train_iters=20",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "Changed       optimizer.weight_decay: 0.01 → 0.2\n" in out
     assert "Changed       training.train_iters: 10 → 20" in out
@@ -606,27 +701,45 @@ PATHS: list[tuple[str, str, list[str]]] = [  # command, setting, and what else i
     ("convert", "output.path", ["input.path=model", "input.format=llama"]),
 ]
 NO_MISTAKE = {  # a folder that is written to may be missing, or be there
-    *((setting, name) for setting in ("run.experiment_dir", "output_path") for name in ("empty-folder", "./missing")),
-    *((setting, "./missing.json") for setting in ("run.experiment_dir", "output_path", "output.path")),
+    *(
+        (setting, name)
+        for setting in ("run.experiment_dir", "output_path")
+        for name in ("empty-folder", "./missing")
+    ),
+    *(
+        (setting, "./missing.json")
+        for setting in ("run.experiment_dir", "output_path", "output.path")
+    ),
     ("output.path", "./missing"),
 }
 
 
 def every_path(kind: Any) -> set[str]:
-    return {path for path, _ in leaves(kind) if path.rpartition(".")[2] in ("path", "experiment_dir", "output_path")}
+    return {
+        path
+        for path, _ in leaves(kind)
+        if path.rpartition(".")[2] in ("path", "experiment_dir", "output_path")
+    }
 
 
 def test_every_setting_that_names_a_file_is_tried() -> None:
     tried = {(command, setting) for command, setting, _ in PATHS}
-    for command, kind in (("train", TrainConfig), ("prepare", PrepareConfig), ("convert", ConvertConfig)):
+    for command, kind in (
+        ("train", TrainConfig),
+        ("prepare", PrepareConfig),
+        ("convert", ConvertConfig),
+    ):
         assert {(command, path) for path in every_path(kind)} <= tried
 
 
 @pytest.mark.parametrize(
-    "given", ["./missing", "./missing.json", "empty-folder", "empty.json", "locked.json", "file/inside"]
+    "given",
+    ["./missing", "./missing.json", "empty-folder", "empty.json", "locked.json", "file/inside"],
 )
 @pytest.mark.parametrize(
-    ("command", "setting", "further"), PATHS, ids=[f"{i}-{row[0]}-{row[1]}" for i, row in enumerate(PATHS)]
+    ("command", "setting", "further"),
+    PATHS,
+    ids=[f"{i}-{row[0]}-{row[1]}" for i, row in enumerate(PATHS)],
 )
 def test_a_file_or_folder_that_will_not_do(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, setting: str,
@@ -644,7 +757,10 @@ def test_a_file_or_folder_that_will_not_do(
         Path(name).touch()
     refuse(monkeypatch, "locked.json")
     *above, name = setting.split(".")
-    written = "".join(f"{'  ' * i}{key}:\n" for i, key in enumerate(above)) + f"{'  ' * len(above)}{name}: {given}\n"
+    written = (
+        "".join(f"{'  ' * i}{key}:\n" for i, key in enumerate(above))
+        + f"{'  ' * len(above)}{name}: {given}\n"
+    )
     Path("c.yaml").write_text(written)
     others = [one for one in further if not one.startswith(f"{setting}=")]
     for arguments, place in (

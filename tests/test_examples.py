@@ -30,10 +30,17 @@ def line_of(name: str) -> str:
     """What a node runs."""
     if name.endswith(".yaml"):
         job = documents(name)[-1]["spec"]
-        template = job["template"] if "template" in job else job["pytorchReplicaSpecs"]["Worker"]["template"]
+        template = (
+            job["template"]
+            if "template" in job
+            else job["pytorchReplicaSpecs"]["Worker"]["template"]
+        )
         (container,) = template["spec"]["containers"]
         (text,) = container["args"]
-        given = "".join(f": ${{{one['name']}:={one['value']}}}; export {one['name']}\n" for one in container["env"])
+        given = "".join(
+            f": ${{{one['name']}:={one['value']}}}; export {one['name']}\n"
+            for one in container["env"]
+        )
         return f"{given}{text}"
     text = (EXAMPLES / name).read_text()
     inner = re.search(r"srun .* bash -c '\n(.*?)'", text, flags=re.S)
@@ -52,7 +59,12 @@ def test_kubernetes_schemas(name: str) -> None:
     for document in documents(name):
         if document["kind"] == "PyTorchJob":
             spec = document["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-            document = {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": spec}
+            document = {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": document["metadata"],
+                "spec": spec,
+            }
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
         checked.append(document)
         broken = document | {"spec": document["spec"] | {"templates": 1}}
@@ -68,7 +80,12 @@ def free_port() -> int:
 
 
 def nodes(
-    text: str, place: Path, count: int, *overrides: str, head: str = "localhost", hosts: list[list[str]] | None = None
+    text: str,
+    place: Path,
+    count: int,
+    *overrides: str,
+    head: str = "localhost",
+    hosts: list[list[str]] | None = None,
 ) -> list["subprocess.Popen[str]"]:
     """Start an example's line on so many nodes. `hosts`: what to write before a command to run it on each."""
     write_tokens(place / "tokens", 400)
@@ -78,13 +95,21 @@ def nodes(
         section = nested
         for key in name.split(".")[:-1]:
             section = section.setdefault(key, {})
-        section[name.rpartition(".")[2]] = yaml.safe_load(value) if "e-" not in value else float(value)
+        section[name.rpartition(".")[2]] = (
+            yaml.safe_load(value) if "e-" not in value else float(value)
+        )
     (place / "train-config.yaml").write_text(yaml.safe_dump(nested))
     port = str(free_port())
     environment = os.environ | {
         "PATH": f"{place}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
-        **{"CONFIG": "train-config.yaml", "GPUS": "1", "NODES": str(count), "HEAD": head, "PORT": port},
+        **{
+            "CONFIG": "train-config.yaml",
+            "GPUS": "1",
+            "NODES": str(count),
+            "HEAD": head,
+            "PORT": port,
+        },
         **{"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "nodes[1-2]"},
         **{"PET_NNODES": f"1:{count}", "PET_NPROC_PER_NODE": "1", "PET_RDZV_BACKEND": "c10d"},
         **{"PET_RDZV_ENDPOINT": f"localhost:{port}", "PET_MAX_RESTARTS": "3"},
@@ -116,7 +141,9 @@ def networks() -> Iterator[list[list[str]]]:
     try:
         for command in commands:
             try:
-                done = subprocess.run(["ip", *command.split()], check=False, capture_output=True, text=True)
+                done = subprocess.run(
+                    ["ip", *command.split()], check=False, capture_output=True, text=True
+                )
             except FileNotFoundError:
                 pytest.skip("there is no `ip`")
             if done.returncode:
@@ -139,11 +166,15 @@ def ends(started: list["subprocess.Popen[str]"]) -> list[str]:
         for process in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)[-4000:]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)[
+        -4000:
+    ]
     return said
 
 
-@pytest.mark.parametrize("name", ["one-node.sh", "kubernetes-job.yaml", "kubernetes-pytorchjob.yaml"])
+@pytest.mark.parametrize(
+    "name", ["one-node.sh", "kubernetes-job.yaml", "kubernetes-pytorchjob.yaml"]
+)
 def test_nodes_train_together(tmp_path: Path, name: str) -> None:
     count = 1 if name == "one-node.sh" else 2
     said = ends(nodes(line_of(name), tmp_path, count, "training.train_iters=3"))
@@ -156,6 +187,8 @@ def test_nodes_of_two_networks(tmp_path: Path) -> None:
     """Nothing takes a node's own address for that of another."""
     with networks() as hosts:
         text = line_of("slurm.sbatch")
-        said = ends(nodes(text, tmp_path, 2, "training.train_iters=3", head="10.77.0.1", hosts=hosts))
+        said = ends(
+            nodes(text, tmp_path, 2, "training.train_iters=3", head="10.77.0.1", hosts=hosts)
+        )
     assert losses(tmp_path / "run").keys() == {1, 2, 3}
     assert "× 2 processes" in "".join(said)

@@ -69,7 +69,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_code(folder / "my-texts")
     for path in sorted((folder / "my-texts").iterdir())[40:]:
         path.unlink()
-    (folder / "prose.jsonl").write_text("".join(json.dumps({"text": "text"}) + "\n" for _ in range(3)))
+    (folder / "prose.jsonl").write_text(
+        "".join(json.dumps({"text": "text"}) + "\n" for _ in range(3))
+    )
     from fast_llm.demo import train_tokenizer
 
     shutil.copytree(folder / "my-texts", folder / "code")
@@ -109,10 +111,16 @@ def shrunk(command: str) -> str:
     """A command of a guide, as it can be run here."""
     if "huggingface.co" in command:
         return "test -f fast-llm-tutorial/pretrained-model/model.safetensors"
-    command = re.sub(r"--nnodes \S+ (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500", r"--standalone \1", command)
+    command = re.sub(
+        r"--nnodes \S+ (.*)--rdzv_backend c10d --rdzv_endpoint node0:29500",
+        r"--standalone \1",
+        command,
+    )
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 2")
     command = re.sub(r"\btorchrun\b", "python -m torch.distributed.run", command)
-    command = command.replace("tensorboard --logdir", "tensorboard --inspect --logdir")  # what is there, and no server
+    command = command.replace(
+        "tensorboard --logdir", "tensorboard --inspect --logdir"
+    )  # what is there, and no server
     if "--config train-config.yaml" in command and " plan " not in command:
         command += " " + SMALLER
     if "--config prepare-config.yaml" in command:
@@ -156,7 +164,13 @@ def test_guide(guide: str, place: Path) -> None:
 
 def execute(command: str, place: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        ["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=240
+        ["bash", "-c", command],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
@@ -171,4 +185,6 @@ def test_the_tree_of_the_readme_names_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in (ROOT / "fast_llm").rglob("*.py"):
         if path.name != "__init__.py":
-            assert f" {path.name} " in readme, f"README.md does not say what {path.relative_to(ROOT)} is for"
+            assert f" {path.name} " in readme, (
+                f"README.md does not say what {path.relative_to(ROOT)} is for"
+            )

@@ -24,25 +24,44 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """With the entry points of pyproject.toml, whatever is installed here."""
     folder = tmp_path_factory.mktemp("installed")
     install(folder)
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+    }
     return kept | {"PYTHONPATH": f"{folder}:{ROOT}"}
 
 
 def torchrun(processes: int, *further: str) -> list[str]:
     """The command; `-m fast_llm.cli` stands for `--no-python fast-llm`, which may not be on the path here."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *further]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        *further,
+    ]
     return [*launch, "-m", "fast_llm.cli", "train", "gpt"]
 
 
 def output(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Exit code, and standard output and error together."""
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
     )
     return done.returncode, done.stdout
 
 
-def test_a_mistake_is_one_message_and_is_not_tried_again(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_mistake_is_one_message_and_is_not_tried_again(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     command = [*torchrun(2, "--max-restarts", "3"), *settings(tmp_path, "training.train_iters=x")]
     assert output(command, environment) == (
         2,
@@ -56,29 +75,54 @@ def test_a_mistake_on_one_of_two_nodes(tmp_path: Path, environment: dict[str, st
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", address, "--local-addr", "127.0.0.1"]
+    meet = [
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        address,
+        "--local-addr",
+        "127.0.0.1",
+    ]
     nodes = []
     for data in ("tokens", "nowhere"):
-        command = [*torchrun(1, *meet, "--max-restarts", "3"), *settings(tmp_path, "training.train_iters=9")]
+        command = [
+            *torchrun(1, *meet, "--max-restarts", "3"),
+            *settings(tmp_path, "training.train_iters=9"),
+        ]
         command.append(f"data.path={tmp_path}/{data}")
         nodes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [2, 2], said
     (line,) = "".join(said).splitlines()
     # Which of the nodes is the first to meet has rank 0, whose own mistake needs no rank.
-    place = rf"(rank 1 on {socket.gethostname()}: )?override data.path={tmp_path}/nowhere: data.path: "
+    place = (
+        rf"(rank 1 on {socket.gethostname()}: )?override data.path={tmp_path}/nowhere: data.path: "
+    )
     assert re.match(rf"fast-llm train: {place}{tmp_path}/nowhere.idx: no such file", line), line
 
 
 def test_ctrl_c_in_the_launchers_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    command = [*torchrun(2), *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no")]
+    command = [
+        *torchrun(2),
+        *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no"),
+    ]
     said = tmp_path / "said"
     with (
         said.open("wb") as file,
-        subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True) as job,
+        subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True
+        ) as job,
     ):
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not metrics.exists() or not losses(tmp_path / "run"):
@@ -89,7 +133,9 @@ def test_ctrl_c_in_the_launchers_terminal(tmp_path: Path, environment: dict[str,
     text = said.read_text()
     line = "Ctrl-C: the current step is finished and saved, then the run ends. torchrun waits 30 s for this. A second one, 2 s"
     assert text.count(line) == 1, text
-    last = re.search(r"\[Rank 0\] Stopped by a signal after step (\d+); the same command continues.\n$", text)
+    last = re.search(
+        r"\[Rank 0\] Stopped by a signal after step (\d+); the same command continues.\n$", text
+    )
     assert last is not None and (tmp_path / "run" / "checkpoint" / last[1]).is_dir(), text
     assert not re.search("Traceback|Signal|W1|closing", text), text
 
@@ -106,30 +152,50 @@ def test_a_crash_is_tried_again(tmp_path: Path, environment: dict[str, str]) -> 
     """The processes that start again do not take what the first ones left in torchrun's store for their own."""
     write_tokens(tmp_path / "tokens", 400)
     command = [*torchrun(2, "--standalone", "--max-restarts", "1")]
-    command += settings(tmp_path, "training.train_iters=40", "training.checkpoint.interval=5", "run.log_timestamps=no")
+    command += settings(
+        tmp_path,
+        "training.train_iters=40",
+        "training.checkpoint.interval=5",
+        "run.log_timestamps=no",
+    )
     said = tmp_path / "said"
-    with said.open("wb") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as job:
+    with (
+        said.open("wb") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as job,
+    ):
         while not list(tmp_path.glob("run/checkpoint/[0-9]*")):
             assert job.poll() is None, said.read_text()
             time.sleep(0.02)
-        ranks = {process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()}
+        ranks = {
+            process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()
+        }
         ranks["1"].kill()
         assert job.wait(90) == 0, said.read_text()
     text = said.read_text()
     assert text.count("another process of this run has ended without a message") == 1, text
-    assert text.count("Going on from ") == 1 and text.endswith("[Rank 0] Training is complete: 40 steps.\n"), text
+    assert text.count("Going on from ") == 1 and text.endswith(
+        "[Rank 0] Training is complete: 40 steps.\n"
+    ), text
 
 
 def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    command = [*torchrun(2), *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no")]
+    command = [
+        *torchrun(2),
+        *settings(tmp_path, "training.train_iters=1_000_000", "run.log_timestamps=no"),
+    ]
     said = tmp_path / "said"
-    with said.open("wb") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as job:
+    with (
+        said.open("wb") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as job,
+    ):
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not metrics.exists() or not losses(tmp_path / "run"):
             assert job.poll() is None, said.read_text()
             time.sleep(0.05)
-        ranks = {process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()}
+        ranks = {
+            process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()
+        }
         # With the agent's store, processes of the next attempt would find addresses of these.
         assert ranks["1"].environ()["TORCHELASTIC_USE_AGENT_STORE"] == "False"
         ranks["1"].kill()
@@ -145,13 +211,27 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
     ]
 
 
-def test_a_run_prints_its_own_log_and_nothing_else(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_run_prints_its_own_log_and_nothing_else(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    further = ["training.checkpoint.interval=1", "training.export.interval=2", "training.validation.interval=2"]
-    further += ["training.validation.iterations=1", "model.distributed.tensor_parallel=2", "batch.micro_batch_size=1"]
-    code, text = output([*torchrun(4), *settings(tmp_path, "training.train_iters=2", *further)], environment)
+    further = [
+        "training.checkpoint.interval=1",
+        "training.export.interval=2",
+        "training.validation.interval=2",
+    ]
+    further += [
+        "training.validation.iterations=1",
+        "model.distributed.tensor_parallel=2",
+        "batch.micro_batch_size=1",
+    ]
+    code, text = output(
+        [*torchrun(4), *settings(tmp_path, "training.train_iters=2", *further)], environment
+    )
     assert code == 0
-    ours = r"20\d\d-\d\d-\d\d \S+ \[Rank 0\] |[A-Z][a-z]+ {2,}\S"  # the log, and the lines of the plan
+    ours = (
+        r"20\d\d-\d\d-\d\d \S+ \[Rank 0\] |[A-Z][a-z]+ {2,}\S"  # the log, and the lines of the plan
+    )
     assert [line for line in text.splitlines() if not re.match(ours, line)] == []
     assert text.splitlines()[-1].endswith("[Rank 0] Training is complete: 2 steps.")
 

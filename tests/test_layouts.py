@@ -176,7 +176,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def meaning(layout: str) -> str:
     """The one-process layout that trains the same."""
-    return " ".join(["1", *(f"{name}={value}" for name, value in words(layout).items() if name in MEANING)])
+    return " ".join(
+        ["1", *(f"{name}={value}" for name, value in words(layout).items() if name in MEANING)]
+    )
 
 
 def once(function: Callable[..., None]) -> Callable[..., None]:
@@ -222,10 +224,15 @@ def test_five_steps(root: Path, layout: str) -> None:
     assert one.keys() == other.keys() == set(range(1, 6))
     for step, record in one.items():
         assert other[step]["target_tokens"] == record["target_tokens"]
-        assert other[step]["language_model_loss"] == pytest.approx(record["language_model_loss"], rel=loss_bound)
+        assert other[step]["language_model_loss"] == pytest.approx(
+            record["language_model_loss"], rel=loss_bound
+        )
         assert other[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=norm_bound)
     (log, *_) = sorted((root / layout / "runs" / "0" / "logs").glob("logs_rank_*.txt"))
-    assert "Double check at step 3: " in log.read_text() and "only the latter are compared" not in log.read_text()
+    assert (
+        "Double check at step 3: " in log.read_text()
+        and "only the latter are compared" not in log.read_text()
+    )
     given = arguments(root, layout, layout)
     wanted = whole(root / expected / "checkpoint" / "5", given)
     found = whole(root / layout / "checkpoint" / "5", given)
@@ -256,7 +263,10 @@ def continued(root: Path) -> None:
         for layout in RESUMED:
             every = []
             if stage == "begin":
-                every = [arguments(root, f"{layout} to 5", layout), arguments(root, f"{layout} to 3", layout, 3)]
+                every = [
+                    arguments(root, f"{layout} to 5", layout),
+                    arguments(root, f"{layout} to 3", layout, 3),
+                ]
             else:
                 for before in RESUMED:
                     name = f"{before} then {layout}"
@@ -277,7 +287,9 @@ def test_resume(root: Path, before: str, after: str) -> None:
         assert loss == pytest.approx(expected[step], rel=2e-6)
     if before == after:
         assert found == {step: expected[step] for step in found}
-        one, other = (weights(root / folder / "checkpoint" / "5") for folder in (name, f"{after} to 5"))
+        one, other = (
+            weights(root / folder / "checkpoint" / "5") for folder in (name, f"{after} to 5")
+        )
         assert one == other and one
 
 
@@ -287,12 +299,18 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     exports = {}
     for layout in RESUMED:
         name = f"export {layout}"
-        copytree(root / "8 pp=2 cp=2 tp=2 sp=yes zero=2 to 5" / "checkpoint", root / name / "checkpoint")
+        copytree(
+            root / "8 pp=2 cp=2 tp=2 sp=yes zero=2 to 5" / "checkpoint", root / name / "checkpoint"
+        )
         given = [*arguments(root, name, layout), "training.export.interval=5"]
         world = int(layout.split()[0])
         assert spawn(world, run_all, [given]) == [[0]] * world
         folder = root / name / "export" / "llama" / "5"
-        exports[layout] = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+        exports[layout] = {
+            path.name: path.read_bytes()
+            for path in folder.iterdir()
+            if path.suffix == ".safetensors"
+        }
         assert exports[layout]
     assert len({tuple(sorted(files.items())) for files in exports.values()}) == 1
 
@@ -300,7 +318,9 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
 def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
     """A Hugging Face folder is read into every layout, and validation measures the same before and after a step."""
     made = "made"
-    assert spawn(1, run_all, [[*arguments(root, made, "1", 1), "training.export.interval=1"]]) == [[0]]
+    assert spawn(1, run_all, [[*arguments(root, made, "1", 1), "training.export.interval=1"]]) == [
+        [0]
+    ]
     measured = {}
     for layout in RESUMED:
         name = f"start {layout}"
@@ -316,7 +336,9 @@ def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
     expected = measured["1"]
     assert expected.keys() == {0, 1} and expected[1] < expected[0]
     for layout, found in measured.items():
-        assert found == {step: pytest.approx(loss, rel=1e-6) for step, loss in expected.items()}, layout
+        assert found == {step: pytest.approx(loss, rel=1e-6) for step, loss in expected.items()}, (
+            layout
+        )
 
 
 def test_the_layouts_of_the_guide_are_valid() -> None:
@@ -349,5 +371,9 @@ def overrides(values: dict[str, Any], above: str = "") -> list[str]:
     """Nested values as overrides."""
     found = []
     for key, value in values.items():
-        found += overrides(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}={value}"]
+        found += (
+            overrides(value, f"{above}{key}.")
+            if isinstance(value, dict)
+            else [f"{above}{key}={value}"]
+        )
     return found

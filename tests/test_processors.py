@@ -37,7 +37,9 @@ PROCESSORS = {
     "sse4": Processor("x86-64-v2", "default", "SSE41", "COMPATIBLE", ("sse4_2",)),
     "avx": Processor("sandybridge", "default", "AVX", "AVX", ("avx",)),
     "avx2": Processor("x86-64-v3", "avx2", "AVX2", "AVX2", ("avx2", "fma")),
-    "avx512": Processor("x86-64-v4", "avx512", "AVX512_CORE", "AVX512", ("avx512f", "avx512bw", "avx512vl")),
+    "avx512": Processor(
+        "x86-64-v4", "avx512", "AVX512_CORE", "AVX512", ("avx512f", "avx512bw", "avx512vl")
+    ),
     "avx512_bf16": Processor("x86-64-v4", "avx512", "AVX512_CORE_BF16", "AVX512", ("avx512_bf16",)),
 }
 # Where numbers are compared: the model, layouts, optimizer, runs, exports.
@@ -87,7 +89,9 @@ def emulated(name: str) -> Iterator[dict[str, str]]:
     with TemporaryDirectory() as folder:
         compiler = Path(folder) / "c++"
         original = os.environ.get("CXX", "c++")
-        compiler.write_text(COMPILER.format(python=sys.executable, target=processor.compiler, compiler=original))
+        compiler.write_text(
+            COMPILER.format(python=sys.executable, target=processor.compiler, compiler=original)
+        )
         compiler.chmod(0o755)
         own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         yield own | {
@@ -111,7 +115,13 @@ def test_numbers(name: str) -> None:
     if name not in possible():
         pytest.skip(f"this machine cannot emulate {name}")
     with emulated(name) as environment:
-        seen = subprocess.run([sys.executable, "-c", SEEN], env=environment, capture_output=True, text=True, check=True)
+        seen = subprocess.run(
+            [sys.executable, "-c", SEEN],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     # oneDNN has bf16 from AVX-512 on; without its own instructions it widens within the product.
     assert seen.stdout.split() == [PROCESSORS[name].pytorch.upper(), str(name.startswith("avx512"))]
     result = run(name, FEW, quiet=True)
@@ -123,7 +133,10 @@ def main(arguments: list[str]) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     names, given = arguments[:split] or possible(), arguments[split + 1 :] or NUMERIC
     if unknown := set(names) - set(possible()):
-        print(f"{', '.join(sorted(unknown))}: here it must be one of {', '.join(possible())}", file=sys.stderr)
+        print(
+            f"{', '.join(sorted(unknown))}: here it must be one of {', '.join(possible())}",
+            file=sys.stderr,
+        )
         return 2
     failed = []
     for name in names:

@@ -90,7 +90,9 @@ def publish(
     Raises OSError, and CheckpointError if a file is not there.
     """
     _wait_for(partial, files)
-    content = json.loads(json.dumps({"format": FORMAT, "kind": kind, "step": step, "info": info, "files": files}))
+    content = json.loads(
+        json.dumps({"format": FORMAT, "kind": kind, "step": step, "info": info, "files": files})
+    )
     content["sha256"] = _digest(content)
     with (partial / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -101,10 +103,14 @@ def publish(
     old = None
     if os.path.lexists(final):
         ours = os.path.isfile(final / MANIFEST) and not final.is_symlink()
-        old = final.with_name(f"{final.name}.{'replaced' if ours else 'aside'}-{secrets.token_hex(4)}")
+        old = final.with_name(
+            f"{final.name}.{'replaced' if ours else 'aside'}-{secrets.token_hex(4)}"
+        )
         final.rename(old)
         if not ours:
-            logger.warning(f"{final} was in the way of {kind} {step} and is none; it was moved to {old}.")
+            logger.warning(
+                f"{final} was in the way of {kind} {step} and is none; it was moved to {old}."
+            )
     partial.rename(final)
     _flush(final.parent)
     if old is not None and ours:
@@ -144,7 +150,9 @@ def read_manifest(folder: Path) -> Manifest:
                 min(os.fstat(file.fileno()).st_size, LARGEST_MANIFEST) + 1
             )  # makes room for all that it is asked for
         if len(data) > LARGEST_MANIFEST:
-            raise CheckpointError(f"{path}: larger than {LARGEST_MANIFEST} bytes; not a manifest of this project")
+            raise CheckpointError(
+                f"{path}: larger than {LARGEST_MANIFEST} bytes; not a manifest of this project"
+            )
         content = json.loads(data)
         claimed = content.pop("sha256")
         if claimed != _digest(content):
@@ -156,7 +164,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(content["kind"], content["step"], content["info"], content["files"])
         _check(manifest)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project") from error
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -202,7 +212,9 @@ def verify(folder: Path) -> Manifest:
 
     def first(content: bool) -> str | None:
         with ThreadPoolExecutor(_THREADS) as pool:
-            return next(filter(None, pool.map(lambda name: damage(name, content), manifest.files)), None)
+            return next(
+                filter(None, pool.map(lambda name: damage(name, content), manifest.files)), None
+            )
 
     # Sizes first: most damage shows there, before gigabytes are read.
     if problem := first(False) or first(True):
@@ -249,18 +261,29 @@ def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
 
     Manifests are read, files are not. Of two with one step the one that is being replaced comes first.
     """
-    found = [(m.step, path) for path, m in _manifests(root) if isinstance(m, Manifest) and kind in (None, m.kind)]
-    return sorted(found, key=lambda item: (item[0], _REPLACED.fullmatch(item[1].name) is None, item[1].name))
+    found = [
+        (m.step, path)
+        for path, m in _manifests(root)
+        if isinstance(m, Manifest) and kind in (None, m.kind)
+    ]
+    return sorted(
+        found, key=lambda item: (item[0], _REPLACED.fullmatch(item[1].name) is None, item[1].name)
+    )
 
 
-def latest(root: Path, kind: str = "checkpoint", content: bool = True, quiet: bool = False) -> Path | None:
+def latest(
+    root: Path, kind: str = "checkpoint", content: bool = True, quiet: bool = False
+) -> Path | None:
     """The newest checkpoint under `root` that is whole; damaged ones are named in the log and passed over.
 
     `content`: whether digests are compared too, or only sizes; `quiet`: the log has named the damaged ones already.
     """
     level = logging.DEBUG if quiet else logging.WARNING
     for path in headless(root):
-        logger.log(level, f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}")
+        logger.log(
+            level,
+            f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}",
+        )
     for _, manifest in _manifests(root):
         if isinstance(manifest, CheckpointError):
             logger.log(level, f"Passed over: {manifest}")
@@ -278,11 +301,15 @@ def latest(root: Path, kind: str = "checkpoint", content: bool = True, quiet: bo
 def lost(root: Path) -> list[Path]:
     """What is or was a checkpoint under `root`, where `latest` finds none: all of it is damaged."""
     return headless(root) + [
-        path for path, m in _manifests(root) if isinstance(m, CheckpointError) or m.kind == "checkpoint"
+        path
+        for path, m in _manifests(root)
+        if isinstance(m, CheckpointError) or m.kind == "checkpoint"
     ]
 
 
-def prune(root: Path, keep: int | None, is_permanent: Callable[[int], bool], current: int | None = None) -> None:
+def prune(
+    root: Path, keep: int | None, is_permanent: Callable[[int], bool], current: int | None = None
+) -> None:
     """Delete all but the newest `keep` whole ones of those that are not permanent, and what crashes left behind.
 
     `current`: the step that was just saved. Those of later steps are left alone and not counted: the run could
@@ -321,7 +348,9 @@ def clean(root: Path) -> None:
                 try:
                     entry.rename(final)
                 except OSError as error:
-                    logger.warning(f"{entry} could not be named {final.name} again: {error.strerror}")
+                    logger.warning(
+                        f"{entry} could not be named {final.name} again: {error.strerror}"
+                    )
 
 
 def delete(path: Path) -> None:

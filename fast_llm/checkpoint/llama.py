@@ -26,9 +26,32 @@ logger = logging.getLogger("fast_llm")
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Weights in any format, what trainers keep with them, archives and unfinished files: no small files.
-_LARGE_FILES = tuple("*." + ending for ending in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5"))
-_LARGE_FILES += ("*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.npy", "*.pkl", "*.pickle", "*.tflite")
-_LARGE_FILES += ("*.mlmodel", "*.distcp", "*.zip", "*.tar", "*.gz", "*.tgz", "*.bz2", "*.xz", "*.7z", "*.zst")
+_LARGE_FILES = tuple(
+    "*." + ending for ending in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5")
+)
+_LARGE_FILES += (
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.ot",
+    "*.npz",
+    "*.npy",
+    "*.pkl",
+    "*.pickle",
+    "*.tflite",
+)
+_LARGE_FILES += (
+    "*.mlmodel",
+    "*.distcp",
+    "*.zip",
+    "*.tar",
+    "*.gz",
+    "*.tgz",
+    "*.bz2",
+    "*.xz",
+    "*.7z",
+    "*.zst",
+)
 _LARGE_FILES += ("*.parquet", "*.arrow", "*.partial", "*.incomplete", "*.lock")
 LARGEST_SMALL = 2**26  # bytes of a small file
 LARGEST_TOKENIZER = 2**28  # bytes of tokenizer.json and the like
@@ -38,7 +61,15 @@ TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LARGEST_JSON = 2**26  # bytes
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of the dtypes that weights may have
-_OTHER_WIDTHS = {"I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2} | dict.fromkeys(
+_OTHER_WIDTHS = {
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+} | dict.fromkeys(
     ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1
 )
 
@@ -62,7 +93,9 @@ def fetch(path: str, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingPackage("huggingface_hub", f"{path} is no folder here; fetching it from the Hub") from error
+        raise MissingPackage(
+            "huggingface_hub", f"{path} is no folder here; fetching it from the Hub"
+        ) from error
     # Of weights only what lies directly in the repository: some hold a second copy in a folder.
     ignored = [".*", "*/.*", *(f"*/{pattern}" for pattern in _LARGE_FILES)]
     ignored += [pattern for pattern in _LARGE_FILES if pattern != "*.safetensors" or not weights]
@@ -88,8 +121,12 @@ def small_files(folder: Path) -> dict[str, bytes]:
     for at, folders, names in os.walk(folder):
         below = Path(at)
         # A sub-folder with a config.json is another model: a checkpoint of a trainer, an adapter.
-        folders[:] = sorted(n for n in folders if n[0] != "." and not (below / n / "config.json").exists())
-        left_out += [str((below / n).relative_to(folder)) for n in folders if (below / n).is_symlink()]
+        folders[:] = sorted(
+            n for n in folders if n[0] != "." and not (below / n / "config.json").exists()
+        )
+        left_out += [
+            str((below / n).relative_to(folder)) for n in folders if (below / n).is_symlink()
+        ]
         for path in (below / name for name in sorted(names) if _is_small(name)):
             name = path.relative_to(folder).as_posix()
             limit = LARGEST_TOKENIZER if name in _TOKENIZER else LARGEST_SMALL
@@ -146,9 +183,17 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; not a model's")
         content = json.loads(data)
     except FileNotFoundError as error:
-        original = any((path.parent / name).exists() for name in ("params.json", "consolidated.00.pth"))
-        hint = " (it has Meta's own format; take the folder in Hugging Face format)" if original else ""
-        raise CheckpointError(f"{path}: no such file; {path.parent} is not a complete model folder{hint}") from error
+        original = any(
+            (path.parent / name).exists() for name in ("params.json", "consolidated.00.pth")
+        )
+        hint = (
+            " (it has Meta's own format; take the folder in Hugging Face format)"
+            if original
+            else ""
+        )
+        raise CheckpointError(
+            f"{path}: no such file; {path.parent} is not a complete model folder{hint}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -173,11 +218,17 @@ def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         problems.append(f"{source}: {key}: given {json.dumps(given)[:80]}, must be {allowed}")
 
     if config.get("model_type") != "llama":
-        refuse("model_type", config.get("model_type"), '"llama": no other models can be trained here')
+        refuse(
+            "model_type", config.get("model_type"), '"llama": no other models can be trained here'
+        )
     if config.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", config["hidden_act"], '"silu"')
     if config.get("quantization_config"):
-        refuse("quantization_config", config["quantization_config"], "absent: unquantized weights are trained")
+        refuse(
+            "quantization_config",
+            config["quantization_config"],
+            "absent: unquantized weights are trained",
+        )
     if config.get("auto_map"):
         refuse("auto_map", config["auto_map"], "absent: no code of a model is run")
     if config.get("attention_dropout"):
@@ -192,7 +243,11 @@ def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if kind not in ("default", "llama3"):
         refuse(f"{spelling}.rope_type", kind, '"default" or "llama3"')
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) not in (1, None):
-        refuse("partial_rotary_factor", rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), "1")
+        refuse(
+            "partial_rotary_factor",
+            rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
+            "1",
+        )
     if problems:
         raise CheckpointError("\n".join(problems))
     try:
@@ -201,7 +256,9 @@ def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             "theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         }
         if kind == "llama3":
-            trained = rope.get("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
+            trained = rope.get(
+                "original_max_position_embeddings", config.get("max_position_embeddings", 2048)
+            )
             rotary |= {
                 "scale_factor": float(rope["factor"]),
                 "low_frequency_factor": float(rope["low_freq_factor"]),
@@ -229,12 +286,17 @@ def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
                     (True, False): "only_attention",
                     (False, True): "only_mlp",
                 }[biases],
-                "normalization": {"type": "rms_norm", "epsilon": float(config.get("rms_norm_eps", 1e-6))},
+                "normalization": {
+                    "type": "rms_norm",
+                    "epsilon": float(config.get("rms_norm_eps", 1e-6)),
+                },
                 "rotary": rotary,
             },
         }
     except KeyError as error:
-        raise CheckpointError(f"{source}: {error.args[0]} is missing; it is not a Llama's configuration") from error
+        raise CheckpointError(
+            f"{source}: {error.args[0]} is missing; it is not a Llama's configuration"
+        ) from error
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: not a Llama's configuration: {error}") from error
 
@@ -257,7 +319,9 @@ def export_config(
     `tokens`: ids `bos` and `eos`. `sequence_length`: in tokens, what the model was trained with.
     """
     if source is not None:
-        later = "dtype" if "rope_parameters" in source else "torch_dtype"  # transformers 5's spelling, or before
+        later = (
+            "dtype" if "rope_parameters" in source else "torch_dtype"
+        )  # transformers 5's spelling, or before
         spellings = [key for key in ("torch_dtype", "dtype") if key in source] or [later]
         changed = {**source, **dict.fromkeys(spellings, TORCH_DTYPES[dtype])}
         if bool(source.get("tie_word_embeddings", False)) != model.tie_word_embeddings:
@@ -310,7 +374,10 @@ def with_length(config: Mapping[str, Any], sequence_length: int) -> dict[str, An
     changed = {**config, "max_position_embeddings": sequence_length}
     for spelling in ("rope_scaling", "rope_parameters"):
         rope, original = config.get(spelling) or {}, "original_max_position_embeddings"
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear") and original not in rope:
+        if (
+            rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear")
+            and original not in rope
+        ):
             # Angles are scaled by this length, which is max_position_embeddings where nothing else is said.
             changed[spelling] = {**rope, original: config.get(original, before)}
     return changed
@@ -389,23 +456,36 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise CheckpointError(
                     f"{path}: not a whole safetensors file: {size} bytes, of which the header would be {length}"
                 )
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length), object_pairs_hook=unique)
+            header: dict[str, dict[str, Any]] = json.loads(
+                file.read(length), object_pairs_hook=unique
+            )
         header.pop("__metadata__", None)
         spans = []
         for name, tensor in header.items():
             begin, end = tensor["data_offsets"]
             count = (_WIDTHS | _OTHER_WIDTHS).get(tensor["dtype"])
             if count is None:
-                raise CheckpointError(f"{path}: {name} has the unknown dtype {str(tensor['dtype'])[:20]}")
+                raise CheckpointError(
+                    f"{path}: {name} has the unknown dtype {str(tensor['dtype'])[:20]}"
+                )
             for extent in tensor["shape"]:
                 if type(extent) is not int or not 0 <= extent < 2**63:
                     raise CheckpointError(f"{path}: {name} has an impossible shape")
                 count *= extent
-            if type(begin) is not int or type(end) is not int or not 0 <= begin <= end or end - begin != count:
-                raise CheckpointError(f"{path}: {name} does not lie where its header says; the file is damaged")
+            if (
+                type(begin) is not int
+                or type(end) is not int
+                or not 0 <= begin <= end
+                or end - begin != count
+            ):
+                raise CheckpointError(
+                    f"{path}: {name} does not lie where its header says; the file is damaged"
+                )
             spans.append((begin, end, name))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file, though it is named beside; fetch it again") from error
+        raise CheckpointError(
+            f"{path}: no such file, though it is named beside; fetch it again"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -413,7 +493,9 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            raise CheckpointError(f"{path}: {name} does not follow the tensor before it; the file is damaged")
+            raise CheckpointError(
+                f"{path}: {name} does not follow the tensor before it; the file is damaged"
+            )
         at = end
     if at != size - 8 - length:
         raise CheckpointError(
@@ -454,9 +536,13 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
             continue
         tensor = headers[files[name]].get(name)
         if tensor is None:
-            problems.append(f"{files[name]}: the weight {name} is missing, though the index names it")
+            problems.append(
+                f"{files[name]}: the weight {name} is missing, though the index names it"
+            )
         elif tuple(tensor["shape"]) != shape:
-            problems.append(f"{files[name]}: {name} has the shape {tensor['shape']}, must be {list(shape)}")
+            problems.append(
+                f"{files[name]}: {name} has the shape {tensor['shape']}, must be {list(shape)}"
+            )
         elif tensor["dtype"] not in _WIDTHS:
             problems.append(
                 f"{files[name]}: {name} has the dtype {tensor['dtype']}, must be one of {', '.join(_WIDTHS)}"
@@ -468,7 +554,11 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     ]
     if not problems and model.tie_word_embeddings and HEAD in files and EMBEDDING in files:
         problems += _other_head(folder, files, headers)
-    return problems if len(problems) <= 10 else [*problems[:10], f"{folder}: … and {len(problems) - 10} more"]
+    return (
+        problems
+        if len(problems) <= 10
+        else [*problems[:10], f"{folder}: … and {len(problems) - 10} more"]
+    )
 
 
 def _other_head(
@@ -491,12 +581,16 @@ def _other_head(
     ]
 
 
-def _equal(file: Path, tensor: Mapping[str, Any], other_file: Path, other: Mapping[str, Any]) -> bool:
+def _equal(
+    file: Path, tensor: Mapping[str, Any], other_file: Path, other: Mapping[str, Any]
+) -> bool:
     """Whether two tensors of one shape, of any dtypes, hold the same numbers."""
     count = int(np.prod(tensor["shape"], dtype=np.int64))
     for first in range(0, count, 2**22):
         length = min(2**22, count - first)
-        if not np.array_equal(_numbers(file, tensor, first, length), _numbers(other_file, other, first, length)):
+        if not np.array_equal(
+            _numbers(file, tensor, first, length), _numbers(other_file, other, first, length)
+        ):
             return False
     return True
 
@@ -518,9 +612,13 @@ def _numbers(path: Path, tensor: Mapping[str, Any], first: int, count: int) -> n
 def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str:
     """Which of fp32, bf16 and fp16 the weights of a folder have: what all of them have, else what config.json says, else fp32."""
     found = {
-        tensor["dtype"] for path in sorted(set(weight_files(folder).values())) for tensor in read_header(path).values()
+        tensor["dtype"]
+        for path in sorted(set(weight_files(folder).values()))
+        for tensor in read_header(path).values()
     }
-    if len(found) == 1 and (name := {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}.get(found.pop())):
+    if len(found) == 1 and (
+        name := {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}.get(found.pop())
+    ):
         return name
     stated = config.get("dtype", config.get("torch_dtype"))
     return next((name for name, spelled in TORCH_DTYPES.items() if spelled == stated), "fp32")

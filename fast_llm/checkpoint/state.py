@@ -173,10 +173,16 @@ class _Writer(dcp.StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what this process is to write."""
         for number, items in enumerate(_split(plan.items), start=1):
-            parts = {item.index.fqn: (_part(item).properties.dtype, tuple(_part(item).chunk.sizes)) for item in items}
+            parts = {
+                item.index.fqn: (_part(item).properties.dtype, tuple(_part(item).chunk.sizes))
+                for item in items
+            }
             assert len(parts) == len(items), "a process has one part of a tensor at most"
             by_name = {item.index.fqn: item for item in items}
-            offsets = {name: {"saved_offsets": list(_part(by_name[name]).chunk.offsets)} for name in sorted(parts)}
+            offsets = {
+                name: {"saved_offsets": list(_part(by_name[name]).chunk.offsets)}
+                for name in sorted(parts)
+            }
             file_name = f"shard-{plan.storage_data:05d}-{number:05d}.safetensors"
             self.written.append(file_name)
             with (self.folder / file_name).open("wb") as file:
@@ -221,8 +227,18 @@ class _Reader(dcp.HuggingFaceStorageReader):
     def read_metadata(self) -> Metadata:
         try:
             return super().read_metadata()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: a file's header does not say which parts it holds: {error}") from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise CheckpointError(
+                f"{self.path}: a file's header does not say which parts it holds: {error}"
+            ) from error
 
 
 def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: set[str]) -> None:
@@ -241,9 +257,17 @@ def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: s
             raise CheckpointError(
                 f"{path}: {name} has the shape {list(saved.size)}, must be {list(tensor.shape)}; {other}"
             )
-        chunks = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in saved.chunks if math.prod(chunk.sizes)}
+        chunks = {
+            tuple(chunk.offsets): math.prod(chunk.sizes)
+            for chunk in saved.chunks
+            if math.prod(chunk.sizes)
+        }
         covered = sum(math.prod(chunk.sizes) for chunk in saved.chunks)
-        if covered != tensor.numel() or sum(chunks.values()) != covered or any(min(c, default=0) < 0 for c in chunks):
+        if (
+            covered != tensor.numel()
+            or sum(chunks.values()) != covered
+            or any(min(c, default=0) < 0 for c in chunks)
+        ):
             raise CheckpointError(f"{path}: the parts of {name} do not make up the whole")
 
 

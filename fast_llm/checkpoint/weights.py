@@ -64,7 +64,9 @@ def together(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     # The others must hear of it, whatever it is. (DCP's is no Exception.)
     except (Exception, CheckpointException) as problem:
         error = problem
-    reasons = [reason for reason in gather(None if error is None else _reason(error), group) if reason]
+    reasons = [
+        reason for reason in gather(None if error is None else _reason(error), group) if reason
+    ]
     if not reasons:
         return
     if error is not None and not _is_of_files(error):
@@ -74,11 +76,17 @@ def together(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 def _causes(error: BaseException) -> list[BaseException]:
     """DCP's errors come wrapped, one for each process."""
-    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return (
+        [cause for cause, _ in error.failures.values()]
+        if isinstance(error, CheckpointException)
+        else [error]
+    )
 
 
 def _is_of_files(error: BaseException) -> bool:
-    return all(isinstance(cause, OSError | SafetensorError | CheckpointError) for cause in _causes(error))
+    return all(
+        isinstance(cause, OSError | SafetensorError | CheckpointError) for cause in _causes(error)
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -86,7 +94,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return f"{cause.strerror}" + (f" ({cause.filename})" if cause.filename else "")
     text = str(cause).strip()
-    return text if isinstance(cause, CheckpointError) else (text.splitlines() or [type(cause).__name__])[0]
+    return (
+        text
+        if isinstance(cause, CheckpointError)
+        else (text.splitlines() or [type(cause).__name__])[0]
+    )
 
 
 def is_main(group: dist.ProcessGroup | None) -> bool:
@@ -100,7 +112,9 @@ def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
-def load_weights(weights: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def load_weights(
+    weights: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """Fill tensors or DTensors, by name, from a folder of safetensors files, converting dtypes; every process calls it
     with the weights that it has a part of.
 
@@ -114,7 +128,9 @@ def load_weights(weights: Mapping[str, Tensor], folder: Path, group: dist.Proces
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
     strange = sorted(name for name in files.keys() - set(places.values()) if not is_spare(name))
     if strange:
-        raise CheckpointError(f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}")
+        raise CheckpointError(
+            f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}"
+        )
     by_file: dict[Path, list[str]] = {}
     for name in weights:
         by_file.setdefault(files[places[name]], []).append(name)
@@ -138,8 +154,12 @@ def _region(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """This process's part of a weight, and where it lies in the whole."""
     if not isinstance(weight, DTensor):
         return weight, tuple(slice(0, extent) for extent in weight.shape)
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    region = tuple(slice(begin, begin + extent) for begin, extent in zip(offset, shape, strict=True))
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    region = tuple(
+        slice(begin, begin + extent) for begin, extent in zip(offset, shape, strict=True)
+    )
     return weight.to_local(), region
 
 
@@ -158,7 +178,10 @@ def save_weights(
     `group`: on which processes wait while one writes; give one with patience. Raises CheckpointError.
     """
     group = whole_group(group)
-    own = {name: (DTYPES[dtype] if dtype else weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+    own = {
+        name: (DTYPES[dtype] if dtype else weight.dtype, tuple(weight.shape))
+        for name, weight in weights.items()
+    }
     parts = gather(own, group)
     owners = {
         name: rank for rank, names in reversed([*enumerate(parts)]) for name in names
@@ -172,7 +195,10 @@ def save_weights(
         total += sum(_size(every[name]) for name in names)
         for number, batch in enumerate(_batches(every, names)):
             with together(f"{folder / file_name}: could not be written", group):
-                wholes = {name: _whole(weights.get(name), *every[name], owners[name], group) for name in batch}
+                wholes = {
+                    name: _whole(weights.get(name), *every[name], owners[name], group)
+                    for name in batch
+                }
                 if is_main(group):
                     with (folder / file_name).open("ab" if number else "wb") as file:
                         if not number:
@@ -184,28 +210,45 @@ def save_weights(
                 del wholes
     written = list(plan)
     if len(plan) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {n: file for file in plan for n in plan[file]}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {n: file for file in plan for n in plan[file]},
+        }
         with together(f"{folder / INDEX}: could not be written", group):
             if is_main(group):
-                (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                (folder / INDEX).write_text(
+                    json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+                )
         written.append(INDEX)
     return written
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
     """Weights that are NaN or infinite, be it by rounding, are of no use to anybody."""
-    if weight.is_floating_point() and weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+    if (
+        weight.is_floating_point()
+        and weight.numel()
+        and not torch.stack(torch.aminmax(weight)).isfinite().all()
+    ):
         fp16 = weight.dtype == torch.float16
-        what = "has values beyond fp16's range; choose bf16 or fp32" if fp16 else "holds NaN or infinities"
+        what = (
+            "has values beyond fp16's range; choose bf16 or fp32"
+            if fp16
+            else "holds NaN or infinities"
+        )
         raise CheckpointError(f"{name} {what}")
 
 
-def sort(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def sort(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtypes and shapes in the order that safetensors has in a file: the wider dtypes first, so that all are aligned."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 
-def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
     """The beginning of a safetensors file whose tensors follow in this order.
 
     safetensors' own writer puts its metadata in another order each time and wants all tensors at once.
@@ -251,7 +294,10 @@ def _split(tensors: _Tensors, parameters_per_file: int) -> dict[str, list[str]]:
         filled += math.prod(shape)
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": names for i, names in enumerate(parts, start=1)}
+    return {
+        f"model-{i:05d}-of-{len(parts):05d}.safetensors": names
+        for i, names in enumerate(parts, start=1)
+    }
 
 
 def _batches(tensors: _Tensors, names: list[str]) -> Iterator[list[str]]:
@@ -267,7 +313,11 @@ def _batches(tensors: _Tensors, names: list[str]) -> Iterator[list[str]]:
 
 
 def _whole(
-    weight: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], owner: int, group: dist.ProcessGroup | None
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    owner: int,
+    group: dist.ProcessGroup | None,
 ) -> Tensor | None:
     """All of a weight of which some processes have parts: on the first process, and on those."""
     whole: Tensor | None = None
@@ -278,7 +328,9 @@ def _whole(
         rank = dist.get_rank(group)
         if rank == owner:
             assert whole is not None
-            dist.send(whole.cpu().contiguous().flatten().view(torch.uint8), group=group, group_dst=0)
+            dist.send(
+                whole.cpu().contiguous().flatten().view(torch.uint8), group=group, group_dst=0
+            )
         elif rank == 0:
             whole = torch.empty(shape, dtype=dtype)
             dist.recv(whole.flatten().view(torch.uint8), group=group, group_src=owner)
@@ -320,7 +372,9 @@ def export_llama(
                 for name, content in small.items():
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(content)
-                folders.publish(partial, path, "export", step, {}, folders.digests(partial, [*names, *small]))
+                folders.publish(
+                    partial, path, "export", step, {}, folders.digests(partial, [*names, *small])
+                )
     except BaseException:
         if partial is not None:
             rmtree(partial, ignore_errors=True)

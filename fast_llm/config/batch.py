@@ -76,7 +76,11 @@ def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> Ba
 def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchPlan:
     if batch.batch_size is None:
         raise ConfigError(["batch.micro_batch_size: given auto, which needs batch_size; give it"])
-    for name in ("sequential_micro_batches", "depth_first_micro_batches", "breadth_first_micro_batches"):
+    for name in (
+        "sequential_micro_batches",
+        "depth_first_micro_batches",
+        "breadth_first_micro_batches",
+    ):
         if getattr(batch, name) is not None:
             raise ConfigError([f"batch.{name}: follows from micro_batch_size: auto; leave it out"])
     return plan_batch(batch.model_copy(update={"micro_batch_size": 1}), processes, pipeline)

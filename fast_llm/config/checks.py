@@ -50,7 +50,10 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
 
 def check(config: TrainConfig, document: Document, processes: int) -> list[str]:
     """Every breach as a message with its place in the file."""
-    return [f"{document.where(paths[0])}: {paths[0]}: {text}" for paths, text in breaches(config, processes)]
+    return [
+        f"{document.where(paths[0])}: {paths[0]}: {text}"
+        for paths, text in breaches(config, processes)
+    ]
 
 
 _BATCH = tuple(
@@ -67,7 +70,9 @@ _BATCH = tuple(
 
 def _plan(config: TrainConfig, processes: int) -> BatchPlan:
     distributed = config.model.distributed
-    return plan_batch(config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1)
+    return plan_batch(
+        config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1
+    )
 
 
 def _batch(config: TrainConfig, processes: int) -> Breaches:
@@ -89,7 +94,9 @@ def _processes(config: TrainConfig, processes: int) -> Breaches:
         names = [f"{name} {size}" for name, size in sizes.items() if size > 1]
         given = " × ".join(names) + (f" = {product}" if len(names) > 1 else "")
         yield (
-            tuple(f"model.distributed.{name}" for name in sorted(_AXES, key=lambda name: -sizes[name])),
+            tuple(
+                f"model.distributed.{name}" for name in sorted(_AXES, key=lambda name: -sizes[name])
+            ),
             f"{given} must divide the number of processes, which is {processes}; start that many with torchrun (to"
             f" --validate alone, set WORLD_SIZE={product} in the environment)",
         )
@@ -100,8 +107,13 @@ def _shard_size(config: TrainConfig, processes: int) -> Breaches:
     sharing = distributed.data_parallel(processes) * distributed.sequence_data_parallel
     if size is not None and size < sharing and sharing % size:
         divisors = [str(divisor) for divisor in range(1, sharing + 1) if sharing % divisor == 0]
-        words = f"the {sharing} processes" + (" that share training state" if sharing < processes else "")
-        yield ("model.multi_stage.shard_size",), f"given {size}, must divide {words}: {', '.join(divisors)}"
+        words = f"the {sharing} processes" + (
+            " that share training state" if sharing < processes else ""
+        )
+        yield (
+            ("model.multi_stage.shard_size",),
+            f"given {size}, must divide {words}: {', '.join(divisors)}",
+        )
 
 
 def _profiled_ranks(config: TrainConfig, processes: int) -> Breaches:
@@ -219,7 +231,12 @@ def _split(config: TrainConfig) -> Breaches:
     shown = [int(share) if share == int(share) else share for share in split]
     for share, wanted, setting, example in (
         (split[0], training.train_iters > 0, "training.train_iters", "[99, 1, 0]"),
-        (split[1], training.validation.interval is not None, "training.validation.interval", "[99, 1, 0]"),
+        (
+            split[1],
+            training.validation.interval is not None,
+            "training.validation.interval",
+            "[99, 1, 0]",
+        ),
         (split[2], training.test_iters > 0, "training.test_iters", "[98, 1, 1]"),
     ):
         if wanted and not share:
@@ -231,7 +248,11 @@ def _split(config: TrainConfig) -> Breaches:
 
 def _learning_rate(config: TrainConfig) -> Breaches:
     rate, above = config.optimizer.learning_rate, "optimizer.learning_rate"
-    style, end, warmup = f"{above}.decay_style", f"{above}.decay_iterations", f"{above}.warmup_iterations"
+    style, end, warmup = (
+        f"{above}.decay_style",
+        f"{above}.decay_iterations",
+        f"{above}.warmup_iterations",
+    )
     if rate.decay_style == "constant":
         return  # the rest is not used
     if rate.decay_iterations is None:
@@ -283,7 +304,10 @@ def _number(value: int | None) -> str:
 
 
 def _keep_every(config: TrainConfig) -> Breaches:
-    for name, saved in (("checkpoint", config.training.checkpoint), ("export", config.training.export)):
+    for name, saved in (
+        ("checkpoint", config.training.checkpoint),
+        ("export", config.training.export),
+    ):
         if saved.keep_every is not None and saved.interval is None:
             yield (
                 (f"training.{name}.keep_every", f"training.{name}.interval"),
@@ -318,7 +342,10 @@ def _validation(config: TrainConfig) -> Breaches:
     validation = config.training.validation
     every, many = "training.validation.interval", "training.validation.iterations"
     if validation.interval is not None and validation.iterations is None:
-        yield (many, every), "missing: training.validation.interval needs it: on how many batches, e.g. 25"
+        yield (
+            (many, every),
+            "missing: training.validation.interval needs it: on how many batches, e.g. 25",
+        )
     if validation.iterations is not None and validation.interval is None:
         yield (
             (every, many),
@@ -335,7 +362,10 @@ def _validation(config: TrainConfig) -> Breaches:
 def _heads(config: TrainConfig) -> Breaches:
     transformer, above = config.model.base_model.transformer, "model.base_model.transformer"
     heads, groups = transformer.num_attention_heads, transformer.head_groups
-    names = {name: f"{above}.{name}" for name in ("num_attention_heads", "head_groups", "hidden_size", "kv_channels")}
+    names = {
+        name: f"{above}.{name}"
+        for name in ("num_attention_heads", "head_groups", "hidden_size", "kv_channels")
+    }
     if heads % groups:
         yield (
             (names["head_groups"], names["num_attention_heads"]),
@@ -354,7 +384,10 @@ def _heads(config: TrainConfig) -> Breaches:
 
 
 def _rotary(config: TrainConfig) -> Breaches:
-    rotary, above = config.model.base_model.transformer.rotary, "model.base_model.transformer.rotary"
+    rotary, above = (
+        config.model.base_model.transformer.rotary,
+        "model.base_model.transformer.rotary",
+    )
     if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
         yield (
             (f"{above}.high_frequency_factor", f"{above}.low_frequency_factor", f"{above}.type"),
@@ -369,14 +402,22 @@ def _initialization(config: TrainConfig) -> Breaches:
     pairs = [("init_method_min", "init_method_max", lowest, highest, above)]
     for part in ("qkv", "attn_proj", "mlp_1", "mlp_2", "embed"):
         section, path = (base, "model.base_model") if part == "embed" else (transformer, above)
-        low, high = getattr(section, f"init_method_min_{part}"), getattr(section, f"init_method_max_{part}")
+        low, high = (
+            getattr(section, f"init_method_min_{part}"),
+            getattr(section, f"init_method_max_{part}"),
+        )
         if low is not None or high is not None:
             low, high = lowest if low is None else low, highest if high is None else high
             pairs.append((f"init_method_min_{part}", f"init_method_max_{part}", low, high, path))
     for low_name, high_name, low, high, path in pairs:
         if low is not None and high is not None and low > high:
             yield (
-                (f"{path}.{low_name}", f"{path}.{high_name}", f"{above}.init_method_min", f"{above}.init_method_max"),
+                (
+                    f"{path}.{low_name}",
+                    f"{path}.{high_name}",
+                    f"{above}.init_method_min",
+                    f"{above}.init_method_max",
+                ),
                 f"given {low}, must be at most {high_name} {high}",
             )
 
@@ -385,14 +426,21 @@ def _pretrained(config: TrainConfig) -> Breaches:
     pretrained = config.pretrained
     state, style, path = "pretrained.optimizer_state", "pretrained.format", "pretrained.path"
     if pretrained.optimizer_state and pretrained.format != "distributed":
-        yield (state, style), "given yes, but a Hugging Face folder has no moments; only format: distributed has"
+        yield (
+            (state, style),
+            "given yes, but a Hugging Face folder has no moments; only format: distributed has",
+        )
     if pretrained.format == "distributed" and pretrained.path is None:
         yield (path, style), "missing: format: distributed needs the folder of a checkpoint"
 
 
 def _fp8(config: TrainConfig) -> Breaches:
     """What PyTorch's fp8 products can do."""
-    name, distributed, shape = "model.distributed.fp8", config.model.distributed, config.model.base_model.transformer
+    name, distributed, shape = (
+        "model.distributed.fp8",
+        config.model.distributed,
+        config.model.base_model.transformer,
+    )
     if not distributed.fp8:
         return
     if distributed.training_dtype != "bf16":

@@ -38,7 +38,9 @@ def instead(sentences: Mapping[Any, str]) -> BeforeValidator:
     return BeforeValidator(_Instead(sentences))
 
 
-def explain(kind: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[tuple[str, str, str]]:
+def explain(
+    kind: type[BaseModel], values: Mapping[str, Any], error: ValidationError
+) -> list[tuple[str, str, str]]:
     """(where to point, the setting it belongs to, what is wrong) for each mistake."""
     result: dict[tuple[str, str], tuple[str, str, str]] = {}
     for detail in error.errors(include_url=False)[:MOST]:
@@ -56,12 +58,22 @@ def explain(kind: type[BaseModel], values: Mapping[str, Any], error: ValidationE
             given = _at(values, path, detail["input"])
             inner_kind = sections(field.annotation) if field is not None and not inner else []
             point, wanted = path, words(field) if field is not None else "a section of settings"
-            if isinstance(given, dict) and field is not None and get_origin(field.annotation) is dict and inner:
+            if (
+                isinstance(given, dict)
+                and field is not None
+                and get_origin(field.annotation) is dict
+                and inner
+            ):
                 # an entry of a dictionary, whose names are the user's
                 point, wanted = f"{path}.{inner[0]}", _value_words(field.annotation)
                 given = given.get(str(inner[0]), detail["input"])
             hint = _inside(inner_kind[0], path, given) if inner_kind else ""
-            if isinstance(given, float) and given.is_integer() and 0 < given < 10**15 and "integer" in wanted:
+            if (
+                isinstance(given, float)
+                and given.is_integer()
+                and 0 < given < 10**15
+                and "integer" in wanted
+            ):
                 hint = f"; write {int(given)}"
             result[point, "value"] = (point, path, f"given {show(given)}, must be {wanted}{hint}")
     return list(result.values())
@@ -116,7 +128,9 @@ def refused_values(field: FieldInfo) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in _metadata(field.annotation, field.metadata):
         if isinstance(item, BeforeValidator) and isinstance(item.func, _Instead):
-            found |= {show(value).strip('"'): sentence for value, sentence in item.func.sentences.items()}
+            found |= {
+                show(value).strip('"'): sentence for value, sentence in item.func.sentences.items()
+            }
     return found
 
 
@@ -143,7 +157,12 @@ def _words(annotation: Any) -> str:
         return f"names, each with {_words(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section of settings"
-    plain = {bool: "yes or no", int: "an integer", float: "a number", str: "text (numbers and dates in quotes)"}
+    plain = {
+        bool: "yes or no",
+        int: "an integer",
+        float: "a number",
+        str: "text (numbers and dates in quotes)",
+    }
     return plain.get(annotation, "a value")
 
 
@@ -159,7 +178,9 @@ def _inside(section: type[BaseModel], path: str, given: Any) -> str:
         return ""
     likely = ("path", "type", "format") if isinstance(given, str) else ("base", "interval")
     name = next((name for name in likely if name in section.model_fields), None)
-    return f"; did you mean {path}.{name}?" if name else f" with {_listed(list(section.model_fields))}"
+    return (
+        f"; did you mean {path}.{name}?" if name else f" with {_listed(list(section.model_fields))}"
+    )
 
 
 def paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
@@ -237,7 +258,10 @@ def _no_such(kind: type[BaseModel], section: type[BaseModel], path: str) -> str:
     hint = f"; did you mean {near}?" if near else ""
     allowed = siblings
     if len(siblings) > 15:
-        allowed = [*difflib.get_close_matches(name, siblings, n=8, cutoff=0.3), "…, all in docs/settings.md"]
+        allowed = [
+            *difflib.get_close_matches(name, siblings, n=8, cutoff=0.3),
+            "…, all in docs/settings.md",
+        ]
     return f"no such setting{hint} (allowed: {', '.join(allowed)})"
 
 

@@ -24,20 +24,28 @@ class SourceConfig(Section):
     """Which configuration of a Hub dataset."""
     data_directory: Text | None = None
     """Which folder of a Hub dataset, or of a local one."""
-    data_files: Annotated[Text | list[Text], Words("a pattern, or a list of patterns")] | None = None
+    data_files: Annotated[Text | list[Text], Words("a pattern, or a list of patterns")] | None = (
+        None
+    )
     """Which files, by name or pattern."""
     split: Text = "train"
     """Which split, or parts: `train[:1000]`, `train[10%:]+test`."""
     field: Text = "text"
     """The column that holds the document."""
-    max_document_bytes: Annotated[int, Field(ge=1, le=2**40), Words("a number of bytes above 0")] = 2**26
+    max_document_bytes: Annotated[
+        int, Field(ge=1, le=2**40), Words("a number of bytes above 0")
+    ] = 2**26
     """A text of more bytes than this (64 MiB) is left out, counted and named. Tokenizing takes 110 times as much
     memory as the text, in each worker."""
     data_type: Literal["uint8", "uint16", "int16", "int32", "int64"] | None = None
     """Integer type of the tokens; null is the smallest that holds the vocabulary."""
     trust_remote_code: Annotated[
         bool,
-        instead({True: "`datasets` runs no code from datasets any more; convert such a dataset to parquet"}),
+        instead(
+            {
+                True: "`datasets` runs no code from datasets any more; convert such a dataset to parquet"
+            }
+        ),
     ] = False
     """Only no: `datasets` runs no code from datasets any more; convert such a dataset to parquet."""
     disable_disk_space_check: bool = False
@@ -75,7 +83,9 @@ class WorldConfig(Section):
     def _one_of_them(cls, value: int | None, info: ValidationInfo) -> int | None:
         world = info.data.get("world_size")
         if value is not None and world is not None and value >= world:
-            raise ValueError(f"given {value}, must be below distributed.world_size {world}: ranks count from 0")
+            raise ValueError(
+                f"given {value}, must be below distributed.world_size {world}: ranks count from 0"
+            )
         return value
 
 
@@ -88,7 +98,9 @@ class PrepareConfig(Section):
     """Threads that count rows of local files; processes that `datasets` reads the Hub's with."""
     tokenize_workers: Processes = 1
     """Processes that tokenize."""
-    tokens_per_shard: Annotated[int, Field(ge=100_000, le=2**62), Words("an integer of 100000 or more")] = 10**9
+    tokens_per_shard: Annotated[
+        int, Field(ge=100_000, le=2**62), Words("an integer of 100000 or more")
+    ] = 10**9
     """A token file is closed by the document that brings it to this many tokens."""
     dataset: SourceConfig
     tokenizer: TokenizerConfig
@@ -121,9 +133,9 @@ class ConvertOutput(Section):
     """The folder to write."""
     data_type: DType | None = None
     """Of a Hugging Face folder's weights; null is what a checkpoint was trained in, or what a model's weights have."""
-    parameters_per_file: Annotated[int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")] = (
-        2**32
-    )
+    parameters_per_file: Annotated[
+        int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")
+    ] = 2**32
     """The most parameters in one file of a Hugging Face folder."""
 
 
@@ -141,10 +153,14 @@ class ConvertConfig(Section):
         source = info.data.get("input")
         if value.format == "distributed":
             if source is not None and source.format == "distributed":
-                raise ValueError("format: distributed of a checkpoint is what it is already; copy the folder")
+                raise ValueError(
+                    "format: distributed of a checkpoint is what it is already; copy the folder"
+                )
             for name in ("data_type", "parameters_per_file"):
                 if name in value.model_fields_set:
-                    raise ValueError(f"{name} belongs to format: llama; a checkpoint holds fp32 weights")
+                    raise ValueError(
+                        f"{name} belongs to format: llama; a checkpoint holds fp32 weights"
+                    )
         return value
 
 

@@ -16,7 +16,10 @@ from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 
 # Setting → what Fast-LLM 0.2 did, and why it is different here.
 DIFFERENT: dict[str, tuple[str, str]] = {
-    "training.num_workers": ("processes", "Threads: reading tokens holds no lock, and nothing has to be copied."),
+    "training.num_workers": (
+        "processes",
+        "Threads: reading tokens holds no lock, and nothing has to be copied.",
+    ),
     "training.timeout": (
         "60 seconds, model.distributed.timeout",
         "A save or export of a large model takes minutes; waiting for one is no fault.",
@@ -30,7 +33,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {
         "Multiples of keep_every × interval: 10000, 20000, …",
     ),
     "training.export.keep_every": ("as above", "As above."),
-    "training.export.format": ("fast_llm", "Exports are for use elsewhere; the same state is in checkpoints."),
+    "training.export.format": (
+        "fast_llm",
+        "Exports are for use elsewhere; the same state is in checkpoints.",
+    ),
     "training.export.data_type": (
         "null is fp32, 32 GB for 8 billion parameters",
         "The dtype that was trained in, as the original has it.",
@@ -112,11 +118,19 @@ def page() -> str:
         "6. [Older names](#older-names)",
         "",
     ]
-    for title, kind in (("train", TrainConfig), ("prepare", PrepareConfig), ("convert", ConvertConfig)):
+    for title, kind in (
+        ("train", TrainConfig),
+        ("prepare", PrepareConfig),
+        ("convert", ConvertConfig),
+    ):
         lines += [f"## {title}", "", _doc(kind), ""]
         for path, section in _sections(kind, ""):
             lines += _table(path, section)
-    lines += ["## What differs from Fast-LLM 0.2", "", "| Setting | Fast-LLM 0.2 | Default here | Why |"]
+    lines += [
+        "## What differs from Fast-LLM 0.2",
+        "",
+        "| Setting | Fast-LLM 0.2 | Default here | Why |",
+    ]
     lines += ["|---|---|---|---|"]
     for path, (before, why) in DIFFERENT.items():
         lines.append(_row(f"`{path}`", before, _default_at(TrainConfig, path), why))
@@ -143,12 +157,19 @@ def _sections(kind: type[BaseModel], above: str) -> Iterator[tuple[str, type[Bas
 
 def _table(path: str, section: type[BaseModel]) -> list[str]:
     rows = [
-        _row(f"`{name}`", words(field).replace(_IN_QUOTES, ""), _default(section, name), field.description or "")
+        _row(
+            f"`{name}`",
+            words(field).replace(_IN_QUOTES, ""),
+            _default(section, name),
+            field.description or "",
+        )
         for name, field in section.model_fields.items()
         if not sections(field.annotation)
     ]
     heading = [f"### `{path}`", "", _doc(section), ""] if path else []
-    return heading + (["| Setting | May be | Default | Meaning |", "|---|---|---|---|", *rows, ""] if rows else [])
+    return heading + (
+        ["| Setting | May be | Default | Meaning |", "|---|---|---|---|", *rows, ""] if rows else []
+    )
 
 
 def _default(section: type[BaseModel], name: str) -> str:

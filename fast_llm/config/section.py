@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from fast_llm.config.mistakes import MOST, Words, explain, leaves, paths, sections
 from fast_llm.config.text import BROKEN, Dumper, Reading
@@ -33,7 +41,10 @@ def _text(value: str) -> str:
 
 def path_text(value: str) -> str:
     """Text that can name a file or folder. Raises ValueError."""
-    if any(len(part) > 255 for part in os.fsencode(value).split(b"/")) or len(os.fsencode(value)) >= 4096:
+    if (
+        any(len(part) > 255 for part in os.fsencode(value).split(b"/"))
+        or len(os.fsencode(value)) >= 4096
+    ):
         raise ValueError(f"given {show(value)}, which is too long for the name of a file or folder")
     if value.startswith("~") and os.path.expanduser(value) == value:
         raise ValueError(f"given {show(value)}, but there is no user {value.partition('/')[0][1:]}")
@@ -68,8 +79,12 @@ class Section(BaseModel):
             return {}
         if not isinstance(values, dict):
             return values
-        derived = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
-        return {key: value for key, value in values.items() if value is not None or key not in derived}
+        derived = {
+            name for name, field in cls.model_fields.items() if field.default_factory is not None
+        }
+        return {
+            key: value for key, value in values.items() if value is not None or key not in derived
+        }
 
 
 class Interval(Section):
@@ -90,7 +105,10 @@ class Interval(Section):
             return True
         if other.interval is None:
             return False
-        return self.interval % other.interval == 0 and (self.offset - other.offset) % other.interval == 0
+        return (
+            self.interval % other.interval == 0
+            and (self.offset - other.offset) % other.interval == 0
+        )
 
 
 # Values and where they were written.
@@ -173,7 +191,9 @@ def _same(key: str, one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def read(path: str | Path | None, overrides: Sequence[str] = (), kind: type[Section] | None = None) -> Document:
+def read(
+    path: str | Path | None, overrides: Sequence[str] = (), kind: type[Section] | None = None
+) -> Document:
     """A YAML file (or none) with overrides `a.b=c` laid over it; the last of a path wins.
 
     Overrides are YAML, with what a command line needs: `*.jsonl` or `@x`, which YAML refuses, is the text that it is,
@@ -187,11 +207,11 @@ def read(path: str | Path | None, overrides: Sequence[str] = (), kind: type[Sect
     if path is not None:
         values = reading.values(_read_text(path))
         if values is None:
-            raise ConfigError([f"{path}: holds no settings; leave it out if all of them are given as a.b=c"])
-        if not isinstance(values, dict):
-            problem = (
-                f"{path}: must hold settings (name: value), not {show(values) if values is not BROKEN else 'this'}"
+            raise ConfigError(
+                [f"{path}: holds no settings; leave it out if all of them are given as a.b=c"]
             )
+        if not isinstance(values, dict):
+            problem = f"{path}: must hold settings (name: value), not {show(values) if values is not BROKEN else 'this'}"
             raise ConfigError(reading.problems or [problem])
     places, problems, broken = reading.places, reading.problems, reading.broken
     for override in overrides:
@@ -199,14 +219,20 @@ def read(path: str | Path | None, overrides: Sequence[str] = (), kind: type[Sect
         keys = name.split(".")
         here = f"override {override if override.isprintable() and len(override) < 100 else show(override)}"
         if not sign or not all(re.fullmatch(r"[^\s.=]+", key) for key in keys):
-            problems.append(f"{here}: must have the form section.setting=value, e.g. training.train_iters=1000")
+            problems.append(
+                f"{here}: must have the form section.setting=value, e.g. training.train_iters=1000"
+            )
             continue
         if not text.strip():
             problems.append(f"{here}: gives no value; write {name}=null for none")
             continue
         inner = Reading(here, numbered=False)
         value = inner.override(text, name)
-        if kind is not None and text.strip()[0] not in "[{\"'" and _wants_text(kind, keys, value, text.strip()):
+        if (
+            kind is not None
+            and text.strip()[0] not in "[{\"'"
+            and _wants_text(kind, keys, value, text.strip())
+        ):
             value = text.strip()
         problems += inner.problems
         broken |= inner.broken
@@ -220,17 +246,27 @@ def read(path: str | Path | None, overrides: Sequence[str] = (), kind: type[Sect
                 below = place[key] = {}
             if not isinstance(below, dict):
                 above = ".".join(keys[: position + 1])
-                what = "a list; give all of it" if isinstance(below, list) else "a value, which has no settings inside"
-                problems.append(f"{here}: {above} is {show(below)} ({places.get(above, here)}), {what}")
+                what = (
+                    "a list; give all of it"
+                    if isinstance(below, list)
+                    else "a value, which has no settings inside"
+                )
+                problems.append(
+                    f"{here}: {above} is {show(below)} ({places.get(above, here)}), {what}"
+                )
                 broken.add(name)
                 break
             place = below
         else:
             place[keys[-1]] = value
-            for known in [known for known in places if known == name or known.startswith(name + ".")]:
+            for known in [
+                known for known in places if known == name or known.startswith(name + ".")
+            ]:
                 del places[known]
             places |= inner.places | {name: here}
-    return Document(values, places, str(path) if path is not None else "the command line", problems, broken)
+    return Document(
+        values, places, str(path) if path is not None else "the command line", problems, broken
+    )
 
 
 def _wants_text(kind: type[Section], keys: Sequence[str], value: Any, text: str) -> bool:
@@ -322,7 +358,8 @@ def validate(
                 f"{document.where(path)}: {path or 'the file'}: {text}"
                 for path, _, text in found
                 # What is given but wrong was told already and taken out; it is not missing.
-                if not text.startswith("is missing") or not any(_related(path, wrong) for wrong in broken)
+                if not text.startswith("is missing")
+                or not any(_related(path, wrong) for wrong in broken)
             ]
             if len(problems) >= MOST:
                 break  # this is no configuration at all
@@ -338,7 +375,9 @@ def validate(
                 problems.append(f"{document.where(concerned[0])}: {concerned[0]}: {text}")
     if problems or section is None:
         problems = sorted(dict.fromkeys(problems), key=_line)
-        raise ConfigError(problems[:MOST] + [f"… and {len(problems) - MOST} more"] * (len(problems) > MOST))
+        raise ConfigError(
+            problems[:MOST] + [f"… and {len(problems) - MOST} more"] * (len(problems) > MOST)
+        )
     return section
 
 
@@ -356,7 +395,11 @@ def located(problem: str, document: Document, kind: type[Section], default: str 
     head = re.match(r"[\w.]+(?=[ :])", problem)
     if head is not None and (head[0] in every or ("." in head[0] and head[0] in set(paths(kind)))):
         return f"{document.where(head[0])}: {problem}"
-    if head is not None and head[0].rpartition(".")[0] in every and document.get(head[0]) is not None:
+    if (
+        head is not None
+        and head[0].rpartition(".")[0] in every
+        and document.get(head[0]) is not None
+    ):
         return f"{document.where(head[0])}: {problem}"  # an entry of names that are the user's
     names: dict[str, str] = {}  # the values of settings that name files, and these settings
     for path in filter(_PATHS.fullmatch, every):
@@ -381,7 +424,9 @@ def locating(document: Document, kind: type[Section], default: str = "") -> Iter
     try:
         yield
     except ConfigError as error:
-        raise ConfigError([located(problem, document, kind, default) for problem in error.problems]) from error
+        raise ConfigError(
+            [located(problem, document, kind, default) for problem in error.problems]
+        ) from error
     except UserError as error:
         if not error.args or error.exit_code != UserError.exit_code:
             raise
@@ -407,7 +452,9 @@ def dump(section: Section) -> str:
 _ABSENT = object()
 
 
-def _with_new_names(document: Document, renamed: Mapping[str, str], problems: list[str], broken: set[str]) -> Document:
+def _with_new_names(
+    document: Document, renamed: Mapping[str, str], problems: list[str], broken: set[str]
+) -> Document:
     values, places = document.values, dict(document.places)
     for old, new in renamed.items():
         present = Document(values, places, document.source)

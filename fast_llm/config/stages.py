@@ -8,7 +8,10 @@ _INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
 
 def stage_sizes(config: TrainConfig) -> list[int]:
     """The layers of each pipeline stage, from the first stage to the last."""
-    layers, wanted = config.model.base_model.transformer.num_layers, config.model.multi_stage.layers_per_stage
+    layers, wanted = (
+        config.model.base_model.transformer.num_layers,
+        config.model.multi_stage.layers_per_stage,
+    )
     if isinstance(wanted, list):
         return wanted
     if wanted is not None and wanted > 0:
@@ -23,17 +26,25 @@ def stage_sizes(config: TrainConfig) -> list[int]:
 
 def schedule_name(config: TrainConfig, in_flight: int) -> str:
     """The pipeline schedule, with the default filled in."""
-    given, processes = config.model.multi_stage.pipeline_schedule, config.model.distributed.pipeline_parallel
+    given, processes = (
+        config.model.multi_stage.pipeline_schedule,
+        config.model.distributed.pipeline_parallel,
+    )
     if given is not None:
         return given
     if len(stage_sizes(config)) > processes:
-        return "interleaved_1f1b" if in_flight % max(1, in_flight // processes) == 0 else "looped_bfs"
+        return (
+            "interleaved_1f1b" if in_flight % max(1, in_flight // processes) == 0 else "looped_bfs"
+        )
     return "1f1b" if in_flight >= processes else "gpipe"
 
 
 def micro_batches_in_flight(config: TrainConfig, batch: BatchPlan) -> int:
     """How many micro-batches are in the pipeline together; it is filled `micro_batches` / this times a step."""
-    breadth, depth = config.batch.breadth_first_micro_batches, config.batch.depth_first_micro_batches
+    breadth, depth = (
+        config.batch.breadth_first_micro_batches,
+        config.batch.depth_first_micro_batches,
+    )
     if breadth is not None:
         return breadth
     return max(1, batch.micro_batches // depth) if depth is not None else batch.micro_batches
@@ -67,11 +78,21 @@ def problems(config: TrainConfig, batch: BatchPlan) -> list[tuple[str, str]]:
         return [
             (per_stage, f"given {sizes}, must add up to num_layers {layers}")
             if isinstance(settings.layers_per_stage, list)
-            else ("model.distributed.pipeline_parallel", f"given {processes}, must be at most num_layers {layers}")
+            else (
+                "model.distributed.pipeline_parallel",
+                f"given {processes}, must be at most num_layers {layers}",
+            )
         ]
     if len(sizes) % processes:
-        words = f"given {settings.layers_per_stage}, which makes {len(sizes)} stages of {layers} layers"
-        return [(per_stage, f"{words}; their number must be a multiple of pipeline_parallel {processes}")]
+        words = (
+            f"given {settings.layers_per_stage}, which makes {len(sizes)} stages of {layers} layers"
+        )
+        return [
+            (
+                per_stage,
+                f"{words}; their number must be a multiple of pipeline_parallel {processes}",
+            )
+        ]
     each, in_flight = len(sizes) // processes, micro_batches_in_flight(config, batch)
     depth = config.batch.depth_first_micro_batches or 1
     if batch.micro_batches % in_flight or batch.micro_batches % depth:
@@ -91,7 +112,12 @@ def problems(config: TrainConfig, batch: BatchPlan) -> list[tuple[str, str]]:
             )
         ]
     if name == "1f1b" and in_flight < processes:
-        return [(schedule, f"given 1f1b, which needs at least {processes} micro-batches, not {in_flight}; use gpipe")]
+        return [
+            (
+                schedule,
+                f"given 1f1b, which needs at least {processes} micro-batches, not {in_flight}; use gpipe",
+            )
+        ]
     if name in _INTERLEAVED and in_flight % max(1, in_flight // processes):
         near = in_flight // processes * processes
         return [

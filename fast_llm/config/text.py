@@ -19,8 +19,12 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         text = json.dumps(value, ensure_ascii=not value.isprintable())
     else:
-        text = yaml.dump(value, Dumper=_Flow, default_flow_style=True, width=10**6, allow_unicode=True).strip()
-        text = re.sub(r"\s*\n\s*", r"\\n", text.removesuffix("...").strip())  # a mistake is told in one line
+        text = yaml.dump(
+            value, Dumper=_Flow, default_flow_style=True, width=10**6, allow_unicode=True
+        ).strip()
+        text = re.sub(
+            r"\s*\n\s*", r"\\n", text.removesuffix("...").strip()
+        )  # a mistake is told in one line
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -117,7 +121,9 @@ class Reading:
             self._problem(mark.line + 1 if mark else None, "", f"not YAML: {_why(error)}")
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            self._problem(line, "", f"not YAML: the character {_character(error)} may not stand here")
+            self._problem(
+                line, "", f"not YAML: the character {_character(error)} may not stand here"
+            )
         except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML stumbles
             self._problem(None, "", "not YAML: an escape (\\) that is no character")
         return BROKEN
@@ -134,7 +140,10 @@ class Reading:
         if plain[0] in "[{\"'":
             if self.not_yaml and not set(text) & set("\"'"):
                 quoted = f"""'{path}="{plain}"'"""
-                self.problems = [f"{problem}; if it is text, quote it twice: {quoted}" for problem in self.problems]
+                self.problems = [
+                    f"{problem}; if it is text, quote it twice: {quoted}"
+                    for problem in self.problems
+                ]
         elif (comment or self.not_yaml) and plain.isprintable():
             self.places, self.problems, self.broken = {path: self.name}, [], set()
             return plain
@@ -161,7 +170,9 @@ class Reading:
             self.not_yaml = True
             tag = node.tag.replace(_TAG, "!!")
             self._problem(
-                line, path, f"the tag {tag} is not supported; write plain values, or quote text that begins with !"
+                line,
+                path,
+                f"the tag {tag} is not supported; write plain values, or quote text that begins with !",
             )
             return BROKEN
         return self._scalar(node, path, loader)
@@ -172,14 +183,20 @@ class Reading:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or not _is_name(key_node):
-                given = f", not {show(key_node.value)}" if isinstance(key_node, yaml.ScalarNode) else ""
+                given = (
+                    f", not {show(key_node.value)}" if isinstance(key_node, yaml.ScalarNode) else ""
+                )
                 self._problem(line, path, f"the name of a setting must be a plain word{given}")
                 continue
             key = key_node.value
             here = f"{path}.{key}" if path else key
             if "." in key:
                 above, _, below = key.partition(".")
-                self._problem(line, here, f"no dots in the names of a file; write `{above}:` and `{below}:` below it")
+                self._problem(
+                    line,
+                    here,
+                    f"no dots in the names of a file; write `{above}:` and `{below}:` below it",
+                )
             elif key in lines:
                 self._problem(line, here, f"stands twice, first in line {lines[key]}; keep one")
             else:
@@ -195,7 +212,11 @@ class Reading:
         try:
             value = loader.construct_object(node)  # type: ignore[no-untyped-call]
         except (yaml.YAMLError, ValueError, LookupError, OverflowError):
-            self._problem(line, path, f"{show(str(node.value))} can not be read as {node.tag.removeprefix(_TAG)}")
+            self._problem(
+                line,
+                path,
+                f"{show(str(node.value))} can not be read as {node.tag.removeprefix(_TAG)}",
+            )
             return BROKEN
         if isinstance(value, int) and abs(value) >= 2**63:
             self._problem(line, path, f"the number {str(node.value)[:20]}… is too large")

@@ -85,7 +85,9 @@ class CallbackConfig(Section):
         try:
             words = shlex.split(value) if isinstance(value, str) else value
         except ValueError as error:
-            raise ValueError(f"given {value}, which is no command line: {str(error).lower()}") from error
+            raise ValueError(
+                f"given {value}, which is no command line: {str(error).lower()}"
+            ) from error
         if words is not None and not (words and words[0]):
             raise ValueError("given no word, must begin with a program; leave it out for none")
         return value
@@ -95,7 +97,9 @@ class CallbackConfig(Section):
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name} can not name an environment variable; use letters, digits and _")
+                raise ValueError(
+                    f"{name} can not name an environment variable; use letters, digits and _"
+                )
             if re.search("token|key|secret|password|credential", name, re.IGNORECASE):
                 raise ValueError(
                     f"{name} looks like a secret, which would be written into config.yaml; set it in the environment"
@@ -152,15 +156,20 @@ class ExportConfig(SavedConfig):
         ),
     ] = "llama"
     """The kind of model folder: a Llama of Hugging Face's transformers."""
-    model_weights: Annotated[bool, instead({False: "an export without weights is no model; set interval: null"})] = True
+    model_weights: Annotated[
+        bool, instead({False: "an export without weights is no model; set interval: null"})
+    ] = True
     """Only yes: exports hold weights."""
     optimizer_state: (
-        Annotated[bool, instead({True: "a Hugging Face folder holds no optimizer state; checkpoints do"})] | None
+        Annotated[
+            bool, instead({True: "a Hugging Face folder holds no optimizer state; checkpoints do"})
+        ]
+        | None
     ) = None
     """Only no: exports hold no optimizer state, checkpoints do."""
-    parameters_per_file: Annotated[int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")] = (
-        2**32
-    )
+    parameters_per_file: Annotated[
+        int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")
+    ] = 2**32
     """The most parameters in one safetensors file."""
     data_type: DType | None = None
     """The dtype of exported weights; null is `model.distributed.training_dtype`."""
@@ -181,7 +190,9 @@ class ProfilingConfig(Interval):
     longest, and a trace for Perfetto, in `<experiment_dir>/profile`. Such a step trains as any other; how long it takes is not told in
     metrics."""
 
-    ranks: Annotated[list[Count], Field(min_length=1), Words("a list of one or more ranks, each 0 or more")] = [0]
+    ranks: Annotated[
+        list[Count], Field(min_length=1), Words("a list of one or more ranks, each 0 or more")
+    ] = [0]
     """The processes that write one, by their rank."""
 
 
@@ -233,7 +244,9 @@ class TrainingConfig(Section):
     """Batches whose loss is measured on the test split after the last step; 0 is none."""
     num_workers: Workers = 2
     """Threads that make batches ahead of the step; 0 makes them in between."""
-    prefetch_factor: Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")] | None = None
+    prefetch_factor: (
+        Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")] | None
+    ) = None
     """Steps' batches that each of these keeps ready; null is 2."""
     timeout: Seconds | None = 3600
     """Seconds that processes wait for one another while one saves, exports or reads weights; null is a week."""
@@ -255,7 +268,9 @@ class BatchConfig(Section):
     batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes, which are all the processes /
     (tensor_parallel × pipeline_parallel × sequence_data_parallel)."""
 
-    micro_batch_size: Annotated[Positive | Literal["auto"] | None, Words("an integer above 0, auto or null")] = None
+    micro_batch_size: Annotated[
+        Positive | Literal["auto"] | None, Words("an integer above 0, auto or null")
+    ] = None
     """Sequences in one forward and backward pass of a process; null follows from the rest, or is 1. auto is what a forecast says is
     the fastest that fits the memory that there is, with more recomputation than `mlp_recompute_level` says if need be; it
     needs batch_size."""
@@ -303,7 +318,8 @@ class DataConfig(Section):
     """Where the tokens come from."""
 
     format: Annotated[
-        Literal["file", "list", "random"], instead({"sample": "use random, which makes its tokens up as well"})
+        Literal["file", "list", "random"],
+        instead({"sample": "use random, which makes its tokens up as well"}),
     ] = "list"
     """`file`: the dataset.json that `prepare` writes. `list`: token files' prefixes or dataset.json files, one or in
     turn with weights (`[0.9, code/dataset.json, 0.1, prose/dataset.json]`). `random`: random tokens, to try things."""
@@ -419,7 +435,9 @@ class OptimizerConfig(Section):
 class NormalizationConfig(Section):
     """RMSNorm."""
 
-    type: Annotated[Literal["rms_norm"], instead({"layer_norm": "a Llama's norm is rms_norm"})] = "rms_norm"
+    type: Annotated[Literal["rms_norm"], instead({"layer_norm": "a Llama's norm is rms_norm"})] = (
+        "rms_norm"
+    )
     """Llama's."""
     epsilon: PositiveFloat = 1e-5
     """Added to the mean of squares."""
@@ -469,7 +487,9 @@ class TransformerConfig(Section):
     head_groups: Positive = 1
     """Heads of keys and values, each shared by a group of query heads; divides num_attention_heads."""
     kv_channels: Positive = Field(
-        default_factory=lambda data: max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1)),
+        default_factory=lambda data: max(
+            1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1)
+        ),
         json_schema_extra={"default": "hidden_size / num_attention_heads"},
     )
     """Dimensions of a head; even."""
@@ -488,7 +508,11 @@ class TransformerConfig(Section):
     add_linear_biases: Annotated[
         Literal["nowhere", "everywhere", "only_attention", "only_mlp"],
         BeforeValidator(_biases),
-        instead({"only_attn_qkv": "Llamas have biases in all of attention (only_attention) or in none of it"}),
+        instead(
+            {
+                "only_attn_qkv": "Llamas have biases in all of attention (only_attention) or in none of it"
+            }
+        ),
         Words("yes, no, or one of nowhere, everywhere, only_attention, only_mlp"),
     ] = "nowhere"
     """Which linear layers have biases; yes and no are everywhere and nowhere."""
@@ -497,7 +521,9 @@ class TransformerConfig(Section):
     use_flash_attention: bool = True
     """Attention that never holds a document's scores, through PyTorch's kernels, in every dtype; no computes with plain
     matrix products."""
-    mlp_recompute_level: Literal["none", "activation", "activation_and_input", "full", "selective", "block"] = "none"
+    mlp_recompute_level: Literal[
+        "none", "activation", "activation_and_input", "full", "selective", "block"
+    ] = "none"
     """What the backward pass computes again instead of keeping: an MLP's activation, also its normalised input, or all
     of the MLP; `selective`: everything in a block but matrix products and attention; `block`: the whole block."""
     init_method_std: Std = None
@@ -567,7 +593,15 @@ class MultiStageConfig(Section):
     sums of sharded gradients pass between them. The processes of a node, when nodes are many or their network is slow.
     null, or more than there are processes, is all of them."""
     pipeline_schedule: (
-        Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble"] | None
+        Literal[
+            "gpipe",
+            "1f1b",
+            "interleaved_1f1b",
+            "looped_bfs",
+            "interleaved_zero_bubble",
+            "zbv_zero_bubble",
+        ]
+        | None
     ) = None
     """In which order pipeline stages take micro-batches, by PyTorch's names. One stage a process: `gpipe` all forward, then
     all backward; `1f1b` as few in flight as can be. Several: `looped_bfs` (breadth first), `interleaved_1f1b`, and
@@ -575,7 +609,8 @@ class MultiStageConfig(Section):
     from the front and one from the back. null is 1f1b, or interleaved_1f1b with several stages a process."""
     layers_per_stage: (
         Annotated[
-            int | list[Annotated[int, Field(ge=0)]], Words("a number of layers, or a list with one for each stage")
+            int | list[Annotated[int, Field(ge=0)]],
+            Words("a number of layers, or a list with one for each stage"),
         ]
         | None
     ) = None
@@ -618,13 +653,18 @@ class DistributedConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63), Words("an integer from 0 to 2^63 - 1")] = 1234
     """Of random weights and the order of the data."""
     reproducible_init: Annotated[
-        bool, instead({False: "random weights are always the same whatever the number of processes"})
+        bool,
+        instead({False: "random weights are always the same whatever the number of processes"}),
     ] = True
     """Only yes: random weights are the same whatever the number of processes."""
 
     def data_parallel(self, processes: int) -> int:
         """Over how many of the processes the batch is dealt."""
-        return max(1, processes // (self.tensor_parallel * self.pipeline_parallel * self.sequence_data_parallel))
+        return max(
+            1,
+            processes
+            // (self.tensor_parallel * self.pipeline_parallel * self.sequence_data_parallel),
+        )
 
 
 class ModelConfig(Section):
@@ -646,7 +686,9 @@ class PretrainedConfig(Section):
         instead(
             {
                 "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use llama",
-                **dict.fromkeys(("starcoder2", "mistral", "mixtral", "qwen2"), "the models here are Llamas"),
+                **dict.fromkeys(
+                    ("starcoder2", "mistral", "mixtral", "qwen2"), "the models here are Llamas"
+                ),
             }
         ),
         Words("llama (or auto), or distributed"),
@@ -736,15 +778,26 @@ def _without_what_is_off(values: Any) -> Any:
             return here
         if len(keys) > 1:
             return here | {keys[0]: changed(here[keys[0]], keys[1:], value)}
-        return {key: old for key, old in here.items() if key != keys[0]} | ({} if value is ... else {keys[0]: value})
+        return {key: old for key, old in here.items() if key != keys[0]} | (
+            {} if value is ... else {keys[0]: value}
+        )
 
-    off = [path for path, value, _ in TURNED_OFF if type(at(path)) is type(value) and at(path) == value]
+    off = [
+        path for path, value, _ in TURNED_OFF if type(at(path)) is type(value) and at(path) == value
+    ]
     for path, _, others in TURNED_OFF:
         for other in others if path in off else ():
             values = changed(values, other.split("."))
-    if {"training.checkpoint.interval", "run.experiment_dir"} & set(off) and at("training.spikes.policy") == "rewind":
-        values = changed(values, ["training", "spikes", "policy"], "skip")  # there is nothing to go back to
-    if at("run.enable_triton_kernels") is False and at("model.base_model.cross_entropy_impl") == "triton":
+    if {"training.checkpoint.interval", "run.experiment_dir"} & set(off) and at(
+        "training.spikes.policy"
+    ) == "rewind":
+        values = changed(
+            values, ["training", "spikes", "policy"], "skip"
+        )  # there is nothing to go back to
+    if (
+        at("run.enable_triton_kernels") is False
+        and at("model.base_model.cross_entropy_impl") == "triton"
+    ):
         values = changed(values, ["model", "base_model", "cross_entropy_impl"], "fused")
     return values
 

@@ -37,7 +37,11 @@ class ArrowTable:
         return f"{self.path}, row {row}"
 
     def near(self, row: int) -> int:
-        return int(self.groups[np.searchsorted(self.groups, row, "right") - 1]) if self.parquet else row
+        return (
+            int(self.groups[np.searchsorted(self.groups, row, "right") - 1])
+            if self.parquet
+            else row
+        )
 
     def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
         if self.lacks is not None:
@@ -82,7 +86,9 @@ class ArrowTable:
                         if at >= last:
                             break
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}, row {at}: can not be read: {_first_line(error)}") from error
+            raise DataError(
+                f"{self.path}, row {at}: can not be read: {_first_line(error)}"
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -100,7 +106,9 @@ def _pyarrow(path: str) -> Any:
 
 def _open_parquet(stack: contextlib.ExitStack, path: str) -> Any:
     # Pages are read when they are needed: a row group may be larger than memory.
-    return stack.enter_context(_pyarrow(path).parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False))
+    return stack.enter_context(
+        _pyarrow(path).parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
+    )
 
 
 def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Iterator[Any]:
@@ -160,7 +168,9 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
         ) from error
     edges = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
     rows = int(edges[-1])
-    return ArrowTable(path, field, parquet, rows, size, lacking(schema, field) if rows else None, edges)
+    return ArrowTable(
+        path, field, parquet, rows, size, lacking(schema, field) if rows else None, edges
+    )
 
 
 def lacking(schema: Any, field: str) -> str | None:
@@ -171,7 +181,15 @@ def lacking(schema: Any, field: str) -> str | None:
         return f"has no column {field}; it has {', '.join(schema.names[:20]) or 'none'}"
     kind = schema.field(field).type
     inside = kind.value_type if types.is_dictionary(kind) else kind
-    readable = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    readable = (
+        "string",
+        "large_string",
+        "string_view",
+        "binary",
+        "large_binary",
+        "binary_view",
+        "null",
+    )
     if is_json(kind) or any(getattr(types, f"is_{name}")(inside) for name in readable):
         return None
     return f"holds {kind} in column {field}, must be text"

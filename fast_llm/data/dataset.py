@@ -52,8 +52,12 @@ class Packed:
     """One sequence of L inputs, each followed by its target."""
 
     tokens: NDArray[np.int64]  # [L + 1]: the inputs, and the last one's target
-    starts: NDArray[np.int64]  # where in them documents, or parts of some, begin; 0 is always among these
-    targets: NDArray[np.int64]  # [L]: mostly tokens[1:], but not where a sequence is made of several parts
+    starts: NDArray[
+        np.int64
+    ]  # where in them documents, or parts of some, begin; 0 is always among these
+    targets: NDArray[
+        np.int64
+    ]  # [L]: mostly tokens[1:], but not where a sequence is made of several parts
     ends: NDArray[np.int64]  # inputs whose target belongs to another document
 
 
@@ -194,13 +198,27 @@ class RandomSource:
 class Phase:
     """The sources of training, of validation or of test, and their shares of the sequences."""
 
-    def __init__(self, name: str, sources: Sequence[Source | RandomSource], weights: Sequence[float], seed: int):
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Source | RandomSource],
+        weights: Sequence[float],
+        seed: int,
+    ):
         self.name, self.sources, self.seed = name, sources, seed
         self.mixture = Mixture.of(weights)
         self.first = 0  # the sequence with which this order begins
-        self.walks = [Walk(source.inputs, source.length, seed, place) for place, source in enumerate(sources)]
+        self.walks = [
+            Walk(source.inputs, source.length, seed, place) for place, source in enumerate(sources)
+        ]
 
-    def follow(self, first: int, edges: Sequence[int], keys: Sequence[int], drawn: Sequence[Sequence[Drawn]]) -> None:
+    def follow(
+        self,
+        first: int,
+        edges: Sequence[int],
+        keys: Sequence[int],
+        drawn: Sequence[Sequence[Drawn]],
+    ) -> None:
         """Continue as a run whose settings changed at sequence `first`.
 
         `edges`: of the mixture; of each source the number of its keys, and what it had given then.
@@ -219,7 +237,9 @@ class Phase:
     def find(self, index: int) -> tuple[Source | RandomSource, int, int]:
         """The source of sequence `index`, its number there, and its epoch."""
         if index < self.first:
-            raise IndexError(f"sequence {index} is of an earlier order, which ended at {self.first}")
+            raise IndexError(
+                f"sequence {index} is of an earlier order, which ended at {self.first}"
+            )
         place, inside = self.mixture.find(index - self.first)
         stream, number, epoch = self.walks[place].find(inside)
         return self.sources[place].cut_from(stream), number, epoch
@@ -243,9 +263,13 @@ class Phase:
 class Dataset:
     """All phases of a run's data."""
 
-    def __init__(self, phases: dict[str, Phase], described: dict[str, dict[str, Any]], length: int, seed: int):
+    def __init__(
+        self, phases: dict[str, Phase], described: dict[str, dict[str, Any]], length: int, seed: int
+    ):
         self.phases = phases
-        self.described = described  # path of each dataset → what its dataset.json says ({} for a bare prefix)
+        self.described = (
+            described  # path of each dataset → what its dataset.json says ({} for a bare prefix)
+        )
         self.length = length
         self.seed = seed
         self.validation_sets = [name for name in phases if name not in PHASES]
@@ -269,11 +293,19 @@ class Dataset:
 
     def tokens(self, phase: str) -> int:
         """How many tokens a phase has."""
-        return sum(source.tokens for source in self.phases[phase].sources) if phase in self.phases else 0
+        return (
+            sum(source.tokens for source in self.phases[phase].sources)
+            if phase in self.phases
+            else 0
+        )
 
     def documents(self, phase: str) -> int:
         """How many documents a phase has."""
-        return sum(source.documents for source in self.phases[phase].sources) if phase in self.phases else 0
+        return (
+            sum(source.documents for source in self.phases[phase].sources)
+            if phase in self.phases
+            else 0
+        )
 
     def epochs(self, phase: str, sequences: int) -> list[tuple[Source | RandomSource, float]]:
         """How often each source was gone through after the first `sequences` sequences of a run."""
@@ -282,7 +314,9 @@ class Dataset:
         places = zip(found.sources, found.walks, counts, strict=True)
         return [(source, walk.epochs(count)) for source, walk, count in places]
 
-    def require(self, phase: str, iterations: int, batch_size: int, setting: str, split: Sequence[float]) -> None:
+    def require(
+        self, phase: str, iterations: int, batch_size: int, setting: str, split: Sequence[float]
+    ) -> None:
         """Raises DataError if a phase has fewer sequences than its losses are measured on."""
         needed, there = iterations * batch_size, self.sequences(phase)
         if there >= needed:
@@ -330,8 +364,13 @@ class Dataset:
         """Compare token files with the digests in their dataset.json, which takes a second for `most` bytes; if there are more,
         `fast-llm verify` does it when asked. Raises DataError naming every file that is damaged.
         """
-        entries = [entry for content in self.described.values() for entry in content.get("datasets", [])]
-        size = sum(entry.get("num_tokens", 0) * np.dtype(entry.get("dtype", "int64")).itemsize for entry in entries)
+        entries = [
+            entry for content in self.described.values() for entry in content.get("datasets", [])
+        ]
+        size = sum(
+            entry.get("num_tokens", 0) * np.dtype(entry.get("dtype", "int64")).itemsize
+            for entry in entries
+        )
         if size <= most:
             for path, content in self.described.items():
                 if content:
@@ -363,7 +402,11 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
     """
     described: dict[str, dict[str, Any]] = {}
     alone = len(config.path) == 1
-    weighted = [(1.0, config.path[0])] if alone else list(zip(config.path[::2], config.path[1::2], strict=True))
+    weighted = (
+        [(1.0, config.path[0])]
+        if alone
+        else list(zip(config.path[::2], config.path[1::2], strict=True))
+    )
     members: dict[TokenFile, list[Part]] = {}
     opened = []
     for weight, path in weighted:
@@ -390,7 +433,9 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
     return Dataset(phases, described, length, seed)
 
 
-def _with_sequences(phase: str, sources: Sequence[tuple[float, Source]]) -> list[tuple[float, Source]]:
+def _with_sequences(
+    phase: str, sources: Sequence[tuple[float, Source]]
+) -> list[tuple[float, Source]]:
     """The sources that a phase has a sequence of, with their weights. Raises DataError if training has none of one."""
     missing = [source for _, source in sources if not source.sequences]
     if missing and phase == "training":
@@ -402,7 +447,9 @@ def _with_sequences(phase: str, sources: Sequence[tuple[float, Source]]) -> list
     if missing and len(missing) < len(sources):
         names = ", ".join(source.name for source in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        logger.warning(f"data.split leaves {phase} less than a sequence of {names}{more}; its loss is of the others.")
+        logger.warning(
+            f"data.split leaves {phase} less than a sequence of {names}{more}; its loss is of the others."
+        )
     return [(weight, source) for weight, source in sources if source.sequences]
 
 
@@ -415,7 +462,9 @@ def _members(
     """For each token file of a dataset the documents of training, validation and test."""
     version = described[str(Path(path).expanduser())].get("split")
     if version is None:
-        return {file: [splitting.by_place(file, split, phase) for phase in range(3)] for file in files}
+        return {
+            file: [splitting.by_place(file, split, phase) for phase in range(3)] for file in files
+        }
     if version not in splitting.VERSIONS:
         raise DataError(
             f"{path}: its `split` is {json.dumps(version)[:80]}, which this version does not know"
@@ -424,7 +473,13 @@ def _members(
     return dict(zip(files, splitting.by_hash(files, split), strict=True))
 
 
-def _set(name: str, path: str, trained: Mapping[TokenFile, list[Part]], split: Sequence[float], length: int) -> Source:
+def _set(
+    name: str,
+    path: str,
+    trained: Mapping[TokenFile, list[Part]],
+    split: Sequence[float],
+    length: int,
+) -> Source:
     """A dataset that a loss is measured on: of token files that are trained on, validation's documents."""
     alike: dict[tuple[int, int], list[TokenFile]] = {}
     for file in trained:
@@ -432,14 +487,20 @@ def _set(name: str, path: str, trained: Mapping[TokenFile, list[Part]], split: S
     _, files = _groups(path, False, {})
     parts, shared = [], False
     for file in files:
-        same = [other for other in alike.get((file.documents, file.tokens), []) if other.identity == file.identity]
+        same = [
+            other
+            for other in alike.get((file.documents, file.tokens), [])
+            if other.identity == file.identity
+        ]
         shared |= bool(same)
         parts.append(trained[same[0]][1] if same else splitting.whole(file))
     source, setting = Source(path, parts, length), f"data.validation_sets.{name}"
     if source.sequences:
         return source
     if not shared:
-        raise DataError(f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} + 1")
+        raise DataError(
+            f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} + 1"
+        )
     shares = ", ".join(f"{share:g}" for share in split)
     raise DataError(
         f"{setting}: {path} is trained on (data.path), so that its loss can only be measured on validation's share of"
@@ -468,7 +529,11 @@ def _groups(
     for entry in _describe(place, described):
         file = TokenFile(_inside(place, entry["prefix"]))
         files.append(file)
-        for key, found in (("num_tokens", file.tokens), ("num_documents", file.documents), ("dtype", file.dtype.name)):
+        for key, found in (
+            ("num_tokens", file.tokens),
+            ("num_documents", file.documents),
+            ("dtype", file.dtype.name),
+        ):
             if entry.get(key, found) != found:
                 raise DataError(
                     f"{file.prefix}: its {key} is {found}, but {place} says {entry[key]}; it was replaced or belongs to"
@@ -500,7 +565,11 @@ def _next_to(folder: Path) -> str:
     beside = folder.resolve().with_name(folder.resolve().name + ".json")
     inside = folder / "dataset.json"
     if inside.is_file() or not beside.is_file():
-        return f" in it, {inside}" if inside.is_file() else " that `fast-llm prepare` wrote, not a folder"
+        return (
+            f" in it, {inside}"
+            if inside.is_file()
+            else " that `fast-llm prepare` wrote, not a folder"
+        )
     return f" next to it, {folder.parent / beside.name if folder.name else beside}"
 
 
@@ -515,11 +584,15 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
             raise DataError(f"{path}: not a file")
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; `fast-llm prepare` writes it beside its output_path") from error
+        raise DataError(
+            f"{path}: no such file; `fast-llm prepare` writes it beside its output_path"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: can not be read: {error.strerror}") from error
     if data.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise DataError(
+            f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        )
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -535,10 +608,16 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
     seen = set()
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
-            raise DataError(f"{path}: `datasets` must list objects with a prefix; given {str(entry)[:80]}")
+            raise DataError(
+                f"{path}: `datasets` must list objects with a prefix; given {str(entry)[:80]}"
+            )
         for key in ("weight", "num_tokens", "num_documents"):
             value = entry.get(key, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < 2**63
+            ):
                 raise DataError(
                     f"{path}: {key} of {entry['prefix']}: given {str(value)[:80]}, must be a number from 0 on"
                 )
@@ -549,7 +628,9 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
         seen.add(entry["prefix"])
     tokenizer = content.get("tokenizer", {})
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("fingerprint", ""), str):
-        raise DataError(f"{path}: `tokenizer` must be an object with a fingerprint; given {str(tokenizer)[:80]}")
+        raise DataError(
+            f"{path}: `tokenizer` must be an object with a fingerprint; given {str(tokenizer)[:80]}"
+        )
     described[str(path)] = content
     return entries
 
@@ -565,7 +646,9 @@ def _inside(path: Path, prefix: str) -> Path:
     parts = Path(prefix).parts
     odd = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in prefix)  # no file can be named so
     if not parts or Path(prefix).is_absolute() or ".." in parts or odd:
-        raise DataError(f"{path}: the prefix {prefix!r} must name files inside the folder of the file")
+        raise DataError(
+            f"{path}: the prefix {prefix!r} must name files inside the folder of the file"
+        )
     return path.parent / prefix
 
 

@@ -41,7 +41,15 @@ from fast_llm.errors import DataError, MissingPackage
 
 logger = logging.getLogger("fast_llm")
 
-REASONS = ("empty", "not_text", "not_utf8", "unreadable", "too_large", "untokenizable", "ends_itself")
+REASONS = (
+    "empty",
+    "not_text",
+    "not_utf8",
+    "unreadable",
+    "too_large",
+    "untokenizable",
+    "ends_itself",
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 Table = TextFiles | HubTable | JsonLines | JsonValue | ArrowTable
 _GUESS = 4  # how much larger compressed text is
@@ -79,7 +87,11 @@ class Documents:
     @property
     def lacking(self) -> list[JsonLines | JsonValue | ArrowTable]:
         """Files that have no text under the field, in any row."""
-        found = {id(table): table for table, _, _ in self.parts if not isinstance(table, TextFiles | HubTable)}
+        found = {
+            id(table): table
+            for table, _, _ in self.parts
+            if not isinstance(table, TextFiles | HubTable)
+        }
         return [table for table in found.values() if table.lacks is not None]
 
     @property
@@ -90,13 +102,18 @@ class Documents:
     @property
     def bytes(self) -> int:
         """About how much text there is."""
-        return sum(table.bytes * (last - first) // max(1, table.rows) for table, first, last in self.parts)
+        return sum(
+            table.bytes * (last - first) // max(1, table.rows) for table, first, last in self.parts
+        )
 
     def tasks(self, first: int, last: int, target: int) -> Iterator[Task]:
         """Rows [first, last) in pieces of about `target` bytes of text, in order."""
         begin = int(np.searchsorted(self.starts, first, "right")) - 1
         for start, (table, before, _), behind in zip(
-            self.starts[begin:].tolist(), self.parts[begin:], self.starts[begin + 1 :].tolist(), strict=False
+            self.starts[begin:].tolist(),
+            self.parts[begin:],
+            self.starts[begin + 1 :].tolist(),
+            strict=False,
         ):
             if start >= last:
                 return
@@ -137,21 +154,37 @@ def open_documents(source: Source, loading_workers: int) -> Documents:
     reader = Reader(config.field, largest)
     if source.kind == "file":
         files = source.files["train"]
-        sizes = [source.sizes[path] * (_GUESS if path.lower().endswith(COMPRESSED) else 1) for path in files]
-        return _documents([(TextFiles(files, np.array(sizes, np.int64)), 0, len(files))], reader, source.digest, source)
+        sizes = [
+            source.sizes[path] * (_GUESS if path.lower().endswith(COMPRESSED) else 1)
+            for path in files
+        ]
+        return _documents(
+            [(TextFiles(files, np.array(sizes, np.int64)), 0, len(files))],
+            reader,
+            source.digest,
+            source,
+        )
     parts_of = slices(config.split)
     wanted = {split: source.files[split] for split, _, _ in parts_of}
-    tables = _open_tables(source, [path for files in wanted.values() for path in files], loading_workers)
+    tables = _open_tables(
+        source, [path for files in wanted.values() for path in files], loading_workers
+    )
     lacking_tables = [table for table in tables.values() if table.lacks is not None]
-    if lacking_tables and all(table.lacks is not None or table.rows == table.blank for table in tables.values()):
+    if lacking_tables and all(
+        table.lacks is not None or table.rows == table.blank for table in tables.values()
+    ):
         raise DataError(f"dataset.field: {config.path} {lacking_tables[0].lacks}")
     parts = [
-        part for split, first, last in parts_of for part in _part([tables[path] for path in wanted[split]], first, last)
+        part
+        for split, first, last in parts_of
+        for part in _part([tables[path] for path in wanted[split]], first, last)
     ]
     return _documents(parts, reader, source.digest, source)
 
 
-def _documents(parts: list[tuple[Table, int, int]], reader: Reader, digest: str, source: Source) -> Documents:
+def _documents(
+    parts: list[tuple[Table, int, int]], reader: Reader, digest: str, source: Source
+) -> Documents:
     starts = np.cumsum([0, *(last - first for _, first, last in parts)], dtype=np.int64)
     return Documents(parts, starts, reader, digest, source.kind, source.left_out)
 
@@ -161,7 +194,9 @@ def _open_tables(source: Source, paths: list[str], workers: int) -> dict[str, Ta
     config = source.config
     size = sum(source.sizes[path] for path in paths)
     if source.kind == "json" and size > 2**30:
-        logger.info(f"{config.path}: counting the rows of {len(paths):,} files, {size / 1e9:.1f} GB.")
+        logger.info(
+            f"{config.path}: counting the rows of {len(paths):,} files, {size / 1e9:.1f} GB."
+        )
     stop = threading.Event()
 
     def opened(path: str) -> Table:
@@ -177,7 +212,9 @@ def _open_tables(source: Source, paths: list[str], workers: int) -> dict[str, Ta
         threads.shutdown(cancel_futures=True)
 
 
-def _part(tables: list[Table], first: str | None, last: str | None) -> Iterator[tuple[Table, int, int]]:
+def _part(
+    tables: list[Table], first: str | None, last: str | None
+) -> Iterator[tuple[Table, int, int]]:
     """Rows [first, last) of tables, one after the other. Bounds are numbers or percents, negative ones count from the end."""
     rows = [table.rows - table.blank for table in tables]
     total = sum(rows)
@@ -220,11 +257,17 @@ def _open_hub(source: Source, workers: int) -> tuple[Any, str]:
                     f"dataset.path: {config.path}: no room for it in the cache of `datasets`,"
                     f" {datasets.config.HF_CACHE_HOME}; set HF_HOME to a folder on a larger disk"
                 ) from error
-            where = "no such file or folder here, and not from the Hugging Face Hub: " if source.kind == "hub" else ""
+            where = (
+                "no such file or folder here, and not from the Hugging Face Hub: "
+                if source.kind == "hub"
+                else ""
+            )
             # What it logs names the file, what it raises does not.
             reason = said[-1] if said and source.kind != "hub" else _reason(error)
             near = similar(Path(config.path)) if source.kind == "hub" else ""
-            raise DataError(f"dataset.path: {config.path}: {where}{reason.rstrip('. ')}{near}") from error
+            raise DataError(
+                f"dataset.path: {config.path}: {where}{reason.rstrip('. ')}{near}"
+            ) from error
     if (lacks := lacking(rows.data.schema, config.field)) is not None:
         raise DataError(f"dataset.field: {config.path} {lacks}")
     # The fingerprint follows from the files' revision on the Hub, and is noted by save_to_disk.
@@ -239,7 +282,9 @@ def _load(datasets: Any, source: Source, processes: int | None) -> Any:
         saved = datasets.load_from_disk(str(Path(config.path).expanduser()))
         if not isinstance(saved, datasets.DatasetDict):
             if config.split not in ("train", str(saved.split)):
-                raise DataError(f"it has no split {config.split}; it is {saved.split or 'not split'}")
+                raise DataError(
+                    f"it has no split {config.split}; it is {saved.split or 'not split'}"
+                )
             return saved
         if config.split not in saved:
             raise DataError(f"it has no split {config.split}; it has {', '.join(saved)}")

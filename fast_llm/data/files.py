@@ -18,7 +18,13 @@ from fast_llm.data.reading import COMPRESSED
 from fast_llm.errors import DataError
 
 HUB = "hf://datasets/"
-_TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".arrow": "arrow"}
+_TABLES = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".arrow": "arrow",
+}
 _ARCHIVES = (".tar", ".zip", ".7z", ".rar", ".tgz", ".tbz2", ".txz")
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _SPLITS = {
@@ -123,13 +129,21 @@ def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
     above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
 
     def unreadable(error: OSError) -> None:
-        hidden.append((os.path.relpath(str(error.filename), root) + "/", f"can not be read: {error.strerror}"))
+        hidden.append(
+            (os.path.relpath(str(error.filename), root) + "/", f"can not be read: {error.strerror}")
+        )
 
     for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         hidden += [
-            (os.path.relpath(os.path.join(folder, name), root) + "/", "hidden") for name in folders if name[0] == "."
+            (os.path.relpath(os.path.join(folder, name), root) + "/", "hidden")
+            for name in folders
+            if name[0] == "."
         ]
-        hidden += [(os.path.relpath(os.path.join(folder, name), root), "hidden") for name in files if name[0] == "."]
+        hidden += [
+            (os.path.relpath(os.path.join(folder, name), root), "hidden")
+            for name in files
+            if name[0] == "."
+        ]
         paths = {name: os.path.join(folder, name) for name in folders if name[0] != "."}
         for path in paths.values():
             above[path] = (*above[folder], os.path.realpath(path))
@@ -140,7 +154,12 @@ def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
             if name[0] != "." and os.path.isfile(path):
                 found.append(path)
             elif name[0] != ".":
-                hidden.append((os.path.relpath(path, root), "a broken link" if os.path.islink(path) else "not a file"))
+                hidden.append(
+                    (
+                        os.path.relpath(path, root),
+                        "a broken link" if os.path.islink(path) else "not a file",
+                    )
+                )
     return sorted(found), sorted(hidden)
 
 
@@ -156,7 +175,9 @@ def _in_folder(config: SourceConfig, place: Path) -> Source:
                 raise DataError(
                     f"dataset.path: {config.path} with dataset.data_files {pattern}: no files there{similar(root / pattern)}"
                 )
-        return _of_files(config, sorted({path for found in matches.values() for path in found}), root, [])
+        return _of_files(
+            config, sorted({path for found in matches.values() for path in found}), root, []
+        )
     files, left_out = _walk(root)
     kinds = {path: _kind(path) for path in files}
     for path in files:
@@ -170,12 +191,18 @@ def _in_folder(config: SourceConfig, place: Path) -> Source:
         del kinds[path]
     if any(kind != "file" for kind in kinds.values()):
         # Next to tables, a folder has a README, a licence and the like.
-        left_out += [(os.path.relpath(path, root), "no table") for path, kind in kinds.items() if kind == "file"]
+        left_out += [
+            (os.path.relpath(path, root), "no table")
+            for path, kind in kinds.items()
+            if kind == "file"
+        ]
         kinds = {path: kind for path, kind in kinds.items() if kind != "file"}
     return _of_files(config, list(kinds), root, left_out)
 
 
-def _of_files(config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]) -> Source:
+def _of_files(
+    config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]
+) -> Source:
     """`root` is the folder in which names say which split a file is of."""
     if not files:
         also = f"; left out: {describe(left_out)}" if left_out else ""
@@ -184,21 +211,29 @@ def _of_files(config: SourceConfig, files: list[str], root: Path | None, left_ou
     for path in files:
         kinds.setdefault(_kind(path), path)
     if len(kinds) > 1:
-        examples = ", ".join(f"{os.path.basename(path)} ({kind})" for kind, path in sorted(kinds.items()))
+        examples = ", ".join(
+            f"{os.path.basename(path)} ({kind})" for kind, path in sorted(kinds.items())
+        )
         raise DataError(
             f"dataset.path: {config.path} has files of several kinds: {examples}; choose some with dataset.data_files"
         )
     (kind,) = kinds
     if kind == "csv":
-        raise DataError(f"dataset.path: {files[0]}: csv is not read; convert it to jsonl or parquet")
+        raise DataError(
+            f"dataset.path: {files[0]}: csv is not read; convert it to jsonl or parquet"
+        )
     if kind == "archive":
-        raise DataError(f"dataset.path: {files[0]}: archives are not read; unpack it and give the folder")
+        raise DataError(
+            f"dataset.path: {files[0]}: archives are not read; unpack it and give the folder"
+        )
     if kind == "file" and config.split != "train":
         raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
     sizes = {path: os.path.getsize(path) for path in files}
     if not any(sizes.values()):
         raise DataError(f"dataset.path: {config.path}: nothing but empty files")
-    names = {path: os.path.relpath(path, root) if root else os.path.basename(path) for path in files}
+    names = {
+        path: os.path.relpath(path, root) if root else os.path.basename(path) for path in files
+    }
     if kind != "file":
         left_out = left_out + [(names[path], "empty") for path in files if not sizes[path]]
         files = [path for path in files if sizes[path]]
@@ -218,7 +253,9 @@ def _of_files(config: SourceConfig, files: list[str], root: Path | None, left_ou
             )
     for split, some in splits.items():
         if split not in wanted:
-            left_out = left_out + [(names[path], f"split {split}" if split else "of no split") for path in some]
+            left_out = left_out + [
+                (names[path], f"split {split}" if split else "of no split") for path in some
+            ]
     return Source(config, kind, splits, digest.hexdigest(), sizes, left_out)
 
 

@@ -61,7 +61,9 @@ class Loader:
         self.places = np.arange(dataset.length)
         dataset.phases[phase].open()
         # A new thread begins on the first GPU; it must pin for this process's own.
-        begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
+        begin = (
+            functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
+        )
         self.pool = ThreadPoolExecutor(workers, "batches", begin) if workers else None
         self.wait_seconds = 0.0
 
@@ -69,7 +71,10 @@ class Loader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -140,10 +145,14 @@ class Loader:
             lengths = np.concatenate(parts)
             boundaries = np.zeros(len(lengths) + 1, np.int32)
             lengths.cumsum(out=boundaries[1:])
-            documents = Documents(tuple(lengths.tolist()), torch.from_numpy(boundaries), int(lengths.max()))
+            documents = Documents(
+                tuple(lengths.tolist()), torch.from_numpy(boundaries), int(lengths.max())
+            )
         else:
             positions[:] = self.places
-        inputs, targeted, placed = (torch.from_numpy(array) for array in (tokens, labels, positions))
+        inputs, targeted, placed = (
+            torch.from_numpy(array) for array in (tokens, labels, positions)
+        )
         batch = Batch(inputs, targeted, placed, documents, targets)
         if self.cut is not None:
             batch = self.cut(batch)
@@ -153,12 +162,16 @@ class Loader:
         """A token that the model does not have would read foreign memory on a GPU."""
         # A negative number is a huge one without a sign, so one pass over them is enough.
         worst = int(packed.tokens.view(np.uint64).max())
-        if packed.targets.base is None:  # no view of the tokens: made of parts, each with a target of its own
+        if (
+            packed.targets.base is None
+        ):  # no view of the tokens: made of parts, each with a target of its own
             worst = max(worst, int(packed.targets.view(np.uint64).max()))
         if worst < self.vocab_size:
             return
         largest, smallest = int(packed.tokens.max()), int(packed.tokens.min())
-        place = int(packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin())
+        place = int(
+            packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin()
+        )
         for stretch in self.dataset.locate(self.phase, index):
             if place < stretch.tokens:
                 raise DataError(

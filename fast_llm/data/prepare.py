@@ -99,14 +99,18 @@ def prepare(config: PrepareConfig) -> Path:
         with _new_folders_go_if_empty(job), _alone(job):
             _clean(job)
             if _is_finished(job):
-                logger.info(f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}.")
+                logger.info(
+                    f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}."
+                )
                 return job.metadata
             source = documents.open_documents(files.find(config.dataset), config.loading_workers)
             settings |= _identity(source)
             _report(job, source)
             for record in [*output.glob("shard_*_*.json"), *output.glob("rank_*.json")]:
                 _compare(record, settings)
-            job.metadata.unlink(missing_ok=True)  # of files that are gone: like them, it is whole or absent
+            job.metadata.unlink(
+                missing_ok=True
+            )  # of files that are gone: like them, it is whole or absent
             _write_shards(job, source)
             _finish(job, source)
     except OSError as error:
@@ -115,7 +119,9 @@ def prepare(config: PrepareConfig) -> Path:
                 f"{output}: the disk is full; make room and start the same command again, it goes on where it stopped"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise DataError(f"output_path: {output}: can not be written to: {error.strerror}") from error
+            raise DataError(
+                f"output_path: {output}: can not be written to: {error.strerror}"
+            ) from error
         raise
     return job.metadata
 
@@ -133,11 +139,20 @@ def check(config: PrepareConfig) -> str:
     lines: list[tuple[str, str]] = []
     found = files.find(config.dataset)
     if found.kind == "hub":
-        lines.append(("documents", f"{config.dataset.path} on the Hugging Face Hub, which is not fetched for a check"))
+        lines.append(
+            (
+                "documents",
+                f"{config.dataset.path} on the Hugging Face Hub, which is not fetched for a check",
+            )
+        )
     else:
-        lines += _described(config, documents.open_documents(found, config.loading_workers), loaded, dtype)
+        lines += _described(
+            config, documents.open_documents(found, config.loading_workers), loaded, dtype
+        )
     tokens = [
-        f"{place} {name} {token} {loaded.tokenizer.id_to_token(token)}" if token is not None else f"{place} no {name}"
+        f"{place} {name} {token} {loaded.tokenizer.id_to_token(token)}"
+        if token is not None
+        else f"{place} no {name}"
         for place, name, token in (("begins with", "BOS", front), ("ends with", "EOS", back))
     ]
     lines.append(("tokenizer", f"{loaded.path}: {loaded.vocab_size:,} tokens, stored as {dtype}"))
@@ -153,7 +168,12 @@ def _described(
 ) -> list[tuple[str, str]]:
     """Documents, how many tokens they make, and what is left out."""
     number = len(source) - source.blank
-    lines = [("documents", f"{number:,} in {config.dataset.path}, about {source.bytes / 1e6:,.3g} MB of text")]
+    lines = [
+        (
+            "documents",
+            f"{number:,} in {config.dataset.path}, about {source.bytes / 1e6:,.3g} MB of text",
+        )
+    ]
     if number:
         needed = _estimate(source, Encoder(loaded.tokenizer, dtype))
         folder = Path(config.output_path).expanduser().resolve()
@@ -211,7 +231,9 @@ def _rank(config: PrepareConfig) -> tuple[int, int]:
     ):
         text = os.environ.get(name.upper(), "")
         if given is None and text and not text.isdecimal():
-            raise DataError(f"distributed.{name}: {name.upper()} of the environment is {text!r}, must be a number")
+            raise DataError(
+                f"distributed.{name}: {name.upper()} of the environment is {text!r}, must be a number"
+            )
         found[name] = given if given is not None else int(text) if text else default
     rank, world = found["rank"], found["world_size"] or 1
     if rank is None and world > 1:
@@ -219,14 +241,18 @@ def _rank(config: PrepareConfig) -> tuple[int, int]:
             f"distributed.rank: missing, with distributed.world_size {world}; give each node its own, from 0 to {world - 1}"
         )
     if (rank or 0) >= world:
-        raise DataError(f"distributed.rank: given {rank}, must be below distributed.world_size {world}")
+        raise DataError(
+            f"distributed.rank: given {rank}, must be below distributed.world_size {world}"
+        )
     return rank or 0, world
 
 
 def _dtype(config: PrepareConfig, loaded: tokenizer.Loaded) -> np.dtype[Any]:
     """The smallest integer type for the vocabulary, or the one asked for."""
     largest = loaded.vocab_size - 1
-    smallest = next(name for name in ("uint8", "uint16", "int32", "int64") if largest <= np.iinfo(name).max)
+    smallest = next(
+        name for name in ("uint8", "uint16", "int32", "int64") if largest <= np.iinfo(name).max
+    )
     wanted = config.dataset.data_type or smallest
     if largest > np.iinfo(wanted).max:
         raise DataError(
@@ -249,7 +275,9 @@ def _ends(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int | None, 
             f"tokenizer.eos: {folder} names no EOS token, without which documents run together; add eos_token to its"
             " tokenizer_config.json, or set tokenizer.eos: no"
         )
-    front = loaded.bos if wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos) else None
+    front = (
+        loaded.bos if wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos) else None
+    )
     return front, None if wanted.eos == "no" else loaded.eos
 
 
@@ -264,10 +292,14 @@ def _report(job: _Job, source: Documents) -> None:
     if source.left_out:
         logger.warning(f"{job.config.dataset.path}: left out {_files(source.left_out)}.")
     for table in source.lacking[:_EXAMPLES]:
-        logger.warning(f"{table.path} {table.lacks}: its {table.rows - table.blank:,} rows are left out.")
+        logger.warning(
+            f"{table.path} {table.lacks}: its {table.rows - table.blank:,} rows are left out."
+        )
     if (more := len(source.lacking) - _EXAMPLES) > 0:
         logger.warning(f"So are the rows of {more:,} more such files.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if job.config.tokenize_workers == 1 and cores > 1 and source.bytes >= _MUCH:
         logger.info(
             f"tokenize_workers is 1, and this machine has {cores} cores: tokenize_workers={cores} is up to {cores} times"
@@ -287,7 +319,9 @@ def _new_folders_go_if_empty(job: _Job) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if job.output in made and not any(path for path in job.output.iterdir() if path != job.lock):
+        if job.output in made and not any(
+            path for path in job.output.iterdir() if path != job.lock
+        ):
             with contextlib.suppress(OSError):
                 job.lock.unlink(missing_ok=True)
                 for folder in made:
@@ -298,14 +332,20 @@ def _new_folders_go_if_empty(job: _Job) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(job: _Job) -> Iterator[None]:
     """Two processes must not write the same files."""
-    job.output.mkdir(parents=True, exist_ok=True)  # another rank that failed may have just removed it
+    job.output.mkdir(
+        parents=True, exist_ok=True
+    )  # another rank that failed may have just removed it
     with job.lock.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"{job.output}: another process is preparing rank {job.rank} of it; wait for it") from error
+            raise DataError(
+                f"{job.output}: another process is preparing rank {job.rank} of it; wait for it"
+            ) from error
         except OSError as error:  # some network file systems have no locks
-            logger.warning(f"{job.output}: can not be locked ({error.strerror}); never start two at once.")
+            logger.warning(
+                f"{job.output}: can not be locked ({error.strerror}); never start two at once."
+            )
         yield
 
 
@@ -313,7 +353,10 @@ def _clean(job: _Job) -> None:
     """Delete what this rank was writing when it was broken off: others may have finished without it."""
     strays = [job.metadata.with_name(f"{job.metadata.name}.{job.rank}.partial")]
     for folder in (job.output, job.output / "tokenizer"):
-        strays += [*folder.glob(f"shard_{job.rank}_*.partial"), *folder.glob(f"*.{job.rank}.partial")]
+        strays += [
+            *folder.glob(f"shard_{job.rank}_*.partial"),
+            *folder.glob(f"*.{job.rank}.partial"),
+        ]
     for stray in strays:
         stray.unlink(missing_ok=True)
 
@@ -326,7 +369,9 @@ def _is_finished(job: _Job) -> bool:
         raise DataError(
             f"output_path: {job.output}: its metadata would overwrite {job.metadata}; choose another output_path"
         )
-    if not (job.output / "tokenizer").is_dir() or not all(job.done(rank).exists() for rank in range(job.world)):
+    if not (job.output / "tokenizer").is_dir() or not all(
+        job.done(rank).exists() for rank in range(job.world)
+    ):
         return False
     settings = dict(job.settings)
     with contextlib.suppress(DataError):  # the documents may have been deleted since
@@ -346,7 +391,9 @@ def _is_finished(job: _Job) -> bool:
 def _is_done(job: _Job, rank: int) -> bool:
     """Whether a rank has done all it has to, and nothing has become of it."""
     path = job.done(rank)
-    return path.exists() and all(_intact(job, rank, number) for number in range(_load(path)["shards"]))
+    return path.exists() and all(
+        _intact(job, rank, number) for number in range(_load(path)["shards"])
+    )
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> None:
@@ -360,7 +407,9 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
         if name == "tokenizer":
             difference = "another tokenizer"
         elif name.startswith("digest"):
-            difference = "other documents than are there now (their names, sizes or revision differ)"
+            difference = (
+                "other documents than are there now (their names, sizes or revision differ)"
+            )
         elif name == "reading":
             raise DataError(
                 f"{path.parent}: was begun by an earlier version, which read such files differently; choose another"
@@ -437,7 +486,12 @@ def _write_shards(job: _Job, source: Documents) -> None:
         for number, begin, end in gaps:
             rest = _fill(job, source, tokenized(begin, end), number, (begin, end), progress)
     progress.finish()
-    content = {"shards": _count(job), "skipped": rest.counts, "examples": rest.examples, "settings": job.settings}
+    content = {
+        "shards": _count(job),
+        "skipped": rest.counts,
+        "examples": rest.examples,
+        "settings": job.settings,
+    }
     _write_json(job.done(job.rank), job.rank, content)
 
 
@@ -480,7 +534,9 @@ def _fill(
                     progress.say(source.name(place), reason)
                 if source.kind == "file":
                     for long in np.flatnonzero(part.lengths[at:until] >= _LONG).tolist():
-                        progress.long(source.name(int(part.rows[at + long])), int(part.lengths[at + long]))
+                        progress.long(
+                            source.name(int(part.rows[at + long])), int(part.lengths[at + long])
+                        )
                 if full and writer is not None:
                     _publish(job, writer, number, (first_row, row), largest, skipped)
                     writer, number = None, number + 1
@@ -498,7 +554,12 @@ def _fill(
 
 
 def _publish(
-    job: _Job, writer: TokenFileWriter, number: int, rows: tuple[int, int], largest: int, skipped: _Skipped
+    job: _Job,
+    writer: TokenFileWriter,
+    number: int,
+    rows: tuple[int, int],
+    largest: int,
+    skipped: _Skipped,
 ) -> None:
     """Finish a token file, then write its record: from then on it is never made again."""
     info = writer.close()
@@ -543,8 +604,12 @@ class _Worker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
         self.reader = reader
         self.encoder = Encoder(loaded.tokenizer, dtype)
-        self.front, self.back = (np.array([] if token is None else [token], dtype).tobytes() for token in (front, back))
-        self.ends = np.array([token for token in (loaded.bos, loaded.eos) if token is not None], dtype)
+        self.front, self.back = (
+            np.array([] if token is None else [token], dtype).tobytes() for token in (front, back)
+        )
+        self.ends = np.array(
+            [token for token in (loaded.bos, loaded.eos) if token is not None], dtype
+        )
 
     def tokenize(self, task: Task) -> _Part:
         texts: list[str] = []
@@ -568,10 +633,17 @@ class _Worker:
                 odd.append((row, "ends_itself"))
             else:
                 pieces += (self.front, content, self.back)
-                lengths.append((len(self.front) + len(content) + len(self.back)) // self.ends.itemsize)
+                lengths.append(
+                    (len(self.front) + len(content) + len(self.back)) // self.ends.itemsize
+                )
                 kept.append(row)
         return _Part(
-            task.first, task.last, b"".join(pieces), np.array(lengths, np.int64), np.array(kept, np.int64), sorted(odd)
+            task.first,
+            task.last,
+            b"".join(pieces),
+            np.array(lengths, np.int64),
+            np.array(kept, np.int64),
+            sorted(odd),
         )
 
 
@@ -587,7 +659,9 @@ def _end_with(parent: Any) -> None:
 def _work(connection: Connection) -> None:
     """A worker process: it is told what it is made of, then one task after the other, until nobody is left who tells it."""
     # If the parent is killed, it does not finish what nobody waits for.
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(
+        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
+    ).start()
     worker: _Worker | None = None
     with contextlib.suppress(EOFError, OSError):  # half of a task too
         parts = connection.recv_bytes()
@@ -613,7 +687,9 @@ def _deaf() -> Iterator[None]:
     handlers: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         # Another thread may take a signal: the handler is called in this one all the same.
-        handlers = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in numbers}
+        handlers = {
+            each: signal.signal(each, lambda number, frame: came.append(number)) for each in numbers
+        }
     try:
         yield
     finally:
@@ -625,7 +701,9 @@ def _deaf() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pool(job: _Job, source: Documents, worker: _Worker) -> Iterator[Callable[[int, int], Iterator[_Part]]]:
+def _pool(
+    job: _Job, source: Documents, worker: _Worker
+) -> Iterator[Callable[[int, int], Iterator[_Part]]]:
     """Gives a function from rows [first, last) to what becomes of them, range by range and in order."""
     workers = job.config.tokenize_workers
     if workers == 1:
@@ -759,7 +837,9 @@ def _finish(job: _Job, source: Documents) -> None:
     if not shards:
         for rank in range(job.world):  # nothing to go on from
             job.done(rank).unlink(missing_ok=True)
-        why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are none"
+        why = (
+            ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are none"
+        )
         raise DataError(f"dataset.path: {config.path} has no document to write: {why}")
     _copy_tokenizer(job)
     tokens = sum(record["tokens"] for _, record in shards)
@@ -792,7 +872,9 @@ def _finish(job: _Job, source: Documents) -> None:
         "num_tokens": tokens,
         "skipped_documents": sum(skipped.values()),
         "skipped": skipped,
-        "skipped_examples": [example for record in records for example in record["examples"]][:_EXAMPLES],
+        "skipped_examples": [example for record in records for example in record["examples"]][
+            :_EXAMPLES
+        ],
         "source": {
             "path": config.path,
             "config_name": config.config_name,
@@ -808,7 +890,9 @@ def _finish(job: _Job, source: Documents) -> None:
     }
     _write_json(job.metadata, job.rank, {**content, "sha256": seal(content)})
     passed = (
-        f"; passed over {', '.join(f'{number:,} {reason}' for reason, number in skipped.items())}" if skipped else ""
+        f"; passed over {', '.join(f'{number:,} {reason}' for reason, number in skipped.items())}"
+        if skipped
+        else ""
     )
     logger.info(
         f"{job.metadata}: {count:,} documents, {tokens:,} tokens as {job.dtype} in {len(shards):,}"
@@ -831,7 +915,9 @@ def _load(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_bytes())
         return content
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged: {error}; delete it and start the same command again") from error
+        raise DataError(
+            f"{path}: damaged: {error}; delete it and start the same command again"
+        ) from error
 
 
 def _write_json(path: Path, rank: int, content: dict[str, Any]) -> None:
@@ -859,7 +945,11 @@ class _Progress:
         self.named += reason != "empty"
         if reason != "empty" and self.named <= _EXAMPLES:
             last = "; further ones are only counted" if self.named == _EXAMPLES else ""
-            limit = f", more than dataset.max_document_bytes {self.largest:,}" if reason == "too_large" else ""
+            limit = (
+                f", more than dataset.max_document_bytes {self.largest:,}"
+                if reason == "too_large"
+                else ""
+            )
             logger.warning(f"Passed over ({reason}{limit}): {where}{last}")
 
     def long(self, where: str, tokens: int) -> None:
@@ -873,7 +963,11 @@ class _Progress:
 
     def show(self, rows: int, documents: int, tokens: int) -> None:
         """So many more are done."""
-        self.done, self.documents, self.tokens = self.done + rows, self.documents + documents, self.tokens + tokens
+        self.done, self.documents, self.tokens = (
+            self.done + rows,
+            self.documents + documents,
+            self.tokens + tokens,
+        )
         now = time.monotonic()
         if now - self.shown < (0.5 if self.terminal else 5):
             return

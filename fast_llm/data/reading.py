@@ -147,7 +147,11 @@ class Reader:
                 return Odd("too_large")
             with open_binary(path) as file:
                 content = file.read(self.largest + 1)
-            return Odd("too_large") if len(content) > self.largest else content.decode("utf-8-sig") or Odd("empty")
+            return (
+                Odd("too_large")
+                if len(content) > self.largest
+                else content.decode("utf-8-sig") or Odd("empty")
+            )
         except UnicodeDecodeError:
             return Odd("not_utf8")
         except (FileNotFoundError, PermissionError, IsADirectoryError, Damaged):
@@ -176,7 +180,9 @@ class Reader:
                 ) from error
         lines = split_lines(content)[task.skip : task.skip + task.last - task.first]
         if len(lines) != task.last - task.first:
-            raise DataError(f"{task.path}: has changed while it was read; start the same command again")
+            raise DataError(
+                f"{task.path}: has changed while it was read; start the same command again"
+            )
         for number, line in enumerate(lines, task.number + task.skip):
             yield self.values(parse_line(line, task.path, number)) if line.strip() else None
 
@@ -245,9 +251,13 @@ def parse(text: str) -> Any:
 def not_json(path: str, number: int, error: json.JSONDecodeError, line: bytes) -> DataError:
     """The error for a line that is no JSON."""
     if line.startswith(b"version https://git-lfs"):
-        return DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        return DataError(
+            f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        )
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return DataError(f"{path}: is in UTF-16, must be UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
+        return DataError(
+            f"{path}: is in UTF-16, must be UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
+        )
     return DataError(
         f"{path}:{number}: not JSON: {error.msg}, at character {error.colno} of the line; mend the line or delete it"
     )
@@ -265,7 +275,9 @@ def open_binary(path: str) -> BinaryIO:
             import zstandard
         except ImportError as error:
             raise MissingPackage("zstandard", f"reading {path}") from error
-        return cast(BinaryIO, io.BufferedReader(_Checked(_Zstd(open(path, "rb"), zstandard)), 2**17))
+        return cast(
+            BinaryIO, io.BufferedReader(_Checked(_Zstd(open(path, "rb"), zstandard)), 2**17)
+        )
     if suffix in COMPRESSED:
         library: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix]
         return cast(BinaryIO, io.BufferedReader(_Checked(library.open(path, "rb")), 2**17))
@@ -313,7 +325,9 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.output:
-            self.input = self.input or self.file.read(2**13)  # which may become 10,000 times as much
+            self.input = self.input or self.file.read(
+                2**13
+            )  # which may become 10,000 times as much
             if not self.input:
                 if self.frame is not None:
                     raise EOFError("it is cut off")

@@ -189,7 +189,9 @@ class Rest:
         with self._lock:
             if self._bits is not None:
                 return
-            few = self.used <= self.left  # a bijection: those that are left are the images of the other indices
+            few = (
+                self.used <= self.left
+            )  # a bijection: those that are left are the images of the other indices
             first, last = (0, self.used) if few else (self.used, self.sequences)
             is_left = np.full(self.sequences, few)
 
@@ -223,7 +225,8 @@ class Rest:
             gaps = np.flatnonzero(np.diff(numbers) > 1) + 1
             firsts, lasts = numbers[np.append(0, gaps)], numbers[np.append(gaps, 0) - 1]
             places = [
-                (int(first) * length, (int(last) + 1) * length) for first, last in zip(firsts, lasts, strict=True)
+                (int(first) * length, (int(last) + 1) * length)
+                for first, last in zip(firsts, lasts, strict=True)
             ]
             places[0] = (places[0][0] + begin % length, places[0][1])
             places[-1] = (places[-1][0], places[-1][1] - -stop % length)

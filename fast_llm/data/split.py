@@ -71,7 +71,9 @@ def by_hash(files: Sequence[TokenFile], split: Sequence[float]) -> list[list[Par
     return found
 
 
-def _parts(file: TokenFile, first: int, bounds: NDArray[np.uint64], ranks: Sequence[int]) -> list[Part]:
+def _parts(
+    file: TokenFile, first: int, bounds: NDArray[np.uint64], ranks: Sequence[int]
+) -> list[Part]:
     """A file whose documents are numbered from `first` on."""
     phases = len(bounds)
     tokens: list[list[NDArray[np.int64]]] = [[] for _ in range(phases)]

@@ -75,7 +75,11 @@ class TextFiles:
         for at in range(first, last, 8192):
             sizes = self.sizes[at : min(at + 8192, last)]
             for one, end in cut(sizes, target):
-                yield Files(begin + at - first + one, begin + at - first + end, self.paths[at + one : at + end])
+                yield Files(
+                    begin + at - first + one,
+                    begin + at - first + end,
+                    self.paths[at + one : at + end],
+                )
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class HubTable:
         if pyarrow.types.is_null(column.type):
             return np.zeros(len(column), np.int64)
         if is_json(column.type):
-            column = pyarrow.chunked_array([chunk.storage for chunk in column.chunks], pyarrow.string())
+            column = pyarrow.chunked_array(
+                [chunk.storage for chunk in column.chunks], pyarrow.string()
+            )
         # From the offsets alone, without touching the text.
         lengths = pyarrow.compute.binary_length(column)
         return np.asarray(lengths.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
@@ -156,14 +162,21 @@ class JsonLines:
                 content = _next(blocks, self.path) if blocks is not None else None
                 if behind <= first:
                     continue
-                offset, size = int(self.offsets[number]), int(self.offsets[number + 1] - self.offsets[number])
+                offset, size = (
+                    int(self.offsets[number]),
+                    int(self.offsets[number + 1] - self.offsets[number]),
+                )
                 pieces = max(1, min(size // target, behind - before))
-                edges = [before + (behind - before) * piece // pieces for piece in range(pieces + 1)]
+                edges = [
+                    before + (behind - before) * piece // pieces for piece in range(pieces + 1)
+                ]
                 for one, end in itertools.pairwise(edges):
                     one, end = max(one, first), min(end, last)
                     if one < end:
                         rows = (begin + one - first, begin + end - first)
-                        yield Lines(*rows, self.path, before + 1, one - before, offset, size, content)
+                        yield Lines(
+                            *rows, self.path, before + 1, one - before, offset, size, content
+                        )
 
     def line(self, row: int) -> int:
         """The line of the row of this number, if blank lines are not counted."""
@@ -189,7 +202,9 @@ def _next(blocks: Iterator[bytes], path: str) -> bytes:
     try:
         return next(blocks)
     except (Damaged, StopIteration) as error:
-        raise DataError(f"{path}: has changed while it was read; start the same command again") from error
+        raise DataError(
+            f"{path}: has changed while it was read; start the same command again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,11 @@ class JsonValue:
             if row >= last:
                 break
             # A list of texts is a table whose only column is `text`.
-            found = reader.document(value) if isinstance(value, str) and self.field == "text" else reader.values(value)
+            found = (
+                reader.document(value)
+                if isinstance(value, str) and self.field == "text"
+                else reader.values(value)
+            )
             values.append(found)
             size += len(found) if isinstance(found, str) else 0
             if size >= target:
@@ -236,7 +255,9 @@ def _values(path: str) -> Iterator[Any]:
     with _readable(path), open_binary(path) as file:
         content = file.read(_LARGEST_JSON + 1)
     if len(content) > _LARGEST_JSON:
-        raise DataError(f"{path}: larger than 2 GiB, and not one JSON object a line; convert it to jsonl")
+        raise DataError(
+            f"{path}: larger than 2 GiB, and not one JSON object a line; convert it to jsonl"
+        )
     text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     decoder = json.JSONDecoder(parse_int=_integer)
     at = _skip(text, 0)
@@ -276,7 +297,9 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        raise DataError(f"{path}: damaged, or not what its name says: {error}; fetch it again") from error
+        raise DataError(
+            f"{path}: damaged, or not what its name says: {error}; fetch it again"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: can not be read: {error.strerror}") from error
 
@@ -324,7 +347,9 @@ def _keys(seen: dict[str, None], field: str) -> str:
     return f"has no column {field}; {has}"
 
 
-def _count(path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any) -> JsonLines:
+def _count(
+    path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any
+) -> JsonLines:
     """Count lines and look at their ends: most lines that are damaged were cut off."""
     # The name of the field as it may be written.
     spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
@@ -366,9 +391,15 @@ def _unusual(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
     if content[-1] != _NEWLINE:
         ends = np.append(ends, len(content))
     begins = np.concatenate([[0], ends[:-1] + 1])
-    last = ends - 1  # of an empty line at the start this is the last byte of the block, which does no harm
+    last = (
+        ends - 1
+    )  # of an empty line at the start this is the last byte of the block, which does no harm
     last = last - (content[last] == _RETURN)
-    usual = (content[np.minimum(begins, len(content) - 1)] == _OPENING) & (content[last] == _CLOSING) & (ends > begins)
+    usual = (
+        (content[np.minimum(begins, len(content) - 1)] == _OPENING)
+        & (content[last] == _CLOSING)
+        & (ends > begins)
+    )
     for line in np.flatnonzero(~usual).tolist():
         yield number + line, block[begins[line] : ends[line]]
 

@@ -140,7 +140,9 @@ class TokenFileWriter:
             os.fsync(folder)
         finally:
             os.close(folder)
-        return TokenFileInfo(self.documents, self.tokens, self._digest.hexdigest(), digest.hexdigest())
+        return TokenFileInfo(
+            self.documents, self.tokens, self._digest.hexdigest(), digest.hexdigest()
+        )
 
     def abandon(self) -> None:
         """Close and delete what was written."""
@@ -168,7 +170,9 @@ class TokenFile:
             raise DataError(f"{self.idx}: version {version}; versions 1 and 2 can be read")
         begin = HEADER + version - 1  # of what follows the header
         if size < begin:
-            raise DataError(f"{self.idx}: {size} bytes, cut off inside its header; prepare the data again")
+            raise DataError(
+                f"{self.idx}: {size} bytes, cut off inside its header; prepare the data again"
+            )
         code = head[begin - 17]
         if code not in TYPES:
             raise DataError(f"{self.idx}: token type {code}; known are {sorted(TYPES)}")
@@ -182,7 +186,9 @@ class TokenFile:
             )
         ahead = begin + 12 * count  # what must be there before the spans' numbers can be read
         if version == 2 and head[17] > 1:
-            raise DataError(f"{self.idx}: says {head[17]} of whether there are spans, must be 0 or 1; it is damaged")
+            raise DataError(
+                f"{self.idx}: says {head[17]} of whether there are spans, must be 0 or 1; it is damaged"
+            )
         spans = 4 * count if version == 2 and head[17] else 0
         if size >= ahead + spans and spans:
             numbers = np.frombuffer(content, "<i4", count, ahead)
@@ -214,7 +220,9 @@ class TokenFile:
             lengths = self.lengths[first : first + _STRETCH].astype(np.int64)
             if (lengths < 0).any():
                 wrong = first + int(np.argmax(lengths < 0))
-                raise DataError(f"{self.idx}: document {wrong} has a negative length; it is damaged")
+                raise DataError(
+                    f"{self.idx}: document {wrong} has a negative length; it is damaged"
+                )
             ends = expected + np.cumsum(lengths * itemsize)
             different = self.starts[first : first + _STRETCH] != ends - lengths * itemsize
             if different.any():
@@ -245,9 +253,13 @@ class TokenFile:
             try:
                 part = os.pread(self._bin, stop - place, place)
             except OSError as error:
-                raise DataError(f"{self.bin}: can not be read at byte {place}: {error.strerror}") from error
+                raise DataError(
+                    f"{self.bin}: can not be read at byte {place}: {error.strerror}"
+                ) from error
             if not part:
-                raise DataError(f"{self.bin}: ends at byte {place}; it was cut off after it was opened")
+                raise DataError(
+                    f"{self.bin}: ends at byte {place}; it was cut off after it was opened"
+                )
             parts.append(part)
             place += len(part)
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
@@ -260,7 +272,11 @@ class TokenFile:
 
     def start_of(self, document: int) -> int:
         """The first token of a document; behind the last one, the number of all tokens."""
-        return self.tokens if document >= self.documents else int(self.starts[document]) // self.dtype.itemsize
+        return (
+            self.tokens
+            if document >= self.documents
+            else int(self.starts[document]) // self.dtype.itemsize
+        )
 
 
 def _ends(path: Path) -> str:
@@ -302,12 +318,16 @@ def _open(path: Path) -> Iterator[tuple[int, int]]:
             if not stat.S_ISREG(found.st_mode):
                 raise DataError(f"{path}: not a file")
             if os.pread(descriptor, 64, 0).startswith(b"version https://git-lfs"):
-                raise DataError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+                raise DataError(
+                    f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+                )
             yield descriptor, found.st_size
         finally:
             os.close(descriptor)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; is data.path right, and was the data prepared?") from error
+        raise DataError(
+            f"{path}: no such file; is data.path right, and was the data prepared?"
+        ) from error
     except OSError as error:
         advice = "; raise the limit with `ulimit -n`, or prepare fewer, larger shards"
         advice = advice if error.errno == errno.EMFILE else ""

@@ -58,7 +58,8 @@ class Loaded:
     def named_files(self) -> list[tuple[str, Path]]:
         """`files`, each with its path in a copy of the folder."""
         return [
-            (MAIN if file == self.path else file.relative_to(self.path.parent).as_posix(), file) for file in self.files
+            (MAIN if file == self.path else file.relative_to(self.path.parent).as_posix(), file)
+            for file in self.files
         ]
 
 
@@ -77,7 +78,9 @@ def load(path: str) -> Loaded:
     tokenizer.no_padding()
     bos, eos = (_special(file.parent, tokenizer, name) for name in ("bos", "eos"))
     settings = _optional(file.parent / "tokenizer_config.json")
-    adds_bos = bos is not None and (tokenizer.encode("").ids[:1] == [bos] or settings.get("add_bos_token") is True)
+    adds_bos = bos is not None and (
+        tokenizer.encode("").ids[:1] == [bos] or settings.get("add_bos_token") is True
+    )
     return Loaded(
         tokenizer,
         file,
@@ -104,12 +107,23 @@ def fingerprint(path: str | Path) -> str:
 
 def _digest(content: dict[str, Any]) -> str:
     """Equal for equal tokenizers: of any order and spacing of the file, written by old or new `tokenizers`."""
-    decisive = {key: value for key, value in content.items() if key not in ("truncation", "padding", "version")}
+    decisive = {
+        key: value
+        for key, value in content.items()
+        if key not in ("truncation", "padding", "version")
+    }
     if isinstance(decisive.get("model"), dict):
         # Files of before 2024 spell merges "a b" instead of ["a", "b"], and lack settings that came later.
-        model = {key: value for key, value in decisive["model"].items() if value is not None and value is not False}
+        model = {
+            key: value
+            for key, value in decisive["model"].items()
+            if value is not None and value is not False
+        }
         if isinstance(model.get("merges"), list):
-            model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [
+                merge.split(" ", 1) if isinstance(merge, str) else merge
+                for merge in model["merges"]
+            ]
         decisive["model"] = model
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -121,11 +135,15 @@ def _find(path: str) -> Path:
     if place.is_dir():
         return _in_folder(place, path)
     if not _HUB.fullmatch(path) or path.startswith("."):
-        raise DataError(f"{path}: no such file or folder, and not a model on the Hugging Face Hub (organisation/name)")
+        raise DataError(
+            f"{path}: no such file or folder, and not a model on the Hugging Face Hub (organisation/name)"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingPackage("huggingface_hub", f"{path} is no folder here; fetching it from the Hub") from error
+        raise MissingPackage(
+            "huggingface_hub", f"{path} is no folder here; fetching it from the Hub"
+        ) from error
     name, _, revision = path.partition("@")
     try:
         folder = snapshot_download(

@@ -75,14 +75,20 @@ def demo(name: str) -> None:
     folder = Path(name)
     if folder.exists():
         if not (folder / ".fast-llm-demo").exists():
-            raise UserError(f"{folder}: is there already and not from an earlier demo; give another folder")
+            raise UserError(
+                f"{folder}: is there already and not from an earlier demo; give another folder"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / ".fast-llm-demo").touch()
 
-    title("Text that this Python carries: its reference documentation as prose, its standard library as code")
+    title(
+        "Text that this Python carries: its reference documentation as prose, its standard library as code"
+    )
     prose, code = write_prose(folder / "prose.jsonl"), write_code(folder / "code")
-    print(f"prose: {prose / 1e6:.1f} MB in {folder}/prose.jsonl     code: {code / 1e6:.1f} MB in {folder}/code/")
+    print(
+        f"prose: {prose / 1e6:.1f} MB in {folder}/prose.jsonl     code: {code / 1e6:.1f} MB in {folder}/code/"
+    )
 
     title("A tokenizer, and the shape of a small Llama 3.1")
     model = folder / "shape"
@@ -111,11 +117,22 @@ def demo(name: str) -> None:
     run(
         *("train", "gpt", "--config", str(RECIPE)),
         *SIZES,
-        *(f"data.path={folder}/prose.json", f"pretrained.path={model}", "pretrained.model_weights=no"),
-        *("training.train_iters=280", "training.validation.interval=140", "training.logs.interval=20"),
+        *(
+            f"data.path={folder}/prose.json",
+            f"pretrained.path={model}",
+            "pretrained.model_weights=no",
+        ),
+        *(
+            "training.train_iters=280",
+            "training.validation.interval=140",
+            "training.logs.interval=20",
+        ),
         *("training.checkpoint.interval=280", "training.export.interval=280"),
         *("optimizer.learning_rate.base=3e-3", "optimizer.learning_rate.minimum=3e-4"),
-        *("optimizer.learning_rate.warmup_iterations=20", "optimizer.learning_rate.decay_iterations=280"),
+        *(
+            "optimizer.learning_rate.warmup_iterations=20",
+            "optimizer.learning_rate.decay_iterations=280",
+        ),
         f"run.experiment_dir={base}",
     )
     pretrained = base / "export" / "llama" / "280"
@@ -125,19 +142,31 @@ def demo(name: str) -> None:
     recipe = (
         *("train", "gpt", "--config", str(RECIPE)),
         *SIZES,
-        *(f"data.path={folder}/code-tokens.json", f"data.validation_sets.prose={folder}/prose.json"),
+        *(
+            f"data.path={folder}/code-tokens.json",
+            f"data.validation_sets.prose={folder}/prose.json",
+        ),
         f"pretrained.path={pretrained}",
-        *(f"training.train_iters={steps}", "training.validation.interval=60", "training.logs.interval=10"),
+        *(
+            f"training.train_iters={steps}",
+            "training.validation.interval=60",
+            "training.logs.interval=10",
+        ),
         *("training.checkpoint.interval=20", f"training.export.interval={steps}"),
         *("optimizer.learning_rate.base=1e-3", "optimizer.learning_rate.minimum=1e-4"),
-        *("optimizer.learning_rate.warmup_iterations=10", f"optimizer.learning_rate.decay_iterations={steps}"),
+        *(
+            "optimizer.learning_rate.warmup_iterations=10",
+            f"optimizer.learning_rate.decay_iterations={steps}",
+        ),
     )
     whole, broken = folder / "code-run", folder / "killed-run"
     run(*recipe, f"run.experiment_dir={whole}")
     continued = whole / "export" / "llama" / str(steps)
 
     title("The same run, killed half-way and started again")
-    killed_at = run_and_kill([*recipe, f"run.experiment_dir={broken}"], broken / "metrics.jsonl", half)
+    killed_at = run_and_kill(
+        [*recipe, f"run.experiment_dir={broken}"], broken / "metrics.jsonl", half
+    )
     print(f"killed with SIGKILL after step {killed_at}")
     run(*recipe, f"run.experiment_dir={broken}")
 
@@ -152,16 +181,26 @@ def demo(name: str) -> None:
         compare_runs(whole, broken, steps),
     ]
     activate = Path(sys.prefix) / "bin" / "activate"
-    first = f", after `source {activate}`" if shutil.which("fast-llm") is None and activate.exists() else ""
-    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Three commands to try next{first}:\n")
+    first = (
+        f", after `source {activate}`"
+        if shutil.which("fast-llm") is None and activate.exists()
+        else ""
+    )
+    print(
+        f"\nThe demo took {time.monotonic() - started:.0f} s. Three commands to try next{first}:\n"
+    )
     print(f"  fast-llm train gpt --config {RECIPE} --validate data.path={folder}/code-tokens.json "
           f"pretrained.path={pretrained} {' '.join(SIZES)}")  # fmt: skip
-    print(f"  torchrun --nproc_per_node 2 --no-python {' '.join(words([*recipe, f'run.experiment_dir={folder}/two']))}")
+    print(
+        f"  torchrun --nproc_per_node 2 --no-python {' '.join(words([*recipe, f'run.experiment_dir={folder}/two']))}"
+    )
     print(
         f"  fast-llm convert gpt input.path={whole}/checkpoint/{steps} output.path={folder}/fp32 output.data_type=fp32"
     )
     if not all(checks):
-        raise UserError("the demo found a difference where there must be none; please report it with the output above")
+        raise UserError(
+            "the demo found a difference where there must be none; please report it with the output above"
+        )
 
 
 def title(text: str) -> None:
@@ -190,7 +229,9 @@ def run(*arguments: str) -> None:
 def run_and_kill(arguments: list[str], metrics: Path, step: int) -> int:
     """Start a command and kill it once its metrics have reached a step; the step that they had reached."""
     print("$ " + " ".join(words(arguments)), flush=True)
-    with subprocess.Popen(command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None:
             reached = max((r["step"] for r in read(metrics) if r["phase"] == "training"), default=0)
             if reached >= step:
@@ -275,7 +316,10 @@ def train_tokenizer(folder: Path, model: Path) -> None:
         show_progress=False,
     )
     texts = [json.loads(line)["text"] for line in (folder / "prose.jsonl").read_text().splitlines()]
-    texts += [path.read_text(encoding="utf-8", errors="replace") for path in sorted((folder / "code").iterdir())[::4]]
+    texts += [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in sorted((folder / "code").iterdir())[::4]
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{special[0]} $A",
@@ -295,14 +339,19 @@ def train_tokenizer(folder: Path, model: Path) -> None:
             indent=2,
         )
     )
-    (model / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}, indent=2))
+    (model / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": 1}, indent=2)
+    )
 
 
 def show_losses(metrics: Path, steps: int) -> None:
     """Validation losses before and after, on what was learned and on what could be forgotten."""
     found = {record["step"]: record for record in read(metrics) if record["phase"] == "validation"}
     print(f"{'validation loss':18} {'before':>8} {'after':>8}")
-    for label, key in (("code (learned)", "language_model_loss"), ("prose (forgotten)", "prose_loss")):
+    for label, key in (
+        ("code (learned)", "language_model_loss"),
+        ("prose (forgotten)", "prose_loss"),
+    ):
         before, after = found[0][key], found[steps][key]
         print(f"{label:18} {before:8.3f} {after:8.3f}   {after - before:+.3f}")
 
@@ -317,7 +366,9 @@ def show_samples(before: Path, after: Path) -> None:
     for label, folder in (("before", before), ("after", after)):
         pipe = pipeline("text-generation", model=str(folder))
         for prompt in PROMPTS.values():
-            text = pipe(prompt, max_new_tokens=32, do_sample=False, return_full_text=False)[0]["generated_text"]
+            text = pipe(prompt, max_new_tokens=32, do_sample=False, return_full_text=False)[0][
+                "generated_text"
+            ]
             print(f"{label:6} {prompt!r} → {text!r}")
 
 
@@ -359,10 +410,16 @@ def compare_runs(whole: Path, broken: Path, steps: int) -> bool:
         return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
     def losses(folder: Path) -> dict[int, float]:
-        return {r["step"]: r["language_model_loss"] for r in read(folder / "metrics.jsonl") if r["phase"] == "training"}
+        return {
+            r["step"]: r["language_model_loss"]
+            for r in read(folder / "metrics.jsonl")
+            if r["phase"] == "training"
+        }
 
     right = digests(whole) == digests(broken) and losses(whole) == losses(broken)
-    print(f"{'✓' if right else '✗'} the killed run ends on the same losses, weights and moments, bit for bit")
+    print(
+        f"{'✓' if right else '✗'} the killed run ends on the same losses, weights and moments, bit for bit"
+    )
     return right
 
 
@@ -372,7 +429,9 @@ def curves(base: Path, whole: Path) -> dict[str, list[tuple[float, float]]]:
     second = read(whole / "metrics.jsonl")
     offset = max(r["step"] for r in first)
 
-    def points(records: list[dict[str, Any]], phase: str, key: str, shift: int) -> list[tuple[float, float]]:
+    def points(
+        records: list[dict[str, Any]], phase: str, key: str, shift: int
+    ) -> list[tuple[float, float]]:
         return [(r["step"] + shift, r[key]) for r in records if r["phase"] == phase and key in r]
 
     return {
@@ -403,9 +462,15 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
         x = right * tick / 4
         at_y, at_x = place(0, y).split(",")[1], place(x, low).split(",")[0]
         parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{at_y}" y2="{at_y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{at_y}" text-anchor="end" dominant-baseline="middle">{y:.2f}</text>')
-        parts.append(f'<text x="{at_x}" y="{height - bottom + 18}" text-anchor="middle">{x:.0f}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">step (loss in nats per token)</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{at_y}" text-anchor="end" dominant-baseline="middle">{y:.2f}</text>'
+        )
+        parts.append(
+            f'<text x="{at_x}" y="{height - bottom + 18}" text-anchor="middle">{x:.0f}</text>'
+        )
+    parts.append(
+        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">step (loss in nats per token)</text>'
+    )
     for number, ((label, line), colour) in enumerate(
         zip(lines.items(), ("#888888", "#1f77b4", "#d62728"), strict=True)
     ):
@@ -413,7 +478,10 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
             f'<polyline points="{" ".join(place(*p) for p in line)}" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
         parts += [
-            f'<circle cx="{place(*p).replace(",", chr(34) + " cy=" + chr(34))}" r="3" fill="{colour}"/>' for p in line
+            f'<circle cx="{place(*p).replace(",", chr(34) + " cy=" + chr(34))}" r="3" fill="{colour}"/>'
+            for p in line
         ]
-        parts.append(f'<text x="{width - 180}" y="{34 + 18 * number}" fill="{colour}">{label}</text>')
+        parts.append(
+            f'<text x="{width - 180}" y="{34 + 18 * number}" fill="{colour}">{label}</text>'
+        )
     return "\n".join([*parts, "</svg>\n"])

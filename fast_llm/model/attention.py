@@ -75,7 +75,10 @@ class Stretches:
     @staticmethod
     def of(queries: Sequence[int], keys: Sequence[int], index: Tensor) -> "Stretches":
         """With the ends counted."""
-        ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys)]
+        ends = [
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            for lengths in (queries, keys)
+        ]
         return Stretches(tuple(queries), tuple(keys), index, *ends)
 
     def to(self, device: torch.device) -> "Stretches":
@@ -87,7 +90,9 @@ class Stretches:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Stretches":
-        return Stretches(self.queries, self.keys, *map(change, (self.index, self.query_ends, self.key_ends)))
+        return Stretches(
+            self.queries, self.keys, *map(change, (self.index, self.query_ends, self.key_ends))
+        )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flash: bool) -> Tensor:
@@ -143,24 +148,32 @@ class _Native(torch.autograd.Function):
         q, k, v, ends, out, log_sums = ctx.saved_tensors
         by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
-        torch.ops.fast_llm.attention_back(by_q, by_k, by_v, grad.contiguous(), out, log_sums, q, k, v, ends, *sizes)
+        torch.ops.fast_llm.attention_back(
+            by_q, by_k, by_v, grad.contiguous(), out, log_sums, q, k, v, ends, *sizes
+        )
         return by_q, by_k, by_v, None
 
 
 # This one returns what it makes, so that recomputation can keep it.
-torch.library.define("fast_llm::attention", "(Tensor q, Tensor k, Tensor v, Tensor ends) -> (Tensor, Tensor)")
+torch.library.define(
+    "fast_llm::attention", "(Tensor q, Tensor k, Tensor v, Tensor ends) -> (Tensor, Tensor)"
+)
 
 
 @torch.library.impl("fast_llm::attention", "cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     out, log_sums = _nothing_yet(q, k, v, ends)
-    native.run("attention", out, log_sums, q, k, v, ends, len(ends) - 1, q.shape[2], k.shape[2], q.shape[3])
+    native.run(
+        "attention", out, log_sums, q, k, v, ends, len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
+    )
     return out, log_sums
 
 
 @torch.library.register_fake("fast_llm::attention")
 def _nothing_yet(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(
+        q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32
+    )
 
 
 @torch.compiler.disable
@@ -193,8 +206,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -
 
 
 @torch.compiler.disable
-def _stretch_by_stretch(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -> Tensor:
-    parts = zip(q.split(stretches.queries), k.split(stretches.keys), v.split(stretches.keys), strict=True)
+def _stretch_by_stretch(
+    q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool
+) -> Tensor:
+    parts = zip(
+        q.split(stretches.queries), k.split(stretches.keys), v.split(stretches.keys), strict=True
+    )
     outputs = []
     for one, two, three in parts:
         if len(one) == len(two):
@@ -258,7 +275,13 @@ _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _KNOWN else {"wi
 
 
 def _variable_length(
-    q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int, longest_key: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
 ) -> Tensor:
     if cudnn.usable(q):
         other_ends = None if key_ends is query_ends else key_ends

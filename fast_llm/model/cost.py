@@ -68,7 +68,10 @@ def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(t.num_layers):
         above = f"model.layers.{layer}"
-        for part, matrices, who in (("self_attn", attention, "only_attention"), ("mlp", mlp, "only_mlp")):
+        for part, matrices, who in (
+            ("self_attn", attention, "only_attention"),
+            ("mlp", mlp, "only_mlp"),
+        ):
             for name, shape in matrices.items():
                 found[f"{above}.{part}.{name}.weight"] = shape
                 if t.add_linear_biases in ("everywhere", who):

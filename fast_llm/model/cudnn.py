@@ -54,7 +54,13 @@ def usable(q: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None, longest_query: int, longest_key: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor | None,
+    longest_query: int,
+    longest_key: int,
 ) -> Tensor:
     """Causal attention: q [T, H, D], k and v [T', K, D] → [T, H, D]; ends int32 [N + 1], cumulative, from 0.
 
@@ -83,13 +89,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.fast_llm.ragged_attention_back(grad.contiguous(), *ctx.saved_tensors, *ctx.longest)
+        gradients = torch.ops.fast_llm.ragged_attention_back(
+            grad.contiguous(), *ctx.saved_tensors, *ctx.longest
+        )
         return *gradients, None, None, None, None
 
 
 # Operations, so that the compiler leaves them alone and recomputation can keep what they make.
 _ENDS = "Tensor query_ends, Tensor? key_ends, SymInt longest_query, SymInt longest_key"
-torch.library.define("fast_llm::ragged_attention", f"(Tensor q, Tensor k, Tensor v, {_ENDS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "fast_llm::ragged_attention", f"(Tensor q, Tensor k, Tensor v, {_ENDS}) -> (Tensor, Tensor)"
+)
 torch.library.define(
     "fast_llm::ragged_attention_back",
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, {_ENDS}) -> (Tensor, Tensor, Tensor)",
@@ -102,18 +112,36 @@ def _nothing_yet(q: Tensor, k: Tensor, v: Tensor, *ends: Any) -> tuple[Tensor, T
 
 
 @torch.library.register_fake("fast_llm::ragged_attention_back")
-def _no_gradients_yet(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _no_gradients_yet(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 @torch.library.impl("fast_llm::ragged_attention", "cuda")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None, longest_query: int, longest_key: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor | None,
+    longest_query: int,
+    longest_key: int,
 ) -> tuple[Tensor, Tensor]:
     documents, rest = _places(q, k, query_ends, query_ends if key_ends is None else key_ends)
-    shape = documents, round_up(longest_query, 1), round_up(longest_key, 1), *q.shape[1:], k.shape[1], key_ends is None
+    shape = (
+        documents,
+        round_up(longest_query, 1),
+        round_up(longest_key, 1),
+        *q.shape[1:],
+        k.shape[1],
+        key_ends is None,
+    )
     out, log_sums = _nothing_yet(q, k, v)
-    _run(_plan(q.device, q.dtype, shape), rest | {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums})
+    _run(
+        _plan(q.device, q.dtype, shape),
+        rest | {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums},
+    )
     return out, log_sums
 
 
@@ -123,7 +151,14 @@ def _backward(
     key_ends: Tensor | None, longest_query: int, longest_key: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     documents, rest = _places(q, k, query_ends, query_ends if key_ends is None else key_ends)
-    shape = documents, round_up(longest_query, 1), round_up(longest_key, 1), *q.shape[1:], k.shape[1], key_ends is None
+    shape = (
+        documents,
+        round_up(longest_query, 1),
+        round_up(longest_key, 1),
+        *q.shape[1:],
+        k.shape[1],
+        key_ends is None,
+    )
     by_q, by_k, by_v = _no_gradients_yet(grad, q, k, v)
     known = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums, "grad": grad}
     plan = _plan(q.device, q.dtype, shape, (round_up(len(q), 8), round_up(len(k), 8)))
@@ -142,7 +177,9 @@ def pad(ends: Tensor, documents: int) -> Tensor:
     return torch.cat([ends, ends[-1:].expand(documents + 1 - len(ends))])
 
 
-def _places(q: Tensor, k: Tensor, query_ends: Tensor, key_ends: Tensor) -> tuple[int, dict[str, Tensor]]:
+def _places(
+    q: Tensor, k: Tensor, query_ends: Tensor, key_ends: Tensor
+) -> tuple[int, dict[str, Tensor]]:
     """The round number of documents, the tokens of each, and where each begins in queries, keys, and sums."""
     documents = round_up(len(query_ends) - 1, 1)
     query_ends, key_ends = pad(query_ends, documents), pad(key_ends, documents)
@@ -165,7 +202,10 @@ def _handle(device: torch.device) -> Any:
 
 @cache
 def _plan(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], tokens: tuple[int, int] | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    tokens: tuple[int, int] | None = None,
 ) -> tuple[torch.device, Any, dict[str, Any], int]:
     """cuDNN's graph, its tensors by name, and the bytes that it works in; that of the backward pass with the most `tokens`."""
     library = _Loaded.library
@@ -174,18 +214,29 @@ def _plan(
     kind = kinds.BFLOAT16 if dtype == torch.bfloat16 else kinds.HALF
     documents, longest_query, longest_key, heads, width, groups, same = shape
     graph = library.pygraph(
-        io_data_type=kind, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT, handle=_handle(device)
+        io_data_type=kind,
+        intermediate_data_type=kinds.FLOAT,
+        compute_data_type=kinds.FLOAT,
+        handle=_handle(device),
     )
     tensors: dict[str, Any] = {}
     for name in ("query_lengths", "key_lengths"):
-        tensors[name] = graph.tensor(name=name, dim=(documents, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT32)
+        tensors[name] = graph.tensor(
+            name=name, dim=(documents, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT32
+        )
     for name in ("queries_begin", "keys_begin", "sums_begin"):
         tensors[name] = graph.tensor(
             name=name, dim=(documents + 1, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT64
         )
     # Dimensions are those of [N, heads, longest, D]; strides say that the heads of a token lie together.
-    queries = (documents, heads, longest_query, width), (longest_query * heads * width, width, heads * width, 1)
-    keys = (documents, groups, longest_key, width), (longest_key * groups * width, width, groups * width, 1)
+    queries = (
+        (documents, heads, longest_query, width),
+        (longest_query * heads * width, width, heads * width, 1),
+    )
+    keys = (
+        (documents, groups, longest_key, width),
+        (longest_key * groups * width, width, groups * width, 1),
+    )
     sums = (documents, heads, longest_query, 1), (longest_query * heads, 1, heads, 1)
     layouts = {"queries": queries, "keys": keys, "sums": sums}
 
@@ -197,7 +248,9 @@ def _plan(
 
     def made(name: str, layout: str, tensor: Any) -> None:
         dim, stride = layouts[layout]
-        tensor.set_output(True).set_dim(dim).set_stride(stride).set_ragged_offset(tensors[f"{layout}_begin"])
+        tensor.set_output(True).set_dim(dim).set_stride(stride).set_ragged_offset(
+            tensors[f"{layout}_begin"]
+        )
         tensors[name] = tensor.set_data_type(kinds.FLOAT if layout == "sums" else kind)
 
     q, k, v = given("q", "queries"), given("k", "keys"), given("v", "keys")
@@ -207,7 +260,9 @@ def _plan(
         "seq_len_q": tensors["query_lengths"],
         "seq_len_kv": tensors["key_lengths"],
         # Where queries are keys both are the same, and the backward pass of the former takes 1.8 times as long.
-        "diagonal_alignment": getattr(library.diagonal_alignment, "TOP_LEFT" if same else "BOTTOM_RIGHT"),
+        "diagonal_alignment": getattr(
+            library.diagonal_alignment, "TOP_LEFT" if same else "BOTTOM_RIGHT"
+        ),
         "diagonal_band_right_bound": 0,
     }
     if tokens is None:
@@ -215,12 +270,18 @@ def _plan(
         made("out", "queries", out)
         made("log_sums", "sums", log_sums)
     else:
-        out, grad, log_sums = given("out", "queries"), given("grad", "queries"), given("log_sums", "sums")
+        out, grad, log_sums = (
+            given("out", "queries"),
+            given("grad", "queries"),
+            given("log_sums", "sums"),
+        )
         gradients = graph.sdpa_backward(
             name="attention_back", q=q, k=k, v=v, o=out, dO=grad, stats=log_sums,
             max_total_seq_len_q=tokens[0], max_total_seq_len_kv=tokens[1], **how,
         )  # fmt: skip
-        for name, layout, tensor in zip(("by_q", "by_k", "by_v"), ("queries", "keys", "keys"), gradients, strict=True):
+        for name, layout, tensor in zip(
+            ("by_q", "by_k", "by_v"), ("queries", "keys", "keys"), gradients, strict=True
+        ):
             made(name, layout, tensor)
     graph.validate()
     graph.build_operation_graph()
@@ -236,7 +297,9 @@ def _run(plan: tuple[torch.device, Any, dict[str, Any], int], values: dict[str, 
     handle = _handle(device)
     _Loaded.library.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    graph.execute({tensors[name]: value for name, value in values.items()}, workspace, handle=handle)
+    graph.execute(
+        {tensors[name]: value for name, value in values.items()}, workspace, handle=handle
+    )
 
 
 def _try(device: torch.device) -> None:
@@ -247,7 +310,10 @@ def _try(device: torch.device) -> None:
 
 def _try_one(device: torch.device, lengths: tuple[int, ...], kept: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    ends = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=device) for one in (lengths, kept)]
+    ends = [
+        torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=device)
+        for one in (lengths, kept)
+    ]
     q, grad = (torch.randn(271, 4, 64, generator=generator).to(device) for _ in range(2))
     k, v = (torch.randn(sum(kept), 2, 64, generator=generator).to(device) for _ in range(2))
     rounded = [x.bfloat16().requires_grad_() for x in (q, k, v)]
@@ -255,11 +321,17 @@ def _try_one(device: torch.device, lengths: tuple[int, ...], kept: tuple[int, ..
     q, k, v = rounded
     out = attention(q, k, v, ends[0], None if kept == lengths else ends[1], max(lengths), max(kept))
     parts = []
-    for one, two, three in zip(exact[0].split(lengths), exact[1].split(kept), exact[2].split(kept), strict=True):
-        seen = torch.ones(len(one), len(two), dtype=torch.bool, device=device).tril(len(two) - len(one))
+    for one, two, three in zip(
+        exact[0].split(lengths), exact[1].split(kept), exact[2].split(kept), strict=True
+    ):
+        seen = torch.ones(len(one), len(two), dtype=torch.bool, device=device).tril(
+            len(two) - len(one)
+        )
         two, three = two.repeat_interleave(2, 1), three.repeat_interleave(2, 1)
         scores = torch.einsum("qhd,khd->hqk", one, two) / 8
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), three))
+        parts.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), three)
+        )
     expected = torch.cat(parts)
     found = out, *torch.autograd.grad(out, rounded, grad.bfloat16())
     wanted = expected, *torch.autograd.grad(expected, exact, grad.bfloat16().float())

@@ -53,10 +53,16 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         turned, scale, weight, weight_scale = ctx.saved_tensors
         grad_scale = _scale(grad, WIDE)
-        short_grad, turned_grad = torch.ops.fast_llm.shorten(grad.flatten(0, -2), grad_scale, WIDE, True, True)
+        short_grad, turned_grad = torch.ops.fast_llm.shorten(
+            grad.flatten(0, -2), grad_scale, WIDE, True, True
+        )
         _, turned_weight = torch.ops.fast_llm.shorten(weight, weight_scale, FINE, False, True)
-        by_input = torch._scaled_mm(short_grad, turned_weight.t(), grad_scale, weight_scale, out_dtype=grad.dtype)
-        by_weight = torch._scaled_mm(turned_grad, turned.t(), grad_scale, scale, out_dtype=grad.dtype)
+        by_input = torch._scaled_mm(
+            short_grad, turned_weight.t(), grad_scale, weight_scale, out_dtype=grad.dtype
+        )
+        by_weight = torch._scaled_mm(
+            turned_grad, turned.t(), grad_scale, scale, out_dtype=grad.dtype
+        )
         by_input = by_input.view(ctx.shape)
         if ctx.total is None:
             return by_input, by_weight, None
@@ -77,7 +83,9 @@ torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
 
 def greatest(x: Tensor) -> Tensor:
     """The greatest magnitude, fp32; NaN if there is one."""
-    return kernels.amax(x.contiguous()) if kernels.AVAILABLE and x.is_cuda else x.abs().amax().float()
+    return (
+        kernels.amax(x.contiguous()) if kernels.AVAILABLE and x.is_cuda else x.abs().amax().float()
+    )
 
 
 torch.library.impl("fast_llm::amax", ("cpu", "cuda"), greatest)
@@ -94,7 +102,9 @@ torch.library.define(
 )
 
 
-def shorten(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool) -> tuple[Tensor, Tensor]:
+def shorten(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool
+) -> tuple[Tensor, Tensor]:
     """x [M, N] divided by its scale, in fp8: [M, N] and [N, M], or what is asked for of them."""
     if kernels.AVAILABLE and x.is_cuda:
         made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, straight, turned)
@@ -104,14 +114,18 @@ def shorten(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned
     wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     short = wide.mul_(scale.reciprocal()).clamp_(-limit, limit).to(dtype)
     nothing = short.new_empty(0)
-    return short if straight else nothing, short.t().clone(memory_format=torch.contiguous_format) if turned else nothing
+    return short if straight else nothing, short.t().clone(
+        memory_format=torch.contiguous_format
+    ) if turned else nothing
 
 
 torch.library.impl("fast_llm::shorten", ("cpu", "cuda"), shorten)
 
 
 @torch.library.register_fake("fast_llm::shorten")
-def _empty(x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool) -> tuple[Tensor, Tensor]:
+def _empty(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return (
         x.new_empty((rows, columns) if straight else 0, dtype=dtype),

@@ -45,10 +45,14 @@ if AVAILABLE:
             total = tl.zeros((BLOCK,), tl.float32)
             for begin in range(0, vocabulary, BLOCK):
                 inside = begin + offsets < vocabulary
-                x = tl.load(logits + begin + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+                x = tl.load(logits + begin + offsets, mask=inside, other=float("-inf")).to(
+                    tl.float32
+                )
                 new = tl.maximum(largest, x)
                 # A lane that has seen nothing yet holds -inf, and -inf - -inf is not a number.
-                total = tl.where(new == float("-inf"), 0.0, total * tl.exp(largest - new) + tl.exp(x - new))
+                total = tl.where(
+                    new == float("-inf"), 0.0, total * tl.exp(largest - new) + tl.exp(x - new)
+                )
                 largest = new
             maximum = tl.max(largest, 0)
             log_sum = maximum + tl.log(tl.sum(total * tl.exp(largest - maximum), 0))
@@ -62,7 +66,9 @@ if AVAILABLE:
             scale = tl.where(label != ignored, 1.0, 0.0)
             for begin in range(0, vocabulary, BLOCK):
                 inside = begin + offsets < vocabulary
-                x = tl.load(logits + begin + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+                x = tl.load(logits + begin + offsets, mask=inside, other=float("-inf")).to(
+                    tl.float32
+                )
                 slope = scale * (tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(logits + begin + offsets, slope.to(logits.dtype.element_ty), mask=inside)
 
@@ -114,10 +120,16 @@ if AVAILABLE:
             m = tl.where(code < 0, -m, m)
             code = tl.load(exp_avg_sq + place, mask=inside, other=0).to(tl.int32)
             top = tl.load(tops_sq + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
-            v = (tl.where(code == 0, 0, code + top - LARGEST_SQ) << DROPPED).to(tl.float32, bitcast=True)
+            v = (tl.where(code == 0, 0, code + top - LARGEST_SQ) << DROPPED).to(
+                tl.float32, bitcast=True
+            )
         elif bits_of_moments == 16:
-            m = (tl.load(exp_avg + place, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-            v = (tl.load(exp_avg_sq + place, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            m = (tl.load(exp_avg + place, mask=inside).to(tl.int32) << 16).to(
+                tl.float32, bitcast=True
+            )
+            v = (tl.load(exp_avg_sq + place, mask=inside).to(tl.int32) << 16).to(
+                tl.float32, bitcast=True
+            )
         else:
             m = tl.load(exp_avg + place, mask=inside)
             v = tl.load(exp_avg_sq + place, mask=inside)
@@ -202,14 +214,20 @@ if AVAILABLE:
     def _add(total, addend, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < count
-        added = tl.load(total + place, mask=inside) + tl.load(addend + place, mask=inside).to(tl.float32)
+        added = tl.load(total + place, mask=inside) + tl.load(addend + place, mask=inside).to(
+            tl.float32
+        )
         tl.store(total + place, added, mask=inside)
 
     @triton.jit
     def _amax(x, bits, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """Bits of fp32 without their sign, as whole numbers, are ordered as the numbers are; NaN comes last."""
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        numbers = tl.load(x + place, mask=place < count, other=0).to(tl.float32).to(tl.int32, bitcast=True)
+        numbers = (
+            tl.load(x + place, mask=place < count, other=0)
+            .to(tl.float32)
+            .to(tl.int32, bitcast=True)
+        )
         tl.atomic_max(bits, tl.max(numbers & 0x7FFFFFFF, 0))
 
     @triton.jit
@@ -224,13 +242,19 @@ if AVAILABLE:
         # Triton's `/` is off by up to 2 ulp, which would send some numbers to the other side of a tie.
         numbers *= tl.div_rn(1.0, tl.load(scale))
         # Not `clamp`, which would make the largest number of what is not one.
-        numbers = tl.where(numbers > largest, largest, tl.where(numbers < -largest, -largest, numbers))
+        numbers = tl.where(
+            numbers > largest, largest, tl.where(numbers < -largest, -largest, numbers)
+        )
         short = numbers.to(straight.dtype.element_ty)
         if with_straight:
             tl.store(straight + row[:, None] * columns + column[None, :], short, mask=inside)
         if with_turned:
             place = column[:, None] * rows + row[None, :]
-            tl.store(turned + place, tl.trans(short), mask=(column < columns)[:, None] & (row < rows)[None, :])
+            tl.store(
+                turned + place,
+                tl.trans(short),
+                mask=(column < columns)[:, None] & (row < rows)[None, :],
+            )
 
 
 def softmax_cross_entropy_(
@@ -313,13 +337,19 @@ def rms_norm_back(
 
 def _programs(device: torch.device) -> int:
     """As many as run at once; few, since each leaves a row to be summed."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return (
+        4 * torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 3
+    )
 
 
 def add_(total: Tensor, addend: Tensor) -> None:
     """Add to fp32 numbers in place, both contiguous. (PyTorch's addition of two dtypes runs at half the rate of memory.)"""
     block = 4096
-    _add[(triton.cdiv(total.numel(), block),)](total, addend, total.numel(), BLOCK=block, num_warps=8)
+    _add[(triton.cdiv(total.numel(), block),)](
+        total, addend, total.numel(), BLOCK=block, num_warps=8
+    )
 
 
 def amax(x: Tensor) -> Tensor:

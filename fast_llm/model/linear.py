@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from fast_llm.model import kernels
 
-ROWS = 1024  # of a sum that are added at a time, or of a factor that are widened, by way of the cache
+ROWS = (
+    1024  # of a sum that are added at a time, or of a factor that are widened, by way of the cache
+)
 
 
 class Linear(nn.Linear):
@@ -45,7 +47,11 @@ def _without_products() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available():
         return torch.bfloat16, torch.float16
     has = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return tuple(dtype for dtype, there in zip((torch.bfloat16, torch.float16), has, strict=True) if not there)
+    return tuple(
+        dtype
+        for dtype, there in zip((torch.bfloat16, torch.float16), has, strict=True)
+        if not there
+    )
 
 
 _WIDENED = _without_products()  # a plain tuple: the compiler of models would look into a function

@@ -47,7 +47,9 @@ class Llama(nn.Module):
 
     def tie(self) -> None:
         """Make embedding and head one weight, if they are to be and both are here."""
-        both = isinstance(self.model.embed_tokens, Embedding) and isinstance(self.lm_head, nn.Linear)
+        both = isinstance(self.model.embed_tokens, Embedding) and isinstance(
+            self.lm_head, nn.Linear
+        )
         if both and self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -83,7 +85,9 @@ class Head(Linear):
             return super().forward(hidden)
         implementation, splits = self.cross_entropy_impl, self.cross_entropy_splits
         total = getattr(self, "total", None)
-        return cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), implementation, splits, total=total)
+        return cross_entropy(
+            hidden.flatten(0, 1), self.weight, labels.flatten(), implementation, splits, total=total
+        )
 
 
 class Decoder(nn.Module):
@@ -94,10 +98,14 @@ class Decoder(nn.Module):
         transformer = config.transformer
         self.config = transformer
         self.embed_tokens = Embedding(config.vocab_size, transformer.hidden_size)
-        self.layers = nn.ModuleDict({str(number): Block(transformer) for number in range(transformer.num_layers)})
+        self.layers = nn.ModuleDict(
+            {str(number): Block(transformer) for number in range(transformer.num_layers)}
+        )
         self.norm = RMSNorm(transformer)
 
-    def forward(self, tokens: Tensor, positions: Tensor, documents: Documents | Stretches | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, documents: Documents | Stretches | None
+    ) -> Tensor:
         """Hidden states [B, S, E]."""
         hidden = self.embed_tokens(tokens)
         angles = rotary(positions, self.config.rotary, self.config.kv_channels)
@@ -125,7 +133,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, angles: Angles, documents: Documents | Stretches | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, angles: Angles, documents: Documents | Stretches | None
+    ) -> Tensor:
         """The residual stream [B, S, E] after this block."""
         normed, hidden = self.input_layernorm.beside(hidden)
         return self.feed_forward(hidden + self.self_attn(normed, angles, documents))
@@ -215,8 +225,12 @@ def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: i
                 whole.clamp_(low, high)
         if isinstance(weight, DTensor):
             local, mesh = weight.to_local(), weight.device_mesh
-            shape, begin = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
-            local.copy_(whole[tuple(slice(b, b + length) for b, length in zip(begin, shape, strict=True))])
+            shape, begin = compute_local_shape_and_global_offset(
+                weight.shape, mesh, weight.placements
+            )
+            local.copy_(
+                whole[tuple(slice(b, b + length) for b, length in zip(begin, shape, strict=True))]
+            )
         else:
             weight.copy_(whole)
 
@@ -233,18 +247,28 @@ def _spread(name: str, config: BaseModelConfig) -> tuple[float, float | None, fl
     own: tuple[float | None, float | None, float | None]
     match name.split(".")[-2]:
         case "embed_tokens" | "lm_head":
-            own = config.init_method_std_embed, config.init_method_min_embed, config.init_method_max_embed
+            own = (
+                config.init_method_std_embed,
+                config.init_method_min_embed,
+                config.init_method_max_embed,
+            )
         case "q_proj" | "k_proj" | "v_proj":
             own = t.init_method_std_qkv, t.init_method_min_qkv, t.init_method_max_qkv
         case "gate_proj" | "up_proj":
             own = t.init_method_std_mlp_1, t.init_method_min_mlp_1, t.init_method_max_mlp_1
         case "o_proj":
             std = output_std
-            own = t.init_method_std_attn_proj, t.init_method_min_attn_proj, t.init_method_max_attn_proj
+            own = (
+                t.init_method_std_attn_proj,
+                t.init_method_min_attn_proj,
+                t.init_method_max_attn_proj,
+            )
         case _:  # down_proj
             std = output_std
             own = t.init_method_std_mlp_2, t.init_method_min_mlp_2, t.init_method_max_mlp_2
     whole_model = std, t.init_method_min, t.init_method_max
-    own_std, low, high = (general if value is None else value for value, general in zip(own, whole_model, strict=True))
+    own_std, low, high = (
+        general if value is None else value for value, general in zip(own, whole_model, strict=True)
+    )
     assert own_std is not None
     return own_std, low, high

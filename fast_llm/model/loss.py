@@ -44,7 +44,9 @@ class VocabularyPart:
     """Which part of the vocabulary a head is, and how to learn about the whole."""
 
     first: int  # the token of the head's first row
-    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # log Σ exp and label's logit [T]: part → whole
+    combine: Callable[
+        [Tensor, Tensor], tuple[Tensor, Tensor]
+    ]  # log Σ exp and label's logit [T]: part → whole
 
 
 def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> str:
@@ -90,7 +92,14 @@ def cross_entropy(
     by_hidden, by_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
     with torch.no_grad():
         loss, *gradients = _loss_and_gradients(
-            hidden, weight, labels, length, _kernel(implementation, hidden), part, by_hidden, by_weight
+            hidden,
+            weight,
+            labels,
+            length,
+            _kernel(implementation, hidden),
+            part,
+            by_hidden,
+            by_weight,
         )
     # A branch each: zero-bubble pipelines go back to the hidden states first, and to the weight later.
     for x, gradient, into in zip((hidden, weight), gradients, (None, total), strict=True):
@@ -126,7 +135,9 @@ class _Zero(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         gradient = ctx.gradient
         if gradient is None:
-            raise RuntimeError("the cross entropy's backward pass ran twice; its gradients are gone after the first")
+            raise RuntimeError(
+                "the cross entropy's backward pass ran twice; its gradients are gone after the first"
+            )
         # Whoever keeps the loss, PyTorch's pipelines for one, would keep it to the end of the step.
         ctx.gradient = None
         if ctx.total is not None:
@@ -160,7 +171,11 @@ def _loss_and_gradients(
     weight_grad = torch.empty_like(weight, dtype=torch.float32) if with_weight else None
     buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
     size = max(1, _PIECE.get(hidden.device.type, _PIECE["cuda"]) // vocabulary)
-    scratch = None if kernel is not None else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
+    scratch = (
+        None
+        if kernel is not None
+        else hidden.new_empty(min(size, len(buffer)), vocabulary, dtype=torch.float32)
+    )
     for begin in range(0, len(labels), length):
         rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
         logits = product(rows, weight.t(), out=buffer[: len(rows)])  # T V
@@ -181,7 +196,9 @@ def _loss_and_gradients(
     return loss, hidden_grad, weight_grad
 
 
-def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool) -> Tensor:
+def _softmax_cross_entropy_(
+    logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool
+) -> Tensor:
     """The summed loss, fp32; with `gradient` the logits [T, V] are replaced by its gradient.
 
     `scratch` fp32 [≥ T, V]. New memory is what costs on the CPU, so all passes run in place.
@@ -199,7 +216,9 @@ def _softmax_cross_entropy_(logits: Tensor, labels: Tensor, scratch: Tensor, gra
     return loss
 
 
-def _of_part_(logits: Tensor, labels: Tensor, scratch: Tensor, part: VocabularyPart, gradient: bool) -> Tensor:
+def _of_part_(
+    logits: Tensor, labels: Tensor, scratch: Tensor, part: VocabularyPart, gradient: bool
+) -> Tensor:
     """As `_softmax_cross_entropy_`, for the logits of a part of the vocabulary: the loss under all of it."""
     scores = scratch[: len(logits)].copy_(logits)
     kept, own = labels != IGNORED, _own(labels, part, logits.shape[1])
@@ -208,7 +227,9 @@ def _of_part_(logits: Tensor, labels: Tensor, scratch: Tensor, part: VocabularyP
     chosen = torch.where(here, scores.gather(1, index)[:, 0], 0)
     log_sums, chosen = part.combine(torch.logsumexp(scores, -1), chosen)
     if gradient:
-        scores.sub_(log_sums[:, None]).exp_().scatter_add_(1, index, -here[:, None].to(scores.dtype))
+        scores.sub_(log_sums[:, None]).exp_().scatter_add_(
+            1, index, -here[:, None].to(scores.dtype)
+        )
         logits.copy_(scores.mul_(kept[:, None]))
     return torch.where(kept, log_sums - chosen, 0).sum()
 

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+]
 # Operations, so that the compiler of models leaves them alone and a profile names them. Their arguments are those of native.cpp.
 _SCHEMAS = {
     "rms_norm": "Tensor(a!) out, Tensor(b!) inverse, Tensor x, Tensor weight, int rows, int width, float epsilon",
@@ -52,7 +61,9 @@ def usable(x: Tensor, products: bool = False) -> bool:
         return False
     if _Loaded.problem is None:
         load()
-    return _Loaded.library is not None and (not products or _Loaded.products[x.dtype == torch.bfloat16])
+    return _Loaded.library is not None and (
+        not products or _Loaded.products[x.dtype == torch.bfloat16]
+    )
 
 
 def load() -> str:
@@ -61,8 +72,14 @@ def load() -> str:
         _Loaded.problem = ""
         try:
             library = ctypes.CDLL(str(_built()))
-            library.kernel.restype, library.kernel.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int64)
-            has = [ctypes.CFUNCTYPE(ctypes.c_bool)(library.kernel(b"has_products", paired)) for paired in (0, 1)]
+            library.kernel.restype, library.kernel.argtypes = (
+                ctypes.c_void_p,
+                (ctypes.c_char_p, ctypes.c_int64),
+            )
+            has = [
+                ctypes.CFUNCTYPE(ctypes.c_bool)(library.kernel(b"has_products", paired))
+                for paired in (0, 1)
+            ]
             _Loaded.library, _Loaded.products = library, (has[0](), has[1]())
         except subprocess.CalledProcessError as error:
             _Loaded.problem = (error.stderr.strip() or str(error)).splitlines()[0]
@@ -79,7 +96,9 @@ def _built() -> Path:
     path = cached / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         cached.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached) as folder:  # many processes may do so at once; the last one wins
+        with tempfile.TemporaryDirectory(
+            dir=cached
+        ) as folder:  # many processes may do so at once; the last one wins
             new = Path(folder) / "native.so"
             command = [os.environ.get("CXX", "c++"), *_FLAGS, str(_SOURCE), "-o", str(new)]
             command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
@@ -92,7 +111,9 @@ def _processor() -> str:
     """What the compiler's `native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(line for line in lines[:40] if line.startswith(("model", "flags", "Features", "CPU")))
+        return "\n".join(
+            line for line in lines[:40] if line.startswith(("model", "flags", "Features", "CPU"))
+        )
     except OSError:
         return platform.processor()
 
@@ -127,7 +148,9 @@ def softmax_cross_entropy_(
         log_sums = torch.empty(len(labels), dtype=torch.float32)
     chosen = torch.empty_like(log_sums)
     sizes = logits.shape
-    torch.ops.fast_llm.cross_entropy(logits, labels, log_sums, chosen, *sizes, ignored, known, gradient)
+    torch.ops.fast_llm.cross_entropy(
+        logits, labels, log_sums, chosen, *sizes, ignored, known, gradient
+    )
     return log_sums, chosen
 
 
@@ -137,7 +160,11 @@ def take_faster_exact_products() -> bool:
     On AMD's processors MKL, PyTorch's default, keeps to older instructions: 93 GFLOP/s where oneDNN makes 212. "medium" lets
     oneDNN round factors to bf16, which it does with AMX alone (and on Arm): so not there, and not if a product shows it.
     """
-    if platform.machine() != "x86_64" or not torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
+    if (
+        platform.machine() != "x86_64"
+        or not torch.cpu._is_avx512_supported()
+        or torch.cpu._is_amx_tile_supported()
+    ):
         return False
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

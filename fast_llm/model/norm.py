@@ -50,7 +50,9 @@ class _Native(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         by_x, by_weight = torch.empty_like(x), torch.empty_like(weight)
         sizes = inverse.numel(), x.shape[-1]
-        torch.ops.fast_llm.rms_norm_back(by_x, by_weight, grad.contiguous(), x, weight, inverse, *sizes)
+        torch.ops.fast_llm.rms_norm_back(
+            by_x, by_weight, grad.contiguous(), x, weight, inverse, *sizes
+        )
         return by_x, by_weight, None
 
 
@@ -64,7 +66,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor | None, beside: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         if grad is None:
             return beside, None, None
@@ -92,7 +96,9 @@ def _gradients(
 
 
 @torch.library.register_fake("fast_llm::rms_norm_gradients")
-def _(grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
@@ -111,7 +117,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         normed = (x * inverse).flatten(0, -2)  # fp32 T E
-        along = grad.flatten(0, -2).to(torch.float32, copy=True)  # the incoming gradient is not ours to change
+        along = grad.flatten(0, -2).to(
+            torch.float32, copy=True
+        )  # the incoming gradient is not ours to change
         weight_grad = torch.mul(along, normed).sum(0)
         along.mul_(weight)
         # The part of the gradient along x changes nothing but the length, which is divided out.

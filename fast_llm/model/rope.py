@@ -37,7 +37,9 @@ def frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
     low, high = config.low_frequency_factor, config.high_frequency_factor
     blend = (config.original_context_length / wavelengths - low) / (high - low)
     blended = (1 - blend) * turns / config.scale_factor + blend * turns
-    stretched = torch.where(wavelengths > config.original_context_length / low, turns / config.scale_factor, blended)
+    stretched = torch.where(
+        wavelengths > config.original_context_length / low, turns / config.scale_factor, blended
+    )
     return torch.where(wavelengths < config.original_context_length / high, turns, stretched)
 
 
@@ -52,7 +54,9 @@ def rotary(positions: Tensor, config: RotaryConfig, head_dim: int) -> Angles:
     Both halves of D hold the same cosines; the sines' first half is negated, so that turning is
     x · cos + swap(x) · sin.
     """
-    angles = positions[..., None].float() * _frequencies_on(positions.device, config, head_dim)  # B S D/2
+    angles = positions[..., None].float() * _frequencies_on(
+        positions.device, config, head_dim
+    )  # B S D/2
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1)[:, :, None], torch.cat((-sin, sin), dim=-1)[:, :, None]
 
@@ -80,7 +84,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     if native.usable(x) and cos.shape[:2] == x.shape[:2]:
         x = x.contiguous()
         out = torch.empty_like(x)
-        torch.ops.fast_llm.rotate(out, x, cos, sin, x.shape[0] * x.shape[1], *x.shape[2:], direction)
+        torch.ops.fast_llm.rotate(
+            out, x, cos, sin, x.shape[0] * x.shape[1], *x.shape[2:], direction
+        )
         return out
     # Without conversions that convert nothing: where a Function's result is an intermediate tensor itself, PyTorch 2.11's compiler
     # gives gradients of zero (pytorch/pytorch#180642).

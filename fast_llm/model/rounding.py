@@ -71,13 +71,21 @@ def pack_(number: Tensor, codes: Tensor, tops: Tensor, seed: int | None = None) 
         else:
             # Two numbers of one place, a mean and a mean of squares, have chances of their own: the halves of a hash.
             chance = _hash(begin, len(piece), seed, number.device)
-            added = ((chance >> 16 if codes.dtype == torch.int8 else chance & 0xFFFF) << (DROPPED - 16)).to(torch.int32)
+            added = (
+                (chance >> 16 if codes.dtype == torch.int8 else chance & 0xFFFF) << (DROPPED - 16)
+            ).to(torch.int32)
         grid = ((piece & 0x7FFFFFFF) + added) >> DROPPED
         blocks = F.pad(grid, (0, -len(grid) % BLOCK)).view(-1, BLOCK)
         top = blocks.amax(1, keepdim=True)
-        code = (blocks - top + largest).clamp_min_(0 if codes.dtype == torch.int8 else 1).mul_(blocks > 0)
+        code = (
+            (blocks - top + largest)
+            .clamp_min_(0 if codes.dtype == torch.int8 else 1)
+            .mul_(blocks > 0)
+        )
         code = code.flatten()[: len(grid)]
-        into[begin : begin + _PIECE] = torch.where(piece < 0, -code, code) if codes.dtype == torch.int8 else code
+        into[begin : begin + _PIECE] = (
+            torch.where(piece < 0, -code, code) if codes.dtype == torch.int8 else code
+        )
         tops[begin // BLOCK : (begin + len(piece) - 1) // BLOCK + 1] = top.flatten()
 
 

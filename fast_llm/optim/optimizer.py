@@ -34,7 +34,9 @@ def squared_norm(gradients: Mapping[str, Tensor], holders: Mapping[str, int]) ->
     names = [name for name, gradient in gradients.items() if gradient.numel()]
     if not names:
         return torch.zeros((), dtype=torch.float64)
-    squares = torch.stack(torch._foreach_norm([gradients[name] for name in names])).double().square()
+    squares = (
+        torch.stack(torch._foreach_norm([gradients[name] for name in names])).double().square()
+    )
     counts = [holders[name] for name in names]
     if max(counts) == 1:
         return squares.sum()
@@ -71,12 +73,20 @@ class Optimizer:
         self.updates = 0
         first, second = _DTYPES.get(config.moments_dtype, (torch.float32, torch.float32))
         self.exp_avg = {name: torch.zeros_like(w, dtype=first) for name, w in self.weights.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(w, dtype=second) for name, w in self.weights.items()}
+        self.exp_avg_sq = {
+            name: torch.zeros_like(w, dtype=second) for name, w in self.weights.items()
+        }
         # Of 8 bits both have the largest of each block beside them.
-        self.tops = {name: (tops(w), tops(w)) for name, w in self.weights.items() if config.moments_dtype == "int8"}
+        self.tops = {
+            name: (tops(w), tops(w))
+            for name, w in self.weights.items()
+            if config.moments_dtype == "int8"
+        }
         self.groups = {
             decay: [
-                name for name, weight in self.weights.items() if weight.numel() and (weight.dim() > 1) == (decay > 0)
+                name
+                for name, weight in self.weights.items()
+                if weight.numel() and (weight.dim() > 1) == (decay > 0)
             ]
             for decay in {config.weight_decay, 0.0}
         }
@@ -84,7 +94,9 @@ class Optimizer:
             self.groups = {0.0: [name for name, weight in self.weights.items() if weight.numel()]}
 
     @contextmanager
-    def moments(self, changed: bool = False) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    def moments(
+        self, changed: bool = False
+    ) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Both as checkpoints hold them, by name. `changed`: what is written into them is taken over.
 
         Those of 8 bits are bf16 then, which has all of their numbers: where blocks begin depends on the layout, numbers do not. If
@@ -113,7 +125,14 @@ class Optimizer:
         for decay, names in self.groups.items():
             if plain:
                 self._update(
-                    names, self.weights, gradients, self.exp_avg, self.exp_avg_sq, learning_rate, decay, factor
+                    names,
+                    self.weights,
+                    gradients,
+                    self.exp_avg,
+                    self.exp_avg_sq,
+                    learning_rate,
+                    decay,
+                    factor,
                 )
                 continue
             for name in names:  # one weight at a time: its fp32 copies are short-lived
@@ -124,7 +143,15 @@ class Optimizer:
                 else:
                     self._by_copies(name, gradients, learning_rate, decay, factor, seed)
 
-    def _fused(self, name: str, gradient: Tensor, learning_rate: float, decay: float, factor: float, seed: int) -> None:
+    def _fused(
+        self,
+        name: str,
+        gradient: Tensor,
+        learning_rate: float,
+        decay: float,
+        factor: float,
+        seed: int,
+    ) -> None:
         kernels.adamw_(
             self.weights[name],
             self.low.get(name),
@@ -142,16 +169,27 @@ class Optimizer:
         )
 
     def _by_copies(
-        self, name: str, gradients: Mapping[str, Tensor], learning_rate: float, decay: float, factor: float, seed: int
+        self,
+        name: str,
+        gradients: Mapping[str, Tensor],
+        learning_rate: float,
+        decay: float,
+        factor: float,
+        seed: int,
     ) -> None:
         weight, low = self.weights[name], self.low.get(name)
         whole = weight if low is None else join(weight, low)
         first, second = self.exp_avg[name], self.exp_avg_sq[name]
         if self.tops:
-            m, v = (unpack(codes, top) for codes, top in zip((first, second), self.tops[name], strict=True))
+            m, v = (
+                unpack(codes, top)
+                for codes, top in zip((first, second), self.tops[name], strict=True)
+            )
         else:
             m, v = first.float(), second.float()
-        self._update([name], {name: whole}, gradients, {name: m}, {name: v}, learning_rate, decay, factor)
+        self._update(
+            [name], {name: whole}, gradients, {name: m}, {name: v}, learning_rate, decay, factor
+        )
         if low is not None:
             split_(whole, weight, low)
         if self.tops:
@@ -200,7 +238,9 @@ class Optimizer:
 
     def decayed(self) -> tuple[int, int]:
         """How many of the weights on this process decay, and how many do not."""
-        with_decay = sum(self.weights[name].numel() for name in self.groups.get(self.config.weight_decay, []))
+        with_decay = sum(
+            self.weights[name].numel() for name in self.groups.get(self.config.weight_decay, [])
+        )
         total = sum(weight.numel() for weight in self.weights.values())
         return (with_decay, total - with_decay) if self.config.weight_decay else (0, total)
 

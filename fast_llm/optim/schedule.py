@@ -23,7 +23,9 @@ def learning_rate(update: int, config: LearningRateConfig) -> float:
         return config.base
     if update >= config.decay_iterations:
         return config.minimum
-    progress = (update - config.warmup_iterations) / (config.decay_iterations - config.warmup_iterations)
+    progress = (update - config.warmup_iterations) / (
+        config.decay_iterations - config.warmup_iterations
+    )
     progress **= config.decay_power
     if config.decay_style == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))

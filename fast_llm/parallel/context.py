@@ -32,10 +32,14 @@ def apply_context_parallel(block: Block, axis: Axis) -> None:
         block.self_attn.core = partial(_attention, axis.mesh)
 
 
-def _attention(mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -> Tensor:
+def _attention(
+    mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool
+) -> Tensor:
     """q [B, S/n, H, D], k and v [B, S/n, K, D] → [B, S/n, H, D]."""
     own = torch.stack((k, v), dim=2)[None]
-    every = DTensor.from_local(own, mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
+    every = DTensor.from_local(own, mesh, [Shard(0)], run_check=False).redistribute(
+        placements=[Replicate()]
+    )
     rows = every.to_local(grad_placements=[Partial()]).flatten(0, 2)  # n·B·S/n, 2, K, D
     keys, values = rows.index_select(0, stretches.index).unbind(1)
     return attend(q.flatten(0, 1), keys, values, stretches, flash).view(q.shape)
@@ -61,9 +65,13 @@ def cut(batch: Batch, rank: int, size: int) -> Batch:
     )
 
 
-def _stretches(documents: Documents | None, rows: int, length: int, pieces: tuple[int, ...], size: int) -> Stretches:
+def _stretches(
+    documents: Documents | None, rows: int, length: int, pieces: tuple[int, ...], size: int
+) -> Stretches:
     """Each document's part of each piece, with all of its keys up to there."""
-    ends = np.cumsum(documents.lengths) if documents is not None else np.arange(1, rows + 1) * length
+    ends = (
+        np.cumsum(documents.lengths) if documents is not None else np.arange(1, rows + 1) * length
+    )
     begins = np.concatenate(([0], ends[:-1]))
     piece = length // (2 * size)
     queries, keys, index = [], [], []
@@ -84,5 +92,7 @@ def _places(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray
     number, offset = np.divmod(position, length // (2 * size))
     back = number >= size
     process = np.where(back, 2 * size - 1 - number, number)
-    places: np.ndarray = (process * rows + row) * (length // size) + back * (length // (2 * size)) + offset  # type: ignore[type-arg]
+    places: np.ndarray = (
+        (process * rows + row) * (length // size) + back * (length // (2 * size)) + offset
+    )  # type: ignore[type-arg]
     return places

@@ -29,7 +29,9 @@ from fast_llm.errors import ConfigError, Elsewhere, TrainingStopped, UserError
 _LOOK = 0.5  # seconds between looks at the store
 _TOGETHER = 1.0  # seconds in which a mistake that all processes meet reaches all of them
 _UNWIND = 5.0  # seconds that a process has to leave after another failed, and that it waits for the message of that one
-_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")  # as gloo and NCCL say it
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited"
+)  # as gloo and NCCL say it
 _LOST_MESSAGE = "another process of this run has ended without a message: its host's log, or the launcher, says why"
 _STORE_FAILS = (RuntimeError, ValueError, OSError)  # the store is gone with the process that had it
 
@@ -49,7 +51,9 @@ class Failures:
         self.posted = self.parted = False
         self.gone = self.watching = False  # the store; the thread that looks into it
         self.lock = threading.Lock()
-        self.informed = threading.Event()  # the watching thread knows that the failure of another process was printed
+        self.informed = (
+            threading.Event()
+        )  # the watching thread knows that the failure of another process was printed
         self.failing = False  # this process is about to end by an error of its own
 
     @classmethod
@@ -64,10 +68,17 @@ class Failures:
         if dist.is_initialized():
             return cls(dist.distributed_c10d._get_default_store(), rank, size, timeout)
         try:
-            return cls(next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0], rank, size, timeout)
+            return cls(
+                next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0],
+                rank,
+                size,
+                timeout,
+            )
         except ValueError as error:  # the environment lacks the address
             raise ConfigError(
-                [f"WORLD_SIZE is {size} in the environment: start the processes with torchrun, or unset it ({error})"]
+                [
+                    f"WORLD_SIZE is {size} in the environment: start the processes with torchrun, or unset it ({error})"
+                ]
             ) from error
         except RuntimeError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a host says so
@@ -127,7 +138,9 @@ class Failures:
         """What fails inside is reported once, and ends all processes. `leave`: ends this process, which does not come out by
         itself, with an exit code; `saved`: a sentence about what was saved."""
         ended = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(ended, leave), name="failures", daemon=True)
+        watcher = threading.Thread(
+            target=self._watch, args=(ended, leave), name="failures", daemon=True
+        )
         if self.store is not None:
             self.watching = True
             watcher.start()
@@ -172,7 +185,9 @@ class Failures:
         if isinstance(error, UserError):
             print(f"fast-llm train: {_together(posted, self.size)}", file=sys.stderr, flush=True)
         else:
-            sys.excepthook(type(error), error, error.__traceback__)  # PyTorch's, with the rank in front of each line
+            sys.excepthook(
+                type(error), error, error.__traceback__
+            )  # PyTorch's, with the rank in front of each line
             for rank, (host, other, _) in posted.items():
                 if other.splitlines()[-1:] != text.splitlines()[-1:]:
                     print(f"rank {rank} on {host}: {other}", file=sys.stderr)

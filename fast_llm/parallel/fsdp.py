@@ -30,7 +30,9 @@ from fast_llm.model.llama import Head, Llama
 class ShardedWeights:
     """The weights of a model, sharded over the processes of a mesh."""
 
-    def __init__(self, models: Sequence[Llama], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype):
+    def __init__(
+        self, models: Sequence[Llama], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
+    ):
         """`models`: the model, or this process's stages of it; they may be on the meta device. Shards are allocated here,
         with undefined values."""
         policy = MixedPrecisionPolicy(
@@ -38,14 +40,18 @@ class ShardedWeights:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # rotary angles stay fp32
         )
-        self.low: dict[str, Tensor] = {}  # shards are small and have no bf16 weight beside them: fp32 as a whole
+        self.low: dict[
+            str, Tensor
+        ] = {}  # shards are small and have no bf16 weight beside them: fp32 as a whole
         self.models: list[FSDPModule] = []
         self.zero_stage = zero_stage
         # Taken now: while weights are gathered the module shows these instead of the shards.
         self.parameters: dict[str, nn.Parameter] = {}
         for model in models:
             for block in model.model.layers.values():
-                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3)
+                fully_shard(
+                    block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3
+                )
             if isinstance(model.lm_head, Head) and not model.config.tie_word_embeddings:
                 # Else its gradient would wait for the embedding's, which comes last, with nothing left to do meanwhile.
                 fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -81,7 +87,9 @@ class ShardedWeights:
         return {
             name: math.prod(
                 mesh_size
-                for mesh_size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+                for mesh_size, placement in zip(
+                    tensor.device_mesh.shape, tensor.placements, strict=True
+                )
                 if placement.is_replicate()
             )
             for name, tensor in self.tensors.items()

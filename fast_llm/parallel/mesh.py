@@ -77,12 +77,21 @@ class Mesh:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
-            here, gpus = os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1)), torch.cuda.device_count()
+            here, gpus = (
+                os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1)),
+                torch.cuda.device_count(),
+            )
             problem = ConfigError(
-                [f"--nproc_per_node: given {here}, must be at most {gpus}: {socket.gethostname()} has so many GPUs"]
+                [
+                    f"--nproc_per_node: given {here}, must be at most {gpus}: {socket.gethostname()} has so many GPUs"
+                ]
             )
         self.failures.arrive(problem, timeout)
-        sizes = {"pipeline": pipeline, "data": self.size // (pipeline * context * tensor), "context": context}
+        sizes = {
+            "pipeline": pipeline,
+            "data": self.size // (pipeline * context * tensor),
+            "context": context,
+        }
         sizes["tensor"] = tensor
         sharing = sizes["data"] * context  # processes that share training state
         shard = min(shard_size or sharing, sharing)
@@ -106,7 +115,9 @@ class Mesh:
             kind = self.device.type
             axes = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
             spread = init_device_mesh(
-                kind, (pipeline, self.copies, shard, tensor), mesh_dim_names=("pipeline", "copies", "shard", "tensor")
+                kind,
+                (pipeline, self.copies, shard, tensor),
+                mesh_dim_names=("pipeline", "copies", "shard", "tensor"),
             )
             self.weights = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
             axes_of_weights = spread
@@ -124,7 +135,9 @@ class Mesh:
 
     def sum(self, *numbers: torch.Tensor | float) -> list[float]:
         """Each number summed over all processes. The step's one synchronisation with the device."""
-        stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers])
+        stacked = torch.stack(
+            [torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers]
+        )
         if self.size > 1:
             dist.all_reduce(stacked)
         values: list[float] = stacked.tolist()

@@ -122,7 +122,10 @@ class Pipeline:
         kind: Any = get_schedule_class(SCHEDULES[schedule])
         several = schedule not in ("gpipe", "1f1b")
         self.schedule = kind(
-            self.stages if several else self.stages[0], in_flight, loss_fn=self._weigh, scale_grads=False
+            self.stages if several else self.stages[0],
+            in_flight,
+            loss_fn=self._weigh,
+            scale_grads=False,
         )
         self.seed = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -139,7 +142,9 @@ class Pipeline:
             return self._run(batches, 1.0, self.schedule.eval)
         # PyTorch 2.13 goes through the backward actions as well, and fails where two stages of a process are neighbours.
         whole = plans[self.axis.rank]
-        plans[self.axis.rank] = [action for action in whole if action.computation_type.value in _FORWARD]
+        plans[self.axis.rank] = [
+            action for action in whole if action.computation_type.value in _FORWARD
+        ]
         try:
             return self._run(batches, 1.0, self.schedule.eval)
         finally:

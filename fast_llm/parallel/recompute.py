@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from fast_llm.model.llama import Block
 
@@ -62,11 +66,15 @@ def _recomputed(function: Callable[..., Tensor], keep_products: bool) -> Callabl
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
 
     def recomputed(x: Tensor, *further: Any) -> Tensor:
-        out: Tensor = checkpoint(function, x, *further, use_reentrant=False, preserve_rng_state=False, **contexts)
+        out: Tensor = checkpoint(
+            function, x, *further, use_reentrant=False, preserve_rng_state=False, **contexts
+        )
         return out
 
     return recomputed
 
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    )

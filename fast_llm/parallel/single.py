@@ -26,7 +26,9 @@ from fast_llm.model.rounding import join, split_
 class SingleWeights:
     """The weights of a model on one device."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, lean: bool = False):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, lean: bool = False
+    ):
         """`model` may be on the meta device; its weights are allocated here, with undefined values. `lean`: as suits a
         GPU, keep masters of bf16 weights in halves and let products add to the gradients."""
         model.to(dtype).to_empty(device=device)
@@ -35,7 +37,9 @@ class SingleWeights:
         self.low: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
         if dtype == torch.bfloat16 and lean:
-            self.low = {name: torch.zeros_like(p, dtype=torch.int16) for name, p in self.working.items()}
+            self.low = {
+                name: torch.zeros_like(p, dtype=torch.int16) for name, p in self.working.items()
+            }
         else:
             self.tensors = {
                 name: torch.empty_like(p, dtype=torch.float32) if self.mixed else p.detach()
@@ -44,7 +48,9 @@ class SingleWeights:
         self.gradients: dict[str, Tensor] = {}
         self._fused = self._fuse(model) if self.mixed and lean else {}
         self.gradients |= self._fused
-        self._fresh = self.working.keys() - self._fused.keys()  # those that hold nothing of this step yet
+        self._fresh = (
+            self.working.keys() - self._fused.keys()
+        )  # those that hold nothing of this step yet
         if self.mixed:
             for name, parameter in self.working.items():
                 parameter.register_post_accumulate_grad_hook(self._accumulate(name))

@@ -20,7 +20,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from fast_llm.model.embedding import embed
 from fast_llm.model.linear import project
@@ -50,7 +57,10 @@ def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
     gather = partial(_gather, mesh=axis.mesh, between=between)
     scatter = partial(_scatter, mesh=axis.mesh, between=between)
     # One function for all modules of a kind, bound to each: a `partial` for each would be compiled anew for each block.
-    norm, summed = partial(_norm, sequence=sequence), partial(_summed, sequence=sequence, scatter=scatter)
+    norm, summed = (
+        partial(_norm, sequence=sequence),
+        partial(_summed, sequence=sequence, scatter=scatter),
+    )
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
         if isinstance(module, SelfAttention | MLP):
@@ -75,16 +85,24 @@ def _cut(module: str, kind: str) -> Placement:
 
 def _gather(x: Tensor, mesh: DeviceMesh, between: Placement) -> Tensor:
     """What lies between the matrices, whole [B, S, E] on each process, each of which makes a part of its gradient."""
-    whole = DTensor.from_local(x, mesh, [between], run_check=False).redistribute(placements=[Replicate()])
+    whole = DTensor.from_local(x, mesh, [between], run_check=False).redistribute(
+        placements=[Replicate()]
+    )
     return whole.to_local(grad_placements=[Partial()])
 
 
 def _scatter(x: Tensor, mesh: DeviceMesh, between: Placement) -> Tensor:
     """The sum of what each process has [B, S, E], as it lies between the matrices."""
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[between]).to_local()
+    return (
+        DTensor.from_local(x, mesh, [Partial()], run_check=False)
+        .redistribute(placements=[between])
+        .to_local()
+    )
 
 
-def _gathered(forward: Callable[..., Tensor], gather: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _gathered(
+    forward: Callable[..., Tensor], gather: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
     def gathered(x: Tensor, *further: object) -> Tensor:
         return forward(gather(x), *further)
 
@@ -100,16 +118,22 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return project(x, _local(module.weight), None if module.bias is None else _local(module.bias))
 
 
-def _summed(module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]) -> Tensor:
+def _summed(
+    module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]
+) -> Tensor:
     out = scatter(project(x, _local(module.weight)))
-    return out if module.bias is None else out + _local(module.bias, shared=sequence)  # once, not once a process
+    return (
+        out if module.bias is None else out + _local(module.bias, shared=sequence)
+    )  # once, not once a process
 
 
 def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> tuple[Tensor, Tensor]:
     return rms_norm_beside(x, _local(module.weight, shared=sequence), module.epsilon)
 
 
-def _embedding(module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+def _embedding(
+    module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor], tokens: Tensor
+) -> Tensor:
     weight = _local(module.weight)
     own = tokens - axis.rank * len(weight)
     elsewhere = (own < 0) | (own >= len(weight))
@@ -118,7 +142,11 @@ def _embedding(module: Embedding, axis: Axis, scatter: Callable[[Tensor], Tensor
 
 
 def _head(
-    head: Head, axis: Axis, gather: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor | None = None
+    head: Head,
+    axis: Axis,
+    gather: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
     weight, hidden = _local(head.weight), gather(hidden)
     if labels is None:
@@ -139,5 +167,7 @@ def _head(
 def _combine(axis: Axis, log_sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     assert axis.mesh is not None
     mine = torch.stack((log_sums, chosen))[None]
-    parts = DTensor.from_local(mine, axis.mesh, [Shard(0)], run_check=False).full_tensor()  # processes, 2, T
+    parts = DTensor.from_local(
+        mine, axis.mesh, [Shard(0)], run_check=False
+    ).full_tensor()  # processes, 2, T
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)

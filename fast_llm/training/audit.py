@@ -40,7 +40,9 @@ def verify(paths: list[str]) -> list[str]:
             else:
                 manifest = folders.verify(path)
                 size = sum(entry["size"] for entry in manifest.files.values())
-                whole.append(f"{path}: {manifest.kind} of step {manifest.step}, whole, {readable_bytes(size)}")
+                whole.append(
+                    f"{path}: {manifest.kind} of step {manifest.step}, whole, {readable_bytes(size)}"
+                )
         except UserError as error:
             wrong += str(error).splitlines()
     if wrong:
@@ -92,7 +94,9 @@ class StepData:
                 )
                 counts[part["file"]] += part["tokens"]
         total = sum(counts.values())
-        shares = [f"  {name}: {100 * n / total:.1f} % of the tokens" for name, n in counts.most_common()]
+        shares = [
+            f"  {name}: {100 * n / total:.1f} % of the tokens" for name, n in counts.most_common()
+        ]
         undone = [
             f"  (from step {one['after'] + 1} to the spike at step {one['spike']} the run was undone, and went on with later data)"
             for one in self.undone
@@ -108,7 +112,9 @@ def why(run: str, step: int) -> StepData:
     """
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
-        raise DataError(f"{folder}: no config.yaml in it; give the experiment folder of a training run")
+        raise DataError(
+            f"{folder}: no config.yaml in it; give the experiment folder of a training run"
+        )
     document = read(str(folder / "config.yaml"), [])
     config = validate(TrainConfig, document)
     if not 1 <= step <= config.training.train_iters:
@@ -134,7 +140,9 @@ def why(run: str, step: int) -> StepData:
         walk = Walk(source.inputs, order.sequence_length, order.seed, state.key, state.drawn)
         stream, number, epoch = walk.find(inside)
         documents = _documents(source.cut_from(stream), number, tokenizer)
-        sequences.append({"index": index, "source": state.name, "epoch": epoch, "documents": documents})
+        sequences.append(
+            {"index": index, "source": state.name, "epoch": epoch, "documents": documents}
+        )
     undone = [one for one in passed_over if one["after"] < step <= one["spike"]]
     return StepData(step, order.sequence_length, sequences, undone, note)
 
@@ -146,7 +154,12 @@ def _documents(
     found: list[dict[str, Any]] = []
     tokens, at = source.read(number).tokens, 0
     for part in source.locate(number):
-        entry = {"file": part.prefix, "document": part.document, "first_token": part.begin, "tokens": part.tokens}
+        entry = {
+            "file": part.prefix,
+            "document": part.document,
+            "first_token": part.begin,
+            "tokens": part.tokens,
+        }
         if tokenizer is not None:
             shown = tokens[at : min(at + part.tokens, at + _SHOWN)].tolist()
             entry["text"] = tokenizer.decode(shown)[:_SHOWN]
@@ -188,7 +201,9 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
         history, notes = History.model_validate(info["history"]), list[str]()
     else:
         history, notes = recover(info, folder, data, vocabulary)
-        notes.append("version 0.1 did not record changes of data: steps before one are shown as if it had been then")
+        notes.append(
+            "version 0.1 did not record changes of data: steps before one are shown as if it had been then"
+        )
     history = history.with_batches(info["step"], info["samples"], size)
     history = history.with_data(info["samples"], config, data.phases["training"])
     return history, _passed_over(folder), "; ".join(notes)
@@ -213,5 +228,9 @@ def _passed_over(folder: Path) -> list[dict[str, int]]:
     found: list[dict[str, int]] = list(folders.read_manifest(newest).info.get("passed_over", []))
     records = read_records(folder)
     start = max((record["run"] for record in records if "run" in record), default=0)
-    since = [one for one in records if one.get("phase") == "rewind" and one["run"] == start and one["after"] >= step]
+    since = [
+        one
+        for one in records
+        if one.get("phase") == "rewind" and one["run"] == start and one["after"] >= step
+    ]
     return found + [{name: one[name] for name in ("after", "spike", "sequences")} for one in since]

@@ -53,7 +53,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEEK = 7 * 24 * 3600.0
 
 
-def train(plan: Plan, interrupt: Interrupt | None = None, locating: AbstractContextManager[None] | None = None) -> int:
+def train(
+    plan: Plan,
+    interrupt: Interrupt | None = None,
+    locating: AbstractContextManager[None] | None = None,
+) -> int:
     """Train as planned; the exit code: 0, or 128 and the signal that ended the run early (but for SIGUSR1), here or elsewhere.
 
     `interrupt`: of a process that ends after this; others get their signals back. `locating`: adds the place of a setting to
@@ -163,14 +167,34 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
                 f"Training on the CPU without our own kernels, about half as fast: they could not be built ({problem});"
                 " install a C++ compiler (g++ or clang++ with OpenMP), or name one in the environment variable CXX."
             )
-        if mesh.device.type == "cuda" and _parts_documents(config) and (problem := cudnn.load(mesh.device)):
-            logger.info(f"Attention within documents goes through PyTorch's kernel, not cuDNN: {problem}.")
+        if (
+            mesh.device.type == "cuda"
+            and _parts_documents(config)
+            and (problem := cudnn.load(mesh.device))
+        ):
+            logger.info(
+                f"Attention within documents goes through PyTorch's kernel, not cuDNN: {problem}."
+            )
         models, weights = build_model(config, mesh)
         pipeline = build_pipeline(config, plan.batch, models, mesh)
-        optimizer = Optimizer(weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh))
-        loss_scale = LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype)
+        optimizer = Optimizer(
+            weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh)
+        )
+        loss_scale = LossScale(
+            config.optimizer.gradient_scaler, config.model.distributed.training_dtype
+        )
         spikes = Spikes(config.training.spikes)
-        step = Step(models[0], weights, optimizer, loss_scale, mesh, config.optimizer, pipeline, watchdog.mark, spikes)
+        step = Step(
+            models[0],
+            weights,
+            optimizer,
+            loss_scale,
+            mesh,
+            config.optimizer,
+            pipeline,
+            watchdog.mark,
+            spikes,
+        )
         trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
         interrupt.follows = trainer.on_signal
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
@@ -202,7 +226,9 @@ def _note_complete() -> None:
         try:
             Path(path).touch()
         except OSError as error:
-            logger.warning(f"FAST_LLM_COMPLETE_FILE: {path}: {error.strerror}; the launcher may start this run again.")
+            logger.warning(
+                f"FAST_LLM_COMPLETE_FILE: {path}: {error.strerror}; the launcher may start this run again."
+            )
 
 
 def _parts_documents(config: TrainConfig) -> bool:
@@ -217,23 +243,35 @@ def decide(plan: Plan, mesh: Mesh, memory: float) -> Plan:
     config = plan.config
     if plan.checkpoint is not None and config.optimizer.moments_dtype == "auto":
         before = checkpoints.read_manifest(plan.checkpoint).info["settings"]["optimizer"]
-        config = with_layout(config, {"optimizer.moments_dtype": before.get("moments_dtype", "fp32")})
+        config = with_layout(
+            config, {"optimizer.moments_dtype": before.get("moments_dtype", "fp32")}
+        )
     config = settle(config, mesh.size, memory, _kind(config, mesh.device))
-    return replace(plan, config=config, batch=plan_batch(config.batch, mesh.data.size, mesh.pipeline.size > 1))
+    return replace(
+        plan, config=config, batch=plan_batch(config.batch, mesh.data.size, mesh.pipeline.size > 1)
+    )
 
 
 def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:
-    if config.model.distributed.fp8 and mesh.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if (
+        config.model.distributed.fp8
+        and mesh.device.type == "cuda"
+        and torch.cuda.get_device_capability() < (8, 9)
+    ):
         name = torch.cuda.get_device_name()
         raise ConfigError(
-            [f"model.distributed.fp8: given yes, which {name} can not do: leave it out, or take a newer GPU"]
+            [
+                f"model.distributed.fp8: given yes, which {name} can not do: leave it out, or take a newer GPU"
+            ]
         )
 
 
 def _kind(config: TrainConfig, device: torch.device) -> str:
     """What the device is to the forecast."""
     dtype = DTYPES[config.model.distributed.training_dtype]
-    return WIDENING if device.type == "cpu" and widened(torch.empty(0, dtype=dtype)) else device.type
+    return (
+        WIDENING if device.type == "cpu" and widened(torch.empty(0, dtype=dtype)) else device.type
+    )
 
 
 def _memory(mesh: Mesh) -> float:
@@ -255,7 +293,9 @@ def _tell_memory(plan: Plan, mesh: Mesh, memory: float) -> None:
         )
 
 
-def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWeights | ShardedWeights]:
+def build_model(
+    config: TrainConfig, mesh: Mesh
+) -> tuple[list[Llama], SingleWeights | ShardedWeights]:
     """The model, or this process's stages of it, with weights in place but undefined, spread as the configuration says.
 
     The order: which layers are here, what is recomputed, how sequences and matrices are cut, what is compiled, what is
@@ -272,7 +312,9 @@ def build_model(config: TrainConfig, mesh: Mesh) -> tuple[list[Llama], SingleWei
         kernels.AVAILABLE = False
     sizes = stage_sizes(config)
     models = []
-    for stage in own_stages(settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)):
+    for stage in own_stages(
+        settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)
+    ):
         with torch.device("meta"):
             model = Llama(settings.base_model, implementation)
         keep_stage(model, sizes, stage)
@@ -296,7 +338,9 @@ def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
     return mesh.device.type == "cuda" and config.run.enable_triton_kernels and kernels.AVAILABLE
 
 
-def build_pipeline(config: TrainConfig, batch: BatchPlan, models: list[Llama], mesh: Mesh) -> Pipeline | None:
+def build_pipeline(
+    config: TrainConfig, batch: BatchPlan, models: list[Llama], mesh: Mesh
+) -> Pipeline | None:
     """What runs the stages, if there are any."""
     if mesh.pipeline.size == 1:
         return None

@@ -119,7 +119,9 @@ class Wandb(logging.Handler):
                     start_new_session=True,  # Ctrl-C in a terminal is for training alone, and no login is asked for
                 )
         except OSError as error:
-            logger.warning(f"Weights & Biases could not be started: {error}. Training continues without it.")
+            logger.warning(
+                f"Weights & Biases could not be started: {error}. Training continues without it."
+            )
             return
         assert self.process.stdin is not None and self.process.stdout is not None
         self.inlet, self.outlet = self.process.stdin.fileno(), self.process.stdout.fileno()
@@ -206,7 +208,9 @@ class Wandb(logging.Handler):
                 self.recorded_in = message["folder"]
             else:
                 self.warned |= message["level"] == "warning"
-                logger.log(logging.getLevelNamesMapping()[message["level"].upper()], message["text"])
+                logger.log(
+                    logging.getLevelNamesMapping()[message["level"].upper()], message["text"]
+                )
         return more
 
     def _end(self, why: str) -> None:
@@ -219,7 +223,11 @@ class Wandb(logging.Handler):
         with suppress(BrokenPipeError), process:  # closes its pipes, and waits
             pass
         if not self.warned and (why or process.returncode):
-            upload = f" `wandb sync {self.recorded_in}` uploads what it took;" if self.recorded_in else ""
+            upload = (
+                f" `wandb sync {self.recorded_in}` uploads what it took;"
+                if self.recorded_in
+                else ""
+            )
             logger.warning(
                 f"Weights & Biases {why or 'has failed'}: training continues without it;{upload} metrics.jsonl has everything."
             )
@@ -233,12 +241,17 @@ def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str
         try:
             known = yaml.safe_load(identity.read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
-            logger.warning(f"{identity} cannot be read: {error}. This start begins another chart.".replace("\n", " "))
+            logger.warning(
+                f"{identity} cannot be read: {error}. This start begins another chart.".replace(
+                    "\n", " "
+                )
+            )
     chart = known.get("id") if isinstance(known, dict) else None
     named = {
         "id": chart if isinstance(chart, str) else uuid.uuid4().hex[:8],
         "project": settings.project_name,
-        "name": config.run.experiment_name or (run.folder.name if run.folder is not None else "default"),
+        "name": config.run.experiment_name
+        or (run.folder.name if run.folder is not None else "default"),
         "entity": settings.entity_name,
         "group": settings.group_name,
     }
@@ -246,12 +259,16 @@ def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str
         try:
             write_whole(identity, yaml.safe_dump(named))
         except OSError as error:
-            logger.warning(f"{identity} cannot be written: {error.strerror}. The next start begins another chart.")
+            logger.warning(
+                f"{identity} cannot be written: {error.strerror}. The next start begins another chart."
+            )
     return {
         **named,
         "config": config.model_dump(mode="json"),
         "resume": "allow",
         "save_code": False,
-        "dir": str(run.folder) if run.folder is not None else tempfile.mkdtemp(prefix="fast-llm-wandb-"),
+        "dir": str(run.folder)
+        if run.folder is not None
+        else tempfile.mkdtemp(prefix="fast-llm-wandb-"),
         "process": os.getpid(),
     }

@@ -31,13 +31,22 @@ def convert(config: ConvertConfig) -> None:
         logger.info(f"{output} is there already.")
         return
     if output.exists():
-        raise CheckpointError(f"{output}: is there already; choose another output.path (or exist_ok=yes to keep it)")
+        raise CheckpointError(
+            f"{output}: is there already; choose another output.path (or exist_ok=yes to keep it)"
+        )
     if source.format == "distributed":
-        _export(Path(source.path).expanduser(), output, target.data_type, target.parameters_per_file)
+        _export(
+            Path(source.path).expanduser(), output, target.data_type, target.parameters_per_file
+        )
     elif target.format == "distributed":
         _import(llama.fetch(source.path, weights=True), output)
     else:
-        _copy(llama.fetch(source.path, weights=True), output, target.data_type, target.parameters_per_file)
+        _copy(
+            llama.fetch(source.path, weights=True),
+            output,
+            target.data_type,
+            target.parameters_per_file,
+        )
     logger.info(f"Wrote {output}.")
 
 
@@ -97,7 +106,9 @@ def _import(path: Path, output: Path) -> None:
     llama.read_json(path / "config.json")
     small = llama.small_files(path)
     kept = output.parent.parent / "pretrained"
-    if (kept / "config.json").exists() and (kept / "config.json").read_bytes() != small["config.json"]:
+    if (kept / "config.json").exists() and (kept / "config.json").read_bytes() != small[
+        "config.json"
+    ]:
         raise CheckpointError(
             f"{kept}: holds the files of another model, which this one's would replace; choose an output.path two folders"
             " below one of its own, as in <folder>/checkpoint/0"
@@ -106,9 +117,16 @@ def _import(path: Path, output: Path) -> None:
     dtype = llama.stored_dtype(path, original)
     info = {
         "step": 0,
-        "settings": {"model": {"base_model": model.model_dump(mode="json"), "distributed": {"training_dtype": dtype}}},
+        "settings": {
+            "model": {
+                "base_model": model.model_dump(mode="json"),
+                "distributed": {"training_dtype": dtype},
+            }
+        },
     }
-    written = state.save(output.parent, 0, {f"weight/{name}": weight for name, weight in weights.items()}, info)
+    written = state.save(
+        output.parent, 0, {f"weight/{name}": weight for name, weight in weights.items()}, info
+    )
     if written != output:
         written.rename(output)
     for name, data in small.items():

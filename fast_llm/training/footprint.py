@@ -21,7 +21,10 @@ from fast_llm.model.cost import shapes
 _ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
 STRETCH = {"cuda": 2**29, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
-MOMENTS = {"bf16": 4, "int8": 2 * (1 + 2 / 128)}  # model/rounding.py: two bytes for each block of 128
+MOMENTS = {
+    "bf16": 4,
+    "int8": 2 * (1 + 2 / 128),
+}  # model/rounding.py: two bytes for each block of 128
 
 # A CPU that has no products in the dtype that is computed in, and makes them in fp32 (model/linear.py).
 WIDENING = "widening cpu"
@@ -66,7 +69,8 @@ class Layout:
             micro_batches=batch.micro_batches,
             padding=batch.padding,
             tensor=distributed.tensor_parallel,
-            sequence_tensor=distributed.sequence_tensor_parallel and distributed.tensor_parallel > 1,
+            sequence_tensor=distributed.sequence_tensor_parallel
+            and distributed.tensor_parallel > 1,
             context=distributed.sequence_data_parallel,
             pipeline=distributed.pipeline_parallel,
             stages=tuple(stage_sizes(config)),
@@ -125,7 +129,9 @@ class Shape:
         """From a configuration."""
         base: BaseModelConfig = config.model.base_model
         t = base.transformer
-        block = [shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")]
+        block = [
+            shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")
+        ]
         return Shape(
             layers=t.num_layers,
             hidden=t.hidden_size,
@@ -144,7 +150,8 @@ class Shape:
             flash=t.use_flash_attention,
             loss=base.cross_entropy_impl,
             splits=base.cross_entropy_splits,
-            halves=config.model.distributed.training_dtype == "bf16" and config.run.enable_triton_kernels,
+            halves=config.model.distributed.training_dtype == "bf16"
+            and config.run.enable_triton_kernels,
             fp8=config.model.distributed.fp8,
             packed=not config.batch.cross_document_attention and config.data.format != "random",
             batch_size=batch_size,
@@ -232,14 +239,23 @@ class Memory:
             return x
         if level == "selective":  # products, and attention's results
             return 3 * x + (A + 2 * K + 2 * F) * T * w + results
-        rounded = A * T * w if self.widens else 0.0  # attention's result, as the next product takes it
+        rounded = (
+            A * T * w if self.widens else 0.0
+        )  # attention's result, as the next product takes it
         seen = norm
         mlp = norm + (3 if once or self.cpu else 4) * F * T * w
         if fp8:  # each product keeps what it saw; what several saw is one with the compiler
             rounded = A * T
             seen = (1 if once else 3) * T * E + 4 * R
-            mlp = (1 if once else 2) * T * E + 4 * R + (2 if once or self.cpu else 3) * F * T * w + F * T
-        front = x + seen + inputs + results + rounded + x  # and the residual stream between attention and MLP
+            mlp = (
+                (1 if once else 2) * T * E
+                + 4 * R
+                + (2 if once or self.cpu else 3) * F * T * w
+                + F * T
+            )
+        front = (
+            x + seen + inputs + results + rounded + x
+        )  # and the residual stream between attention and MLP
         inner = {
             "none": mlp,
             "activation": norm + 2 * F * T * w + x,  # the result of the last product, too
@@ -287,20 +303,31 @@ class Memory:
         if not self.cpu and self.shape.flash:
             # Of the queries and, for each query head, of keys and values in fp32; and the results. The MLP's share is gone.
             widest = max(
-                widest, 4 * self.A * (T + 2 * self.keys) + w * (2 * self.A * T + 2 * self.K * self.keys) - 3 * F * T * w
+                widest,
+                4 * self.A * (T + 2 * self.keys)
+                + w * (2 * self.A * T + 2 * self.K * self.keys)
+                - 3 * F * T * w,
             )
         if self.shape.fp8:
             # The gradient and the weight in fp8, and in fp32 on their way where there is no kernel; then both products. What down's
             # product saw is gone.
             there, wide = F * T * (2 * w + 1), 4 if self.cpu else 0
-            widest = max(widest, there + wide * F * T, there + E * F * (1 + wide), there + E * F * (1 + w) + T * E * w)
+            widest = max(
+                widest,
+                there + wide * F * T,
+                there + E * F * (1 + wide),
+                there + E * F * (1 + w) + T * E * w,
+            )
         if self.shape.fp8 or not self.widens:
             return widest
         return max(
             widest,
             F * T * w + _widened(T, E, F),
             F * T * w + E * F * w + _widened(E, T, F),
-            T * E * w + E * F * w - F * T * w + _widened(F, T, E),  # gate, up and their product are gone
+            T * E * w
+            + E * F * w
+            - F * T * w
+            + _widened(F, T, E),  # gate, up and their product are gone
         )
 
     # State.
@@ -322,7 +349,11 @@ class Memory:
                 "moments": self.shape.moments * count,
                 "gradients": gradients,
             }
-        return {"weights": 0.0, "masters": 4 * count / shard, "moments": self.shape.moments * count / shard}
+        return {
+            "weights": 0.0,
+            "masters": 4 * count / shard,
+            "moments": self.shape.moments * count / shard,
+        }
 
     def _alive(self) -> tuple[float, int]:
         """Activations of how many blocks are kept at most, and in how many passes of a stage."""
@@ -334,7 +365,15 @@ class Memory:
 
     def moments(self) -> Iterator[Moment]:
         """Those at which a step can be at its peak."""
-        shape, layout, T, R, E, V, w = self.shape, self.layout, self.T, self.R, self.E, self.V, self.w
+        shape, layout, T, R, E, V, w = (
+            self.shape,
+            self.layout,
+            self.T,
+            self.R,
+            self.E,
+            self.V,
+            self.w,
+        )
         pipeline = layout.pipeline > 1
         several = layout.micro_batches > 1
         alive, passes = self._alive()
@@ -348,12 +387,16 @@ class Memory:
         if not before and several:
             before = gradients if full or not self.sharded else gradients / layout.shard
         width = 8 * shape.head * T  # cosines and sines
-        batches = 24 * T * (layout.micro_batches if self.cpu else layout.in_flight if pipeline else 1)
+        batches = (
+            24 * T * (layout.micro_batches if self.cpu else layout.in_flight if pipeline else 1)
+        )
         activations = alive * self.kept + width * passes
         handed = 2 * self.per_rank * layout.in_flight * R * E * w if pipeline else 0.0
         gather_out = self.block * w if self.sharded and layout.shard > 1 else 0.0
         fixed = state | {"buffers": batches + handed}
-        final = R * E * w * 2 + 4 * R if self.last else 0.0  # the last norm: what it had and what it gave
+        final = (
+            R * E * w * 2 + 4 * R if self.last else 0.0
+        )  # the last norm: what it had and what it gave
         synchronised = self.sharded and not (full and several)
         # FSDP2 keeps the last reduction's input to the next: that of the embedding, from one micro-batch into the next.
         ends = self.outside - self.head
@@ -468,7 +511,8 @@ class Memory:
                     "gradients": before
                     + head_reduced
                     + (0.0 if before else 4 * self.block * self.layers / layout.shard),
-                    "gathered": gathered - (0 if whole and several else self.block * w * (self.layers if whole else 1)),
+                    "gathered": gathered
+                    - (0 if whole and several else self.block * w * (self.layers if whole else 1)),
                     "communication": ends * (w + 4 + (0 if before else 4 / layout.shard)),
                 },
             )
@@ -502,7 +546,10 @@ class Memory:
         shape, T, V = self.shape, self.T, self.V
         device = "cpu" if self.cpu else "cuda"
         if shape.loss == "torch" and self.layout.tensor == 1:
-            return 12.0 * T * V, 0.0  # fp32: probabilities, and gradients before and after the softmax
+            return (
+                12.0 * T * V,
+                0.0,
+            )  # fp32: probabilities, and gradients before and after the softmax
         length = stretch(device, T, V, shape.splits)
         scratch = 0.0
         if shape.loss == "fused" and not self.cpu:

@@ -18,7 +18,16 @@ from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.cost import cost
-from fast_llm.training.footprint import MOMENTS, Layout, Memory, Moment, Shape, needed, peak, with_reserve
+from fast_llm.training.footprint import (
+    MOMENTS,
+    Layout,
+    Memory,
+    Moment,
+    Shape,
+    needed,
+    peak,
+    with_reserve,
+)
 from fast_llm.training.plan import readable_bytes, with_shape
 
 NODE = 8  # devices of a node
@@ -32,7 +41,9 @@ class Device:
     name: str
     memory: float  # bytes
     products: float  # FLOP/s of large bf16 products, for hours
-    whole: tuple[float, float]  # FLOP/s of causal attention in whole sequences, forward and backward
+    whole: tuple[
+        float, float
+    ]  # FLOP/s of causal attention in whole sequences, forward and backward
     documents: tuple[float, float]  # the same within documents
     single: float  # FLOP/s of fp32 products
     bandwidth: float  # bytes/s of its memory, reading and writing
@@ -42,7 +53,13 @@ class Device:
 
 
 def _scaled(
-    name: str, gibibytes: float, best: float, memory: float, link: float, network: float, **more: float
+    name: str,
+    gibibytes: float,
+    best: float,
+    memory: float,
+    link: float,
+    network: float,
+    **more: float,
 ) -> Device:
     """From what is published: the best rate of bf16 products (ml-engineering's MAMF table), and data sheets.
 
@@ -70,13 +87,26 @@ DEVICES = {
     device.name: device
     for device in (
         # Memory as nvidia-smi has it. Before Hopper there is but the flash kernel, whose rate is that within documents.
-        _scaled("a100", 79.3, 271.2e12, 2.039e12, 300e9, 25e9, attention=0.5, single=19.5e12, peak=312e12),
+        _scaled(
+            "a100",
+            79.3,
+            271.2e12,
+            2.039e12,
+            300e9,
+            25e9,
+            attention=0.5,
+            single=19.5e12,
+            peak=312e12,
+        ),
         _scaled("h100", 79.6, 794.5e12, 3.35e12, 450e9, 50e9, single=67e12, peak=989e12),
         _scaled("h200", 140.4, 794.5e12, 4.8e12, 450e9, 50e9, single=67e12, peak=989e12),
         _scaled("b200", 178.4, 1745e12, 8e12, 900e9, 50e9, single=75e12, peak=2250e12),
     )
 }
-_HOP, _NODE_HOP = 3.4e-6, 14e-6  # seconds from neighbour to neighbour in a ring (NCCL's own tables, tuning.cc)
+_HOP, _NODE_HOP = (
+    3.4e-6,
+    14e-6,
+)  # seconds from neighbour to neighbour in a ring (NCCL's own tables, tuning.cc)
 
 
 @dataclass(frozen=True)
@@ -119,8 +149,14 @@ class Forecast:
     def limit(self) -> str:
         """What takes most of a step, and what of the rest could be avoided."""
         first, *others = sorted(self.parts, key=lambda part: -self.parts[part])
-        second = next((part for part in others if part not in ("attention", "matrix products")), None)
-        words = [f"{part} {self.parts[part] / self.seconds:.0%}" for part in (first, second) if part is not None]
+        second = next(
+            (part for part in others if part not in ("attention", "matrix products")), None
+        )
+        words = [
+            f"{part} {self.parts[part] / self.seconds:.0%}"
+            for part in (first, second)
+            if part is not None
+        ]
         return ", ".join(words)
 
 
@@ -130,7 +166,10 @@ def forecast(config: TrainConfig, processes: int, device: Device) -> Forecast:
     rows = layout.micro_batch_size * layout.micro_batches * layout.data - layout.padding
     shape = Shape.of(config, rows)
     return of_layout(
-        shape, layout, device, cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
+        shape,
+        layout,
+        device,
+        cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token,
     )
 
 
@@ -140,8 +179,13 @@ def of_layout(shape: Shape, layout: Layout, device: Device, model_flops: float) 
     if shape.moments_auto and with_reserve(worst, "cuda") > device.memory:
         shape = replace(shape, moments=4)
         worst = peak(shape, layout, "cuda")
-    steps = [Step(Memory(shape, layout, "cuda", place), device).parts() for place in range(layout.pipeline)]
-    return Forecast(shape, layout, device, model_flops, worst, max(steps, key=lambda parts: sum(parts.values())))
+    steps = [
+        Step(Memory(shape, layout, "cuda", place), device).parts()
+        for place in range(layout.pipeline)
+    ]
+    return Forecast(
+        shape, layout, device, model_flops, worst, max(steps, key=lambda parts: sum(parts.values()))
+    )
 
 
 class Step:
@@ -156,7 +200,9 @@ class Step:
     def product(self, rows: int, columns: int, inner: int, fp8: bool = False) -> float:
         """One product, with reading its factors and writing its result."""
         rate = self.device.single if self.m.w == 4 else self.device.products * (1 + fp8)
-        size = (1 if fp8 else self.m.w) * (rows * inner + inner * columns) + self.m.w * rows * columns
+        size = (1 if fp8 else self.m.w) * (
+            rows * inner + inner * columns
+        ) + self.m.w * rows * columns
         return 2 * rows * columns * inner / rate + size / self.device.bandwidth
 
     def moved(self, size: float) -> float:
@@ -193,7 +239,9 @@ class Step:
         work = 2 * m.T * self.shape.sequence * m.A
         if m.w == 4:
             return work / device.single, 2.5 * work / device.single
-        forward, backward = device.documents if self.shape.packed or self.layout.context > 1 else device.whole
+        forward, backward = (
+            device.documents if self.shape.packed or self.layout.context > 1 else device.whole
+        )
         return work / forward, 2.5 * work / backward
 
     @cached_property
@@ -213,7 +261,10 @@ class Step:
                 "rotary": (40 * turned, 40 * turned),
                 "gate": (5 * gated, 9 * gated),
             }
-        return {name: (self.moved(forward), self.moved(backward)) for name, (forward, backward) in sizes.items()}
+        return {
+            name: (self.moved(forward), self.moved(backward))
+            for name, (forward, backward) in sizes.items()
+        }
 
     @cached_property
     def block(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -221,8 +272,16 @@ class Step:
         forward, backward = self.attention
         products = self.projections + self.feed_forward
         passes = [sum(part[way] for part in self.elementwise.values()) for way in (0, 1)]
-        there = {"matrix products": products, "attention": forward, "norms, rotary, gate": passes[0]}
-        back = {"matrix products": 2 * products, "attention": backward, "norms, rotary, gate": passes[1]}
+        there = {
+            "matrix products": products,
+            "attention": forward,
+            "norms, rotary, gate": passes[0],
+        }
+        back = {
+            "matrix products": 2 * products,
+            "attention": backward,
+            "norms, rotary, gate": passes[1],
+        }
         if self.shape.fp8:
             there["rounding to fp8"], back["rounding to fp8"] = self.rounded
         gate, norms, rotary = (self.elementwise[name][0] for name in ("gate", "norms", "rotary"))
@@ -254,7 +313,9 @@ class Step:
     def optimizer(self) -> float:
         """Norm and update."""
         m = self.m
-        each = 16.0 + 2 * self.shape.moments  # gradients read twice, masters and moments read and written
+        each = (
+            16.0 + 2 * self.shape.moments
+        )  # gradients read twice, masters and moments read and written
         if not m.sharded and m.mixed and not self.shape.halves:
             each += 6  # masters into weights
         return self.moved(each * m.parameters / (self.layout.shard if m.sharded else 1))
@@ -301,7 +362,11 @@ class Step:
         m, layout = self.m, self.layout
         if not m.sharded:
             return 0.0
-        stride, shard, copies = self.strides["weights"], layout.shard, layout.sharing // layout.shard
+        stride, shard, copies = (
+            self.strides["weights"],
+            layout.shard,
+            layout.sharing // layout.shard,
+        )
         layers, many = m.layers, layout.micro_batches
 
         def gather(weights: float) -> float:
@@ -322,7 +387,9 @@ class Step:
                 + layers * copy(m.block)
                 + copy(m.outside)
             )
-        first = m.outside - m.head  # gathered before anything is computed, reduced when there is nothing left
+        first = (
+            m.outside - m.head
+        )  # gathered before anything is computed, reduced when there is nothing left
         ends = (
             gather(first) + gather(m.block) + max(0.0, gather(m.head) - forward),
             reduce(first) + reduce(m.block) + max(0.0, reduce(m.head) - backward),
@@ -334,7 +401,8 @@ class Step:
         last = (
             copy(m.outside)
             + copy(m.block)
-            + (layers - 1) * max(0.0, reduce(m.block) + copy(m.block) - max(backward, reduce(m.block)))
+            + (layers - 1)
+            * max(0.0, reduce(m.block) + copy(m.block) - max(backward, reduce(m.block)))
         )
         if copies == 1:
             last = 0.0
@@ -360,21 +428,30 @@ class Step:
                 micro[name] += seconds
         if m.first:
             micro["head and embedding"] += self.moved(10 * m.V * m.E + 4 * m.R * m.E * m.w)
-        if m.mixed or m.sharded:  # low-precision gradients into fp32 sums, or towards their reduction
+        if (
+            m.mixed or m.sharded
+        ):  # low-precision gradients into fp32 sums, or towards their reduction
             # The products of one GPU add by themselves, and so does the cross entropy: sums are read and written within them.
             inside = m.parameters - m.outside if not m.sharded and self.shape.halves else 0
             alone = m.V * m.E if m.adds else m.parameters - inside
             micro["gradients"] += self.moved(10 * alone + 6 * inside)
         micro["sent within blocks"] += layers * self.within
         if layout.pipeline > 1:
-            handed = m.R * m.E * m.w / (self.device.link if self.strides["pipeline"] < NODE else self.device.network)
+            handed = (
+                m.R
+                * m.E
+                * m.w
+                / (self.device.link if self.strides["pipeline"] < NODE else self.device.network)
+            )
             micro["sent within blocks"] += 2 * m.per_rank * handed
         total: dict[str, float] = {name: many * seconds for name, seconds in micro.items()}
         total["optimizer"] = self.optimizer
         total["weights and gradients sent"] = self.exposed(sum(there.values()), sum(back.values()))
         if m.sharded:
             gathers = many * 2 if layout.zero_stage == 3 and layout.pipeline == 1 else 1
-            total["gradients"] = total.get("gradients", 0.0) + self.moved(6 * m.parameters * gathers)
+            total["gradients"] = total.get("gradients", 0.0) + self.moved(
+                6 * m.parameters * gathers
+            )
         total["pipeline idle"] = self.idle() * sum(micro.values())
         return {name: seconds for name, seconds in total.items() if seconds}
 
@@ -410,7 +487,9 @@ def with_layout(config: TrainConfig, choice: Mapping[str, Any]) -> TrainConfig:
 
     def put(section: Any, path: list[str], value: Any) -> Any:
         first, *rest = path
-        return section.model_copy(update={first: put(getattr(section, first), rest, value) if rest else value})
+        return section.model_copy(
+            update={first: put(getattr(section, first), rest, value) if rest else value}
+        )
 
     for path, value in choice.items():
         config = put(config, path.split("."), value)
@@ -422,7 +501,9 @@ _DISTRIBUTED, _STAGES, _LEVEL = (
     "model.multi_stage",
     "model.base_model.transformer.mlp_recompute_level",
 )
-_DEPTHS = tuple(f"batch.{name}_micro_batches" for name in ("sequential", "depth_first", "breadth_first"))
+_DEPTHS = tuple(
+    f"batch.{name}_micro_batches" for name in ("sequential", "depth_first", "breadth_first")
+)
 _LEVELS = ("none", "activation", "activation_and_input", "selective", "full", "block")
 
 
@@ -431,10 +512,16 @@ def choices(config: TrainConfig, processes: int) -> Iterator[dict[str, Any]]:
     sequence, size = config.batch.sequence_length, batch_size(config)
     for tensor, context, pipeline in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
         rest = processes // (tensor * context * pipeline)
-        if rest < 1 or rest * tensor * context * pipeline != processes or (context > 1 and sequence < 4096 * context):
+        if (
+            rest < 1
+            or rest * tensor * context * pipeline != processes
+            or (context > 1 and sequence < 4096 * context)
+        ):
             continue
         stages = (1,) if pipeline > 1 else (1, 2, 3)
-        groups = (None, NODE // min(tensor, NODE)) if rest * context > NODE // tensor > 1 else (None,)
+        groups = (
+            (None, NODE // min(tensor, NODE)) if rest * context > NODE // tensor > 1 else (None,)
+        )
         for zero_stage, group in product(stages if rest * context > 1 else (1,), groups):
             for rows in (1, 2, 4, 8, 16):
                 if rows > 1 and rows * rest > size:
@@ -472,13 +559,19 @@ def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> Tra
             for level in _LEVELS[given:] if decide else _LEVELS[given : given + 1]:
                 if level in ("full", "block") and dtype == "fp32" and moments == "auto" and decide:
                     continue
-                choice = {"batch.micro_batch_size": rows, _LEVEL: level, "optimizer.moments_dtype": dtype}
+                choice = {
+                    "batch.micro_batch_size": rows,
+                    _LEVEL: level,
+                    "optimizer.moments_dtype": dtype,
+                }
                 changed = with_layout(config, choice)
                 if next(iter(breaches(changed, processes)), None) is not None:
                     continue
                 layout = Layout.of(changed, processes)
                 shape = Shape.of(changed, config.batch.batch_size or 0)
-                if needed(shape, layout, kind) <= memory and (not decide or not layout.padding or rows == 1):
+                if needed(shape, layout, kind) <= memory and (
+                    not decide or not layout.padding or rows == 1
+                ):
                     found.append((of_layout(shape, layout, DEVICES["h100"], flops).rate, changed))
                     break  # those that follow are slower
         if found:
@@ -495,7 +588,11 @@ def describe_memory(config: TrainConfig, processes: int) -> str:
         words = f"{readable_bytes(own.memory)} as configured" + ("" if own.fits else ", too much")
         if config.batch.batch_size is not None:
             free: dict[str, Any] = {**dict.fromkeys(_DEPTHS), "batch.micro_batch_size": "auto"}
-            best_one = forecast(settle(with_layout(config, free), processes, device.memory, "cuda"), processes, device)
+            best_one = forecast(
+                settle(with_layout(config, free), processes, device.memory, "cuda"),
+                processes,
+                device,
+            )
             words += (
                 f"; fastest with micro_batch_size {best_one.layout.micro_batch_size},"
                 f" mlp_recompute_level {best_one.layout.recompute}"
@@ -518,7 +615,9 @@ def batch_size(config: TrainConfig) -> int:
     )
 
 
-def best(config: TrainConfig, processes: int, device: Device, count: int = 3) -> list[tuple[dict[str, Any], Forecast]]:
+def best(
+    config: TrainConfig, processes: int, device: Device, count: int = 3
+) -> list[tuple[dict[str, Any], Forecast]]:
     """The fastest layouts that fit, each arrangement once, fastest first."""
     flops = cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
     found: list[tuple[dict[str, Any], Forecast]] = []
@@ -538,7 +637,8 @@ def best(config: TrainConfig, processes: int, device: Device, count: int = 3) ->
     for choice, one in found:
         layout = one.layout
         arrangements.setdefault(
-            (layout.tensor, layout.context, layout.pipeline, layout.zero_stage, layout.shard), (choice, one)
+            (layout.tensor, layout.context, layout.pipeline, layout.zero_stage, layout.shard),
+            (choice, one),
         )
     return list(arrangements.values())[:count]
 
@@ -548,7 +648,14 @@ def describe(config: TrainConfig, processes: int, device: Device) -> str:
     batch_size(config)
     config = settle(config, processes, device.memory, "cuda")
     own = forecast(config, processes, device)
-    lines = ["As configured", "", *_details(own), "", f"The fastest that fit {processes} × {device.name.upper()}", ""]
+    lines = [
+        "As configured",
+        "",
+        *_details(own),
+        "",
+        f"The fastest that fit {processes} × {device.name.upper()}",
+        "",
+    ]
     proposals = best(config, processes, device)
     lines += [_HEAD, *(_row(one) for _, one in proposals)] if proposals else [_NOTHING]
     if proposals:
@@ -564,7 +671,9 @@ _HEAD = (
     f"{'GPUs':>5}  {'layout':<48} {'rows':>4} {'recompute':<21} {'tokens/s/GPU':>12} {'tokens/s':>12} {'step s':>7} {'MFU':>4}"
     f" {'memory':>9}  limited by"
 )
-_NOTHING = "None: the batch has too few sequences for so many, or the model is too large for so few."
+_NOTHING = (
+    "None: the batch has too few sequences for so many, or the model is too large for so few."
+)
 
 
 def _row(one: Forecast) -> str:
@@ -594,7 +703,8 @@ def _details(one: Forecast) -> list[str]:
         if size > one.peak.bytes / 100
     )
     spent = ", ".join(
-        f"{name} {seconds / one.seconds:.1%}" for name, seconds in sorted(one.parts.items(), key=lambda part: -part[1])
+        f"{name} {seconds / one.seconds:.1%}"
+        for name, seconds in sorted(one.parts.items(), key=lambda part: -part[1])
     )
     return [
         f"Layout     {layout.processes} × {one.device.name.upper()}: {_arranged(layout)};"

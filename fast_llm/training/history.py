@@ -205,7 +205,9 @@ def _same(one: Order, other: Order) -> bool:
     return bool(essence(one) == essence(other))
 
 
-def open_sources(data: Mapping[str, Any], order: Order, vocab_size: int) -> dict[str, Source | RandomSource]:
+def open_sources(
+    data: Mapping[str, Any], order: Order, vocab_size: int
+) -> dict[str, Source | RandomSource]:
     """The training sources that a `data` section names, by their digests; those that cannot be opened are left out."""
     paths = data["path"][1::2] if len(data["path"]) > 1 else data["path"]
     found: dict[str, Source | RandomSource] = {}
@@ -221,7 +223,9 @@ def open_sources(data: Mapping[str, Any], order: Order, vocab_size: int) -> dict
     return found
 
 
-def recover(info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size: int) -> tuple[History, list[str]]:
+def recover(
+    info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size: int
+) -> tuple[History, list[str]]:
     """The history of a run that was begun by version 0.1, which kept none; and what is not known of it.
 
     `info`: of a checkpoint's manifest; `folder`: of the experiment; `dataset`: that of the configuration as it is now.
@@ -247,8 +251,12 @@ def recover(info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size:
             "the data of the checkpoint is gone or was changed, and version 0.1 did not record the content of each source:"
             " those at the same path are taken to be what they were"
         )
-    sources = [SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)]
-    order = Order(index=0, sequence_length=length, seed=seed, data=data, edges=edges, sources=sources)
+    sources = [
+        SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)
+    ]
+    order = Order(
+        index=0, sequence_length=length, seed=seed, data=data, edges=edges, sources=sources
+    )
     batches = _batches(info, read_records(folder))
     if batches[0].after:
         notes.append(
@@ -263,7 +271,9 @@ def _by_path(
 ) -> tuple[list[int], list[tuple[str, str]]]:
     """The mixture of a `data` section some of whose files are gone, and name and digest of its sources."""
     paths = data["path"]
-    weighted = zip(paths[::2], paths[1::2], strict=True) if len(paths) > 1 else [(1.0, p) for p in paths]
+    weighted = (
+        zip(paths[::2], paths[1::2], strict=True) if len(paths) > 1 else [(1.0, p) for p in paths]
+    )
     weights, pairs = list[float](), list[tuple[str, str]]()
     for weight, path in weighted:
         try:

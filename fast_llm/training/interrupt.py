@@ -35,11 +35,18 @@ class Interrupt:
         self.since = 0.0
         self.last: Callable[[], None] = lambda: None  # done before leaving at once
         # What follows a signal that comes now, and what else a second one does.
-        self.follows: Callable[[], tuple[str, str]] = lambda: ("the run ends before its first step", "")
-        self.fails: Callable[[], bool] = lambda: False  # whether the run is about to end by an error, which says why
+        self.follows: Callable[[], tuple[str, str]] = lambda: (
+            "the run ends before its first step",
+            "",
+        )
+        self.fails: Callable[[], bool] = lambda: (
+            False
+        )  # whether the run is about to end by an error, which says why
         self.speaks = os.environ.get("RANK", "0") == "0"
         self.due: float | None = None  # when the first signal is to be acknowledged
-        self.agreed: int | None = None  # the exit code of all processes, once there is nothing left but to leave
+        self.agreed: int | None = (
+            None  # the exit code of all processes, once there is nothing left but to leave
+        )
         self.before: dict[signal.Signals, Any] = {}
         # Python writes the number of each signal that has a handler into a pipe, as soon as it comes.
         self.reader, self.writer = os.pipe()
@@ -104,7 +111,9 @@ class Interrupt:
             limit = f" torchrun waits {os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '30')} s for this."
         name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
         second = "SIGTERM or Ctrl-C" if self.signal == signal.SIGUSR1 else "A second one"
-        self._say(f"{name}: {follows}.{limit} {second}, {_SAME_WISH:g} s later or more, ends the run at once{further}.")
+        self._say(
+            f"{name}: {follows}.{limit} {second}, {_SAME_WISH:g} s later or more, ends the run at once{further}."
+        )
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):

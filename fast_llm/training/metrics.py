@@ -31,7 +31,9 @@ logger = logging.getLogger("fast_llm")
 class Metrics:
     """Gathers the results of steps and writes them when due."""
 
-    def __init__(self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchPlan, cost: Cost, first: int):
+    def __init__(
+        self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchPlan, cost: Cost, first: int
+    ):
         """`first`: the step from which this start of the run goes on."""
         self.config = config
         self.run = run
@@ -40,7 +42,9 @@ class Metrics:
         self.cost = cost
         self.device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else None
         self.first = self.last_written = first
-        self.seconds = self.seconds_at_last = 0.0  # of training, since this start and at the last record
+        self.seconds = self.seconds_at_last = (
+            0.0  # of training, since this start and at the last record
+        )
         self.waited_at_last = 0.0
         self.usual = 0.0  # seconds of a step, on average of the last record's; 0 before it
         self._since = time.perf_counter()
@@ -78,10 +82,17 @@ class Metrics:
         """Take note of one step."""
         self._steps.append(result)
         if result.targets:  # steps without any say nothing about whether training is healthy
-            self.skipped_in_a_row = 0 if result.updated or result.spike else self.skipped_in_a_row + 1
+            self.skipped_in_a_row = (
+                0 if result.updated or result.spike else self.skipped_in_a_row + 1
+            )
         if self.run.progress is not None:
             elapsed = self.seconds + time.perf_counter() - self._since
-            rate = (step - self.first) * self.batch.batch_size * self.config.batch.sequence_length / elapsed
+            rate = (
+                (step - self.first)
+                * self.batch.batch_size
+                * self.config.batch.sequence_length
+                / elapsed
+            )
             left = elapsed / (step - self.first) * (self.config.training.train_iters - step)
             self.run.progress.show(
                 step,
@@ -140,19 +151,25 @@ class Metrics:
             "data_wait_ms": (waited - self.waited_at_last) / len(steps) * 1e3,
             "tokens_per_sec_per_gpu": tokens / step_time / self.mesh.size,
             "model_tflops": model_flops / 1e12,
-            "hardware_tflops": self.cost.hardware_flops_per_token * tokens / step_time / self.mesh.size / 1e12,
+            "hardware_tflops": self.cost.hardware_flops_per_token
+            * tokens
+            / step_time
+            / self.mesh.size
+            / 1e12,
             "mfu": model_flops / peak if peak else None,
             "remaining_time": remaining,
-            "completion_time": (datetime.now().astimezone() + timedelta(seconds=remaining)).isoformat(
-                timespec="seconds"
-            ),
+            "completion_time": (
+                datetime.now().astimezone() + timedelta(seconds=remaining)
+            ).isoformat(timespec="seconds"),
             "percent_done": 100 * step / train_iters,
             **self._memory(),
         }
         self.seconds_at_last, self.waited_at_last, self.last_written = self.seconds, waited, step
         self.usual = step_time
         self._send(step, "Training", values)
-        memory = " | ".join(f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in self._memory_names())
+        memory = " | ".join(
+            f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in self._memory_names()
+        )
         mfu = f" ({100 * values['mfu']:.1f} % MFU)" if values["mfu"] else ""
         logger.info(
             f"Training @ iteration {step:{len(str(train_iters))}d}/{train_iters}"
@@ -166,7 +183,11 @@ class Metrics:
             f" | learning rate: {values['learning_rate']:.3e} | loss scale: {values['loss_scale']:g}"
             f" | grad norm: {values['grad_norm']:.4f}"
             f" | skipped iterations: {values['skipped_iters']} | nan iterations: {values['nan_iters']}"
-            + (f" | spikes: {values['spikes']}" if self.config.training.spikes.policy != "none" else "")
+            + (
+                f" | spikes: {values['spikes']}"
+                if self.config.training.spikes.policy != "none"
+                else ""
+            )
             + f" | average step time {values['step_time_average_ms']:.2f} ms"
             f" | remaining {_duration(remaining)}"
             f" | completion {values['completion_time'][:19].replace('T', ' ')} ({values['percent_done']:.2f} %)"
@@ -191,7 +212,11 @@ class Metrics:
         self._send(step, phase.capitalize(), values)
         text = " | ".join(
             f"{name.replace('_', ' ')}: "
-            + ("no target tokens" if loss is None else f"{loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})")
+            + (
+                "no target tokens"
+                if loss is None
+                else f"{loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})"
+            )
             for name, loss in losses.items()
         )
         logger.info(

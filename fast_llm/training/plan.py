@@ -22,7 +22,17 @@ from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import llama
 from fast_llm.config.batch import BatchPlan, plan_batch
 from fast_llm.config.checks import check
-from fast_llm.config.section import Count, Document, PositiveFloat, dump, located, locating, path_text, show, validate
+from fast_llm.config.section import (
+    Count,
+    Document,
+    PositiveFloat,
+    dump,
+    located,
+    locating,
+    path_text,
+    show,
+    validate,
+)
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import REFUSED, RENAMED, CheckpointConfig, ExportConfig, TrainConfig
 from fast_llm.data import tokenizer
@@ -119,7 +129,12 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             fingerprint = loaded.fingerprint
             given = {name: path.read_bytes() for name, path in loaded.named_files()}
     dataset = attempt(
-        lambda: open_dataset(config.data, config.batch.sequence_length, config.model.distributed.seed, model.vocab_size)
+        lambda: open_dataset(
+            config.data,
+            config.batch.sequence_length,
+            config.model.distributed.seed,
+            model.vocab_size,
+        )
     )
     if dataset is not None:
         attempt(lambda: dataset.check_vocabulary(model.vocab_size, fingerprint))
@@ -130,14 +145,24 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             name, count = "training.validation.iterations", training.validation.iterations
             attempt(lambda: dataset.require("validation", count, batch.batch_size, name, split))
             for further in dataset.validation_sets:
-                attempt(partial(dataset.require, further, 1, batch.batch_size, "batch.batch_size", split))
+                attempt(
+                    partial(
+                        dataset.require, further, 1, batch.batch_size, "batch.batch_size", split
+                    )
+                )
         if training.test_iters:
             attempt(
-                lambda: dataset.require("test", training.test_iters, batch.batch_size, "training.test_iters", split)
+                lambda: dataset.require(
+                    "test", training.test_iters, batch.batch_size, "training.test_iters", split
+                )
             )
         if training.train_iters and not dataset.sequences("training"):
             problems.append("data.split: leaves no sequence for training")
-        if source is not None and not small.keys() & {"tokenizer.json"} and not small.keys() & {"tokenizer.model"}:
+        if (
+            source is not None
+            and not small.keys() & {"tokenizer.json"}
+            and not small.keys() & {"tokenizer.model"}
+        ):
             small |= _dataset_tokenizer(dataset)
         elif source is None:
             small |= _dataset_tokenizer(dataset) or given
@@ -145,16 +170,28 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             ids = described.get("tokenizer", tokens)
             tokens = {name: ids.get(name) for name in ("bos", "eos")}
     checkpoint = checkpoints.latest(folder / "checkpoint") if folder is not None else None
-    if folder is not None and checkpoint is None and (lost := checkpoints.lost(folder / "checkpoint")):
+    if (
+        folder is not None
+        and checkpoint is None
+        and (lost := checkpoints.lost(folder / "checkpoint"))
+    ):
         problems.append(
             f"run.experiment_dir: no checkpoint in {folder / 'checkpoint'} is whole (of {len(lost)}; `fast-llm verify` says what is"
             " wrong), and the run would begin anew; repair them, move them away, or choose another folder"
         )
-    local = config.pretrained.path is not None and Path(config.pretrained.path).expanduser().is_dir()
-    from_weights = config.pretrained.model_weights and config.pretrained.format == "llama" and checkpoint is None
+    local = (
+        config.pretrained.path is not None and Path(config.pretrained.path).expanduser().is_dir()
+    )
+    from_weights = (
+        config.pretrained.model_weights
+        and config.pretrained.format == "llama"
+        and checkpoint is None
+    )
     if source is not None and from_weights and (local or weights):
         wrong = attempt(lambda: llama.check_weights(source, model), "pretrained.path") or []
-        problems += [located(problem, document, TrainConfig, "pretrained.path") for problem in wrong]
+        problems += [
+            located(problem, document, TrainConfig, "pretrained.path") for problem in wrong
+        ]
     identity = _identity(config, batch, dataset) if dataset is not None else {}
     done, samples, changes = 0, 0, list[str]()
     past: Mapping[str, Any] | None = None
@@ -174,7 +211,9 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
     if folder is not None:
         problems += _disk(folder, config, costs.parameters, done)
     if problems:
-        raise ConfigError([located(problem, document, TrainConfig, "data.path") for problem in problems])
+        raise ConfigError(
+            [located(problem, document, TrainConfig, "data.path") for problem in problems]
+        )
     history, more = _history(past, folder, config, batch, dataset)
     changes += more
     return Plan(
@@ -234,7 +273,9 @@ def with_shape(
     source, source_config, small = _pretrained(document, _experiment(document), weights)
     if source is not None and source_config is not None:
         source_config = _untied(document, source, source_config)
-        values = {"model": {"base_model": llama.architecture(source_config, f"{source}/config.json")}}
+        values = {
+            "model": {"base_model": llama.architecture(source_config, f"{source}/config.json")}
+        }
         document = document.under(values, f"{source}/config.json")
     return document, source, source_config, small
 
@@ -274,7 +315,9 @@ def describe(plan: Plan) -> str:
             f"              with other batches before, or data that was passed over: {consumed:,} tokens by the end"
         )
     for source, epochs in plan.dataset.epochs("training", sequences):
-        lines.append(f"Data          {source.name}: {source.tokens:,} tokens to train on, {epochs:.3g} epochs")
+        lines.append(
+            f"Data          {source.name}: {source.tokens:,} tokens to train on, {epochs:.3g} epochs"
+        )
     if plan.dataset.documents("training"):
         shares = [
             f"{plan.dataset.documents(phase):,} for {phase} ({plan.dataset.tokens(phase):,} tokens)"
@@ -298,7 +341,9 @@ def describe(plan: Plan) -> str:
         )
     if training.export.interval is not None:
         size = export_bytes(config, parameters)
-        count = training.train_iters // training.export.interval + bool(training.train_iters % training.export.interval)
+        count = training.train_iters // training.export.interval + bool(
+            training.train_iters % training.export.interval
+        )
         count = min(count, training.export.keep or count)
         lines.append(
             f"Exports       every {training.export.interval:,} steps, {readable_bytes(size)} each, {readable_bytes(size * count)} in all"
@@ -394,7 +439,9 @@ def _pretrained(
     try:
         path_text(path)
     except ValueError as error:
-        raise ConfigError([f"{document.where('pretrained.path')}: pretrained.path: {error}"]) from error
+        raise ConfigError(
+            [f"{document.where('pretrained.path')}: pretrained.path: {error}"]
+        ) from error
     if document.get("pretrained.format", "llama") == "distributed":
         source = Path(path).expanduser()
         kept = source.parent.parent / "pretrained"  # beside the checkpoint's folder
@@ -405,21 +452,30 @@ def _pretrained(
         return source, None if config is None else _as_trained(config, info), small
     copy = folder / "pretrained" if folder is not None else None
     gone = not Path(path).expanduser().exists()
-    if gone and copy is not None and (copy / "config.json").exists() and checkpoints.find(copy.parent / "checkpoint"):
+    if (
+        gone
+        and copy is not None
+        and (copy / "config.json").exists()
+        and checkpoints.find(copy.parent / "checkpoint")
+    ):
         # The run has its own weights by now; the model it came from may be gone.
         return copy, llama.read_json(copy / "config.json"), llama.small_files(copy)
     try:
         source = llama.fetch(path, weights)
         return source, llama.read_json(source / "config.json"), llama.small_files(source)
     except UserError as error:
-        raise ConfigError([f"{document.where('pretrained.path')}: pretrained.path: {error}"]) from error
+        raise ConfigError(
+            [f"{document.where('pretrained.path')}: pretrained.path: {error}"]
+        ) from error
 
 
 def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json beside a checkpoint, with what the checkpoint itself says of its head and its sequences."""
     settings = info.get("settings") or {}
     with suppress(KeyError, TypeError):
-        config = config | {"tie_word_embeddings": bool(settings["model"]["base_model"]["tie_word_embeddings"])}
+        config = config | {
+            "tie_word_embeddings": bool(settings["model"]["base_model"]["tie_word_embeddings"])
+        }
     with suppress(KeyError, TypeError):
         config = llama.with_length(config, int(settings["batch"]["sequence_length"]))
     return config
@@ -428,7 +484,11 @@ def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, An
 def _untied(document: Document, source: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The pretrained config.json, without tied embeddings if the user asks for the separate head that the weights have."""
     asked = document.get("model.base_model.tie_word_embeddings") is False
-    if not asked or not config.get("tie_word_embeddings") or document.get("pretrained.format") == "distributed":
+    if (
+        not asked
+        or not config.get("tie_word_embeddings")
+        or document.get("pretrained.format") == "distributed"
+    ):
         return config
     try:
         there = llama.HEAD in llama.weight_files(source)
@@ -441,9 +501,17 @@ def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
     """The tokenizer that travels with the data, for a model that has none."""
     for path, described in dataset.described.items():
         place = described.get("tokenizer", {}).get("path")
-        if isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts:
+        if (
+            isinstance(place, str)
+            and not Path(place).is_absolute()
+            and ".." not in Path(place).parts
+        ):
             found = llama.small_files(Path(path).parent / place)
-            return {k: v for k, v in found.items() if k in tokenizer.FILES or k.startswith(tokenizer.TEMPLATES)}
+            return {
+                k: v
+                for k, v in found.items()
+                if k in tokenizer.FILES or k.startswith(tokenizer.TEMPLATES)
+            }
     return {}
 
 
@@ -468,7 +536,8 @@ def _identity(config: TrainConfig, batch: BatchPlan, dataset: Dataset) -> dict[s
     transformer = {
         name: value
         for name, value in shape.pop("transformer").items()
-        if not name.startswith("init_method") and name not in ("use_flash_attention", "mlp_recompute_level")
+        if not name.startswith("init_method")
+        and name not in ("use_flash_attention", "mlp_recompute_level")
     }
     shape = {k: v for k, v in shape.items() if not k.startswith(("init_method", "cross_entropy"))}
     return (
@@ -515,7 +584,11 @@ def _check_info(path: Path, manifest: checkpoints.Manifest) -> bool:
     """A manifest's digest is no secret: raises CheckpointError for one that training did not write."""
     try:
         info = _Info.model_validate(manifest.info)
-        problem = f"info.step: given {info.step}, but step is {manifest.step}" if info.step != manifest.step else ""
+        problem = (
+            f"info.step: given {info.step}, but step is {manifest.step}"
+            if info.step != manifest.step
+            else ""
+        )
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, ('info', *first['loc'])))}: {first['msg'].lower()}"
@@ -542,7 +615,8 @@ def _compare(
                 f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; a model can not change its shape"
             )
         elif place not in config.run.accept_changes and not (
-            place == "data" and any(accepted.startswith("data") for accepted in config.run.accept_changes)
+            place == "data"
+            and any(accepted.startswith("data") for accepted in config.run.accept_changes)
         ):
             consent = "data.path" if place == "data" else place
             problems.append(
@@ -553,7 +627,11 @@ def _compare(
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) == "auto":  # decided later
             continue
-        if now.get(name) != then.get(name) and name not in identity and not name.startswith(("run.", _SHAPE)):
+        if (
+            now.get(name) != then.get(name)
+            and name not in identity
+            and not name.startswith(("run.", _SHAPE))
+        ):
             changes.append(f"{name}: {show(then.get(name))} → {show(now.get(name))}")
     return problems, changes
 
@@ -569,7 +647,12 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _warnings(
-    document: Document, config: TrainConfig, source: Path | None, folder: Path | None, parameters: int, done: int
+    document: Document,
+    config: TrainConfig,
+    source: Path | None,
+    folder: Path | None,
+    parameters: int,
+    done: int,
 ) -> list[str]:
     """What is allowed and probably not meant, a line each."""
     about = (_too_long(config, source), _too_full(config, folder, parameters, done))
@@ -615,7 +698,9 @@ def _too_full(config: TrainConfig, folder: Path | None, parameters: int, done: i
     if needed <= free:
         return ""
     what = " and ".join(
-        f"{count} more {name} of {readable_bytes(size)}" for name, (count, size) in parts.items() if count
+        f"{count} more {name} of {readable_bytes(size)}"
+        for name, (count, size) in parts.items()
+        if count
     )
     return (
         f"run.experiment_dir: the disk will be full before this run ends: it keeps {what}, {readable_bytes(needed)} at"
@@ -624,7 +709,9 @@ def _too_full(config: TrainConfig, folder: Path | None, parameters: int, done: i
     )
 
 
-def disk_use(config: TrainConfig, folder: Path, parameters: int, done: int) -> dict[str, tuple[int, int]]:
+def disk_use(
+    config: TrainConfig, folder: Path, parameters: int, done: int
+) -> dict[str, tuple[int, int]]:
     """What a run takes on disk from the step `done` on, at its peak: of checkpoints and exports how many more than are
     there, and the bytes of one."""
     training = config.training
@@ -634,7 +721,12 @@ def disk_use(config: TrainConfig, folder: Path, parameters: int, done: int) -> d
             checkpoint_bytes(config, parameters),
         ),
         "exports": (
-            _more(training.export, folder / "export" / training.export.format, done, training.train_iters),
+            _more(
+                training.export,
+                folder / "export" / training.export.format,
+                done,
+                training.train_iters,
+            ),
             export_bytes(config, parameters),
         ),
     }
@@ -656,7 +748,9 @@ def _more(saved: CheckpointConfig | ExportConfig, root: Path, done: int, last: i
     passing = sum(not saved.is_permanent(step) for step in there)  # they are deleted one by one
     fresh = count - permanent
     kept = min(passing + fresh, saved.keep)
-    spare = int(fresh > 0 and passing + fresh > saved.keep)  # the newest, before the oldest is deleted
+    spare = int(
+        fresh > 0 and passing + fresh > saved.keep
+    )  # the newest, before the oldest is deleted
     return max(permanent + kept + spare - passing, 1)
 
 
@@ -673,7 +767,11 @@ def _disk(folder: Path, config: TrainConfig, parameters: int, done: int) -> list
         return [f"run.experiment_dir: {there} can not be written to"]
     if (folder.exists() and not folder.is_dir()) or not there.is_dir():
         return [f"run.experiment_dir: {folder} can not be a folder: {there} is a file"]
-    parts = {name: size for name, (count, size) in disk_use(config, folder, parameters, done).items() if count}
+    parts = {
+        name: size
+        for name, (count, size) in disk_use(config, folder, parameters, done).items()
+        if count
+    }
     if sum(parts.values()) > _free(folder):
         what = " and ".join(f"{'an' if name[0] == 'e' else 'a'} {name[:-1]}" for name in parts)
         return [

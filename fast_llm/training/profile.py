@@ -32,7 +32,12 @@ from fast_llm.parallel.mesh import Mesh
 
 logger = logging.getLogger("fast_llm")
 
-COPIES, COMMUNICATION, OTHER, IDLE = "copies to the device", "communication", "everything else", "idle"
+COPIES, COMMUNICATION, OTHER, IDLE = (
+    "copies to the device",
+    "communication",
+    "everything else",
+    "idle",
+)
 # The first part of which a word occurs in the name of an operation or kernel. Products that the compiler makes are templates, and the
 # own time of its code for the CPU is that of its kernels, which have no names.
 PARTS = {
@@ -46,11 +51,18 @@ PARTS = {
     "norms and elementwise": "norm|gammabeta|rotate|swiglu|silu|triton_|elementwise|compiledfxgraph|aten::(add|sub|mul|div|neg)",
 }
 # Of several that run at once the first has the moment.
-_ORDER = [*(title for title in PARTS if title not in (OTHER, COPIES, COMMUNICATION)), OTHER, COPIES, COMMUNICATION]
+_ORDER = [
+    *(title for title in PARTS if title not in (OTHER, COPIES, COMMUNICATION)),
+    OTHER,
+    COPIES,
+    COMMUNICATION,
+]
 _SHOWN = 30  # operations
 _WIDTH = 110  # characters of a kernel's name
 
-Event = dict[str, Any]  # of a trace: name and category, begin and duration in microseconds, thread or stream
+Event = dict[
+    str, Any
+]  # of a trace: name and category, begin and duration in microseconds, thread or stream
 
 
 @cache
@@ -84,13 +96,17 @@ class Breakdown:
 def counted(trace: dict[str, Any]) -> list[Event]:
     """What ran: kernels and copies if there was a GPU, else operations."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X" and "dur" in event]
-    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = [
+        event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
     return kernels or [event for event in events if _is_operation(event)]
 
 
 def _is_operation(event: Event) -> bool:
     name: str = event["name"]
-    if event.get("cat") == "user_annotation":  # gloo's threads, and code of the compiler's for the CPU
+    if (
+        event.get("cat") == "user_annotation"
+    ):  # gloo's threads, and code of the compiler's for the CPU
         return name.startswith(("gloo:", "## Call CompiledFxGraph"))
     return event.get("cat") == "cpu_op" and "::" in name and "autograd::" not in name
 
@@ -125,7 +141,10 @@ def break_down(trace: dict[str, Any]) -> Breakdown:
     events = counted(trace)
     if not events:
         raise ValueError("the trace holds no operation")
-    begin, end = min(event["ts"] for event in events), max(event["ts"] + event["dur"] for event in events)
+    begin, end = (
+        min(event["ts"] for event in events),
+        max(event["ts"] + event["dur"] for event in events),
+    )
     for event in trace["traceEvents"]:
         if event.get("cat") == "user_annotation" and event["name"].startswith(_STEP):
             begin, end = event["ts"], event["ts"] + event["dur"]
@@ -181,7 +200,9 @@ def table(found: Breakdown, title: str) -> str:
     lines = [title, "", f"{'part':24}{'calls':>9}{'ms':>12}{'of the step':>14}"]
     for name, spent in found.parts.items():
         calls = f"{spent.calls:,}" if spent.calls else ""
-        lines.append(f"{name:24}{calls:>9}{spent.own / 1e3:>12,.2f}{_percent(found.share(name)):>14}")
+        lines.append(
+            f"{name:24}{calls:>9}{spent.own / 1e3:>12,.2f}{_percent(found.share(name)):>14}"
+        )
     calls = f"{sum(spent.calls for spent in found.parts.values()):,}"
     lines += [
         f"{'the step':24}{calls:>9}{found.whole / 1e3:>12,.2f}{_percent(1):>14}",
@@ -213,7 +234,9 @@ class Profile:
         self.profiler: profile | None = None  # while it records
 
     def __enter__(self) -> Self:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on the terminal that it begins and ends
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "6"
+        )  # else it tells on the terminal that it begins and ends
         try:
             gpu = [ProfilerActivity.CUDA] if self.mesh.device.type == "cuda" else []
             profiler = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
@@ -226,7 +249,10 @@ class Profile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.profiler is None:
             return
@@ -254,17 +280,23 @@ class Profile:
             trace = partial.read_bytes()
             found = break_down(_parsed(trace, partial))
             place = f"rank {self.mesh.rank} of {self.mesh.size}, {self.mesh.device.type.upper()}"
-            text = table(found, f"Step {self.step}, {place}: {found.whole / 1e3:,.1f} ms under the profiler")
+            text = table(
+                found, f"Step {self.step}, {place}: {found.whole / 1e3:,.1f} ms under the profiler"
+            )
             for ending, content in ((".txt", text.encode()), (".json.gz", gzip.compress(trace, 5))):
                 partial.write_bytes(content)
                 partial.replace(self.folder / f"{name}{ending}")
         finally:
             partial.unlink(missing_ok=True)
-        largest = ", ".join(f"{title} {_percent(found.share(title))}" for title in list(found.parts)[:3])
+        largest = ", ".join(
+            f"{title} {_percent(found.share(title))}" for title in list(found.parts)[:3]
+        )
         logger.info(f"Profile of step {self.step}: {largest}; see {self.folder / name}.txt")
 
     def _warn(self, error: Exception) -> None:
-        logger.warning(f"Step {self.step} could not be profiled, which changes nothing else: {error!r}")
+        logger.warning(
+            f"Step {self.step} could not be profiled, which changes nothing else: {error!r}"
+        )
 
 
 def _parsed(trace: bytes, path: Path) -> dict[str, Any]:

@@ -34,7 +34,9 @@ logger = logging.getLogger("fast_llm")
 class Run:
     """One start of an experiment: its number, its folder, its logs."""
 
-    def __init__(self, folder: Path | None, rank: int, processes: int, timestamps: bool, number: int):
+    def __init__(
+        self, folder: Path | None, rank: int, processes: int, timestamps: bool, number: int
+    ):
         self.folder = folder
         self.is_main = rank == 0
         self.number = number
@@ -50,7 +52,9 @@ class Run:
         if self.logs is not None:
             self.logs.mkdir(parents=True, exist_ok=True)
             width = len(str(processes - 1))
-            handlers.append(_LogFile(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8"))
+            handlers.append(
+                _LogFile(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8")
+            )
         for handler in handlers:
             handler.setFormatter(formatter)
         for old in list(logger.handlers):
@@ -68,7 +72,8 @@ class Run:
         if self.folder is None or not self.is_main:
             return
         line = {
-            key: None if value != value or value in (_INFINITY, -_INFINITY) else value for key, value in values.items()
+            key: None if value != value or value in (_INFINITY, -_INFINITY) else value
+            for key, value in values.items()
         }
         self._unwritten += (json.dumps(line) + "\n").encode()
         self._write_records(self.folder / "metrics.jsonl")
@@ -78,7 +83,9 @@ class Run:
         try:
             if self._records is None:
                 _drop_torn_line(path)
-                self._records = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+                self._records = os.open(
+                    path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+                )
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._records, self._unwritten) :]
         except OSError as error:
@@ -99,7 +106,9 @@ class Run:
         if self.folder is not None and self._unwritten:
             self._write_records(self.folder / "metrics.jsonl")
             if lost := self._unwritten.count(b"\n"):
-                logger.error(f"{self.folder / 'metrics.jsonl'}: {lost} records could not be written and are lost.")
+                logger.error(
+                    f"{self.folder / 'metrics.jsonl'}: {lost} records could not be written and are lost."
+                )
         if self._records is not None:
             os.close(self._records)
             self._records = None
@@ -191,10 +200,14 @@ def lock(folder: Path) -> TextIO:
             ]
         ) from error
     except OSError as error:  # a file system without locks
-        logger.warning(f"{folder} can not be locked ({error.strerror}): make sure that no other run writes to it.")
+        logger.warning(
+            f"{folder} can not be locked ({error.strerror}): make sure that no other run writes to it."
+        )
         return file
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    file.write(
+        f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+    )
     file.flush()
     return file
 
@@ -230,7 +243,10 @@ class _LogFile(logging.FileHandler):
         if not self.told:
             self.told = True
             why = error.strerror if isinstance(error, OSError) else error
-            print(f"{self.baseFilename}: can not be written: {why}; the log goes on here.", file=sys.stderr)
+            print(
+                f"{self.baseFilename}: can not be written: {why}; the log goes on here.",
+                file=sys.stderr,
+            )
 
 
 class _TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]

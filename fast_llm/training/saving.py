@@ -74,7 +74,9 @@ class Saver:
         """
         began = time.perf_counter()
         if self.busy:
-            logger.info(f"Training waits: the checkpoint of step {self.step} is still being written.")
+            logger.info(
+                f"Training waits: the checkpoint of step {self.step} is still being written."
+            )
         self._end(_SUPERSEDED)
         self._choose(tensors)
         parts: Mapping[str, Tensor] | None = None
@@ -83,7 +85,9 @@ class Saver:
             parts = self.parts
             # Nothing but the copy is needed from now on, and of DTensors how they are spread.
             tensors = {
-                name: like(t, self.parts[name].to("meta")) if isinstance(t, DTensor) else self.parts[name]
+                name: like(t, self.parts[name].to("meta"))
+                if isinstance(t, DTensor)
+                else self.parts[name]
                 for name, t in tensors.items()
             }
         still = time.perf_counter() - began
@@ -94,13 +98,16 @@ class Saver:
             then(path)
             seconds = time.perf_counter() - began
             logger.info(
-                f"Saved {path} in {seconds:.1f} s" + (f"; training stood still for {still:.1f} s." if parts else ".")
+                f"Saved {path} in {seconds:.1f} s"
+                + (f"; training stood still for {still:.1f} s." if parts else ".")
             )
 
         self.step, self.error, self.fault = step, None, None
         self.urgency = _LAST if last else _NOT if self.background else _SUPERSEDED
         self.hurry.clear()
-        self.thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(write,), name="checkpoint", daemon=True
+        )
         self.thread.start()
         if not self.background:
             self._end(self.urgency)
@@ -126,7 +133,9 @@ class Saver:
         Other processes may be gone. What happens is logged, not raised.
         """
         if self.busy:
-            logger.info(f"Training has failed; the checkpoint of step {self.step} is being finished.")
+            logger.info(
+                f"Training has failed; the checkpoint of step {self.step} is being finished."
+            )
             self.urgency = _LAST
             self.hurry.set()
             assert self.thread is not None
@@ -149,7 +158,9 @@ class Saver:
         """The first time: whether there is memory for the copy, on all processes alike."""
         if not self.background or self.parts:
             return
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this host, each of which needs as much
+        here = int(
+            os.environ.get("LOCAL_WORLD_SIZE", "1")
+        )  # processes on this host, each of which needs as much
         needed, free = state.staged_bytes(tensors) * here, available_memory()
         short = [one for one in gather((needed, free), self.group) if one[0] > _ENOUGH * one[1]]
         if short:
@@ -170,7 +181,9 @@ class Saver:
                 except CheckpointError as error:
                     problem = error
                 if self._agree() == _NOT:
-                    logger.warning(f"{problem}. Training goes on; the next attempt is in {pause:g} s.")
+                    logger.warning(
+                        f"{problem}. Training goes on; the next attempt is in {pause:g} s."
+                    )
                     self.hurry.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 urgency = self._agree()
@@ -181,7 +194,9 @@ class Saver:
                 if urgency == _LAST:
                     last_attempts += 1
                     if last_attempts == _LAST_ATTEMPTS:
-                        self.error = CheckpointError(f"{problem} (at the end, after {last_attempts} attempts)")
+                        self.error = CheckpointError(
+                            f"{problem} (at the end, after {last_attempts} attempts)"
+                        )
                         return
                     logger.warning(f"{problem}. The next attempt is in {_LAST_PAUSE:g} s.")
                     time.sleep(_LAST_PAUSE)
@@ -210,7 +225,9 @@ def available_memory() -> int:
     """Bytes of memory that this host, or a container with a limit, has left."""
     available = psutil.virtual_memory().available
     with suppress(OSError, ValueError, StopIteration):  # other kernels, no limit
-        limit, used = (int((_LIMITS / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            int((_LIMITS / name).read_text()) for name in ("memory.max", "memory.current")
+        )
         lines = (_LIMITS / "memory.stat").read_text().splitlines()
         cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         available = min(available, limit - used + cached)

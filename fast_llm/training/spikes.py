@@ -35,7 +35,9 @@ class Spikes:
         for (name, values), value in zip(self.seen.items(), (loss, norm), strict=True):
             if len(values) == self.config.window:
                 middle = median(values)
-                deviation = max(1.4826 * median(abs(y - middle) for y in values), 0.01 * abs(middle))
+                deviation = max(
+                    1.4826 * median(abs(y - middle) for y in values), 0.01 * abs(middle)
+                )
                 if value > middle + self.config.threshold * deviation:
                     found.append(
                         f"{name} {value:.4g} is above {middle:.4g} + {self.config.threshold:g} × {deviation:.2g}"

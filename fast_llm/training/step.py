@@ -97,10 +97,16 @@ class Step:
             check(batches)
         self.mark("sum over processes")
         total_loss, total_targets, square, stops = self.mesh.sum(
-            loss_sum * self.counts, targets * self.counts, squared_norm(gradients, self.holders), float(stop())
+            loss_sum * self.counts,
+            targets * self.counts,
+            squared_norm(gradients, self.holders),
+            float(stop()),
         )
         self.mark("update")
-        scale, rate = self.loss_scale.value, learning_rate(self.optimizer.updates + 1, self.config.learning_rate)
+        scale, rate = (
+            self.loss_scale.value,
+            learning_rate(self.optimizer.updates + 1, self.config.learning_rate),
+        )
         if not total_targets:  # an update would be nothing but decay of weights and moments
             return StepResult(math.nan, math.nan, rate, scale, 0, False, stops > 0)
         correction = tokens / (total_targets * scale)
@@ -115,7 +121,9 @@ class Step:
             self.weights.publish()
         self.loss_scale.update(finite)
         rate *= self.config.default_learning_rate_scale  # as the optimizer does
-        return StepResult(loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike)
+        return StepResult(
+            loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike
+        )
 
     def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
         """The micro-batches' summed loss, float64; the gradients are those of `seed` times it."""
@@ -152,4 +160,6 @@ class Step:
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """What this process adds to the sum of losses of one validation batch, and to its target tokens."""
-        return self.loss(batches).item() * self.counts, sum(batch.targets for batch in batches) * self.counts
+        return self.loss(batches).item() * self.counts, sum(
+            batch.targets for batch in batches
+        ) * self.counts

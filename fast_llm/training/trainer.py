@@ -100,7 +100,10 @@ class Trainer:
         """What follows a signal to stop that comes now, and what else a second one does; for the user, from another thread."""
         follows = _AFTER[self.stage]
         if self.run.folder is None:
-            return "the run ends after the current step. Nothing is saved: run.experiment_dir is not set", ""
+            return (
+                "the run ends after the current step. Nothing is saved: run.experiment_dir is not set",
+                "",
+            )
         if self.stage == "start":
             return follows, ""
         saved, done = self.saver.saved, self.done
@@ -108,7 +111,9 @@ class Trainer:
             return follows, " and loses all steps: no checkpoint is complete yet"
         return (
             follows,
-            f" and loses the steps after checkpoint {saved}" if saved < done or self.stage == "steps" else "",
+            f" and loses the steps after checkpoint {saved}"
+            if saved < done or self.stage == "steps"
+            else "",
         )
 
     def leave(self, error: BaseException) -> None:
@@ -157,7 +162,8 @@ class Trainer:
         """What is due before the first step, or was due at the one that this start goes on from and was broken off."""
         training, step = self.config.training, self.done
         if training.validation.interval is not None and (
-            step == 0 or (training.validation.due(step) and ("validation", step) not in self.recorded())
+            step == 0
+            or (training.validation.due(step) and ("validation", step) not in self.recorded())
         ):
             self.validate(step)
         if step > 0 and training.export.due(step) and not self.stopping:
@@ -171,7 +177,9 @@ class Trainer:
             for step, batch in enumerate(batches, start=self.done + 1):
                 check = partial(self.check, step) if training.double_check.due(step) else None
                 with self.profiled(step) if training.profiling.due(step) else nullcontext():
-                    result = self.train_step(batch, stop=lambda: self.interrupt.signal != 0, check=check)
+                    result = self.train_step(
+                        batch, stop=lambda: self.interrupt.signal != 0, check=check
+                    )
                 self.done, self.samples = step, self.samples + self.plan.batch.batch_size
                 self.stopping |= result.stop
                 self.mark("log")
@@ -190,7 +198,9 @@ class Trainer:
                 with self.metrics.not_training():
                     if training.validation.due(step) and not self.stopping:
                         self.validate(step)
-                    if training.checkpoint.due(step) or (self.stopping and self.run.folder is not None):
+                    if training.checkpoint.due(step) or (
+                        self.stopping and self.run.folder is not None
+                    ):
                         self.save(step, last=self.stopping or shutdown)
                     if training.export.due(step) and not self.stopping:
                         self.export(step)
@@ -239,7 +249,9 @@ class Trainer:
         if training.export.interval is not None and not self.told():
             self.export(step)
         if self.stopping:
-            return f"Stopped by a signal before all was done that is due at the end{self.continues}."
+            return (
+                f"Stopped by a signal before all was done that is due at the end{self.continues}."
+            )
         return f"Training is complete: {self.done} steps."
 
     def goes_back(self, step: int, result: StepResult, batches: Loader) -> bool:
@@ -267,7 +279,9 @@ class Trainer:
                     )
                 self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
                 self.go_back(step, path)
-                logger.warning(f"{told}: back to step {self.done}, and on with the data after the spike's.")
+                logger.warning(
+                    f"{told}: back to step {self.done}, and on with the data after the spike's."
+                )
                 return True
             told += "; there is no checkpoint to go back to"
         logger.warning(f"{told}: its update was skipped.")
@@ -282,15 +296,24 @@ class Trainer:
         self.weights.publish()
         # Those of later steps are undone, those from this one are not in the checkpoint, which was there before.
         passed_over = [one for one in passed_over if one["after"] <= self.done]
-        since = self.samples + sum(one["sequences"] for one in passed_over if one["after"] == self.done)
-        self.passed_over = [*passed_over, {"after": self.done, "spike": step, "sequences": until - since}]
+        since = self.samples + sum(
+            one["sequences"] for one in passed_over if one["after"] == self.done
+        )
+        self.passed_over = [
+            *passed_over,
+            {"after": self.done, "spike": step, "sequences": until - since},
+        ]
         if self.history is not None:
             # The checkpoint may be an earlier one than that which this start continued from, with other batches.
-            self.history = self.history.with_batches(self.done, self.samples, self.plan.batch.batch_size)
+            self.history = self.history.with_batches(
+                self.done, self.samples, self.plan.batch.batch_size
+            )
         self.samples = until
         self.metrics.went_back(self.done, self.passed_over[-1])
         if self.run.is_main and self.run.folder is not None:
-            for exported, folder in checkpoints.find(self.run.folder / "export" / self.config.training.export.format):
+            for exported, folder in checkpoints.find(
+                self.run.folder / "export" / self.config.training.export.format
+            ):
                 if exported > self.done:
                     checkpoints.delete(folder)  # of steps that did not happen
         self.mesh.wait()
@@ -315,7 +338,9 @@ class Trainer:
                     total = [total[0] + sums[0], total[1] + sums[1]]
                     if stops:
                         self.stopping = True
-                        logger.info(f"{phase.capitalize()} at step {step} was broken off by a signal.")
+                        logger.info(
+                            f"{phase.capitalize()} at step {step} was broken off by a signal."
+                        )
                         return
                     self.mark("data")
             losses[metric] = total[0] / total[1] if total[1] else None
@@ -345,10 +370,16 @@ class Trainer:
         if path is not None:
             self.go_on(path, tensors)
             logger.info(f"Going on from {path}, after step {self.done}.")
-        elif self.plan.source is not None and pretrained.model_weights and pretrained.format == "distributed":
+        elif (
+            self.plan.source is not None
+            and pretrained.model_weights
+            and pretrained.format == "distributed"
+        ):
             if pretrained.optimizer_state:
                 self.load(self.plan.source, tensors)
-                self.train_step.optimizer.updates = checkpoints.read_manifest(self.plan.source).info["updates"]
+                self.train_step.optimizer.updates = checkpoints.read_manifest(
+                    self.plan.source
+                ).info["updates"]
             else:
                 state.load(self.plan.source, self.state(tensors), self.mesh.patient)
             logger.info(f"Starting from the weights of {self.plan.source}.")
@@ -376,7 +407,9 @@ class Trainer:
         with self.train_step.optimizer.moments(changed=True) as moments:
             state.load(path, self.state(tensors, *moments), self.mesh.patient)
 
-    def state(self, tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def state(
+        self, tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, with these weights and moments."""
         return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
             f"{part}/{name}": like(tensors[name], local)
@@ -433,7 +466,11 @@ class Trainer:
                 path,
                 tensors,
                 config=export_config(
-                    self.plan.source_config, self.config.model.base_model, dtype, self.plan.tokens, length
+                    self.plan.source_config,
+                    self.config.model.base_model,
+                    dtype,
+                    self.plan.tokens,
+                    length,
                 ),
                 dtype=dtype,
                 files=export_files(self.plan.small_files, length),
@@ -451,7 +488,9 @@ class Trainer:
         """Start the user's script with what was just written, and do not wait for it."""
         if config.script is None:
             return
-        words = shlex.split(config.script) if isinstance(config.script, str) else list(config.script)
+        words = (
+            shlex.split(config.script) if isinstance(config.script, str) else list(config.script)
+        )
         environment = os.environ | config.environment | {"FAST_LLM_SAVED": str(path)}
         try:
             subprocess.Popen(words, env=environment)
@@ -503,7 +542,11 @@ class Trainer:
     def check_state(self, step: int, told: str = "") -> None:
         """Stop, on every process, if weights or moments of any hold what no update makes: that would be saved and be no use."""
         reports = gather((socket.gethostname(), impossible(self.train_step)), self.mesh.patient)
-        found = [f"rank {rank} on {host}: {one}" for rank, (host, wrong) in enumerate(reports) for one in wrong]
+        found = [
+            f"rank {rank} on {host}: {one}"
+            for rank, (host, wrong) in enumerate(reports)
+            for one in wrong
+        ]
         if not found:
             return
         for one in found:

@@ -52,7 +52,10 @@ def begin(arguments: dict[str, Any]) -> Any:
     elif run.disabled:
         say(level="info", text="Weights & Biases is switched off by WANDB_MODE.")
     elif run.offline:
-        say(level="info", text=f"Weights & Biases records offline; upload the run with `wandb sync {folder}`.")
+        say(
+            level="info",
+            text=f"Weights & Biases records offline; upload the run with `wandb sync {folder}`.",
+        )
     else:
         say(level="info", text=f"Weights & Biases: {run.url}")
     return run

@@ -34,8 +34,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 logger = logging.getLogger("fast_llm")
 
-SLACK = 2.0  # seconds that collectives wait longer than watchers, so that these are the first to speak
-ASK = signal.SIGURG  # asks for stacks; not used by Python or Slurm, and ignored by whoever does not expect it
+SLACK = (
+    2.0  # seconds that collectives wait longer than watchers, so that these are the first to speak
+)
+ASK = (
+    signal.SIGURG
+)  # asks for stacks; not used by Python or Slurm, and ignored by whoever does not expect it
 GAVE_UP, FAILED, ENDED = "waited in vain", "failed", "end"  # the last phases
 STATES = {"": "", "stopped": "stopped by a signal ", "ended": "ended "}
 _SLOT = struct.Struct("@QQd64s")  # marks so far, step, seconds allowed, phase
@@ -79,7 +83,11 @@ class Watchdog:
             "stacks": self.stacks.fileno(),
             "memory": shared.fileno(),
             "socket": mail.fileno() if mail is not None else None,
-            "post": share((_address(), mail.getsockname()[1], secrets.token_hex(16)) if mail is not None else None),
+            "post": share(
+                (_address(), mail.getsockname()[1], secrets.token_hex(16))
+                if mail is not None
+                else None
+            ),
             "logs": str(logs) if logs is not None else None,
             "first_here": os.environ.get("LOCAL_RANK", "0") == "0",
         }
@@ -92,13 +100,17 @@ class Watchdog:
                 # Whoever stops a rank and all of its group shall not stop the watcher. Without torchrun it stays in the
                 # group: Ctrl-Z stops both, and nothing hangs.
                 process_group=0 if processes > 1 else None,
-                pass_fds=[file.fileno() for file in (self.stacks, shared, mail) if file is not None],
+                pass_fds=[
+                    file.fileno() for file in (self.stacks, shared, mail) if file is not None
+                ],
             )
             assert self.watcher.stdin is not None
             self.watcher.stdin.write(json.dumps(settings).encode() + b"\n")
             self.watcher.stdin.flush()
         except OSError as error:
-            logger.warning(f"Nobody watches whether this process hangs: no watcher could be started ({error}).")
+            logger.warning(
+                f"Nobody watches whether this process hangs: no watcher could be started ({error})."
+            )
         finally:
             shared.close()
             if mail is not None:
@@ -211,15 +223,21 @@ class Watcher:
                 if settings["socket"] is not None:
                     self.mail = socket.socket(fileno=settings["socket"])
                 else:
-                    family, kind, _, _, self.post = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+                    family, kind, _, _, self.post = socket.getaddrinfo(
+                        address, port, type=socket.SOCK_DGRAM
+                    )[0]
                     self.mail = socket.socket(family, kind)
         # Seconds as far as this process was awake: a machine that sleeps, or a job that is stopped as a whole, does not hang.
         self.clock, self.last_look, self.last_told = 0.0, time.monotonic(), -_TELL
-        self.since = self.running = 0.0  # when its process went on last, and when it was last seen not stopped
+        self.since = self.running = (
+            0.0  # when its process went on last, and when it was last seen not stopped
+        )
         self.marks, self.step, self.allowed, self.phase = 0, 0, self.timeout, "start"
         self.gone = self.alarmed = False
         self.waits: bool | None = None
-        self.others: dict[int, tuple[Place, Any]] = {}  # what rank 0 knows of the others, and where they are reached
+        self.others: dict[
+            int, tuple[Place, Any]
+        ] = {}  # what rank 0 knows of the others, and where they are reached
         self.called = False  # by rank 0's watcher, to ask for stacks
         self.verdict: tuple[list[int], str] | None = None
 
@@ -238,7 +256,9 @@ class Watcher:
 
     def listen(self, seconds: float) -> None:
         """Wait for mail or the end of the process."""
-        sources: list[Any] = ([] if self.gone else [sys.stdin]) + ([] if self.mail is None else [self.mail])
+        sources: list[Any] = ([] if self.gone else [sys.stdin]) + (
+            [] if self.mail is None else [self.mail]
+        )
         ready = select.select(sources, [], [], seconds)[0]
         if sys.stdin in ready or os.getppid() != self.process:
             self.gone = True
@@ -278,7 +298,11 @@ class Watcher:
             self.alarmed |= name == GAVE_UP and self.clock - self.since > 0.9 * self.timeout
             self.marks, self.step, self.allowed, self.phase = marks, step, allowed, name
             self.since = self.clock
-        elif self.gone and self.phase not in (GAVE_UP, FAILED, ENDED):  # NCCL ends a process that lost patience
+        elif self.gone and self.phase not in (
+            GAVE_UP,
+            FAILED,
+            ENDED,
+        ):  # NCCL ends a process that lost patience
             self.alarmed |= self.clock - self.since > 0.9 * self.timeout
 
     def overdue(self) -> bool:
@@ -327,7 +351,16 @@ class Watcher:
         seconds = self.clock - (self.running if state == "stopped" else self.since)
         patient = self.allowed >= self.settings["patience"] > self.timeout and state != "stopped"
         return Place(
-            self.rank, self.host, self.process, self.marks, self.step, self.phase, seconds, patient, state, self.waits
+            self.rank,
+            self.host,
+            self.process,
+            self.marks,
+            self.step,
+            self.phase,
+            seconds,
+            patient,
+            state,
+            self.waits,
         )
 
     def tell(self) -> None:
@@ -352,7 +385,9 @@ class Watcher:
         self.alarmed = True
         self.tell()
         deadline = time.monotonic() + (1.5 if self.rank == 0 else 2.5)
-        while self.verdict is None and time.monotonic() < deadline and self.settings["processes"] > 1:
+        while (
+            self.verdict is None and time.monotonic() < deadline and self.settings["processes"] > 1
+        ):
             self.listen(0.1)
             if self.rank == 0 and self.all_asked():
                 break
@@ -394,7 +429,9 @@ class Watcher:
         several = self.settings["processes"] > 1
         stacks = self.read().strip()
         if not stacks:
-            stacks = f"No stacks: the process {STATES[self.place().state].strip() or 'did not answer'}."
+            stacks = (
+                f"No stacks: the process {STATES[self.place().state].strip() or 'did not answer'}."
+            )
         width = len(str(self.settings["processes"] - 1))
         mark = f"[Rank {self.rank:0{width}d}] " if several else ""
         lines = "".join(f"{mark}{line}\n" for line in stacks.splitlines())
@@ -439,8 +476,12 @@ def judge(places: Iterable[Place], settings: dict[str, Any]) -> tuple[list[int],
     if settings["logs"] is not None:
         text += f" Stacks: {settings['logs']}/stacks_rank_*.txt."
     if all(place.patient for place in late):
-        return [place.rank for place in late], f"{text} (training.timeout is {settings['patience']:g} s)"
-    return [place.rank for place in late], f"{text} (model.distributed.timeout is {settings['timeout']:g} s)"
+        return [
+            place.rank for place in late
+        ], f"{text} (training.timeout is {settings['patience']:g} s)"
+    return [
+        place.rank for place in late
+    ], f"{text} (model.distributed.timeout is {settings['timeout']:g} s)"
 
 
 def _state(process: int) -> str:
@@ -455,11 +496,21 @@ def _waits(stacks: str) -> bool:
     saver = "/fast_llm/training/saving.py"
     awaited = any(saver in line and line.endswith(" in _end") for line in stacks.splitlines())
     for thread in stacks.split("\n\n"):
-        if not awaited and any(saver in line and line.endswith(" in _run") for line in thread.splitlines()):
+        if not awaited and any(
+            saver in line and line.endswith(" in _run") for line in thread.splitlines()
+        ):
             continue  # checkpoints are written while training goes on
         frames = [line for line in thread.splitlines() if line.lstrip().startswith("File ")][:3]
-        talk = ("/torch/distributed/", "/fast_llm/parallel/mesh.py", "/fast_llm/parallel/pipeline.py")
-        if any(name in frame and "/tensor/_dispatch.py" not in frame for frame in frames for name in talk):
+        talk = (
+            "/torch/distributed/",
+            "/fast_llm/parallel/mesh.py",
+            "/fast_llm/parallel/pipeline.py",
+        )
+        if any(
+            name in frame and "/tensor/_dispatch.py" not in frame
+            for frame in frames
+            for name in talk
+        ):
             return True
     return False
 

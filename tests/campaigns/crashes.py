@@ -119,9 +119,15 @@ def _two_saves(root: Path) -> None:
 PATHS = {
     "save": Path_(_two_saves, lambda root: save(root, 30, 3), prune, saved, {2, 3}, {"30"}),
     "save again": Path_(_two_saves, lambda root: save(root, 20, 3), prune, saved, {2, 3}, {"20"}),
-    "first save": Path_(lambda root: None, lambda root: save(root, 5, 3), prune, saved, {None, 3}, {"5"}),
-    "export": Path_(lambda root: None, lambda root: export(root, 3), prune, exported, {None, 3}, {"7"}),
-    "export again": Path_(lambda root: export(root, 2), lambda root: export(root, 3), prune, exported, {2, 3}, {"7"}),
+    "first save": Path_(
+        lambda root: None, lambda root: save(root, 5, 3), prune, saved, {None, 3}, {"5"}
+    ),
+    "export": Path_(
+        lambda root: None, lambda root: export(root, 3), prune, exported, {None, 3}, {"7"}
+    ),
+    "export again": Path_(
+        lambda root: export(root, 2), lambda root: export(root, 3), prune, exported, {2, 3}, {"7"}
+    ),
     "token files": Path_(
         lambda root: write_tokens(root, 2),
         lambda root: write_tokens(root, 3),
@@ -152,7 +158,9 @@ class Disk:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         os.open(path, os.O_RDONLY)
         if path.is_dir():
-            names = {entry.name: entry.stat(follow_symlinks=False).st_ino for entry in path.iterdir()}
+            names = {
+                entry.name: entry.stat(follow_symlinks=False).st_ino for entry in path.iterdir()
+            }
             (self.store / f"{number}.names").write_text(json.dumps(names))
         else:
             shutil.copyfile(path, self.store / str(number))
@@ -221,7 +229,9 @@ def die_at(number: int, root: Path, disk: Disk) -> None:
     sys.addaudithook(hook)
 
 
-def one_death(folder: Path, name: str, number: int, chance: random.Random, figures: "Counter[str]") -> bool:
+def one_death(
+    folder: Path, name: str, number: int, chance: random.Random, figures: "Counter[str]"
+) -> bool:
     """Die at the `number`-th change of a path and look at what is left; whether the path was longer than that."""
     path = PATHS[name]
     here = folder / f"{name} {number}"
@@ -265,7 +275,9 @@ def one_death(folder: Path, name: str, number: int, chance: random.Random, figur
     path.work(root)
     path.clean(root)
     assert path.found(root) == 3, story
-    assert {entry.name for entry in root.iterdir()} == path.left, f"{story}: left behind {list(root.iterdir())}"
+    assert {entry.name for entry in root.iterdir()} == path.left, (
+        f"{story}: left behind {list(root.iterdir())}"
+    )
     figures["kills"] += 1
     shutil.rmtree(here)
     return status != 0
@@ -294,7 +306,9 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     """`budget`: of 250 on, every change is a death."""
     context = multiprocessing.get_context("forkserver")
     results = context.Queue()
-    process = context.Process(target=_in_child, args=(str(folder), budget, seed, results), daemon=True)
+    process = context.Process(
+        target=_in_child, args=(str(folder), budget, seed, results), daemon=True
+    )
     process.start()
     error, figures = results.get(timeout=600)
     process.join()

@@ -66,8 +66,14 @@ def swap_pages(path: Path, chance: random.Random) -> None:
     """Two stretches of a file in one another's place."""
     data = bytearray(path.read_bytes())
     size = min(PAGE, len(data) // 2)
-    one, other = chance.randrange(len(data) // 2 - size + 1), chance.randrange(len(data) // 2, len(data) - size + 1)
-    data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
+    one, other = (
+        chance.randrange(len(data) // 2 - size + 1),
+        chance.randrange(len(data) // 2, len(data) - size + 1),
+    )
+    data[one : one + size], data[other : other + size] = (
+        data[other : other + size],
+        data[one : one + size],
+    )
     path.write_bytes(data)
 
 
@@ -93,7 +99,19 @@ def folder_instead(path: Path, chance: random.Random) -> None:
 
 
 DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
-    *(flip, flip, flip, cut, lengthen, blank_page, swap_pages, blank, empty, remove, folder_instead),
+    *(
+        flip,
+        flip,
+        flip,
+        cut,
+        lengthen,
+        blank_page,
+        swap_pages,
+        blank,
+        empty,
+        remove,
+        folder_instead,
+    ),
 )
 
 
@@ -114,7 +132,9 @@ def replaced(paths: list[Path], others: list[Path], chance: random.Random) -> li
     return [] if same else [one]
 
 
-def damage(paths: list[Path], others: list[Path], chance: random.Random, figures: "Counter[str]") -> list[Path]:
+def damage(
+    paths: list[Path], others: list[Path], chance: random.Random, figures: "Counter[str]"
+) -> list[Path]:
     """Damage one or two of several files; those that are not what they were."""
     kind = chance.randrange(len(DAMAGES) + 2)
     if kind == len(DAMAGES):
@@ -125,8 +145,16 @@ def damage(paths: list[Path], others: list[Path], chance: random.Random, figures
         path, before = chance.choice(paths), None
         before = path.read_bytes()
         DAMAGES[kind](path, chance)
-        name, hit = DAMAGES[kind].__name__, [] if path.is_file() and path.read_bytes() == before else [path]
-        if hit and path.suffix == ".json" and path.is_file() and _same_json(path.read_bytes(), before):
+        name, hit = (
+            DAMAGES[kind].__name__,
+            [] if path.is_file() and path.read_bytes() == before else [path],
+        )
+        if (
+            hit
+            and path.suffix == ".json"
+            and path.is_file()
+            and _same_json(path.read_bytes(), before)
+        ):
             hit = []  # white space that became other white space, or the name of the digest
     figures[name] += bool(hit)
     return hit
@@ -137,7 +165,9 @@ def _same_json(now: bytes, before: bytes) -> bool:
     try:
         found, expected = json.loads(now), json.loads(before)
         sealed = "datasets" in expected
-        return all(found[key] == value for key, value in expected.items() if not sealed or key != "sha256")
+        return all(
+            found[key] == value for key, value in expected.items() if not sealed or key != "sha256"
+        )
     except (ValueError, RecursionError, KeyError, TypeError):
         return False
 
@@ -168,7 +198,11 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     write_tokens(folder / "tokens", 400)
-    how = [f"training.train_iters={STEPS}", "training.checkpoint.interval=3", "training.checkpoint.keep=4"]
+    how = [
+        f"training.train_iters={STEPS}",
+        "training.checkpoint.interval=3",
+        "training.checkpoint.keep=4",
+    ]
     how += ["model.multi_stage.zero_stage=2", f"optimizer.learning_rate.decay_iterations={STEPS}"]
     with Job(folder, settings(folder, *how, f"run.experiment_dir={folder}/whole"), 2) as job:
         assert job.wait() == 0, job.said()
@@ -181,7 +215,11 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
         hit = {}
         for step in steps:
             here = run / "checkpoint" / str(step)
-            others = [path for path in sorted(whole.glob("checkpoint/*/*")) if path.parent.name != str(step)]
+            others = [
+                path
+                for path in sorted(whole.glob("checkpoint/*/*"))
+                if path.parent.name != str(step)
+            ]
             hit[step] = damage(sorted(here.iterdir()), others, chance, figures)
         story = f"seed {seed}, after {figures['checkpoints damaged']}: {hit}"
         good = max(step for step in (3, 6, 9, 12) if not hit.get(step))
@@ -194,15 +232,21 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
                 # The manifest of another step in its place makes it one of that step, which nobody asks for.
                 there = {path.name: found for found, path in folders.find(run / "checkpoint")}
                 stale = there.get(str(step), step) != step
-                assert stale or any(_names(told.text, path) for path in paths), f"{story}: not named\n{told.text}"
+                assert stale or any(_names(told.text, path) for path in paths), (
+                    f"{story}: not named\n{told.text}"
+                )
                 figures["named in the log"] += not stale
                 figures["passed over as another step's"] += stale
         if good < 12 and figures["checkpoints damaged"] // 50 >= figures["gone on from"]:
             figures["gone on from"] += 1
             with Job(folder, settings(folder, *how, f"run.experiment_dir={run}"), 2) as job:
                 assert job.wait() == 0, f"{story}\n{job.said()}"
-                assert f"checkpoint/{good}, after step {good}." in job.said(), f"{story}\n{job.said()}"
-            assert (losses(run), weights(run / "checkpoint" / str(STEPS))) == expected, f"{story}: another result"
+                assert f"checkpoint/{good}, after step {good}." in job.said(), (
+                    f"{story}\n{job.said()}"
+                )
+            assert (losses(run), weights(run / "checkpoint" / str(STEPS))) == expected, (
+                f"{story}: another result"
+            )
         shutil.rmtree(run)
     return figures
 
@@ -221,7 +265,9 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     figures: Counter[str] = Counter()
     folder.mkdir()
     model = made.llama(folder / "model")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": made.text(n, 1000)}) + "\n" for n in range(200)))
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": made.text(n, 1000)}) + "\n" for n in range(200))
+    )
     config = PrepareConfig.model_validate(
         {
             "output_path": f"{folder}/made/data",
@@ -234,9 +280,16 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     whole = everything(folder / "made")
     assert len(whole) > 12
     shutil.copytree(folder / "made", folder / "other")
-    for path in (folder / "other").rglob("*.bin"):  # what belongs to another dataset, of the same sizes
+    for path in (folder / "other").rglob(
+        "*.bin"
+    ):  # what belongs to another dataset, of the same sizes
         path.write_bytes(path.read_bytes()[::-1])
-    train = ["training.train_iters=1", f"data.path={metadata}", "batch.batch_size=1", "batch.sequence_length=24"]
+    train = [
+        "training.train_iters=1",
+        f"data.path={metadata}",
+        "batch.batch_size=1",
+        "batch.sequence_length=24",
+    ]
     train += ["model.base_model.vocab_size=320", "data.split=[8,1,1]"]
     data = validate(TrainConfig, read(None, train)).data
 
@@ -251,7 +304,9 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     fingerprint = start(True)
     files = sorted(path for path in (folder / "made").rglob("*") if path.suffix in (".bin", ".idx"))
     while figures["datasets damaged"] < budget:
-        others = sorted(path for path in (folder / "other").rglob("*") if path.suffix in (".bin", ".idx"))
+        others = sorted(
+            path for path in (folder / "other").rglob("*") if path.suffix in (".bin", ".idx")
+        )
         for name, content in whole.items():  # what the last one left
             path = folder / "made" / name
             if path.is_dir():
@@ -300,7 +355,11 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     """`budget`: damaged checkpoints; and 30 % as many datasets."""
     found = checkpoints(folder, budget, seed)
     data = datasets(folder / "data", budget * 3 // 10, seed)
-    assert data["found by verify"] == data["found at a first start, data up to 1 GiB"] == data["datasets damaged"]
+    assert (
+        data["found by verify"]
+        == data["found at a first start, data up to 1 GiB"]
+        == data["datasets damaged"]
+    )
     kinds = {*(kind.__name__ for kind in DAMAGES), "swapped", "replaced"}
     assert budget < 200 or kinds <= found.keys() & data.keys(), "not every kind of damage was done"
     figures = {name: count for name, count in sorted((found | data).items()) if name not in kinds}

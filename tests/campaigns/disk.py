@@ -83,17 +83,25 @@ def fail(rank: int, victim: int, way: str, number: int, root: Path, until: int =
             real_write(trace, f"{kind} {os.path.relpath(str(path), root)}\n".encode())
         if done == number or (way == "full" and number < done <= until and kind not in frees):
             code = errno.EIO if way == "once" else errno.ENOSPC
-            raise OSError(code, os.strerror(code), *([str(path)] if kind not in ("write", "flush", "close") else []))
+            raise OSError(
+                code,
+                os.strerror(code),
+                *([str(path)] if kind not in ("write", "flush", "close") else []),
+            )
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event in (*frees, "os.mkdir") or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES):
+        if event in (*frees, "os.mkdir") or (
+            event == "open" and isinstance(args[2], int) and args[2] & _WRITES
+        ):
             tick(event, args[0])
 
     real_open, real_write, real_fsync = io.open, os.write, os.fsync
 
     def opening(file: Any, mode: str = "r", *further: Any, **named: Any) -> Any:
         opened = real_open(file, mode, *further, **named)
-        return Failing(opened, tick) if set(mode) & set("wax+") and str(root) in str(file) else opened
+        return (
+            Failing(opened, tick) if set(mode) & set("wax+") and str(root) in str(file) else opened
+        )
 
     def through(real: Any, kind: str) -> Any:
         def call(handle: int, *further: Any) -> Any:
@@ -151,16 +159,25 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
     waiting: list[tuple[int, int, str, str]] = []
     while figures["runs"] < budget:
         if not waiting:  # each kind of operation once in each way, in another order every time
-            waiting = [(*one, way) for one in every for way in WAYS[:2]] + [(*one, WAYS[2]) for one in every[::9]]
+            waiting = [(*one, way) for one in every for way in WAYS[:2]] + [
+                (*one, WAYS[2]) for one in every[::9]
+            ]
             chance.shuffle(waiting)
         world, victim, name, way = waiting.pop()
-        number = chance.randrange(20_000, 150_000) if way == "limit" else chance.choice(kinds[world, victim][name])
+        number = (
+            chance.randrange(20_000, 150_000)
+            if way == "limit"
+            else chance.choice(kinds[world, victim][name])
+        )
         run = folder / "run"
         story = f"seed {seed}, run {figures['runs']}: {way} {number} in rank {victim} of {world}"
         (folder / "operations").unlink(missing_ok=True)
         figures["runs"] += 1
         with Job(
-            folder, arguments(folder, "run"), world, partial(fail, victim=victim, way=way, number=number, root=run)
+            folder,
+            arguments(folder, "run"),
+            world,
+            partial(fail, victim=victim, way=way, number=number, root=run),
         ) as job:
             code, said = job.wait(), job.said()
         reached = trace(folder) if way != "limit" else []
@@ -171,7 +188,11 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
             figures[f"failed in {place(hit) if hit != 'limit' else 'what was too large'}"] += 1
             # A process that lost another one may say so in its own way; the one with the disk may not.
             mine = (
-                said if world == 1 else "\n".join(line for line in said.splitlines() if "Connection closed" not in line)
+                said
+                if world == 1
+                else "\n".join(
+                    line for line in said.splitlines() if "Connection closed" not in line
+                )
             )
             assert world > 1 or "Traceback" not in mine, story
             if code:
@@ -198,7 +219,9 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
                 assert ended[name].items() <= whole[world][name].items(), story
             else:
                 assert ended[name] == whole[world][name], f"{story}: another {name}"
-        assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], f"{story}: left behind"
+        assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], (
+            f"{story}: left behind"
+        )
         shutil.rmtree(run)
     figures["kinds of operations that failed"] = len(failed & set(every))
     figures["of kinds of operations"] = len(every)
@@ -223,7 +246,12 @@ def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
     for number in range(60):
         (texts / f"{number:03}.txt").write_text(made.text(number, 2500))
     where = folder / "made"
-    how = [f"output_path={where}/data", f"dataset.path={texts}", f"tokenizer.path={model}", "tokens_per_shard=100000"]
+    how = [
+        f"output_path={where}/data",
+        f"dataset.path={texts}",
+        f"tokenizer.path={model}",
+        "tokens_per_shard=100000",
+    ]
     how += ["tokenize_workers=1"]
     whole: dict[str, bytes] = {}
     operations = 10**9
@@ -242,7 +270,10 @@ def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
             figures["operations that write in a preparation"] = operations
         assert "Traceback" not in said, story
         if code:
-            assert len([line for line in said.splitlines() if line.startswith("fast-llm prepare: ")]) == 1, story
+            assert (
+                len([line for line in said.splitlines() if line.startswith("fast-llm prepare: ")])
+                == 1
+            ), story
             figures["preparations ended with a line"] += 1
             code, said = fork(folder, prepared, how)
             assert code == 0, f"{story}\nthen\n{said}"
@@ -255,7 +286,12 @@ def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     """`budget`: runs, and half as many preparations."""
     found = runs(folder, budget, seed) + preparations(folder / "data", budget // 2, seed)
-    return {**dict(sorted(found.items())), "checkpoints damaged": 0, "tracebacks": 0, "another result": 0}
+    return {
+        **dict(sorted(found.items())),
+        "checkpoints damaged": 0,
+        "tracebacks": 0,
+        "another result": 0,
+    }
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]
 
     def manifest(data: bytes) -> None:
         (folder / "c" / folders.MANIFEST).write_bytes(data)
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # so that more than its digest is looked at
+        with contextlib.suppress(
+            ValueError, TypeError, RecursionError
+        ):  # so that more than its digest is looked at
             resealed(folder / "c", dict(json.loads(data)))
         folders.read_manifest(folder / "c")
 
@@ -50,10 +52,16 @@ def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]
         "files": {"a": {"size": 1, "sha256": "0"}},
     }
     resealed(folder / "c", content)
-    good = safetensors({"__metadata__": {"format": "pt"}, "a": tensor(0, 8), "b": tensor(8, 16)}, bytes(16))
+    good = safetensors(
+        {"__metadata__": {"format": "pt"}, "a": tensor(0, 8), "b": tensor(8, 16)}, bytes(16)
+    )
     return {
         ".idx": ((folder / "f.idx").read_bytes(), index, str(tokenfile.__file__)),
-        "manifest": ((folder / "c" / folders.MANIFEST).read_bytes(), manifest, str(folders.__file__)),
+        "manifest": (
+            (folder / "c" / folders.MANIFEST).read_bytes(),
+            manifest,
+            str(folders.__file__),
+        ),
         "safetensors header": (good, header, str(llama.__file__)),
     }
 
@@ -66,7 +74,15 @@ def changed(data: bytes, other: bytes, chance: random.Random) -> bytes:
         odd = chance.choice((0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, len(data)))
         size = chance.choice((1, 4, 8))
         piece = chance.choice(
-            (b"", chance.randbytes(size), (odd % 256**size).to_bytes(size, "little"), b"[" * 500, b'"', b"-1", b"1e999")
+            (
+                b"",
+                chance.randbytes(size),
+                (odd % 256**size).to_bytes(size, "little"),
+                b"[" * 500,
+                b'"',
+                b"-1",
+                b"1e999",
+            )
         )
         start = chance.randrange(len(other) + 1)
         piece = chance.choice((piece, piece, piece, other[start : start + chance.randrange(1, 40)]))
@@ -100,7 +116,11 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         most = 0
         tracemalloc.start()
         for number in range(budget):
-            data = good if number == 0 else changed(chance.choice(corpus), chance.choice(corpus), chance)
+            data = (
+                good
+                if number == 0
+                else changed(chance.choice(corpus), chance.choice(corpus), chance)
+            )
             now = Reached(module)
             tracemalloc.reset_peak()
             held = tracemalloc.get_traced_memory()[0]
@@ -115,7 +135,9 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                 sys.settrace(None)
             taken = tracemalloc.get_traced_memory()[1] - held
             most = max(most, taken)
-            assert taken < 2**23, f"{taken} bytes of memory: {name}, seed {seed}, number {number}, {data[:200]!r}"
+            assert taken < 2**23, (
+                f"{taken} bytes of memory: {name}, seed {seed}, number {number}, {data[:200]!r}"
+            )
             if now.steps - reached and len(data) < 10_000:
                 reached |= now.steps
                 corpus.append(data)

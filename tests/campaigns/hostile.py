@@ -96,7 +96,14 @@ def put(path: Path, how: str, content: dict[str, bytes], outside: Path) -> None:
         path.write_bytes(content[how])
 
 
-PLACES = ("a link out", "a link to itself", "a link to /dev/zero", "a pipe", "a folder", "a file of 1 TiB")
+PLACES = (
+    "a link out",
+    "a link to itself",
+    "a link to /dev/zero",
+    "a pipe",
+    "a folder",
+    "a file of 1 TiB",
+)
 
 
 def seal(checkpoint: Path) -> None:
@@ -111,7 +118,9 @@ def seal(checkpoint: Path) -> None:
 
 def resealed(checkpoint: Path, content: dict[str, Any]) -> None:
     content.pop("sha256", None)
-    (checkpoint / folders.MANIFEST).write_text(json.dumps(content | {"sha256": folders._digest(content)}))
+    (checkpoint / folders.MANIFEST).write_text(
+        json.dumps(content | {"sha256": folders._digest(content)})
+    )
 
 
 FORGED: list[Callable[[dict[str, Any]], Any]] = [
@@ -150,9 +159,15 @@ def run(rank: int, given: tuple[str, list[str]]) -> int:
         strange = event in ("os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
         if event == "subprocess.Popen":
             strange = "watchdog.py" not in str(details[1])
-        if event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR):
+        if (
+            event == "open"
+            and isinstance(details[2], int)
+            and details[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             path = os.path.realpath(str(details[0]))
-            strange = not isinstance(details[0], int) and not path.startswith((inside, "/dev/", "/proc/"))
+            strange = not isinstance(details[0], int) and not path.startswith(
+                (inside, "/dev/", "/proc/")
+            )
         if strange:
             os.write(2, f"STRANGE {event} {details}\n".encode())
 
@@ -173,7 +188,11 @@ def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
     write_tokens(inside / "tokens", 100)
     entry = {"prefix": "tokens", "num_documents": 100, "dtype": "uint16"}
     (inside / "data.json").write_text(json.dumps({"datasets": [entry]}))
-    base = ["training.checkpoint.interval=1", "training.export.interval=1", "training.num_workers=0"]
+    base = [
+        "training.checkpoint.interval=1",
+        "training.export.interval=1",
+        "training.num_workers=0",
+    ]
     first = settings(inside, *base, "training.train_iters=1", "data.path=data.json")
     code, said = fork(folder, run, (str(inside), first))
     assert code == 0, said
@@ -185,14 +204,30 @@ def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
     shutil.copytree(inside, folder / "good", symlinks=True)
     again = settings(inside, *base, "training.train_iters=2", "data.path=data.json")
     model = [
-        *settings(inside, *base, "training.train_iters=1", "data.path=data.json", f"run.experiment_dir={inside}/new")
+        *settings(
+            inside,
+            *base,
+            "training.train_iters=1",
+            "data.path=data.json",
+            f"run.experiment_dir={inside}/new",
+        )
     ]
     model = [word for word in model if not word.startswith("model.")] + ["pretrained.path=model"]
     before = {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}
     checkpoint = inside / "run" / "checkpoint" / "1"
     while figures["hostile files"] < budget:
         kind = chance.choice(
-            ("checkpoint", "checkpoint", "manifest", "manifest", "model", "model", "code", "data", "data")
+            (
+                "checkpoint",
+                "checkpoint",
+                "manifest",
+                "manifest",
+                "model",
+                "model",
+                "code",
+                "data",
+                "data",
+            )
         )
         how = chance.choice((*PLACES, *content, *content))
         arguments, target = again, checkpoint / "shard-00001-00001.safetensors"
@@ -232,7 +267,9 @@ def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
                 "trust_remote_code": True,
             }
             (inside / "model" / "config.json").write_text(json.dumps(config))
-            (inside / "model" / "evil.py").write_text(f"import os\nos.system('touch {canary}')\nclass Evil: pass\n")
+            (inside / "model" / "evil.py").write_text(
+                f"import os\nos.system('touch {canary}')\nclass Evil: pass\n"
+            )
         else:
             target = inside / chance.choice(("tokens.idx", "tokens.idx", "tokens.bin", "data.json"))
             put(target, how, content, outside)
@@ -248,10 +285,12 @@ def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
         assert "Traceback" not in said and code in (0, 1, 2), story
         assert "STRANGE" not in said, story
         assert not canary.exists(), f"executed: {story}"
-        assert before == {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}, story
-        assert "secret" not in said.replace("/secret", "").replace("outside", "").replace("looks like a secret", ""), (
+        assert before == {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}, (
             story
         )
+        assert "secret" not in said.replace("/secret", "").replace("outside", "").replace(
+            "looks like a secret", ""
+        ), story
         figures["refused with a line"] += code != 0
         figures["passed over or of no effect"] += code == 0
         shutil.rmtree(inside)

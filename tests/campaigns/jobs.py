@@ -33,13 +33,20 @@ class Job:
     """One start of `fast-llm train gpt`, in `world` processes."""
 
     def __init__(
-        self, folder: Path, arguments: list[str], world: int, before: Callable[..., None] = nothing, helped: bool = True
+        self,
+        folder: Path,
+        arguments: list[str],
+        world: int,
+        before: Callable[..., None] = nothing,
+        helped: bool = True,
     ):
         """`before(rank)` is called in each rank first; `helped`: the launcher ends the other ranks when one fails."""
         self.world = world
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="job-")
         self.folder = Path(self._folder.name)
-        self.launcher = _context.Process(target=_launch, args=(self.folder, arguments, world, before, helped))
+        self.launcher = _context.Process(
+            target=_launch, args=(self.folder, arguments, world, before, helped)
+        )
         self.launcher.start()
         self.ranks: list[int] = []
         deadline = time.monotonic() + STUCK
@@ -74,12 +81,16 @@ class Job:
         """Until no rank is left, whether or not there is a launcher."""
         deadline = time.monotonic() + seconds
         while left := [rank for rank in self.ranks if alive(rank)]:
-            assert time.monotonic() < deadline, f"stuck: {left} of {self.ranks} after {seconds:.0f} s\n{self.said()}"
+            assert time.monotonic() < deadline, (
+                f"stuck: {left} of {self.ranks} after {seconds:.0f} s\n{self.said()}"
+            )
             time.sleep(0.005)
 
     def codes(self) -> list[int]:
         """Each rank's exit code, as a shell tells it."""
-        found = dict(map(int, line.split()) for line in (self.folder / "codes").read_text().splitlines())
+        found = dict(
+            map(int, line.split()) for line in (self.folder / "codes").read_text().splitlines()
+        )
         return [found[rank] for rank in self.ranks]
 
     def said(self) -> str:
@@ -107,11 +118,15 @@ def listens(process: int, number: signal.Signals) -> bool:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False
-    caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
+    caught = next(
+        (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0
+    )
     return bool(caught >> (number - 1) & 1)
 
 
-def _launch(folder: Path, arguments: list[str], world: int, before: Callable[..., None], helped: bool) -> None:
+def _launch(
+    folder: Path, arguments: list[str], world: int, before: Callable[..., None], helped: bool
+) -> None:
     os.setsid()
     os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
@@ -156,7 +171,9 @@ def _launch(folder: Path, arguments: list[str], world: int, before: Callable[...
     os._exit(first)
 
 
-def _rank(folder: Path, arguments: list[str], rank: int, world: int, before: Callable[..., None]) -> None:
+def _rank(
+    folder: Path, arguments: list[str], rank: int, world: int, before: Callable[..., None]
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -167,12 +184,21 @@ def _rank(folder: Path, arguments: list[str], rank: int, world: int, before: Cal
         os.setsid()
         torch.set_num_threads(1)
         if world > 1:
-            places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+            places = {
+                "RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": world,
+            }
             os.environ |= {name: str(value) for name, value in places.items()}
             store = dist.FileStore(str(folder / "store"), world)
             # Their own way of joining takes an address and a port; a file is faster and never taken.
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT + 2)
+                "gloo",
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=TIMEOUT + 2),
             )
         before(rank)
         # As the process that it is: signals are its own until it has ended.
@@ -197,7 +223,9 @@ def fork(
 ) -> tuple[int, str]:
     """The exit code of `function(0, arguments)` in a process of its own, and what it said."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="fork-") as place:
-        process = _context.Process(target=_alone, args=(Path(place) / "said", function, arguments, before))
+        process = _context.Process(
+            target=_alone, args=(Path(place) / "said", function, arguments, before)
+        )
         process.start()
         process.join(stuck)
         code = process.exitcode
@@ -208,7 +236,9 @@ def fork(
         return code, said
 
 
-def _alone(said: Path, function: Callable[..., int], arguments: Any, before: Callable[[int], None]) -> None:
+def _alone(
+    said: Path, function: Callable[..., int], arguments: Any, before: Callable[[int], None]
+) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     code = 1
@@ -235,6 +265,8 @@ def command(campaign: Callable[[Path, int, int], dict[str, Any]], budget: int) -
     with tempfile.TemporaryDirectory() as folder:
         figures = campaign(Path(folder), given.budget, given.seed)
     figures["seconds"] = round(time.monotonic() - started)
-    print(f"\n| {Path(sys.argv[0]).stem} --budget {given.budget} --seed {given.seed} | |\n|---|---|")
+    print(
+        f"\n| {Path(sys.argv[0]).stem} --budget {given.budget} --seed {given.seed} | |\n|---|---|"
+    )
     for name, value in figures.items():
         print(f"| {name} | {value} |")

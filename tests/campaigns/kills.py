@@ -93,7 +93,11 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
             doomed = figures["kills"] < budget
             after = chance.uniform(0, seconds[world])
             with Job(
-                folder, arguments(folder, name), world, slow_disk if slow else nothing, chance.random() < 0.5
+                folder,
+                arguments(folder, name),
+                world,
+                slow_disk if slow else nothing,
+                chance.random() < 0.5,
             ) as job:
                 if doomed:
                     wait(job, after, run if chance.random() < 0.4 else None, chance)
@@ -104,27 +108,50 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                     figures["kills"] += 1
                     figures[f"world {world}"] += 1
                     figures[victim] += 1
-                    longest = max(longest, kill(job, victim, chance, arguments(folder, name), run, figures))
-                    assert max(published(run), default=0) >= max(known, default=0), f"{story}: lost, had {known}"
-                went_on = re.search(r"Going on from .*, after step (\d+)\.|Starting from (random) weights", job.said())
+                    longest = max(
+                        longest, kill(job, victim, chance, arguments(folder, name), run, figures)
+                    )
+                    assert max(published(run), default=0) >= max(known, default=0), (
+                        f"{story}: lost, had {known}"
+                    )
+                went_on = re.search(
+                    r"Going on from .*, after step (\d+)\.|Starting from (random) weights",
+                    job.said(),
+                )
                 if went_on:
                     # Orphans that go on while the next start is on its way may have saved more meanwhile.
-                    assert int(went_on[1] or 0) == max(before, default=0), f"{story}: went on from {went_on[0]}"
+                    assert int(went_on[1] or 0) == max(before, default=0), (
+                        f"{story}: went on from {went_on[0]}"
+                    )
                 finished = "Training is complete" in job.said()
             newest = folders.latest(run / "checkpoint")
             there = published(run)
             assert (newest is None and not there) or (
                 newest is not None and folders.verify(newest).step == max(there)
             ), f"{story}: {newest} of {there}"
-            if finished and max(there, default=0) == STEPS and not list((run / "export/llama").glob(".*")):
+            if (
+                finished
+                and max(there, default=0) == STEPS
+                and not list((run / "export/llama").glob(".*"))
+            ):
                 break
-        with Job(folder, arguments(folder, name), world) as job:  # what a kill at the very end left undone
+        with Job(
+            folder, arguments(folder, name), world
+        ) as job:  # what a kill at the very end left undone
             assert job.wait() == 0, f"{story}\n{job.said()}"
         assert result(run) == undisturbed[world], f"{story}: another result"
         for part in ("checkpoint", "export/llama"):
             assert not list((run / part).glob(".*")), f"{story}: something was left behind"
-    assert budget < 100 or figures["inside a save"] >= budget / 5, "too few kills hit a save to prove much"
-    return {**dict(sorted(figures.items())), "longest end, s": round(longest, 1), "stuck": 0, "lost": 0, "different": 0}
+    assert budget < 100 or figures["inside a save"] >= budget / 5, (
+        "too few kills hit a save to prove much"
+    )
+    return {
+        **dict(sorted(figures.items())),
+        "longest end, s": round(longest, 1),
+        "stuck": 0,
+        "lost": 0,
+        "different": 0,
+    }
 
 
 def wait(job: Job, after: float, run: Path | None, chance: random.Random) -> None:
@@ -140,7 +167,14 @@ def wait(job: Job, after: float, run: Path | None, chance: random.Random) -> Non
     time.sleep(chance.uniform(0, 0.05))
 
 
-def kill(job: Job, victim: str, chance: random.Random, again: list[str], run: Path, figures: "Counter[str]") -> float:
+def kill(
+    job: Job,
+    victim: str,
+    chance: random.Random,
+    again: list[str],
+    run: Path,
+    figures: "Counter[str]",
+) -> float:
     """Kill, note where that was, and wait until everything has ended; the seconds that this took by itself."""
     if victim == "launcher":
         job.launcher.kill()
@@ -148,7 +182,9 @@ def kill(job: Job, victim: str, chance: random.Random, again: list[str], run: Pa
         victims = chance.sample(job.ranks, len(job.ranks) if victim == "all ranks" else 1)
         for rank in victims:
             send(rank, signal.SIGKILL)
-    inside = [part for part in ("checkpoint", "export/llama") if list((run / part).glob(".*.partial-*"))]
+    inside = [
+        part for part in ("checkpoint", "export/llama") if list((run / part).glob(".*.partial-*"))
+    ]
     figures["inside a save"] += "checkpoint" in inside
     figures["inside an export"] += "export/llama" in inside
     started = time.monotonic()

@@ -82,14 +82,18 @@ class Course:
 def course(faults: Sequence[Fault], policy: str) -> Course:
     """As this file works it out, by itself."""
     bad = {fault.batch for fault in faults if fault.value != SPIKE}
-    spikes = {fault.batch for fault in faults if fault.value == SPIKE and policy in ("skip", "rewind")} - bad
+    spikes = {
+        fault.batch for fault in faults if fault.value == SPIKE and policy in ("skip", "rewind")
+    } - bad
     found = Course()
     # `since`: the batch after which the run went on from the checkpoint of step `saved`.
     step = batch = saved = since = 0
     while step < STEPS:
         step, batch = step + 1, batch + 1
         if batch in spikes and policy == "rewind":
-            found.passed_over.append({"after": saved, "spike": step, "sequences": (batch - since) * BATCH})
+            found.passed_over.append(
+                {"after": saved, "spike": step, "sequences": (batch - since) * BATCH}
+            )
             step, since = saved, batch
             continue
         found.batch_of[step] = batch
@@ -107,10 +111,14 @@ def spoil(tensors: Mapping[str, Tensor], fault: Fault) -> None:
     """Write the fault's value to one element."""
     names = sorted(name for name, tensor in tensors.items() if tensor.numel())
     tensor = tensors[names[fault.chosen % len(names)]]
-    tensor.detach()[np.unravel_index(fault.chosen // 64 % tensor.numel(), tensor.shape)] = fault.value
+    tensor.detach()[np.unravel_index(fault.chosen // 64 % tensor.numel(), tensor.shape)] = (
+        fault.value
+    )
 
 
-def disturb(rank: int, faults: Sequence[Fault], notes: Path | None, reference: Course | None = None) -> None:
+def disturb(
+    rank: int, faults: Sequence[Fault], notes: Path | None, reference: Course | None = None
+) -> None:
     """Have the faults happen, and note what this process decides at each step, and what it holds at the end. `reference`: no fault
     happens, but updates are undone and batches given as this says."""
     start = Trainer.steps
@@ -139,7 +147,14 @@ def disturb(rank: int, faults: Sequence[Fault], notes: Path | None, reference: C
 
         def noting(number: int, result: StepResult) -> None:
             add(number, result)
-            decision = [self.samples // BATCH, number, result.updated, result.spike, result.loss, result.gradient_norm]
+            decision = [
+                self.samples // BATCH,
+                number,
+                result.updated,
+                result.spike,
+                result.loss,
+                result.gradient_norm,
+            ]
             assert notes is not None
             with (notes / f"decisions_{rank}").open("a") as file:
                 file.write(json.dumps(decision) + "\n")
@@ -195,7 +210,13 @@ def _note_state(trainer: Trainer, path: Path) -> None:
                 place = ""
                 if isinstance(tensor, DTensor):
                     at = tensor.device_mesh.get_coordinate() or []
-                    place = str([p for p, how in zip(at, tensor.placements, strict=True) if not how.is_replicate()])
+                    place = str(
+                        [
+                            p
+                            for p, how in zip(at, tensor.placements, strict=True)
+                            if not how.is_replicate()
+                        ]
+                    )
                     tensor = tensor.to_local()
                 data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
                 found[f"{part} of {name} {place}"] = hashlib.sha256(data).hexdigest()
@@ -236,12 +257,16 @@ def agree(notes: Path, world: int, story: str) -> None:
     files = [notes / f"decisions_{rank}" for rank in range(world)]
     decided = [file.read_text().splitlines() if file.exists() else [] for file in files]
     shortest = min(map(len, decided))
-    assert len({tuple(lines[:shortest]) for lines in decided}) == 1, f"{story}: ranks decided differently: {decided}"
+    assert len({tuple(lines[:shortest]) for lines in decided}) == 1, (
+        f"{story}: ranks decided differently: {decided}"
+    )
     held: dict[str, str] = {}
     for rank in range(world):
         if (notes / f"state_{rank}").exists():
             for name, digest in json.loads((notes / f"state_{rank}").read_text()).items():
-                assert held.setdefault(name, digest) == digest, f"{story}: {name} is not the same on rank {rank}"
+                assert held.setdefault(name, digest) == digest, (
+                    f"{story}: {name} is not the same on rank {rank}"
+                )
 
 
 def one_line(said: str, story: str) -> str:
@@ -333,7 +358,11 @@ class Bench:
         found = []
         for batch in batches:
             place = self.chance.choice(("loss", "gradient"))
-            value = SPIKE if spike else self.chance.choice(NOT_FINITE + (HUGE if place == "gradient" else ()))
+            value = (
+                SPIKE
+                if spike
+                else self.chance.choice(NOT_FINITE + (HUGE if place == "gradient" else ()))
+            )
             # What is finite counts only where this rank's numbers do, and copies must get the same.
             rank = self.rank(layout) if not math.isfinite(value) else None
             found.append(Fault(batch, place, value, rank, self.chance.randrange(2**20)))
@@ -366,16 +395,19 @@ def steps_left_out(bench: Bench, layout: str, story: str) -> int:
     code, reference_said = bench.start(layout, other, reference=expected)
     assert code == 0, f"{story}\nreference\n{reference_said}"
     run, reference = bench.folder / name, bench.folder / other
-    assert weights(run / "checkpoint" / str(STEPS)) == weights(reference / "checkpoint" / str(STEPS)), (
-        f"{story}: other weights"
-    )
+    assert weights(run / "checkpoint" / str(STEPS)) == weights(
+        reference / "checkpoint" / str(STEPS)
+    ), f"{story}: other weights"
     exported, should = (
-        (one / "export/llama" / str(STEPS) / "model.safetensors").read_bytes() for one in (run, reference)
+        (one / "export/llama" / str(STEPS) / "model.safetensors").read_bytes()
+        for one in (run, reference)
     )
     assert exported == should, f"{story}: another export"
     found, wanted = losses(run), losses(reference)
     for step, batch in expected.batch_of.items():
-        assert batch in expected.left_out or found[step] == wanted[step], f"{story}: another loss at step {step}"
+        assert batch in expected.left_out or found[step] == wanted[step], (
+            f"{story}: another loss at step {step}"
+        )
     assert losses(run, "validation")[STEPS] == losses(reference, "validation")[STEPS], (
         f"{story}: another validation loss"
     )
@@ -386,9 +418,13 @@ def steps_left_out(bench: Bench, layout: str, story: str) -> int:
         f"{story}: not told in metrics.jsonl"
     )
     spiked = {step for step, batch in expected.batch_of.items() if batch in expected.spikes}
-    assert {step for step, one in of_steps.items() if one["spikes"]} == spiked, f"{story}: spikes in metrics.jsonl"
+    assert {step for step, one in of_steps.items() if one["spikes"]} == spiked, (
+        f"{story}: spikes in metrics.jsonl"
+    )
     info = folders.verify(run / "checkpoint" / str(STEPS)).info
-    assert info["passed_over"] == expected.passed_over and info["updates"] == STEPS - len(left_out), f"{story}: {info}"
+    assert info["passed_over"] == expected.passed_over and info["updates"] == STEPS - len(
+        left_out
+    ), f"{story}: {info}"
     figures["steps left out"] += len(left_out)
     figures["rewinds"] += len(expected.passed_over)
     figures[f"policy {policy}"] += 1
@@ -403,7 +439,11 @@ def a_spike_that_stops(bench: Bench, layout: str, story: str) -> int:
         code, said = bench.start(layout, name, ("training.spikes.policy=stop",), faults)
         story += f", stop, {faults}, exit code {code}\n{said}"
         told = one_line(said, story)
-        assert code == 1 and f"Step {batch} is a spike" in told and "is complete: the same command" in told, story
+        assert (
+            code == 1
+            and f"Step {batch} is a spike" in told
+            and "is complete: the same command" in told
+        ), story
         _nothing_since(bench, layout, name, batch, story)
     bench.figures["ended with a line"] += 1
     return 1
@@ -417,7 +457,10 @@ def too_many_in_a_row(bench: Bench, layout: str, story: str) -> int:
     code, said = bench.start(layout, name, ("optimizer.max_nonfinite_steps=3",), faults)
     story += f", in a row, {faults}, exit code {code}\n{said}"
     told = one_line(said, story)
-    assert code == 1 and f"step {first + 2}: loss or gradients were not finite 3 times in a row" in told, story
+    assert (
+        code == 1
+        and f"step {first + 2}: loss or gradients were not finite 3 times in a row" in told
+    ), story
     assert " is complete: the same command" in told, story
     _nothing_since(bench, layout, name, first, story)
     bench.figures["ended with a line"] += 1
@@ -429,7 +472,9 @@ def _nothing_since(bench: Bench, layout: str, name: str, batch: int, story: str)
     whole, run = bench.whole(layout), bench.folder / name
     last = (batch - 1) // INTERVAL * INTERVAL
     found = [step for step, _ in folders.find(run / "checkpoint")]
-    assert [step for step in found if step < batch] == [*range(INTERVAL, last + 1, INTERVAL)], f"{story}: {found}"
+    assert [step for step in found if step < batch] == [*range(INTERVAL, last + 1, INTERVAL)], (
+        f"{story}: {found}"
+    )
     if last:
         one, other = (weights(place / "checkpoint" / str(last)) for place in (whole, run))
         assert one == other, f"{story}: other weights at step {last}"
@@ -442,10 +487,16 @@ def wrong_memory(bench: Bench, layout: str, story: str) -> int:
     place = chance.choice(("weight", *MOMENTS))
     values = (*NOT_FINITE, *NOT_FINITE, *HUGE, *([-1e3] if place == "exp_avg_sq" else []))
     fault = Fault(
-        chance.randrange(1, STEPS + 1), place, chance.choice(values), bench.rank(layout), chance.randrange(2**20)
+        chance.randrange(1, STEPS + 1),
+        place,
+        chance.choice(values),
+        bench.rank(layout),
+        chance.randrange(2**20),
     )
     if fault.value in HUGE and LAYOUTS[layout][0] > 1:
-        fault = Fault(fault.batch, place, fault.value, None, fault.chosen)  # else copies would differ
+        fault = Fault(
+            fault.batch, place, fault.value, None, fault.chosen
+        )  # else copies would differ
     name = bench.name()
     code, said = bench.start(layout, name, (), [fault])
     story += f", wrong memory, {fault}, exit code {code}\n{said}"
@@ -457,15 +508,20 @@ def wrong_memory(bench: Bench, layout: str, story: str) -> int:
     if fault.value in HUGE:  # it may be anything; what is published is finite
         figures["huge, and trained on with" if code == 0 else "huge, and ended for it"] += 1
         return 1
-    assert code == 1 and re.search(r"holds (NaN or infinities|numbers below zero)|below zero", told), story
-    assert max((step for step, _ in folders.find(bench.folder / name / "checkpoint")), default=0) < fault.batch, story
+    assert code == 1 and re.search(
+        r"holds (NaN or infinities|numbers below zero)|below zero", told
+    ), story
+    assert (
+        max((step for step, _ in folders.find(bench.folder / name / "checkpoint")), default=0)
+        < fault.batch
+    ), story
     figures[f"found before it was published: {place}"] += 1
     code, said = bench.start(layout, name)
     assert code == 0, f"{story}\nthen\n{said}"
     for part in ("checkpoint", "export/llama"):
-        assert weights(bench.folder / name / part / str(STEPS)) == weights(whole / part / str(STEPS)), (
-            f"{story}: {part}"
-        )
+        assert weights(bench.folder / name / part / str(STEPS)) == weights(
+            whole / part / str(STEPS)
+        ), f"{story}: {part}"
     assert losses(bench.folder / name) == losses(whole), f"{story}: other losses"
     return 1
 
@@ -537,8 +593,15 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         "rewinds",
         "kills",
     ]
-    assert budget < 200 or all(figures[name] for name in wanted), f"not everything happened: {figures}"
-    return {**dict(sorted(figures.items())), "decided differently": 0, "different": 0, "published and not finite": 0}
+    assert budget < 200 or all(figures[name] for name in wanted), (
+        f"not everything happened: {figures}"
+    )
+    return {
+        **dict(sorted(figures.items())),
+        "decided differently": 0,
+        "different": 0,
+        "published and not finite": 0,
+    }
 
 
 if __name__ == "__main__":

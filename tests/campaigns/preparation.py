@@ -139,7 +139,11 @@ class Death:
         while start.process.poll() is None:
             present = len(list(output.glob("*")))
             if self.files:
-                there = present - before >= self.files if self.files > 0 else present >= all_of_them + self.files
+                there = (
+                    present - before >= self.files
+                    if self.files > 0
+                    else present >= all_of_them + self.files
+                )
             else:
                 there = time.monotonic() - begun > self.after
             # The interpreter's own start is none of ours.
@@ -174,7 +178,9 @@ def judge(death: Death, code: int, said: str) -> str:
     assert code == 128 + death.number
     if death.number == signal.SIGKILL:
         return "killed"
-    assert told == [f"fast-llm prepare: stopped by {death.number.name}; the same command goes on where it stopped"]
+    assert told == [
+        f"fast-llm prepare: stopped by {death.number.name}; the same command goes on where it stopped"
+    ]
     assert "leaked" not in said
     return "stopped with a line"
 
@@ -193,7 +199,10 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     def starts(name: str, where: Path) -> list[Preparation]:
         """One, or one for each node."""
         nodes = [[f"distributed.rank={node}"] for node in range(2)] if name == "two nodes" else [[]]
-        return [Preparation(folder, [f"output_path={where}/data", *settings[name], *node]) for node in nodes]
+        return [
+            Preparation(folder, [f"output_path={where}/data", *settings[name], *node])
+            for node in nodes
+        ]
 
     for name in names:
         where = folder / f"whole, {name}"
@@ -203,15 +212,25 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         seconds[name] = time.monotonic() - begun
         whole[name] = everything(where)
         files_of[name] = len(list((where / "data").glob("*")))
-        figures[f"token files, {name}"] = len([file for file in whole[name] if file.endswith(".bin")])
+        figures[f"token files, {name}"] = len(
+            [file for file in whole[name] if file.endswith(".bin")]
+        )
     while figures["kills"] < budget:
         name = names[figures["preparations"] % len(names)]
         figures["preparations"] += 1
         where = folder / f"killed {figures['preparations']}"
         story = f"seed {seed}, preparation {figures['preparations']}, {name}"
         for _ in range(chance.randrange(3, 7)):
-            number = signal.SIGKILL if chance.random() < 0.75 else chance.choice((signal.SIGTERM, signal.SIGINT))
-            possible = [*VICTIMS, *VICTIMS[:1]] if "workers" in name and number == signal.SIGKILL else VICTIMS[1:]
+            number = (
+                signal.SIGKILL
+                if chance.random() < 0.75
+                else chance.choice((signal.SIGTERM, signal.SIGINT))
+            )
+            possible = (
+                [*VICTIMS, *VICTIMS[:1]]
+                if "workers" in name and number == signal.SIGKILL
+                else VICTIMS[1:]
+            )
             files = chance.choice((0, 1, 3, 6, -1, -3))
             death = Death(number, chance.choice(possible), chance.uniform(0, seconds[name]), files)
             story += f"\nthen {death}"
@@ -229,7 +248,11 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                     figures[judge(death, codes[running.index(hit)], hit.said())] += 1
                     figures["as it ended"] += files < 0
                     figures["with a file half written"] += bool(list(where.rglob("*.partial")))
-                assert all(code == 0 for start, code in zip(running, codes, strict=True) if not met or start is not hit)
+                assert all(
+                    code == 0
+                    for start, code in zip(running, codes, strict=True)
+                    if not met or start is not hit
+                )
             except AssertionError as error:
                 said = "\n".join(start.said() for start in running)
                 raise AssertionError(f"{story}\n{error}\n{said}") from error
@@ -241,10 +264,17 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         for start in starts(name, where):
             assert start.wait() == 0, f"{story}\nthen left in peace\n{start.said()}"
         found = everything(where)
-        assert found.keys() == whole[name].keys(), f"{story}\nother files: {found.keys() ^ whole[name].keys()}"
+        assert found.keys() == whole[name].keys(), (
+            f"{story}\nother files: {found.keys() ^ whole[name].keys()}"
+        )
         for file, expected in whole[name].items():
             assert found[file] == expected, f"{story}\n{file} has other bytes"
-    return {**dict(sorted(figures.items())), "longest end, s": round(longest, 1), "left running": 0, "different": 0}
+    return {
+        **dict(sorted(figures.items())),
+        "longest end, s": round(longest, 1),
+        "left running": 0,
+        "different": 0,
+    }
 
 
 if __name__ == "__main__":

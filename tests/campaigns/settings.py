@@ -29,7 +29,24 @@ from tests.training.runs import settings, write_tokens
 
 LIMIT = 2.0  # seconds of a processor
 JUNK: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 3, 10**12, 10**15 + 1, 2**63, -(2**70), 0.5, -0.1, 1e-300, 1e300),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        3,
+        10**12,
+        10**15 + 1,
+        2**63,
+        -(2**70),
+        0.5,
+        -0.1,
+        1e-300,
+        1e300,
+    ),
     *(
         float("nan"),
         float("inf"),
@@ -57,7 +74,19 @@ JUNK: list[Any] = [
         "fp32",
         "bf16",
     ),
-    *([], [1], [1, 2, 3], [None], ["a", "b"], [[1]], {}, {"a": 1}, {"interval": 1}, {"type": "llama3"}, {1: 2}),
+    *(
+        [],
+        [1],
+        [1, 2, 3],
+        [None],
+        ["a", "b"],
+        [[1]],
+        {},
+        {"a": 1},
+        {"interval": 1},
+        {"type": "llama3"},
+        {1: 2},
+    ),
 ]
 TEXTS = [
     *(
@@ -125,7 +154,9 @@ def mutated(
     values = yaml.safe_load(yaml.safe_dump(values))
     meant: tuple[str, str] | None = None
     overrides: list[str] = []
-    kind = chance.choice(("name", "value", "value", "value", "override", "text", "text", "gone", "strange", "bomb"))
+    kind = chance.choice(
+        ("name", "value", "value", "value", "override", "text", "text", "gone", "strange", "bomb")
+    )
     figures[f"mutation: {kind}"] += 1
     for _ in range(chance.choice((1, 1, 2, 4)) if kind == "value" else 1):
         place = chance.choice(paths(values))
@@ -145,9 +176,9 @@ def mutated(
         elif kind == "gone":
             del section[place[-1]]
         elif kind == "strange":
-            section[chance.choice(("strange", "interval", "path", "type", "é", "a.b", "", "0", "null"))] = (
-                chance.choice(JUNK)
-            )
+            section[
+                chance.choice(("strange", "interval", "path", "type", "é", "a.b", "", "0", "null"))
+            ] = chance.choice(JUNK)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=chance.random() < 0.5)
     if kind == "text":
         for _ in range(chance.randrange(1, 4)):
@@ -167,7 +198,13 @@ def mutated(
             )
     elif kind == "bomb":
         text = chance.choice(
-            (BOMB + text, text + "x: " + "[" * 5000, text + "x: " + "{a: " * 400, text + "a: " * 3000, text * 2)
+            (
+                BOMB + text,
+                text + "x: " + "[" * 5000,
+                text + "x: " + "{a: " * 400,
+                text + "a: " * 3000,
+                text * 2,
+            )
         )
     return text, overrides, meant
 
@@ -178,7 +215,9 @@ def tell(folder: Path, overrides: list[str]) -> tuple[int | None, str, str]:
     code: int | None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = cli.main(["train", "gpt", "--config", str(folder / "c.yaml"), "--validate", *overrides])
+            code = cli.main(
+                ["train", "gpt", "--config", str(folder / "c.yaml"), "--validate", *overrides]
+            )
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
@@ -192,9 +231,20 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     write_tokens(folder / "tokens", 400)
-    further = ["training.train_iters=10", "training.checkpoint.interval=5", "training.validation.interval=5"]
-    further += ["training.validation.iterations=1", "training.export.interval=5", "training.checkpoint.keep=2"]
-    further += ["optimizer.learning_rate.decay_style=cosine", "optimizer.learning_rate.decay_iterations=10"]
+    further = [
+        "training.train_iters=10",
+        "training.checkpoint.interval=5",
+        "training.validation.interval=5",
+    ]
+    further += [
+        "training.validation.iterations=1",
+        "training.export.interval=5",
+        "training.checkpoint.keep=2",
+    ]
+    further += [
+        "optimizer.learning_rate.decay_style=cosine",
+        "optimizer.learning_rate.decay_iterations=10",
+    ]
     shape = {
         "hidden_size": 40,
         "intermediate_size": 52,
@@ -206,7 +256,10 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     (folder / "model" / "config.json").write_text(
         json.dumps({"model_type": "llama", "vocab_size": 128, "head_dim": 10, **shape})
     )
-    bases = [read(None, settings(folder, *further)).values, read(None, settings(folder, *further)).values]
+    bases = [
+        read(None, settings(folder, *further)).values,
+        read(None, settings(folder, *further)).values,
+    ]
     bases[1]["pretrained"] = {"path": f"{folder}/model", "format": "llama", "model_weights": False}
     bases[1]["data"]["validation_sets"] = {"other": f"{folder}/tokens"}
     del bases[1]["model"]
@@ -225,10 +278,23 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                 seconds = time.process_time() - began
                 slowest = max(slowest, seconds)
             else:
-                words = ["-m", "fast_llm.cli", "train", "gpt", "--config", "c.yaml", "--validate", *overrides]
+                words = [
+                    "-m",
+                    "fast_llm.cli",
+                    "train",
+                    "gpt",
+                    "--config",
+                    "c.yaml",
+                    "--validate",
+                    *overrides,
+                ]
                 environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
                 done = subprocess.run(
-                    [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=60
+                    [sys.executable, *words],
+                    capture_output=True,
+                    text=True,
+                    env=environment,
+                    timeout=60,
                 )
                 code, out, err, seconds = done.returncode, done.stdout, done.stderr, 0.0
                 figures["in a process of its own"] += 1
@@ -256,7 +322,11 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         assert sorted(folder.rglob("*")) == before, "something was written"
     finally:
         os.chdir(here)
-    return {**dict(sorted(figures.items())), "slowest, s of a processor": round(slowest, 2), "tracebacks": 0}
+    return {
+        **dict(sorted(figures.items())),
+        "slowest, s of a processor": round(slowest, 2),
+        "tracebacks": 0,
+    }
 
 
 if __name__ == "__main__":

@@ -33,10 +33,22 @@ TARGETS = ("one rank", "all ranks", "launcher")
 TIMES = ("once", "twice", "late")  # late: a second one, of which a process dies
 ENDS = 30.0  # seconds in which a job must end, on a busy machine
 _LATER = 2.2  # seconds until a second signal is another wish, and a bit
-_THREADS = ("writing a checkpoint", "publishing")  # of the saver, for the most part: training goes on beside them
+_THREADS = (
+    "writing a checkpoint",
+    "publishing",
+)  # of the saver, for the most part: training goes on beside them
 
 # How a phase is recognised: what the watchdog is told, or a function that is called.
-MARKS = ("reading weights", "data", "forward and backward", "sum over processes", "update", "log", "validation", "test")
+MARKS = (
+    "reading weights",
+    "data",
+    "forward and backward",
+    "sum over processes",
+    "update",
+    "log",
+    "validation",
+    "test",
+)
 MARKS += ("saving", "exporting", "what is due at the end", "closing")
 CALLS = {
     "plan": ("fast_llm.training.plan", "make_plan"),
@@ -55,7 +67,14 @@ CALLS = {
 EARLY = ("plan", "before the processes meet", "while the processes meet")
 ONCE = {
     *EARLY,
-    *("after the processes met", "building the model", "reading weights", "test", "closing", "leaving the others"),
+    *(
+        "after the processes met",
+        "building the model",
+        "reading weights",
+        "test",
+        "closing",
+        "leaving the others",
+    ),
 }
 ONCE |= {"what is due at the end"}
 
@@ -100,13 +119,17 @@ def arm(rank: int, case: Case, note: Path) -> None:
         entered += 1
         if entered != case.count:
             return
-        note.write_text(json.dumps({"done": trainers[0].done if trainers else 0, "time": time.monotonic()}))
+        note.write_text(
+            json.dumps({"done": trainers[0].done if trainers else 0, "time": time.monotonic()})
+        )
         launcher = os.getppid()
         ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         others = [int(process) for process in ranks if int(process) != os.getpid()]
         # Who has not begun to listen dies of it: a moment that the others would tell as the loss of a process.
         heard = [signal.SIGUSR1] if case.phase in EARLY else list(SIGNALS)
-        while not all(listens(process, number) or not alive(process) for process in others for number in heard):
+        while not all(
+            listens(process, number) or not alive(process) for process in others for number in heard
+        ):
             time.sleep(0.002)  # at the end of a run another one may have left already
         victims = {"one rank": [], "all ranks": others, "launcher": [launcher]}[case.target]
         if case.target != "launcher":
@@ -175,24 +198,34 @@ def result(run: Path) -> dict[str, Any]:
 def choose(phase: str, world: int, chance: random.Random) -> Case:
     rank = 0 if phase == "publishing" else chance.randrange(world)
     count = 1 if phase in ONCE else chance.randrange(1, 4)
-    number, target, times = chance.choice(SIGNALS), chance.choice(TARGETS), chance.choice((*TIMES, "once"))
+    number, target, times = (
+        chance.choice(SIGNALS),
+        chance.choice(TARGETS),
+        chance.choice((*TIMES, "once")),
+    )
     return Case(phase, count, rank, target, number, times, chance.choice(SIGNALS))
 
 
-def judge(case: Case, job: Job, run: Path, known: list[int], note: Path, figures: "Counter[str]") -> None:
+def judge(
+    case: Case, job: Job, run: Path, known: list[int], note: Path, figures: "Counter[str]"
+) -> None:
     """Whether a job that was sent signals ended as it should."""
     struck, codes, there = json.loads(note.read_text()), job.codes(), published(run)
     said = job.said()
     assert "Traceback" not in said
     assert max(there, default=0) >= max(known, default=0), "a checkpoint was lost"
     newest = folders.latest(run / "checkpoint")
-    assert (newest is None and not there) or (newest is not None and folders.verify(newest).step == max(there))
+    assert (newest is None and not there) or (
+        newest is not None and folders.verify(newest).step == max(there)
+    )
     fatal = None  # the signal that ended the process that sent it
     if case.phase in EARLY and case.number != signal.SIGUSR1:
         fatal = case.number
     elif case.phase == "leaving the others":  # all have agreed on the exit code
         fatal = None
-    elif case.second != signal.SIGUSR1 and (case.times == "late" or (case.times == "twice" and case.phase in EARLY)):
+    elif case.second != signal.SIGUSR1 and (
+        case.times == "late" or (case.times == "twice" and case.phase in EARLY)
+    ):
         fatal = case.second
     if fatal is not None:
         assert codes[case.rank] == 128 + fatal
@@ -205,14 +238,23 @@ def judge(case: Case, job: Job, run: Path, known: list[int], note: Path, figures
         return
     if "Training is complete" in said:
         assert struck["done"] == STEPS
-        assert case.phase in ("saving", "exporting", "writing an export", "closing", "leaving the others", *_THREADS)
+        assert case.phase in (
+            "saving",
+            "exporting",
+            "writing an export",
+            "closing",
+            "leaving the others",
+            *_THREADS,
+        )
         assert set(codes) == {0} and max(there) == STEPS
         figures["complete all the same"] += 1
         return
     assert "Stopped by a signal" in said
     # Of two that come while a process is not running it may hear in another order.
     wishes = {case.number} if case.times == "once" else {case.number, case.second}
-    assert len(set(codes)) == 1 and codes[0] in {0 if number == signal.SIGUSR1 else 128 + number for number in wishes}
+    assert len(set(codes)) == 1 and codes[0] in {
+        0 if number == signal.SIGUSR1 else 128 + number for number in wishes
+    }
     figures["stopped"] += 1
     if "before the first step" in said:
         assert there == known
@@ -254,7 +296,9 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
             with Job(folder, how, world, partial(arm, case=case, note=note)) as job:
                 code = job.wait()
                 if not note.exists():  # there is nothing left of that phase
-                    assert code == 0 and "Training is complete" in job.said(), f"{story}\n{job.said()}"
+                    assert code == 0 and "Training is complete" in job.said(), (
+                        f"{story}\n{job.said()}"
+                    )
                     break
                 took = time.monotonic() - json.loads(note.read_text())["time"]
                 longest = max(longest, took)
@@ -281,8 +325,16 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
             assert found[name] == expected, f"{story}\nanother {name}"
         left = [path for path in run.rglob(".*") if path.name != ".lock"]
         assert not left, f"{story}\nleft behind: {left}"
-    assert budget < 100 or all(figures[f"in {phase}"] for phase in phases), "a phase was not reached"
-    return {**dict(sorted(figures.items())), "longest end, s": round(longest, 1), "stuck": 0, "lost": 0, "different": 0}
+    assert budget < 100 or all(figures[f"in {phase}"] for phase in phases), (
+        "a phase was not reached"
+    )
+    return {
+        **dict(sorted(figures.items())),
+        "longest end, s": round(longest, 1),
+        "stuck": 0,
+        "lost": 0,
+        "different": 0,
+    }
 
 
 if __name__ == "__main__":

@@ -102,9 +102,18 @@ def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None
 
     def look(step: int) -> tuple[float, ...]:
         tasks = os.listdir("/proc/self/task")
-        children = sum(len(Path(f"/proc/self/task/{task}/children").read_text().split()) for task in tasks)
+        children = sum(
+            len(Path(f"/proc/self/task/{task}/children").read_text().split()) for task in tasks
+        )
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6
-        return step, resident, len(os.listdir("/proc/self/fd")), len(tasks), children, time.process_time()
+        return (
+            step,
+            resident,
+            len(os.listdir("/proc/self/fd")),
+            len(tasks),
+            children,
+            time.process_time(),
+        )
 
     def steps_(self: Trainer) -> str:
         add, count = self.metrics.add, 0
@@ -112,7 +121,9 @@ def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None
         def looking(step: int, result: Any) -> None:
             nonlocal count
             add(step, result)
-            if step % SAMPLE == SAMPLE - 1 and not self.saver.busy:  # else the saver's thread and its files count
+            if (
+                step % SAMPLE == SAMPLE - 1 and not self.saver.busy
+            ):  # else the saver's thread and its files count
                 seen[count] = look(step)
                 count += 1
 
@@ -193,14 +204,21 @@ def interfere(job: Job, event: str, chance: random.Random) -> None:
             send(rank, signal.SIGKILL)
 
 
-def full_disk(rank: int, numbers: Sequence[Fault], victim: int, number: int, until: int, root: Path) -> None:
+def full_disk(
+    rank: int, numbers: Sequence[Fault], victim: int, number: int, until: int, root: Path
+) -> None:
     """One process can not write for a while."""
     disturb(rank, numbers, None)
     disk.fail(rank, victim, "full", number, root, until)
 
 
 def live(
-    folder: Path, steps: int, world: int, numbers: Sequence[Fault], chance: random.Random, story: str
+    folder: Path,
+    steps: int,
+    world: int,
+    numbers: Sequence[Fault],
+    chance: random.Random,
+    story: str,
 ) -> "Counter[str]":
     """The run that all of it happens to, until it is complete."""
     figures: Counter[str] = Counter()
@@ -213,18 +231,29 @@ def live(
             figures["newest checkpoint damaged"] += 1
         event = chance.choices(list(EVENTS), list(EVENTS.values()))[0]
         target = reached(run) + chance.randrange(5, longest)
-        further = (f"model.distributed.timeout={HUNG}", "training.timeout=15") if event == "rank stopped" else ()
+        further = (
+            (f"model.distributed.timeout={HUNG}", "training.timeout=15")
+            if event == "rank stopped"
+            else ()
+        )
         before: Any = partial(disturb, faults=numbers, notes=None)
         if event == "disk full for a while":
             number = chance.randrange(20, 4 * longest)
             until = number + chance.randrange(20, 4 * longest)
             before = partial(
-                full_disk, numbers=numbers, victim=chance.randrange(world), number=number, until=until, root=run
+                full_disk,
+                numbers=numbers,
+                victim=chance.randrange(world),
+                number=number,
+                until=until,
+                root=run,
             )
         with Job(folder, arguments(folder, "disturbed", steps, *further), world, before) as job:
             deadline = time.monotonic() + 4 * STUCK
             while job.launcher.is_alive() and reached(run) < min(target, steps):
-                assert time.monotonic() < deadline, f"{story}: stuck at {reached(run)}\n{job.said()[-5000:]}"
+                assert time.monotonic() < deadline, (
+                    f"{story}: stuck at {reached(run)}\n{job.said()[-5000:]}"
+                )
                 time.sleep(0.02)
             time.sleep(chance.uniform(0, 0.1))
             if target < steps and job.launcher.is_alive():
@@ -234,10 +263,14 @@ def live(
             job.wait_ranks(STUCK)
             said = job.said()
         if event in ("SIGTERM", "SIGUSR1"):
-            assert code in (0, 143 if event == "SIGTERM" else 0), f"{story}, {event}, exit code {code}\n{said[-5000:]}"
+            assert code in (0, 143 if event == "SIGTERM" else 0), (
+                f"{story}, {event}, exit code {code}\n{said[-5000:]}"
+            )
         complete = code == 0 and "Training is complete" in said
         figures["damaged checkpoints passed over"] += "Passed over" in said
-    with Job(folder, arguments(folder, "disturbed", steps), world) as job:  # what a kill at the very end left undone
+    with Job(
+        folder, arguments(folder, "disturbed", steps), world
+    ) as job:  # what a kill at the very end left undone
         assert job.wait() == 0, f"{story}\n{job.said()}"
     return figures
 
@@ -249,7 +282,9 @@ def result(run: Path, steps: int) -> dict[str, Any]:
         "steps": sorted(of_steps),
         "losses": losses(run),
         "validation": losses(run, "validation"),
-        "left out": [(step, one["skipped_iters"], one["spikes"]) for step, one in sorted(of_steps.items())],
+        "left out": [
+            (step, one["skipped_iters"], one["spikes"]) for step, one in sorted(of_steps.items())
+        ],
         "weights": weights(run / "checkpoint" / str(steps)),
         "export": weights(run / "export" / "llama" / str(steps)),
     }
@@ -270,14 +305,23 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     whole = result(folder / "whole", budget)
     assert whole["steps"] == [*range(1, budget + 1)]
     bad = {fault.batch for fault in numbers}
-    assert {step for step, skipped, _ in whole["left out"] if skipped} == bad, f"{story}: other steps left out"
-    uses = [growth(np.load(folder / f"uses_{rank}.npy"), f"{story}, rank {rank}", long) for rank in range(world)]
+    assert {step for step, skipped, _ in whole["left out"] if skipped} == bad, (
+        f"{story}: other steps left out"
+    )
+    uses = [
+        growth(np.load(folder / f"uses_{rank}.npy"), f"{story}, rank {rank}", long)
+        for rank in range(world)
+    ]
     figures = live(folder, budget, world, numbers, chance, story)
     found = result(folder / "disturbed", budget)
     for name in whole:
-        assert found[name] == whole[name], f"{story}: other {name}: {_difference(found[name], whole[name])}"
+        assert found[name] == whole[name], (
+            f"{story}: other {name}: {_difference(found[name], whole[name])}"
+        )
     for run in (folder / "whole", folder / "disturbed"):
-        assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], f"{story}: left behind in {run}"
+        assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], (
+            f"{story}: left behind in {run}"
+        )
         assert len([*run.glob("checkpoint/*")]) == 3 and len([*run.glob("export/llama/*")]) <= 2, (
             f"{story}: not deleted"
         )
@@ -301,7 +345,10 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
 
 def _difference(found: Any, expected: Any) -> str:
     """Where two results part, not all of both."""
-    one, other = (dict(value) if isinstance(value, dict) else dict(enumerate(value)) for value in (found, expected))
+    one, other = (
+        dict(value) if isinstance(value, dict) else dict(enumerate(value))
+        for value in (found, expected)
+    )
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return f"{len(keys)} of {len(other)}, first {keys[0]}: {one.get(keys[0])!r:.80} {other.get(keys[0])!r:.80}"
 

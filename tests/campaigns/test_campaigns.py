@@ -2,7 +2,19 @@
 
 from pathlib import Path
 
-from tests.campaigns import crashes, damage, disk, fuzz, hostile, kills, poison, preparation, settings, signals, soak
+from tests.campaigns import (
+    crashes,
+    damage,
+    disk,
+    fuzz,
+    hostile,
+    kills,
+    poison,
+    preparation,
+    settings,
+    signals,
+    soak,
+)
 
 
 def test_kills(tmp_path: Path) -> None:
@@ -49,7 +61,9 @@ def test_preparation(tmp_path: Path) -> None:
 
 def test_poison(tmp_path: Path) -> None:
     figures = poison.campaign(tmp_path, 6, 0)
-    assert figures["faults"] >= 6 and figures["steps left out"] and figures["ended with a line"] >= 1
+    assert (
+        figures["faults"] >= 6 and figures["steps left out"] and figures["ended with a line"] >= 1
+    )
 
 
 def test_soak(tmp_path: Path) -> None:

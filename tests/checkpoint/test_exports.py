@@ -23,7 +23,9 @@ from tests.helpers import TINY, spawn
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 ROTARY = {"type": "llama3", "theta": 5e5, "scale_factor": 4.0, "original_context_length": 64}
-MODEL = BaseModelConfig.model_validate({**TINY, "transformer": {**TINY["transformer"], "rotary": ROTARY}})
+MODEL = BaseModelConfig.model_validate(
+    {**TINY, "transformer": {**TINY["transformer"], "rotary": ROTARY}}
+)
 TIED = BaseModelConfig.model_validate({**TINY, "tie_word_embeddings": True})
 SMALL = {"tokenizer_config.json": b'{"a": 1}', "LICENSE": b"free"}
 FEW = 20_000  # parameters in a file: the embedding alone has 16,384
@@ -31,7 +33,9 @@ FEW = 20_000  # parameters in a file: the embedding alone has 16,384
 
 def random_weights(model: BaseModelConfig = MODEL) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    noise = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes(model).items()}
+    noise = {
+        name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes(model).items()
+    }
     return {name: t + 1 if "norm" in name else t for name, t in noise.items()}
 
 
@@ -40,10 +44,15 @@ def spread(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not dist.is_initialized():
         return tensors
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {name: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for name, t in tensors.items()}
+    return {
+        name: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
+        for name, t in tensors.items()
+    }
 
 
-def export(path: str, dtype: str = "bf16", parameters_per_file: int = 10**9, model: BaseModelConfig = MODEL) -> None:
+def export(
+    path: str, dtype: str = "bf16", parameters_per_file: int = 10**9, model: BaseModelConfig = MODEL
+) -> None:
     weights.export_llama(
         Path(path),
         spread(random_weights(model)),
@@ -75,10 +84,17 @@ def test_transformers_computes_the_same(tmp_path, model, dtype, parameters_per_f
     theirs, told = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    rounded = {name: t.to(weights.DTYPES[dtype]).float() for name, t in random_weights(model).items()}
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        told
+    )
+    rounded = {
+        name: t.to(weights.DTYPES[dtype]).float() for name, t in random_weights(model).items()
+    }
     ours = Llama(model)
-    ours.load_state_dict(rounded | ({"lm_head.weight": rounded["model.embed_tokens.weight"]} if model is TIED else {}))
+    ours.load_state_dict(
+        rounded
+        | ({"lm_head.weight": rounded["model.embed_tokens.weight"]} if model is TIED else {})
+    )
     tokens = torch.randint(256, (2, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs.eval()(tokens).logits
@@ -89,7 +105,9 @@ def test_transformers_computes_the_same(tmp_path, model, dtype, parameters_per_f
     manifest = folder.verify(path)
     assert (manifest.kind, manifest.step) == ("export", 3)
     assert {name: (path / name).read_bytes() for name in SMALL} == SMALL
-    assert len(list(path.glob("*.safetensors"))) == (1 if parameters_per_file > FEW else 6 if model is TIED else 7)
+    assert len(list(path.glob("*.safetensors"))) == (
+        1 if parameters_per_file > FEW else 6 if model is TIED else 7
+    )
 
 
 def test_several_files_and_their_index(tmp_path):
@@ -99,13 +117,22 @@ def test_several_files_and_their_index(tmp_path):
     index = json.loads((path / weights.INDEX).read_text())
     expected = random_weights()
     assert list(index) == ["metadata", "weight_map"]
-    assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in expected.values())
-    assert sorted(index["weight_map"]) == list(index["weight_map"]) and index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(
+        2 * tensor.numel() for tensor in expected.values()
+    )
+    assert (
+        sorted(index["weight_map"]) == list(index["weight_map"])
+        and index["weight_map"].keys() == expected.keys()
+    )
     files = sorted({*index["weight_map"].values()})
-    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert files == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
     for file in files:
         tensors = load_file(path / file)
-        assert set(tensors) == {name for name, where in index["weight_map"].items() if where == file}
+        assert set(tensors) == {
+            name for name, where in index["weight_map"].items() if where == file
+        }
         assert sum(t.numel() for t in tensors.values()) <= FEW
         for name, tensor in tensors.items():
             assert torch.equal(tensor, expected[name].bfloat16())
@@ -124,7 +151,9 @@ def test_the_bytes_are_those_of_safetensors_itself(tmp_path):
         "transposed": torch.randn(3, 4).t(),
     }
     assert weights.save_weights(tensors, tmp_path, None, 10**9) == ["model.safetensors"]
-    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", {"format": "pt"}
+    )
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -201,7 +230,9 @@ def load_spread(path: str) -> int:
     found = spread({name: torch.full(t.shape, 9.0) for name, t in expected.items()})
     weights.load_weights(found, Path(path))
     empty = 0
-    for name, tensor in spread({name: t.bfloat16().float() for name, t in expected.items()}).items():
+    for name, tensor in spread(
+        {name: t.bfloat16().float() for name, t in expected.items()}
+    ).items():
         mine = found[name]
         assert isinstance(mine, DTensor) and isinstance(tensor, DTensor)
         assert torch.equal(bits(mine.to_local()), bits(tensor.to_local())), name
@@ -216,8 +247,15 @@ def test_loading_into_shards(tmp_path):
 
 def test_loading_into_plain_tensors(tmp_path):
     """In another dtype than the file's; the spare tensors of published folders are left out."""
-    tensors = random_weights(TIED) | {"lm_head.weight": torch.ones(2), "model.rotary_emb.inv_freq": torch.ones(2)}
-    save_file({name: t.half() for name, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    tensors = random_weights(TIED) | {
+        "lm_head.weight": torch.ones(2),
+        "model.rotary_emb.inv_freq": torch.ones(2),
+    }
+    save_file(
+        {name: t.half() for name, t in tensors.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     found = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes(TIED).items()}
     weights.load_weights(found, tmp_path)
     assert all(torch.equal(tensor, tensors[name].half().double()) for name, tensor in found.items())
@@ -233,10 +271,14 @@ def test_loading_what_does_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match=r"b has the shape \[3\], must be \[4\]"):
         weights.load_weights({"a": a, "b": c}, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    (tmp_path / weights.INDEX).write_text(
+        json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match=r"y\.safetensors"):
         weights.load_weights({"a": a, "b": b}, tmp_path)
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "c": "x.safetensors"}}))
+    (tmp_path / weights.INDEX).write_text(
+        json.dumps({"weight_map": {"a": "x.safetensors", "c": "x.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         weights.load_weights({"a": a, "c": c}, tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"garbage")
@@ -245,16 +287,22 @@ def test_loading_what_does_not_fit(tmp_path):
 
 
 def test_beyond_fp16(tmp_path):
-    with pytest.raises(CheckpointError, match="a has values beyond fp16's range; choose bf16 or fp32"):
+    with pytest.raises(
+        CheckpointError, match="a has values beyond fp16's range; choose bf16 or fp32"
+    ):
         weights.save_weights({"a": torch.tensor([1e5])}, tmp_path, "fp16", 10**9)
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype"), [(float("nan"), "fp32"), (-float("inf"), None), (float("inf"), "bf16"), (3.4e38, "bf16")]
+    ("value", "dtype"),
+    [(float("nan"), "fp32"), (-float("inf"), None), (float("inf"), "bf16"), (3.4e38, "bf16")],
 )
 def test_what_is_not_finite_is_not_exported(tmp_path, value, dtype):
     """Also what is so by rounding: bf16 ends at 3.39e38."""
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: could not be written: a holds NaN or infinities"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.safetensors: could not be written: a holds NaN or infinities",
+    ):
         weights.save_weights({"a": torch.tensor([1.0, value, 2.0])}, tmp_path, dtype, 10**9)
 
 
@@ -295,7 +343,9 @@ def fail_each(root: str) -> dict[str, str]:
                 elif case.startswith("save"):
                     state.save(Path(root), 1, tensors, {"new": True})
                 else:
-                    state.load(Path(root) / "1", {name: tensor.clone() for name, tensor in tensors.items()})
+                    state.load(
+                        Path(root) / "1", {name: tensor.clone() for name, tensor in tensors.items()}
+                    )
                 seen[case] = "no error"
             except (Exception, CheckpointException) as error:  # DCP's is no Exception
                 seen[case] = f"{type(error).__name__}: {error}"
@@ -316,7 +366,10 @@ def test_an_error_on_one_process_is_one_on_all(tmp_path):
             # Only the first process knows the hidden folder that it writes an export to.
             assert first[case] == second[case] or case == "export: write on 0", case
             for seen in (first[case], second[case]):
-                assert seen.startswith(f"CheckpointError: {tmp_path}") and "No space left on device" in seen
+                assert (
+                    seen.startswith(f"CheckpointError: {tmp_path}")
+                    and "No space left on device" in seen
+                )
                 assert "\n" not in seen
         else:
             assert "a fault of ours" in first[case] and "a fault of ours" in second[case]

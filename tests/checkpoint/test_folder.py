@@ -22,7 +22,9 @@ def make(root: Path, step: int, text: str = "", kind: str = "checkpoint") -> Pat
     names = ["one.safetensors", "two.safetensors"]
     for name in names:
         (partial / name).write_bytes(f"{name} of step {step} {text}".encode() * 20)
-    folders.publish(partial, final, kind, step, {"step": step, "text": text}, folders.digests(partial, names))
+    folders.publish(
+        partial, final, kind, step, {"step": step, "text": text}, folders.digests(partial, names)
+    )
     return final
 
 
@@ -61,7 +63,10 @@ def test_names_mean_nothing(tmp_path: Path) -> None:
     make(tmp_path, 5)
     make(tmp_path, 40).rename(tmp_path / "my backup")
     make(tmp_path, 100, kind="export")
-    assert folders.find(tmp_path, "checkpoint") == [(5, tmp_path / "5"), (40, tmp_path / "my backup")]
+    assert folders.find(tmp_path, "checkpoint") == [
+        (5, tmp_path / "5"),
+        (40, tmp_path / "my backup"),
+    ]
     assert folders.latest(tmp_path) == tmp_path / "my backup"
     assert folders.latest(tmp_path, kind="export") == tmp_path / "100"
 
@@ -129,7 +134,9 @@ def be_a_pipe(path: Path, place: random.Random) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, lengthen, blank, remove, be_a_folder, be_a_pipe])
-def test_every_damage_is_found_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
+def test_every_damage_is_found_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
     place = random.Random(0)
     make(tmp_path, 10)
     for trial in range(20 if damage in (flip, cut) else 1):
@@ -145,7 +152,9 @@ def test_every_damage_is_found_and_passed_over(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("damage", [flip, cut, blank, remove])
-def test_damage_of_the_manifest_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
+def test_damage_of_the_manifest_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
     place = random.Random(1)
     make(tmp_path, 10)
     for trial in range(60 if damage in (flip, cut) else 1):
@@ -164,11 +173,16 @@ def test_damage_of_the_manifest_is_found(tmp_path: Path, caplog: pytest.LogCaptu
     assert damage is remove or f"20/{folders.MANIFEST}: damaged" in caplog.text
 
 
-def test_weights_without_a_manifest_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_without_a_manifest_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     good, headless = make(tmp_path, 10), make(tmp_path, 20)
     (headless / folders.MANIFEST).unlink()
     assert folders.latest(tmp_path) == good
-    assert f"Passed over: {headless}: holds weights but no fast_llm_manifest.json; it is not a complete" in caplog.text
+    assert (
+        f"Passed over: {headless}: holds weights but no fast_llm_manifest.json; it is not a complete"
+        in caplog.text
+    )
 
 
 def test_swapped_files_are_found(tmp_path: Path) -> None:
@@ -184,7 +198,9 @@ def test_swapped_files_are_found(tmp_path: Path) -> None:
 def test_files_of_another_step_are_found(tmp_path: Path) -> None:
     old, new = make(tmp_path, 3), make(tmp_path, 4)
     (new / "one.safetensors").write_bytes((old / "one.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"one.safetensors: its content is not what was saved"):
+    with pytest.raises(
+        CheckpointError, match=r"one.safetensors: its content is not what was saved"
+    ):
         folders.verify(new)
 
 
@@ -198,7 +214,20 @@ def forge(path: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../../secret", "/etc/passwd", "..", ".", "", "a/../b", "a//b", "a/", "./a", "a\\b", "a\0b", folders.MANIFEST],
+    [
+        "../../secret",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "a/../b",
+        "a//b",
+        "a/",
+        "./a",
+        "a\\b",
+        "a\0b",
+        folders.MANIFEST,
+    ],
 )
 def test_no_file_name_leaves_the_folder(tmp_path: Path, name: str) -> None:
     path = make(tmp_path, 1)
@@ -232,7 +261,17 @@ def test_forged_manifests_are_refused(tmp_path: Path, changes: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "{}", '{"sha256": 1}', "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "\xff"]
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"sha256": 1}',
+        "[" * 100_000,
+        '{"step": ' + "9" * 5000 + "}",
+        "\xff",
+    ],
 )
 def test_manifests_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
     path = make(tmp_path, 1)
@@ -252,12 +291,16 @@ def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
 def test_a_later_format_is_named(tmp_path: Path) -> None:
     path = make(tmp_path, 1)
     forge(path, format="fast-llm folder 2")
-    with pytest.raises(CheckpointError, match="'fast-llm folder 2', which this version does not read"):
+    with pytest.raises(
+        CheckpointError, match="'fast-llm folder 2', which this version does not read"
+    ):
         folders.read_manifest(path)
 
 
 def test_a_folder_without_manifest_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no fast_llm_manifest.json; it is not a complete checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"no fast_llm_manifest.json; it is not a complete checkpoint"
+    ):
         folders.verify(tmp_path)
 
 
@@ -269,7 +312,9 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stranger", ["file", "folder", "link"])
-def test_what_is_none_of_ours_is_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, stranger: str) -> None:
+def test_what_is_none_of_ours_is_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stranger: str
+) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis").write_text("x")
@@ -328,7 +373,9 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
 def test_later_steps_that_a_run_could_not_go_on_from_do_not_count(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         make(tmp_path, step)
-    (tmp_path / "30" / "one.safetensors").write_bytes(bytes((tmp_path / "30" / "one.safetensors").stat().st_size))
+    (tmp_path / "30" / "one.safetensors").write_bytes(
+        bytes((tmp_path / "30" / "one.safetensors").stat().st_size)
+    )
     assert folders.latest(tmp_path) == tmp_path / "20"
     make(tmp_path, 25)
     folders.prune(tmp_path, 1, lambda step: False, current=25)
@@ -346,7 +393,9 @@ def test_links_are_not_deleted(tmp_path: Path) -> None:
     assert [step for step, _ in folders.find(root)] == [5, 20]
 
 
-def test_a_folder_that_can_not_be_deleted_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_can_not_be_deleted_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folders.delete(tmp_path / "nothing")
     assert "nothing could not be deleted: No such file" in caplog.text
 
@@ -362,18 +411,26 @@ def test_deleting_that_broke_off_is_finished(tmp_path: Path) -> None:
 def test_files_that_do_not_show_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "_LATE", 0.2)
     partial = folders.begin(tmp_path / "1")
-    with pytest.raises(CheckpointError, match=r"x: written by another process .* on a disk that all machines share"):
-        folders.publish(partial, tmp_path / "1", "checkpoint", 1, {}, {"x": {"size": 1, "sha256": ""}})
+    with pytest.raises(
+        CheckpointError, match=r"x: written by another process .* on a disk that all machines share"
+    ):
+        folders.publish(
+            partial, tmp_path / "1", "checkpoint", 1, {}, {"x": {"size": 1, "sha256": ""}}
+        )
 
 
-def test_everything_is_flushed_before_it_is_relied_upon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_flushed_before_it_is_relied_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files, then the folder that names them, then the rename, then the folder that names that."""
     make(tmp_path, 20, "old")
     log: list[str] = []
 
     def name(path: Any) -> str:
         parts = Path(path).relative_to(tmp_path).parts
-        return "/".join(part.split(".")[1] if part.startswith(".") else part.split("-")[0] for part in parts)
+        return "/".join(
+            part.split(".")[1] if part.startswith(".") else part.split("-")[0] for part in parts
+        )
 
     fsync, rename = os.fsync, os.rename
 

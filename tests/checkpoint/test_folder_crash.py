@@ -19,7 +19,9 @@ def write(root: Path, step: int, text: str) -> None:
     partial = folder.begin(final)
     for name in NAMES:
         (partial / name).write_bytes(f"{name} {step} {text}".encode())
-    folder.publish(partial, final, "checkpoint", step, {"text": text}, folder.digests(partial, NAMES))
+    folder.publish(
+        partial, final, "checkpoint", step, {"text": text}, folder.digests(partial, NAMES)
+    )
 
 
 def content(path: Path | None) -> str:
@@ -57,7 +59,9 @@ def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException
     return made
 
 
-@pytest.mark.parametrize("stop", [Stop(), OSError(28, "No space left on device")], ids=["kill", "disk full"])
+@pytest.mark.parametrize(
+    "stop", [Stop(), OSError(28, "No space left on device")], ids=["kill", "disk full"]
+)
 @pytest.mark.parametrize("replace", [False, True])
 def test_every_call_may_be_the_last(tmp_path, stop, replace):
     """Before and after cleaning up; and once the new one is there, no later failure takes it away."""
@@ -101,7 +105,9 @@ def test_unreadable_as_nobody(tmp_path):
             if os.getuid() == 0:
                 os.setgid(65534)
                 os.setuid(65534)
-            with pytest.raises(CheckpointError, match=r"a\.safetensors: Permission denied; checkpoint 2"):
+            with pytest.raises(
+                CheckpointError, match=r"a\.safetensors: Permission denied; checkpoint 2"
+            ):
                 folder.verify(Path("2"))
             assert folder.latest(Path(".")) == Path("1")
             result = 0

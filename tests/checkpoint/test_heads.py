@@ -39,8 +39,12 @@ def save(folder: Path, weights: dict[str, Tensor], sharded: bool = False) -> Non
     (folder / "model.safetensors").unlink()
     files = {name: "head.safetensors" if name == HEAD else "rest.safetensors" for name in weights}
     for file in set(files.values()):
-        save_file({n: t for n, t in weights.items() if files[n] == file}, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        save_file(
+            {n: t for n, t in weights.items() if files[n] == file}, folder / file, {"format": "pt"}
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
 
 
 def arguments(folder: Path, *further: str) -> list[str]:
@@ -66,25 +70,36 @@ def one_bit(head: Tensor) -> Tensor:
 HEADS: dict[str, tuple[Any, str]] = {
     "one number": (one_bit, "differs from model.embed_tokens.weight"),
     "rounded": (lambda head: head.bfloat16(), "differs from model.embed_tokens.weight"),
-    "other rows": (lambda head: head[:100], r"has the shape \[100, 32\], model.embed_tokens.weight \[128, 32\]"),
+    "other rows": (
+        lambda head: head[:100],
+        r"has the shape \[100, 32\], model.embed_tokens.weight \[128, 32\]",
+    ),
     "integers": (lambda head: head.to(torch.int8), "differs from model.embed_tokens.weight"),
 }
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", HEADS)
-def test_another_head_is_refused(tmp_path: Path, name: str, sharded: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_head_is_refused(
+    tmp_path: Path, name: str, sharded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, differs = HEADS[name]
     write_tokens(tmp_path / "tokens")
     weights = tied(tmp_path / "model")
     save(tmp_path / "model", {**weights, HEAD: change(weights[EMBEDDING]).clone()}, sharded)
-    message = MESSAGE.format(file="head.safetensors" if sharded else "model.safetensors", differs=differs)
+    message = MESSAGE.format(
+        file="head.safetensors" if sharded else "model.safetensors", differs=differs
+    )
     with pytest.raises(UserError, match=message):
         make_plan(read(None, arguments(tmp_path, "training.train_iters=1")), 1, weights=True)
     assert cli.main(["train", "--validate", *arguments(tmp_path, "training.train_iters=1")]) == 2
     assert "says tie_word_embeddings: true" in capsys.readouterr().err
     for kind in ("llama", "distributed"):
-        settings = [f"input.path={tmp_path}/model", "input.format=llama", f"output.path={tmp_path}/a/b/c"]
+        settings = [
+            f"input.path={tmp_path}/model",
+            "input.format=llama",
+            f"output.path={tmp_path}/a/b/c",
+        ]
         assert cli.main(["convert", *settings, f"output.format={kind}"]) == 2
         assert "says tie_word_embeddings: true" in capsys.readouterr().err
         assert not (tmp_path / "a" / "b" / "c").exists()
@@ -127,7 +142,11 @@ def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
     weights = tied(tmp_path / "model")
     save(tmp_path / "model", {**weights, HEAD: weights[EMBEDDING].flip(0).contiguous()})
     untied = "model.base_model.tie_word_embeddings=no"
-    steps = ["training.export.interval=1", "training.checkpoint.interval=1", "optimizer.learning_rate.base=0"]
+    steps = [
+        "training.export.interval=1",
+        "training.checkpoint.interval=1",
+        "optimizer.learning_rate.base=0",
+    ]
     assert run(arguments(tmp_path, untied, *steps, "training.train_iters=1")) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     export = tmp_path / "run" / "export" / "llama" / "1"
@@ -138,13 +157,19 @@ def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
     (tmp_path / "model").rename(tmp_path / "gone")
     assert run(arguments(tmp_path, untied, *steps, "training.train_iters=2")) == 0
     checkpoint = tmp_path / "run" / "checkpoint" / "2"
-    assert cli.main(["convert", f"input.path={checkpoint}", f"output.path={tmp_path}/converted"]) == 0
+    assert (
+        cli.main(["convert", f"input.path={checkpoint}", f"output.path={tmp_path}/converted"]) == 0
+    )
     second = tmp_path / "run" / "export" / "llama" / "2"
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "converted" / name).read_bytes() == (second / name).read_bytes()
     # Another run begins with the checkpoint: what it is decides, whatever the config.json beside it says.
     following = [
-        *(a for a in arguments(tmp_path, *steps, "training.train_iters=1") if not a.startswith(("pretrained", "run"))),
+        *(
+            a
+            for a in arguments(tmp_path, *steps, "training.train_iters=1")
+            if not a.startswith(("pretrained", "run"))
+        ),
         f"pretrained.path={checkpoint}",
         "pretrained.format=distributed",
         f"run.experiment_dir={tmp_path}/next",
@@ -158,10 +183,16 @@ def test_where_there_is_no_head_the_model_decides(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     tied(tmp_path / "model")
     with pytest.raises(
-        UserError, match=r"tie_word_embeddings: given false, but .*config\.json says true; leave it out"
+        UserError,
+        match=r"tie_word_embeddings: given false, but .*config\.json says true; leave it out",
     ):
         make_plan(
-            read(None, arguments(tmp_path, "training.train_iters=1", "model.base_model.tie_word_embeddings=no")),
+            read(
+                None,
+                arguments(
+                    tmp_path, "training.train_iters=1", "model.base_model.tie_word_embeddings=no"
+                ),
+            ),
             1,
             weights=True,
         )

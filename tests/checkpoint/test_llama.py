@@ -88,8 +88,13 @@ def test_llama_3_1_as_published() -> None:
 
 
 def test_both_spellings_mean_the_same() -> None:
-    later = {k: v for k, v in PUBLISHED.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
-    later |= {"rope_parameters": {**PUBLISHED["rope_scaling"], "rope_theta": 500000.0}, "dtype": "bfloat16"}
+    later = {
+        k: v for k, v in PUBLISHED.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")
+    }
+    later |= {
+        "rope_parameters": {**PUBLISHED["rope_scaling"], "rope_theta": 500000.0},
+        "dtype": "bfloat16",
+    }
     assert llama.architecture(later, "") == llama.architecture(PUBLISHED, "")
     older = {**PUBLISHED, "rope_scaling": {**PUBLISHED["rope_scaling"], "type": "llama3"}}
     del older["rope_scaling"]["rope_type"]
@@ -97,7 +102,9 @@ def test_both_spellings_mean_the_same() -> None:
 
 
 def test_what_is_absent_or_null_has_the_defaults_of_transformers() -> None:
-    nulls = dict.fromkeys(("num_key_value_heads", "head_dim", "rope_scaling", "quantization_config"))
+    nulls = dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "rope_scaling", "quantization_config")
+    )
     for config in (MINIMAL, MINIMAL | nulls):
         found = llama.architecture(config, "")
         assert found["tie_word_embeddings"] is False
@@ -111,7 +118,12 @@ def test_what_is_absent_or_null_has_the_defaults_of_transformers() -> None:
 
 @pytest.mark.parametrize(
     ("attention", "mlp", "expected"),
-    [(True, True, "everywhere"), (True, False, "only_attention"), (False, True, "only_mlp"), (False, False, "nowhere")],
+    [
+        (True, True, "everywhere"),
+        (True, False, "only_attention"),
+        (False, True, "only_mlp"),
+        (False, False, "nowhere"),
+    ],
 )
 def test_biases(attention: bool, mlp: bool, expected: str) -> None:
     found = llama.architecture({**MINIMAL, "attention_bias": attention, "mlp_bias": mlp}, "")
@@ -121,11 +133,20 @@ def test_biases(attention: bool, mlp: bool, expected: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, 'model_type: given "mistral", must be "llama": no other models'),
+        (
+            {"model_type": "mistral"},
+            'model_type: given "mistral", must be "llama": no other models',
+        ),
         ({"model_type": None}, "model_type: given null, must be"),
         ({"hidden_act": "gelu"}, 'hidden_act: given "gelu", must be "silu"'),
-        ({"quantization_config": {"bits": 4}}, r'quantization_config: given {"bits": 4}, must be absent: unquantized'),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: given .* must be absent: no code of a model is run"),
+        (
+            {"quantization_config": {"bits": 4}},
+            r'quantization_config: given {"bits": 4}, must be absent: unquantized',
+        ),
+        (
+            {"auto_map": {"AutoModel": "evil.Model"}},
+            "auto_map: given .* must be absent: no code of a model is run",
+        ),
         ({"attention_dropout": 0.1}, "attention_dropout: given 0.1, must be 0"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
@@ -136,16 +157,24 @@ def test_biases(attention: bool, mlp: bool, expected: str) -> None:
             'rope_parameters.rope_type: given "yarn", must be "default" or "llama3"',
         ),
         ({"rope_scaling": {"rope_type": "dynamic"}}, 'given "dynamic"'),
-        ({"rope_scaling": ["linear"]}, 'rope_scaling: given \\["linear"\\], must be an object or null'),
+        (
+            {"rope_scaling": ["linear"]},
+            'rope_scaling: given \\["linear"\\], must be an object or null',
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: given 0.5, must be 1"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor: given 0.25, must be 1"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor: given 0.25, must be 1",
+        ),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         ({"num_attention_heads": 0}, "not a Llama's configuration"),
         ({"num_attention_heads": "four"}, "not a Llama's configuration"),
         ({"rope_theta": None}, "not a Llama's configuration"),
     ],
 )
-def test_what_a_llama_here_can_not_do_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+def test_what_a_llama_here_can_not_do_is_refused_by_name(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         llama.architecture({**MINIMAL, **changes}, "folder/config.json")
     assert str(caught.value).startswith("folder/config.json: ")
@@ -153,7 +182,9 @@ def test_what_a_llama_here_can_not_do_is_refused_by_name(changes: dict[str, Any]
 
 @pytest.mark.parametrize("key", sorted(MINIMAL.keys() - {"model_type"}))
 def test_what_is_missing_is_named(key: str) -> None:
-    with pytest.raises(CheckpointError, match=f"config.json: {key} is missing; it is not a Llama's"):
+    with pytest.raises(
+        CheckpointError, match=f"config.json: {key} is missing; it is not a Llama's"
+    ):
         llama.architecture({k: v for k, v in MINIMAL.items() if k != key}, "config.json")
 
 
@@ -166,11 +197,19 @@ def test_all_mistakes_are_told_at_once() -> None:
 def test_exports_say_what_the_original_said_but_for_the_dtype() -> None:
     model = BaseModelConfig.model_validate(llama.architecture(PUBLISHED, ""))
     exported = llama.export_config(PUBLISHED, model, "fp32", {"bos": 1, "eos": 2})
-    assert json.dumps(exported) == json.dumps({**PUBLISHED, "torch_dtype": "float32"})  # the order too
+    assert json.dumps(exported) == json.dumps(
+        {**PUBLISHED, "torch_dtype": "float32"}
+    )  # the order too
     later = {"dtype": "float32", **{k: v for k, v in PUBLISHED.items() if k != "torch_dtype"}}
-    assert json.dumps(llama.export_config(later, model, "bf16", {})) == json.dumps({**later, "dtype": "bfloat16"})
+    assert json.dumps(llama.export_config(later, model, "bf16", {})) == json.dumps(
+        {**later, "dtype": "bfloat16"}
+    )
     both = {"dtype": "float32", "torch_dtype": "float32", **MINIMAL}
-    assert llama.export_config(both, model, "fp16", {}) == {**both, "dtype": "float16", "torch_dtype": "float16"}
+    assert llama.export_config(both, model, "fp16", {}) == {
+        **both,
+        "dtype": "float16",
+        "torch_dtype": "float16",
+    }
     assert llama.export_config(MINIMAL, model, "bf16", {}) == {**MINIMAL, "torch_dtype": "bfloat16"}
 
 
@@ -182,7 +221,12 @@ def test_exports_from_scratch_are_complete() -> None:
     }
     assert exported["head_dim"] == 128
     tiny = BaseModelConfig.model_validate(TINY)
-    assert llama.architecture(llama.export_config(None, tiny, "fp32", {}), "")["transformer"]["num_layers"] == 2
+    assert (
+        llama.architecture(llama.export_config(None, tiny, "fp32", {}), "")["transformer"][
+            "num_layers"
+        ]
+        == 2
+    )
 
 
 # Weights
@@ -191,7 +235,10 @@ def test_exports_from_scratch_are_complete() -> None:
 def write(path: Path, header: dict[str, Any] | bytes, data: int | None = None) -> None:
     """A safetensors file, written from the format's description alone."""
     if isinstance(header, dict) and data is None:
-        data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        data = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+            default=0,
+        )
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data or 0))
 
@@ -225,7 +272,9 @@ def test_the_head_of_a_tied_model_may_be_there(tmp_path: Path) -> None:
     assert llama.check_weights(tmp_path, tied) == []
     write(tmp_path / "model.safetensors", tensors(shapes(tied)))
     assert llama.check_weights(tmp_path, tied) == []
-    assert llama.check_weights(tmp_path, MODEL) == [f"{tmp_path}: the weight lm_head.weight is missing"]
+    assert llama.check_weights(tmp_path, MODEL) == [
+        f"{tmp_path}: the weight lm_head.weight is missing"
+    ]
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
@@ -242,7 +291,9 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
         f"{tmp_path}/model-2.safetensors: the weight {names[0]} is missing, though the index names it"
     ]
     (tmp_path / "model-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-2.safetensors: no such file, though it is named beside"):
+    with pytest.raises(
+        CheckpointError, match=r"model-2.safetensors: no such file, though it is named beside"
+    ):
         llama.check_weights(tmp_path, MODEL)
 
 
@@ -316,7 +367,9 @@ def test_headers_that_lie_are_refused(tmp_path: Path, header: Any, data: int, me
 )
 def test_what_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: not a whole safetensors file: \d+ bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: not a whole safetensors file: \d+ bytes"
+    ):
         llama.check_weights(tmp_path, MODEL)
 
 
@@ -329,7 +382,16 @@ def test_a_long_header_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "model.bin", "..", "", "a\0.safetensors"]
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "model.bin",
+        "..",
+        "",
+        "a\0.safetensors",
+    ],
 )
 def test_no_file_of_an_index_leaves_the_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
@@ -349,7 +411,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12
 
 def test_git_lfs_pointers_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(POINTER)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: a Git LFS pointer, .* `git lfs pull`"):
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: a Git LFS pointer, .* `git lfs pull`"
+    ):
         llama.check_weights(tmp_path, MODEL)
     (tmp_path / "config.json").write_bytes(POINTER)
     with pytest.raises(CheckpointError, match=r"config.json: a Git LFS pointer, .* `git lfs pull`"):
@@ -358,23 +422,33 @@ def test_git_lfs_pointers_are_named(tmp_path: Path) -> None:
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(CheckpointError, match="a pickle that could run code when read; convert it to safetensors"):
+    with pytest.raises(
+        CheckpointError, match="a pickle that could run code when read; convert it to safetensors"
+    ):
         llama.check_weights(tmp_path, MODEL)
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model.safetensors and no .*index.json; .*model_weights: no"):
+    with pytest.raises(
+        CheckpointError, match=r"no model.safetensors and no .*index.json; .*model_weights: no"
+    ):
         llama.check_weights(tmp_path, MODEL)
 
 
 def test_json_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    with pytest.raises(CheckpointError, match=r"config.json: no such file; .* not a complete model folder$"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json: no such file; .* not a complete model folder$"
+    ):
         llama.read_json(path)
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(CheckpointError, match="it has Meta's own format"):
         llama.read_json(path)
-    for text, message in (("{", "not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "not JSON")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "not JSON"),
+    ):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             llama.read_json(path)
@@ -398,17 +472,29 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
         llama.fetch(str(tmp_path / "file"), weights=True)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "./org/name", "/org/name", "a/b/c", "org/", "~/name", "org/na me"])
+@pytest.mark.parametrize(
+    "path", ["nowhere", "./org/name", "/org/name", "a/b/c", "org/", "~/name", "org/na me"]
+)
 def test_what_is_neither_a_folder_nor_on_the_hub(path: str) -> None:
-    with pytest.raises(CheckpointError, match="no such folder, and not the name of a model on the Hugging Face Hub"):
+    with pytest.raises(
+        CheckpointError, match="no such folder, and not the name of a model on the Hugging Face Hub"
+    ):
         llama.fetch(path, weights=True)
 
 
-def test_the_hub_is_asked_for_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_hub_is_asked_for_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    offered = ["config.json", "model.safetensors", "consolidated.00.pth", "onnx/model.onnx", "additional/a.safetensors"]
+    offered = [
+        "config.json",
+        "model.safetensors",
+        "consolidated.00.pth",
+        "onnx/model.onnx",
+        "additional/a.safetensors",
+    ]
     calls = []
 
     def download(name: str, **how: Any) -> str:
@@ -440,5 +526,7 @@ def test_without_the_network_both_possibilities_are_named(monkeypatch: pytest.Mo
 
 def test_the_hubs_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingPackage, match=r"needs the package huggingface_hub: pip install huggingface_hub"):
+    with pytest.raises(
+        MissingPackage, match=r"needs the package huggingface_hub: pip install huggingface_hub"
+    ):
         llama.fetch("org/name", weights=True)

@@ -38,7 +38,8 @@ def test_transformers_understands_the_same(config):
 
 @pytest.mark.parametrize("rotary", ["default", "llama3"])
 @pytest.mark.parametrize(
-    "biases, tied", [("nowhere", True), ("everywhere", False), ("only_attention", False), ("only_mlp", True)]
+    "biases, tied",
+    [("nowhere", True), ("everywhere", False), ("only_attention", False), ("only_mlp", True)],
 )
 def test_transformers_builds_the_model_of_an_export_from_scratch(tmp_path, rotary, biases, tied):
     import torch
@@ -49,7 +50,12 @@ def test_transformers_builds_the_model_of_an_export_from_scratch(tmp_path, rotar
         "kv_channels": 8,
         "add_linear_biases": biases,
         "normalization": {"epsilon": 1e-4},
-        "rotary": {"type": rotary, "theta": 5e5, "scale_factor": 4.0, "original_context_length": 512},
+        "rotary": {
+            "type": rotary,
+            "theta": 5e5,
+            "scale_factor": 4.0,
+            "original_context_length": 512,
+        },
     }
     model = model_of({**TINY, "tie_word_embeddings": tied, "transformer": transformer})
     exported = llama.export_config(None, model, "bf16", {"bos": 1, "eos": None})
@@ -82,7 +88,14 @@ def test_any_value_anywhere_in_config(data):
         st.just({}),
         st.just({"rope_type": "llama3"}),
         st.just({"rope_type": ["yarn"]}),
-        st.just({"factor": None, "rope_type": "llama3", "low_freq_factor": "", "high_freq_factor": math.nan}),
+        st.just(
+            {
+                "factor": None,
+                "rope_type": "llama3",
+                "low_freq_factor": "",
+                "high_freq_factor": math.nan,
+            }
+        ),
     )
     keys = st.sampled_from([*PUBLISHED, "head_dim", "rope_parameters", "partial_rotary_factor"])
     config = PUBLISHED | data.draw(st.dictionaries(keys, values, min_size=1, max_size=3))
@@ -140,7 +153,9 @@ def test_any_bytes_changed_in_a_header(tmp_path_factory, changes, length, more):
                 llama.check_weights(folder, MODEL)
             return
         spans = sorted(tensor["data_offsets"] for tensor in header.values())
-        assert sum(end - begin for begin, end in spans) == length + len(more) - 8 - int.from_bytes(blob[:8], "little")
+        assert sum(end - begin for begin, end in spans) == length + len(more) - 8 - int.from_bytes(
+            blob[:8], "little"
+        )
         assert llama.check_weights(folder, MODEL), "two tensors are no Llama"
 
 
@@ -149,7 +164,9 @@ MODEL = model_of(TINY)
 
 def test_the_good_header_is_read(tmp_path):
     (tmp_path / "x").write_bytes(GOOD)
-    assert {name: tensor["shape"] for name, tensor in llama.read_header(tmp_path / "x").items()} == {
+    assert {
+        name: tensor["shape"] for name, tensor in llama.read_header(tmp_path / "x").items()
+    } == {
         "a": [2, 3],
         "b": [4],
     }
@@ -192,7 +209,12 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run(
         [sys.executable, "-c", code, commit],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path)},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HOME": str(tmp_path),
+        },
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -203,5 +225,7 @@ assert "torch" not in sys.modules
     assert lines[:3] == [str(snapshot)] * 3
     assert len(lines) == 5, "one line for each mistake"
     for name, line in zip(("some/other", "some/model@nowhere"), lines[3:], strict=True):
-        assert line.startswith(f"{name}: no such folder here, and it could not be fetched from the Hugging Face Hub: ")
+        assert line.startswith(
+            f"{name}: no such folder here, and it could not be fetched from the Hugging Face Hub: "
+        )
         assert "check the name, the network" in line

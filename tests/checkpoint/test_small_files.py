@@ -50,7 +50,12 @@ LARGE = (
     "flax_model.msgpack",
     "data.zip",
 )
-HIDDEN = (".gitattributes", ".git/config", ".cache/huggingface/download/x.lock", "additional_chat_templates/.DS_Store")
+HIDDEN = (
+    ".gitattributes",
+    ".git/config",
+    ".cache/huggingface/download/x.lock",
+    "additional_chat_templates/.DS_Store",
+)
 OTHER = ("checkpoint-500/config.json", "checkpoint-500/tokenizer.json", folders.MANIFEST)
 
 
@@ -77,25 +82,35 @@ def test_what_is_too_large_is_named(
     with caplog.at_level(logging.WARNING):
         found = llama.small_files(tmp_path)
     assert found.keys() == SMALL.keys() and len(found["tokenizer.json"]) > 2**20
-    assert f"{tmp_path}: exports will not have a.txt, pipe, video.mp4: larger than 1 MiB, not a file, or" in caplog.text
+    assert (
+        f"{tmp_path}: exports will not have a.txt, pipe, video.mp4: larger than 1 MiB, not a file, or"
+        in caplog.text
+    )
     monkeypatch.setattr(llama, "LARGEST_TOTAL", 2**20 + 40)
     assert sum(map(len, llama.small_files(tmp_path).values())) <= 2**20 + 40
 
 
 def test_the_hubs_cache_is_made_of_links(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "models--org--name" / "blobs", tmp_path / "models--org--name" / "snapshots" / "0123"
+    blobs, snapshot = (
+        tmp_path / "models--org--name" / "blobs",
+        tmp_path / "models--org--name" / "snapshots" / "0123",
+    )
     blobs.mkdir(parents=True)
     for number, (name, content) in enumerate(SMALL.items()):
         (blobs / f"{number:040x}").write_bytes(content)
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / name).symlink_to(os.path.relpath(blobs / f"{number:040x}", (snapshot / name).parent))
+        (snapshot / name).symlink_to(
+            os.path.relpath(blobs / f"{number:040x}", (snapshot / name).parent)
+        )
     assert llama.small_files(snapshot) == SMALL
 
 
 def test_a_folder_of_links_to_a_model(tmp_path: Path) -> None:
     """As `cp -rs` makes it, and with another model's tokenizer."""
     model = write(tmp_path / "model")
-    shutil.copytree(model, tmp_path / "links", copy_function=lambda source, target: os.symlink(source, target))
+    shutil.copytree(
+        model, tmp_path / "links", copy_function=lambda source, target: os.symlink(source, target)
+    )
     assert llama.small_files(tmp_path / "links") == SMALL
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_bytes(b"{}")
@@ -106,7 +121,8 @@ def test_a_folder_of_links_to_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["LICENSE", "chat_template.jinja", "tokenizer.json", "additional_chat_templates/a.jinja"]
+    "name",
+    ["LICENSE", "chat_template.jinja", "tokenizer.json", "additional_chat_templates/a.jinja"],
 )
 @pytest.mark.parametrize("kind", ["absolute", "relative", "folder", "loop"])
 def test_links_to_secrets_are_not_followed(
@@ -136,7 +152,9 @@ def test_from_the_hub(tmp_path: Path) -> None:
     """With the Hub's real client, with and without weights; then from its cache, without a network."""
     write(tmp_path / "hub" / "models" / "org" / "name", *LARGE, *HIDDEN)
     (tmp_path / "hub" / "models" / "org" / "name" / "sub").mkdir()
-    (tmp_path / "hub" / "models" / "org" / "name" / "sub" / "model.safetensors").write_bytes(b"second")
+    (tmp_path / "hub" / "models" / "org" / "name" / "sub" / "model.safetensors").write_bytes(
+        b"second"
+    )
     code = (
         "import sys; from fast_llm.checkpoint import llama\n"
         "path = llama.fetch('org/name', weights=sys.argv[1] == 'yes')\n"
@@ -159,7 +177,10 @@ def test_from_the_hub(tmp_path: Path) -> None:
     with hub.serve(tmp_path / "hub") as address:
         assert fetched("no", HF_ENDPOINT=address) == (SMALL.keys() | indices, SMALL.keys())
         every, small = fetched("yes", HF_ENDPOINT=address)
-    assert every == SMALL.keys() | indices | {"model.safetensors", "model-00001-of-00002.safetensors"}
+    assert every == SMALL.keys() | indices | {
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+    }
     assert small == SMALL.keys()
     assert fetched("no", HF_HUB_OFFLINE="1")[1] == SMALL.keys()
 
@@ -168,7 +189,9 @@ def test_exports_hold_files_in_folders(tmp_path: Path) -> None:
     path = tmp_path / "export"
     config = json.loads(SMALL["config.json"])
     weights = {"w": torch.ones(2)}
-    export_llama(path, weights, config=config, dtype="fp32", files=SMALL, parameters_per_file=9, step=1)
+    export_llama(
+        path, weights, config=config, dtype="fp32", files=SMALL, parameters_per_file=9, step=1
+    )
     for name, content in SMALL.items():  # config.json too: it says what it said
         assert (path / name).read_bytes() == content
     assert set(folders.verify(path).files) == {*SMALL, "model.safetensors"}

@@ -46,7 +46,9 @@ def reference(seed: int = 0) -> dict[str, Tensor]:
         here = torch.rand(shape, generator=generator) < 0.3
         bits = torch.where(here, torch.tensor(ODD_BITS)[odd], bits).int()
         tensor = bits.view(torch.float32)
-        found[name] = (bits >> 16).short().view(torch.bfloat16) if name.startswith("exp_avg") else tensor
+        found[name] = (
+            (bits >> 16).short().view(torch.bfloat16) if name.startswith("exp_avg") else tensor
+        )
     return found
 
 
@@ -66,7 +68,9 @@ def spread(
         places = [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(0)]]
     found = {}
     for i, (name, tensor) in enumerate(tensors.items()):
-        where = places[i % 3 if tensor.dim() > 1 else 2] if tensor.dim() else [Replicate()] * mesh.ndim
+        where = (
+            places[i % 3 if tensor.dim() > 1 else 2] if tensor.dim() else [Replicate()] * mesh.ndim
+        )
         found[name] = distribute_tensor(tensor, mesh, where, src_data_rank=None)
     return found
 
@@ -74,19 +78,35 @@ def spread(
 def exchange(root: str) -> list[str]:
     """Save from one, two and four processes in every layout, then load each in each; where they were saved."""
     groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4)}
-    layouts = [(size, layout) for size in groups for layout in ("sharded", "replicated")] + [(4, "grid")]
+    layouts = [(size, layout) for size in groups for layout in ("sharded", "replicated")] + [
+        (4, "grid")
+    ]
     mine = [(groups[size], size, layout) for size, layout in layouts if dist.get_rank() < size]
     for group, size, layout in mine:
-        state.save(Path(root, f"{size} {layout}"), 3, spread(reference(), layout, group), {"step": 3}, group)
+        state.save(
+            Path(root, f"{size} {layout}"),
+            3,
+            spread(reference(), layout, group),
+            {"step": 3},
+            group,
+        )
     dist.barrier()
-    paths = [Path(root, f"{size} {layout}", "3") for size, layout in layouts] + [Path(root, "plain", "3")]
+    paths = [Path(root, f"{size} {layout}", "3") for size, layout in layouts] + [
+        Path(root, "plain", "3")
+    ]
     for group, size, layout in mine:
         for path in paths:
             # full_tensor would need a collective for every tensor: compare this process's parts instead
-            expected, found = spread(reference(), layout, group), spread(reference(seed=1), layout, group)
+            expected, found = (
+                spread(reference(), layout, group),
+                spread(reference(seed=1), layout, group),
+            )
             state.load(path, found, group)
             for name in SHAPES:
-                one, other = (t.to_local() if isinstance(t, DTensor) else t for t in (found[name], expected[name]))
+                one, other = (
+                    t.to_local() if isinstance(t, DTensor) else t
+                    for t in (found[name], expected[name])
+                )
                 assert torch.equal(bits(one), bits(other)), (size, layout, path, name)
     return [str(path) for path in paths]
 
@@ -134,7 +154,9 @@ def train(root: str, start: str | None, steps: int, zero: bool) -> list[Any]:
         }
     tensors = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
     for part in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{part}/{name}": optimizer.state[p][part] for name, p in model.named_parameters()}
+        tensors |= {
+            f"{part}/{name}": optimizer.state[p][part] for name, p in model.named_parameters()
+        }
     begin = 0
     if start is not None:
         state.load(Path(start), tensors)
@@ -188,10 +210,17 @@ def test_dtypes_are_converted(tmp_path: Path) -> None:
 def test_names_and_shapes_are_strict(tmp_path: Path) -> None:
     tensors = {name: torch.ones(3, 2) for name in ("weight/a", "weight/b", "exp_avg/a")}
     path = state.save(tmp_path, 1, tensors, {})
-    state.load(path, {"weight/a": torch.empty(3, 2), "weight/b": torch.empty(3, 2)})  # one part alone
-    with pytest.raises(CheckpointError, match="holds weight/b, which the model has not; it is a checkpoint of another"):
+    state.load(
+        path, {"weight/a": torch.empty(3, 2), "weight/b": torch.empty(3, 2)}
+    )  # one part alone
+    with pytest.raises(
+        CheckpointError,
+        match="holds weight/b, which the model has not; it is a checkpoint of another",
+    ):
         state.load(path, {"weight/a": torch.empty(3, 2)})
-    with pytest.raises(CheckpointError, match="exp_avg_sq/a is missing; it is a checkpoint of another model"):
+    with pytest.raises(
+        CheckpointError, match="exp_avg_sq/a is missing; it is a checkpoint of another model"
+    ):
         state.load(path, {**tensors, "exp_avg_sq/a": torch.empty(3, 2)})
     with pytest.raises(CheckpointError, match=r"weight/a has the shape \[3, 2\], must be \[2, 3\]"):
         state.load(path, {**tensors, "weight/a": torch.empty(2, 3)})
@@ -199,7 +228,10 @@ def test_names_and_shapes_are_strict(tmp_path: Path) -> None:
 
 def test_strange_files_in_a_checkpoint_are_not_read(tmp_path: Path) -> None:
     path = state.save(tmp_path, 1, {"weight/a": torch.ones(4)}, {})
-    save_file({"weight/a": torch.zeros(4), "weight/evil": torch.zeros(4)}, path / "shard-00000.safetensors")
+    save_file(
+        {"weight/a": torch.zeros(4), "weight/evil": torch.zeros(4)},
+        path / "shard-00000.safetensors",
+    )
     found = {"weight/a": torch.empty(4)}
     state.load(path, found)
     assert found["weight/a"].tolist() == [1, 1, 1, 1]
@@ -222,11 +254,15 @@ def test_parts_must_make_up_the_whole(tmp_path: Path, places: list[int]) -> None
     (file,) = path.glob("*.safetensors")
     half = {"DCP_SHARDING_INFO": json.dumps({"weight/a": {"saved_offsets": places}})}
     republish(path, file, {"weight/a": load_file(file)["weight/a"][:4]}, half)
-    with pytest.raises(CheckpointError, match=r"the parts of weight/a do not make up the whole|must be \[8\]"):
+    with pytest.raises(
+        CheckpointError, match=r"the parts of weight/a do not make up the whole|must be \[8\]"
+    ):
         state.load(path, {"weight/a": torch.empty(8)})
 
 
-@pytest.mark.parametrize("places", ["[0", "{}", '{"weight/a": 3}', '{"weight/a": {"saved_offsets": ["x"]}}'])
+@pytest.mark.parametrize(
+    "places", ["[0", "{}", '{"weight/a": 3}', '{"weight/a": {"saved_offsets": ["x"]}}']
+)
 def test_headers_without_places_are_named(tmp_path: Path, places: str) -> None:
     path = state.save(tmp_path, 1, {"weight/a": torch.ones(8)}, {})
     (file,) = path.glob("*.safetensors")
@@ -281,7 +317,9 @@ def attempt(root: str, failure: str) -> str:
             folders.publish = fail
         if failure == "place" and dist.get_rank() == 0:
             (Path(root) / "file").write_text("")
-        state.save(Path(root) / "file" if failure == "place" else Path(root), 2, tensors, {"old": False})
+        state.save(
+            Path(root) / "file" if failure == "place" else Path(root), 2, tensors, {"old": False}
+        )
     except CheckpointError as error:
         return str(error)
     finally:

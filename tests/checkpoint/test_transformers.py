@@ -30,7 +30,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama 3.1": {"rope_parameters": LLAMA_3, "num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "odd": {"vocab_size": 101, "head_dim": 10, "intermediate_size": 37, "attention_bias": True, "rms_norm_eps": 1e-5},
+    "odd": {
+        "vocab_size": 101,
+        "head_dim": 10,
+        "intermediate_size": 37,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+    },
 }
 
 
@@ -78,7 +84,11 @@ def export(source: Path, target: Path, dtype: str, parameters_per_file: int = 10
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def logits(model: Any) -> Tensor:
@@ -95,7 +105,9 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key].view(torch.int16), other[key].view(torch.int16)) for key in one)
     # The whole config.json, in its order: nothing was lost and nothing made up.
-    assert (tmp_path / "there" / "config.json").read_text() == (tmp_path / "original" / "config.json").read_text()
+    assert (tmp_path / "there" / "config.json").read_text() == (
+        tmp_path / "original" / "config.json"
+    ).read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype=torch.float32)
     assert torch.equal(logits(loaded), logits(original))
     assert loaded.generation_config.eos_token_id == [4, 5]
@@ -181,14 +193,18 @@ def test_the_padding_token_is_trained_as_every_other(tmp_path: Path, tied: bool)
     theirs["without padding"] = AutoModelForCausalLM.from_pretrained(tmp_path)
     gradients = {}
     for name, reference in theirs.items():
-        torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), labels.flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            reference(tokens).logits.flatten(0, 1), labels.flatten()
+        ).backward()
         gradients[name] = {key: p.grad for key, p in reference.named_parameters()}
     ours = Llama(model)
     ours.load_state_dict(weights | ({llama.HEAD: weights[llama.EMBEDDING]} if tied else {}))
     positions = torch.arange(24).expand(2, -1)
     (ours(tokens, positions, None, labels) / labels.numel()).backward()
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients["without padding"][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            parameter.grad, gradients["without padding"][name], rtol=1e-4, atol=1e-6
+        )
         published = gradients["as published"][name]
         other = torch.ones(len(published), dtype=torch.bool)
         other[pad] = name != llama.EMBEDDING

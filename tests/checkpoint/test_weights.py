@@ -42,7 +42,10 @@ def layouts(group: dist.ProcessGroup) -> dict[str, dict[str, Tensor]]:
         mesh = row if len(where) == 1 or grid is None else grid
         found[layout] = {
             name: distribute_tensor(
-                tensor, mesh, where if tensor.dim() > 1 else [Shard(0), Replicate()][: mesh.ndim], src_data_rank=None
+                tensor,
+                mesh,
+                where if tensor.dim() > 1 else [Shard(0), Replicate()][: mesh.ndim],
+                src_data_rank=None,
             )
             for name, tensor in reference().items()
         }
@@ -65,7 +68,9 @@ def round_trips(root: str) -> None:
                 tensor.zero_()
             load_weights(weights, here / "fp32", group)
             for key, tensor in weights.items():
-                one, other = (t.to_local() if isinstance(t, DTensor) else t for t in (tensor, expected[key]))
+                one, other = (
+                    t.to_local() if isinstance(t, DTensor) else t for t in (tensor, expected[key])
+                )
                 assert torch.equal(one, other), (size, name, key)
 
 
@@ -78,7 +83,9 @@ def test_bytes_do_not_depend_on_the_layout(tmp_path: Path) -> None:
         for folder in tmp_path.iterdir():
             assert sorted(p.name for p in (folder / dtype).iterdir()) == sorted(names)
             for name in names:
-                assert (folder / dtype / name).read_bytes() == (control / dtype / name).read_bytes(), (folder, name)
+                assert (folder / dtype / name).read_bytes() == (
+                    control / dtype / name
+                ).read_bytes(), (folder, name)
     assert len(list(tmp_path.iterdir())) == 1 + 2 + 2 + 5
 
 
@@ -89,7 +96,9 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model-1.safetensors: can not be read: .*[Hh]eader"):
         load_weights(reference(), tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-1.safetensors: can not be read: No such file"):
+    with pytest.raises(
+        CheckpointError, match=r"model-1.safetensors: can not be read: No such file"
+    ):
         load_weights(reference(), tmp_path)
 
 
@@ -136,5 +145,9 @@ def test_a_full_disk_is_told_on_all_processes_and_harms_nothing(tmp_path: Path) 
     size, begin, digests = messages[0]
     assert "model-00001-of-00003.safetensors: could not be written: File too large" in size
     assert begin == digests == f"{tmp_path}/1: could not be exported: No space left on device"
-    assert sorted(folders.verify(tmp_path / "1").files) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(folders.verify(tmp_path / "1").files) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["1"]

@@ -20,7 +20,9 @@ NAMES = {
 
 
 def plan(processes: int, **values: Any) -> BatchPlan:
-    return plan_batch(BatchConfig(**{NAMES[name]: value for name, value in values.items()}), processes)
+    return plan_batch(
+        BatchConfig(**{NAMES[name]: value for name, value in values.items()}), processes
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,9 @@ def plan(processes: int, **values: Any) -> BatchPlan:
         (4, {"size": 40, "micro": 2, "depth": 5, "breadth": 1, "sequential": 5}, (40, 2, 5)),
     ],
 )
-def test_what_is_not_given_follows(processes: int, values: dict[str, int], expected: tuple[int, int, int]) -> None:
+def test_what_is_not_given_follows(
+    processes: int, values: dict[str, int], expected: tuple[int, int, int]
+) -> None:
     assert plan(processes, **values) == BatchPlan(*expected)
 
 
@@ -54,19 +58,26 @@ def test_what_is_not_given_follows(processes: int, values: dict[str, int], expec
         (3, {"size": 8}, (8, 3, 1, 1)),
     ],
 )
-def test_what_does_not_divide_is_padded(processes: int, values: dict[str, int], expected: tuple[int, ...]) -> None:
+def test_what_does_not_divide_is_padded(
+    processes: int, values: dict[str, int], expected: tuple[int, ...]
+) -> None:
     assert plan(processes, **values) == BatchPlan(*expected)
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"size": 40, "micro": 2, "depth": 2}, (40, 2, 5)),  # in fillings of as many as there are, checked elsewhere
+        (
+            {"size": 40, "micro": 2, "depth": 2},
+            (40, 2, 5),
+        ),  # in fillings of as many as there are, checked elsewhere
         ({"size": 40, "micro": 2, "breadth": 5}, (40, 2, 5)),
         ({"micro": 2, "depth": 2, "breadth": 3}, (48, 2, 6)),
     ],
 )
-def test_pipelines_take_some_micro_batches_at_a_time(values: dict[str, int], expected: tuple[int, ...]) -> None:
+def test_pipelines_take_some_micro_batches_at_a_time(
+    values: dict[str, int], expected: tuple[int, ...]
+) -> None:
     batch = BatchConfig(**{NAMES[name]: value for name, value in values.items()})
     assert plan_batch(batch, 4, pipeline=True) == BatchPlan(*expected)
 
@@ -110,8 +121,15 @@ number = st.integers(1, 12)
 
 
 @settings(max_examples=300, deadline=None)
-@given(number, st.fixed_dictionaries({}, optional=dict.fromkeys(("size", "micro", "depth", "sequential"), number)))
-def test_a_plan_multiplies_out_and_keeps_what_was_given(processes: int, values: dict[str, int]) -> None:
+@given(
+    number,
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("size", "micro", "depth", "sequential"), number)
+    ),
+)
+def test_a_plan_multiplies_out_and_keeps_what_was_given(
+    processes: int, values: dict[str, int]
+) -> None:
     try:
         found = plan(processes, **values)
     except ConfigError as error:
@@ -119,15 +137,22 @@ def test_a_plan_multiplies_out_and_keeps_what_was_given(processes: int, values: 
         assert len(error.problems) == 1
         size, micro = values.get("size"), values.get("micro", 1)
         many = {values[name] for name in ("depth", "sequential") if name in values}
-        assert len(many) == 2 or (size is not None and (min(size, -(-size // micro)) < processes or many))
+        assert len(many) == 2 or (
+            size is not None and (min(size, -(-size // micro)) < processes or many)
+        )
         return
-    assert found.batch_size + found.padding == found.micro_batch_size * found.micro_batches * processes
-    assert found.padding >= 0 and ("micro" not in values or found.padding < found.micro_batch_size * processes)
+    assert (
+        found.batch_size + found.padding == found.micro_batch_size * found.micro_batches * processes
+    )
+    assert found.padding >= 0 and (
+        "micro" not in values or found.padding < found.micro_batch_size * processes
+    )
     assert values.get("size", found.batch_size) == found.batch_size
     assert values.get("micro", found.micro_batch_size) == found.micro_batch_size
-    assert {values.get("depth", found.micro_batches), values.get("sequential", found.micro_batches)} == {
-        found.micro_batches
-    }
+    assert {
+        values.get("depth", found.micro_batches),
+        values.get("sequential", found.micro_batches),
+    } == {found.micro_batches}
 
 
 def test_auto_is_decided_later() -> None:
@@ -136,6 +161,7 @@ def test_auto_is_decided_later() -> None:
         plan(4, micro="auto")
     for name in ("depth", "breadth", "sequential"):
         with pytest.raises(
-            ConfigError, match=f"batch.{NAMES[name]}: follows from micro_batch_size: auto; leave it out"
+            ConfigError,
+            match=f"batch.{NAMES[name]}: follows from micro_batch_size: auto; leave it out",
         ):
             plan(4, size=40, micro="auto", **{name: 2})

@@ -28,13 +28,20 @@ def told(overrides: list[str], processes: int = 1) -> list[str]:
     document = read(None, overrides)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     found = [f"{paths[0]}: {text}" for paths, text in breaches(config, processes)]
-    assert check(config, document, processes) == [f"{document.where(text.partition(':')[0])}: {text}" for text in found]
+    assert check(config, document, processes) == [
+        f"{document.where(text.partition(':')[0])}: {text}" for text in found
+    ]
     return found
 
 
 BROKEN: list[tuple[list[str], str]] = [
     (
-        [*GOOD, "batch.batch_size=6", "batch.micro_batch_size=2", "batch.sequential_micro_batches=2"],
+        [
+            *GOOD,
+            "batch.batch_size=6",
+            "batch.micro_batch_size=2",
+            "batch.sequential_micro_batches=2",
+        ],
         "batch.sequential_micro_batches: given 2, but batch_size 6 / (micro_batch_size 2 × 1 process) = 3; leave it out",
     ),
     (
@@ -42,7 +49,10 @@ BROKEN: list[tuple[list[str], str]] = [
         "batch.micro_sequence_length: given 512, must be sequence_length 2048: sequences are computed whole; leave it"
         " out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
     ),
-    ([*GOOD, "data.path=x"], "data.path: format: random reads no path; leave it out, or set format: file"),
+    (
+        [*GOOD, "data.path=x"],
+        "data.path: format: random reads no path; leave it out, or set format: file",
+    ),
     (
         ["training.train_iters=10"],
         "data.path: missing: format: list needs it; give the dataset.json of `fast-llm prepare` with format: file, or"
@@ -93,7 +103,12 @@ BROKEN: list[tuple[list[str], str]] = [
         " e.g. [99, 1, 0]",
     ),
     (
-        [*FILES, "data.split=[0.5]", "training.validation.interval=1", "training.validation.iterations=1"],
+        [
+            *FILES,
+            "data.split=[0.5]",
+            "training.validation.interval=1",
+            "training.validation.iterations=1",
+        ],
         "data.split: given [0.5, 0, 0], which leaves no documents for training.validation.interval; give them a share,"
         " e.g. [99, 1, 0]",
     ),
@@ -110,12 +125,22 @@ BROKEN: list[tuple[list[str], str]] = [
         for style in ("linear", "power", "cosine")
     ),
     (
-        [*GOOD, f"{RATE}.decay_style=linear", f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=10"],
+        [
+            *GOOD,
+            f"{RATE}.decay_style=linear",
+            f"{RATE}.decay_iterations=10",
+            f"{RATE}.warmup_iterations=10",
+        ],
         f"{RATE}.warmup_iterations: given 10, must be below decay_iterations 10, which counts from the start and"
         " includes the warmup",
     ),
     (
-        [*GOOD, f"{RATE}.decay_style=linear", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-3"],
+        [
+            *GOOD,
+            f"{RATE}.decay_style=linear",
+            f"{RATE}.decay_iterations=10",
+            f"{RATE}.minimum=1e-3",
+        ],
         f"{RATE}.minimum: given 0.001, must be at most base 0.0001",
     ),
     (
@@ -136,7 +161,12 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     *(
         (
-            [*GOOD, "training.wandb.alert.interval=30", f"training.logs.interval={given}", *further],
+            [
+                *GOOD,
+                "training.wandb.alert.interval=30",
+                f"training.logs.interval={given}",
+                *further,
+            ],
             f"training.wandb.alert.interval: given 30, must be a multiple of training.logs.interval ({given}) with the"
             " same offset: an alert posts what is logged",
         )
@@ -192,7 +222,11 @@ BROKEN: list[tuple[list[str], str]] = [
         f"{TRANSFORMER}.kv_channels: given 1, must be even: rotary embedding turns pairs",
     ),
     (
-        [*GOOD, f"{TRANSFORMER}.rotary.type=llama3", f"{TRANSFORMER}.rotary.low_frequency_factor=4"],
+        [
+            *GOOD,
+            f"{TRANSFORMER}.rotary.type=llama3",
+            f"{TRANSFORMER}.rotary.low_frequency_factor=4",
+        ],
         f"{TRANSFORMER}.rotary.high_frequency_factor: given 4.0, must be above low_frequency_factor 4.0",
     ),
     (
@@ -262,9 +296,24 @@ def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
         ["training.train_iters=10", "data.path=[a]", "data.split=[1]"],
         ["training.train_iters=10", "data.format=file", "data.path=[a]"],
         [*GOOD, "data.split=[1]", "training.test_iters=3"],
-        [*GOOD, f"{RATE}.decay_style=cosine", f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=9"],
-        [*GOOD, f"{RATE}.decay_style=linear", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-4"],
-        [*GOOD, f"{RATE}.decay_iterations=10", f"{RATE}.warmup_iterations=10", f"{RATE}.minimum=1e-3"],  # constant
+        [
+            *GOOD,
+            f"{RATE}.decay_style=cosine",
+            f"{RATE}.decay_iterations=10",
+            f"{RATE}.warmup_iterations=9",
+        ],
+        [
+            *GOOD,
+            f"{RATE}.decay_style=linear",
+            f"{RATE}.decay_iterations=10",
+            f"{RATE}.minimum=1e-4",
+        ],
+        [
+            *GOOD,
+            f"{RATE}.decay_iterations=10",
+            f"{RATE}.warmup_iterations=10",
+            f"{RATE}.minimum=1e-3",
+        ],  # constant
         [*GOOD, f"{RATE}.base=0"],
         [
             *GOOD,
@@ -275,12 +324,26 @@ def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
             "training.shutdown.offset=13",
         ],
         [*GOOD, "training.wandb.alert.interval=200"],
-        [*GOOD, "run.experiment_dir=x", "training.export.interval=2", "training.export.keep_every=3"],
+        [
+            *GOOD,
+            "run.experiment_dir=x",
+            "training.export.interval=2",
+            "training.export.keep_every=3",
+        ],
         [*GOOD, f"{TRANSFORMER}.num_attention_heads=7", f"{TRANSFORMER}.kv_channels=128"],
         [*GOOD, f"{TRANSFORMER}.rotary.low_frequency_factor=9"],
         [*GOOD, f"{TRANSFORMER}.init_method_min=2", f"{TRANSFORMER}.init_method_min_qkv=0"],
-        [*GOOD, "pretrained.optimizer_state=yes", "pretrained.path=x", "pretrained.format=distributed"],
-        ["training.validation.interval=1", "training.validation.iterations=1", "data.format=random"],
+        [
+            *GOOD,
+            "pretrained.optimizer_state=yes",
+            "pretrained.path=x",
+            "pretrained.format=distributed",
+        ],
+        [
+            "training.validation.interval=1",
+            "training.validation.iterations=1",
+            "data.format=random",
+        ],
         ["training.export.interval=1", "run.experiment_dir=x", "data.format=random"],
         ["training.checkpoint.interval=1", "run.experiment_dir=x", "data.format=random"],
         ["training.test_iters=1", "data.format=random"],
@@ -295,7 +358,11 @@ SAVES = [FOLDER, "training.checkpoint.interval=10", "training.checkpoint.keep_ev
 # What is set, what turns it off, and what is then as if it had not been set.
 OFF: list[tuple[list[str], str, list[str]]] = [
     (
-        ["training.validation.interval=5", "training.validation.iterations=5", "data.validation_sets.prose=prose.json"],
+        [
+            "training.validation.interval=5",
+            "training.validation.iterations=5",
+            "data.validation_sets.prose=prose.json",
+        ],
         "training.validation.interval=null",
         ["training.validation.iterations"],
     ),
@@ -307,30 +374,68 @@ OFF: list[tuple[list[str], str, list[str]]] = [
     ([*SAVES, "training.spikes.policy=rewind"], "training.checkpoint.interval=null", []),
     ([*SAVES, "training.spikes.policy=rewind"], "run.experiment_dir=null", []),
     (
-        [FOLDER, "training.export.interval=5", "training.export.keep_every=2", "training.export.data_type=fp32"],
+        [
+            FOLDER,
+            "training.export.interval=5",
+            "training.export.keep_every=2",
+            "training.export.data_type=fp32",
+        ],
         "training.export.interval=null",
         ["training.export.keep_every"],
     ),
     (
         [
-            *(*SAVES, "training.export.interval=5", "training.export.keep_every=3", "training.shutdown.interval=10"),
+            *(
+                *SAVES,
+                "training.export.interval=5",
+                "training.export.keep_every=3",
+                "training.shutdown.interval=10",
+            ),
             *("training.profiling.interval=7", "training.tensorboard=yes"),
         ],
         "run.experiment_dir=null",
         [
-            *("training.checkpoint.interval", "training.export.interval", "training.shutdown.interval"),
+            *(
+                "training.checkpoint.interval",
+                "training.export.interval",
+                "training.shutdown.interval",
+            ),
             *("training.checkpoint.keep_every", "training.export.keep_every"),
             *("training.profiling.interval", "training.tensorboard"),
         ],
     ),
-    ([FOLDER, "training.profiling.interval=7", "training.profiling.offset=3"], "training.profiling.interval=null", []),
-    (["training.double_check.interval=7", "training.double_check.offset=3"], "training.double_check.interval=null", []),
-    ([*SAVES, "training.shutdown.interval=30", "training.shutdown.offset=0"], "training.shutdown.interval=null", []),
-    ([*SAVES, "training.spikes.policy=rewind", "training.spikes.window=9"], "training.spikes.policy=none", []),
+    (
+        [FOLDER, "training.profiling.interval=7", "training.profiling.offset=3"],
+        "training.profiling.interval=null",
+        [],
+    ),
+    (
+        ["training.double_check.interval=7", "training.double_check.offset=3"],
+        "training.double_check.interval=null",
+        [],
+    ),
+    (
+        [*SAVES, "training.shutdown.interval=30", "training.shutdown.offset=0"],
+        "training.shutdown.interval=null",
+        [],
+    ),
+    (
+        [*SAVES, "training.spikes.policy=rewind", "training.spikes.window=9"],
+        "training.spikes.policy=none",
+        [],
+    ),
     (["training.test_iters=3"], "training.test_iters=0", []),
-    (["training.wandb.alert.interval=100"], "training.logs.interval=null", ["training.wandb.alert.interval"]),
+    (
+        ["training.wandb.alert.interval=100"],
+        "training.logs.interval=null",
+        ["training.wandb.alert.interval"],
+    ),
     (["training.wandb.alert.interval=100"], "training.wandb.alert.interval=null", []),
-    (["training.wandb.alert.interval=100", "training.wandb.group_name=x"], "training.wandb=null", []),
+    (
+        ["training.wandb.alert.interval=100", "training.wandb.group_name=x"],
+        "training.wandb=null",
+        [],
+    ),
     (
         [f"{RATE}.decay_style=cosine", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-5"],
         f"{RATE}.decay_style=constant",
@@ -338,7 +443,10 @@ OFF: list[tuple[list[str], str, list[str]]] = [
     ),
     (
         [
-            *("model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"),
+            *(
+                "model.distributed.tensor_parallel=2",
+                "model.distributed.sequence_tensor_parallel=yes",
+            ),
             f"{TRANSFORMER}.head_groups=2",
         ],
         "model.distributed.tensor_parallel=1",
@@ -347,7 +455,10 @@ OFF: list[tuple[list[str], str, list[str]]] = [
     (
         [
             *("model.distributed.pipeline_parallel=2", "model.multi_stage.layers_per_stage=3"),
-            *("model.multi_stage.pipeline_schedule=looped_bfs", "batch.breadth_first_micro_batches=4"),
+            *(
+                "model.multi_stage.pipeline_schedule=looped_bfs",
+                "batch.breadth_first_micro_batches=4",
+            ),
         ],
         "model.distributed.pipeline_parallel=1",
         [
@@ -361,7 +472,11 @@ OFF: list[tuple[list[str], str, list[str]]] = [
         ["model.base_model.cross_entropy_splits"],
     ),
     (["model.base_model.cross_entropy_impl=triton"], "run.enable_triton_kernels=no", []),
-    (["model.multi_stage.compile_all=yes"], "run.torch_dynamo_enable=no", ["model.multi_stage.compile_all"]),
+    (
+        ["model.multi_stage.compile_all=yes"],
+        "run.torch_dynamo_enable=no",
+        ["model.multi_stage.compile_all"],
+    ),
     (
         ["pretrained.path=x", "pretrained.format=distributed", "pretrained.optimizer_state=yes"],
         "pretrained.path=null",
@@ -375,8 +490,12 @@ OFF: list[tuple[list[str], str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "off", "left_out"), OFF, ids=[f"{i}-{row[1]}" for i, row in enumerate(OFF)])
-def test_a_thing_is_turned_off_by_one_override(given: list[str], off: str, left_out: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "off", "left_out"), OFF, ids=[f"{i}-{row[1]}" for i, row in enumerate(OFF)]
+)
+def test_a_thing_is_turned_off_by_one_override(
+    given: list[str], off: str, left_out: list[str]
+) -> None:
     processes = 2 if any("_parallel" in one for one in given) else 1
     assert told([*GOOD, *given], processes) == []
     assert told([*GOOD, *given, off], processes) == []
@@ -385,7 +504,9 @@ def test_a_thing_is_turned_off_by_one_override(given: list[str], off: str, left_
     for path in left_out:
         assert at(config, path) == at(plain, path), path
     assert (
-        config.training.spikes.policy == ("skip" if any("rewind" in one for one in given) else "none") or "none" in off
+        config.training.spikes.policy
+        == ("skip" if any("rewind" in one for one in given) else "none")
+        or "none" in off
     )
     written = Document(yaml.safe_load(dump(config)), {}, "config.yaml")  # which is valid input
     assert validate(TrainConfig, written, REFUSED, RENAMED).model_dump() == config.model_dump()
@@ -408,7 +529,9 @@ def test_every_pair_of_one_that_turns_off_is_tried() -> None:
 
 def test_groups_of_processes() -> None:
     size = "model.multi_stage.shard_size"
-    assert told([*GOOD, f"{size}=4"], 6) == [f"{size}: given 4, must divide the 6 processes: 1, 2, 3, 6"]
+    assert told([*GOOD, f"{size}=4"], 6) == [
+        f"{size}: given 4, must divide the 6 processes: 1, 2, 3, 6"
+    ]
     for processes, fits in ((1, 8), (6, 3), (6, 1), (6, 6), (6, 8)):
         assert told([*GOOD, f"{size}={fits}"], processes) == []
 
@@ -418,12 +541,22 @@ AXES, STAGES, SCHEDULE = (
     "model.multi_stage.layers_per_stage",
     "model.multi_stage.pipeline_schedule",
 )
-SHAPE = [*GOOD, f"{TRANSFORMER}.num_layers=8", f"{TRANSFORMER}.num_attention_heads=8", f"{TRANSFORMER}.head_groups=4"]
+SHAPE = [
+    *GOOD,
+    f"{TRANSFORMER}.num_layers=8",
+    f"{TRANSFORMER}.num_attention_heads=8",
+    f"{TRANSFORMER}.head_groups=4",
+]
 PIPELINE = [*SHAPE, f"{AXES}.pipeline_parallel=2", "batch.batch_size=8", "batch.micro_batch_size=1"]
 # Of layouts: what is set, the processes, the message.
 LAYOUTS: list[tuple[list[str], int, str]] = [
     (
-        [*GOOD, "run.experiment_dir=x", "training.profiling.interval=5", "training.profiling.ranks=[0, 2, 3]"],
+        [
+            *GOOD,
+            "run.experiment_dir=x",
+            "training.profiling.interval=5",
+            "training.profiling.ranks=[0, 2, 3]",
+        ],
         2,
         "training.profiling.ranks: given [0, 2, 3], each must be below the number of processes, which is 2",
     ),
@@ -466,7 +599,12 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
         " stretch from the front and one from the back",
     ),
     (
-        [*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_tensor_parallel=yes", "batch.sequence_length=1002"],
+        [
+            *SHAPE,
+            f"{AXES}.tensor_parallel=4",
+            f"{AXES}.sequence_tensor_parallel=yes",
+            "batch.sequence_length=1002",
+        ],
         4,
         "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 with sequence_tensor_parallel",
     ),
@@ -542,7 +680,12 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
         " with 4 or 6, or looped_bfs",
     ),
     (
-        [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=interleaved_zero_bubble", "model.multi_stage.zero_stage=3"],
+        [
+            *PIPELINE,
+            f"{STAGES}=2",
+            f"{SCHEDULE}=interleaved_zero_bubble",
+            "model.multi_stage.zero_stage=3",
+        ],
         2,
         f"{SCHEDULE}: given interleaved_zero_bubble, but with zero_stage: 3 it loses gradients: weights are freed before"
         " theirs are made; use zero_stage: 2 or another schedule",
@@ -570,8 +713,19 @@ def test_layouts_that_can_not_be(overrides: list[str], processes: int, message: 
         ([*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=looped_bfs", "batch.batch_size=10"], 4),
         ([*PIPELINE, "batch.depth_first_micro_batches=4"], 2),
         ([*GOOD, "training.profiling.ranks=[2]"], 1),  # nothing is profiled
-        ([*GOOD, "run.experiment_dir=x", "training.profiling.interval=5", "training.profiling.ranks=[1]"], 2),
-        ([*PIPELINE, f"{AXES}.pipeline_parallel=4", "batch.batch_size=1"], 4),  # too few for 1f1b: gpipe by default
+        (
+            [
+                *GOOD,
+                "run.experiment_dir=x",
+                "training.profiling.interval=5",
+                "training.profiling.ranks=[1]",
+            ],
+            2,
+        ),
+        (
+            [*PIPELINE, f"{AXES}.pipeline_parallel=4", "batch.batch_size=1"],
+            4,
+        ),  # too few for 1f1b: gpipe by default
     ],
 )
 def test_layouts_that_can_be(overrides: list[str], processes: int) -> None:

@@ -153,7 +153,10 @@ def test_an_empty_section_is_all_defaults(yaml: Any) -> None:
         ("just words\n", 'c.yaml: must hold settings (name: value), not "just words"'),
         ("5\n", "c.yaml: must hold settings (name: value), not 5"),
         ("", "c.yaml: holds no settings; leave it out if all of them are given as a.b=c"),
-        ("# nothing\n", "c.yaml: holds no settings; leave it out if all of them are given as a.b=c"),
+        (
+            "# nothing\n",
+            "c.yaml: holds no settings; leave it out if all of them are given as a.b=c",
+        ),
         (b"a: 1\nb: \xff\n", "c.yaml: not UTF-8 at byte 8; save it as UTF-8"),
         ("a: 1\n".encode("utf-16"), "c.yaml: not UTF-8 at byte 0; save it as UTF-8"),
         ("a: " + "[" * 60, "c.yaml:1: nested more than 50 levels deep"),
@@ -281,9 +284,15 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(yaml: Any) -> No
 
 def test_overrides_win_and_the_last_wins(yaml: Any) -> None:
     document = yaml(
-        "inner:\n  size: 3\n  name: a\n", "inner.size=4", "inner.size=5", "other.names=[x, y]", "other.active=yes"
+        "inner:\n  size: 3\n  name: a\n",
+        "inner.size=4",
+        "inner.size=5",
+        "other.names=[x, y]",
+        "other.active=yes",
     )
-    assert validate(Outer, document) == Outer(inner=Inner(size=5, name="a"), other=Inner(names=["x", "y"], active=True))
+    assert validate(Outer, document) == Outer(
+        inner=Inner(size=5, name="a"), other=Inner(names=["x", "y"], active=True)
+    )
     assert document.where("inner.size") == "override inner.size=5"
     assert document.where("inner.name").endswith("c.yaml:3")
 
@@ -291,7 +300,9 @@ def test_overrides_win_and_the_last_wins(yaml: Any) -> None:
 def test_overrides_replace_a_whole_section(yaml: Any) -> None:
     document = yaml("inner:\n  size: 3\n  name: a\n", "inner={name: b}", "other=null")
     assert validate(Outer, document) == Outer(inner=Inner(name="b"))
-    assert document.where("inner.size") == document.where("inner.name") == "override inner={name: b}"
+    assert (
+        document.where("inner.size") == document.where("inner.name") == "override inner={name: b}"
+    )
 
 
 def test_overrides_go_into_a_section_of_null(yaml: Any) -> None:
@@ -352,9 +363,21 @@ def test_text_of_the_command_line_is_what_it_is(text: str) -> None:
 
 
 def test_what_is_no_text_on_the_command_line_keeps_its_meaning() -> None:
-    given = ["inner.name=null", "inner.size=1_000", "inner.names=[1e3, '2']", "inner.share=0.5", "inner.active=no"]
+    given = [
+        "inner.name=null",
+        "inner.size=1_000",
+        "inner.names=[1e3, '2']",
+        "inner.share=0.5",
+        "inner.active=no",
+    ]
     inner = read(None, given, Outer).values["inner"]
-    assert inner == {"name": None, "size": 1000, "names": [1000.0, "2"], "share": 0.5, "active": False}
+    assert inner == {
+        "name": None,
+        "size": 1000,
+        "names": [1000.0, "2"],
+        "share": 0.5,
+        "active": False,
+    }
 
 
 def test_text_in_a_file_that_must_be_quoted(yaml: Any) -> None:
@@ -371,7 +394,11 @@ def test_text_in_a_file_that_must_be_quoted(yaml: Any) -> None:
         ("'a' b", "; quote text that begins with [, { or a quotation mark"),
     ):
         problems = wrong(yaml, f"inner:\n  name: {text}\n")
-        assert len(problems) == 1 and problems[0].startswith("c.yaml:2: ") and problems[0].endswith(hint), problems
+        assert (
+            len(problems) == 1
+            and problems[0].startswith("c.yaml:2: ")
+            and problems[0].endswith(hint)
+        ), problems
         assert validate(Outer, yaml(f'inner:\n  name: "{text}"\n')).inner.name == text
 
 
@@ -401,7 +428,11 @@ def test_older_names_are_taken_and_told_by_their_own(yaml: Any) -> None:
 
 
 def test_refused_names_say_what_to_use(yaml: Any) -> None:
-    refused = {"inner.rank": "torchrun knows; leave it out", "old": "is gone", "old.b": "use inner.size"}
+    refused = {
+        "inner.rank": "torchrun knows; leave it out",
+        "old": "is gone",
+        "old.b": "use inner.size",
+    }
     text = "inner:\n  rank: 0\n  size: 0\nold:\n  a: 1\n  b: 2\n"
     assert wrong(yaml, text, refused=refused) == [
         "c.yaml:2: inner.rank: not offered: torchrun knows; leave it out",
@@ -426,7 +457,10 @@ def test_laws_are_asked_about_what_is_right(yaml: Any) -> None:
         if not config.inner.active:
             yield ("inner.active",), "must be active"
 
-    both = ["c.yaml:2: inner.size: must be at most other.size", "c.yaml:1: inner.active: must be active"]
+    both = [
+        "c.yaml:2: inner.size: must be at most other.size",
+        "c.yaml:1: inner.active: must be active",
+    ]
     assert sorted(wrong(yaml, "inner:\n  size: 3\n", laws=laws)) == sorted(both)
     # other.size is wrong in itself: nothing is said of its relation to inner.size.
     assert wrong(yaml, "inner:\n  size: 3\nother:\n  size: 0\n", laws=laws) == [
@@ -447,7 +481,12 @@ def test_values_laid_underneath(yaml: Any) -> None:
         "c.yaml:2: inner.size: given 3, but config.json says 4; leave it out, the pretrained model decides",
         "c.yaml:5: other: given 7, must be a section of settings with size, name, share, active or names",
     ]
-    assert read(None, ["x.add_linear_biases=no"]).under({"x": {"add_linear_biases": "nowhere"}}, "j").problems == ()
+    assert (
+        read(None, ["x.add_linear_biases=no"])
+        .under({"x": {"add_linear_biases": "nowhere"}}, "j")
+        .problems
+        == ()
+    )
 
 
 def test_where() -> None:
@@ -461,7 +500,9 @@ def test_where() -> None:
 
 
 def test_dump_reads_to_an_equal_configuration(yaml: Any) -> None:
-    config = Outer(inner=Inner(name="1e-4", share=1e-9, names=["yes", "2024-01-01", "=", "a: b", "ü", "0x1"]))
+    config = Outer(
+        inner=Inner(name="1e-4", share=1e-9, names=["yes", "2024-01-01", "=", "a: b", "ü", "0x1"])
+    )
     text = dump(config)
     assert "names: ['yes', " in text
     assert validate(Outer, yaml(text)) == config

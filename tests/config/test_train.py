@@ -36,7 +36,10 @@ def wrong(*overrides: str, kind: Any = TrainConfig, refused: Any = REFUSED) -> l
     with pytest.raises(ConfigError) as caught:
         validate(kind, read(None, overrides), refused, RENAMED)
     return [
-        next((p for o in overrides if (p := problem.removeprefix(f"override {o}: ")) != problem), problem)
+        next(
+            (p for o in overrides if (p := problem.removeprefix(f"override {o}: ")) != problem),
+            problem,
+        )
         for problem in caught.value.problems
     ]
 
@@ -80,11 +83,24 @@ def test_a_configuration_does_not_change() -> None:
     [
         [],
         ["data.split=[1]", "training.wandb.entity_name=x", "run.accept_changes=[data.path]"],
-        ["model.base_model.transformer.hidden_size=256", "model.base_model.transformer.num_attention_heads=4"],
-        ["training.export.callback.script=echo 'a b'", "training.export.callback.environment={A: '1', _b: 'yes'}"],
-        ["optimizer.epsilon=1e-12", "optimizer.gradient_norm_clipping=null", "data.path=[0.1, '1e-4', 3, 'no']"],
+        [
+            "model.base_model.transformer.hidden_size=256",
+            "model.base_model.transformer.num_attention_heads=4",
+        ],
+        [
+            "training.export.callback.script=echo 'a b'",
+            "training.export.callback.environment={A: '1', _b: 'yes'}",
+        ],
+        [
+            "optimizer.epsilon=1e-12",
+            "optimizer.gradient_norm_clipping=null",
+            "data.path=[0.1, '1e-4', 3, 'no']",
+        ],
         ["run.experiment_dir='2024-01-01'", "data.validation_sets={prose: 'null', code: '5'}"],
-        ["model.base_model.transformer.add_linear_biases=yes", "model.distributed.training_dtype=torch.float16"],
+        [
+            "model.base_model.transformer.add_linear_biases=yes",
+            "model.distributed.training_dtype=torch.float16",
+        ],
     ],
 )
 @pytest.mark.parametrize("path", [None, RECIPE])
@@ -197,7 +213,9 @@ def test_settings_that_refusals_point_to_exist() -> None:
         said for _, field in leaves() for said in refused_values(field).values()
     ]
     for said in every:
-        for path in re.findall(r"\b(?:training|batch|data|optimizer|pretrained|model|run)\.[a-z_0-9.]+[a-z_0-9]", said):
+        for path in re.findall(
+            r"\b(?:training|batch|data|optimizer|pretrained|model|run)\.[a-z_0-9.]+[a-z_0-9]", said
+        ):
             assert path in FIELDS, f"{path} in: {said}"
 
 
@@ -207,7 +225,10 @@ def test_older_names_do_what_the_new_ones_do(old: str, new: str) -> None:
     value = value or ("yes" if "weights" in new else "no")
     assert load(f"{old}={value}") == load(f"{new}={value}")
     (problem,) = wrong(f"{old}={value}", f"{new}={value}")
-    assert problem == f"{old}: an older name of {new}, which is given too (override {new}={value}); keep that one"
+    assert (
+        problem
+        == f"{old}: an older name of {new}, which is given too (override {new}={value}); keep that one"
+    )
 
 
 # Every setting.
@@ -250,7 +271,9 @@ def test_every_setting_says_what_it_must_be(path: str, field: Any) -> None:
         assert wrong(f"{path}=null")[0].startswith(f"{path}: given null, must be ")
 
 
-@pytest.mark.parametrize(("path", "field"), [(path, field) for path, field in leaves() if refused_values(field)])
+@pytest.mark.parametrize(
+    ("path", "field"), [(path, field) for path, field in leaves() if refused_values(field)]
+)
 def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
     for value, said in refused_values(field).items():
         shown = value if value in ("true", "false") else f'"{value}"'
@@ -379,7 +402,12 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
         (
             PrepareConfig,
             PREPARE_REFUSED,
-            ["tokens_per_shard=5", "distributed={world_size: 2, rank: 2}", "saving_workers=3", "tokenizer.bos=maybe"],
+            [
+                "tokens_per_shard=5",
+                "distributed={world_size: 2, rank: 2}",
+                "saving_workers=3",
+                "tokenizer.bos=maybe",
+            ],
             [
                 "saving_workers: not offered: token files are written while tokenizing; set tokenize_workers",
                 "output_path: is missing; it must be text (numbers and dates in quotes)",
@@ -428,14 +456,21 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
         (
             ConvertConfig,
             CONVERT_REFUSED,
-            ["input={path: a, format: llama}", "output={path: b, format: distributed, data_type: bf16}"],
+            [
+                "input={path: a, format: llama}",
+                "output={path: b, format: distributed, data_type: bf16}",
+            ],
             ["output: data_type belongs to format: llama; a checkpoint holds fp32 weights"],
         ),
     ],
 )
-def test_prepare_and_convert(kind: Any, refused: Any, overrides: list[str], problems: list[str]) -> None:
+def test_prepare_and_convert(
+    kind: Any, refused: Any, overrides: list[str], problems: list[str]
+) -> None:
     told = wrong(*overrides, kind=kind, refused=refused)
-    assert sorted(problem.removeprefix("the command line: ") for problem in told) == sorted(problems)
+    assert sorted(problem.removeprefix("the command line: ") for problem in told) == sorted(
+        problems
+    )
 
 
 # Whatever stands in the file: a configuration or a ConfigError.
@@ -447,10 +482,31 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(["bf16", "1e-4", "~", "llama", "2024-01-01", "=", "<<", "[", "&a", "*a", "0x", "1:30", "", -1, 0]),
+    st.sampled_from(
+        [
+            "bf16",
+            "1e-4",
+            "~",
+            "llama",
+            "2024-01-01",
+            "=",
+            "<<",
+            "[",
+            "&a",
+            "*a",
+            "0x",
+            "1:30",
+            "",
+            -1,
+            0,
+        ]
+    ),
 )
 ANYTHING = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
 )
 PLACES = sorted(FIELDS | set(REFUSED) | set(RENAMED))
 fuzz = partial(
@@ -466,7 +522,9 @@ def survives(text: str | bytes, path: Path, overrides: list[str] = []) -> None: 
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     try:
         document = read(path, overrides)
-        config = validate(TrainConfig, document, REFUSED, RENAMED, laws=partial(breaches, processes=4))
+        config = validate(
+            TrainConfig, document, REFUSED, RENAMED, laws=partial(breaches, processes=4)
+        )
     except ConfigError as error:
         assert error.problems
         for problem in error.problems:
@@ -497,7 +555,8 @@ def test_values_put_anywhere(changes: list[tuple[str, Any]], tmp_path: Path) -> 
         st.tuples(
             st.integers(0, len(TEXT)),
             st.integers(0, 30),
-            st.text(alphabet=":\n -[]{}#&*!|>'\"%@`,?~0aé\t\r\x00\x07\ud800=.", max_size=6) | st.text(max_size=4),
+            st.text(alphabet=":\n -[]{}#&*!|>'\"%@`,?~0aé\t\r\x00\x07\ud800=.", max_size=6)
+            | st.text(max_size=4),
         ),
         min_size=1,
         max_size=5,
@@ -512,9 +571,14 @@ def test_text_cut_and_pasted(edits: list[tuple[int, int, str]], tmp_path: Path) 
 
 @fuzz(max_examples=150)
 @given(
-    lines=st.lists(st.tuples(st.integers(0, TEXT.count("\n") - 1), st.integers(0, 3), st.integers(0, 45)), max_size=6)
+    lines=st.lists(
+        st.tuples(st.integers(0, TEXT.count("\n") - 1), st.integers(0, 3), st.integers(0, 45)),
+        max_size=6,
+    )
 )
-def test_lines_moved_repeated_and_dedented(lines: list[tuple[int, int, int]], tmp_path: Path) -> None:
+def test_lines_moved_repeated_and_dedented(
+    lines: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
     rows = TEXT.splitlines()
     for row, action, target in lines:
         row %= len(rows)
@@ -542,7 +606,11 @@ def test_bytes_pasted(content: bytes, at: int, tmp_path: Path) -> None:
 @given(
     overrides=st.lists(
         st.text(max_size=12)
-        | st.builds(lambda name, value: f"{name}={value}", st.sampled_from(PLACES), SCALARS | st.text(max_size=8)),
+        | st.builds(
+            lambda name, value: f"{name}={value}",
+            st.sampled_from(PLACES),
+            SCALARS | st.text(max_size=8),
+        ),
         max_size=4,
     )
 )
@@ -575,6 +643,8 @@ def test_the_page_is_made_without_torch() -> None:
         "import runpy, sys; runpy.run_module('fast_llm.config.reference', run_name='__main__');"
         " assert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (ROOT / "docs/settings.md").read_text()

@@ -28,7 +28,10 @@ def numbered(prefix, lengths, start=0):
 
 def described(path, shards):
     """A dataset.json of token files with their weights: [(prefix, tokens, weight)]."""
-    entries = [{"prefix": prefix, "num_tokens": tokens, "weight": weight} for prefix, tokens, weight in shards]
+    entries = [
+        {"prefix": prefix, "num_tokens": tokens, "weight": weight}
+        for prefix, tokens, weight in shards
+    ]
     path.write_text(json.dumps({"datasets": entries}))
     return str(path)
 
@@ -40,7 +43,9 @@ def opened(path, length=4, seed=0, split=(1, 0, 0), **further):
 @pytest.mark.parametrize("count", [*range(1, 40), 63, 64, 65, 100, 1000, 1023, 1024, 1025])
 def test_permutation_is_a_bijection(count):
     for seed in range(3):
-        assert sorted(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) == list(range(count))
+        assert sorted(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) == list(
+            range(count)
+        )
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**32), st.data())
@@ -89,10 +94,14 @@ def test_each_sequence_once_per_epoch(tmp_path):
     path = numbered(tmp_path / "a", [30, 1, 0, 70, 5])  # 106 tokens: (106 - 1) // 4 = 26 sequences
     dataset = opened(path)
     assert dataset.sequences("training") == 26 and dataset.tokens("training") == 106
-    epochs = [[int(dataset.read("training", 26 * e + i).tokens[0]) for i in range(26)] for e in range(4)]
+    epochs = [
+        [int(dataset.read("training", 26 * e + i).tokens[0]) for i in range(26)] for e in range(4)
+    ]
     for epoch in epochs:
         assert sorted(epoch) == list(range(0, 104, 4))
-    assert len({tuple(epoch) for epoch in epochs}) == 4  # two equal ones of 26! orders do not happen
+    assert (
+        len({tuple(epoch) for epoch in epochs}) == 4
+    )  # two equal ones of 26! orders do not happen
     again = [int(opened(path).read("training", i).tokens[0]) for i in reversed(range(26))]
     assert again[::-1] == epochs[0]  # of the index alone, not of what was read before
     other = [int(opened(path, seed=1).read("training", i).tokens[0]) for i in range(26)]
@@ -124,7 +133,9 @@ def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length)
     for number in range(source.sequences):
         first = number * length
         packed = source.read(number)
-        assert packed.tokens.tolist() == everything[first : first + length + 1]  # overlaps the next by one token
+        assert (
+            packed.tokens.tolist() == everything[first : first + length + 1]
+        )  # overlaps the next by one token
         inside = {begin - first for begin, _, _ in begins if first <= begin <= first + length}
         assert packed.starts.tolist() == sorted({0} | inside)
         found = []
@@ -135,7 +146,9 @@ def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length)
         assert found == packed.tokens.tolist()
 
 
-@pytest.mark.parametrize("split", [(969, 30, 1), (0.9, 0.05, 0.05), (1, 1, 1), (0.5, 0, 0.5), (0.7, 0.3)])
+@pytest.mark.parametrize(
+    "split", [(969, 30, 1), (0.9, 0.05, 0.05), (1, 1, 1), (0.5, 0, 0.5), (0.7, 0.3)]
+)
 @pytest.mark.parametrize("count", [1, 7, 100, 1001])
 def test_split_by_documents(tmp_path, split, count):
     path = numbered(tmp_path / "a", [3] * count)
@@ -152,7 +165,9 @@ def test_split_by_documents(tmp_path, split, count):
         seen = set()
         for i in range(dataset.sequences(phase)):
             seen |= set(dataset.read(phase, i).tokens.tolist())
-        assert seen == set(range(3 * edges[position], 3 * edges[position + 1]))  # from front to back
+        assert seen == set(
+            range(3 * edges[position], 3 * edges[position + 1])
+        )  # from front to back
 
 
 def test_each_shard_is_split(tmp_path):
@@ -160,7 +175,11 @@ def test_each_shard_is_split(tmp_path):
     for n in range(3):
         numbered(tmp_path / f"s{n}", [3] * 100, 1000 * n)
     dataset = opened(described(tmp_path / "d.json", shards), 1, split=(0.9, 0.1, 0))
-    seen = {int(t) for i in range(dataset.sequences("validation")) for t in dataset.read("validation", i).tokens}
+    seen = {
+        int(t)
+        for i in range(dataset.sequences("validation"))
+        for t in dataset.read("validation", i).tokens
+    }
     assert seen == {1000 * n + t for n in range(3) for t in range(270, 300)}
 
 
@@ -171,7 +190,9 @@ def found(dataset, indices):
     ]
 
 
-@pytest.mark.parametrize("weights", [[0.9, 0.1], [3, 1, 1], [0.5, 0.25, 0.125, 0.125], [1, 1, 1], [1, 0.05, 2, 3, 5]])
+@pytest.mark.parametrize(
+    "weights", [[0.9, 0.1], [3, 1, 1], [0.5, 0.25, 0.125, 0.125], [1, 1, 1], [1, 0.05, 2, 3, 5]]
+)
 def test_blends_get_exact_shares(tmp_path, weights):
     path = []
     for number, weight in enumerate(weights):
@@ -189,7 +210,9 @@ def test_blends_get_exact_shares(tmp_path, weights):
             assert abs(so_far[other] - weight / sum(weights) * count) <= allowed
         if count % 500 == 0:
             assert dataset.phases["training"].counts(count) == [so_far[name] for name in names]
-            found_epochs = {source.name: epochs for source, epochs in dataset.epochs("training", count)}
+            found_epochs = {
+                source.name: epochs for source, epochs in dataset.epochs("training", count)
+            }
             assert found_epochs == {name: so_far[name] / sizes[name] for name in names}
     # Each sequence of a source at most once an epoch, and all of them in the epochs before the last.
     for name, size in sizes.items():
@@ -214,17 +237,26 @@ def test_shares_far_into_a_run(weights, index):
     assert sum(counts) == index
     for weight, count in zip(weights, counts, strict=True):
         # Besides the half sequences, weights are rounded to 2^-53 of all: 2^40 of those are below 0.001.
-        assert abs(count - index * weight / sum(weights)) <= 0.5 * math.ceil(math.log2(len(weights))) + 0.002
+        assert (
+            abs(count - index * weight / sum(weights))
+            <= 0.5 * math.ceil(math.log2(len(weights))) + 0.002
+        )
 
 
 def test_weights_inside_a_dataset_json(tmp_path):
     """Files of which one is weighted above its tokens are a blend of their own."""
     for name in "abc":
         numbered(tmp_path / name, [401], 1000 * ord(name))
-    dataset = opened(described(tmp_path / "d.json", [("a", 401, 0.25), ("b", 401, 0.25), ("c", 401, 0.5)]))
+    dataset = opened(
+        described(tmp_path / "d.json", [("a", 401, 0.25), ("b", 401, 0.25), ("c", 401, 0.5)])
+    )
     assert len(dataset.phases["training"].sources) == 2
     drawn = Counter(int(dataset.read("training", i).tokens[0]) // 1000 for i in range(800))
-    assert drawn[ord("c")] == 400 and 0 < drawn[ord("a")] < 400 and drawn[ord("a")] + drawn[ord("b")] == 400
+    assert (
+        drawn[ord("c")] == 400
+        and 0 < drawn[ord("a")] < 400
+        and drawn[ord("a")] + drawn[ord("b")] == 400
+    )
 
 
 def test_fingerprint_tells_of_what_may_not_change(tmp_path):
@@ -245,17 +277,25 @@ def test_fingerprint_tells_of_what_may_not_change(tmp_path):
 
 def test_validation_sets(tmp_path):
     dataset = opened(
-        numbered(tmp_path / "a", [50]), validation_sets={"old": numbered(tmp_path / "b", [40], 1000)}, split=(1, 0, 0)
+        numbered(tmp_path / "a", [50]),
+        validation_sets={"old": numbered(tmp_path / "b", [40], 1000)},
+        split=(1, 0, 0),
     )
     assert dataset.validation_sets == ["old"]
-    assert sorted(int(dataset.read("old", i).tokens[0]) for i in range(9)) == list(range(1000, 1036, 4))
+    assert sorted(int(dataset.read("old", i).tokens[0]) for i in range(9)) == list(
+        range(1000, 1036, 4)
+    )
 
 
 def test_random():
     config = DataConfig(format="random", split=[1, 1, 0])
     one, two = (open_dataset(config, 8, 3, 50) for _ in range(2))
     first = one.read("training", 12).tokens
-    assert first.tolist() == two.read("training", 12).tokens.tolist() != two.read("validation", 12).tokens.tolist()
+    assert (
+        first.tolist()
+        == two.read("training", 12).tokens.tolist()
+        != two.read("validation", 12).tokens.tolist()
+    )
     assert first.min() >= 0 and first.max() < 50 and "test" not in one.phases
 
 
@@ -272,7 +312,10 @@ def test_random():
         ('{"datasets": [{"prefix": "/a"}]}', "must name files inside"),
         ('{"datasets": [{"prefix": "a", "num_tokens": 51}]}', "num_tokens is 50, but"),
         ('{"datasets": [{"prefix": "a", "weight": NaN}]}', "weight of a: given nan"),
-        ('{"datasets": [{"prefix": "a", "weight": Infinity}, {"prefix": "b", "weight": 1}]}', "weight of a: given inf"),
+        (
+            '{"datasets": [{"prefix": "a", "weight": Infinity}, {"prefix": "b", "weight": 1}]}',
+            "weight of a: given inf",
+        ),
         ('{"datasets": [{"prefix": "a", "weight": 0}, {"prefix": "b", "weight": 0}]}', "weight"),
         ('{"datasets": [{"prefix": "a", "weight": 1' + "0" * 400 + "}]}", "weight"),
         ('{"datasets": [{"prefix": "a\\u0000"}]}', "must name files inside"),
@@ -320,7 +363,8 @@ def test_too_little_names_what_to_do(tmp_path):
     ):
         dataset.require("validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0])
     with pytest.raises(
-        DataError, match=r"lower training\.validation\.iterations, of which even one needs 5 sequences, and give"
+        DataError,
+        match=r"lower training\.validation\.iterations, of which even one needs 5 sequences, and give",
     ):
         dataset.require("validation", 3, 5, "training.validation.iterations", [0.8, 0.2, 0])
 
@@ -381,7 +425,9 @@ def test_a_validation_set_that_is_trained_on(tmp_path):
         ("other", list(range(1000, 1200))),
         ("both", [*held_out, *range(1000, 1200)]),
     ):
-        seen = {int(t) for i in range(dataset.sequences(name)) for t in dataset.read(name, i).tokens}
+        seen = {
+            int(t) for i in range(dataset.sequences(name)) for t in dataset.read(name, i).tokens
+        }
         assert seen == set(content[: dataset.sequences(name) * 4 + 1]), name
     with pytest.raises(
         DataError,
@@ -434,7 +480,9 @@ def test_split_by_hash_is_the_documented_one(tmp_path_factory, files, split):
         if len(tokens) < 2:
             assert phase not in dataset.phases
             continue
-        counted = [d for d in mine if sum(files[owner[d]])]  # token files without tokens have no weight
+        counted = [
+            d for d in mine if sum(files[owner[d]])
+        ]  # token files without tokens have no weight
         assert dataset.documents(phase) == len(counted) and dataset.tokens(phase) == len(tokens)
         source = dataset.phases[phase].sources[0]
         assert [source.read(k).tokens[0] for k in range(source.sequences)] == tokens[:-1]
@@ -450,7 +498,10 @@ def test_split_by_hash_in_blocks(tmp_path, monkeypatch):
     def drawn():
         dataset = opened(path, 1, split=(6, 3, 1))
         return {
-            phase: [int(dataset.phases[phase].sources[0].read(k).tokens[0]) for k in range(dataset.sequences(phase))]
+            phase: [
+                int(dataset.phases[phase].sources[0].read(k).tokens[0])
+                for k in range(dataset.sequences(phase))
+            ]
             for phase in dataset.phases
         }
 
@@ -465,7 +516,9 @@ def test_an_unknown_split(tmp_path):
     numbered(tmp_path / "a", [50] * 3)
     for version in ("hash-9", 3):
         path = hashed(tmp_path / "d.json", [("a", 1)], version)
-        with pytest.raises(DataError, match=r"its `split` is .*which this version does not know \(hash-1\)"):
+        with pytest.raises(
+            DataError, match=r"its `split` is .*which this version does not know \(hash-1\)"
+        ):
             opened(path)
 
 
@@ -473,6 +526,7 @@ def test_a_share_without_a_document(tmp_path):
     numbered(tmp_path / "a", [50] * 3)
     dataset = opened(hashed(tmp_path / "d.json", [("a", 1)]), split=(0.9, 0.1, 0))
     with pytest.raises(
-        DataError, match=r"leaves 0, for its share is no document; give validation a larger share, or prepare more"
+        DataError,
+        match=r"leaves 0, for its share is no document; give validation a larger share, or prepare more",
     ):
         dataset.require("validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0])

@@ -30,7 +30,9 @@ def opened(path: Path | str, **further: Any) -> Documents:
     return open_documents(find(SourceConfig(path=str(path), **further)), 2)
 
 
-def rows(source: Documents, first: int = 0, last: int | None = None, target: int = 2**20) -> list[str | Odd | None]:
+def rows(
+    source: Documents, first: int = 0, last: int | None = None, target: int = 2**20
+) -> list[str | Odd | None]:
     """What is read, row by row, with a check that tasks cover the rows in order."""
     found: list[str | Odd | None] = []
     at, last = first, len(source) if last is None else last
@@ -53,7 +55,9 @@ def texts(path: Path | str, **further: Any) -> list[str]:
 
 def write(path: Path, *lines: str | dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
@@ -147,7 +151,9 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_slices(tmp_path: Path) -> None:
-    write(tmp_path / "train_0.jsonl", "", {"text": "0"}, " ", {"text": "1"}, "\t", {"text": "2"}, "")
+    write(
+        tmp_path / "train_0.jsonl", "", {"text": "0"}, " ", {"text": "1"}, "\t", {"text": "2"}, ""
+    )
     write(tmp_path / "train_1.jsonl", *({"text": str(number)} for number in range(3, 10)))
     write(tmp_path / "test.jsonl", {"text": "x"})
     for split, expected in (
@@ -161,7 +167,9 @@ def test_slices(tmp_path: Path) -> None:
         ("train[5:100]", "56789"),
     ):
         assert "".join(texts(tmp_path, split=split)) == expected, split
-    with pytest.raises(DataError, match=r"dataset.split: given train\[1\], must be a split such as train, or parts"):
+    with pytest.raises(
+        DataError, match=r"dataset.split: given train\[1\], must be a split such as train, or parts"
+    ):
         opened(tmp_path, split="train[1]")
 
 
@@ -177,14 +185,19 @@ def test_wrong_paths_are_answered_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(DataError, match=message):
             find(SourceConfig(path=path))
-    with pytest.raises(DataError, match=r"did you mean data\? For a dataset on the Hub give hf://datasets/dataa$"):
+    with pytest.raises(
+        DataError, match=r"did you mean data\? For a dataset on the Hub give hf://datasets/dataa$"
+    ):
         find(SourceConfig(path="dataa"))
     assert find(SourceConfig(path="hf://datasets/dataa")).kind == "hub"
     assert find(SourceConfig(path="squad")).kind == "hub"
     assert find(SourceConfig(path="org/name")).kind == "hub"
     (tmp_path / "org").mkdir()
     assert find(SourceConfig(path="hf://datasets/org/name")).kind == "hub"
-    with pytest.raises(DataError, match=r"dataset.data_files nws.jsonl: no files there; did you mean data/news.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"dataset.data_files nws.jsonl: no files there; did you mean data/news.jsonl",
+    ):
         find(SourceConfig(path="data", data_files=["news.jsonl", "nws.jsonl"]))
     with pytest.raises(DataError, match=r"dataset.data_directory: data/x: no such folder"):
         find(SourceConfig(path="data", data_directory="x"))
@@ -210,7 +223,9 @@ def test_text_is_what_was_written(tmp_path: Path, neighbours: list[str], suffix:
     assert texts(tmp_path) == neighbours
 
 
-@pytest.mark.parametrize("value", ["1.50", "12", "true", "null", "[1]", '{"a": "b"}', "NaN", '["a"]'])
+@pytest.mark.parametrize(
+    "value", ["1.50", "12", "true", "null", "[1]", '{"a": "b"}', "NaN", '["a"]']
+)
 def test_what_is_no_text_is_named(tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "a"}, f'{{"text": {value}}}', {"text": "c"})
     source = opened(path)
@@ -221,10 +236,21 @@ def test_what_is_no_text_is_named(tmp_path: Path, value: str) -> None:
 def test_other_columns_do_not_matter(tmp_path: Path) -> None:
     """More keys, other types, nothing that fits, deep nesting, long numbers, and bytes that are no UTF-8."""
     deep = "[" * 100_000 + "]" * 100_000
-    write(tmp_path / "a.jsonl", {"text": "a", "id": 1, "meta": None}, {"text": "b", "id": "x", "meta": {"a": 1}})
+    write(
+        tmp_path / "a.jsonl",
+        {"text": "a", "id": 1, "meta": None},
+        {"text": "b", "id": "x", "meta": {"a": 1}},
+    )
     write(tmp_path / "b.jsonl", {"url": [], "text": "c"}, {"id": {}, "text": "d"})
-    write(tmp_path / "c.jsonl", '{"n": ' + "1" * 5000 + ', "text": "e"}', {"id": 2**70, "text": "f"}, {"id": 1})
-    (tmp_path / "d.jsonl").write_bytes(b'{"x": "\xff", "text": "g"}\n{"text": "h", "x": "\\ud800"}\n')
+    write(
+        tmp_path / "c.jsonl",
+        '{"n": ' + "1" * 5000 + ', "text": "e"}',
+        {"id": 2**70, "text": "f"},
+        {"id": 1},
+    )
+    (tmp_path / "d.jsonl").write_bytes(
+        b'{"x": "\xff", "text": "g"}\n{"text": "h", "x": "\\ud800"}\n'
+    )
     write(tmp_path / "e.jsonl", '{"deep": ' + deep + ', "text": "i"}', {"text": "j"})
     assert rows(opened(tmp_path)) == [*"abcdef", Odd("not_text"), *"gh", Odd("unreadable"), "j"]
     write(tmp_path / "f.json", '[{"n": ' + "1" * 5000 + ', "text": "k"}, "x", 3, {"text": "l"}]')
@@ -246,9 +272,14 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
         pa.array([None, None], pa.string()),
     ]
     for number, column in enumerate(kinds):
-        table = pa.table({"id": pa.array([1, 2], pa.int64() if number % 2 else pa.float32()), "text": column})
+        table = pa.table(
+            {"id": pa.array([1, 2], pa.int64() if number % 2 else pa.float32()), "text": column}
+        )
         pq.write_table(table, tmp_path / f"{number}.parquet")
-        with pa.OSFile(str(tmp_path / f"{number}.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as to:
+        with (
+            pa.OSFile(str(tmp_path / f"{number}.arrow"), "wb") as file,
+            pa.ipc.new_file(file, table.schema) as to,
+        ):
             to.write_table(table)
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
@@ -261,7 +292,9 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     ]
     assert source.name(19) == f"{tmp_path}/b.parquet, row 0"
     assert rows(opened(f"{tmp_path}/*.arrow")) == ["a", no] * 7 + [no] * 4
-    with pytest.raises(DataError, match=r"dataset.field: .*b.parquet holds int64 in column text, must be text"):
+    with pytest.raises(
+        DataError, match=r"dataset.field: .*b.parquet holds int64 in column text, must be text"
+    ):
         opened(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes((tmp_path / "1.parquet").read_bytes()[:-100])
     with pytest.raises(DataError, match=r"c.parquet: damaged, or not a parquet file: "):
@@ -270,7 +303,10 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
 
 def test_text_under_a_null_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     array = pa.StringArray.from_buffers(
-        3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0\4\0\0\0"), pa.py_buffer(b"a\xff\xffc"), pa.py_buffer(b"\x05")
+        3,
+        pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0\4\0\0\0"),
+        pa.py_buffer(b"a\xff\xffc"),
+        pa.py_buffer(b"\x05"),
     )
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": pa.array([b"\xff", b"b"])}), tmp_path / "b.parquet")
@@ -293,7 +329,9 @@ def test_a_column_that_is_in_no_file(tmp_path: Path) -> None:
 
 def test_a_lone_surrogate_is_one_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": "x\\ud83d"}\n{"text": "\xed\xa0\xbd"}\n{"text": "\\ud83d\\ude00"}\n')
+    path.write_bytes(
+        b'{"text": "a"}\n{"text": "x\\ud83d"}\n{"text": "\xed\xa0\xbd"}\n{"text": "\\ud83d\\ude00"}\n'
+    )
     assert rows(opened(path)) == ["a", Odd("not_utf8"), Odd("not_utf8"), "\U0001f600"]
 
 
@@ -301,7 +339,10 @@ def test_a_lone_surrogate_is_one_row(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"text": "b', r"a.jsonl:1202: not JSON: Unterminated string"),
-        (b'{"text": oops}', r"a.jsonl:1202: not JSON: Expecting value, at character 10 of the line; mend"),
+        (
+            b'{"text": oops}',
+            r"a.jsonl:1202: not JSON: Expecting value, at character 10 of the line; mend",
+        ),
         (b'{"text": "b"} {"text": "c"}', r"a.jsonl:1202: not JSON: Extra data, at character 15"),
         (b"\0\0\0\0", r"a.jsonl:1202: not JSON: Expecting value"),
     ],
@@ -322,8 +363,12 @@ def test_lines_that_were_cut_off_are_found_before_anything_is_tokenized(tmp_path
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow"])
 def test_what_git_left_for_a_large_file(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    with pytest.raises(DataError, match=rf"{name}: a Git LFS pointer, not the file itself; fetch it with `git lfs"):
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    )
+    with pytest.raises(
+        DataError, match=rf"{name}: a Git LFS pointer, not the file itself; fetch it with `git lfs"
+    ):
         opened(tmp_path)
 
 
@@ -349,7 +394,9 @@ def test_json_of_other_shapes(tmp_path: Path) -> None:
 
 def test_utf16_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
-    with pytest.raises(DataError, match=r"a.jsonl: is in UTF-16, must be UTF-8; convert it with `iconv"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl: is in UTF-16, must be UTF-8; convert it with `iconv"
+    ):
         opened(tmp_path / "a.jsonl")
 
 
@@ -382,7 +429,9 @@ def test_compressed(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
     texts_of = opened(f"{tmp_path}/*.[pt]*{suffix}", max_document_bytes=4999)
     assert rows(texts_of) == ["text é\n", Odd("too_large"), Odd("unreadable")]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(content)[:-20])
-    with pytest.raises(DataError, match=rf"a.jsonl{suffix}: damaged, or not what its name says: .*; fetch it again"):
+    with pytest.raises(
+        DataError, match=rf"a.jsonl{suffix}: damaged, or not what its name says: .*; fetch it again"
+    ):
         opened(tmp_path / f"a.jsonl{suffix}")
     (tmp_path / f"a.jsonl{suffix}").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=rf"a.jsonl{suffix}: damaged, or not what its name says"):
@@ -395,19 +444,46 @@ def test_archives_are_no_documents(tmp_path: Path) -> None:
         (tmp_path / name).write_text("tar")
     source = opened(tmp_path)
     assert rows(source) == ["a"] and len(source.left_out) == 5
-    with pytest.raises(DataError, match=r"x.tar: archives are not read; unpack it and give the folder"):
+    with pytest.raises(
+        DataError, match=r"x.tar: archives are not read; unpack it and give the folder"
+    ):
         opened(tmp_path / "x.tar")
 
 
 # --- any text, in any place -------------------------------------------------------------------------------------------
 
 # Half surrogates cannot be written to files of text; what becomes of them is tested above.
-_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.sampled_from(
-    ["2020-01-05", "1e5", "\0", "\ufeff", "\u2028x\x85\r", "{", "}", "]\n[", '"', "\\", "\\ud800", "null", " "]
+_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
+) | st.sampled_from(
+    [
+        "2020-01-05",
+        "1e5",
+        "\0",
+        "\ufeff",
+        "\u2028x\x85\r",
+        "{",
+        "}",
+        "]\n[",
+        '"',
+        "\\",
+        "\\ud800",
+        "null",
+        " ",
+    ]
 )
-_OTHER = st.none() | st.integers() | st.floats() | st.booleans() | _TEXT | st.just([{}]) | st.just({"text": ["x"]})
+_OTHER = (
+    st.none()
+    | st.integers()
+    | st.floats()
+    | st.booleans()
+    | _TEXT
+    | st.just([{}])
+    | st.just({"text": ["x"]})
+)
 _ROW = st.tuples(
-    _TEXT | st.none() | st.integers() | st.just("") | st.just(["a"]), st.dictionaries(_TEXT, _OTHER, max_size=2)
+    _TEXT | st.none() | st.integers() | st.just("") | st.just(["a"]),
+    st.dictionaries(_TEXT, _OTHER, max_size=2),
 )
 
 
@@ -419,15 +495,23 @@ def _as_lines(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
     lines = []
     for row in table:
         spaced, ascii_only = draw.random() < 0.5, draw.random() < 0.5
-        line = json.dumps(row, ensure_ascii=ascii_only, separators=(" , ", " : ") if spaced else (",", ":"))
-        lines.append(draw.choice(["", "", " "]) + line + draw.choice(["\n", "\n", "\r\n", "\n\n", " \n \t\n"]))
+        line = json.dumps(
+            row, ensure_ascii=ascii_only, separators=(" , ", " : ") if spaced else (",", ":")
+        )
+        lines.append(
+            draw.choice(["", "", " "])
+            + line
+            + draw.choice(["\n", "\n", "\r\n", "\n\n", " \n \t\n"])
+        )
     return "".join(lines).rstrip("\n" * draw.randrange(2)).encode()
 
 
 def _write_any(draw: random.Random, stem: Path, kind: str, table: list[dict[str, Any]]) -> None:
     if kind.startswith("jsonl"):
         packed = kind.removeprefix("jsonl")
-        stem.with_name(f"{stem.name}.{kind}").write_bytes(PACK.get(packed, bytes)(_as_lines(draw, table)))
+        stem.with_name(f"{stem.name}.{kind}").write_bytes(
+            PACK.get(packed, bytes)(_as_lines(draw, table))
+        )
     elif kind == "json":
         content = json.dumps(table, indent=draw.choice([None, 1]), ensure_ascii=draw.random() < 0.5)
         stem.with_name(f"{stem.name}.json").write_text(content)
@@ -441,22 +525,33 @@ def _write_any(draw: random.Random, stem: Path, kind: str, table: list[dict[str,
         }
         whole = pa.table(columns)
         if kind == "parquet":
-            pq.write_table(whole, stem.with_name(f"{stem.name}.parquet"), row_group_size=draw.randrange(1, 5))
+            pq.write_table(
+                whole, stem.with_name(f"{stem.name}.parquet"), row_group_size=draw.randrange(1, 5)
+            )
         else:
             make = draw.choice([pa.ipc.new_file, pa.ipc.new_stream])
-            with pa.OSFile(str(stem.with_name(f"{stem.name}.arrow")), "wb") as file, make(file, whole.schema) as to:
+            with (
+                pa.OSFile(str(stem.with_name(f"{stem.name}.arrow")), "wb") as file,
+                make(file, whole.schema) as to,
+            ):
                 to.write_table(whole, max_chunksize=draw.randrange(1, 5))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "parquet", "arrow"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     files=st.lists(st.lists(_ROW, min_size=1, max_size=6), min_size=1, max_size=4),
     seed=st.integers(0, 2**32),
     block=st.sampled_from([1, 30, 2**20]),
 )
 def test_text_read_is_text_written(
-    kind: str, files: list[list[Any]], seed: int, block: int, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    files: list[list[Any]],
+    seed: int,
+    block: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """For any text, any neighbours, any order of files; from any row on, in pieces of any size."""
     draw = random.Random(seed)
@@ -467,7 +562,10 @@ def test_text_read_is_text_written(
     for name, content in in_order:
         table = []
         for value, other in content:
-            items = [*((key, each) for key, each in other.items() if key != "text"), ("text", value)]
+            items = [
+                *((key, each) for key, each in other.items() if key != "text"),
+                ("text", value),
+            ]
             draw.shuffle(items)
             table.append(dict(items))
         _write_any(draw, folder / name, kind, table)
@@ -487,5 +585,7 @@ def test_text_read_is_text_written(
                 pack = {"gz": gzip.open, "zst": zstandard.open}.get(path.rpartition(".")[2], open)
                 with pack(path, "rb") as file:
                     content_of = file.read().split(b"\n")[int(line) - 1]
-                value = None if not content_of.strip() else _expected(json.loads(content_of)["text"])
+                value = (
+                    None if not content_of.strip() else _expected(json.loads(content_of)["text"])
+                )
                 assert value == found[row]

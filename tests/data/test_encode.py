@@ -21,7 +21,9 @@ def _encoder(tokenizer: Tokenizer, dtype: Any = np.uint16) -> Encoder:
 
 
 def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
-    return [np.frombuffer(content or b"", encoder.dtype).tolist() for content in encoder.encode(texts)]
+    return [
+        np.frombuffer(content or b"", encoder.dtype).tolist() for content in encoder.encode(texts)
+    ]
 
 
 def test_in_batches_as_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +38,9 @@ def test_truncation_and_padding_are_off(tokenizer: Tokenizer) -> None:
     cut.enable_truncation(3)
     cut.enable_padding(length=50)
     texts = [made.text(0, 40)]
-    assert _tokens(_encoder(cut), texts) == [tokenizer.encode(texts[0], add_special_tokens=False).ids]
+    assert _tokens(_encoder(cut), texts) == [
+        tokenizer.encode(texts[0], add_special_tokens=False).ids
+    ]
 
 
 def test_special_tokens_are_text(tokenizer: Tokenizer) -> None:

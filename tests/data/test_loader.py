@@ -44,14 +44,18 @@ def threads():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(lambda some: sum(some) > 12),
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(
+        lambda some: sum(some) > 12
+    ),
     length=st.integers(1, 12),
     isolate=st.booleans(),
 )
 def test_labels_positions_and_documents(tmp_path_factory, lengths, length, isolate):
     """Token by token: what is predicted, where it stands in its document, and where documents end."""
     dataset = opened(numbered(tmp_path_factory.mktemp("naive") / "a", lengths), length)
-    owner = [number for number, size in enumerate(lengths) for _ in range(size)]  # token t is t itself
+    owner = [
+        number for number, size in enumerate(lengths) for _ in range(size)
+    ]  # token t is t itself
     for (batch,) in steps(dataset, BatchPlan(2, 2, 1), isolate=isolate, steps=5):
         labels, positions, runs = [], [], []
         for row in batch.tokens.tolist():
@@ -86,7 +90,8 @@ def test_layout_does_not_matter(tmp_path, processes, micro_batch_size, workers):
     micro_batches = 32 // processes // micro_batch_size
     plan = BatchPlan(32, micro_batch_size, micro_batches)
     dealt = [
-        steps(dataset, plan, rank=rank, processes=processes, workers=workers, steps=10) for rank in range(processes)
+        steps(dataset, plan, rank=rank, processes=processes, workers=workers, steps=10)
+        for rank in range(processes)
     ]
     for step in range(10):
         got = [
@@ -101,12 +106,19 @@ def test_layout_does_not_matter(tmp_path, processes, micro_batch_size, workers):
 def test_one_epoch_is_each_sequence_once(tmp_path):
     dataset = opened(numbered(tmp_path / "a", [7] * 23), 4)  # 161 tokens: 40 sequences
     seen = [token for step in steps(dataset, steps=20) for token in first_tokens(step)]
-    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(0, 160, 4)) and seen[:40] != seen[40:]
+    assert (
+        sorted(seen[:40]) == sorted(seen[40:]) == list(range(0, 160, 4)) and seen[:40] != seen[40:]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume(tmp_path, workers):
-    path = [0.7, numbered(tmp_path / "a", [11] * 50), 0.3, numbered(tmp_path / "b", [9] * 50, 10_000)]
+    path = [
+        0.7,
+        numbered(tmp_path / "a", [11] * 50),
+        0.3,
+        numbered(tmp_path / "b", [9] * 50, 10_000),
+    ]
     whole = [first_tokens(step) for step in steps(opened(path), steps=12, workers=workers)]
     for done in (1, 5, 11):
         rest = steps(opened(path), steps=12 - done, first_sample=4 * done, workers=workers)
@@ -171,15 +183,20 @@ def test_slow_storage_is_told(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-@pytest.mark.parametrize(("size", "micro", "processes"), [(6, 1, 4), (5, 2, 2), (7, 4, 1), (3, 1, 3)])
-def test_a_batch_that_does_not_divide_has_rows_without_targets(tmp_path, size, micro, processes, isolate):
+@pytest.mark.parametrize(
+    ("size", "micro", "processes"), [(6, 1, 4), (5, 2, 2), (7, 4, 1), (3, 1, 3)]
+)
+def test_a_batch_that_does_not_divide_has_rows_without_targets(
+    tmp_path, size, micro, processes, isolate
+):
     """All processes do as many micro-batches; together they hold each sequence of the step once."""
     dataset = opened(numbered(tmp_path / "a", [40, 30, 50]), 4)
     many = -(-size // (micro * processes))
     plan = BatchPlan(size, micro, many, micro * many * processes - size)
     whole = steps(dataset, BatchPlan(size, size, 1), steps=2, isolate=isolate)
     parts = [
-        steps(dataset, plan, steps=2, rank=rank, processes=processes, isolate=isolate) for rank in range(processes)
+        steps(dataset, plan, steps=2, rank=rank, processes=processes, isolate=isolate)
+        for rank in range(processes)
     ]
     for step, (expected,) in enumerate(whole):
         batches = [batch for part in parts for batch in part[step]]
@@ -190,7 +207,10 @@ def test_a_batch_that_does_not_divide_has_rows_without_targets(tmp_path, size, m
             for row, labels in zip(batch.tokens, batch.labels, strict=True)
             if bool((labels != -100).any())
         ]
-        wanted = [(int(row[0]), labels.tolist()) for row, labels in zip(expected.tokens, expected.labels, strict=True)]
+        wanted = [
+            (int(row[0]), labels.tolist())
+            for row, labels in zip(expected.tokens, expected.labels, strict=True)
+        ]
         assert sorted(rows) == sorted(wanted) and len(rows) == size
         assert sum(batch.targets for batch in batches) == expected.targets
         for batch in batches:

@@ -31,7 +31,12 @@ def made(folder, shards=2, documents=10, weights=None):
         writer.append_many(1000 * number + np.arange(10 * documents), np.full(documents, 10))
         info = writer.close()
         entries.append(
-            {"prefix": f"s{number}", "num_tokens": info.tokens, "num_documents": info.documents, "dtype": "int32"}
+            {
+                "prefix": f"s{number}",
+                "num_tokens": info.tokens,
+                "num_documents": info.documents,
+                "dtype": "int32",
+            }
             | {"weight": weights[number] if weights else 1 / shards}
             | {"sha256": {"bin": info.sha256_bin, "idx": info.sha256_idx}}
         )
@@ -41,7 +46,9 @@ def made(folder, shards=2, documents=10, weights=None):
 
 def opened(path, length=4, seed=0, form="file", split=(1, 0, 0), **further):
     path = path if isinstance(path, list) else str(path)
-    return open_dataset(DataConfig(format=form, path=path, split=list(split), **further), length, seed, 2**31)
+    return open_dataset(
+        DataConfig(format=form, path=path, split=list(split), **further), length, seed, 2**31
+    )
 
 
 def order(dataset, count=40):
@@ -53,7 +60,8 @@ def test_pointer_instead_of_a_file(tmp_path, name):
     path = made(tmp_path / "d")
     (tmp_path / "d" / name).write_bytes(POINTER)
     with pytest.raises(
-        DataError, match=rf"{name}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        DataError,
+        match=rf"{name}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     ):
         opened(path)
 
@@ -61,13 +69,17 @@ def test_pointer_instead_of_a_file(tmp_path, name):
 def test_metadata_of_version_0_2(tmp_path):
     made(tmp_path / "d")
     # One line of prefix, num_documents, num_tokens and weight, beside the token files.
-    entries = [{"prefix": f"s{n}", "num_documents": 10, "num_tokens": 100, "weight": 0.5} for n in range(2)]
+    entries = [
+        {"prefix": f"s{n}", "num_documents": 10, "num_tokens": 100, "weight": 0.5} for n in range(2)
+    ]
     path = tmp_path / "d" / "fast_llm_dataset.json"
     path.write_text(json.dumps({"datasets": entries}))
     dataset = opened(path)
     assert dataset.tokens("training") == 200 and dataset.documents("training") == 20
     assert dataset.sequences("training") == 49  # one source: the sequence over the border counts
-    dataset.check_vocabulary(10, "a" * 64)  # it says nothing of tokenizer and tokens; the loader will look
+    dataset.check_vocabulary(
+        10, "a" * 64
+    )  # it says nothing of tokenizer and tokens; the loader will look
 
 
 def test_format_file_takes_any_name(tmp_path):
@@ -83,10 +95,14 @@ def test_paths_that_are_nearly_right(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"/d: a folder; give the dataset\.json in it"):
         opened(tmp_path / "d")
     (tmp_path / "py").mkdir()
-    with pytest.raises(DataError, match=r"/py: a folder; give the dataset.json that `fast-llm prepare` wrote, not"):
+    with pytest.raises(
+        DataError, match=r"/py: a folder; give the dataset.json that `fast-llm prepare` wrote, not"
+    ):
         opened(tmp_path / "py")
     (tmp_path / "py.json").write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match=r"/py: a folder; give the dataset.json next to it, .*/py.json$"):
+    with pytest.raises(
+        DataError, match=r"/py: a folder; give the dataset.json next to it, .*/py.json$"
+    ):
         opened(tmp_path / "py")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert opened("~/d/dataset.json").fingerprint() == opened(path).fingerprint()
@@ -135,7 +151,9 @@ def test_moved_data_keeps_its_order(tmp_path):
     one, two = opened(path), opened(tmp_path / "elsewhere" / "dataset.json")
     assert order(one) == order(two) and one.fingerprint() == two.fingerprint()
     mixed = [0.5, str(tmp_path / "d" / "s0"), 0.5, str(tmp_path / "d" / "s1")]
-    moved = [part.replace("/d/", "/elsewhere/") if isinstance(part, str) else part for part in mixed]
+    moved = [
+        part.replace("/d/", "/elsewhere/") if isinstance(part, str) else part for part in mixed
+    ]
     assert order(opened(mixed, form="list")) == order(opened(moved, form="list"))
     swapped = [0.5, mixed[3], 0.5, mixed[1]]
     assert opened(swapped, form="list").fingerprint() != opened(mixed, form="list").fingerprint()
@@ -161,7 +179,9 @@ def test_verify_names_all_that_is_wrong(tmp_path):
     with pytest.raises(DataError) as error:
         verify(path)
     first, second = str(error.value).splitlines()
-    assert "s0.bin: its content is not what was prepared" in first and "s2.idx: no such file" in second
+    assert (
+        "s0.bin: its content is not what was prepared" in first and "s2.idx: no such file" in second
+    )
 
 
 def test_weights_of_zero_leave_out(tmp_path):
@@ -182,7 +202,10 @@ def test_a_source_without_validation_is_told(tmp_path, caplog):
         dataset = opened(path, split=(99, 1, 0))
     assert dataset.tokens("validation") == 10
     (record,) = caplog.records
-    assert "validation less than a sequence of" in record.message and "(s2) and 1 more" in record.message
+    assert (
+        "validation less than a sequence of" in record.message
+        and "(s2) and 1 more" in record.message
+    )
 
 
 def test_too_little_for_a_validation_set(tmp_path):
@@ -191,7 +214,8 @@ def test_too_little_for_a_validation_set(tmp_path):
     other = tmp_path / "other" / "s1"  # of the sizes of one that is trained on, but not its content
     dataset = opened([str(tmp_path / "d" / "s0")], form="list", validation_sets={"old": str(other)})
     with pytest.raises(
-        DataError, match=r"validation_sets\.old: needs one batch of 25 sequences of 4 tokens, but it has 24"
+        DataError,
+        match=r"validation_sets\.old: needs one batch of 25 sequences of 4 tokens, but it has 24",
     ):
         dataset.require("old", 1, 25, "batch.batch_size", [1, 0, 0])
     dataset.require("old", 1, 24, "batch.batch_size", [1, 0, 0])
@@ -212,7 +236,9 @@ def test_random_data_with_a_validation_set(tmp_path):
 def test_a_document_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr("fast_llm.data.tokenfile.LONGEST", 9)
     writer = TokenFileWriter(tmp_path / "x", np.dtype("int32"))
-    with pytest.raises(DataError, match=r"x: document 1 has 10 tokens; .* up to 9: cut it in pieces"):
+    with pytest.raises(
+        DataError, match=r"x: document 1 has 10 tokens; .* up to 9: cut it in pieces"
+    ):
         writer.append_many(np.arange(13), np.array([3, 10]))
     writer.abandon()
 
@@ -221,7 +247,9 @@ def test_sources_have_orders_of_their_own(tmp_path):
     """Two sources of one size must not go through their sequences in step."""
     path = made(tmp_path / "d", weights=[1, 2])
     drawn = order(opened(path, seed=3), 72)  # 24 sequences of each at least once
-    first, second = ([token % 1000 for token in drawn if token // 1000 == source][:24] for source in range(2))
+    first, second = (
+        [token % 1000 for token in drawn if token // 1000 == source][:24] for source in range(2)
+    )
     assert sorted(first) == sorted(second) == list(range(0, 96, 4)) and first != second
 
 
@@ -252,7 +280,9 @@ def test_a_crash_between_the_two_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_all_orders_are_alike(count):
     """Each of the count! orders as often as the others: chi-squared, with the 0.1 % quantile of its distribution."""
-    seen = Counter(tuple(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) for seed in range(12_000))
+    seen = Counter(
+        tuple(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) for seed in range(12_000)
+    )
     orders = list(permutations(range(count)))
     expected = 12_000 / len(orders)
     chi = sum((seen[one] - expected) ** 2 / expected for one in orders)

@@ -88,7 +88,10 @@ def read(metadata: Path) -> list[list[int]]:
         assert str(file.dtype) == entry["dtype"]
         assert entry["sha256"] == {"bin": digest(file.bin), "idx": digest(file.idx)}
         ends = np.cumsum(file.lengths)
-        found += [file.tokens_at(int(end - n), int(end)).tolist() for n, end in zip(file.lengths, ends, strict=True)]
+        found += [
+            file.tokens_at(int(end - n), int(end)).tolist()
+            for n, end in zip(file.lengths, ends, strict=True)
+        ]
     return found
 
 
@@ -113,7 +116,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def _jsonl(texts: list[str]) -> bytes:
-    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
 
 
 def _write_parquet(path: Path) -> None:
@@ -170,17 +175,31 @@ def test_folder_pattern_and_saved(tmp_path: Path, model: Path) -> None:
     expected = tokens(model, TEXTS)
     assert read(prepare(configure(tmp_path / "1", source, model))) == expected
     assert read(prepare(configure(tmp_path / "2", f"{source}/*.jsonl", model))) == expected
-    assert read(prepare(configure(tmp_path / "3", source, model, dataset__data_files="a*"))) == expected[:10]
-    assert read(prepare(configure(tmp_path / "4", tmp_path, model, dataset__data_directory="source"))) == expected
-    assert read(prepare(configure(tmp_path / "5", source, model, dataset__split="train[5:20]"))) == expected[5:20]
+    assert (
+        read(prepare(configure(tmp_path / "3", source, model, dataset__data_files="a*")))
+        == expected[:10]
+    )
+    assert (
+        read(prepare(configure(tmp_path / "4", tmp_path, model, dataset__data_directory="source")))
+        == expected
+    )
+    assert (
+        read(prepare(configure(tmp_path / "5", source, model, dataset__split="train[5:20]")))
+        == expected[5:20]
+    )
 
     saved = datasets.Dataset.from_dict({"text": TEXTS})
     saved.save_to_disk(tmp_path / "saved")
     assert read(prepare(configure(tmp_path / "6", tmp_path / "saved", model))) == expected
-    both = datasets.DatasetDict({"train": saved.select(range(20, 30)), "test": saved.select(range(2))})
+    both = datasets.DatasetDict(
+        {"train": saved.select(range(20, 30)), "test": saved.select(range(2))}
+    )
     both.save_to_disk(tmp_path / "both")
     assert read(prepare(configure(tmp_path / "7", tmp_path / "both", model))) == expected[20:]
-    assert read(prepare(configure(tmp_path / "8", tmp_path / "both", model, dataset__split="test"))) == expected[:2]
+    assert (
+        read(prepare(configure(tmp_path / "8", tmp_path / "both", model, dataset__split="test")))
+        == expected[:2]
+    )
     with pytest.raises(DataError, match="both: it has no split other; it has train, test"):
         prepare(configure(tmp_path / "9", tmp_path / "both", model, dataset__split="other"))
     with pytest.raises(DataError, match="saved: it has no split test"):
@@ -210,30 +229,51 @@ def test_source_files(tmp_path: Path, model: Path) -> None:
     (source / "notes.txt").write_text("two\n\nparagraphs\n")
     metadata = prepare(configure(tmp_path / "1", source, model))
     assert read(metadata) == tokens(model, ["x = 'é'\r\n\0", "int main;", "two\n\nparagraphs\n"])
-    metadata = prepare(configure(tmp_path / "2", source, model, dataset__data_files=["**/*.c", "*.py"]))
+    metadata = prepare(
+        configure(tmp_path / "2", source, model, dataset__data_files=["**/*.c", "*.py"])
+    )
     assert read(metadata) == tokens(model, ["x = 'é'\r\n\0", "int main;"])
     assert read(prepare(configure(tmp_path / "3", source / "notes.txt", model))) == tokens(
         model, ["two\n\nparagraphs\n"]
     )
 
 
-def test_local_files_need_no_datasets(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_need_no_datasets(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _write_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.md").write_text("text")
-    assert read(prepare(configure(tmp_path / "out", tmp_path / "a.md", model))) == tokens(model, ["text"])
+    assert read(prepare(configure(tmp_path / "out", tmp_path / "a.md", model))) == tokens(
+        model, ["text"]
+    )
     (tmp_path / "a.jsonl").write_bytes(_jsonl(TEXTS))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(_jsonl(TEXTS)))
-    assert read(prepare(configure(tmp_path / "1", tmp_path / "a.jsonl", model))) == tokens(model, TEXTS)
-    assert read(prepare(configure(tmp_path / "2", tmp_path / "a.parquet", model))) == tokens(model, TEXTS)
-    for package, path in (("datasets", "org/name"), ("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")):
+    assert read(prepare(configure(tmp_path / "1", tmp_path / "a.jsonl", model))) == tokens(
+        model, TEXTS
+    )
+    assert read(prepare(configure(tmp_path / "2", tmp_path / "a.parquet", model))) == tokens(
+        model, TEXTS
+    )
+    for package, path in (
+        ("datasets", "org/name"),
+        ("pyarrow", "a.parquet"),
+        ("zstandard", "a.jsonl.zst"),
+    ):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(
-            MissingPackage, match=rf"reading .*{path} needs the package {package}: pip install {package}"
+            MissingPackage,
+            match=rf"reading .*{path} needs the package {package}: pip install {package}",
         ):
-            prepare(configure(tmp_path / "other", path if package == "datasets" else tmp_path / path, model))
+            prepare(
+                configure(
+                    tmp_path / "other", path if package == "datasets" else tmp_path / path, model
+                )
+            )
     # JSON lines need none of them.
-    assert read(prepare(configure(tmp_path / "3", tmp_path / "a.jsonl", model))) == tokens(model, TEXTS)
+    assert read(prepare(configure(tmp_path / "3", tmp_path / "a.jsonl", model))) == tokens(
+        model, TEXTS
+    )
 
 
 def test_hub(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,15 +285,30 @@ def test_hub(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    chosen = {"dataset__config_name": "x", "dataset__data_directory": "data/python", "dataset__data_files": "*.parquet"}
+    chosen = {
+        "dataset__config_name": "x",
+        "dataset__data_directory": "data/python",
+        "dataset__data_files": "*.parquet",
+    }
     config = configure(
-        tmp_path / "out", "bigcode/the-stack", model, dataset__field="content", loading_workers=4, **chosen
+        tmp_path / "out",
+        "bigcode/the-stack",
+        model,
+        dataset__field="content",
+        loading_workers=4,
+        **chosen,
     )
     assert read(prepare(config)) == tokens(model, TEXTS)
     assert asked == [
         (
             "bigcode/the-stack",
-            {"name": "x", "data_dir": "data/python", "data_files": "*.parquet", "split": "train", "num_proc": 4},
+            {
+                "name": "x",
+                "data_dir": "data/python",
+                "data_files": "*.parquet",
+                "split": "train",
+                "num_proc": 4,
+            },
         )
     ]
     prepare(config)  # is finished: the Hub is not asked again
@@ -268,20 +323,35 @@ def test_hub_itself(tmp_path: Path) -> None:
     data.mkdir(parents=True)
     (data / "train-00000-of-00001.jsonl").write_bytes(_jsonl(TEXTS))
     (data / "test-00000-of-00001.jsonl").write_bytes(_jsonl(["another"]))
-    settings = ["dataset.path=bigcode/stack", "dataset.data_directory=data/python", "tokenizer.path=meta/llama"]
+    settings = [
+        "dataset.path=bigcode/stack",
+        "dataset.data_directory=data/python",
+        "tokenizer.path=meta/llama",
+    ]
     with hub.serve(tmp_path / "hub") as address:
         result = subprocess.run(
-            [sys.executable, "-m", "fast_llm.cli", "prepare", f"output_path={tmp_path}/out", *settings],
+            [
+                sys.executable,
+                "-m",
+                "fast_llm.cli",
+                "prepare",
+                f"output_path={tmp_path}/out",
+                *settings,
+            ],
             env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")},
             capture_output=True,
             text=True,
         )
     assert result.returncode == 0, result.stderr
-    assert read(tmp_path / "out.json") == tokens(tmp_path / "hub" / "models" / "meta" / "llama", TEXTS)
+    assert read(tmp_path / "out.json") == tokens(
+        tmp_path / "hub" / "models" / "meta" / "llama", TEXTS
+    )
     assert not list((tmp_path / "home").rglob("model.safetensors"))
 
 
-def test_hub_can_not_be_reached(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_can_not_be_reached(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -315,7 +385,10 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
     asked, answer = result.stderr.splitlines()
     assert result.returncode == 2
     assert asked == "org/name is no file or folder here: asking the Hugging Face Hub for it."
-    assert "dataset.path: org/name: no such file or folder here, and not from the Hugging Face Hub: " in answer
+    assert (
+        "dataset.path: org/name: no such file or folder here, and not from the Hugging Face Hub: "
+        in answer
+    )
 
 
 # --- odd documents ------------------------------------------------------------------------------------------------------
@@ -323,7 +396,13 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
 
 def test_odd_rows(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.jsonl"
-    lines = [b'{"text": "one\\u0000two"}', b'{"text": ""}', b'{"text": null}', b'{"text": "\xff"}', b'{"text": "last"}']
+    lines = [
+        b'{"text": "one\\u0000two"}',
+        b'{"text": ""}',
+        b'{"text": null}',
+        b'{"text": "\xff"}',
+        b'{"text": "last"}',
+    ]
     path.write_bytes(b"\n".join(lines))
     with caplog.at_level(logging.INFO):
         metadata = prepare(configure(tmp_path / "out", path, model))
@@ -341,7 +420,9 @@ def test_odd_rows(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_column_of_several_types(tmp_path: Path, model: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n{"text": ["b"]}\n{"text": "d"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a"}\n{"text": 3}\n{"text": ["b"]}\n{"text": "d"}\n'
+    )
     metadata = prepare(configure(tmp_path / "out", tmp_path / "a.jsonl", model))
     assert read(metadata) == tokens(model, ["a", "d"])
     assert content(metadata)["skipped"] == {"not_text": 2}
@@ -381,7 +462,9 @@ def test_disk_that_fails(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
     found = documents.open_documents(files.find(config.dataset), 1)
     monkeypatch.setattr(documents, "open_documents", lambda *_: found)
     monkeypatch.setattr(reading.os, "stat", stat)
-    with pytest.raises(DataError, match=r"a.txt: can not be read: Input/output error; start the same command again"):
+    with pytest.raises(
+        DataError, match=r"a.txt: can not be read: Input/output error; start the same command again"
+    ):
         found.reader.file(str(tmp_path / "a.txt"))
 
 
@@ -391,7 +474,10 @@ def test_spelled_special_tokens_end_nothing(tmp_path: Path, model: Path) -> None
     (document,) = read(prepare(configure(tmp_path / "out", tmp_path / "a.py", model)))
     assert document[0] == 0 and document[-1] == 1
     assert not {0, 1} & set(document[1:-1])
-    assert tokenizer.load(str(model)).tokenizer.decode(document[1:-1], skip_special_tokens=False) == text
+    assert (
+        tokenizer.load(str(model)).tokenizer.decode(document[1:-1], skip_special_tokens=False)
+        == text
+    )
 
 
 def test_tokenizer_that_ends_documents_inside(tmp_path: Path) -> None:
@@ -410,13 +496,16 @@ def test_tokenizer_that_ends_documents_inside(tmp_path: Path) -> None:
     assert content(metadata)["skipped"] == {"empty": 1, "ends_itself": 1}
 
 
-def test_text_on_which_the_tokenizer_fails(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_on_which_the_tokenizer_fails(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode = module.Encoder.encode
     monkeypatch.setattr(
         module.Encoder,
         "encode",
         lambda self, texts: [
-            None if text == "b" else tokens for text, tokens in zip(texts, encode(self, texts), strict=True)
+            None if text == "b" else tokens
+            for text, tokens in zip(texts, encode(self, texts), strict=True)
         ],
     )
     (tmp_path / "a.jsonl").write_bytes(_jsonl(["a", "b", "c"]))
@@ -425,7 +514,9 @@ def test_text_on_which_the_tokenizer_fails(tmp_path: Path, model: Path, monkeypa
     assert content(metadata)["skipped"] == {"untokenizable": 1}
 
 
-def test_left_out_files_are_named(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_files_are_named(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("train", "zoo"):
@@ -434,7 +525,10 @@ def test_left_out_files_are_named(tmp_path: Path, model: Path, caplog: pytest.Lo
     metadata = prepare(configure(tmp_path / "out", source, model))
     assert read(metadata) == tokens(model, ["train"])
     assert f"{source}: left out 1 file: zoo.jsonl (of no split)." in caplog.text
-    assert f"{source}/train_1.jsonl has no column text; it has body: its 2 rows are left out." in caplog.text
+    assert (
+        f"{source}/train_1.jsonl has no column text; it has body: its 2 rows are left out."
+        in caplog.text
+    )
     described = content(metadata)
     assert described["source"]["left_out_files"] == 1
     assert described["source"]["left_out_examples"] == [["zoo.jsonl", "of no split"]]
@@ -442,13 +536,21 @@ def test_left_out_files_are_named(tmp_path: Path, model: Path, caplog: pytest.Lo
     assert described["skipped_examples"][1] == [f"{source}/train_1.jsonl:2", "not_text"]
 
 
-def test_lone_surrogates_and_texts_of_any_size(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lone_surrogates_and_texts_of_any_size(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n{"text": "' + "b" * 5000 + '"}\n')
     metadata = prepare(configure(tmp_path / "1", path, model, dataset__max_document_bytes=4999))
     assert read(metadata) == tokens(model, ["a"])
-    assert content(metadata)["skipped_examples"] == [[f"{path}:2", "not_utf8"], [f"{path}:3", "too_large"]]
-    assert f"Passed over (too_large, more than dataset.max_document_bytes 4,999): {path}:3" in caplog.text
+    assert content(metadata)["skipped_examples"] == [
+        [f"{path}:2", "not_utf8"],
+        [f"{path}:3", "too_large"],
+    ]
+    assert (
+        f"Passed over (too_large, more than dataset.max_document_bytes 4,999): {path}:3"
+        in caplog.text
+    )
     metadata = prepare(configure(tmp_path / "2", path, model, dataset__max_document_bytes=5000))
     assert read(metadata) == tokens(model, ["a", "b" * 5000])
 
@@ -463,9 +565,9 @@ def test_a_file_of_millions_of_tokens_is_named(
     with caplog.at_level(logging.INFO):
         prepare(configure(tmp_path / "1", f"{tmp_path}/*.txt", model))
         prepare(configure(tmp_path / "2", tmp_path / "rows.jsonl", model))
-    assert re.findall(r"(\S+) is one document of [\d,]+ tokens, since a file is a document", caplog.text) == [
-        f"{tmp_path}/wiki.txt"
-    ]
+    assert re.findall(
+        r"(\S+) is one document of [\d,]+ tokens, since a file is a document", caplog.text
+    ) == [f"{tmp_path}/wiki.txt"]
 
 
 def test_hint_at_more_workers(
@@ -507,7 +609,12 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     (source / "README.md").write_text("about")
 
     def command(*further: str) -> int:
-        given = [f"output_path={tmp_path}/out", f"dataset.path={source}", f"tokenizer.path={model}", *further]
+        given = [
+            f"output_path={tmp_path}/out",
+            f"dataset.path={source}",
+            f"tokenizer.path={model}",
+            *further,
+        ]
         return cli.main(["prepare", "gpt_memmap", "--validate", *given])
 
     assert command() == 0
@@ -516,7 +623,9 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     size = sum(len(text.encode()) for text in TEXTS) / 1e6
     found = re.search(r"^documents   31 in .*/source, about ([\d.]+) MB of text$", out, re.M)
     assert found and float(found[1]) == pytest.approx(size, rel=0.15)
-    found = re.search(r"^tokens      about ([\d,.]+(?:e\+\d+)?) with BOS and EOS: .* GB free$", out, re.M)
+    found = re.search(
+        r"^tokens      about ([\d,.]+(?:e\+\d+)?) with BOS and EOS: .* GB free$", out, re.M
+    )
     exact = sum(map(len, tokens(model, TEXTS)))
     assert found and float(found[1].replace(",", "")) == pytest.approx(exact, rel=0.3)
     assert "left out    1 file: README.md (no table)\n" in out
@@ -527,7 +636,9 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (tmp_path / "out").exists()
     assert command("tokenizer.bos=no", "distributed.world_size=2", "distributed.rank=1") == 0
     out = capsys.readouterr().out
-    assert "a document  begins with no BOS and ends" in out and "of which this is rank 1 of 2" in out
+    assert (
+        "a document  begins with no BOS and ends" in out and "of which this is rank 1 of 2" in out
+    )
     for setting, message in (
         ("dataset.field=content", "dataset.field: "),
         ("dataset.path=none.jsonl", "no such file"),
@@ -539,10 +650,16 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     assert "org/name on the Hugging Face Hub, which is not fetched" in capsys.readouterr().out
 
 
-def test_a_line_that_is_no_json_is_said_once(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.jsonl").write_bytes(_jsonl(["a"] * 1200) + b'{"text": oops}\n' + _jsonl(["a"] * 1200))
+def test_a_line_that_is_no_json_is_said_once(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        _jsonl(["a"] * 1200) + b'{"text": oops}\n' + _jsonl(["a"] * 1200)
+    )
     for workers in (1, 2):
-        process = _start(tmp_path, tmp_path / "out", tmp_path / "a.jsonl", model, f"tokenize_workers={workers}")
+        process = _start(
+            tmp_path, tmp_path / "out", tmp_path / "a.jsonl", model, f"tokenize_workers={workers}"
+        )
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 2
         assert stderr.count("not JSON") == 1 and "Traceback" not in stderr
@@ -572,7 +689,8 @@ def test_bos_and_eos(tmp_path: Path, model: Path) -> None:
         written(gpt2, tokenizer__bos=True, tokenizer__eos=False)
     for eos in ("auto", True):
         with pytest.raises(
-            DataError, match=r"tokenizer.eos: .*gpt2 names no EOS token, without which documents run tog"
+            DataError,
+            match=r"tokenizer.eos: .*gpt2 names no EOS token, without which documents run tog",
         ):
             written(gpt2, tokenizer__eos=eos)
 
@@ -583,17 +701,23 @@ def test_bos_and_eos(tmp_path: Path, model: Path) -> None:
 def test_smallest_integer(vocabulary: int, dtype: str, tmp_path: Path, model: Path) -> None:
     loaded = tokenizer.load(str(model))
     config = configure(tmp_path, "x", model)
-    assert module._dtype(config, tokenizer.Loaded(**{**vars(loaded), "vocab_size": vocabulary})) == np.dtype(dtype)
+    assert module._dtype(
+        config, tokenizer.Loaded(**{**vars(loaded), "vocab_size": vocabulary})
+    ) == np.dtype(dtype)
 
 
 def test_chosen_integer(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    metadata = prepare(configure(tmp_path / "out", tmp_path / "a.txt", model, dataset__data_type="int64"))
+    metadata = prepare(
+        configure(tmp_path / "out", tmp_path / "a.txt", model, dataset__data_type="int64")
+    )
     assert content(metadata)["datasets"][0]["dtype"] == "int64"
     assert read(metadata) == tokens(model, ["text"])
     message = r"dataset.data_type: given uint8, which holds numbers up to 255, but .* is 319; uint16 holds it"
     with pytest.raises(DataError, match=message):
-        prepare(configure(tmp_path / "other", tmp_path / "a.txt", model, dataset__data_type="uint8"))
+        prepare(
+            configure(tmp_path / "other", tmp_path / "a.txt", model, dataset__data_type="uint8")
+        )
 
 
 # --- the same bytes -----------------------------------------------------------------------------------------------------
@@ -622,7 +746,9 @@ def test_number_of_workers_changes_nothing(
     prepare(configure(tmp_path / "4" / "data", large, model, tokenize_workers=2))
     assert everything(tmp_path / "4") == results[0]
     texts = [
-        text for path in sorted(large.iterdir()) if (text := path.read_text(errors="ignore")) and "UTF" not in text
+        text
+        for path in sorted(large.iterdir())
+        if (text := path.read_text(errors="ignore")) and "UTF" not in text
     ]
     assert read(metadata) == tokens(model, texts)
 
@@ -644,7 +770,9 @@ if __name__ == "__main__":
 """
 
 
-def _start(folder: Path, output: Path, source: Path, model: Path, *further: str) -> subprocess.Popen[str]:
+def _start(
+    folder: Path, output: Path, source: Path, model: Path, *further: str
+) -> subprocess.Popen[str]:
     (folder / "run.py").write_text(_COMMAND)
     settings = [
         f"output_path={output}",
@@ -682,7 +810,9 @@ def _all_gone(session: int) -> None:
         time.sleep(0.01)
 
 
-def test_killed_again_and_again(tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_again_and_again(
+    tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLOWLY", "1")
     prepare(configure(tmp_path / "whole" / "data", large, model))
     output = tmp_path / "killed" / "data"
@@ -692,7 +822,11 @@ def test_killed_again_and_again(tmp_path: Path, large: Path, model: Path, monkey
         before = len(list(output.glob("shard_*.json")))
         process = _start(tmp_path, output, large, model, f"tokenize_workers={1 + attempt % 2}")
         # Two of three times it gets somewhere first.
-        while process.poll() is None and attempt % 3 and len(list(output.glob("shard_*.json"))) <= before:
+        while (
+            process.poll() is None
+            and attempt % 3
+            and len(list(output.glob("shard_*.json"))) <= before
+        ):
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.1 if attempt % 3 else 0.8))
         if process.poll() is not None:
@@ -707,7 +841,9 @@ def test_killed_again_and_again(tmp_path: Path, large: Path, model: Path, monkey
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
 
-def test_interrupted(tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(
+    tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLOWLY", "1")
     process = _start(tmp_path, tmp_path / "data", large, model, "tokenize_workers=2")
     while not (tmp_path / "data" / "shard_0_0.json").exists():
@@ -716,7 +852,9 @@ def test_interrupted(tmp_path: Path, large: Path, model: Path, monkeypatch: pyte
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the workers too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.endswith("fast-llm prepare: stopped by SIGINT; the same command goes on where it stopped\n")
+    assert stderr.endswith(
+        "fast-llm prepare: stopped by SIGINT; the same command goes on where it stopped\n"
+    )
     assert "Traceback" not in stderr
     assert not list((tmp_path / "data").glob("*.partial"))
 
@@ -735,10 +873,15 @@ def test_worker_that_is_killed(tmp_path: Path, large: Path, model: Path) -> None
     os.kill(int(worker), signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
-    assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
+    assert (
+        "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)"
+        in stderr
+    )
 
 
-def test_worker_that_is_killed_in_the_midst_of_an_answer(tmp_path: Path, large: Path, model: Path) -> None:
+def test_worker_that_is_killed_in_the_midst_of_an_answer(
+    tmp_path: Path, large: Path, model: Path
+) -> None:
     for number in range(4):  # enough to do
         shutil.copytree(large, tmp_path / "source" / str(number))
     process = _start(tmp_path, tmp_path / "data", tmp_path / "source", model, "tokenize_workers=2")
@@ -750,7 +893,10 @@ def test_worker_that_is_killed_in_the_midst_of_an_answer(tmp_path: Path, large: 
         for worker in children.read_text().split():
             if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
                 found[worker] = sum(
-                    map(int, Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[11:13])
+                    map(
+                        int,
+                        Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[11:13],
+                    )
                 )
         return found
 
@@ -768,7 +914,10 @@ def test_worker_that_is_killed_in_the_midst_of_an_answer(tmp_path: Path, large: 
     os.kill(process.pid, signal.SIGCONT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2, stderr
-    assert "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)" in stderr
+    assert (
+        "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)"
+        in stderr
+    )
     _all_gone(process.pid)
 
 
@@ -829,7 +978,9 @@ elif sys.argv[-1] == "endless":
 """
 
 
-def _troubled(folder: Path, source: Path, model: Path, trouble: str, workers: int) -> subprocess.Popen[str]:
+def _troubled(
+    folder: Path, source: Path, model: Path, trouble: str, workers: int
+) -> subprocess.Popen[str]:
     script = folder / "command.py"
     script.write_text(_WITH_TROUBLE)
     settings = [f"output_path={folder}/data", f"dataset.path={source}", f"tokenizer.path={model}"]
@@ -844,14 +995,24 @@ def _troubled(folder: Path, source: Path, model: Path, trouble: str, workers: in
 @pytest.mark.parametrize(
     ("trouble", "code", "said"),
     [
-        ("signal_while_starting", 143, "stopped by SIGTERM; the same command goes on where it stopped"),
+        (
+            "signal_while_starting",
+            143,
+            "stopped by SIGTERM; the same command goes on where it stopped",
+        ),
         ("killed_at_birth", 2, "a worker process died"),
         ("killed_as_they_leave", 0, "data.json: "),
-        ("few_files", 2, r"tokenize_workers: only \d+ of 30 worker processes could be started: .*open files.*lower"),
+        (
+            "few_files",
+            2,
+            r"tokenize_workers: only \d+ of 30 worker processes could be started: .*open files.*lower",
+        ),
         ("unmade", 1, "the table is gone"),
     ],
 )
-def test_trouble_with_workers(tmp_path: Path, large: Path, model: Path, trouble: str, code: int, said: str) -> None:
+def test_trouble_with_workers(
+    tmp_path: Path, large: Path, model: Path, trouble: str, code: int, said: str
+) -> None:
     process = _troubled(tmp_path, large, model, trouble, 30 if trouble == "few_files" else 3)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
@@ -860,7 +1021,9 @@ def test_trouble_with_workers(tmp_path: Path, large: Path, model: Path, trouble:
     _all_gone(process.pid)
 
 
-def test_workers_of_a_parent_that_is_killed_finish_nothing(tmp_path: Path, large: Path, model: Path) -> None:
+def test_workers_of_a_parent_that_is_killed_finish_nothing(
+    tmp_path: Path, large: Path, model: Path
+) -> None:
     """A range may take minutes, and gigabytes."""
     process = _troubled(tmp_path, large, model, "endless", 3)
     while len(list(tmp_path.glob("command.py.*"))) < 3:  # all have begun
@@ -888,7 +1051,9 @@ progress._write("done\\n")
 
 def test_table_with_workers_and_without_torch(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_jsonl([made.text(seed, 3000) for seed in range(100)]))
-    process = _start(tmp_path, tmp_path / "1" / "data", tmp_path / "a.jsonl", model, "tokenize_workers=2")
+    process = _start(
+        tmp_path, tmp_path / "1" / "data", tmp_path / "a.jsonl", model, "tokenize_workers=2"
+    )
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert stdout == "False\n"
@@ -900,14 +1065,18 @@ def test_table_with_workers_and_without_torch(tmp_path: Path, model: Path) -> No
 
 def test_help_loads_nothing() -> None:
     code = "import sys, fast_llm.cli\ntry: fast_llm.cli.main(['prepare', '--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert not {"datasets", "torch", "tokenizers", "numpy", "pydantic"} & set(result.stdout.split())
 
 
 # --- started again ------------------------------------------------------------------------------------------------------
 
 
-def test_finished_is_left_alone(tmp_path: Path, large: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_finished_is_left_alone(
+    tmp_path: Path, large: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = shutil.copytree(large, tmp_path / "source")
     config = configure(tmp_path / "data", source, model)
     prepare(config)
@@ -949,11 +1118,15 @@ def test_what_is_missing_or_damaged_is_made_again(
     assert "shard_0_2.bin: is missing or damaged; it is made again." in caplog.text
     assert "shard_0_3.idx: is missing or damaged; it is made again." in caplog.text
     (tmp_path / "data" / "shard_0_1.json").write_text("{")
-    with pytest.raises(DataError, match=r"shard_0_1.json: damaged: .*; delete it and start the same command again"):
+    with pytest.raises(
+        DataError, match=r"shard_0_1.json: damaged: .*; delete it and start the same command again"
+    ):
         prepare(config)
 
 
-def test_other_settings_are_refused(tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_are_refused(
+    tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = shutil.copytree(large, tmp_path / "source")
     other = made.llama(tmp_path / "other", vocab_size=330)
     output = tmp_path / "data"
@@ -980,7 +1153,10 @@ def test_other_settings_are_refused(tmp_path: Path, large: Path, model: Path, mo
         ),
         ({"tokenizer__bos": False}, "was begun with tokenizer.bos 0, now it is null"),
         ({"tokenizer__eos": False}, "was begun with tokenizer.eos 1, now it is null"),
-        ({"dataset__data_type": "int32"}, 'was begun with dataset.data_type "uint16", now it is "int32"'),
+        (
+            {"dataset__data_type": "int32"},
+            'was begun with dataset.data_type "uint16", now it is "int32"',
+        ),
         ({"dataset__field": "content"}, 'was begun with dataset.field "text", now it is "content"'),
         ({"tokenizer__path": str(other)}, "was begun with another tokenizer; set it back"),
         (
@@ -1017,7 +1193,11 @@ def test_preparations_of_earlier_versions(
     tmp_path: Path, model: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / f"a.{kind}"
-    texts = [made.text(seed, 3000) for seed in range(40)] if "txt" not in kind else [made.text(0, 30_000)]
+    texts = (
+        [made.text(seed, 3000) for seed in range(40)]
+        if "txt" not in kind
+        else [made.text(0, 30_000)]
+    )
     if kind == "parquet":
         datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
     else:
@@ -1031,11 +1211,16 @@ def test_preparations_of_earlier_versions(
     _as_of_an_earlier_version(output)
     # What is finished is finished.
     prepare(configure(output, path, model))
-    assert ("out.json: was made by an earlier version, which could change texts" in caplog.text) == (kind == "jsonl")
+    assert (
+        "out.json: was made by an earlier version, which could change texts" in caplog.text
+    ) == (kind == "jsonl")
     assert metadata.read_bytes() == before["out.json"]
     (output / "shard_0_0.json").unlink()
     if kind in ("jsonl", "txt.gz"):
-        with pytest.raises(DataError, match=r"out: was begun by an earlier version, which read such files differently"):
+        with pytest.raises(
+            DataError,
+            match=r"out: was begun by an earlier version, which read such files differently",
+        ):
             prepare(configure(output, path, model))
         return
     message = "was begun with dataset.max_document_bytes 67108864, now it is 100000000"
@@ -1056,7 +1241,8 @@ def test_stale_metadata_goes(tmp_path: Path, model: Path) -> None:
     assert not metadata.exists()
     metadata.write_text('{"something": "else"}')
     with pytest.raises(
-        DataError, match=r"output_path: .*data: its metadata would overwrite .*data.json; choose another"
+        DataError,
+        match=r"output_path: .*data: its metadata would overwrite .*data.json; choose another",
     ):
         prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
     assert metadata.read_text() == '{"something": "else"}'
@@ -1065,11 +1251,17 @@ def test_stale_metadata_goes(tmp_path: Path, model: Path) -> None:
 # --- several nodes ------------------------------------------------------------------------------------------------------
 
 
-def test_several_nodes(tmp_path: Path, large: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_several_nodes(
+    tmp_path: Path, large: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = prepare(configure(tmp_path / "whole", large, model))
 
     def node(rank: int) -> Path:
-        return prepare(configure(tmp_path / "data", large, model, distributed__world_size=3, distributed__rank=rank))
+        return prepare(
+            configure(
+                tmp_path / "data", large, model, distributed__world_size=3, distributed__rank=rank
+            )
+        )
 
     with caplog.at_level(logging.INFO):
         metadata = node(2)
@@ -1094,19 +1286,35 @@ def test_several_nodes(tmp_path: Path, large: Path, model: Path, caplog: pytest.
     assert metadata.read_bytes() == described
 
 
-def test_what_a_node_left_half_written_goes_though_others_finished(tmp_path: Path, large: Path, model: Path) -> None:
+def test_what_a_node_left_half_written_goes_though_others_finished(
+    tmp_path: Path, large: Path, model: Path
+) -> None:
     for rank in (0, 1, 0):
-        prepare(configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=rank))
+        prepare(
+            configure(
+                tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=rank
+            )
+        )
     before = everything(tmp_path)
-    strays = [tmp_path / "data" / "rank_0.json.0.partial", tmp_path / "data" / "shard_0_7.bin.partial"]
-    strays += [tmp_path / "data" / "tokenizer" / "tokenizer.json.0.partial", tmp_path / "data.json.0.partial"]
+    strays = [
+        tmp_path / "data" / "rank_0.json.0.partial",
+        tmp_path / "data" / "shard_0_7.bin.partial",
+    ]
+    strays += [
+        tmp_path / "data" / "tokenizer" / "tokenizer.json.0.partial",
+        tmp_path / "data.json.0.partial",
+    ]
     for stray in strays:
         stray.write_text("{")
     other = tmp_path / "data" / "rank_1.json.1.partial"
     other.write_text("{")  # which may be writing it now
-    prepare(configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=0))
+    prepare(
+        configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=0)
+    )
     assert other.exists()
-    prepare(configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=1))
+    prepare(
+        configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=1)
+    )
     assert everything(tmp_path) == before
 
 
@@ -1114,27 +1322,38 @@ def test_more_nodes_than_documents(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for rank in range(3):
         config = configure(
-            tmp_path / "data", tmp_path / "a.txt", model, distributed__world_size=3, distributed__rank=rank
+            tmp_path / "data",
+            tmp_path / "a.txt",
+            model,
+            distributed__world_size=3,
+            distributed__rank=rank,
         )
         metadata = prepare(config)
     assert read(metadata) == tokens(model, ["text"])
 
 
-def test_rank_of_the_environment(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_of_the_environment(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configure(tmp_path, "x", model)
     assert module._rank(config) == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert module._rank(config) == (3, 4)
     assert module._rank(configure(tmp_path, "x", model, distributed__rank=1)) == (1, 4)
-    with pytest.raises(DataError, match=r"distributed.rank: given 3, must be below distributed.world_size 2"):
+    with pytest.raises(
+        DataError, match=r"distributed.rank: given 3, must be below distributed.world_size 2"
+    ):
         module._rank(configure(tmp_path, "x", model, distributed__world_size=2))
     monkeypatch.delenv("RANK")
-    with pytest.raises(DataError, match=r"distributed.rank: missing, with distributed.world_size 4; give each node"):
+    with pytest.raises(
+        DataError, match=r"distributed.rank: missing, with distributed.world_size 4; give each node"
+    ):
         module._rank(config)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(
-        DataError, match=r"distributed.world_size: WORLD_SIZE of the environment is 'many', must be a number"
+        DataError,
+        match=r"distributed.world_size: WORLD_SIZE of the environment is 'many', must be a number",
     ):
         module._rank(config)
 
@@ -1145,10 +1364,18 @@ def test_rank_of_the_environment(tmp_path: Path, model: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("files", "changes", "message"),
     [
-        ({}, {"dataset__path": "DIR/none.jsonl"}, r"dataset.path: .*none.jsonl: no such file or folder"),
+        (
+            {},
+            {"dataset__path": "DIR/none.jsonl"},
+            r"dataset.path: .*none.jsonl: no such file or folder",
+        ),
         ({}, {"dataset__path": "none.jsonl"}, r"dataset.path: none.jsonl: no such file or folder"),
         ({}, {}, r"dataset.path: .*: no files there"),
-        ({"a.txt": "x"}, {"dataset__data_files": "*.py"}, r"with dataset.data_files \*.py: no files there"),
+        (
+            {"a.txt": "x"},
+            {"dataset__data_files": "*.py"},
+            r"with dataset.data_files \*.py: no files there",
+        ),
         (
             {"a.txt": "x"},
             {"dataset__path": "DIR/a.txt", "dataset__data_files": "*"},
@@ -1159,7 +1386,11 @@ def test_rank_of_the_environment(tmp_path: Path, model: Path, monkeypatch: pytes
             {"dataset__config_name": "en"},
             r"dataset.config_name: given en, but .* is here, not on the Hub",
         ),
-        ({"a.txt": "x"}, {"dataset__split": "test"}, r"dataset.split: given test, but files of text are all `train`"),
+        (
+            {"a.txt": "x"},
+            {"dataset__split": "test"},
+            r"dataset.split: given test, but files of text are all `train`",
+        ),
         ({"a.csv": "x"}, {}, r"a.csv: csv is not read; convert it to jsonl or parquet"),
         (
             {"a.jsonl": "{}", "b.parquet": ""},
@@ -1172,31 +1403,45 @@ def test_rank_of_the_environment(tmp_path: Path, model: Path, monkeypatch: pytes
             r"files of several kinds: b.py \(file\), a.jsonl \(json\)",
         ),
         ({"a.jsonl": ""}, {}, r"nothing but empty files"),
-        ({"a.jsonl": '{"body": "x", "id": 1}'}, {}, r"dataset.field: .* has no column text; it has body, id"),
+        (
+            {"a.jsonl": '{"body": "x", "id": 1}'},
+            {},
+            r"dataset.field: .* has no column text; it has body, id",
+        ),
         ({"a.jsonl": '{"text": [1]}'}, {}, r"has no document to write: 1 not_text"),
         (
             {"a.jsonl": '{"text": "x"}\n{"text": oops}'},
             {},
             r"/a.jsonl:2: not JSON: Expecting value, at character 10 of the line; mend the line or delete it",
         ),
-        ({"a.parquet": "nonsense"}, {}, r"/a.parquet: damaged, or not a parquet file: .*magic bytes"),
+        (
+            {"a.parquet": "nonsense"},
+            {},
+            r"/a.parquet: damaged, or not a parquet file: .*magic bytes",
+        ),
         ({"a.jsonl": '{"text": null}'}, {}, r"has no document to write: 1 not_text"),
     ],
 )
-def test_mistakes(tmp_path: Path, model: Path, files: dict[str, str], changes: dict[str, Any], message: str) -> None:
+def test_mistakes(
+    tmp_path: Path, model: Path, files: dict[str, str], changes: dict[str, Any], message: str
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name, text in files.items():
         (source / name).write_text(text)
     changes = {name: value.replace("DIR", str(source)) for name, value in changes.items()}
     with pytest.raises(DataError, match=message):
-        prepare(configure(tmp_path / "out", changes.pop("dataset__path", str(source)), model, **changes))
+        prepare(
+            configure(tmp_path / "out", changes.pop("dataset__path", str(source)), model, **changes)
+        )
     assert not (tmp_path / "out.json").exists()
 
 
 def test_saved_dataset_has_no_files(tmp_path: Path, model: Path) -> None:
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match=r"dataset.data_files: .*saved is a saved dataset; leave data_files and"):
+    with pytest.raises(
+        DataError, match=r"dataset.data_files: .*saved is a saved dataset; leave data_files and"
+    ):
         prepare(configure(tmp_path / "out", tmp_path / "saved", model, dataset__data_files="*"))
 
 
@@ -1208,7 +1453,9 @@ def test_two_at_once(
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / ".lock_0").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match=r"data: another process is preparing rank 0 of it; wait for it"):
+        with pytest.raises(
+            DataError, match=r"data: another process is preparing rank 0 of it; wait for it"
+        ):
             prepare(config)
 
     def flock(*_: Any) -> None:
@@ -1224,29 +1471,45 @@ def test_room_on_the_disk(tmp_path: Path, model: Path, monkeypatch: pytest.Monke
     needed = 0
     usage = shutil.disk_usage(tmp_path)
     for free, fits in ((10_000, False), (10_000_000, True)):
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        monkeypatch.setattr(
+            module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+        )
         if fits:
             metadata = prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
             needed = (tmp_path / "data" / "shard_0_0.bin").stat().st_size
         else:
             with pytest.raises(
-                DataError, match=r"the token files will need about \d\S* GB more, but 1e-05 GB are free; make"
+                DataError,
+                match=r"the token files will need about \d\S* GB more, but 1e-05 GB are free; make",
             ):
                 prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
     # The estimate is good: a tenth less than what it took is refused, a tenth more is enough.
     for free, fits in ((0.9 * needed, False), (1.1 * needed, True)):
         shutil.rmtree(tmp_path / "data")
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        monkeypatch.setattr(
+            module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+        )
         if fits:
             prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
         else:
-            with pytest.raises(DataError, match=r"make room, or set dataset.disable_disk_space_check: yes"):
+            with pytest.raises(
+                DataError, match=r"make room, or set dataset.disable_disk_space_check: yes"
+            ):
                 prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
-            prepare(configure(tmp_path / "data", tmp_path / "a.txt", model, dataset__disable_disk_space_check=True))
+            prepare(
+                configure(
+                    tmp_path / "data",
+                    tmp_path / "a.txt",
+                    model,
+                    dataset__disable_disk_space_check=True,
+                )
+            )
             metadata.unlink()
 
 
-def test_disk_that_fills_up(tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_up(
+    tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(configure(tmp_path / "whole" / "data", large, model))
     append = TokenFileWriter.append_many
 
@@ -1258,7 +1521,8 @@ def test_disk_that_fills_up(tmp_path: Path, large: Path, model: Path, monkeypatc
     monkeypatch.setattr(TokenFileWriter, "append_many", full)
     config = configure(tmp_path / "other" / "data", large, model)
     with pytest.raises(
-        DataError, match=r"data: the disk is full; make room and start the same command again, it goes on"
+        DataError,
+        match=r"data: the disk is full; make room and start the same command again, it goes on",
     ):
         prepare(config)
     assert not list((tmp_path / "other" / "data").glob("*.partial"))
@@ -1267,7 +1531,9 @@ def test_disk_that_fills_up(tmp_path: Path, large: Path, model: Path, monkeypatc
     assert everything(tmp_path / "other") == everything(tmp_path / "whole")
 
 
-def test_cache_of_datasets_fills_up(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_datasets_fills_up(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -1276,21 +1542,26 @@ def test_cache_of_datasets_fills_up(tmp_path: Path, model: Path, monkeypatch: py
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        DataError, match=r"no room for it in the cache of `datasets`, .*; set HF_HOME to a folder on a larger"
+        DataError,
+        match=r"no room for it in the cache of `datasets`, .*; set HF_HOME to a folder on a larger",
     ):
         prepare(configure(tmp_path / "data", "org/name", model))
 
 
 def test_output_that_can_not_be_written(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"output_path: .*a.txt: can not be written to: File exists"):
+    with pytest.raises(
+        DataError, match=r"output_path: .*a.txt: can not be written to: File exists"
+    ):
         prepare(configure(tmp_path / "a.txt", tmp_path / "a.txt", model))
     with pytest.raises(DataError, match=r"output_path: .*: can not be written to: Not a directory"):
         prepare(configure(tmp_path / "a.txt" / "data", tmp_path / "a.txt", model))
 
 
 def test_progress(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -1300,7 +1571,10 @@ def test_progress(
     assert capsys.readouterr().err == ""
     now[0] += 4
     progress.show(100, 90, 50_000)
-    assert capsys.readouterr().err == "20.0 %, 180 documents, 100,000 tokens, 12,500 tokens/s, 0:00:32 left\n"
+    assert (
+        capsys.readouterr().err
+        == "20.0 %, 180 documents, 100,000 tokens, 12,500 tokens/s, 0:00:32 left\n"
+    )
     with caplog.at_level(logging.INFO):
         progress.finish()
     assert "Tokenized 180 documents: 100,000 tokens in 8.0 s, 12,500 tokens/s." in caplog.text

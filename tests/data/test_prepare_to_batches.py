@@ -39,7 +39,9 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "X").glob("*.bin"))) > 2
     assert verify(metadata) > 0
 
-    data = open_dataset(DataConfig(format="file", path=[str(metadata)], split=[1]), LENGTH, seed=3, vocab_size=400)
+    data = open_dataset(
+        DataConfig(format="file", path=[str(metadata)], split=[1]), LENGTH, seed=3, vocab_size=400
+    )
     data.check_vocabulary(400, tokenizer.fingerprint(model))
     count = data.sequences("training")
     pieces: dict[int, list[int]] = {}
@@ -94,10 +96,17 @@ def test_phases_share_no_document(tmp_path: Path) -> None:
         )
     )
     data = open_dataset(
-        DataConfig(format="file", path=[str(metadata)], split=[0.8, 0.1, 0.1]), 8, seed=0, vocab_size=400
+        DataConfig(format="file", path=[str(metadata)], split=[0.8, 0.1, 0.1]),
+        8,
+        seed=0,
+        vocab_size=400,
     )
     seen = {
-        phase: {stretch.document for i in range(data.sequences(phase)) for stretch in data.locate(phase, i)}
+        phase: {
+            stretch.document
+            for i in range(data.sequences(phase))
+            for stretch in data.locate(phase, i)
+        }
         for phase in ("training", "validation", "test")
     }
     assert [len(seen[phase]) for phase in ("training", "validation", "test")] == [40, 5, 5]

@@ -45,11 +45,19 @@ def build(documents, dtype, version=1, spans=None):
     """A file made from the module docstring's table alone."""
     code = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}[dtype]
     lengths = np.array([len(document) for document in documents], "<i4")
-    starts = np.array([sum(map(len, documents[:i])) * np.dtype(dtype).itemsize for i in range(len(documents))], "<i8")
+    starts = np.array(
+        [sum(map(len, documents[:i])) * np.dtype(dtype).itemsize for i in range(len(documents))],
+        "<i8",
+    )
     head = b"MMIDIDX\0\0" + struct.pack("<Q", version)
     if version == 2:
         head += bytes([spans is not None])
-    idx = head + struct.pack("<BQQ", code, len(documents), len(documents) + 1) + lengths.tobytes() + starts.tobytes()
+    idx = (
+        head
+        + struct.pack("<BQQ", code, len(documents), len(documents) + 1)
+        + lengths.tobytes()
+        + starts.tobytes()
+    )
     if spans is not None:
         idx += np.array([len(some) for some in spans], "<i4").tobytes()
         idx += np.array([span for some in spans for span in some], "<i4").tobytes()
@@ -84,14 +92,21 @@ def test_version_2_with_loss_masking_spans(tmp_path):
     assert read(raw(tmp_path / "x", idx, data)) == TWO
 
 
-@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=5), max_size=8), cut=st.integers(0, 8))
+@given(
+    documents=st.lists(st.lists(st.integers(0, 65535), max_size=5), max_size=8),
+    cut=st.integers(0, 8),
+)
 def test_round_trip(tmp_path_factory, documents, cut):
-    prefix = tmp_path_factory.mktemp("round") / "x.y"  # a dot in the name is no suffix to be replaced
+    prefix = (
+        tmp_path_factory.mktemp("round") / "x.y"
+    )  # a dot in the name is no suffix to be replaced
     writer = TokenFileWriter(prefix, np.dtype("uint16"))
     for document in documents[:cut]:
         writer.append(np.array(document, np.uint16))
     rest = documents[cut:]
-    writer.append_many(np.array([*chain(*rest)], np.uint16), np.array([len(some) for some in rest], np.int64))
+    writer.append_many(
+        np.array([*chain(*rest)], np.uint16), np.array([len(some) for some in rest], np.int64)
+    )
     writer.close()
     assert read(prefix) == documents
     file = TokenFile(prefix)
@@ -124,7 +139,12 @@ def patched(offset, value, data=IDX):
         (patched(17, b"\5"), BIN, "idx", "document 1 begins at byte 12"),
         (patched(18, b"\3"), BIN, "idx", "3 document boundaries, must be 3 + 1"),
         (patched(26, b"\7"), BIN, "idx", "7 document boundaries, must be 2 + 1"),
-        (patched(18, struct.pack("<QQ", 2**62, 2**62 + 1)), BIN, "idx", "need"),  # allocates nothing
+        (
+            patched(18, struct.pack("<QQ", 2**62, 2**62 + 1)),
+            BIN,
+            "idx",
+            "need",
+        ),  # allocates nothing
         (patched(18, struct.pack("<QQ", 1, 2)), BIN, "idx", "its 1 documents need"),
         (patched(34, struct.pack("<i", -3)), BIN, "idx", "document 0 has a negative length"),
         (patched(34, struct.pack("<i", 4)), BIN, "idx", "document 1 begins at byte 12"),
@@ -169,7 +189,9 @@ def test_cut_off_while_open(tmp_path):
     file = TokenFile(raw(tmp_path / "x", IDX))
     os.truncate(tmp_path / "x.bin", 8)
     assert file.tokens_at(0, 2).tolist() == [1, 2]
-    with pytest.raises(DataError, match=r"x\.bin: ends at byte 8; it was cut off after it was opened"):
+    with pytest.raises(
+        DataError, match=r"x\.bin: ends at byte 8; it was cut off after it was opened"
+    ):
         file.tokens_at(0, 5)
 
 
@@ -206,7 +228,9 @@ def folder(tmp_path_factory):
 )
 def test_flipped_bytes(folder, version, flips):
     # int32 is the only type of four bytes, so that another type never fits .bin.
-    idx, data = build([[7, 8, 9], [], [10]], "int32", version, [[(0, 1)], [], []] if version == 2 else None)
+    idx, data = build(
+        [[7, 8, 9], [], [10]], "int32", version, [[(0, 1)], [], []] if version == 2 else None
+    )
     changed = bytearray(idx)
     for place, mask in flips:
         changed[place % len(idx)] ^= mask

@@ -38,7 +38,9 @@ def test_gpt2_only_ends(tmp_path: Path) -> None:
 
 def test_add_bos_token_counts(tmp_path: Path) -> None:
     made.gpt2(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
+        "add_bos_token": True
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert load(str(tmp_path)).adds_bos
 
@@ -81,7 +83,11 @@ def test_fingerprint_is_of_what_decides_tokens(llama: Path) -> None:
     assert fingerprint(llama) == before
     assert changed(truncation={"max_length": 3}, padding={"length": 4}) == before
     # As `tokenizers` wrote it before 0.20.
-    old = {key: value for key, value in content["model"].items() if value is not None and value is not False}
+    old = {
+        key: value
+        for key, value in content["model"].items()
+        if value is not None and value is not False
+    }
     assert changed(model={**old, "merges": [" ".join(merge) for merge in old["merges"]]}) == before
 
     assert changed(model={**content["model"], "merges": content["model"]["merges"][:-1]}) != before
@@ -132,7 +138,9 @@ def test_missing(tmp_path: Path) -> None:
     ):
         load(str(tmp_path))
     for path in (str(tmp_path / "nothing"), "./a/b", "gpt2", "a/b/c"):
-        with pytest.raises(DataError, match="no such file or folder, and not a model on the Hugging Face Hub"):
+        with pytest.raises(
+            DataError, match="no such file or folder, and not a model on the Hugging Face Hub"
+        ):
             load(path)
 
 
@@ -140,7 +148,14 @@ def test_from_the_hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, "tokenizer.json" in allow_patterns, "model.safetensors" in allow_patterns))
+        asked.append(
+            (
+                name,
+                revision,
+                "tokenizer.json" in allow_patterns,
+                "model.safetensors" in allow_patterns,
+            )
+        )
         return str(llama)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -159,12 +174,15 @@ def test_hub_can_not_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        DataError, match=r"org/name: no folder here, and it could not be fetched .* Without a network, give"
+        DataError,
+        match=r"org/name: no folder here, and it could not be fetched .* Without a network, give",
     ):
         load("org/name")
 
 
 def test_hub_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingPackage, match=r"org/name is no folder here.*pip install huggingface_hub"):
+    with pytest.raises(
+        MissingPackage, match=r"org/name is no folder here.*pip install huggingface_hub"
+    ):
         load("org/name")

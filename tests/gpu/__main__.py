@@ -32,7 +32,16 @@ PARTS = {
     "settings": ["tests.gpu.breadth", "settings"],
     "layouts": ["tests.gpu.breadth", "layouts"],
 }
-PACKAGES = "torch", "triton", "nvidia-cudnn-frontend", "transformers", "tokenizers", "safetensors", "pydantic", "numpy"
+PACKAGES = (
+    "torch",
+    "triton",
+    "nvidia-cudnn-frontend",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "numpy",
+)
 
 
 def versions() -> str:
@@ -54,7 +63,10 @@ def run(part: str) -> list[dict[str, Any]]:
     """The rows of a part; one that fails as such has a row that says so."""
     rows = []
     command = [sys.executable, "-m", *PARTS[part]]
-    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -66,7 +78,13 @@ def run(part: str) -> list[dict[str, Any]]:
             if not row["holds"] and "details" in row:
                 print(row["details"], flush=True)
     if process.returncode:
-        row = {"what": part, "measured": f"exit code {process.returncode}", "bound": None, "seconds": 0, "holds": False}
+        row = {
+            "what": part,
+            "measured": f"exit code {process.returncode}",
+            "bound": None,
+            "seconds": 0,
+            "holds": False,
+        }
         rows.append(row)
         print(show(row), flush=True)
     return rows
@@ -74,7 +92,9 @@ def run(part: str) -> list[dict[str, Any]]:
 
 def show(row: dict[str, Any]) -> str:
     """A line of the table."""
-    measured = f"{row['measured']:.3g}" if isinstance(row["measured"], float) else f"{row['measured']}"
+    measured = (
+        f"{row['measured']:.3g}" if isinstance(row["measured"], float) else f"{row['measured']}"
+    )
     bound = "" if row["bound"] is None else f"{row['bound']:.0e}" if row["bound"] else "0"
     return f"| {row['what']} | {measured} | {bound} | {'' if row['holds'] else 'FAILED'} | {row['seconds']:.0f} |"
 

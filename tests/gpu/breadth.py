@@ -59,16 +59,25 @@ def settings() -> dict[str, tuple[str, dict[str, Any]]]:
             name = f"{dtype}{', compiled' * (compiled == 'yes')}"
             found[name] = dtype, {DTYPE: dtype, COMPILE: compiled}
     for level in ("activation", "activation_and_input", "full", "selective", "block"):
-        found[f"bf16, compiled, recompute {level}"] = "bf16", {DTYPE: "bf16", COMPILE: "yes", LEVEL: level}
+        found[f"bf16, compiled, recompute {level}"] = (
+            "bf16",
+            {DTYPE: "bf16", COMPILE: "yes", LEVEL: level},
+        )
     found["bf16, recompute selective"] = "bf16", {DTYPE: "bf16", LEVEL: "selective"}
     for head in ("torch", "fused", "triton"):
-        found[f"bf16, compiled, cross entropy {head}"] = "bf16", {DTYPE: "bf16", COMPILE: "yes", HEAD: head}
+        found[f"bf16, compiled, cross entropy {head}"] = (
+            "bf16",
+            {DTYPE: "bf16", COMPILE: "yes", HEAD: head},
+        )
     for moments in ("fp32", "bf16", "int8"):
         found[f"bf16, moments {moments}"] = "bf16", {DTYPE: "bf16", MOMENTS: moments}
     fp8 = {DTYPE: "bf16", "model.distributed.fp8": "yes"}
     found["fp8"], found["fp8, compiled"] = ("fp8", fp8), ("fp8", fp8 | {COMPILE: "yes"})
     found["bf16, without Triton"] = "bf16", {DTYPE: "bf16", "run.enable_triton_kernels": "no"}
-    found["bf16, compiled, micro-batch 4"] = "bf16", {DTYPE: "bf16", COMPILE: "yes", "batch.micro_batch_size": 4}
+    found["bf16, compiled, micro-batch 4"] = (
+        "bf16",
+        {DTYPE: "bf16", COMPILE: "yes", "batch.micro_batch_size": 4},
+    )
     return found
 
 
@@ -81,7 +90,8 @@ def layouts() -> dict[str, tuple[str, dict[str, Any]]]:
         "zero_stage 2": {STAGE: 2},
         "zero_stage 3": {STAGE: 3},
         "tensor_parallel": tensor,
-        "tensor_parallel, sequence_tensor_parallel": tensor | {f"{axes}.sequence_tensor_parallel": "yes"},
+        "tensor_parallel, sequence_tensor_parallel": tensor
+        | {f"{axes}.sequence_tensor_parallel": "yes"},
         "sequence_data_parallel": {f"{axes}.sequence_data_parallel": 2},
         "pipeline_parallel": {f"{axes}.pipeline_parallel": 2},
     }
@@ -94,7 +104,10 @@ def layouts() -> dict[str, tuple[str, dict[str, Any]]]:
         "fp8",
         {STAGE: 2, DTYPE: "bf16", "model.distributed.fp8": "yes", COMPILE: "yes"},
     )
-    found["bf16, zero_stage 2, recompute selective"] = "bf16", {STAGE: 2, DTYPE: "bf16", LEVEL: "selective"}
+    found["bf16, zero_stage 2, recompute selective"] = (
+        "bf16",
+        {STAGE: 2, DTYPE: "bf16", LEVEL: "selective"},
+    )
     found["fp32, zero_stage 3, recompute block"] = "fp32", {STAGE: 3, DTYPE: "fp32", LEVEL: "block"}
     return found
 
@@ -121,7 +134,10 @@ def compare(kinds: dict[str, tuple[str, dict[str, Any]]], gpus: int) -> Rows:
             number, further, on = which
             return finished(start(place, place / str(number), SMALL | further, on))
 
-        jobs = [(0, PLAIN, 1), *((number, further, gpus) for number, (_, further) in enumerate(kinds.values(), 1))]
+        jobs = [
+            (0, PLAIN, 1),
+            *((number, further, gpus) for number, (_, further) in enumerate(kinds.values(), 1)),
+        ]
         with ThreadPoolExecutor(4 if gpus == 1 else 6) as pool:
             runs = list(pool.map(run, jobs))
         reference, *others = runs
@@ -134,7 +150,8 @@ def compare(kinds: dict[str, tuple[str, dict[str, Any]]], gpus: int) -> Rows:
                 continue
             validation = other.records("validation")
             far = [
-                abs(validation[s]["language_model_loss"] / r["language_model_loss"] - 1) for s, r in exact[1].items()
+                abs(validation[s]["language_model_loss"] / r["language_model_loss"] - 1)
+                for s, r in exact[1].items()
             ]
             yield what, max(difference(other.records(), exact[0]), *far), BOUNDS[kind]
 

@@ -28,7 +28,12 @@ def report(*checks: Callable[[], Rows]) -> None:
             seconds, name = time.perf_counter() - began, check.__name__.replace("_", " ")
             reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
             print_row(
-                what=name, measured=reason, bound=None, seconds=seconds, holds=False, details=traceback.format_exc()
+                what=name,
+                measured=reason,
+                bound=None,
+                seconds=seconds,
+                holds=False,
+                details=traceback.format_exc(),
             )
 
 

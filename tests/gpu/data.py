@@ -36,7 +36,9 @@ def tokenizer(folder: Path) -> None:
         pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1",
         special_tokens=[(BOS, made.token_to_id(BOS))],
     )
-    made.post_processor = Sequence([made.post_processor, template]) if made.post_processor else template
+    made.post_processor = (
+        Sequence([made.post_processor, template]) if made.post_processor else template
+    )
     folder.mkdir(parents=True, exist_ok=True)
     made.save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
@@ -51,7 +53,11 @@ def tokenizer(folder: Path) -> None:
 def documents(folder: Path) -> None:
     """Every so many-th source file of Python's library, about BYTES in all."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in sorted(library.rglob("*.py")) if "site-packages" not in p.parts and p.stat().st_size]
+    paths = [
+        p
+        for p in sorted(library.rglob("*.py"))
+        if "site-packages" not in p.parts and p.stat().st_size
+    ]
     sizes = [path.stat().st_size for path in paths]
     every = max(1, sum(sizes) // BYTES)
     folder.mkdir(parents=True)
@@ -67,7 +73,14 @@ def main(out: Path) -> int:
         texts, model = Path(folder) / "texts", Path(folder) / "tokenizer"
         tokenizer(model)
         documents(texts)
-        return fast_llm(["prepare", f"dataset.path={texts}", f"output_path={out / 'code'}", f"tokenizer.path={model}"])
+        return fast_llm(
+            [
+                "prepare",
+                f"dataset.path={texts}",
+                f"output_path={out / 'code'}",
+                f"tokenizer.path={model}",
+            ]
+        )
 
 
 if __name__ == "__main__":

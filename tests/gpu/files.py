@@ -55,7 +55,11 @@ CONFIG = {  # as meta-llama/Llama-3.1-8B's config.json
     "use_cache": True,
     "vocab_size": 128256,
 }
-HEAD = {"model.embed_tokens.weight": (128256, 4096), "lm_head.weight": (128256, 4096), "model.norm.weight": (4096,)}
+HEAD = {
+    "model.embed_tokens.weight": (128256, 4096),
+    "lm_head.weight": (128256, 4096),
+    "model.norm.weight": (4096,),
+}
 BLOCK = {
     "self_attn.q_proj.weight": (4096, 4096),
     "self_attn.k_proj.weight": (1024, 4096),
@@ -75,24 +79,32 @@ def shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
     files = [dict(HEAD)]
     for first in range(0, layers, 8):
         numbers = range(first, min(first + 8, layers))
-        files.append({f"model.layers.{n}.{name}": shape for n in numbers for name, shape in BLOCK.items()})
+        files.append(
+            {f"model.layers.{n}.{name}": shape for n in numbers for name, shape in BLOCK.items()}
+        )
     return files
 
 
 def write_model(folder: Path, layers: int, tokenizer: Path) -> None:
     """A Hugging Face folder with random weights in bf16; four files are written at a time."""
     shutil.copytree(tokenizer, folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2) + "\n"
+    )
     generator = torch.Generator("cuda").manual_seed(0)
     files = shards(layers)
-    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    names = [
+        f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
+    ]
     with ThreadPoolExecutor(4) as pool:
         waiting = []
         for name, shapes in zip(names, files, strict=True):
             tensors = {
                 tensor: torch.ones(shape, dtype=torch.bfloat16)
                 if len(shape) == 1
-                else torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02, generator=generator).cpu()
+                else torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+                .normal_(0, 0.02, generator=generator)
+                .cpu()
                 for tensor, shape in shapes.items()
             }
             waiting.append(pool.submit(save_file, tensors, folder / name, {"format": "pt"}))
@@ -113,4 +125,8 @@ def write_tutorial(place: Path, layers: int, data: Path) -> Path:
     shutil.copyfile(data / "code.json", tutorial / "dataset.json")
     shutil.copytree(data / "code", tutorial / "code")
     write_model(tutorial / "pretrained-model", layers, data / "code" / "tokenizer")
-    return Path(shutil.copyfile(root / "fast_llm" / "demo" / "train-config.yaml", place / "train-config.yaml"))
+    return Path(
+        shutil.copyfile(
+            root / "fast_llm" / "demo" / "train-config.yaml", place / "train-config.yaml"
+        )
+    )

@@ -66,7 +66,9 @@ def exactly(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor
     outs = []
     for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         heads = [x.transpose(0, 1)[None] for x in part]
-        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True
+        )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 
@@ -76,7 +78,10 @@ def packed_attention() -> Rows:
     for dtype, bound in BOUNDS.items():
         for width in (64, 128):
             shapes = ((2, 1024, heads, width) for heads in (8, 2, 2))
-            q, k, v = (torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes)
+            q, k, v = (
+                torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
+                for shape in shapes
+            )
             exact = [x.detach().double().flatten(0, 1).requires_grad_() for x in (q, k, v)]
             expected = exactly(LENGTHS, *exact)
             wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
@@ -87,7 +92,9 @@ def packed_attention() -> Rows:
             for name in engines(dtype):
                 for compiled in (False, True):
                     with engine(name):
-                        function: Callable[..., Tensor] = torch.compile(attended) if compiled else attended
+                        function: Callable[..., Tensor] = (
+                            torch.compile(attended) if compiled else attended
+                        )
                         with torch.no_grad():
                             before = function(q, k, v)
                         out = function(q, k, v)
@@ -96,7 +103,11 @@ def packed_attention() -> Rows:
                             after = function(q, k, v)
                     found = [x.flatten(0, 1) for x in (out, *gradients, before, after)]
                     how = f"{short(dtype)}, heads of {width}, {name}{', compiled' * compiled}"
-                    yield f"attention within documents, {how}", farthest(found, (*wanted, expected, expected)), bound
+                    yield (
+                        f"attention within documents, {how}",
+                        farthest(found, (*wanted, expected, expected)),
+                        bound,
+                    )
 
 
 def attention_of_context_parallelism() -> Rows:
@@ -104,18 +115,26 @@ def attention_of_context_parallelism() -> Rows:
     rows, length, size = 2, 1024, 4
     documents = packed(LENGTHS)
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = (torch.randn(rows * length, heads, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2))
+        q, k, v = (
+            torch.randn(rows * length, heads, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2)
+        )
         exact = [x.double().requires_grad_() for x in (q, k, v)]
         expected = exactly(LENGTHS, *exact)
         wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
         # Where each token lies among those gathered, process by process.
-        places = torch.from_numpy(_places(torch.arange(rows * length).numpy(), rows, length, size)).to(DEVICE)
+        places = torch.from_numpy(
+            _places(torch.arange(rows * length).numpy(), rows, length, size)
+        ).to(DEVICE)
         for name in engines(dtype):
-            gathered = [torch.empty_like(x).index_copy_(0, places, x).requires_grad_() for x in (q, k, v)]
+            gathered = [
+                torch.empty_like(x).index_copy_(0, places, x).requires_grad_() for x in (q, k, v)
+            ]
             outs, quiet = [], []
             with engine(name):
                 for rank in range(size):
-                    own = _stretches(documents, rows, length, (rank, 2 * size - 1 - rank), size).to(DEVICE)
+                    own = _stretches(documents, rows, length, (rank, 2 * size - 1 - rank), size).to(
+                        DEVICE
+                    )
                     part = gathered[0].chunk(size)[rank]
                     keys, values = (x.index_select(0, own.index) for x in gathered[1:])
                     outs.append(attend(part, keys, values, own, True))
@@ -125,7 +144,11 @@ def attention_of_context_parallelism() -> Rows:
                 gradients = torch.autograd.grad(out.float().square().sum(), gathered)
             found = [x[places] for x in (out, *gradients, torch.cat(quiet))]
             how = f"{short(dtype)}, {name}"
-            yield f"attention of context parallelism, {how}", farthest(found, (*wanted, expected)), BOUNDS[dtype]
+            yield (
+                f"attention of context parallelism, {how}",
+                farthest(found, (*wanted, expected)),
+                BOUNDS[dtype],
+            )
 
 
 def norms() -> Rows:
@@ -160,7 +183,9 @@ def cross_entropies() -> Rows:
         labels = torch.randint(128256, (1000,), device=DEVICE)
         labels[5:50] = -100
         exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-        expected = F.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=-100, reduction="sum")
+        expected = F.cross_entropy(
+            exact[0] @ exact[1].T, labels, ignore_index=-100, reduction="sum"
+        )
         wanted = expected, *torch.autograd.grad(expected, exact)
         for implementation in ("torch", "fused", "triton"):
             loss = cross_entropy(hidden, weight, labels, implementation, None)
@@ -194,10 +219,18 @@ def cross_entropy_in_two() -> Rows:
                 return sums[begin : begin + len(mine[0])], chosen[begin : begin + len(mine[0])]
 
             part = VocabularyPart(first, combine)
-            loss = cross_entropy(hidden, weight[first : first + 64128], labels, implementation, None, part)
-            for total, gradient in zip(found, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+            loss = cross_entropy(
+                hidden, weight[first : first + 64128], labels, implementation, None, part
+            )
+            for total, gradient in zip(
+                found, torch.autograd.grad(loss, (hidden, weight)), strict=True
+            ):
                 total += gradient
-        yield f"cross entropy {implementation}, vocabulary over two", farthest((loss, *found), wanted), 1e-2
+        yield (
+            f"cross entropy {implementation}, vocabulary over two",
+            farthest((loss, *found), wanted),
+            1e-2,
+        )
 
 
 def blocks() -> Rows:
@@ -209,11 +242,15 @@ def blocks() -> Rows:
         "head_groups": 4,
         "ffn_hidden_size": 1536,
     }
-    config = validate(BaseModelConfig, Document({"vocab_size": 4096, "transformer": transformer}, {}, ""))
+    config = validate(
+        BaseModelConfig, Document({"vocab_size": 4096, "transformer": transformer}, {}, "")
+    )
     tokens = torch.randint(4096, (2, 513), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     positions = torch.arange(512, device=DEVICE).expand(2, -1).contiguous()
 
-    def run(dtype: torch.dtype, documents: Documents | None, compiled: bool, fp8: bool) -> dict[str, Tensor]:
+    def run(
+        dtype: torch.dtype, documents: Documents | None, compiled: bool, fp8: bool
+    ) -> dict[str, Tensor]:
         torch._dynamo.reset()
         with torch.device("meta"):
             model = Llama(config, "triton")
@@ -234,15 +271,23 @@ def blocks() -> Rows:
         loss.backward()
         with torch.no_grad():
             last = model(*given)
-        losses = {"loss": loss.detach(), "loss of the validation before": first, "loss of the validation behind": last}
-        return losses | {name: gradient.clone() for name, gradient in weights.local_gradients().items()}
+        losses = {
+            "loss": loss.detach(),
+            "loss of the validation before": first,
+            "loss of the validation behind": last,
+        }
+        return losses | {
+            name: gradient.clone() for name, gradient in weights.local_gradients().items()
+        }
 
     # bf16's gradients of queries and keys nearly cancel at random weights.
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 6e-2)):
         for documents in (None, packed((100, 412, 512))):
             for name in engines(dtype) if documents else ["PyTorch"]:
                 with engine(name):
-                    plain, found = (run(dtype, documents, compiled, False) for compiled in (False, True))
+                    plain, found = (
+                        run(dtype, documents, compiled, False) for compiled in (False, True)
+                    )
                 far = {key: distance(found[key], value) for key, value in plain.items()}
                 worst = max(far, key=lambda key: math.inf if far[key] != far[key] else far[key])
                 how = f"{short(dtype)}, {f'packed, {name}' if documents else 'one document each'}"
@@ -252,7 +297,8 @@ def blocks() -> Rows:
     documents = packed((100, 412, 512))
     with engine(engines(torch.bfloat16)[-1]):
         exact, plain, found = (
-            run(torch.bfloat16, documents, *how) for how in ((False, False), (False, True), (True, True))
+            run(torch.bfloat16, documents, *how)
+            for how in ((False, False), (False, True), (True, True))
         )
     losses = [key for key in exact if key.startswith("loss")]
     yield (
@@ -278,7 +324,9 @@ def products() -> Rows:
     for compiled in (False, True):
         function = torch.compile(twice) if compiled else twice
         x = torch.randn(2, 1000, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        weight = (0.05 * torch.randn(768, 512, device=DEVICE, dtype=torch.bfloat16)).requires_grad_()
+        weight = (
+            0.05 * torch.randn(768, 512, device=DEVICE, dtype=torch.bfloat16)
+        ).requires_grad_()
         total = torch.zeros(768, 512, device=DEVICE)
         exact = [t.detach().double().requires_grad_() for t in (x, weight)]
         with torch.no_grad():
@@ -301,7 +349,10 @@ def fp8_rounding() -> Rows:
             scale = _scale(x, dtype)
             wanted = (x.float() * scale.reciprocal()).to(dtype)
             both = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)
-            alone = [torch.ops.fast_llm.shorten(x, scale, dtype, not turned, bool(turned))[turned] for turned in (0, 1)]
+            alone = [
+                torch.ops.fast_llm.shorten(x, scale, dtype, not turned, bool(turned))[turned]
+                for turned in (0, 1)
+            ]
             expected = wanted.view(torch.int8), wanted.t().contiguous().view(torch.int8)
             pairs = [*zip(both, expected, strict=True), *zip(alone, expected, strict=True)]
             different = sum(int((one.view(torch.int8) != other).sum()) for one, other in pairs)
@@ -309,7 +360,11 @@ def fp8_rounding() -> Rows:
             x[3, 5] = torch.nan
             kept = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)[0][3, 5].isnan()
             different += int(not (torch.ops.fast_llm.amax(x).isnan() and kept))
-            yield f"rounding to {short(dtype)}, {size[0]} x {size[1]}, numbers that differ", different, 0
+            yield (
+                f"rounding to {short(dtype)}, {size[0]} x {size[1]}, numbers that differ",
+                different,
+                0,
+            )
 
 
 def adamw() -> Rows:
@@ -330,11 +385,20 @@ def adamw() -> Rows:
                     weight = torch.empty_like(start, dtype=torch.bfloat16)
                     low = {"w": torch.empty_like(start, dtype=torch.int16)}
                     split_(start.clone(), weight, low["w"])
-                optimizer = Optimizer({"w": weight}, OptimizerConfig(moments_dtype=dtype), low, kernel)
+                optimizer = Optimizer(
+                    {"w": weight}, OptimizerConfig(moments_dtype=dtype), low, kernel
+                )
                 for gradient in gradients:
-                    optimizer.step({"w": gradient.clone()}, 1e-2, 0.5)  # PyTorch scales them in place
+                    optimizer.step(
+                        {"w": gradient.clone()}, 1e-2, 0.5
+                    )  # PyTorch scales them in place
                 with optimizer.moments() as (_, found):
-                    ends.append((join(weight, low["w"]) if halves else weight, found["w"].float().to(DEVICE)))
+                    ends.append(
+                        (
+                            join(weight, low["w"]) if halves else weight,
+                            found["w"].float().to(DEVICE),
+                        )
+                    )
             how = f"{dtype} moments{', split masters' * halves}"
             moved = (ends[0][0] - start).norm()
             yield f"AdamW, {how}", ((ends[1][0] - ends[0][0]).norm() / moved).item(), bound

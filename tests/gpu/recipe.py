@@ -50,12 +50,22 @@ def whole_model() -> Rows:
             "batch.batch_size": 32,
         }  # fmt: skip
         run = start(place, place / "run", settings, GPUS, config=config).wait()
-        training, validation, test = (run.records(phase) for phase in ("training", "validation", "test"))
-    losses = [record["language_model_loss"] for one in (training, validation, test) for record in one.values()]
+        training, validation, test = (
+            run.records(phase) for phase in ("training", "validation", "test")
+        )
+    losses = [
+        record["language_model_loss"]
+        for one in (training, validation, test)
+        for record in one.values()
+    ]
     yield "recipe, 32 layers: steps missing", len({*range(1, 7)} - training.keys()), 0
     yield "recipe, 32 layers: validations missing", len({0, 3, 6} - validation.keys()), 0
     yield "recipe, 32 layers: tests missing", len({6} - test.keys()), 0
-    yield "recipe, 32 layers: losses that are not finite", sum(not math.isfinite(loss) for loss in losses), 0
+    yield (
+        "recipe, 32 layers: losses that are not finite",
+        sum(not math.isfinite(loss) for loss in losses),
+        0,
+    )
     for step, record in validation.items():
         loss = record["language_model_loss"]
         yield f"recipe, 32 layers: validation loss at step {step}", round(loss, 4), None
@@ -112,17 +122,27 @@ def kill_and_resume() -> Rows:
             far = abs(validation[step]["language_model_loss"] - expected)
             # Both compute in bf16, by other kernels; rounding of 65,000 tokens' losses averages out.
             yield f"{what}: validation loss at step {step} less that of transformers", far, 5e-3
-        yield f"{what}: characters that a pipeline adds with the export", len(generated(export)), None
+        yield (
+            f"{what}: characters that a pipeline adds with the export",
+            len(generated(export)),
+            None,
+        )
 
 
-def loss_by_transformers(folder: Path, place: Path, config: Path, settings: dict[str, Any]) -> float:
+def loss_by_transformers(
+    folder: Path, place: Path, config: Path, settings: dict[str, Any]
+) -> float:
     """The validation loss of a Hugging Face folder in bf16, each document by itself."""
     from transformers import AutoModelForCausalLM
 
     here = Path.cwd()
     os.chdir(place)
     try:
-        plan = make_plan(read(str(config), [f"{name}={value}" for name, value in settings.items()]), 1, weights=False)
+        plan = make_plan(
+            read(str(config), [f"{name}={value}" for name, value in settings.items()]),
+            1,
+            weights=False,
+        )
     finally:
         os.chdir(here)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
@@ -136,10 +156,14 @@ def loss_by_transformers(folder: Path, place: Path, config: Path, settings: dict
             assert isinstance(batch.documents, Documents)
             tokens, labels = batch.tokens.flatten().cuda(), batch.labels.flatten().cuda()
             for some, wanted in zip(
-                tokens.split(batch.documents.lengths), labels.split(batch.documents.lengths), strict=True
+                tokens.split(batch.documents.lengths),
+                labels.split(batch.documents.lengths),
+                strict=True,
             ):
                 logits = model(input_ids=some[None], use_cache=False).logits[0].float()
-                total += F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").item()
+                total += F.cross_entropy(
+                    logits, wanted, ignore_index=IGNORED, reduction="sum"
+                ).item()
                 targets += int((wanted != IGNORED).sum())
     return total / targets
 
@@ -149,7 +173,9 @@ def generated(folder: Path) -> str:
     from transformers import AutoTokenizer, pipeline
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pipe = pipeline("text-generation", model=str(folder), tokenizer=tokenizer, dtype=torch.bfloat16, device=0)
+    pipe = pipeline(
+        "text-generation", model=str(folder), tokenizer=tokenizer, dtype=torch.bfloat16, device=0
+    )
     prompt = "def main():"
     text: str = pipe(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
     assert text.startswith(prompt), text
@@ -174,7 +200,9 @@ def ways() -> Rows:
         def run(kind: tuple[bool, bool]) -> Started:
             compiled, cudnn = kind
             further = COMPILED if compiled else {}
-            folder = place / f"{'compiled' if compiled else 'plain'}-{'with' if cudnn else 'without'}"
+            folder = (
+                place / f"{'compiled' if compiled else 'plain'}-{'with' if cudnn else 'without'}"
+            )
             return start(place, folder, settings | further, GPUS, cudnn, config)
 
         with ThreadPoolExecutor(2) as pool:
@@ -185,11 +213,18 @@ def ways() -> Rows:
             if isinstance(other, str):
                 yield f"{how}: {other}", math.inf, 0
                 continue
-            yield f"{how}: evaluations missing", 4 - len(other.records("validation")) - len(other.records("test")), 0
+            yield (
+                f"{how}: evaluations missing",
+                4 - len(other.records("validation")) - len(other.records("test")),
+                0,
+            )
             if not isinstance(reference, str):
                 far = max(difference(other.records(p), reference.records(p)) for p in ("training",))
                 losses = [
-                    abs(record["language_model_loss"] - reference.records(phase)[step]["language_model_loss"])
+                    abs(
+                        record["language_model_loss"]
+                        - reference.records(phase)[step]["language_model_loss"]
+                    )
                     for phase in ("validation", "test")
                     for step, record in other.records(phase).items()
                 ]
@@ -204,7 +239,11 @@ def finished(run: Started) -> Started | str:
         return run.wait()
     except AssertionError as error:
         print(f"{run.folder}: {error}", file=sys.stderr, flush=True)
-        telling = [line for line in run.printed().splitlines() if "Error" in line or line.startswith("fast-llm ")]
+        telling = [
+            line
+            for line in run.printed().splitlines()
+            if "Error" in line or line.startswith("fast-llm ")
+        ]
         return telling[-1][:200] if telling else "failed"
 
 

@@ -46,7 +46,9 @@ class Started:
         """metrics.jsonl by step; of a step that was made twice the later record."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return {record["step"]: record for record in map(json.loads, lines) if record["phase"] == phase}
+        return {
+            record["step"]: record for record in map(json.loads, lines) if record["phase"] == phase
+        }
 
 
 def start(
@@ -58,16 +60,31 @@ def start(
     config: Path | None = None,
 ) -> Started:
     """Start `fast-llm train gpt` in `place`, with settings on the command line."""
-    words = [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    words = (
+        []
+        if gpus == 1
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    )
     words += ["-m", "fast_llm.cli", "train", "gpt", *(["--config", str(config)] if config else [])]
-    words += [f"{name}={value}" for name, value in settings.items()] + [f"run.experiment_dir={folder}"]
-    paths = [*([] if cudnn else [str(NO_CUDNN)]), str(ROOT), *os.environ.get("PYTHONPATH", "").split(":")]
+    words += [f"{name}={value}" for name, value in settings.items()] + [
+        f"run.experiment_dir={folder}"
+    ]
+    paths = [
+        *([] if cudnn else [str(NO_CUDNN)]),
+        str(ROOT),
+        *os.environ.get("PYTHONPATH", "").split(":"),
+    ]
     environment = os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "OMP_NUM_THREADS": "4"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(folder.name + ".log")
     with log.open("ab") as said:
         process = subprocess.Popen(
-            [sys.executable, *words], cwd=place, env=environment, stdout=said, stderr=said, start_new_session=True
+            [sys.executable, *words],
+            cwd=place,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
         )
     return Started(process, folder, log)
 
@@ -81,7 +98,9 @@ def wait_for(condition: Any, run: Started, seconds: float = 300) -> None:
         time.sleep(0.02)
 
 
-def difference(found: Mapping[int, Mapping[str, Any]], exact: Mapping[int, Mapping[str, Any]]) -> float:
+def difference(
+    found: Mapping[int, Mapping[str, Any]], exact: Mapping[int, Mapping[str, Any]]
+) -> float:
     """The greatest relative difference of losses and gradient norms over steps; infinite if the steps are not the same."""
     if not exact or found.keys() != exact.keys():
         return float("inf")

@@ -27,7 +27,9 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor
 
 # fp32 is exact to rounding; bf16 holds 8 bits, in which inputs, weights and the result are rounded.
 @pytest.mark.usefixtures("ways")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize(
     ("batch", "lengths"),

@@ -7,7 +7,11 @@ LLAMA_8B = BaseModelConfig(
     vocab_size=128256,
     tie_word_embeddings=False,
     transformer=TransformerConfig(
-        num_layers=32, hidden_size=4096, num_attention_heads=32, head_groups=8, ffn_hidden_size=14336
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        head_groups=8,
+        ffn_hidden_size=14336,
     ),
 )
 

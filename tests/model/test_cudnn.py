@@ -14,7 +14,17 @@ from fast_llm.model import cudnn
 
 @pytest.mark.parametrize(
     ("number", "parts", "expected"),
-    [(1, 1, 1), (2, 1, 2), (3, 1, 4), (8, 1, 8), (9, 1, 16), (1, 8, 1), (9, 8, 9), (17, 8, 18), (139264, 8, 147456)],
+    [
+        (1, 1, 1),
+        (2, 1, 2),
+        (3, 1, 4),
+        (8, 1, 8),
+        (9, 1, 16),
+        (1, 8, 1),
+        (9, 8, 9),
+        (17, 8, 18),
+        (139264, 8, 147456),
+    ],
 )
 def test_round_numbers(number: int, parts: int, expected: int) -> None:
     assert cudnn.round_up(number, parts) == expected
@@ -29,7 +39,10 @@ def test_plans_are_few_and_never_too_small() -> None:
 
 def test_documents_that_fill_up_are_empty() -> None:
     q, k = torch.empty(9, 4, 16), torch.empty(14, 2, 16)
-    ends = torch.tensor([0, 1, 4, 9], dtype=torch.int32), torch.tensor([0, 1, 7, 14], dtype=torch.int32)
+    ends = (
+        torch.tensor([0, 1, 4, 9], dtype=torch.int32),
+        torch.tensor([0, 1, 7, 14], dtype=torch.int32),
+    )
     documents, places = cudnn._places(q, k, *ends)
     assert documents == 4
     assert places["query_lengths"].tolist() == [1, 3, 5, 0]
@@ -38,7 +51,10 @@ def test_documents_that_fill_up_are_empty() -> None:
     assert places["queries_begin"].tolist() == [n * 4 * 16 for n in (0, 1, 4, 9, 9)]
     assert places["keys_begin"].tolist() == [n * 2 * 16 for n in (0, 1, 7, 14, 14)]
     assert places["sums_begin"].tolist() == [n * 4 for n in (0, 1, 4, 9, 9)]
-    assert places["queries_begin"].dtype == torch.int64 and places["query_lengths"].dtype == torch.int32
+    assert (
+        places["queries_begin"].dtype == torch.int64
+        and places["query_lengths"].dtype == torch.int32
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,11 +67,18 @@ def test_documents_that_fill_up_are_empty() -> None:
             "the package nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)",
         ),
         ((9, 0), RuntimeError("No engine\nsupports it"), "No engine"),
-        ((9, 0), AssertionError("its results are off by 2.0e-01"), "its results are off by 2.0e-01"),
+        (
+            (9, 0),
+            AssertionError("its results are off by 2.0e-01"),
+            "its results are off by 2.0e-01",
+        ),
     ],
 )
 def test_why_it_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], problem: Exception | None, told: str
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    problem: Exception | None,
+    told: str,
 ) -> None:
     def fails(*_: object) -> None:
         assert problem is not None

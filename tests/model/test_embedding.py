@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from fast_llm.model.embedding import embed
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)]
+)
 def test_many_occurrences_are_summed_exactly(dtype: torch.dtype, bound: float) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, (2, 1000), generator=generator)

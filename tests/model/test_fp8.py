@@ -46,7 +46,9 @@ def test_zeros_and_what_is_not_finite() -> None:
 def test_products(shape: tuple[int, int, int, int]) -> None:
     batch, length, inner, outer = shape
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(inner, outer, bias=False), nn.SiLU(), nn.Linear(outer, inner, bias=False))
+    layer = nn.Sequential(
+        nn.Linear(inner, outer, bias=False), nn.SiLU(), nn.Linear(outer, inner, bias=False)
+    )
     exact = copy.deepcopy(layer).double()
     layer = layer.bfloat16()
     apply_fp8(layer)

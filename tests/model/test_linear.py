@@ -18,7 +18,9 @@ SHORT = [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)]
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One without instructions for 16 bits, or with them, or so taken."""
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "_WIDENED", () if request.param == "as it is" else (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(
+        linear, "_WIDENED", () if request.param == "as it is" else (torch.bfloat16, torch.float16)
+    )
     return str(request.param)
 
 
@@ -37,7 +39,10 @@ def test_product(
 ) -> None:
     monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
-    left, right = torch.randn(sizes[0], sizes[1]).to(dtype), torch.randn(sizes[1], sizes[2]).to(dtype)
+    left, right = (
+        torch.randn(sizes[0], sizes[1]).to(dtype),
+        torch.randn(sizes[1], sizes[2]).to(dtype),
+    )
     wanted = left.double() @ right.double()
     # Rounding's worst case is half a unit; on average over many results it is a third of that.
     for one, other in ((left, right), (left.t().contiguous().t(), right.t().contiguous().t())):
@@ -61,14 +66,18 @@ def test_a_layer(processor: str, dtype: torch.dtype, bound: float, bias: bool) -
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     wanted = exact[0] @ exact[1].t() + (exact[2] if bias else 0)
     found = layer(x)
-    assert found.dtype == dtype and distance(found, wanted.detach()) < 2 * bound  # the bias is added after a rounding
+    assert (
+        found.dtype == dtype and distance(found, wanted.detach()) < 2 * bound
+    )  # the bias is added after a rounding
     gradients = zip(
         torch.autograd.grad(found, leaves, cotangent),
         torch.autograd.grad(wanted, exact, cotangent.double()),
         strict=True,
     )
     for one, other in gradients:
-        assert one.dtype == dtype and distance(one, other) < 4 * bound  # PyTorch's own sum of 66 biases is not fp32
+        assert (
+            one.dtype == dtype and distance(one, other) < 4 * bound
+        )  # PyTorch's own sum of 66 biases is not fp32
 
 
 def test_nothing_is_made_that_nobody_wants(processor: str) -> None:
@@ -86,18 +95,26 @@ def test_nothing_is_made_that_nobody_wants(processor: str) -> None:
 def test_attention(processor: str, flash: bool) -> None:
     q, k, v = (torch.randn(1, 130, heads, 16).bfloat16() for heads in (4, 2, 2))
     found = attention(q, k, v, documents(100, 30), flash)
-    assert found.dtype == torch.bfloat16 and distance(found, by_hand(q, k, v, (100, 30)).double()) < 6e-3
+    assert (
+        found.dtype == torch.bfloat16
+        and distance(found, by_hand(q, k, v, (100, 30)).double()) < 6e-3
+    )
 
 
 @pytest.mark.parametrize("implementation", ["torch", "fused"])
 def test_head(processor: str, implementation: str) -> None:
-    hidden, head = torch.randn(50, 24).bfloat16().requires_grad_(), torch.randn(1200, 24).bfloat16().requires_grad_()
+    hidden, head = (
+        torch.randn(50, 24).bfloat16().requires_grad_(),
+        torch.randn(1200, 24).bfloat16().requires_grad_(),
+    )
     labels = torch.randint(1200, (50,))
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, head)]
     wanted = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum")
     found = cross_entropy(hidden, head, labels, implementation, None)
     assert found.item() == pytest.approx(wanted.item(), rel=2e-3)
-    gradients = zip(torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(wanted, exact), strict=True)
+    gradients = zip(
+        torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(wanted, exact), strict=True
+    )
     for one, other in gradients:
         assert distance(one, other) < 1e-2  # logits are rounded to bf16
 
@@ -105,5 +122,8 @@ def test_head(processor: str, implementation: str) -> None:
 def test_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
-    layer, x = Linear(16, 2050, bias=False, dtype=torch.bfloat16), torch.randn(4, 16, dtype=torch.bfloat16)
+    layer, x = (
+        Linear(16, 2050, bias=False, dtype=torch.bfloat16),
+        torch.randn(4, 16, dtype=torch.bfloat16),
+    )
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))

@@ -21,7 +21,11 @@ def random_llama(seed: int) -> LlamaForCausalLM:
     groups = choose.choice([1, 2, 3])
     heads = groups * choose.choice([1, 2, 3])
     head_dim = choose.choice([None, 8, 10, 16])
-    hidden = heads * choose.choice([8, 12, 18]) if head_dim is None else heads * choose.choice([7, 11, 13])
+    hidden = (
+        heads * choose.choice([8, 12, 18])
+        if head_dim is None
+        else heads * choose.choice([7, 11, 13])
+    )
     rope = {"rope_type": "default", "rope_theta": choose.choice([1e4, 5e5])}
     if choose.random() < 0.5:
         rope |= {
@@ -85,7 +89,9 @@ def test_logits_loss_and_gradients_equal_transformers(seed: int, cross_entropy: 
     # forward and back, whose errors add as squares: √(256 · 60) · 2^-24 = 7.4e-6 from float64, for either of the two, and
     # √2 of that apart. Measured 5e-6 on all processors of tests/test_processors.py.
     assert distance(model(tokens, positions), logits) < 1e-5
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum"
+    )
     loss = model(tokens, positions, None, labels)
     assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
     (expected / 72).backward()
@@ -105,7 +111,10 @@ def test_packed_documents_equal_each_alone() -> None:
     positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 32)
     boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     packed = model(tokens, positions, Documents(lengths, boundaries, max(lengths))).flatten(0, 1)
-    alone = [model(part[None], torch.arange(len(part))[None])[0] for part in tokens.flatten().split(list(lengths))]
+    alone = [
+        model(part[None], torch.arange(len(part))[None])[0]
+        for part in tokens.flatten().split(list(lengths))
+    ]
     # The same sums, in blocks of other sizes.
     assert distance(packed, torch.cat(alone)) < 1e-6
     assert distance(model(tokens, torch.arange(32).expand(2, 32)).flatten(0, 1), packed) > 1e-2
@@ -137,7 +146,9 @@ def test_random_weights_follow_the_formula_and_the_seed() -> None:
         init_weights({name: p.detach() for name, p in model.named_parameters()}, config, seed)
     state = one.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in two.state_dict().items())
-    assert not torch.equal(state["model.embed_tokens.weight"], other.state_dict()["model.embed_tokens.weight"])
+    assert not torch.equal(
+        state["model.embed_tokens.weight"], other.state_dict()["model.embed_tokens.weight"]
+    )
     block = "model.layers.1."
     for name, std in (
         ("model.embed_tokens.weight", 0.5),

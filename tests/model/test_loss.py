@@ -14,8 +14,12 @@ from tests.model.test_attention import Largest
 
 # fp32: sums of 301 terms; bf16 and fp16: logits are rounded to 8 and 11 bits before they are exponentiated.
 @pytest.mark.usefixtures("ways")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-@pytest.mark.parametrize(("implementation", "splits"), [("torch", None), ("fused", None), ("fused", 1), ("fused", 7)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize(
+    ("implementation", "splits"), [("torch", None), ("fused", None), ("fused", 1), ("fused", 7)]
+)
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 def test_loss_and_gradients(
     dtype: torch.dtype, bound: float, implementation: str, splits: int | None, ignored: str
@@ -26,7 +30,9 @@ def test_loss_and_gradients(
     labels = torch.randint(301, (45,), generator=generator)
     if ignored != "none":
         labels[slice(3, 20) if ignored == "some" else slice(None)] = -100
-    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=-100, reduction="sum")
+    expected = F.cross_entropy(
+        hidden.double() @ weight.double().T, labels, ignore_index=-100, reduction="sum"
+    )
     wanted = torch.autograd.grad(expected * 0.25, (hidden, weight))
     loss = cross_entropy(hidden, weight, labels, implementation, splits)
     found = torch.autograd.grad(loss * 0.25, (hidden, weight))
@@ -40,21 +46,28 @@ def test_loss_and_gradients(
         for _ in range(2):
             again = cross_entropy(hidden, weight, labels, implementation, splits, total=total)
             assert torch.equal(again, loss)
-            (by_hidden, none) = torch.autograd.grad(again * 0.25, (hidden, weight), allow_unused=True)
+            (by_hidden, none) = torch.autograd.grad(
+                again * 0.25, (hidden, weight), allow_unused=True
+            )
             assert torch.equal(by_hidden, found[0]) and none is None
         # Twice the gradient, and 5,719 roundings in fp32 of numbers near 2 (1e-5 together).
-        assert ((total - 2).double() - 2 * wanted[1].double()).norm() <= bound * 2 * wanted[1].double().norm() + 1e-4
+        assert ((total - 2).double() - 2 * wanted[1].double()).norm() <= bound * 2 * wanted[
+            1
+        ].double().norm() + 1e-4
     with torch.no_grad():
-        assert abs(cross_entropy(hidden, weight, labels, implementation, splits).item() - expected.item()) <= (
-            bound * expected.item()
-        )
+        assert abs(
+            cross_entropy(hidden, weight, labels, implementation, splits).item() - expected.item()
+        ) <= (bound * expected.item())
 
 
 @pytest.mark.usefixtures("ways")
 def test_fused_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(losses._STRETCH, "cpu", 64 * 1000)
     monkeypatch.setitem(losses._PIECE, "cpu", 16 * 1000)
-    hidden, weight = torch.randn(640, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    hidden, weight = (
+        torch.randn(640, 8, requires_grad=True),
+        torch.randn(1000, 8, requires_grad=True),
+    )
     labels = torch.randint(1000, (640,))
     with Largest() as largest:
         cross_entropy(hidden, weight, labels, "fused", None).backward()
@@ -78,7 +91,12 @@ def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_WIDENED", ())
     hidden, weight = torch.randn(40, 8).bfloat16(), torch.randn(100, 8).bfloat16()
     labels = torch.randint(100, (40,))
-    for needs, expected in (((False, False), 4), ((True, False), 8), ((False, True), 8), ((True, True), 12)):
+    for needs, expected in (
+        ((False, False), 4),
+        ((True, False), 8),
+        ((False, True), 8),
+        ((True, True), 12),
+    ):
         inputs = hidden.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])
         with FlopCounterMode(display=False) as counter:
             cross_entropy(*inputs, labels, "fused", 4)
@@ -115,5 +133,7 @@ def test_which_implementation_is_chosen() -> None:
     assert choose_cross_entropy("auto", "cpu", True) == "fused"
     assert choose_cross_entropy("torch", "cpu", True) == "torch"
     assert choose_cross_entropy("auto", "cuda", False) == "fused"
-    with pytest.raises(ConfigError, match="cross_entropy_impl: given triton, which needs an NVIDIA GPU"):
+    with pytest.raises(
+        ConfigError, match="cross_entropy_impl: given triton, which needs an NVIDIA GPU"
+    ):
         choose_cross_entropy("triton", "cpu", True)

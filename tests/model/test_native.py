@@ -77,12 +77,16 @@ def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> Non
 
 # Heads of other sizes than 64, no groups and large ones, blocks that are full, one more and one less.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
-@pytest.mark.parametrize(("heads", "keys", "width"), [(4, 4, 16), (8, 1, 2), (3, 3, 66), (2, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "keys", "width"), [(4, 4, 16), (8, 1, 2), (3, 3, 66), (2, 1, 128)]
+)
 @pytest.mark.parametrize("lengths", [(64, 64, 65, 63), (1, 255), (256,)])
 def test_attention(
     dtype: torch.dtype, bound: float, heads: int, keys: int, width: int, lengths: tuple[int, ...]
 ) -> None:
-    q, k, v = (torch.randn(1, 256, h, width).to(dtype).requires_grad_() for h in (heads, keys, keys))
+    q, k, v = (
+        torch.randn(1, 256, h, width).to(dtype).requires_grad_() for h in (heads, keys, keys)
+    )
     cotangent = torch.randn(q.shape).to(dtype)
     out, wanted = attention(q, k, v, documents(*lengths), True), by_hand(q, k, v, lengths)
     gradients = zip(
@@ -100,7 +104,9 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 200, 2, 8).to(dtype) for _ in range(3))
     found = attention(q * 100, k * 100, v, documents(150, 50), True)
     assert torch.isfinite(found).all()
-    assert distance(found, by_hand(q * 100, k * 100, v, (150, 50))) < (1e-4 if dtype == torch.float32 else 1e-2)
+    assert distance(found, by_hand(q * 100, k * 100, v, (150, 50))) < (
+        1e-4 if dtype == torch.float32 else 1e-2
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +130,10 @@ def test_the_same_bits_each_time_and_nan_stays_nan(dtype: torch.dtype) -> None:
             once, again = gradients(threads), gradients(threads)
             assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
         bound = 1e-6 if dtype == torch.float32 else 1e-2
-        assert all(distance(one, other) < bound for one, other in zip(gradients(3), gradients(1), strict=True))
+        assert all(
+            distance(one, other) < bound
+            for one, other in zip(gradients(3), gradients(1), strict=True)
+        )
         for poison in (torch.nan, torch.inf):
             assert not torch.isfinite(gradients(2, poison)[3]).all()
     finally:
@@ -139,7 +148,9 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert "no-such-compiler" in native.load()
     assert not native.usable(torch.ones(1))
     x = torch.randn(4, 8)
-    assert torch.allclose(rms_norm(x, torch.ones(8), 0.0), x / x.square().mean(-1, keepdim=True).sqrt(), atol=1e-6)
+    assert torch.allclose(
+        rms_norm(x, torch.ones(8), 0.0), x / x.square().mean(-1, keepdim=True).sqrt(), atol=1e-6
+    )
 
 
 def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -167,14 +178,21 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         for rows, inner, columns in ((512, 576, 1536), (1, 33, 7), (300, 2048, 64), (65, 64, 63)):
             left, right = torch.randn(rows, inner), torch.randn(inner, columns)
             exact = left.double() @ right.double()
-            for one, other in ((left, right), (left.t().contiguous().t(), right.t().contiguous().t())):
+            for one, other in (
+                (left, right),
+                (left.t().contiguous().t(), right.t().contiguous().t()),
+            ):
                 assert distance(one @ other, exact) < 1e-6
         torch.set_float32_matmul_precision("highest")
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
         assert not native.take_faster_exact_products()
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         product = Tensor.__matmul__
-        monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: product(a if a.dtype == torch.double else _short(a), b))
+        monkeypatch.setattr(
+            Tensor,
+            "__matmul__",
+            lambda a, b: product(a if a.dtype == torch.double else _short(a), b),
+        )
         assert not native.take_faster_exact_products()
         assert torch.get_float32_matmul_precision() == "highest"
     finally:

@@ -14,7 +14,9 @@ def by_hand(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 # fp32: the rounding of a mean of 33 squares. 16 bits: each result is rounded once, to half of 2^-8 and 2^-11.
 @pytest.mark.usefixtures("ways")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)]
+)
 @pytest.mark.parametrize("shape", [(5, 33), (2, 7, 33), (1, 1, 1, 33)])
 def test_norm_and_its_gradients(dtype: torch.dtype, bound: float, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,9 @@ CASES = [
 
 @pytest.mark.parametrize(("config", "parameters"), CASES)
 @pytest.mark.parametrize("head_dim", [64, 128, 10])
-def test_angles_equal_transformers(config: RotaryConfig, parameters: dict[str, object], head_dim: int) -> None:
+def test_angles_equal_transformers(
+    config: RotaryConfig, parameters: dict[str, object], head_dim: int
+) -> None:
     theirs = LlamaRotaryEmbedding(
         LlamaConfig(
             hidden_size=4 * head_dim,
@@ -69,7 +71,9 @@ def test_gradient_turns_back() -> None:
     (found,) = torch.autograd.grad(rotate(x, cos, sin), x, cotangent)
     # Turning is orthogonal: turned again, the gradient is what came in.
     assert (rotate(found, cos, sin) - cotangent).abs().max() < 1e-6
-    (wanted,) = torch.autograd.grad(x * cos + torch.cat(x.chunk(2, -1)[::-1], -1) * sin, x, cotangent)
+    (wanted,) = torch.autograd.grad(
+        x * cos + torch.cat(x.chunk(2, -1)[::-1], -1) * sin, x, cotangent
+    )
     assert (found - wanted).abs().max() < 1e-6
 
 

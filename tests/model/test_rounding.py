@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from fast_llm.model.rounding import BLOCK, LEVELS, join, pack_, round_by_chance_, split_, tops, unpack
+from fast_llm.model.rounding import (
+    BLOCK,
+    LEVELS,
+    join,
+    pack_,
+    round_by_chance_,
+    split_,
+    tops,
+    unpack,
+)
 
 KINDS = [torch.int8, torch.uint8]
 
@@ -21,7 +30,9 @@ def test_halves_lose_nothing() -> None:
         nearest = numbers.to(torch.bfloat16)
         # Halves go away from zero here, and to even there.
         assert torch.equal(high.view(torch.int16), nearest.view(torch.int16)) == (lower != 0x8000)
-        assert ((high.float() - numbers).abs() == (nearest.float() - numbers).abs())[nearest.isfinite()].all()
+        assert ((high.float() - numbers).abs() == (nearest.float() - numbers).abs())[
+            nearest.isfinite()
+        ].all()
 
 
 def test_by_chance_is_right_on_average() -> None:
@@ -44,7 +55,9 @@ def test_by_chance_is_right_on_average() -> None:
 def wild(count: int, kind: torch.dtype, spread: float = 8.0) -> torch.Tensor:
     """Numbers of very different sizes, some of them 0; no negative ones for uint8."""
     generator = torch.Generator().manual_seed(count)
-    numbers = torch.randn(count, generator=generator) * torch.exp(spread * torch.randn(count, generator=generator))
+    numbers = torch.randn(count, generator=generator) * torch.exp(
+        spread * torch.randn(count, generator=generator)
+    )
     numbers[::7] = 0
     return numbers if kind == torch.int8 else numbers.abs()
 
@@ -76,7 +89,9 @@ def test_every_code_and_top(kind: torch.dtype) -> None:
     full = LEVELS[kind]
     for top in range(0x7F8):
         some = torch.arange(min(max(full - top + 1, 1), full), full)
-        block = torch.cat([torch.tensor([full if top else 0, 0]), some, -some if kind == torch.int8 else some])
+        block = torch.cat(
+            [torch.tensor([full if top else 0, 0]), some, -some if kind == torch.int8 else some]
+        )
         # Each block begins with its largest.
         parts = block[1:].split(BLOCK - 1)
         codes = torch.cat([torch.cat([block[:1], part]) for part in parts]).to(kind)
@@ -100,7 +115,10 @@ def test_what_is_lost(kind: torch.dtype) -> None:
     codes, _, found = packed(numbers, kind)
     largest = torch.cat([part.abs().max().expand(len(part)) for part in numbers.split(BLOCK)])
     within = numbers.abs() > largest * 2.0 ** (-14 if kind == torch.int8 else -30)
-    assert within.float().mean() > 0.05 and ((found - numbers).abs() <= numbers.abs() / 17 + 1e-45)[within].all()
+    assert (
+        within.float().mean() > 0.05
+        and ((found - numbers).abs() <= numbers.abs() / 17 + 1e-45)[within].all()
+    )
     assert (found[numbers == 0] == 0).all()
     below = (numbers != 0) & (numbers.abs() < largest * 2.0 ** (-16 if kind == torch.int8 else -32))
     assert below.any() and (codes[below] == (0 if kind == torch.int8 else 1)).all()
@@ -120,7 +138,9 @@ def test_8_bits_by_chance_are_right_on_average(kind: torch.dtype) -> None:
         assert ((found - numbers).abs() <= numbers.abs() / 8).all()
         sums += found * numbers.sign()
     # 640,000 roundings of 2^-3 at most: the mean's deviation is below 2^-4 / 800.
-    assert (sums.view(6, -1).mean(1) / 25).tolist() == pytest.approx([1.0, 1.01, 0.99, 1.12, 3.1e-3, 0.0], rel=4e-4)
+    assert (sums.view(6, -1).mean(1) / 25).tolist() == pytest.approx(
+        [1.0, 1.01, 0.99, 1.12, 3.1e-3, 0.0], rel=4e-4
+    )
 
 
 def test_chances_of_one_place_are_independent() -> None:

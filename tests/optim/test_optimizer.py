@@ -16,7 +16,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(weight.shape, generator=generator) for name, weight in weights().items()}
+    return {
+        name: torch.randn(weight.shape, generator=generator) for name, weight in weights().items()
+    }
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])
@@ -34,7 +36,9 @@ def test_equals_the_formula_in_float64(factor: float) -> None:
             g = gradient.double() * factor
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.95 * second[name] + 0.05 * g * g
-            moved = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+            moved = (
+                first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+            )
             decay = 0.1 if name == "a.weight" else 0.0
             expected[name] = expected[name] - rate * (moved + decay * expected[name])
     for name, weight in found.items():
@@ -87,7 +91,9 @@ def test_bf16_squares_shrink() -> None:
     for _ in range(300):
         optimizer.step({"a": torch.zeros(2000)}, 0.0, 1.0)
     # 2,000 random walks of 300 steps of at most 2^-8 each: within 1 %.
-    assert optimizer.exp_avg_sq["a"].float().mean().item() == pytest.approx(before * 0.999**300, rel=0.01)
+    assert optimizer.exp_avg_sq["a"].float().mean().item() == pytest.approx(
+        before * 0.999**300, rel=0.01
+    )
 
 
 def test_8_bit_squares_shrink() -> None:
@@ -168,7 +174,9 @@ def test_8_bit_updates_are_near() -> None:
         (slice(60, 80), 0.1),
         (slice(80, 100), 0.1),
     ):  # from 2e-4, 4e-3 and 6e-2 on
-        error = (moved["int8"] - moved["fp32"])[:, columns].norm() / moved["fp32"][:, columns].norm()
+        error = (moved["int8"] - moved["fp32"])[:, columns].norm() / moved["fp32"][
+            :, columns
+        ].norm()
         assert 0 < error < bound, (columns, error)
     assert moved["int8"].norm() < 1.02 * moved["fp32"].norm()
 
@@ -176,7 +184,8 @@ def test_8_bit_updates_are_near() -> None:
 def test_moments_move_between_dtypes() -> None:
     """Those of 8 bits are read into any other as they are, and back into the same codes."""
     optimizers = {
-        moments: Optimizer(weights(), OptimizerConfig(moments_dtype=moments)) for moments in ("fp32", "bf16", "int8")
+        moments: Optimizer(weights(), OptimizerConfig(moments_dtype=moments))
+        for moments in ("fp32", "bf16", "int8")
     }
     for step in range(1, 6):
         optimizers["int8"].step(gradients(step), 1e-2, 1.0)
@@ -196,7 +205,9 @@ def test_moments_move_between_dtypes() -> None:
 
 def test_norm_and_clipping() -> None:
     parts = {"a": torch.full((3,), 2.0), "b": torch.full((2, 2), -1.0), "c": torch.empty(0)}
-    assert squared_norm(parts, dict.fromkeys(parts, 1)).item() == pytest.approx(16, rel=1e-6)  # norms are fp32
+    assert squared_norm(parts, dict.fromkeys(parts, 1)).item() == pytest.approx(
+        16, rel=1e-6
+    )  # norms are fp32
     assert squared_norm(parts, {"a": 2, "b": 1, "c": 1}).item() == pytest.approx(10, rel=1e-6)
     assert clip_factor(4.0, 1.0) == pytest.approx(1 / (4 + 1e-6))
     assert clip_factor(0.5, 1.0) == 1 and clip_factor(4.0, None) == 1

@@ -29,11 +29,21 @@ def test_the_recipes_learning_rates(update: int, expected: float) -> None:
 
 @pytest.mark.parametrize(
     ("style", "power", "expected"),
-    [("constant", 1.0, 1.0), ("linear", 1.0, 0.75), ("power", 2.0, 0.9375), ("linear", 2.0, 0.9375)],
+    [
+        ("constant", 1.0, 1.0),
+        ("linear", 1.0, 0.75),
+        ("power", 2.0, 0.9375),
+        ("linear", 2.0, 0.9375),
+    ],
 )
 def test_other_styles(style: str, power: float, expected: float) -> None:
     config = LearningRateConfig(
-        base=1.0, minimum=0.0, decay_style=style, decay_power=power, decay_iterations=50, warmup_iterations=10
+        base=1.0,
+        minimum=0.0,
+        decay_style=style,
+        decay_power=power,
+        decay_iterations=50,
+        warmup_iterations=10,
     )
     assert learning_rate(20, config) == pytest.approx(expected, rel=1e-12)  # a quarter of the decay
     assert learning_rate(5, config) == 0.5

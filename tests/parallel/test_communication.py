@@ -62,9 +62,18 @@ def count(overrides: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     return dict(seen.calls), dict(seen.bytes)
 
 
-BLOCKS, HIDDEN, HEADS, WIDTH = 4, 32, 4, 6  # of the tables' model: layers, hidden size, key and value heads, head size
+BLOCKS, HIDDEN, HEADS, WIDTH = (
+    4,
+    32,
+    4,
+    6,
+)  # of the tables' model: layers, hidden size, key and value heads, head size
 SEQUENCES, LENGTH = 8, 24  # of a step
-PARAMETERS = 2 * 128 * HIDDEN + HIDDEN + BLOCKS * (2 * HIDDEN + (8 + 8 + 4 + 4) * WIDTH * HIDDEN + 3 * 56 * HIDDEN)
+PARAMETERS = (
+    2 * 128 * HIDDEN
+    + HIDDEN
+    + BLOCKS * (2 * HIDDEN + (8 + 8 + 4 + 4) * WIDTH * HIDDEN + 3 * 56 * HIDDEN)
+)
 SUM = 4 * 8  # the step's one sum: loss, targets, squared norm, wish to stop
 
 
@@ -90,9 +99,15 @@ def test_the_model_is_the_one_that_the_formulas_mean() -> None:
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero(root: Path, zero: int) -> None:
     """Two micro-batches: weights are gathered once, or twice a block each; gradients reduced once, or each."""
-    units, micro, weights = BLOCKS + 2, 2, 4 * PARAMETERS  # the embedding with the last norm, and the head
+    units, micro, weights = (
+        BLOCKS + 2,
+        2,
+        4 * PARAMETERS,
+    )  # the embedding with the last norm, and the head
     blocks = weights - 4 * (2 * 128 * HIDDEN + HIDDEN)
-    gathers, gathered = (micro * (units + BLOCKS), micro * (weights + blocks)) if zero == 3 else (units, weights)
+    gathers, gathered = (
+        (micro * (units + BLOCKS), micro * (weights + blocks)) if zero == 3 else (units, weights)
+    )
     reductions = micro if zero > 1 else 1
     check(
         root,
@@ -117,7 +132,11 @@ def test_tensor_parallelism(root: Path) -> None:
     check(
         root,
         "2 tp=2 sp=yes tied=no micro=4",
-        {"all-gather": micro * sums + 2 * micro, "reduce-scatter": micro * sums, "all-reduce": norms + 1},
+        {
+            "all-gather": micro * sums + 2 * micro,
+            "reduce-scatter": micro * sums,
+            "all-reduce": norms + 1,
+        },
         {
             "all-gather": sums * activations + told,
             "reduce-scatter": sums * activations,
@@ -132,8 +151,16 @@ def test_context_parallelism(root: Path) -> None:
     check(
         root,
         "2 cp=2 tied=no micro=4",
-        {"all-gather": micro * BLOCKS + BLOCKS + 2, "reduce-scatter": micro * BLOCKS + BLOCKS + 2, "all-reduce": 1},
-        {"all-gather": BLOCKS * keys + weights, "reduce-scatter": BLOCKS * keys + weights, "all-reduce": SUM},
+        {
+            "all-gather": micro * BLOCKS + BLOCKS + 2,
+            "reduce-scatter": micro * BLOCKS + BLOCKS + 2,
+            "all-reduce": 1,
+        },
+        {
+            "all-gather": BLOCKS * keys + weights,
+            "reduce-scatter": BLOCKS * keys + weights,
+            "all-reduce": SUM,
+        },
     )
 
 

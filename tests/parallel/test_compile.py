@@ -24,7 +24,9 @@ from fast_llm.parallel.tensor import apply_tensor_parallel
 from tests.helpers import TINY, spawn
 
 
-def graphs(layers: int, steps: int, level: str, tensor: int, context: int, sequence: bool, packed: bool) -> int:
+def graphs(
+    layers: int, steps: int, level: str, tensor: int, context: int, sequence: bool, packed: bool
+) -> int:
     """How many were made for a model's blocks in `steps` micro-batches and a validation."""
     native.load()  # as training does before anything is compiled
     mesh = Mesh(60, 60, tensor=tensor, context=context)
@@ -54,9 +56,13 @@ def graphs(layers: int, steps: int, level: str, tensor: int, context: int, seque
         lengths = torch.diff(torch.cat([torch.zeros(1), ends, torch.full((1,), 32)])).int().tolist()
         tokens = torch.randint(256, (1, 32), generator=generator)
         documents = (
-            Documents(tuple(lengths), torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)) if packed else None
+            Documents(tuple(lengths), torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
+            if packed
+            else None
         )
-        batch = cut(Batch(tokens, tokens, torch.arange(32)[None], documents, 32), mesh.context.rank, context)
+        batch = cut(
+            Batch(tokens, tokens, torch.arange(32)[None], documents, 32), mesh.context.rank, context
+        )
         model(batch.tokens, batch.positions, batch.documents, batch.labels).backward()
     with torch.no_grad():
         model(batch.tokens, batch.positions, batch.documents, batch.labels)
@@ -77,7 +83,9 @@ def many_and_one(*how: Any) -> tuple[int, int]:
 )
 def test_blocks_are_compiled_once(tensor: int, context: int, sequence: bool, packed: bool) -> None:
     """With gradients and without, and before and after an attention that is left out."""
-    for many, one in spawn(tensor * context, many_and_one, "none", tensor, context, sequence, packed):
+    for many, one in spawn(
+        tensor * context, many_and_one, "none", tensor, context, sequence, packed
+    ):
         assert many == one >= 2
 
 
@@ -93,7 +101,11 @@ def worst_gradient(dtype: torch.dtype, lean: bool, kernels: bool, packed: bool) 
     else:
         native._Loaded.problem, native._Loaded.library = "not wanted", None
     config = validate(BaseModelConfig, Document(TINY, {}, ""))
-    documents = Documents((9, 14, 9), torch.tensor([0, 9, 23, 32], dtype=torch.int32), 14) if packed else None
+    documents = (
+        Documents((9, 14, 9), torch.tensor([0, 9, 23, 32], dtype=torch.int32), 14)
+        if packed
+        else None
+    )
     tokens = torch.randint(256, (1, 33), generator=torch.Generator().manual_seed(0))
     found = []
     for backend in (None, "aot_eager"):
@@ -108,8 +120,12 @@ def worst_gradient(dtype: torch.dtype, lean: bool, kernels: bool, packed: bool) 
         weights.publish()
         weights.before_micro_batch(True, True)
         model(tokens[:, :-1], torch.arange(32)[None], documents, tokens[:, 1:]).backward()
-        found.append({name: gradient.double() for name, gradient in weights.local_gradients().items()})
-    return max(((found[1][n] - exact).norm() / exact.norm()).item() for n, exact in found[0].items())
+        found.append(
+            {name: gradient.double() for name, gradient in weights.local_gradients().items()}
+        )
+    return max(
+        ((found[1][n] - exact).norm() / exact.norm()).item() for n, exact in found[0].items()
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -47,7 +47,11 @@ def each_its_own(rank: int) -> None:
 
 
 def another_is_busy(rank: int) -> None:
-    in_a_step((0, 1), partial(raises, DataError("a: damaged")) if rank == 1 else partial(time.sleep, 60), rank)
+    in_a_step(
+        (0, 1),
+        partial(raises, DataError("a: damaged")) if rank == 1 else partial(time.sleep, 60),
+        rank,
+    )
 
 
 def while_building(rank: int) -> None:
@@ -94,34 +98,50 @@ def in_the_plan(ranks: tuple[int, ...], rank: int) -> None:
         ),
     ],
 )  # fmt: skip
-def test_one_message(tmp_path: Path, world: int, before: Callable[[int], None], code: int, message: str) -> None:
+def test_one_message(
+    tmp_path: Path, world: int, before: Callable[[int], None], code: int, message: str
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    arguments = settings(tmp_path, "training.train_iters=50", "run.log_timestamps=no", "batch.micro_batch_size=1")
+    arguments = settings(
+        tmp_path, "training.train_iters=50", "run.log_timestamps=no", "batch.micro_batch_size=1"
+    )
     with Job(tmp_path, arguments, world, before, helped=False) as job:
         assert job.wait() == code, job.said()
         log, _, said = job.said().partition("fast-llm train: ")
         assert said == f"{message}\n"
-        assert all(re.match(r"\[Rank 0\] |[A-Z][\w ]{13}\S", line) for line in log.splitlines()), log
+        assert all(re.match(r"\[Rank 0\] |[A-Z][\w ]{13}\S", line) for line in log.splitlines()), (
+            log
+        )
         assert job.codes() == [code] * world
 
 
 def test_a_fault_is_one_traceback(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     arguments = settings(tmp_path, "training.train_iters=50", "run.experiment_dir=null")
-    with Job(tmp_path, arguments, 2, partial(in_a_step, (0, 1), partial(raises, KeyError("ours"))), False) as job:
+    with Job(
+        tmp_path, arguments, 2, partial(in_a_step, (0, 1), partial(raises, KeyError("ours"))), False
+    ) as job:
         assert job.wait() == 1 and job.codes() == [1, 1]
-        assert job.said().count("KeyError: 'ours'") == 1 and job.said().count("Traceback") == 1, job.said()
+        assert job.said().count("KeyError: 'ours'") == 1 and job.said().count("Traceback") == 1, (
+            job.said()
+        )
 
 
-def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_do_not_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingStopped, match=rf"rank 0 on {HOST}: .* 127.0.0.1:{port} within 2 s \(model.distrib"):
+    with pytest.raises(
+        TrainingStopped, match=rf"rank 0 on {HOST}: .* 127.0.0.1:{port} within 2 s \(model.distrib"
+    ):
         Failures.meet(2).arrive(None, 2)
     monkeypatch.delenv("MASTER_ADDR")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2 in the environment: start the processes with torchrun"):
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE is 2 in the environment: start the processes with torchrun"
+    ):
         Failures.meet(2)

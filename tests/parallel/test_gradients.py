@@ -27,12 +27,18 @@ CUTS = [(12,), (5, 7), (1, 11), (12,), (4, 4, 4), (6, 6), (12,), (11, 1)]
 
 def model_config(tied: bool, recompute: str) -> BaseModelConfig:
     # 255 and 63 do not divide by 2 or 4: shards are uneven, and some are empty (norms of 63 on 4 processes are not).
-    transformer = TINY["transformer"] | {"hidden_size": 63, "kv_channels": 16, "mlp_recompute_level": recompute}
+    transformer = TINY["transformer"] | {
+        "hidden_size": 63,
+        "kv_channels": 16,
+        "mlp_recompute_level": recompute,
+    }
     values = TINY | {"vocab_size": 255, "tie_word_embeddings": tied, "transformer": transformer}
     return validate(BaseModelConfig, Document(values, {}, ""))
 
 
-def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Documents, torch.Tensor]:
+def micro_batch(
+    first: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, Documents, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(255, (SEQUENCES, LENGTH + 1), generator=generator)[first : first + count]
     labels = tokens[:, 1:].clone()
@@ -44,7 +50,12 @@ def micro_batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Doc
             labels[row, end - 1] = -100
         lengths += cut
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    return tokens[:, :-1], torch.stack(positions), Documents(tuple(lengths), ends, max(lengths)), labels
+    return (
+        tokens[:, :-1],
+        torch.stack(positions),
+        Documents(tuple(lengths), ends, max(lengths)),
+        labels,
+    )
 
 
 def gradients(
@@ -81,15 +92,22 @@ def gradients(
     for _ in range(2):
         for number in range(accumulation):
             weights.before_micro_batch(number == 0, number == accumulation - 1)
-            tokens, positions, documents, labels = micro_batch((number * mesh.size + mesh.rank) * size, size)
-            (model(tokens, positions, documents, labels) * mesh.size / (SEQUENCES * LENGTH)).backward()
+            tokens, positions, documents, labels = micro_batch(
+                (number * mesh.size + mesh.rank) * size, size
+            )
+            (
+                model(tokens, positions, documents, labels) * mesh.size / (SEQUENCES * LENGTH)
+            ).backward()
         found = weights.local_gradients()
         with torch.no_grad(), weights.masters(changed=True) as tensors:
             for name, tensor in tensors.items():
                 tensor.sub_(like(tensor, found[name]), alpha=0.5)
             whole = {name: like(tensor, found[name]) for name, tensor in tensors.items()}
         weights.publish()
-    return {n: (g.full_tensor() if isinstance(g, DTensor) else g).numpy().copy() for n, g in whole.items()}
+    return {
+        n: (g.full_tensor() if isinstance(g, DTensor) else g).numpy().copy()
+        for n, g in whole.items()
+    }
 
 
 @functools.cache
@@ -109,7 +127,9 @@ def in_float64(tied: bool) -> dict[str, np.ndarray]:
     tokens, positions, documents, labels = micro_batch(0, SEQUENCES)
     for _ in range(2):
         leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
-        logits = exact.logits(leaves, config, tokens.flatten(), positions.flatten(), documents.lengths)
+        logits = exact.logits(
+            leaves, config, tokens.flatten(), positions.flatten(), documents.lengths
+        )
         loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / (SEQUENCES * LENGTH)
         found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         weights = {name: (leaf - 0.5 * found[name]).detach() for name, leaf in leaves.items()}
@@ -130,7 +150,9 @@ def check_fp32(found: dict[str, np.ndarray], tied: bool = False) -> None:
         assert distance(found[name], gradient) <= 2 * distance(one[name], gradient), name
 
 
-def check_bf16(found: dict[str, np.ndarray], one: dict[str, np.ndarray], tied: bool = False) -> None:
+def check_bf16(
+    found: dict[str, np.ndarray], one: dict[str, np.ndarray], tied: bool = False
+) -> None:
     """Two results in bf16 are nearer to one another than to float64.
 
     They round the same weights, and for the most part the same activations: were their errors independent, they would be
@@ -185,7 +207,9 @@ def test_hybrid_sharding(world: int, shard_size: int, zero_stage: int) -> None:
         check_fp32(found, tied=True)
 
 
-@pytest.mark.parametrize("level", ["activation", "activation_and_input", "full", "selective", "block"])
+@pytest.mark.parametrize(
+    "level", ["activation", "activation_and_input", "full", "selective", "block"]
+)
 @pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 3)])
 def test_recomputation_changes_nothing(world: int, zero_stage: int, level: str) -> None:
     for found in spawn(world, gradients, zero_stage, 2, torch.float32, False, level):
@@ -209,7 +233,9 @@ def test_bf16_is_the_same_on_several_processes(world: int, zero_stage: int) -> N
 
 @functools.cache
 def four_micro_batches(tied: bool = False, cross_entropy: str = "fused") -> dict[str, np.ndarray]:
-    return spawn(1, gradients, 0, 4, torch.bfloat16, tied, "none", None, False, False, cross_entropy)[0]
+    return spawn(
+        1, gradients, 0, 4, torch.bfloat16, tied, "none", None, False, False, cross_entropy
+    )[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -226,5 +252,7 @@ def test_products_that_add_in_fp32(level: str, compiled: bool) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_cross_entropy_that_adds_in_fp32(tied: bool, cross_entropy: str) -> None:
     """To the sum that the embedding's gradient is added to as well, if they are one; torch's gives it to the weight."""
-    found = spawn(1, gradients, 0, 4, torch.bfloat16, tied, "none", None, True, False, cross_entropy)[0]
+    found = spawn(
+        1, gradients, 0, 4, torch.bfloat16, tied, "none", None, True, False, cross_entropy
+    )[0]
     check_bf16(found, four_micro_batches(tied, cross_entropy), tied)

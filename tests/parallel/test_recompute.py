@@ -17,8 +17,14 @@ LEVELS = ("none", "activation", "activation_and_input", "full", "selective", "bl
 
 def cost(level: str) -> tuple[int, int]:
     """Bytes kept between forward and backward of a block, and FLOPs of both in matrix products."""
-    transformer = TINY["transformer"] | {"hidden_size": HIDDEN, "ffn_hidden_size": MLP, "kv_channels": 8}
-    config = validate(BaseModelConfig, Document(TINY | {"transformer": transformer}, {}, "")).transformer
+    transformer = TINY["transformer"] | {
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": MLP,
+        "kv_channels": 8,
+    }
+    config = validate(
+        BaseModelConfig, Document(TINY | {"transformer": transformer}, {}, "")
+    ).transformer
     torch.manual_seed(0)
     block = Block(config)
     apply_recompute(block, level)
@@ -28,16 +34,26 @@ def cost(level: str) -> tuple[int, int]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
             out = block(hidden, angles, None)
         out.sum().backward()
-    return sum(event.self_cpu_memory_usage for event in memory.key_averages()), flops.get_total_flops()
+    return sum(
+        event.self_cpu_memory_usage for event in memory.key_averages()
+    ), flops.get_total_flops()
 
 
 def test_what_is_kept_and_what_is_computed_again() -> None:
     kept, flops = ({level: cost(level)[i] for level in LEVELS} for i in range(2))
-    assert kept["none"] > kept["activation"] > kept["activation_and_input"] > kept["full"] > kept["block"]
+    assert (
+        kept["none"]
+        > kept["activation"]
+        > kept["activation_and_input"]
+        > kept["full"]
+        > kept["block"]
+    )
     assert kept["none"] > kept["selective"] > kept["block"]
     # The whole block keeps its output, which is the next one's input.
     assert kept["block"] == TOKENS * HIDDEN * 4
-    assert flops["none"] == flops["activation"] == flops["activation_and_input"] == flops["selective"]
+    assert (
+        flops["none"] == flops["activation"] == flops["activation_and_input"] == flops["selective"]
+    )
     # Of an MLP, three products of 2 · tokens · hidden · MLP.
     assert flops["full"] - flops["none"] >= 2 * 2 * TOKENS * HIDDEN * MLP
     assert flops["block"] > flops["full"]

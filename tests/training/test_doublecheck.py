@@ -124,7 +124,13 @@ FAULTS: list[tuple[Any, int, str, list[str], str]] = [
         [COPIES],
         f"rank 1 on {HOST}: weight of {NORM} (part 0) is not what the 2 other processes hold",
     ),
-    (in_weight, 2, "1", [COPIES], f"weight of {NORM} (part 0) is not the same on rank 0 on {HOST}, rank 1 on {HOST}"),
+    (
+        in_weight,
+        2,
+        "1",
+        [COPIES],
+        f"weight of {NORM} (part 0) is not the same on rank 0 on {HOST}, rank 1 on {HOST}",
+    ),
     (
         in_weight,
         2,
@@ -139,10 +145,28 @@ FAULTS: list[tuple[Any, int, str, list[str], str]] = [
         [COPIES],
         f"rank 2 on {HOST}: exp_avg_sq of model.norm.weight (part 0) is not what the 2 other processes hold",
     ),
-    (in_counter, 3, "0", [], f"rank 0 on {HOST}: the number of updates is not what the 2 other processes hold"),
-    (in_loss, 2, "1", [], f"rank 1 on {HOST}: the loss of the same micro-batch was computed twice and is "),
+    (
+        in_counter,
+        3,
+        "0",
+        [],
+        f"rank 0 on {HOST}: the number of updates is not what the 2 other processes hold",
+    ),
+    (
+        in_loss,
+        2,
+        "1",
+        [],
+        f"rank 1 on {HOST}: the loss of the same micro-batch was computed twice and is ",
+    ),
     (in_training, 2, "1", [], f"rank 1 on {HOST}: the loss of a micro-batch was "),
-    (in_loss, 1, "0", [], f"rank 0 on {HOST}: the loss of the same micro-batch was computed twice and is "),
+    (
+        in_loss,
+        1,
+        "0",
+        [],
+        f"rank 0 on {HOST}: the loss of the same micro-batch was computed twice and is ",
+    ),
     (
         in_gathered,
         3,
@@ -150,15 +174,28 @@ FAULTS: list[tuple[Any, int, str, list[str], str]] = [
         [BF16],
         f"rank 1 on {HOST}: gathered model.layers.1.mlp.up_proj.weight is not what the 2 other processes hold",
     ),
-    (in_working, 1, "0", [BF16, UNTIED], f"rank 0 on {HOST}: lm_head.weight is not the rounded fp32 weight"),
+    (
+        in_working,
+        1,
+        "0",
+        [BF16, UNTIED],
+        f"rank 0 on {HOST}: lm_head.weight is not the rounded fp32 weight",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("fault", "world", "rank", "how", "told"), FAULTS, ids=[f"{f[0].__name__} {f[1]}" + "".join(f[3]) for f in FAULTS]
+    ("fault", "world", "rank", "how", "told"),
+    FAULTS,
+    ids=[f"{f[0].__name__} {f[1]}" + "".join(f[3]) for f in FAULTS],
 )
 def test_what_is_wrong_is_named(
-    tmp_path: Path, fault: Callable[[Trainer], None], world: int, rank: str, how: list[str], told: str
+    tmp_path: Path,
+    fault: Callable[[Trainer], None],
+    world: int,
+    rank: str,
+    how: list[str],
+    told: str,
 ) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(world, flipping, arguments(tmp_path, "run", *how), fault, rank) == [1] * world
@@ -181,7 +218,9 @@ def test_it_changes_nothing(tmp_path: Path) -> None:
     one, other = (weights(tmp_path / name / "checkpoint" / "6") for name in ("checked", "plain"))
     assert one == other
     said = (tmp_path / "checked" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
-    assert said.count("things are as they must be") == 6 and "only the latter are compared" not in said
+    assert (
+        said.count("things are as they must be") == 6 and "only the latter are compared" not in said
+    )
 
 
 def other_kernels(arguments_: list[str]) -> int:
@@ -194,7 +233,10 @@ def test_passes_that_differ_by_their_kernels_are_no_fault(tmp_path: Path) -> Non
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(2, other_kernels, arguments(tmp_path, "run")) == [0, 0]
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_1.txt").read_text()
-    assert said.count("only the latter are compared") == 1 and said.count("things are as they must be") == 3
+    assert (
+        said.count("only the latter are compared") == 1
+        and said.count("things are as they must be") == 3
+    )
 
 
 def test_every_element_counts() -> None:
@@ -203,16 +245,23 @@ def test_every_element_counts() -> None:
     found = set()
     for at in range(0, 1000, 7):
         for bit in (0, 13, 31):
-            values.view(torch.int32)[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+            values.view(torch.int32)[at] ^= torch.tensor(
+                1 << bit if bit < 31 else -(2**31), dtype=torch.int32
+            )
             found.add(digest(values))
-            values.view(torch.int32)[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+            values.view(torch.int32)[at] ^= torch.tensor(
+                1 << bit if bit < 31 else -(2**31), dtype=torch.int32
+            )
     assert before not in found and len(found) == 143 * 3
     assert digest(values) == before != digest(values.flip(0))
     assert digest(values.bfloat16()) == digest(values.bfloat16().view(50, 20))
 
 
 def test_the_odd_one_out() -> None:
-    reports = [Report(f"node{rank}", [], {"a": 1, "b": rank % 2, **({"c": 5} if rank else {})}) for rank in range(4)]
+    reports = [
+        Report(f"node{rank}", [], {"a": 1, "b": rank % 2, **({"c": 5} if rank else {})})
+        for rank in range(4)
+    ]
     assert differences(reports) == [
         "b is not the same on rank 0 on node0, rank 1 on node1, rank 2 on node2, rank 3 on node3"
     ]
@@ -251,7 +300,13 @@ def test_what_no_update_makes_is_neither_saved_nor_exported(
 
     monkeypatch.setattr(Trainer, "check_finite", changed)
     for due in ("training.export.interval=5", "training.checkpoint.interval=5"):
-        how = arguments(tmp_path, part, "training.checkpoint.interval=3", "training.double_check.interval=null", due)
+        how = arguments(
+            tmp_path,
+            part,
+            "training.checkpoint.interval=3",
+            "training.double_check.interval=null",
+            due,
+        )
         with pytest.raises(TrainingStopped) as error:
             run(how)
         what = "exported" if "export" in due else "saved"
@@ -275,9 +330,12 @@ def test_steps_that_are_not_finite_tell_whether_the_weights_are_why(
             self.weights.local()["model.norm.weight"][3] = float("nan")
 
     monkeypatch.setattr(Trainer, "check_finite", changed)
-    how = arguments(tmp_path, "run", "training.checkpoint.interval=6", "optimizer.max_nonfinite_steps=2")
+    how = arguments(
+        tmp_path, "run", "training.checkpoint.interval=6", "optimizer.max_nonfinite_steps=2"
+    )
     with pytest.raises(
-        TrainingStopped, match=r"^step 4: rank 0 on .*: weight of model.norm.weight holds NaN or infinities\. No"
+        TrainingStopped,
+        match=r"^step 4: rank 0 on .*: weight of model.norm.weight holds NaN or infinities\. No",
     ):
         run([*how, "training.double_check.interval=null"])
 
@@ -287,10 +345,14 @@ def test_steps_that_are_not_finite_tell_whether_the_weights_are_why(
 def test_what_no_update_makes(moments: Literal["fp32", "bf16", "int8"], fault: float) -> None:
     weights = {"a": torch.ones(300), "b": torch.ones(4), "none of it here": torch.ones(0)}
     optimizer = Optimizer(weights, OptimizerConfig(moments_dtype=moments))
-    step = cast(Step, SimpleNamespace(optimizer=optimizer, weights=SimpleNamespace(local=lambda: weights)))
+    step = cast(
+        Step, SimpleNamespace(optimizer=optimizer, weights=SimpleNamespace(local=lambda: weights))
+    )
     gradients = {name: torch.full_like(weight, 1e18) for name, weight in weights.items()}
     optimizer.step(gradients, 1e-3, 1.0)
     assert impossible(step) == []
     gradients["a"][200] = fault
     optimizer.step(gradients, 1e-3, 1.0)
-    assert impossible(step) == [f"{part} of a holds NaN or infinities" for part in ("weight", "exp_avg", "exp_avg_sq")]
+    assert impossible(step) == [
+        f"{part} of a holds NaN or infinities" for part in ("weight", "exp_avg", "exp_avg_sq")
+    ]

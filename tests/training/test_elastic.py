@@ -58,15 +58,41 @@ class Nodes:
         self.agents: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "2"]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self.port}", "--rdzv-id", "elastic"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "1:2",
+            "--nproc-per-node",
+            "2",
+        ]
+        command += [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{self.port}",
+            "--rdzv-id",
+            "elastic",
+        ]
         command += ["--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1,join_timeout=60"]
-        command += ["--local-addr", "127.0.0.1", "--max-restarts", "4", "-m", "tests.training.test_elastic"]
+        command += [
+            "--local-addr",
+            "127.0.0.1",
+            "--max-restarts",
+            "4",
+            "-m",
+            "tests.training.test_elastic",
+        ]
         log = (self.root / f"agent{len(self.agents)}.log").open("wb")
         environment = ENVIRONMENT | {"ID_LOG": str(self.root / f"{self.name}.ids")}
         self.agents.append(
             subprocess.Popen(
-                [*command, *arguments(self.root, self.name)], cwd=ROOT, env=environment, stdout=log, stderr=log
+                [*command, *arguments(self.root, self.name)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
             )
         )
         return self.agents[-1]
@@ -89,7 +115,11 @@ class Nodes:
         """Until so many processes have been given `steps` steps in a start after the `after`-th; the last entry."""
         deadline = time.monotonic() + 75
         while time.monotonic() < deadline:
-            found = [entry for entry in self.logged() if entry["world"] == world and entry["start"] > after]
+            found = [
+                entry
+                for entry in self.logged()
+                if entry["world"] == world and entry["start"] > after
+            ]
             if len({entry["step"] for entry in found}) >= steps:
                 return found[-1]
             for agent in self.agents:
@@ -98,7 +128,10 @@ class Nodes:
         raise AssertionError(f"no {steps} steps of {world} processes\n{self.said()}")
 
     def said(self) -> str:
-        return "\n".join(path.read_text(errors="replace")[-6000:] for path in sorted(self.root.glob("agent*.log")))
+        return "\n".join(
+            path.read_text(errors="replace")[-6000:]
+            for path in sorted(self.root.glob("agent*.log"))
+        )
 
     def end(self) -> None:
         for agent in self.agents:
@@ -185,9 +218,19 @@ def main() -> None:
         self.dataset.read = lambda phase, index: (given.append(index), read(phase, index))[1]  # type: ignore
         made = step(self, number)
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-        at = {"start": starts[-1], "step": self.first_sample // BATCH + number + 1, "world": world, "rank": rank}
+        at = {
+            "start": starts[-1],
+            "step": self.first_sample // BATCH + number + 1,
+            "world": world,
+            "rank": rank,
+        }
         with log.open("a") as file:
-            file.write("".join(json.dumps({**at, "process": os.getpid(), "sequence": index}) + "\n" for index in given))
+            file.write(
+                "".join(
+                    json.dumps({**at, "process": os.getpid(), "sequence": index}) + "\n"
+                    for index in given
+                )
+            )
         return made
 
     Run.__init__ = numbered  # type: ignore

@@ -50,12 +50,24 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
         (tmp_path / "model" / name).write_bytes(content)
 
     def files(folder: Path) -> dict[str, bytes]:
-        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        return {name: data for name, data in found.items() if name not in ("model.safetensors", folders.MANIFEST)}
+        found = {
+            p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in folder.rglob("*")
+            if p.is_file()
+        }
+        return {
+            name: data
+            for name, data in found.items()
+            if name not in ("model.safetensors", folders.MANIFEST)
+        }
 
     assert run(arguments) == 0
     # The model is in fp32 and was trained in fp32: even config.json is the same bytes.
-    assert files(tmp_path / "run" / "export" / "llama" / "2") == files(tmp_path / "run" / "pretrained") == small
+    assert (
+        files(tmp_path / "run" / "export" / "llama" / "2")
+        == files(tmp_path / "run" / "pretrained")
+        == small
+    )
     convert(tmp_path / "run" / "checkpoint" / "2", tmp_path / "converted")
     assert files(tmp_path / "converted") == small
     shutil.rmtree(tmp_path / "run" / "export")
@@ -63,10 +75,16 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
     assert run(arguments) == 0
     assert files(tmp_path / "run" / "export" / "llama" / "2") == small
     shutil.rmtree(tmp_path / "run" / "export")
-    shutil.rmtree(tmp_path / "run" / "pretrained" / "additional_chat_templates")  # as an older version left it
+    shutil.rmtree(
+        tmp_path / "run" / "pretrained" / "additional_chat_templates"
+    )  # as an older version left it
     (tmp_path / "run" / "pretrained" / "README.md").unlink()
     assert run(arguments) == 0
-    left = {name: data for name, data in small.items() if name != "README.md" and "additional" not in name}
+    left = {
+        name: data
+        for name, data in small.items()
+        if name != "README.md" and "additional" not in name
+    }
     assert files(tmp_path / "run" / "export" / "llama" / "2") == left
 
 
@@ -81,7 +99,9 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     ids=["plain", "llama3", "llama3 by max_position_embeddings"],
 )
 @pytest.mark.parametrize("spelling", ["published", "transformers 5"])
-def test_sequences_longer_than_the_model_states(tmp_path: Path, rope: dict[str, Any] | None, spelling: str) -> None:
+def test_sequences_longer_than_the_model_states(
+    tmp_path: Path, rope: dict[str, Any] | None, spelling: str
+) -> None:
     """The export states the length that was trained, and its rotary angles are the source's."""
     arguments = pretrained(tmp_path, {"max_position_embeddings": 16, "rope_parameters": rope})
     arguments.append("optimizer.learning_rate.base=0")
@@ -91,7 +111,10 @@ def test_sequences_longer_than_the_model_states(tmp_path: Path, rope: dict[str, 
     if rope is not None and "original_max_position_embeddings" not in rope:
         scaling.pop("original_max_position_embeddings", None)
     if spelling == "published":
-        config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling if rope else None}
+        config |= {
+            "rope_theta": scaling.pop("rope_theta"),
+            "rope_scaling": scaling if rope else None,
+        }
     else:
         config["rope_parameters"] = scaling
     path.write_text(json.dumps(config, indent=2))
@@ -99,9 +122,13 @@ def test_sequences_longer_than_the_model_states(tmp_path: Path, rope: dict[str, 
     assert run(arguments) == 0
     export = tmp_path / "run" / "export" / "llama" / "2"
     found = json.loads((export / "config.json").read_text())
-    assert found["max_position_embeddings"] == 24 and tokenizer_config(export) == {"model_max_length": 24}
+    assert found["max_position_embeddings"] == 24 and tokenizer_config(export) == {
+        "model_max_length": 24
+    }
     changed = {"max_position_embeddings", "rope_parameters", "rope_scaling"}
-    assert {k: v for k, v in found.items() if k not in changed} == {k: v for k, v in config.items() if k not in changed}
+    assert {k: v for k, v in found.items() if k not in changed} == {
+        k: v for k, v in config.items() if k not in changed
+    }
     before, after = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "model", export))
     assert after.rope_parameters == before.rope_parameters
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -110,8 +137,15 @@ def test_sequences_longer_than_the_model_states(tmp_path: Path, rope: dict[str, 
     for name in ("config.json", "tokenizer_config.json"):
         assert (tmp_path / "converted" / name).read_bytes() == (export / name).read_bytes()
     # A run that begins with the checkpoint and trains shorter sequences: the model still knows the longer ones.
-    following = [s for s in arguments if not s.startswith(("pretrained.path", "run.", "batch.sequence_length"))]
-    following += [f"pretrained.path={tmp_path / 'run' / 'checkpoint' / '2'}", "pretrained.format=distributed"]
+    following = [
+        s
+        for s in arguments
+        if not s.startswith(("pretrained.path", "run.", "batch.sequence_length"))
+    ]
+    following += [
+        f"pretrained.path={tmp_path / 'run' / 'checkpoint' / '2'}",
+        "pretrained.format=distributed",
+    ]
     assert run([*following, "batch.sequence_length=8", f"run.experiment_dir={tmp_path}/next"]) == 0
     config = json.loads((tmp_path / "next" / "export" / "llama" / "2" / "config.json").read_text())
     assert config["max_position_embeddings"] == 24
@@ -120,7 +154,9 @@ def test_sequences_longer_than_the_model_states(tmp_path: Path, rope: dict[str, 
 def test_shorter_sequences_change_nothing(tmp_path: Path) -> None:
     assert run(pretrained(tmp_path, {"max_position_embeddings": 24})) == 0
     export = tmp_path / "run" / "export" / "llama" / "2"
-    assert (export / "config.json").read_bytes() == (tmp_path / "model" / "config.json").read_bytes()
+    assert (export / "config.json").read_bytes() == (
+        tmp_path / "model" / "config.json"
+    ).read_bytes()
 
 
 def from_scratch(folder: Path, *further: str) -> list[str]:
@@ -142,7 +178,10 @@ def from_scratch(folder: Path, *further: str) -> list[str]:
 def test_a_model_from_scratch_has_its_tokens(tmp_path: Path, manifest: str) -> None:
     """Exports and conversions know BOS and EOS; those of older checkpoints by the run's tokenizer."""
     assert run(from_scratch(tmp_path, f"data.tokenizer.path={tmp_path / 'tokenizer'}")) == 0
-    export, checkpoint = tmp_path / "run" / "export" / "llama" / "1", tmp_path / "run" / "checkpoint" / "1"
+    export, checkpoint = (
+        tmp_path / "run" / "export" / "llama" / "1",
+        tmp_path / "run" / "checkpoint" / "1",
+    )
     loaded = tokenizer.load(str(tmp_path / "tokenizer"))
     if manifest == "before":
         content = json.loads((checkpoint / folders.MANIFEST).read_text())
@@ -154,8 +193,12 @@ def test_a_model_from_scratch_has_its_tokens(tmp_path: Path, manifest: str) -> N
         config = AutoConfig.from_pretrained(folder)
         assert (config.bos_token_id, config.eos_token_id) == (loaded.bos, loaded.eos) == (0, 1)
         assert config.max_position_embeddings == 24
-        assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
-    assert (export / "config.json").read_bytes() == (tmp_path / "converted" / "config.json").read_bytes()
+        assert (folder / "tokenizer.json").read_bytes() == (
+            tmp_path / "tokenizer" / "tokenizer.json"
+        ).read_bytes()
+    assert (export / "config.json").read_bytes() == (
+        tmp_path / "converted" / "config.json"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -181,7 +224,9 @@ def test_weights_come_back_in_their_dtype(tmp_path: Path, dtype: str, stated: st
         if stated == "right":
             assert (folder / "config.json").read_bytes() == path.read_bytes()
     convert(checkpoint, tmp_path / "asked", "output.data_type=bf16")
-    assert {t.dtype for t in load_file(tmp_path / "asked" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "asked" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_weights_of_several_dtypes_come_back_in_the_one_that_is_stated(tmp_path: Path) -> None:
@@ -190,10 +235,14 @@ def test_weights_of_several_dtypes_come_back_in_the_one_that_is_stated(tmp_path:
     weights = {name: t if "norm" in name else t.bfloat16() for name, t in weights.items()}
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     convert(tmp_path / "model", tmp_path / "copy", "input.format=llama")
-    assert {t.dtype for t in load_file(tmp_path / "copy" / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in load_file(tmp_path / "copy" / "model.safetensors").values()} == {
+        torch.float32
+    }
 
 
-def test_two_models_do_not_share_a_folder_of_small_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_models_do_not_share_a_folder_of_small_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(tmp_path / "one", {}, torch.bfloat16)
     make(tmp_path / "two", {"rms_norm_eps": 1e-4}, torch.bfloat16)
     into = ["input.format=llama", "output.format=distributed"]

@@ -63,7 +63,9 @@ LLAMA = [
 ]
 FP32, BF16 = "model.distributed.training_dtype=fp32", "model.distributed.training_dtype=bf16"
 LEVEL = "model.base_model.transformer.mlp_recompute_level"
-WIDENS = linear.widened(torch.empty(0, dtype=torch.bfloat16))  # this processor has no products in bf16
+WIDENS = linear.widened(
+    torch.empty(0, dtype=torch.bfloat16)
+)  # this processor has no products in bf16
 # What is made of other operations, in Python: these are counted, too.
 COMPOSED = {
     torch.ops.fast_llm.product.default: linear.product,
@@ -89,7 +91,11 @@ class Meter(TorchDispatchMode):
             with self:
                 return COMPOSED[func](*args)
         out = func(*args, **(kwargs or {}))
-        found = [x.to_local() if isinstance(x, DTensor) else x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        found = [
+            x.to_local() if isinstance(x, DTensor) else x
+            for x in tree_leaves(out)
+            if isinstance(x, torch.Tensor)
+        ]
         before = len(self.storages)
         self.storages.update(x.untyped_storage() for x in found if x.device.type == "cpu")
         if len(self.storages) > before:
@@ -114,16 +120,28 @@ def measured(settings: list[str]) -> int:
 
 
 ALONE = [
-    *([dtype, f"{LEVEL}={level}"] for dtype, level in ((FP32, "none"), (BF16, "none"), (BF16, "selective"))),
-    *([BF16, f"{LEVEL}={level}"] for level in ("activation", "activation_and_input", "full", "block")),
+    *(
+        [dtype, f"{LEVEL}={level}"]
+        for dtype, level in ((FP32, "none"), (BF16, "none"), (BF16, "selective"))
+    ),
+    *(
+        [BF16, f"{LEVEL}={level}"]
+        for level in ("activation", "activation_and_input", "full", "block")
+    ),
     [BF16, "model.base_model.cross_entropy_impl=torch"],
     [BF16, "optimizer.moments_dtype=bf16"],
     [BF16, "optimizer.moments_dtype=int8"],
     [FP32, "optimizer.moments_dtype=int8", f"{LEVEL}=block"],
-    *([BF16, "model.distributed.fp8=yes", f"{LEVEL}={level}"] for level in ("none", "selective", "activation", "full")),
+    *(
+        [BF16, "model.distributed.fp8=yes", f"{LEVEL}={level}"]
+        for level in ("none", "selective", "activation", "full")
+    ),
 ]
 SMALL = "model.base_model.vocab_size=256"
-WIDE = [f"model.base_model.transformer.{size}" for size in ("num_layers=1", "hidden_size=256", "ffn_hidden_size=4096")]
+WIDE = [
+    f"model.base_model.transformer.{size}"
+    for size in ("num_layers=1", "hidden_size=256", "ffn_hidden_size=4096")
+]
 # Without products in bf16 these have their peak where a gradient is made: that of down's weight, the same, that of gate's weight, of
 # down's input, of the head.
 IN_PRODUCTS = [
@@ -178,7 +196,14 @@ def test_memory_of_fp8_within_a_block() -> None:
         ([FP32, "model.multi_stage.zero_stage=2", "batch.batch_size=2"], 0.02),
         ([BF16, "model.multi_stage.zero_stage=3", "optimizer.moments_dtype=int8"], 0.02),
         ([BF16, "model.distributed.tensor_parallel=2"], 0.05),
-        ([FP32, "model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"], 0.05),
+        (
+            [
+                FP32,
+                "model.distributed.tensor_parallel=2",
+                "model.distributed.sequence_tensor_parallel=yes",
+            ],
+            0.05,
+        ),
         ([FP32, "model.distributed.sequence_data_parallel=2"], 0.05),
         ([FP32, "model.distributed.pipeline_parallel=2"], 0.05),
     ],
@@ -195,7 +220,11 @@ def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     bf16, fp32 = config([BF16]), config([FP32])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
-    assert [build._kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [WIDENING, "cpu", "cuda"]
+    assert [build._kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [
+        WIDENING,
+        "cpu",
+        "cuda",
+    ]
     monkeypatch.setattr(linear, "_WIDENED", ())
     assert build._kind(bf16, cpu) == "cpu"
 
@@ -208,9 +237,13 @@ def test_time() -> None:
     """No number is right by itself; these have to stand in the right order."""
     assert rate(device="a100") < rate(device="h100") < rate(device="h200") < rate(device="b200")
     assert rate("model.multi_stage.compile_all=yes") > rate()
-    levels = [rate(f"{LEVEL}={level}") for level in ("none", "activation", "selective", "full", "block")]
+    levels = [
+        rate(f"{LEVEL}={level}") for level in ("none", "activation", "selective", "full", "block")
+    ]
     assert levels == sorted(levels, reverse=True) and levels[0] < 1.35 * levels[-1]
-    assert rate("model.multi_stage.zero_stage=1") >= rate() >= rate("model.multi_stage.zero_stage=3")
+    assert (
+        rate("model.multi_stage.zero_stage=1") >= rate() >= rate("model.multi_stage.zero_stage=3")
+    )
     assert rate("model.distributed.tensor_parallel=4") > rate("model.distributed.tensor_parallel=8")
     assert rate(processes=16) > rate("model.multi_stage.zero_stage=3", processes=128)
     pipeline = "model.distributed.pipeline_parallel=4"
@@ -228,16 +261,27 @@ def test_time() -> None:
 
 def test_measured_on_an_h200() -> None:
     """docs/performance.md: eight blocks of Llama-3.1-8B on one H200, and their memory before the head's gradients were freed."""
-    blocks = ["model.base_model.transformer.num_layers=8", "batch.batch_size=8", "batch.cross_document_attention=yes"]
+    blocks = [
+        "model.base_model.transformer.num_layers=8",
+        "batch.batch_size=8",
+        "batch.cross_document_attention=yes",
+    ]
     for level, tokens in (("none", 35_703), ("selective", 34_655), ("block", 30_286)):
-        assert rate(*blocks, f"{LEVEL}={level}", processes=1, device="h200") == pytest.approx(tokens, rel=0.07)
+        assert rate(*blocks, f"{LEVEL}={level}", processes=1, device="h200") == pytest.approx(
+            tokens, rel=0.07
+        )
     # All of it, compiled, with 8-bit moments: GiB of tensors and tokens/s.
     whole = ["model.multi_stage.compile_all=yes", "optimizer.moments_dtype=int8"]
     long = ["batch.sequence_length=8192", "batch.batch_size=32"]
     for settings, gib, tokens, bound in (
         (["batch.micro_batch_size=3", "batch.batch_size=63"], 129.4, 12_432, 0.002),
         ([*long, "model.distributed.fp8=yes"], 137.5, 15_694, 0.002),
-        ([*long, f"{LEVEL}=activation_and_input"], 128.5, 11_392, 0.04),  # what the compiler keeps by itself is less
+        (
+            [*long, f"{LEVEL}=activation_and_input"],
+            128.5,
+            11_392,
+            0.04,
+        ),  # what the compiler keeps by itself is less
     ):
         found = forecast(config([*LLAMA, *whole, *settings]), 1, DEVICES["h200"])
         assert found.peak.bytes / 2**30 == pytest.approx(gib, rel=bound)
@@ -261,7 +305,9 @@ def test_the_tables_of_the_guide() -> None:
 def test_the_best_fit_and_keep_the_laws() -> None:
     for processes in (1, 8, 48, 1024):
         for choice, one in best(config(LLAMA), processes, DEVICES["h100"]):
-            settings = [f"{path}={'null' if value is None else value}" for path, value in choice.items()]
+            settings = [
+                f"{path}={'null' if value is None else value}" for path, value in choice.items()
+            ]
             again = forecast(config([*LLAMA, *settings]), processes, DEVICES["h100"])
             assert again.fits and again.rate == one.rate
     assert not best(config(LLAMA), 1, DEVICES["h100"])  # 18 bytes a weight
@@ -282,9 +328,17 @@ def test_plan_needs_no_weights(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "16", "--device", "h200"]) == 0
     said = capsys.readouterr().out
-    assert "16 × H200" in said and ": fits" in said and "tokens/s a GPU" in said and "fp32 moments" in said
+    assert (
+        "16 × H200" in said
+        and ": fits" in said
+        and "tokens/s a GPU" in said
+        and "fp32 moments" in said
+    )
     assert re.search(r"^ 1024  .*tensor", said, flags=re.M)
-    assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "1", "optimizer.moments_dtype=int8"]) == 0
+    assert (
+        cli.main(["plan", "--config", str(RECIPE), "--gpus", "1", "optimizer.moments_dtype=int8"])
+        == 0
+    )
     assert "recompute none, 8-bit moments" in capsys.readouterr().out
     assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "1"]) == 0
     said = capsys.readouterr().out
@@ -301,7 +355,9 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "given 0, must be an integer above 0" in capsys.readouterr().err
 
 
-def settled(memory: float, *settings: str, processes: int = 1, kind: str = "cuda") -> tuple[object, str, str]:
+def settled(
+    memory: float, *settings: str, processes: int = 1, kind: str = "cuda"
+) -> tuple[object, str, str]:
     """What is decided, which fits."""
     auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
     found = settle(config([*LLAMA, *auto, *settings]), processes, memory, kind)
@@ -318,8 +374,14 @@ def test_what_is_auto() -> None:
     rows, level, moments = settled(h200)
     assert rows in (1, 2) and level in ("none", "activation", "selective") and moments == "bf16"
     rows, level, moments = settled(h200, "optimizer.moments_dtype=fp32")
-    assert rows and level in ("full", "block") and moments == "fp32"  # as asked for: blocks are computed again instead
-    assert settled(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (2, "activation", "bf16")
+    assert (
+        rows and level in ("full", "block") and moments == "fp32"
+    )  # as asked for: blocks are computed again instead
+    assert settled(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (
+        2,
+        "activation",
+        "bf16",
+    )
     # Nobody gets 8 bits who did not ask for them; who does has room for twice the tokens, or for fp8's and long sequences' needs.
     rows, level, moments = settled(h200, "optimizer.moments_dtype=int8")
     assert rows and level not in ("full", "block") and moments == "int8"
@@ -329,7 +391,10 @@ def test_what_is_auto() -> None:
     assert settled(b200)[::2] == (2, "fp32")
     rows, level, moments = settled(h100, processes=8)
     assert rows in (2, 4) and moments == "fp32" and level not in ("full", "block")
-    assert settled(h200, "batch.micro_batch_size=2", "batch.batch_size=255", processes=8)[::2] == (2, "fp32")  # padded
+    assert settled(h200, "batch.micro_batch_size=2", "batch.batch_size=255", processes=8)[::2] == (
+        2,
+        "fp32",
+    )  # padded
     # More memory is never slower.
     rates = []
     for memory in (60e9, h100, h200, b200):
@@ -337,4 +402,6 @@ def test_what_is_auto() -> None:
         rates.append(forecast(found, 8, DEVICES["h100"]).rate)
     assert rates == sorted(rates) and rates[0] < rates[-1]
     small = "model.base_model.transformer.num_layers=1"
-    assert settled(40e9, small, kind="cpu")[2] == "fp32" and settled(40e9, small, kind="cpu")[0] in (1, 2, 4, 8, 16)
+    assert settled(40e9, small, kind="cpu")[2] == "fp32" and settled(40e9, small, kind="cpu")[
+        0
+    ] in (1, 2, 4, 8, 16)

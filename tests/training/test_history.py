@@ -49,7 +49,10 @@ def read_by(run_folder: str, steps: Sequence[int]) -> list[dict[str, Any]]:
             "step": step,
             "index": sequence["index"],
             "source": sequence["source"],
-            "documents": [[d["file"], d["document"], d["first_token"], d["tokens"]] for d in sequence["documents"]],
+            "documents": [
+                [d["file"], d["document"], d["first_token"], d["tokens"]]
+                for d in sequence["documents"]
+            ],
         }
         for step in steps
         for sequence in why(run_folder, step).sequences
@@ -58,7 +61,9 @@ def read_by(run_folder: str, steps: Sequence[int]) -> list[dict[str, Any]]:
 
 def test_a_run_of_version_0_1_continues_as_it_would_have(old: Path) -> None:
     expected = json.loads((old / "expected.json").read_text())
-    assert read_by("run", range(1, 21)) == expected["order"]  # before anything of this version is there
+    assert (
+        read_by("run", range(1, 21)) == expected["order"]
+    )  # before anything of this version is there
     given = ["training.shutdown.interval=null"]
     assert train(make_plan(read("run/config.yaml", given), 1, weights=True)) == 0
     assert read_by("run", range(1, 21)) == expected["order"]
@@ -76,11 +81,15 @@ def test_files_of_version_0_1_are_read(old: Path, capsys: pytest.CaptureFixture[
     assert main(["convert", "gpt", "input.path=run/checkpoint/11", "output.path=again"]) == 0
     for path in (old / "run" / "export" / "llama" / "11").glob("*.safetensors"):
         settings_ = [f"output.data_type={dtype}" for dtype in ("bf16",)]
-        assert main(["convert", "input.path=run/checkpoint/11", "output.path=bf16", *settings_]) == 0
+        assert (
+            main(["convert", "input.path=run/checkpoint/11", "output.path=bf16", *settings_]) == 0
+        )
         assert (old / "bf16" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_batch_size_that_version_0_1_changed(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_size_that_version_0_1_changed(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its checkpoint does not say when; metrics.jsonl does."""
     expected = json.loads((old / "expected.json").read_text())["order of changed"]
     assert read_by("changed", range(1, 8)) == expected
@@ -97,13 +106,21 @@ def test_a_batch_size_that_version_0_1_changed(old: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("change", [0, 1, 4, 7, 9])
 def test_when_a_batch_size_changed(every: int, change: int) -> None:
     """Whatever was logged, with data that was passed over before and after."""
-    passed_over = [{"after": 2, "spike": 3, "sequences": 6}, {"after": 8, "spike": 9, "sequences": 10}]
+    passed_over = [
+        {"after": 2, "spike": 3, "sequences": 6},
+        {"after": 8, "spike": 9, "sequences": 10},
+    ]
     sizes = [6 if step <= change else 5 for step in range(1, 11)]
     ends = np.cumsum(sizes) + [
         sum(one["sequences"] for one in passed_over if one["after"] < step) for step in range(1, 11)
     ]
     logged = [
-        {"phase": "training", "step": s, "batch_size": sizes[s - 1], "consumed_samples": int(ends[s - 1])}
+        {
+            "phase": "training",
+            "step": s,
+            "batch_size": sizes[s - 1],
+            "consumed_samples": int(ends[s - 1]),
+        }
         for s in range(every, 11, every)
     ]
     info = {
@@ -144,7 +161,9 @@ SETTINGS = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    documents=st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=20), min_size=3, max_size=3),
+    documents=st.lists(
+        st.lists(st.integers(0, 9), min_size=4, max_size=20), min_size=3, max_size=3
+    ),
     changes=st.lists(SETTINGS, min_size=1, max_size=6),
 )
 def test_any_history_uses_each_target_once_an_epoch(
@@ -162,7 +181,9 @@ def test_any_history_uses_each_target_once_an_epoch(
     length_at_end: dict[tuple[int, int], int] = {}
     drawn: list[tuple[int, list[int]]] = []  # index and targets of every sequence
     for change in changes:
-        chosen = [(w, p) for w, p in zip(change["weights"], paths, strict=True) if w] or [(1, paths[0])]
+        chosen = [(w, p) for w, p in zip(change["weights"], paths, strict=True) if w] or [
+            (1, paths[0])
+        ]
         chosen = chosen[::-1] if change["swap"] else chosen
         config = TrainConfig(
             data=DataConfig(path=[item for pair in chosen for item in pair], split=[1]),
@@ -213,7 +234,9 @@ def check_documents(packed: Any, lengths: Sequence[int], start: int) -> None:
     jumps = {0} | {i for i in range(1, len(inputs)) if inputs[i] != inputs[i - 1] + 1}
     begins = {i for i in range(len(inputs)) if int(inputs[i]) in borders}
     assert {s for s in packed.starts.tolist() if s < len(inputs)} == jumps | begins
-    assert packed.ends.tolist() == [i for i, t in enumerate(packed.targets.tolist()) if t in borders]
+    assert packed.ends.tolist() == [
+        i for i, t in enumerate(packed.targets.tolist()) if t in borders
+    ]
 
 
 def check_why(history: History, drawn: Sequence[tuple[int, list[int]]]) -> None:
@@ -254,7 +277,10 @@ TINY = [
 ]
 LIFE = [  # settings, and what of them needs consent
     (["data.path=[0.9,a,0.1,b]", "batch.batch_size=4", "batch.sequence_length=8"], ""),
-    (["data.path=[0.9,a,0.1,b]", "batch.batch_size=6", "batch.sequence_length=8"], "batch.batch_size"),
+    (
+        ["data.path=[0.9,a,0.1,b]", "batch.batch_size=6", "batch.sequence_length=8"],
+        "batch.batch_size",
+    ),
     (["data.path=[0.5,a,0.5,b]", "batch.batch_size=6", "batch.sequence_length=8"], "data.path"),
     (
         ["data.path=[0.5,a,0.5,b]", "batch.batch_size=3", "batch.sequence_length=16"],
@@ -301,7 +327,11 @@ def test_a_life_with_changes(
     tokens = np.cumsum(np.array(sizes) * lengths).tolist()
     assert [logged[step]["consumed_tokens"] for step in range(1, 16)] == tokens
     assert sorted(given) == list(range(samples[-1]))
-    seen = [token for index in given for token in given[index][lengths_of(index, samples, lengths) + 1 :]]
+    seen = [
+        token
+        for index in given
+        for token in given[index][lengths_of(index, samples, lengths) + 1 :]
+    ]
     assert len(set(seen)) == len(seen) == tokens[-1]  # less than an epoch: each target at most once
     for step in range(1, 16):
         assert main(["why", "run", str(step), "--json"]) == 0
@@ -326,7 +356,11 @@ def test_a_life_with_changes(
     capsys.readouterr()
     assert main(["why", "run", "15", "--json"]) == 2
     out, error = capsys.readouterr()
-    assert out == "" and "is of c, whose files are gone or are no longer those that the run was trained on" in error
+    assert (
+        out == ""
+        and "is of c, whose files are gone or are no longer those that the run was trained on"
+        in error
+    )
 
 
 def lengths_of(index: int, samples: Any, lengths: Sequence[int]) -> int:
@@ -338,11 +372,15 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
     """Neighbouring sequences that are left become one text, of which longer ones are cut."""
     numbered(tmp_path / "a", [8 * 50 + 1], 0)
     path = str(tmp_path / "a")
-    config = TrainConfig(data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 1})  # type: ignore[arg-type]
+    config = TrainConfig(
+        data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 1}
+    )  # type: ignore[arg-type]
     data = open_dataset(config.data, 8, 1234, 2**31)
     history = histories.begin(config, 1, data)
     used = {token for i in range(5) for token in data.read("training", i).tokens[:-1].tolist()}
-    longer = config.model_copy(update={"batch": config.batch.model_copy(update={"sequence_length": 40})})
+    longer = config.model_copy(
+        update={"batch": config.batch.model_copy(update={"sequence_length": 40})}
+    )
     data = open_dataset(config.data, 40, 1234, 2**31)
     history = history.with_data(5, longer, data.phases["training"])
     histories.follow(data.phases["training"], history.orders[-1])
@@ -373,11 +411,17 @@ def test_batches_that_changed_and_a_run_that_goes_back() -> None:
     assert history.with_batches(3, 24, 8).batches == [Batches(after=0, index=0, batch_size=8)]
 
 
-OLD_CHANGES = ["training.train_iters=16", "training.shutdown.interval=null", "training.export.interval=null"]
+OLD_CHANGES = [
+    "training.train_iters=16",
+    "training.shutdown.interval=null",
+    "training.export.interval=null",
+]
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_run_of_version_0_1_changes_by_consent(old: Path, gone: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_version_0_1_changes_by_consent(
+    old: Path, gone: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its sources go on from what they had given, also where one of them was deleted."""
     how = ["data.path=[1,a.json,1,b.json]", "batch.sequence_length=8"]
     if gone:
@@ -395,11 +439,15 @@ def test_a_run_of_version_0_1_changes_by_consent(old: Path, gone: bool, capsys: 
     for one in [*before, *later]:
         if one["source"] != "a.json":
             continue
-        mine = [(f, d, t) for f, d, first, n in one["documents"] for t in range(first, first + n)][:-1]
+        mine = [(f, d, t) for f, d, first, n in one["documents"] for t in range(first, first + n)][
+            :-1
+        ]
         assert not inputs.intersection(mine)
         inputs |= set(mine)
     if gone:
-        with pytest.raises(DataError, match=r"step 3: sequence \d+ is of b\.json, whose files are gone"):
+        with pytest.raises(
+            DataError, match=r"step 3: sequence \d+ is of b\.json, whose files are gone"
+        ):
             why("run", 3)
     else:
         assert read_by("run", range(1, 12)) == before
@@ -407,7 +455,14 @@ def test_a_run_of_version_0_1_changes_by_consent(old: Path, gone: bool, capsys: 
 
 def test_a_history_that_no_run_wrote() -> None:
     source = {"name": "a", "digest": "a", "key": 0}
-    order = {"index": 0, "sequence_length": 8, "seed": 0, "data": {}, "edges": [0, 1], "sources": [source]}
+    order = {
+        "index": 0,
+        "sequence_length": 8,
+        "seed": 0,
+        "data": {},
+        "edges": [0, 1],
+        "sources": [source],
+    }
     batches = {"after": 0, "index": 0, "batch_size": 8}
     good = {"batches": [batches], "orders": [order]}
     History.model_validate(good)
@@ -429,13 +484,20 @@ def test_a_history_that_no_run_wrote() -> None:
 def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool) -> None:
     """A joint makes no false label and loses no true one; attention and positions begin anew there."""
     path = numbered(tmp_path / "a", [7] * 60, 0)
-    config = TrainConfig(data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 4})  # type: ignore[arg-type]
+    config = TrainConfig(
+        data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 4}
+    )  # type: ignore[arg-type]
     history = histories.begin(config, 4, open_dataset(config.data, 8, 1234, 2**31))
     data = open_dataset(config.data, 20, 1234, 2**31)
-    longer = config.model_copy(update={"batch": config.batch.model_copy(update={"sequence_length": 20})})
+    longer = config.model_copy(
+        update={"batch": config.batch.model_copy(update={"sequence_length": 20})}
+    )
     history = history.with_data(28, longer, data.phases["training"])
     histories.follow(data.phases["training"], history.orders[-1])
-    assert any(len(source.ranges(n)) > 1 for source, n, _ in map(data.phases["training"].find, range(28, 36)))
+    assert any(
+        len(source.ranges(n)) > 1
+        for source, n, _ in map(data.phases["training"].find, range(28, 36))
+    )
     loader = Loader(
         data,
         "training",
@@ -450,11 +512,15 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
         prefetch=1,
     )
     for (batch,) in loader:
-        tokens, labels, positions = (x.numpy() for x in (batch.tokens, batch.labels, batch.positions))
+        tokens, labels, positions = (
+            x.numpy() for x in (batch.tokens, batch.labels, batch.positions)
+        )
         kept = labels != IGNORED
         assert batch.targets == kept.sum()
         assert (labels[kept] == tokens[kept] + 1).all()
-        assert (kept == (((tokens + 1) % 7 != 0) | (not isolate))).all()  # all but documents' last tokens
+        assert (
+            kept == (((tokens + 1) % 7 != 0) | (not isolate))
+        ).all()  # all but documents' last tokens
         if isolate:
             begins = (tokens[:, 1:] != tokens[:, :-1] + 1) | (tokens[:, 1:] % 7 == 0)
             assert (positions[:, 1:] == np.where(begins, 0, positions[:, :-1] + 1)).all()

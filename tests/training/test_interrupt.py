@@ -31,9 +31,15 @@ def waits_in_vain(folder: str, begins: bool) -> None:
     dist.FileStore(f"{folder}/store", 2).wait(["never"], timedelta(seconds=300))
 
 
-@pytest.mark.parametrize(("begins", "numbers"), [(True, "TERM INT"), (True, "USR1 USR1 TERM"), (False, "TERM")])
-def test_who_waits_for_others_hears_the_second_signal(tmp_path: Path, begins: bool, numbers: str) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=waits_in_vain, args=(str(tmp_path), begins))
+@pytest.mark.parametrize(
+    ("begins", "numbers"), [(True, "TERM INT"), (True, "USR1 USR1 TERM"), (False, "TERM")]
+)
+def test_who_waits_for_others_hears_the_second_signal(
+    tmp_path: Path, begins: bool, numbers: str
+) -> None:
+    process = multiprocessing.get_context("forkserver").Process(
+        target=waits_in_vain, args=(str(tmp_path), begins)
+    )
     process.start()
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
@@ -67,7 +73,9 @@ def test_who_leaves_keeps_the_exit_code() -> None:
 
 
 def test_signals_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    before = [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ]
     interrupt = Interrupt()
     interrupt.begin()
     for number in (signal.SIGUSR1, signal.SIGTERM):  # the same wish
@@ -76,7 +84,9 @@ def test_signals_are_given_back() -> None:
     assert interrupt.signal == signal.SIGUSR1 and interrupt.exit_code == 0
     interrupt.close()
     assert not interrupt.thread.is_alive()
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert before == [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ]
 
 
 def loses_the_other(rank: int) -> None:
@@ -91,11 +101,18 @@ def loses_the_other(rank: int) -> None:
 
 def test_who_loses_another_process_says_so_in_a_line(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    with Job(tmp_path, settings(tmp_path, "training.train_iters=50"), 2, loses_the_other, helped=False) as job:
+    with Job(
+        tmp_path, settings(tmp_path, "training.train_iters=50"), 2, loses_the_other, helped=False
+    ) as job:
         assert job.wait() == 128 + signal.SIGKILL
         assert job.codes() == [1, 128 + signal.SIGKILL]
         host = socket.gethostname()
-        assert job.said().count(f"fast-llm train: rank 0 on {host}: another process of this run has ended without") == 1
+        assert (
+            job.said().count(
+                f"fast-llm train: rank 0 on {host}: another process of this run has ended without"
+            )
+            == 1
+        )
         assert "Traceback" not in job.said()
 
 
@@ -160,12 +177,18 @@ def test_signals_are_acknowledged_at_once(
         code = job.wait()
         assert code == 128 + signal.Signals[f"SIG{signals[0]}"]
         lines = [
-            line for line in job.said().splitlines(keepends=True) if line.startswith(("Ctrl-C", "SIGTERM", "A second"))
+            line
+            for line in job.said().splitlines(keepends=True)
+            if line.startswith(("Ctrl-C", "SIGTERM", "A second"))
         ]
         assert "".join(lines) == said
         ends = job.said().splitlines()[-1]
         if len(signals) == 1:
-            after = "the same command continues" if len(further) and "null" not in further[0] else "nothing was saved"
+            after = (
+                "the same command continues"
+                if len(further) and "null" not in further[0]
+                else "nothing was saved"
+            )
             assert re.match(rf"(\[Rank 0\] )?Stopped by a signal after step [34]; {after}", ends)
 
 
@@ -205,6 +228,8 @@ cli._verify = long
 sys.argv = ["fast-llm", "verify", "x"]
 sys.exit(cli.main())
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=STUCK)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=STUCK
+    )
     assert result.returncode == 128 + number
     assert result.stderr == f"fast-llm verify: stopped by {number.name}\n"

@@ -37,20 +37,34 @@ def test_any_layout_reads_the_same_moments(tmp_path: Path) -> None:
     saved = folder.latest(tmp_path / "sharded" / "checkpoint")
     assert saved is not None
     sizes = shapes(validate(TrainConfig, read(None, MODEL)).model.base_model)
-    whole = {f"{part}/{name}": torch.empty(size) for part in ("exp_avg", "exp_avg_sq") for name, size in sizes.items()}
+    whole = {
+        f"{part}/{name}": torch.empty(size)
+        for part in ("exp_avg", "exp_avg_sq")
+        for name, size in sizes.items()
+    }
     state.load(saved, whole)
     optimizer = Optimizer(
-        {name: torch.zeros(size) for name, size in sizes.items()}, OptimizerConfig(moments_dtype="int8")
+        {name: torch.zeros(size) for name, size in sizes.items()},
+        OptimizerConfig(moments_dtype="int8"),
     )
     for _ in range(2):
         with optimizer.moments(changed=True) as moments:
             parts = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
-            tensors = {f"{part}/{name}": tensor for part, numbers in parts for name, tensor in numbers.items()}
+            tensors = {
+                f"{part}/{name}": tensor
+                for part, numbers in parts
+                for name, tensor in numbers.items()
+            }
             state.load(saved, tensors)
         with optimizer.moments() as (first, second):
             for name in sizes:
-                assert torch.equal(first[name].float(), whole[f"exp_avg/{name}"]) and first[name].any()
-                assert torch.equal(second[name].float(), whole[f"exp_avg_sq/{name}"]) and second[name].any()
+                assert (
+                    torch.equal(first[name].float(), whole[f"exp_avg/{name}"]) and first[name].any()
+                )
+                assert (
+                    torch.equal(second[name].float(), whole[f"exp_avg_sq/{name}"])
+                    and second[name].any()
+                )
 
 
 def test_runs_go_on_with_other_moments(tmp_path: Path) -> None:
@@ -62,7 +76,9 @@ def test_runs_go_on_with_other_moments(tmp_path: Path) -> None:
     every = []
     for before in DTYPES:
         for after in DTYPES:
-            copytree(tmp_path / before / "checkpoint", tmp_path / f"{before} {after}" / "checkpoint")
+            copytree(
+                tmp_path / before / "checkpoint", tmp_path / f"{before} {after}" / "checkpoint"
+            )
             every.append(arguments(tmp_path, f"{before} {after}", 8, after))
     assert spawn(1, run_all, every) == [[0] * len(every)]
     for before in DTYPES:

@@ -63,9 +63,14 @@ def test_nothing_is_updated_and_no_number_is_made_up(single: Path, world: int) -
         assert (record["target_tokens"], record["skipped_iters"], record["nan_iters"]) == (0, 1, 0)
     for phase in ("validation", "test"):
         found = records(single / "run", phase)
-        assert found and all(r["language_model_loss"] is None and r["tokens"] == 0 for r in found.values())
+        assert found and all(
+            r["language_model_loss"] is None and r["tokens"] == 0 for r in found.values()
+        )
     text = log(single / "run")
-    assert "perplexity" not in text and "Validation @ iteration 5/5 | language model loss: no target tokens |" in text
+    assert (
+        "perplexity" not in text
+        and "Validation @ iteration 5/5 | language model loss: no target tokens |" in text
+    )
     assert "Validation at step 0: validation has no target tokens, so there is no loss" in text
     # Of five such steps the 1st, 2nd and 4th are told.
     warned = [line for line in text.splitlines() if "no target tokens: its documents" in line]
@@ -102,7 +107,9 @@ def test_steps_with_targets_are_not_disturbed(some: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("cross_entropy", ["fused", "torch"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_micro_batches_without_targets_add_nothing(some: Path, world: int, cross_entropy: str) -> None:
+def test_micro_batches_without_targets_add_nothing(
+    some: Path, world: int, cross_entropy: str
+) -> None:
     """One micro-batch of eight sequences, or eight of one, of which half have no target: the same training."""
     common = settings(
         some,

@@ -64,7 +64,9 @@ def test_what_will_not_be_saved(
         assert found == [] and "will be saved" not in said and "begins anew" not in said
         return
     assert len(found) == 1 and found[0] == f"Warning       {expected}."
-    assert said.count(f"{expected}.") == 1 and said.index(expected) < said.index("Training @ iteration 1/")
+    assert said.count(f"{expected}.") == 1 and said.index(expected) < said.index(
+        "Training @ iteration 1/"
+    )
 
 
 def test_nothing_is_trained_and_nothing_said(tokens: Path) -> None:
@@ -72,7 +74,9 @@ def test_nothing_is_trained_and_nothing_said(tokens: Path) -> None:
     assert warnings(tokens, "training.train_iters=0", *measure) == []
 
 
-def test_sequences_longer_than_the_model_was_made_for(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sequences_longer_than_the_model_was_made_for(
+    tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     most = "model.base_model.max_position_embeddings"
     arguments = settings(tokens, "training.train_iters=1", *SAVES, f"{most}=20")
     assert cli.main(["train", "--validate", *arguments]) == 0
@@ -86,14 +90,21 @@ def test_sequences_longer_than_the_model_was_made_for(tokens: Path, capsys: pyte
         '{"model_type": "llama", "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "vocab_size": 128,'
         ' "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "head_dim": 10}'
     )
-    shape = ["pretrained.path=model", "pretrained.model_weights=no", "batch.sequence_length=24", "run.experiment_dir=r"]
+    shape = [
+        "pretrained.path=model",
+        "pretrained.model_weights=no",
+        "batch.sequence_length=24",
+        "run.experiment_dir=r",
+    ]
     data = [f"data.path={tokens}/tokens", "data.split=[1]", "training.train_iters=1"]
     (said,) = make_plan(read(None, [*shape, *data, *SAVES]), 1, weights=False).warnings
     assert "given 24, above max_position_embeddings of model/config.json, 16:" in said
 
 
 def disk(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, free))  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, free)
+    )  # type: ignore[attr-defined]
 
 
 def test_a_disk_that_will_be_full(
@@ -101,7 +112,12 @@ def test_a_disk_that_will_be_full(
 ) -> None:
     parameters = 27_400
     state, export = 12 * parameters, 4 * parameters
-    more = ["training.train_iters=20", "training.checkpoint.interval=2", "training.checkpoint.keep=3", SAVES[1]]
+    more = [
+        "training.train_iters=20",
+        "training.checkpoint.interval=2",
+        "training.checkpoint.keep=3",
+        SAVES[1],
+    ]
     needed = 4 * state + 4 * export
     disk(monkeypatch, needed)
     assert warnings(tokens, *more) == []
@@ -138,10 +154,19 @@ SAVED = st.builds(
 )
 
 
-@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(SAVED, st.none() | st.integers(1, 3), st.integers(0, 20), st.integers(0, 20), st.integers(1, 8))
+@hypothesis_settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
+)
+@given(
+    SAVED, st.none() | st.integers(1, 3), st.integers(0, 20), st.integers(0, 20), st.integers(1, 8)
+)
 def test_how_many_more_there_will_be(
-    tmp_path: Path, saved: CheckpointConfig, keep: int | None, done: int, further: int, kept_before: int
+    tmp_path: Path,
+    saved: CheckpointConfig,
+    keep: int | None,
+    done: int,
+    further: int,
+    kept_before: int,
 ) -> None:
     """As many as saving and deleting leave at the fullest moment."""
     saved = saved.model_copy(update={"keep": keep})
@@ -149,7 +174,9 @@ def test_how_many_more_there_will_be(
     shutil.rmtree(root, ignore_errors=True)
 
     def save(step: int) -> None:
-        checkpoints.publish(checkpoints.begin(root / str(step)), root / str(step), "checkpoint", step, {}, {})
+        checkpoints.publish(
+            checkpoints.begin(root / str(step)), root / str(step), "checkpoint", step, {}, {}
+        )
 
     last = done + further
     for step in range(1, done + 1):
@@ -171,5 +198,13 @@ def test_how_many_more_there_will_be(
 
 
 def test_a_run_of_a_quadrillion_steps_is_planned_at_once(tokens: Path) -> None:
-    (said,) = warnings(tokens, "training.train_iters=1_000_000_000_000_000", *SAVES, "training.checkpoint.keep_every=7")
-    assert "the disk will be full before this run ends: it keeps 28571428571434 more checkpoints" in said
+    (said,) = warnings(
+        tokens,
+        "training.train_iters=1_000_000_000_000_000",
+        *SAVES,
+        "training.checkpoint.keep_every=7",
+    )
+    assert (
+        "the disk will be full before this run ends: it keeps 28571428571434 more checkpoints"
+        in said
+    )

@@ -77,7 +77,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("title", "name"), [(title, name) for title, names in NAMES.items() for name in names])
+@pytest.mark.parametrize(
+    ("title", "name"), [(title, name) for title, names in NAMES.items() for name in names]
+)
 def test_names_and_parts(title: str, name: str) -> None:
     assert part(name) == title
 
@@ -91,7 +93,13 @@ def event(name: str, ts: float, dur: float, tid: int = 1, cat: str = "cpu_op") -
 
 
 def test_a_moment_is_that_of_the_event_that_began_last() -> None:
-    inside = [event("a", 0, 10), event("b", 2, 3), event("c", 2, 1), event("d", 7, 3), event("e", 12, 1)]
+    inside = [
+        event("a", 0, 10),
+        event("b", 2, 3),
+        event("c", 2, 1),
+        event("d", 7, 3),
+        event("e", 12, 1),
+    ]
     # The other one overlaps without being inside, as an operation that another thread ends.
     across = [event("f", 20, 5), event("g", 22, 6), event("h", 26, 1)]
     assert [(begin, end, one["name"]) for begin, end, one in stretches([*across, *inside])] == [
@@ -115,7 +123,9 @@ def test_what_runs_at_the_same_time_counts_once() -> None:
         ]
     }
     found = break_down(trace)
-    assert {title: (spent.calls, spent.own, spent.once) for title, spent in found.parts.items()} == {
+    assert {
+        title: (spent.calls, spent.own, spent.once) for title, spent in found.parts.items()
+    } == {
         "products": (1, 30, 30),
         "idle": (0, 25, 25),
         "optimizer": (1, 20, 20),
@@ -127,7 +137,14 @@ def test_what_runs_at_the_same_time_counts_once() -> None:
 
 def test_a_trace_of_nothing() -> None:
     with pytest.raises(ValueError, match="the trace holds no operation"):
-        break_down({"traceEvents": [event("MmBackward0", 0, 1), event("autograd::engine::evaluate_function: X", 0, 1)]})
+        break_down(
+            {
+                "traceEvents": [
+                    event("MmBackward0", 0, 1),
+                    event("autograd::engine::evaluate_function: X", 0, 1),
+                ]
+            }
+        )
 
 
 def test_long_names_are_cut() -> None:
@@ -142,7 +159,8 @@ def arguments(root: Path, name: str, *further: str) -> list[str]:
 def shares(path: Path) -> dict[str, float]:
     """What the table says of each part, in percent."""
     return {
-        name.strip(): float(share) for name, share in re.findall(r"^([a-z ]+?)  .* ([\d.]+) %$", path.read_text(), re.M)
+        name.strip(): float(share)
+        for name, share in re.findall(r"^([a-z ]+?)  .* ([\d.]+) %$", path.read_text(), re.M)
     }
 
 
@@ -167,21 +185,30 @@ def test_a_profile_changes_nothing_and_says_where_time_goes(tmp_path: Path, dtyp
     said = shares(folder / "step_3_rank_0.txt")
     assert said.pop("the step") == 100
     assert sum(said.values()) == pytest.approx(100, abs=0.05 * len(said))
-    assert {"products", "attention", "norms and elementwise", "cross entropy", "optimizer", "idle"} <= said.keys()
+    assert {
+        "products",
+        "attention",
+        "norms and elementwise",
+        "cross entropy",
+        "optimizer",
+        "idle",
+    } <= said.keys()
     assert min(said.values()) >= 0 and said["products"] > 0 and said["attention"] > 0
     trace = json.loads(gzip.decompress((folder / "step_3_rank_0.json.gz").read_bytes()))
     assert {"training step 3", "aten::mm"} <= {one["name"] for one in trace["traceEvents"]}
     first, second, third = list(said)[:3]
-    line = (
-        rf"Profile of step 3: {first} [\d.]+ %, {second} [\d.]+ %, {third} [\d.]+ %; see {folder}/step_3_rank_0\.txt\n"
-    )
+    line = rf"Profile of step 3: {first} [\d.]+ %, {second} [\d.]+ %, {third} [\d.]+ %; see {folder}/step_3_rank_0\.txt\n"
     assert re.search(line, logged(profiled))
     assert logged(profiled).count("Profile of step") == 2
 
 
 def test_one_of_two_processes(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
-    how = ("training.checkpoint.interval=4", "training.double_check.interval=4", "model.multi_stage.zero_stage=3")
+    how = (
+        "training.checkpoint.interval=4",
+        "training.double_check.interval=4",
+        "model.multi_stage.zero_stage=3",
+    )
     profiling = ("training.profiling.interval=4", "training.profiling.ranks=[1]")
     every = [arguments(tmp_path, "plain", *how), arguments(tmp_path, "profiled", *how, *profiling)]
     assert spawn(2, run_all, every) == [[0, 0]] * 2
@@ -192,7 +219,10 @@ def test_one_of_two_processes(tmp_path: Path) -> None:
     assert sorted(one.name for one in path.parent.iterdir()) == ["step_4_rank_1.json.gz", path.name]
     assert path.read_text().startswith("Step 4, rank 1 of 2, CPU: ")
     assert shares(path)["communication"] > 0
-    assert "Profile of step 4" not in logged(profiled) and logged(profiled, 1).count("Profile of step 4") == 1
+    assert (
+        "Profile of step 4" not in logged(profiled)
+        and logged(profiled, 1).count("Profile of step 4") == 1
+    )
 
 
 def no_room(*_: Any) -> None:
@@ -210,17 +240,29 @@ def busy(self: Any) -> None:
 
 FAULTS: list[tuple[Any, str, Callable[..., None], str]] = [
     (Path, "write_bytes", no_room, "OSError(28, 'No space left on device')"),
-    (torch.profiler.profile, "export_chrome_trace", cut_off, "could not be written whole; make room"),
+    (
+        torch.profiler.profile,
+        "export_chrome_trace",
+        cut_off,
+        "could not be written whole; make room",
+    ),
     (torch.profiler.profile, "start", busy, "RuntimeError('the profiler is in use')"),
     (torch.profiler.profile, "stop", busy, "RuntimeError('the profiler is in use')"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "fault", "why"), FAULTS, ids=[fault[2].__name__ + fault[1] for fault in FAULTS]
+    ("where", "name", "fault", "why"),
+    FAULTS,
+    ids=[fault[2].__name__ + fault[1] for fault in FAULTS],
 )
 def test_no_run_ends_for_a_profile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, fault: Callable[..., None], why: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    name: str,
+    fault: Callable[..., None],
+    why: str,
 ) -> None:
     write_tokens(tmp_path / "tokens")
     with monkeypatch.context() as patch:
@@ -228,12 +270,18 @@ def test_no_run_ends_for_a_profile(
         assert run(arguments(tmp_path, "run", "training.profiling.interval=3")) == 0
     said = logged(tmp_path / "run")
     assert said.count("could not be profiled") == 1
-    assert re.search(rf"Step 3 could not be profiled, which changes nothing else: .*{re.escape(why)}", said)
+    assert re.search(
+        rf"Step 3 could not be profiled, which changes nothing else: .*{re.escape(why)}", said
+    )
     assert len(losses(tmp_path / "run")) == 4
-    assert not list((tmp_path / "run").glob("profile/*")) and not list((tmp_path / "run").glob("profile/.*"))
+    assert not list((tmp_path / "run").glob("profile/*")) and not list(
+        (tmp_path / "run").glob("profile/.*")
+    )
 
 
-def test_a_step_that_fails_is_told_and_not_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_is_told_and_not_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tokens(tmp_path / "tokens")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -242,7 +290,9 @@ def test_a_step_that_fails_is_told_and_not_its_profile(tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer.Step, "forward_backward", fail)
     with pytest.raises(ZeroDivisionError):
         run(arguments(tmp_path, "run", "training.profiling.interval=1"))
-    assert "profiled" not in logged(tmp_path / "run") and not (tmp_path / "run" / "profile").exists()
+    assert (
+        "profiled" not in logged(tmp_path / "run") and not (tmp_path / "run" / "profile").exists()
+    )
     with torch.profiler.profile() as after:  # it was ended
         torch.ones(3).sum()
     assert any(one.key == "aten::sum" for one in after.key_averages())
@@ -257,7 +307,9 @@ class Clock:
         return self.now
 
 
-def test_a_profiled_step_counts_as_a_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profiled_step_counts_as_a_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps take 1 s each and a profiled one 50 s, of which nothing is seen in speed."""
     write_tokens(tmp_path / "tokens")
     clock = Clock()
@@ -281,12 +333,25 @@ def test_a_profiled_step_counts_as_a_usual_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(trainer.Step, "__call__", timed)
     monkeypatch.setattr(trainer, "Profile", Slow)
     for every in (1, 3):
-        how = ("training.profiling.interval=3", f"training.logs.interval={every}", "training.train_iters=7")
+        how = (
+            "training.profiling.interval=3",
+            f"training.logs.interval={every}",
+            "training.train_iters=7",
+        )
         assert run(arguments(tmp_path, str(every), *how)) == 0
         found = records(tmp_path / str(every))
         assert len(found) == {1: 7, 3: 3}[every]
         for record in found.values():
             assert record["step_time_ms"] == record["step_time_average_ms"] == 1000
     # Nothing is known before the first step.
-    assert run(arguments(tmp_path, "first", "training.profiling.interval=1", "training.profiling.offset=1")) == 0
-    assert [record["step_time_ms"] for record in records(tmp_path / "first").values()] == [50_000] * 4
+    assert (
+        run(
+            arguments(
+                tmp_path, "first", "training.profiling.interval=1", "training.profiling.offset=1"
+            )
+        )
+        == 0
+    )
+    assert [record["step_time_ms"] for record in records(tmp_path / "first").values()] == [
+        50_000
+    ] * 4

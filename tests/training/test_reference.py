@@ -50,20 +50,32 @@ def test_fifty_steps_equal_a_plain_loop(tmp_path: Path, tied: bool) -> None:
     def rate(step: int) -> float:
         if step < 5:
             return step / 5
-        return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - 5) / (STEPS - 5), dtype=torch.float64)).item())
+        return 0.5 * (
+            1
+            + torch.cos(
+                torch.tensor(torch.pi * (step - 5) / (STEPS - 5), dtype=torch.float64)
+            ).item()
+        )
 
     from fast_llm.config.train import DataConfig
     from fast_llm.data.dataset import open_dataset
 
-    dataset = open_dataset(DataConfig(format="list", path=[f"{tmp_path}/tokens"], split=[1, 0, 0]), 24, 1234, 128)
+    dataset = open_dataset(
+        DataConfig(format="list", path=[f"{tmp_path}/tokens"], split=[1, 0, 0]), 24, 1234, 128
+    )
     flat = torch.cat([torch.from_numpy(d) for d in documents])
     expected = []
     for step in range(1, STEPS + 1):
         sequences = torch.stack(
-            [torch.from_numpy(dataset.read("training", (step - 1) * 8 + i).tokens) for i in range(8)]
+            [
+                torch.from_numpy(dataset.read("training", (step - 1) * 8 + i).tokens)
+                for i in range(8)
+            ]
         )
         for sequence in sequences:  # the data is the documents', whatever the order
-            assert any(torch.equal(flat[k : k + 25], sequence) for k in range(0, len(flat) - 24, 24))
+            assert any(
+                torch.equal(flat[k : k + 25], sequence) for k in range(0, len(flat) - 24, 24)
+            )
         logits = model(sequences[:, :-1]).logits
         loss = cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
         expected.append(loss.item())

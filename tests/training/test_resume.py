@@ -53,7 +53,9 @@ def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
         (3, 3, "bf16", "int8"),
     ],
 )
-def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: int, dtype: str, moments: str) -> None:
+def test_four_and_four_steps_are_eight(
+    tmp_path: Path, world: int, zero_stage: int, dtype: str, moments: str
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
     how = (
         f"model.multi_stage.zero_stage={zero_stage}",
@@ -67,14 +69,19 @@ def test_four_and_four_steps_are_eight(tmp_path: Path, world: int, zero_stage: i
     assert losses(tmp_path / "whole", "validation") == losses(tmp_path / "parts", "validation")
     whole, parts = (weights(tmp_path / name / "checkpoint" / "8") for name in ("whole", "parts"))
     assert whole == parts and len(whole) >= 3 * 20
-    exports = [tmp_path / name / "export" / "llama" / "8" / "model.safetensors" for name in ("whole", "parts")]
+    exports = [
+        tmp_path / name / "export" / "llama" / "8" / "model.safetensors"
+        for name in ("whole", "parts")
+    ]
     assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
 def with_halves(arguments_: list[str], rounded: bool = False) -> int:
     """As on a GPU: masters in two halves, moments in bf16 or in 8 bits. `rounded`: the head's gradient is, as with whole masters."""
 
-    def in_halves(model: Llama, dtype: torch.dtype, device: torch.device, lean: bool) -> SingleWeights:
+    def in_halves(
+        model: Llama, dtype: torch.dtype, device: torch.device, lean: bool
+    ) -> SingleWeights:
         assert not lean  # not on a CPU
         made = SingleWeights(model, dtype, device, lean=True)
         if rounded:
@@ -105,7 +112,9 @@ def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
     write_tokens(tmp_path / "tokens", 400)
     how = ["model.distributed.training_dtype=bf16", f"optimizer.moments_dtype={moments}"]
     assert spawn(1, rounding, run, arguments(tmp_path, "plain", 8, *how)) == [0]
-    assert spawn(1, rounding, partial(with_halves, rounded=True), arguments(tmp_path, "rounded", 8, *how)) == [0]
+    assert spawn(
+        1, rounding, partial(with_halves, rounded=True), arguments(tmp_path, "rounded", 8, *how)
+    ) == [0]
     assert spawn(1, rounding, with_halves, arguments(tmp_path, "whole", 8, *how)) == [0]
     for steps in (4, 8):
         assert spawn(1, rounding, with_halves, arguments(tmp_path, "parts", steps, *how)) == [0]
@@ -125,7 +134,11 @@ def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
     """On one process and sharded, compiled or not, to the same curve but for the noise of three bits; and it goes on with the same bits."""
     write_tokens(tmp_path / "tokens", 400)
     transformer = "model.base_model.transformer"
-    sizes = [f"{transformer}.hidden_size=64", f"{transformer}.ffn_hidden_size=96", f"{transformer}.kv_channels=16"]
+    sizes = [
+        f"{transformer}.hidden_size=64",
+        f"{transformer}.ffn_hidden_size=96",
+        f"{transformer}.kv_channels=16",
+    ]
     how = [*sizes, "batch.sequence_length=32", "model.distributed.training_dtype=bf16"]
     fp8 = [*how, "model.distributed.fp8=yes"]
     assert spawn(1, run, arguments(tmp_path, "bf16", 8, *how)) == [0]
@@ -133,8 +146,12 @@ def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
     for steps in (4, 8):
         assert spawn(1, run, arguments(tmp_path, "parts", steps, *fp8)) == [0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "fp8")
-    assert spawn(1, with_halves, arguments(tmp_path, "lean", 8, *fp8, "optimizer.moments_dtype=bf16")) == [0]
-    assert spawn(2, run, arguments(tmp_path, "sharded", 8, *fp8, "model.multi_stage.zero_stage=3")) == [0, 0]
+    assert spawn(
+        1, with_halves, arguments(tmp_path, "lean", 8, *fp8, "optimizer.moments_dtype=bf16")
+    ) == [0]
+    assert spawn(
+        2, run, arguments(tmp_path, "sharded", 8, *fp8, "model.multi_stage.zero_stage=3")
+    ) == [0, 0]
     exact = losses(tmp_path / "bf16")
     assert losses(tmp_path / "fp8") != exact
     for name in ("fp8", "lean", "sharded"):
@@ -148,13 +165,21 @@ def test_what_is_auto_is_written_down_and_kept(tmp_path: Path) -> None:
     assert spawn(1, run, arguments(tmp_path, "whole", 8, "batch.micro_batch_size=8")) == [0]
     assert spawn(1, run, arguments(tmp_path, "parts", 4, *auto)) == [0]
     decided = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
-    assert (decided["batch"]["micro_batch_size"], decided["optimizer"]["moments_dtype"]) == (8, "fp32")
+    assert (decided["batch"]["micro_batch_size"], decided["optimizer"]["moments_dtype"]) == (
+        8,
+        "fp32",
+    )
     assert spawn(1, run, arguments(tmp_path, "parts", 8, *auto)) == [0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     # Not what would be chosen for this machine, but what the run began with.
     assert spawn(1, run, arguments(tmp_path, "bf16", 4, "optimizer.moments_dtype=bf16")) == [0]
     assert spawn(1, run, arguments(tmp_path, "bf16", 8, *auto)) == [0]
-    assert yaml.safe_load((tmp_path / "bf16" / "config.yaml").read_text())["optimizer"]["moments_dtype"] == "bf16"
+    assert (
+        yaml.safe_load((tmp_path / "bf16" / "config.yaml").read_text())["optimizer"][
+            "moments_dtype"
+        ]
+        == "bf16"
+    )
     logs = (tmp_path / "parts" / "runs").rglob("*")
     text = "".join(path.read_text() for path in logs if path.is_file())
     assert "Memory by forecast: " in text and " → auto" not in text and "fp32 → bf16" not in text
@@ -168,7 +193,9 @@ def too_little(arguments_: list[str]) -> int:
 def test_too_little_memory_is_told(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(1, too_little, arguments(tmp_path, "run", 1)) == [0]
-    text = "".join(path.read_text() for path in (tmp_path / "run" / "runs").rglob("*") if path.is_file())
+    text = "".join(
+        path.read_text() for path in (tmp_path / "run" / "runs").rglob("*") if path.is_file()
+    )
     assert (
         "of 1 MB a process: expect it to run out. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
         in text
@@ -178,18 +205,31 @@ def test_too_little_memory_is_told(tmp_path: Path) -> None:
 def test_other_layouts_go_on_with_the_same_data(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(1, run, arguments(tmp_path, "whole", 8)) == [0]
-    for world, zero_stage, shard_size, steps in ((2, 3, 2, 2), (4, 1, 2, 4), (1, 1, 2, 6), (2, 2, 1, 8)):
-        how = (f"model.multi_stage.zero_stage={zero_stage}", f"model.multi_stage.shard_size={shard_size}")
+    for world, zero_stage, shard_size, steps in (
+        (2, 3, 2, 2),
+        (4, 1, 2, 4),
+        (1, 1, 2, 6),
+        (2, 2, 1, 8),
+    ):
+        how = (
+            f"model.multi_stage.zero_stage={zero_stage}",
+            f"model.multi_stage.shard_size={shard_size}",
+        )
         assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert expected.keys() == found.keys()
     # Sums over the batch are taken in another order: 6e-8 an addition, magnified a little by eight updates of Adam.
     assert all(abs(found[step] - loss) < 2e-6 * loss for step, loss in expected.items())
-    exports = [tmp_path / name / "export" / "llama" / "4" / "model.safetensors" for name in ("whole", "parts")]
+    exports = [
+        tmp_path / name / "export" / "llama" / "4" / "model.safetensors"
+        for name in ("whole", "parts")
+    ]
     assert exports[0].stat().st_size == exports[1].stat().st_size
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
     run(arguments(tmp_path, "whole", 8))
     run(arguments(tmp_path, "parts", 4))
@@ -203,7 +243,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     # If none is left, the run does not begin anew by itself.
     for checkpoint in (tmp_path / "parts" / "checkpoint").iterdir():
         (checkpoint / MANIFEST).write_text("{}")
-    with pytest.raises(ConfigError, match=r"no checkpoint in .*/parts/checkpoint is whole \(of 2; .*begin anew"):
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint in .*/parts/checkpoint is whole \(of 2; .*begin anew"
+    ):
         run(arguments(tmp_path, "parts", 12))
 
 
@@ -218,9 +260,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     write_tokens(tmp_path / "tokens", 400)
     arguments_ = arguments(
-        tmp_path, "run", 5000, "training.checkpoint.interval=5000", "training.validation.interval=5000"
+        tmp_path,
+        "run",
+        5000,
+        "training.checkpoint.interval=5000",
+        "training.validation.interval=5000",
     )
-    with subprocess.Popen(command(arguments_), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command(arguments_), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    ) as process:
         wait_for(tmp_path / "run", 3, process)
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)
@@ -252,8 +300,12 @@ def told_after_three_steps(arguments_: list[str], number: signal.Signals) -> int
     return run(arguments_)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
-def test_all_leave_as_the_one_that_was_told(tmp_path: Path, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
+)
+def test_all_leave_as_the_one_that_was_told(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     """torchrun would take a node whose processes return 0 for one that is done."""
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(2, told_after_three_steps, arguments(tmp_path, "run", 8), number) == [code, code]
@@ -261,7 +313,9 @@ def test_all_leave_as_the_one_that_was_told(tmp_path: Path, number: signal.Signa
     assert newest is not None and newest.name == "4"
 
 
-def test_what_was_broken_off_is_done_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_broken_off_is_done_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Step 4 is where it stops, and where a validation and an export are due."""
     write_tokens(tmp_path / "tokens", 400)
     with monkeypatch.context() as patch:
@@ -269,13 +323,18 @@ def test_what_was_broken_off_is_done_by_the_next_start(tmp_path: Path, monkeypat
         assert told_after_three_steps(arguments(tmp_path, "run", 8), signal.SIGTERM) == 143
     newest = folder.latest(tmp_path / "run" / "checkpoint")
     assert newest is not None and newest.name == "4"
-    assert 4 not in losses(tmp_path / "run", "validation") and not (tmp_path / "run" / "export").exists()
+    assert (
+        4 not in losses(tmp_path / "run", "validation")
+        and not (tmp_path / "run" / "export").exists()
+    )
     assert run(arguments(tmp_path, "run", 8)) == 0
     assert set(losses(tmp_path / "run", "validation")) == {0, 4, 8}
     assert [step for step, _ in folder.find(tmp_path / "run" / "export" / "llama")] == [4, 8]
 
 
-def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_writes_what_is_due_and_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert (
         run(
@@ -296,7 +355,10 @@ def test_a_finished_run_writes_what_is_due_and_missing(tmp_path: Path, capsys: p
     assert 4 in losses(tmp_path / "run", "validation")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     # A kill while the last checkpoint but one was deleted, and one in an export.
-    left = [tmp_path / "run" / name for name in ("checkpoint/.2.deleted-0123abcd", "export/llama/.4.partial-0123abcd")]
+    left = [
+        tmp_path / "run" / name
+        for name in ("checkpoint/.2.deleted-0123abcd", "export/llama/.4.partial-0123abcd")
+    ]
     for folder_ in left:
         folder_.mkdir()
     assert run(arguments(tmp_path, "run", 4)) == 0

@@ -43,7 +43,10 @@ def tokens(tmp_path: Path) -> Path:
 
 def test_the_plan_in_numbers(tokens: Path) -> None:
     arguments = settings(
-        tokens, "training.train_iters=10", "training.checkpoint.interval=5", "training.export.interval=5"
+        tokens,
+        "training.train_iters=10",
+        "training.checkpoint.interval=5",
+        "training.export.interval=5",
     )
     text = describe(make_plan(read(None, arguments), 2, weights=False))
     assert "8 sequences of 24 tokens = 2 a micro-batch × 2 micro-batches × 2 processes" in text
@@ -51,7 +54,8 @@ def test_the_plan_in_numbers(tokens: Path) -> None:
     assert re.search(r"tokens: \d[\d,]* tokens to train on, 0\.\d+ epochs", text)
     assert "every 5 steps" in text and "kept" in text and "free at" in text
     assert re.search(
-        r"Documents     320 for training \([\d,]+ tokens\), 40 for validation \([\d,]+ tokens\), 40 for test", text
+        r"Documents     320 for training \([\d,]+ tokens\), 40 for validation \([\d,]+ tokens\), 40 for test",
+        text,
     )
 
 
@@ -67,26 +71,44 @@ def test_all_mistakes_of_data_and_settings_at_once(tokens: Path) -> None:
         ),
         processes=3,
     )
-    assert "batch_size 3 / micro_batch_size 2 = 2 micro-batches for 3 processes: 1 would have nothing to do" in text
+    assert (
+        "batch_size 3 / micro_batch_size 2 = 2 micro-batches for 3 processes: 1 would have nothing to do"
+        in text
+    )
     assert "training.validation.iterations" in text
     assert "optimizer.learning_rate.decay_iterations" in text
     assert "optimizer.learning_rate.minimum: given 1" in text
 
 
 def test_a_validation_that_is_too_large(tokens: Path) -> None:
-    text = problems(settings(tokens, "training.validation.interval=1", "training.validation.iterations=1000"))
-    assert "1000 batches × 8 sequences = 8,000 sequences" in text and "lower training.validation.iterations to" in text
+    text = problems(
+        settings(tokens, "training.validation.interval=1", "training.validation.iterations=1000")
+    )
+    assert (
+        "1000 batches × 8 sequences = 8,000 sequences" in text
+        and "lower training.validation.iterations to" in text
+    )
 
 
-def test_tokens_that_the_model_does_not_have(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"tokens: document \d+ holds token 1\d\d at its place \d+.*vocab_size is 100"):
+def test_tokens_that_the_model_does_not_have(
+    tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"tokens: document \d+ holds token 1\d\d at its place \d+.*vocab_size is 100",
+    ):
         run(settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50"))
 
 
-def test_mistakes_that_training_meets_have_their_setting(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_that_training_meets_have_their_setting(
+    tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50")
     assert cli.main(["train", *arguments]) == 2
-    assert f"fast-llm train: override data.path={tokens}/tokens: data.path: {tokens}/tokens" in capsys.readouterr().err
+    assert (
+        f"fast-llm train: override data.path={tokens}/tokens: data.path: {tokens}/tokens"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,16 +119,26 @@ def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_folder_that_can_not_be_written(tokens: Path) -> None:
     (tokens / "file").write_text("")
-    assert "is a file" in problems(settings(tokens, f"run.experiment_dir={tokens}/file/run", "training.train_iters=1"))
+    assert "is a file" in problems(
+        settings(tokens, f"run.experiment_dir={tokens}/file/run", "training.train_iters=1")
+    )
 
 
-def test_what_may_change_on_resume_and_what_may_not(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_may_change_on_resume_and_what_may_not(
+    tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def arguments(*further: str) -> list[str]:
-        return settings(tokens, "training.train_iters=2", "training.checkpoint.interval=2", *further)
+        return settings(
+            tokens, "training.train_iters=2", "training.checkpoint.interval=2", *further
+        )
 
     assert run(arguments()) == 0
     text = problems(
-        arguments("batch.batch_size=4", "model.distributed.seed=7", "model.base_model.transformer.num_layers=1")
+        arguments(
+            "batch.batch_size=4",
+            "model.distributed.seed=7",
+            "model.base_model.transformer.num_layers=1",
+        )
     )
     assert "batch.batch_size: given 4" in text and "run.accept_changes=[batch.batch_size]" in text
     assert "model.distributed.seed: given 7" in text
@@ -115,11 +147,21 @@ def test_what_may_change_on_resume_and_what_may_not(tokens: Path, capsys: pytest
     capsys.readouterr()
     consent = "run.accept_changes=[batch.batch_size]"
     assert (
-        run(arguments("batch.batch_size=4", consent, "training.train_iters=4", "optimizer.learning_rate.base=1e-3"))
+        run(
+            arguments(
+                "batch.batch_size=4",
+                consent,
+                "training.train_iters=4",
+                "optimizer.learning_rate.base=1e-3",
+            )
+        )
         == 0
     )
     output = capsys.readouterr().out
-    assert "batch.batch_size: 8 → 4" in output and "optimizer.learning_rate.base: 0.01 → 0.001" in output
+    assert (
+        "batch.batch_size: 8 → 4" in output
+        and "optimizer.learning_rate.base: 0.01 → 0.001" in output
+    )
     # Two steps of eight sequences and two of four: no sequence was passed over or seen twice.
     assert records(tokens / "run")[4]["consumed_samples"] == 24
 
@@ -155,7 +197,13 @@ def test_steps_that_are_not_finite_never_touch_the_weights(tokens: Path, world: 
         assert "were not finite 4 times in a row" in message
         assert message.endswith(" Checkpoint 4 is complete: the same command continues from it.")
     found = records(tokens / "run")
-    assert [found[step]["skipped_iters"] for step in (1, 2, 3, 4, 5)] == [0, 1, 1, 1, 1] and 6 not in found
+    assert [found[step]["skipped_iters"] for step in (1, 2, 3, 4, 5)] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+    ] and 6 not in found
     assert found[2]["language_model_loss"] is None
     from tests.training.runs import weights
 
@@ -163,13 +211,19 @@ def test_steps_that_are_not_finite_never_touch_the_weights(tokens: Path, world: 
     assert two == four
 
 
-def test_a_norm_whose_square_fp32_does_not_hold(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_whose_square_fp32_does_not_hold(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing clips it, and the average of squares would be infinite for good; beyond fp32 not even the factor could be given."""
     norms = iter([1.0, 1e19, 1e40, 1.0])
     monkeypatch.setattr(
-        "fast_llm.training.step.squared_norm", lambda *_: torch.tensor(next(norms) ** 2, dtype=torch.float64)
+        "fast_llm.training.step.squared_norm",
+        lambda *_: torch.tensor(next(norms) ** 2, dtype=torch.float64),
     )
-    assert run(settings(tokens, "training.train_iters=4", "optimizer.gradient_norm_clipping=null")) == 0
+    assert (
+        run(settings(tokens, "training.train_iters=4", "optimizer.gradient_norm_clipping=null"))
+        == 0
+    )
     found = records(tokens / "run")
     assert [found[step]["skipped_iters"] for step in (1, 2, 3, 4)] == [0, 1, 1, 0]
     assert found[3]["grad_norm"] > 1e39
@@ -188,7 +242,9 @@ def test_fp16_finds_its_scale(tokens: Path) -> None:
     assert losses(tokens / "run")[16] < losses(tokens / "run")[sum(skipped) + 1]
 
 
-def test_metrics_have_the_names_that_users_expect(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_have_the_names_that_users_expect(
+    tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     further = f"data.validation_sets.other={tokens}/tokens"
     arguments = settings(
         tokens,
@@ -207,10 +263,18 @@ def test_metrics_have_the_names_that_users_expect(tokens: Path, capsys: pytest.C
     )
     record = records(tokens / "run")[2]
     assert set(expected.split()) <= set(record)
-    assert record["consumed_tokens"] == 2 * 8 * 24 and record["percent_done"] == 100 and record["loss_scale"] == 1
-    assert set(losses(tokens / "run", "validation")) == {0, 2} and set(losses(tokens / "run", "test")) == {2}
+    assert (
+        record["consumed_tokens"] == 2 * 8 * 24
+        and record["percent_done"] == 100
+        and record["loss_scale"] == 1
+    )
+    assert set(losses(tokens / "run", "validation")) == {0, 2} and set(
+        losses(tokens / "run", "test")
+    ) == {2}
     assert "other_loss" in records(tokens / "run", "validation")[0]
-    line = next(line for line in capsys.readouterr().out.splitlines() if "Training @ iteration" in line)
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if "Training @ iteration" in line
+    )
     for part in (
         "consumed samples: 8",
         "batch size: 8",
@@ -246,22 +310,33 @@ def test_records_are_kept_while_the_disk_is_full(
         patch.setattr(os, "write", full)
         for step in (1, 2):
             run.record({"step": step})
-    assert capsys.readouterr().out.count("metrics.jsonl: can not be written: No space left on device; make room.") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "metrics.jsonl: can not be written: No space left on device; make room."
+        )
+        == 1
+    )
     write = os.write
     monkeypatch.setattr(
         os, "write", lambda handle, data: write(handle, data[:5])
     )  # a disk that takes a little at a time
     run.record({"step": 3})
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2, 3]
     monkeypatch.setattr(os, "write", full)
     run.record({"step": 4})
     run.close()
     assert "metrics.jsonl: 1 records could not be written and are lost." in capsys.readouterr().out
 
 
-def test_a_log_that_can_not_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_can_not_be_written_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path, 0, 1, True, 0)
-    handler = next(h for h in logging.getLogger("fast_llm").handlers if isinstance(h, logging.FileHandler))
+    handler = next(
+        h for h in logging.getLogger("fast_llm").handlers if isinstance(h, logging.FileHandler)
+    )
     handler.stream.close()
     handler.stream = Path("/dev/full").open("w")  # noqa: SIM115
     for _ in range(2):
@@ -331,19 +406,29 @@ def test_a_damaged_checkpoint_is_named_once(tokens: Path) -> None:
     arguments = settings(tokens, "training.train_iters=2", "training.checkpoint.interval=1")
     with Job(tokens, arguments, 1) as job:
         assert job.wait() == 0
-    largest = max((tokens / "run" / "checkpoint" / "2").iterdir(), key=lambda path: path.stat().st_size)
+    largest = max(
+        (tokens / "run" / "checkpoint" / "2").iterdir(), key=lambda path: path.stat().st_size
+    )
     data = bytearray(largest.read_bytes())
     data[-1] ^= 1
     largest.write_bytes(data)
     with Job(tokens, arguments, 2) as job:
         assert job.wait() == 0
         named = [line for line in job.said().splitlines() if "Passed over" in line]
-    assert len(named) == 1 and re.match(r"20\d\d-\S+ \S+ \[Rank 0\] Passed over: .*checkpoint/2", named[0]), named
-    assert named[0] in (tokens / "run" / "runs" / "1" / "logs" / "logs_rank_0.txt").read_text().splitlines()
+    assert len(named) == 1 and re.match(
+        r"20\d\d-\S+ \S+ \[Rank 0\] Passed over: .*checkpoint/2", named[0]
+    ), named
+    assert (
+        named[0]
+        in (tokens / "run" / "runs" / "1" / "logs" / "logs_rank_0.txt").read_text().splitlines()
+    )
 
 
 def test_a_folder_that_cannot_be_created() -> None:
-    with pytest.raises(ConfigError, match=r"^run.experiment_dir: /proc/run cannot be written to: .*; choose another$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^run.experiment_dir: /proc/run cannot be written to: .*; choose another$",
+    ):
         lock(Path("/proc/run"))
 
 
@@ -360,14 +445,18 @@ def test_a_callback_is_started_with_what_was_saved(tokens: Path) -> None:
         if (tokens / "calls").exists() and len((tokens / "calls").read_text().splitlines()) == 2:
             break
         __import__("time").sleep(0.05)
-    assert (tokens / "calls").read_text().splitlines() == [f"{tokens}/run/checkpoint/{step} me" for step in (1, 2)]
+    assert (tokens / "calls").read_text().splitlines() == [
+        f"{tokens}/run/checkpoint/{step} me" for step in (1, 2)
+    ]
 
 
 def test_a_second_run_in_the_same_folder(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = settings(tokens, "training.train_iters=1", "training.checkpoint.interval=1")
     holder = lock(tokens / "run")
     for world in (1, 2):
-        with pytest.raises(AssertionError, match=f"another run writes to .*: process {os.getpid()} on .* since 20"):
+        with pytest.raises(
+            AssertionError, match=f"another run writes to .*: process {os.getpid()} on .* since 20"
+        ):
             spawn(world, run, arguments)
     assert list((tokens / "run").iterdir()) == [tokens / "run" / ".lock"]
     holder.close()
@@ -390,7 +479,9 @@ def test_a_plan_that_another_run_overtook(tokens: Path) -> None:
     arguments = settings(tokens, "training.train_iters=2", "training.checkpoint.interval=1")
     plan = make_plan(read(None, arguments), 1, weights=False)
     assert spawn(1, run, arguments) == [0]
-    with pytest.raises(ConfigError, match=r"another run saved to .* just now; start the same command again"):
+    with pytest.raises(
+        ConfigError, match=r"another run saved to .* just now; start the same command again"
+    ):
         train(plan)
 
 
@@ -422,7 +513,11 @@ def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
     ]
     common = settings(tmp_path, "training.train_iters=3", *small)
     assert spawn(1, run, [*common, f"run.experiment_dir={tmp_path}/plain"]) == [0]
-    compiled = [*common, "model.multi_stage.compile_all=yes", f"run.experiment_dir={tmp_path}/compiled"]
+    compiled = [
+        *common,
+        "model.multi_stage.compile_all=yes",
+        f"run.experiment_dir={tmp_path}/compiled",
+    ]
     cut = ["model.distributed.tensor_parallel=2", "model.distributed.sequence_tensor_parallel=yes"]
     assert spawn(2, run_compiled, [*compiled, *cut]) == [(0, True)] * 2
     # fp32 sums in another order, and Adam's first steps, which follow a gradient's sign.

@@ -39,7 +39,9 @@ def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
     )
 
 
-def disturb(before_writing: Write, after_step: Callable[[Trainer, int], None] = lambda trainer, step: None) -> None:
+def disturb(
+    before_writing: Write, after_step: Callable[[Trainer, int], None] = lambda trainer, step: None
+) -> None:
     """Have something done in the saver's thread, given the checkpoint's step and the attempt, and after each step."""
     write, check, attempts = state._Writer.write_data, Trainer.check_finite, dict[str, int]()
 
@@ -93,14 +95,17 @@ def test_training_goes_on_and_bytes_are_the_same(tmp_path: Path, world: int, ran
     assert spawn(world, run, arguments(tmp_path, "plain", 10, *how)) == [0] * world
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     for step in ("4", "8", "10"):
-        found, expected = (folder.verify(tmp_path / name / "checkpoint" / step) for name in ("run", "plain"))
+        found, expected = (
+            folder.verify(tmp_path / name / "checkpoint" / step) for name in ("run", "plain")
+        )
         assert found.files == expected.files and len(found.files) == world
         del found.info["settings"], expected.info["settings"]
         assert found.info == expected.info
     for one in range(world):
         said = (tmp_path / "run" / "runs" / "0" / "logs" / f"logs_rank_{one}.txt").read_text()
         assert (
-            "checkpoint/4: could not be saved: No space left on device (the disk). Training goes on; the next" in said
+            "checkpoint/4: could not be saved: No space left on device (the disk). Training goes on; the next"
+            in said
         )
         assert (
             said.index("the next attempt is in 0.05 s.")
@@ -189,8 +194,12 @@ def stopped_while_saving(arguments_: list[str], how: str) -> int | str:
         return str(error)
 
 
-@pytest.mark.parametrize(("how", "result", "steps"), [("signal", 143, ["4", "6"]), ("error", "enough", ["4"])])
-def test_what_is_being_written_is_waited_for(tmp_path: Path, how: str, result: object, steps: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("how", "result", "steps"), [("signal", 143, ["4", "6"]), ("error", "enough", ["4"])]
+)
+def test_what_is_being_written_is_waited_for(
+    tmp_path: Path, how: str, result: object, steps: list[str]
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(2, stopped_while_saving, arguments(tmp_path, "run", 12), how) == [result] * 2
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir()) == steps
@@ -205,13 +214,13 @@ def test_without_memory_training_waits(
     monkeypatch.setattr(saving, "available_memory", lambda: 360_000)
     assert run(arguments(tmp_path, "run", 8)) == 0
     said = capsys.readouterr().out
-    sentence = (
-        "Training waits for each checkpoint to be written: a copy in the host's memory would need 329 kB, and 360 kB"
-    )
+    sentence = "Training waits for each checkpoint to be written: a copy in the host's memory would need 329 kB, and 360 kB"
     assert said.count(sentence) == 1 and said.count("Saved ") == 2 and "stood still" not in said
 
 
-def test_a_fault_in_the_thread_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_the_thread_ends_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tokens(tmp_path / "tokens", 400)
     monkeypatch.setattr(folder, "publish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -222,10 +231,16 @@ def test_a_fault_in_the_thread_ends_training(tmp_path: Path, monkeypatch: pytest
 def test_a_hang_is_not_excused_by_the_thread_that_saves(tmp_path: Path) -> None:
     """Its talking to other processes means that this one waits for them only where the training thread waits for it."""
     write_tokens(tmp_path / "tokens", 400)
-    training, thread = spawn(2, stacks_while_saving, arguments(tmp_path, "run", 6), tmp_path / "looked")[1]
+    training, thread = spawn(
+        2, stacks_while_saving, arguments(tmp_path, "run", 6), tmp_path / "looked"
+    )[1]
     assert "/torch/distributed/" in thread and "saving.py" in thread
-    assert not watchdog._waits(training.replace("in _end", "in elsewhere")) and watchdog._waits(training)
-    assert watchdog._waits(thread.replace("in _run", "in elsewhere")) and not watchdog._waits(thread)
+    assert not watchdog._waits(training.replace("in _end", "in elsewhere")) and watchdog._waits(
+        training
+    )
+    assert watchdog._waits(thread.replace("in _run", "in elsewhere")) and not watchdog._waits(
+        thread
+    )
 
 
 def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] | None:
@@ -250,7 +265,10 @@ def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] 
         disturb(lambda step, attempt: until(looked.exists) if step == "6" else None)
         run(arguments_)
         return None
-    disturb(lambda step, attempt: None, lambda trainer, step: Thread(target=look).start() if step == 6 else None)
+    disturb(
+        lambda step, attempt: None,
+        lambda trainer, step: Thread(target=look).start() if step == 6 else None,
+    )
     run(arguments_)
     (thread,) = [part for part in found.split("\n\n") if saver.search(part)]
     return found, thread

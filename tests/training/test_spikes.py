@@ -31,7 +31,9 @@ def test_what_a_spike_is() -> None:
     spikes = Spikes(SpikesConfig(policy="skip", window=9, threshold=4))
     generator = random.Random(0)
     values = [generator.gauss(3, 0.1) for _ in range(9)]
-    assert not any(spikes.judge(value, value) for value in [*values[:-1], 99])  # the window is not full
+    assert not any(
+        spikes.judge(value, value) for value in [*values[:-1], 99]
+    )  # the window is not full
     values[-1] = 99  # one alone moves neither median
     limit = median(values) + 4 * 1.4826 * median(abs(y - median(values)) for y in values)
     again = Spikes(spikes.config)
@@ -70,7 +72,9 @@ class Kill(Exception):
     """As if by a signal that nothing can answer."""
 
 
-def spiking(arguments_: list[str], bad: tuple[int, ...] = BAD, kill_at: int = 0) -> tuple[int | str, list[int]]:
+def spiking(
+    arguments_: list[str], bad: tuple[int, ...] = BAD, kill_at: int = 0
+) -> tuple[int | str, list[int]]:
     """A run of whose `bad` batches loss and gradients are as large as they are not, killed when it has made so many steps, or
     told to stop if the number is negative; and the batches with which its steps ended, those that were passed over included."""
     step, check, given = Loader.step, Trainer.check_finite, list[int]()
@@ -112,22 +116,41 @@ def updates(path: Path) -> int:
 @pytest.mark.parametrize("world", [1, 2])
 def test_skip(tmp_path: Path, world: int) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    assert spawn(world, spiking, arguments(tmp_path, "run", "skip")) == [(0, list(range(1, STEPS + 1)))] * world
+    assert (
+        spawn(world, spiking, arguments(tmp_path, "run", "skip"))
+        == [(0, list(range(1, STEPS + 1)))] * world
+    )
     assert updates(tmp_path / "run" / "checkpoint" / "14") == STEPS - 1
     found = records(tmp_path / "run")
-    assert [step for step, record in found.items() if record["spikes"] or record["skipped_iters"]] == [8]
-    assert found[8]["language_model_loss"] > found[7]["language_model_loss"] + 0.2  # it is told, not hidden
+    assert [
+        step for step, record in found.items() if record["spikes"] or record["skipped_iters"]
+    ] == [8]
+    assert (
+        found[8]["language_model_loss"] > found[7]["language_model_loss"] + 0.2
+    )  # it is told, not hidden
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
-    assert "Step 8 is a spike: loss " in said and "(median and deviations of 5 steps): its update was skipped." in said
+    assert (
+        "Step 8 is a spike: loss " in said
+        and "(median and deviations of 5 steps): its update was skipped." in said
+    )
     # Killed between the checkpoint and the spike: the window is the checkpoint's.
-    assert spawn(world, spiking, arguments(tmp_path, "parts", "skip"), BAD, 7) == [("", list(range(1, 8)))] * world
-    assert spawn(world, spiking, arguments(tmp_path, "parts", "skip")) == [(0, list(range(7, STEPS + 1)))] * world
+    assert (
+        spawn(world, spiking, arguments(tmp_path, "parts", "skip"), BAD, 7)
+        == [("", list(range(1, 8)))] * world
+    )
+    assert (
+        spawn(world, spiking, arguments(tmp_path, "parts", "skip"))
+        == [(0, list(range(7, STEPS + 1)))] * world
+    )
     assert losses(tmp_path / "parts") == losses(tmp_path / "run")
-    assert weights(tmp_path / "parts" / "checkpoint" / "14") == weights(tmp_path / "run" / "checkpoint" / "14")
+    assert weights(tmp_path / "parts" / "checkpoint" / "14") == weights(
+        tmp_path / "run" / "checkpoint" / "14"
+    )
     # The same steps without a spike are the same bits with and without a policy.
     for policy in ("none", "rewind"):
         assert (
-            spawn(world, spiking, arguments(tmp_path, policy, policy), ()) == [(0, list(range(1, STEPS + 1)))] * world
+            spawn(world, spiking, arguments(tmp_path, policy, policy), ())
+            == [(0, list(range(1, STEPS + 1)))] * world
         )
     assert losses(tmp_path / "none") == losses(tmp_path / "rewind")
     one, other = (weights(tmp_path / policy / "checkpoint" / "14") for policy in ("none", "rewind"))
@@ -147,15 +170,23 @@ def test_rewind(tmp_path: Path, world: int) -> None:
         {"after": 9, "spike": 12, "sequences": 3 * BATCH},
     ]
     assert info["updates"] == STEPS and info["samples"] == (STEPS + 5) * BATCH
-    assert [path.name for path in sorted((tmp_path / "run" / "export" / "llama").iterdir())] == ["14", "7"]
+    assert [path.name for path in sorted((tmp_path / "run" / "export" / "llama").iterdir())] == [
+        "14",
+        "7",
+    ]
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
     assert "5 steps): back to step 6, and on with the data after the spike's." in said
     # Killed before the first spike, after going back and before a checkpoint, and after one: the same every time.
     # Told to stop at the spike, it leaves without a checkpoint of a step that is to be undone.
     for begin, kill_at, code in ((0, 7, ""), (6, 4, ""), (6, -1, 143), (6, 6, "")):
         expected = [(code, order[begin : begin + (kill_at if kill_at > 0 else 2)])] * world
-        assert spawn(world, spiking, arguments(tmp_path, "parts", "rewind"), bad, kill_at) == expected
-    assert spawn(world, spiking, arguments(tmp_path, "parts", "rewind"), bad) == [(0, order[11:])] * world
+        assert (
+            spawn(world, spiking, arguments(tmp_path, "parts", "rewind"), bad, kill_at) == expected
+        )
+    assert (
+        spawn(world, spiking, arguments(tmp_path, "parts", "rewind"), bad)
+        == [(0, order[11:])] * world
+    )
     assert losses(tmp_path / "parts") == losses(tmp_path / "run")
     for part in ("checkpoint", "export/llama"):
         assert weights(tmp_path / "parts" / part / "14") == weights(tmp_path / "run" / part / "14")
@@ -175,7 +206,9 @@ def test_why_knows_what_was_passed_over(tmp_path: Path) -> None:
     assert spawn(1, spiking, arguments_) == [(0, [*range(7, 9), *range(9, 17)])]
     assert {step: why(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)} == told
     assert (
-        next(line for line in why(str(tmp_path / "run"), 14).as_text() if line.startswith("sequence"))
+        next(
+            line for line in why(str(tmp_path / "run"), 14).as_text() if line.startswith("sequence")
+        )
         == f"sequence {15 * BATCH}"
     )
 
@@ -187,13 +220,20 @@ def test_stop_and_too_many_rewinds(tmp_path: Path) -> None:
             "stop",
             "Its update was not applied. Look at the step's data with `fast-llm why`",
         ),
-        ("rewind", "The run went back 1 times already (training.spikes.max_rewinds). Look at the data of these steps"),
+        (
+            "rewind",
+            "The run went back 1 times already (training.spikes.max_rewinds). Look at the data of these steps",
+        ),
     ):
         how = arguments(tmp_path, policy, policy, "training.spikes.max_rewinds=1")
         results = spawn(2, spiking, how, (8, 10))
-        assert results[0] == results[1] and str(results[0][0]).startswith("Step 8 is a spike: loss ")
+        assert results[0] == results[1] and str(results[0][0]).startswith(
+            "Step 8 is a spike: loss "
+        )
         assert sentence in str(results[0][0])
-        assert str(results[0][0]).endswith(" Checkpoint 6 is complete: the same command continues from it.")
+        assert str(results[0][0]).endswith(
+            " Checkpoint 6 is complete: the same command continues from it."
+        )
         newest = folder.latest(tmp_path / policy / "checkpoint")
         assert newest is not None and newest.name == "6"
 

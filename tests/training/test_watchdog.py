@@ -31,14 +31,25 @@ _context = multiprocessing.get_context("forkserver")  # tests.helpers tells it w
 
 def arguments(folder: Path, steps: int, *further: str) -> list[str]:
     return settings(
-        folder, f"training.train_iters={steps}", f"model.distributed.timeout={TIMEOUT}", "data.split=[9,1,0]", *further
+        folder,
+        f"training.train_iters={steps}",
+        f"model.distributed.timeout={TIMEOUT}",
+        "data.split=[9,1,0]",
+        *further,
     )
 
 
 class Job:
     """Processes of one run, started as torchrun starts them: each its own session, joined by an address."""
 
-    def __init__(self, folder: Path, world: int, hang: Callable[[int], None], *further: str, steps: int = 1_000_000):
+    def __init__(
+        self,
+        folder: Path,
+        world: int,
+        hang: Callable[[int], None],
+        *further: str,
+        steps: int = 1_000_000,
+    ):
         write_tokens(folder / "tokens", 400)
         self.folder = folder
         with socket.socket() as probe:
@@ -46,7 +57,8 @@ class Job:
             port = probe.getsockname()[1]
         self.processes: list[BaseProcess] = [
             _context.Process(
-                target=_process, args=(arguments(folder, steps, *further), rank, world, port, str(folder), hang)
+                target=_process,
+                args=(arguments(folder, steps, *further), rank, world, port, str(folder), hang),
             )
             for rank in range(world)
         ]
@@ -65,7 +77,9 @@ class Job:
         """Until a process has said that it begins to hang, or that a step is done; now."""
         deadline = time.monotonic() + 60
         while not (self.folder / name).exists():
-            assert time.monotonic() < deadline and all(p.is_alive() for p in self.processes), self.said()
+            assert time.monotonic() < deadline and all(p.is_alive() for p in self.processes), (
+                self.said()
+            )
             time.sleep(0.02)
         return time.monotonic()
 
@@ -83,13 +97,23 @@ class Job:
         return (self.folder / "run" / "runs" / "0" / "logs" / f"stacks_rank_{rank}.txt").read_text()
 
 
-def _process(arguments: list[str], rank: int, world: int, port: int, folder: str, hang: Callable[[int], None]) -> None:
+def _process(
+    arguments: list[str], rank: int, world: int, port: int, folder: str, hang: Callable[[int], None]
+) -> None:
     os.setsid()
     os.chdir(folder)
     os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     if world > 1:
-        places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in places.items()}
+        places = {
+            "RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
+        os.environ |= {"MASTER_ADDR": "localhost"} | {
+            name: str(value) for name, value in places.items()
+        }
     hang(rank)
     code = run(arguments)
     assert not psutil.Process().children(), "a process is left behind"
@@ -149,7 +173,9 @@ def with_pythons_lock(rank: int) -> None:
     def locked_read(loader: Loader, step: int) -> Any:
         if step == 4:
             Path("hangs").touch()
-            ctypes.PyDLL(None).sleep(600)  # no other thread runs Python any more, and no handler of a signal
+            ctypes.PyDLL(None).sleep(
+                600
+            )  # no other thread runs Python any more, and no handler of a signal
         return before(loader, step)
 
     Loader.step = locked_read  # type: ignore[method-assign]
@@ -177,7 +203,10 @@ def test_a_stopped_process_and_its_group(tmp_path: Path) -> None:
         os.killpg(pid, signal.SIGSTOP)
         assert job.ends_by(stopped + TIMEOUT + LATER) == [-signal.SIGKILL] * 2, job.said()
         assert time.monotonic() - stopped > 0.6 * TIMEOUT
-        assert f"Late: rank 0, process {pid} on {socket.gethostname()}, stopped by a signal in step" in job.said()
+        assert (
+            f"Late: rank 0, process {pid} on {socket.gethostname()}, stopped by a signal in step"
+            in job.said()
+        )
         assert "[Rank 1]   File" in job.said() and "in _train" in job.stacks(1)
         assert "No stacks: the process stopped by a signal." in job.stacks(0)
 
@@ -198,7 +227,10 @@ def test_a_collective_that_loses_patience_first(tmp_path: Path) -> None:
         hangs = job.wait_for("hangs")
         codes = job.ends_by(hangs + TIMEOUT + LATER)
         assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), job.said()
-        assert "Late: rank 1, process" in job.said() and "in step 1, forward and backward" in job.said()
+        assert (
+            "Late: rank 1, process" in job.said()
+            and "in step 1, forward and backward" in job.said()
+        )
         assert "in sleepy_forward" in job.stacks(1)
 
 
@@ -226,13 +258,24 @@ def test_a_job_that_sleeps_as_a_whole_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_what_is_slow_every_time_is_no_hang(tmp_path: Path) -> None:
-    with Job(tmp_path, 1, in_every_forward, "model.distributed.timeout=0.5", "batch.batch_size=4", steps=1) as job:
+    with Job(
+        tmp_path,
+        1,
+        in_every_forward,
+        "model.distributed.timeout=0.5",
+        "batch.batch_size=4",
+        steps=1,
+    ) as job:
         assert job.ends_by(time.monotonic() + 60) == [0] and job.said() == ""
 
 
 @pytest.mark.parametrize("hang", [nothing, in_no_way_but_unwatched])
 def test_a_run_that_does_not_hang(tmp_path: Path, hang: Callable[[int], None]) -> None:
-    further = ("training.checkpoint.interval=1", "training.validation.interval=1", "training.validation.iterations=2")
+    further = (
+        "training.checkpoint.interval=1",
+        "training.validation.interval=1",
+        "training.validation.iterations=2",
+    )
     with Job(tmp_path, 2, hang, *further, steps=3) as job:
         assert job.ends_by(time.monotonic() + 60) == [0, 0] and job.said() == ""
     assert len(losses(tmp_path / "run")) == 3 and not list((tmp_path / "run").rglob("stacks*"))
@@ -240,26 +283,48 @@ def test_a_run_that_does_not_hang(tmp_path: Path, hang: Callable[[int], None]) -
 
 def test_under_torchrun(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["-m", "fast_llm.cli", "train", *arguments(tmp_path, 1_000_000)]
     output = (tmp_path / "output").open("w+")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}) as job:
+    with subprocess.Popen(
+        command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as job:
         while not metrics.exists() or len(losses(tmp_path / "run")) < 5:
             assert job.poll() is None, (tmp_path / "output").read_text()
             time.sleep(0.05)
-        ranks = sorted(psutil.Process(job.pid).children(), key=lambda process: process.environ()["RANK"])
+        ranks = sorted(
+            psutil.Process(job.pid).children(), key=lambda process: process.environ()["RANK"]
+        )
         ranks[1].suspend()
         job.wait(TIMEOUT + LATER)
     text = (tmp_path / "output").read_text()
     assert job.returncode == 1 and f"Late: rank 1, process {ranks[1].pid} on" in text
     # torchrun names the right one too.
-    report = r"torchrun: rank 1 on \S+ was killed by SIGKILL|Root Cause.*rank +: 1 \(local_rank: 1\)"
-    assert re.search(report, text, re.S), text  # the second where the entry points are not installed
+    report = (
+        r"torchrun: rank 1 on \S+ was killed by SIGKILL|Root Cause.*rank +: 1 \(local_rank: 1\)"
+    )
+    assert re.search(report, text, re.S), (
+        text
+    )  # the second where the entry points are not installed
 
 
 def place(rank: int, marks: int, **further: Any) -> Place:
-    values = {"step": 7, "phase": "data", "seconds": 60.0, "patient": False, "state": "", "waits": False} | further
+    values = {
+        "step": 7,
+        "phase": "data",
+        "seconds": 60.0,
+        "patient": False,
+        "state": "",
+        "waits": False,
+    } | further
     return Place(rank, f"node{rank // 2}", 100 + rank, marks, **values)
 
 
@@ -267,20 +332,47 @@ def place(rank: int, marks: int, **further: Any) -> Place:
     ("places", "late", "text"),
     [
         # The least far.
-        ([place(0, 9), place(1, 9), place(2, 8), place(3, 9)], [2], "Late: rank 2, process 102 on node1, in step 7"),
+        (
+            [place(0, 9), place(1, 9), place(2, 8), place(3, 9)],
+            [2],
+            "Late: rank 2, process 102 on node1, in step 7",
+        ),
         # Of the equally far, who does not wait; one that is stopped before all.
         (
-            [place(0, 9, waits=True), place(1, 9), place(2, 9, waits=True), place(3, 9, waits=True)],
+            [
+                place(0, 9, waits=True),
+                place(1, 9),
+                place(2, 9, waits=True),
+                place(3, 9, waits=True),
+            ],
             [1],
             "Late: rank 1,",
         ),
-        ([place(0, 8), place(1, 9, state="stopped"), place(2, 9), place(3, 9)], [1], "stopped by a signal in step 7"),
+        (
+            [place(0, 8), place(1, 9, state="stopped"), place(2, 9), place(3, 9)],
+            [1],
+            "stopped by a signal in step 7",
+        ),
         # All alike, as when a device hangs; or some who can not be asked.
-        ([place(rank, 9, waits=True) for rank in range(4)], [0, 1, 2, 3], "not certain who was late"),
-        ([place(0, 9, waits=True), place(2, 9, waits=True)], [0, 2], "Nothing was heard of rank 1, 3."),
-        ([place(rank, 9, patient=True) for rank in range(4)], [0, 1, 2, 3], "(training.timeout is 3600 s)"),
+        (
+            [place(rank, 9, waits=True) for rank in range(4)],
+            [0, 1, 2, 3],
+            "not certain who was late",
+        ),
+        (
+            [place(0, 9, waits=True), place(2, 9, waits=True)],
+            [0, 2],
+            "Nothing was heard of rank 1, 3.",
+        ),
+        (
+            [place(rank, 9, patient=True) for rank in range(4)],
+            [0, 1, 2, 3],
+            "(training.timeout is 3600 s)",
+        ),
     ],
 )
 def test_who_was_late(places: list[Place], late: list[int], text: str) -> None:
-    found, said = judge(places, {"processes": 4, "logs": "logs", "timeout": 60.0, "patience": 3600.0})
+    found, said = judge(
+        places, {"processes": 4, "logs": "logs", "timeout": 60.0, "patience": 3600.0}
+    )
     assert found == late and text in said and "Stacks: logs/stacks_rank_*.txt" in said
