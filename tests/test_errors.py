@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.mistakes import leaves
+from fast_llm.config.mistakes import iter_settings
 from fast_llm.config.prepare import ConvertConfig, PrepareConfig
 from fast_llm.config.section import read
 from fast_llm.config.train import TrainConfig
@@ -717,7 +717,7 @@ NO_MISTAKE = {  # a folder that is written to may be missing, or be there
 def every_path(kind: Any) -> set[str]:
     return {
         path
-        for path, _ in leaves(kind)
+        for path, _ in iter_settings(kind)
         if path.rpartition(".")[2] in ("path", "experiment_dir", "output_path")
     }
 

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from fast_llm.checkpoint import state
-from fast_llm.config.checks import breaches
+from fast_llm.config.checks import violations
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
@@ -349,7 +349,7 @@ def test_the_layouts_of_the_guide_are_valid() -> None:
     for processes, block in blocks:
         recipe = read(RECIPE, [*LLAMA_8B, *overrides(yaml.safe_load(block))])
         config = validate(TrainConfig, recipe, REFUSED, RENAMED)
-        assert list(breaches(config, int(processes))) == []
+        assert list(violations(config, int(processes))) == []
     (command,) = re.findall(r"^```bash\n(.*?)^```", guide, flags=re.M | re.S)
     command = command.replace("fast-llm ", f"{sys.executable} -m fast_llm.cli ")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

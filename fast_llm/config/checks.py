@@ -1,31 +1,31 @@
-"""The laws across settings, one function each.
+"""The constraints across settings, one function each.
 
-Each gives its breaches: the dotted paths that it concerns, the one to point at first, and what is wrong. A law whose
+Each gives its violations: the dotted paths that it concerns, the one to point at first, and what is wrong. A constraint whose
 settings are wrong in themselves is not told; so all that is wrong with a file can be said at once:
 
-    validate(TrainConfig, document, REFUSED, RENAMED, laws=partial(breaches, processes=8))
+    validate(TrainConfig, document, REFUSED, RENAMED, constraints=partial(violations, processes=8))
 """
 
 import math
 from collections.abc import Iterator
 
 from fast_llm.config.batch import BatchPlan, plan_batch
-from fast_llm.config.section import Breach, Document
+from fast_llm.config.section import Document, Violation
 from fast_llm.config.stages import problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 
-Breaches = Iterator[Breach]
+Violations = Iterator[Violation]
 
 
-def breaches(config: TrainConfig, processes: int) -> Breaches:
-    """Every breach of a law by this configuration on so many processes."""
+def violations(config: TrainConfig, processes: int) -> Violations:
+    """Every violation of a constraint by this configuration on so many processes."""
     yield from _batch(config, processes)
     yield from _processes(config, processes)
     yield from _shard_size(config, processes)
     yield from _profiled_ranks(config, processes)
     yield from _pipeline(config, processes)
-    for law in (
+    for constraint in (
         _micro_sequence,
         _tensor_parallel,
         _sequence_data_parallel,
@@ -45,14 +45,14 @@ def breaches(config: TrainConfig, processes: int) -> Breaches:
         _fp8,
         _steps,
     ):
-        yield from law(config)
+        yield from constraint(config)
 
 
 def check(config: TrainConfig, document: Document, processes: int) -> list[str]:
-    """Every breach as a message with its place in the file."""
+    """Every violation as a message with its place in the file."""
     return [
         f"{document.where(paths[0])}: {paths[0]}: {text}"
-        for paths, text in breaches(config, processes)
+        for paths, text in violations(config, processes)
     ]
 
 
@@ -75,7 +75,7 @@ def _plan(config: TrainConfig, processes: int) -> BatchPlan:
     )
 
 
-def _batch(config: TrainConfig, processes: int) -> Breaches:
+def _batch(config: TrainConfig, processes: int) -> Violations:
     try:
         _plan(config, processes)
     except ConfigError as error:
@@ -87,7 +87,7 @@ def _batch(config: TrainConfig, processes: int) -> Breaches:
 _AXES = ("tensor_parallel", "sequence_data_parallel", "pipeline_parallel")
 
 
-def _processes(config: TrainConfig, processes: int) -> Breaches:
+def _processes(config: TrainConfig, processes: int) -> Violations:
     sizes = {name: getattr(config.model.distributed, name) for name in _AXES}
     product = math.prod(sizes.values())
     if processes % product:
@@ -102,7 +102,7 @@ def _processes(config: TrainConfig, processes: int) -> Breaches:
         )
 
 
-def _shard_size(config: TrainConfig, processes: int) -> Breaches:
+def _shard_size(config: TrainConfig, processes: int) -> Violations:
     size, distributed = config.model.multi_stage.shard_size, config.model.distributed
     sharing = distributed.data_parallel(processes) * distributed.sequence_data_parallel
     if size is not None and size < sharing and sharing % size:
@@ -116,7 +116,7 @@ def _shard_size(config: TrainConfig, processes: int) -> Breaches:
         )
 
 
-def _profiled_ranks(config: TrainConfig, processes: int) -> Breaches:
+def _profiled_ranks(config: TrainConfig, processes: int) -> Violations:
     profiling = config.training.profiling
     if profiling.interval is not None and max(profiling.ranks) >= processes:
         yield (
@@ -125,7 +125,7 @@ def _profiled_ranks(config: TrainConfig, processes: int) -> Breaches:
         )
 
 
-def _tensor_parallel(config: TrainConfig) -> Breaches:
+def _tensor_parallel(config: TrainConfig) -> Violations:
     size, base = config.model.distributed.tensor_parallel, config.model.base_model
     name, above = "model.distributed.tensor_parallel", "model.base_model"
     for path, divided in (
@@ -142,7 +142,7 @@ def _tensor_parallel(config: TrainConfig) -> Breaches:
             return
 
 
-def _sequence_data_parallel(config: TrainConfig) -> Breaches:
+def _sequence_data_parallel(config: TrainConfig) -> Violations:
     distributed, length = config.model.distributed, config.batch.sequence_length
     size = distributed.sequence_data_parallel
     if size > 1 and length % (2 * size):
@@ -165,11 +165,11 @@ def _sequence_data_parallel(config: TrainConfig) -> Breaches:
         )
 
 
-def _pipeline(config: TrainConfig, processes: int) -> Breaches:
+def _pipeline(config: TrainConfig, processes: int) -> Violations:
     try:
         batch = _plan(config, processes)
     except ConfigError:
-        return  # told by another law
+        return  # told by another constraint
     for path, text in problems(config, batch):
         concerned = (
             "model.multi_stage.layers_per_stage",
@@ -180,7 +180,7 @@ def _pipeline(config: TrainConfig, processes: int) -> Breaches:
         yield (path, *(name for name in concerned if name != path)), text
 
 
-def _micro_sequence(config: TrainConfig) -> Breaches:
+def _micro_sequence(config: TrainConfig) -> Violations:
     batch = config.batch
     if batch.micro_sequence_length not in (None, batch.sequence_length):
         yield (
@@ -190,7 +190,7 @@ def _micro_sequence(config: TrainConfig) -> Breaches:
         )
 
 
-def _data_path(config: TrainConfig) -> Breaches:
+def _data_path(config: TrainConfig) -> Violations:
     style, given = config.data.format, config.data.path
     concerned = ("data.path", "data.format")
     if style == "random":
@@ -224,7 +224,7 @@ def _data_path(config: TrainConfig) -> Breaches:
             yield concerned, f"names {twice} twice; name it once, with the sum of its weights"
 
 
-def _split(config: TrainConfig) -> Breaches:
+def _split(config: TrainConfig) -> Violations:
     if config.data.format == "random":
         return
     training, split = config.training, config.data.split
@@ -246,7 +246,7 @@ def _split(config: TrainConfig) -> Breaches:
             )
 
 
-def _learning_rate(config: TrainConfig) -> Breaches:
+def _learning_rate(config: TrainConfig) -> Violations:
     rate, above = config.optimizer.learning_rate, "optimizer.learning_rate"
     style, end, warmup = (
         f"{above}.decay_style",
@@ -274,7 +274,7 @@ def _learning_rate(config: TrainConfig) -> Breaches:
         )
 
 
-def _loss_scale(config: TrainConfig) -> Breaches:
+def _loss_scale(config: TrainConfig) -> Violations:
     scaler, above = config.optimizer.gradient_scaler, "optimizer.gradient_scaler"
     if scaler.minimum > scaler.initial:
         yield (
@@ -283,7 +283,7 @@ def _loss_scale(config: TrainConfig) -> Breaches:
         )
 
 
-def _sub_intervals(config: TrainConfig) -> Breaches:
+def _sub_intervals(config: TrainConfig) -> Violations:
     training = config.training
     if not training.shutdown.within(training.checkpoint):
         yield (
@@ -303,7 +303,7 @@ def _number(value: int | None) -> str:
     return "null" if value is None else str(value)
 
 
-def _keep_every(config: TrainConfig) -> Breaches:
+def _keep_every(config: TrainConfig) -> Violations:
     for name, saved in (
         ("checkpoint", config.training.checkpoint),
         ("export", config.training.export),
@@ -315,7 +315,7 @@ def _keep_every(config: TrainConfig) -> Breaches:
             )
 
 
-def _spikes(config: TrainConfig) -> Breaches:
+def _spikes(config: TrainConfig) -> Violations:
     if config.training.spikes.policy == "rewind" and config.training.checkpoint.interval is None:
         yield (
             ("training.spikes.policy", "training.checkpoint.interval"),
@@ -323,7 +323,7 @@ def _spikes(config: TrainConfig) -> Breaches:
         )
 
 
-def _experiment_dir(config: TrainConfig) -> Breaches:
+def _experiment_dir(config: TrainConfig) -> Violations:
     training = config.training
     if config.run.experiment_dir is not None:
         return
@@ -338,7 +338,7 @@ def _experiment_dir(config: TrainConfig) -> Breaches:
             yield (name, "run.experiment_dir"), "needs a folder to write to: set run.experiment_dir"
 
 
-def _validation(config: TrainConfig) -> Breaches:
+def _validation(config: TrainConfig) -> Violations:
     validation = config.training.validation
     every, many = "training.validation.interval", "training.validation.iterations"
     if validation.interval is not None and validation.iterations is None:
@@ -359,7 +359,7 @@ def _validation(config: TrainConfig) -> Breaches:
         )
 
 
-def _heads(config: TrainConfig) -> Breaches:
+def _heads(config: TrainConfig) -> Violations:
     transformer, above = config.model.base_model.transformer, "model.base_model.transformer"
     heads, groups = transformer.num_attention_heads, transformer.head_groups
     names = {
@@ -383,7 +383,7 @@ def _heads(config: TrainConfig) -> Breaches:
         )
 
 
-def _rotary(config: TrainConfig) -> Breaches:
+def _rotary(config: TrainConfig) -> Violations:
     rotary, above = (
         config.model.base_model.transformer.rotary,
         "model.base_model.transformer.rotary",
@@ -395,7 +395,7 @@ def _rotary(config: TrainConfig) -> Breaches:
         )
 
 
-def _initialization(config: TrainConfig) -> Breaches:
+def _initialization(config: TrainConfig) -> Violations:
     base = config.model.base_model
     transformer, above = base.transformer, "model.base_model.transformer"
     lowest, highest = transformer.init_method_min, transformer.init_method_max
@@ -422,7 +422,7 @@ def _initialization(config: TrainConfig) -> Breaches:
             )
 
 
-def _pretrained(config: TrainConfig) -> Breaches:
+def _pretrained(config: TrainConfig) -> Violations:
     pretrained = config.pretrained
     state, style, path = "pretrained.optimizer_state", "pretrained.format", "pretrained.path"
     if pretrained.optimizer_state and pretrained.format != "distributed":
@@ -434,7 +434,7 @@ def _pretrained(config: TrainConfig) -> Breaches:
         yield (path, style), "missing: format: distributed needs the folder of a checkpoint"
 
 
-def _fp8(config: TrainConfig) -> Breaches:
+def _fp8(config: TrainConfig) -> Violations:
     """What PyTorch's fp8 products can do."""
     name, distributed, shape = (
         "model.distributed.fp8",
@@ -472,7 +472,7 @@ def _fp8(config: TrainConfig) -> Breaches:
         )
 
 
-def _steps(config: TrainConfig) -> Breaches:
+def _steps(config: TrainConfig) -> Violations:
     """0 steps are allowed where something is measured or saved."""
     training = config.training
     if not (

@@ -9,33 +9,33 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
-from fast_llm.config.text import show
+from fast_llm.config.text import format_value
 
-MOST = 100  # mistakes of one file that are told; looking for the name that was meant takes milliseconds
+MAX_PROBLEMS = 100  # mistakes of one file that are told; looking for the name that was meant takes milliseconds
 
 
 @dataclass(frozen=True)
-class Words:
+class Allowed:
     """Stands in an annotation and says in words what is allowed, for error messages and docs/settings.md."""
 
     text: str
 
 
 @dataclass(frozen=True, eq=False)  # annotations must be hashable, which the dictionary is not
-class _Instead:
+class _Unsupported:
     sentences: Mapping[Any, str]
 
     def __call__(self, value: Any) -> Any:
         for refused, sentence in self.sentences.items():
             if type(value) is type(refused) and value == refused:
-                raise ValueError(f"given {show(value)}, which is not offered: {sentence}")
+                raise ValueError(f"given {format_value(value)}, which is not offered: {sentence}")
         return value
 
 
-def instead(sentences: Mapping[Any, str]) -> BeforeValidator:
+def unsupported(sentences: Mapping[Any, str]) -> BeforeValidator:
     """Stands in an annotation and refuses single values by name: value → what to do instead."""
 
-    return BeforeValidator(_Instead(sentences))
+    return BeforeValidator(_Unsupported(sentences))
 
 
 def explain(
@@ -43,12 +43,12 @@ def explain(
 ) -> list[tuple[str, str, str]]:
     """(where to point, the setting it belongs to, what is wrong) for each mistake."""
     result: dict[tuple[str, str], tuple[str, str, str]] = {}
-    for detail in error.errors(include_url=False)[:MOST]:
+    for detail in error.errors(include_url=False)[:MAX_PROBLEMS]:
         if detail["type"] == "default_factory_not_called":
             continue  # a consequence of another mistake
         path, field, inner, section = _locate(kind, detail["loc"])
         if detail["type"] == "extra_forbidden":
-            result[path, "name"] = (path, path, _no_such(kind, section, path))
+            result[path, "name"] = (path, path, _unknown_setting(kind, section, path))
         elif detail["type"] == "missing":
             for here, wanted in _required(path, field):
                 result[here, "missing"] = (here, path, f"is missing; it must be {wanted}")
@@ -56,8 +56,13 @@ def explain(
             result[path, str(detail["ctx"]["error"])] = (path, path, str(detail["ctx"]["error"]))
         else:
             given = _at(values, path, detail["input"])
-            inner_kind = sections(field.annotation) if field is not None and not inner else []
-            point, wanted = path, words(field) if field is not None else "a section of settings"
+            inner_kind = (
+                nested_sections(field.annotation) if field is not None and not inner else []
+            )
+            point, wanted = (
+                path,
+                describe_allowed(field) if field is not None else "a section of settings",
+            )
             if (
                 isinstance(given, dict)
                 and field is not None
@@ -65,9 +70,9 @@ def explain(
                 and inner
             ):
                 # an entry of a dictionary, whose names are the user's
-                point, wanted = f"{path}.{inner[0]}", _value_words(field.annotation)
+                point, wanted = f"{path}.{inner[0]}", _describe_dict_value(field.annotation)
                 given = given.get(str(inner[0]), detail["input"])
-            hint = _inside(inner_kind[0], path, given) if inner_kind else ""
+            hint = _hint_inside(inner_kind[0], path, given) if inner_kind else ""
             if (
                 isinstance(given, float)
                 and given.is_integer()
@@ -75,7 +80,11 @@ def explain(
                 and "integer" in wanted
             ):
                 hint = f"; write {int(given)}"
-            result[point, "value"] = (point, path, f"given {show(given)}, must be {wanted}{hint}")
+            result[point, "value"] = (
+                point,
+                path,
+                f"given {format_value(given)}, must be {wanted}{hint}",
+            )
     return list(result.values())
 
 
@@ -89,9 +98,9 @@ def _at(values: Any, path: str, otherwise: Any) -> Any:
 
 def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
     """A setting that is missing, or those of a missing section that have no default; what each must be."""
-    inside = sections(field.annotation) if field is not None else []
+    inside = nested_sections(field.annotation) if field is not None else []
     if not inside:
-        yield path, words(field)
+        yield path, describe_allowed(field)
     for section in inside:
         for name, below in section.model_fields.items():
             if below.is_required():
@@ -104,7 +113,7 @@ def _locate(
     """The dotted path of the setting that an error is about, its field, what is left inside it, its section."""
     section, field, path = kind, None, ""
     for position, part in enumerate(loc):
-        below = sections(field.annotation) if field is not None else [section]
+        below = nested_sections(field.annotation) if field is not None else [section]
         if not below:
             return path, field, loc[position:], section
         section = below[0]
@@ -115,21 +124,22 @@ def _locate(
     return path, field, (), section
 
 
-def words(field: FieldInfo | None) -> str:
+def describe_allowed(field: FieldInfo | None) -> str:
     """What a setting may be."""
     if field is None:
         return "something else"
-    marked = next((item.text for item in field.metadata if isinstance(item, Words)), None)
-    return marked or _words(field.annotation)
+    marked = next((item.text for item in field.metadata if isinstance(item, Allowed)), None)
+    return marked or _describe_annotation(field.annotation)
 
 
 def refused_values(field: FieldInfo) -> dict[str, str]:
     """The values of a setting that are refused by name, as they stand in YAML: value → what to do instead."""
     found: dict[str, str] = {}
     for item in _metadata(field.annotation, field.metadata):
-        if isinstance(item, BeforeValidator) and isinstance(item.func, _Instead):
+        if isinstance(item, BeforeValidator) and isinstance(item.func, _Unsupported):
             found |= {
-                show(value).strip('"'): sentence for value, sentence in item.func.sentences.items()
+                format_value(value).strip('"'): sentence
+                for value, sentence in item.func.sentences.items()
             }
     return found
 
@@ -141,20 +151,22 @@ def _metadata(annotation: Any, metadata: Iterable[Any]) -> Iterator[Any]:
             yield from get_args(part)[1:]
 
 
-def _words(annotation: Any) -> str:
+def _describe_annotation(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        marked = next((item.text for item in arguments[1:] if isinstance(item, Words)), None)
-        return marked or _words(arguments[0])
+        marked = next((item.text for item in arguments[1:] if isinstance(item, Allowed)), None)
+        return marked or _describe_annotation(arguments[0])
     if origin in (Union, UnionType):
-        return " or ".join("null" if part is type(None) else _words(part) for part in arguments)
+        return " or ".join(
+            "null" if part is type(None) else _describe_annotation(part) for part in arguments
+        )
     if origin is Literal:
-        names = [part if isinstance(part, str) else show(part) for part in arguments]
+        names = [part if isinstance(part, str) else format_value(part) for part in arguments]
         return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
     if origin is list:
-        return f"a list, each of it {_words(arguments[0])}"
+        return f"a list, each of it {_describe_annotation(arguments[0])}"
     if origin is dict:
-        return f"names, each with {_words(arguments[1])}"
+        return f"names, each with {_describe_annotation(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section of settings"
     plain = {
@@ -166,13 +178,17 @@ def _words(annotation: Any) -> str:
     return plain.get(annotation, "a value")
 
 
-def _value_words(annotation: Any) -> str:
+def _describe_dict_value(annotation: Any) -> str:
     """What the values of a dictionary may be."""
     arguments = get_args(annotation)
-    return _words(arguments[1]) if get_origin(annotation) is dict else _words(annotation)
+    return (
+        _describe_annotation(arguments[1])
+        if get_origin(annotation) is dict
+        else _describe_annotation(annotation)
+    )
 
 
-def _inside(section: type[BaseModel], path: str, given: Any) -> str:
+def _hint_inside(section: type[BaseModel], path: str, given: Any) -> str:
     """Which setting of a section someone may have meant who gave it a plain value."""
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         return ""
@@ -183,34 +199,34 @@ def _inside(section: type[BaseModel], path: str, given: Any) -> str:
     )
 
 
-def paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+def iter_paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
     """Every dotted path of a configuration, sections included."""
     for name, field in kind.model_fields.items():
         here = f"{above}.{name}" if above else name
         yield here
-        for inner in sections(field.annotation):
-            yield from paths(inner, here)
+        for inner in nested_sections(field.annotation):
+            yield from iter_paths(inner, here)
 
 
-def leaves(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+def iter_settings(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """Every setting that is no section, by its dotted path."""
     for name, field in kind.model_fields.items():
-        inner = sections(field.annotation)
+        inner = nested_sections(field.annotation)
         if not inner:
             yield name, field
         for section in inner:
-            yield from ((f"{name}.{below}", found) for below, found in leaves(section))
+            yield from ((f"{name}.{below}", found) for below, found in iter_settings(section))
 
 
-def sections(annotation: Any) -> list[type[BaseModel]]:
+def nested_sections(annotation: Any) -> list[type[BaseModel]]:
     """The Sections that an annotation names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [kind for part in get_args(annotation) for kind in sections(part)]
+    return [kind for part in get_args(annotation) for kind in nested_sections(part)]
 
 
 # What other trainers call it.
-_ELSEWHERE = {
+_OTHER_TRAINERS = {
     "lr": "optimizer.learning_rate.base",
     "learning_rate": "optimizer.learning_rate.base",
     "max_lr": "optimizer.learning_rate.base",
@@ -249,9 +265,9 @@ _ELSEWHERE = {
 }
 
 
-def _no_such(kind: type[BaseModel], section: type[BaseModel], path: str) -> str:
+def _unknown_setting(kind: type[BaseModel], section: type[BaseModel], path: str) -> str:
     """That there is no such setting, the nearest one, and those that there are."""
-    known = list(paths(kind))
+    known = list(iter_paths(kind))
     above, _, name = path.rpartition(".")
     siblings = list(section.model_fields)
     near = _nearest(path, name, above, siblings, known)
@@ -270,19 +286,19 @@ def _nearest(path: str, name: str, above: str, siblings: list[str], known: list[
     sibling = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if sibling:
         return f"{above}.{sibling[0]}" if above else sibling[0]
-    if _ELSEWHERE.get(name) in known:
-        return _ELSEWHERE[name]
+    if _OTHER_TRAINERS.get(name) in known:
+        return _OTHER_TRAINERS[name]
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
     if namesakes:
-        return max(namesakes, key=lambda other: _alike(path, other))
+        return max(namesakes, key=lambda other: _similarity(path, other))
     return max(
-        (other for other in known if _alike(path, other) >= 0.8),
-        key=lambda other: _alike(path, other),
+        (other for other in known if _similarity(path, other) >= 0.8),
+        key=lambda other: _similarity(path, other),
         default=None,
     )
 
 
-def _alike(one: str, other: str) -> float:
+def _similarity(one: str, other: str) -> float:
     """How much two dotted paths read the same, from 0 to 1: all of them, or their last names with a little less weight."""
 
     def ratio(a: str, b: str) -> float:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from fast_llm.config.mistakes import Words, instead
+from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.section import Count, PathText, Positive, Section, Text
 from fast_llm.config.train import DType
 
-Processes = Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")]
+Processes = Annotated[int, Field(ge=1, le=1024), Allowed("an integer from 1 to 1024")]
 
 
 class SourceConfig(Section):
@@ -24,7 +24,7 @@ class SourceConfig(Section):
     """Which configuration of a Hub dataset."""
     data_directory: Text | None = None
     """Which folder of a Hub dataset, or of a local one."""
-    data_files: Annotated[Text | list[Text], Words("a pattern, or a list of patterns")] | None = (
+    data_files: Annotated[Text | list[Text], Allowed("a pattern, or a list of patterns")] | None = (
         None
     )
     """Which files, by name or pattern."""
@@ -33,7 +33,7 @@ class SourceConfig(Section):
     field: Text = "text"
     """The column that holds the document."""
     max_document_bytes: Annotated[
-        int, Field(ge=1, le=2**40), Words("a number of bytes above 0")
+        int, Field(ge=1, le=2**40), Allowed("a number of bytes above 0")
     ] = 2**26
     """A text of more bytes than this (64 MiB) is left out, counted and named. Tokenizing takes 110 times as much
     memory as the text, in each worker."""
@@ -41,7 +41,7 @@ class SourceConfig(Section):
     """Integer type of the tokens; null is the smallest that holds the vocabulary."""
     trust_remote_code: Annotated[
         bool,
-        instead(
+        unsupported(
             {
                 True: "`datasets` runs no code from datasets any more; convert such a dataset to parquet"
             }
@@ -56,7 +56,7 @@ def _auto(value: Any) -> Any:
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
-Choice = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_auto), Words("auto, yes or no")]
+Choice = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_auto), Allowed("auto, yes or no")]
 
 
 class TokenizerConfig(Section):
@@ -99,7 +99,7 @@ class PrepareConfig(Section):
     tokenize_workers: Processes = 1
     """Processes that tokenize."""
     tokens_per_shard: Annotated[
-        int, Field(ge=100_000, le=2**62), Words("an integer of 100000 or more")
+        int, Field(ge=100_000, le=2**62), Allowed("an integer of 100000 or more")
     ] = 10**9
     """A token file is closed by the document that brings it to this many tokens."""
     dataset: SourceConfig
@@ -134,7 +134,7 @@ class ConvertOutput(Section):
     data_type: DType | None = None
     """Of a Hugging Face folder's weights; null is what a checkpoint was trained in, or what a model's weights have."""
     parameters_per_file: Annotated[
-        int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")
+        int, Field(ge=2**20, le=2**62), Allowed("an integer of 2^20 (1048576) or more")
     ] = 2**32
     """The most parameters in one file of a Hugging Face folder."""
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fast_llm.config.mistakes import refused_values, sections, words
+from fast_llm.config.mistakes import describe_allowed, nested_sections, refused_values
 from fast_llm.config.prepare import CONVERT_REFUSED, PREPARE_REFUSED, ConvertConfig, PrepareConfig
-from fast_llm.config.text import show
+from fast_llm.config.text import format_value
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 
 # Setting → what Fast-LLM 0.2 did, and why it is different here.
@@ -151,7 +151,7 @@ def page() -> str:
 def _sections(kind: type[BaseModel], above: str) -> Iterator[tuple[str, type[BaseModel]]]:
     yield above, kind
     for name, field in kind.model_fields.items():
-        for section in sections(field.annotation):
+        for section in nested_sections(field.annotation):
             yield from _sections(section, f"{above}.{name}" if above else name)
 
 
@@ -159,12 +159,12 @@ def _table(path: str, section: type[BaseModel]) -> list[str]:
     rows = [
         _row(
             f"`{name}`",
-            words(field).replace(_IN_QUOTES, ""),
+            describe_allowed(field).replace(_IN_QUOTES, ""),
             _default(section, name),
             field.description or "",
         )
         for name, field in section.model_fields.items()
-        if not sections(field.annotation)
+        if not nested_sections(field.annotation)
     ]
     heading = [f"### `{path}`", "", _doc(section), ""] if path else []
     return heading + (
@@ -177,13 +177,15 @@ def _default(section: type[BaseModel], name: str) -> str:
     if field.default_factory is not None:
         extra = field.json_schema_extra
         return str(extra["default"]) if isinstance(extra, dict) else "from others"
-    return "*required*" if field.default is PydanticUndefined else f"`{show(field.default)}`"
+    return (
+        "*required*" if field.default is PydanticUndefined else f"`{format_value(field.default)}`"
+    )
 
 
 def _default_at(kind: type[BaseModel], path: str) -> str:
     *above, name = path.split(".")
     for part in above:
-        kind = sections(kind.model_fields[part].annotation)[0]
+        kind = nested_sections(kind.model_fields[part].annotation)[0]
     return _default(kind, name)
 
 

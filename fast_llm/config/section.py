@@ -23,9 +23,18 @@ from pydantic import (
     model_validator,
 )
 
-from fast_llm.config.mistakes import MOST, Words, explain, leaves, paths, sections
-from fast_llm.config.text import BROKEN, Dumper, Reading
-from fast_llm.config.text import show as show  # here for those who tell mistakes of their own
+from fast_llm.config.mistakes import (
+    MAX_PROBLEMS,
+    Allowed,
+    explain,
+    iter_paths,
+    iter_settings,
+    nested_sections,
+)
+from fast_llm.config.text import UNREADABLE, Dumper, YamlReader
+from fast_llm.config.text import (
+    format_value as format_value,
+)  # here for those who tell mistakes of their own
 from fast_llm.errors import ConfigError, UserError
 
 Values = dict[str, Any]
@@ -45,16 +54,20 @@ def path_text(value: str) -> str:
         any(len(part) > 255 for part in os.fsencode(value).split(b"/"))
         or len(os.fsencode(value)) >= 4096
     ):
-        raise ValueError(f"given {show(value)}, which is too long for the name of a file or folder")
+        raise ValueError(
+            f"given {format_value(value)}, which is too long for the name of a file or folder"
+        )
     if value.startswith("~") and os.path.expanduser(value) == value:
-        raise ValueError(f"given {show(value)}, but there is no user {value.partition('/')[0][1:]}")
+        raise ValueError(
+            f"given {format_value(value)}, but there is no user {value.partition('/')[0][1:]}"
+        )
     return value
 
 
-Positive = Annotated[int, Field(gt=0, le=LARGEST_NUMBER), Words("an integer above 0")]
-Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), Words("an integer of 0 or more")]
-PositiveFloat = Annotated[float, Field(gt=0), Words("a number above 0")]
-NonNegativeFloat = Annotated[float, Field(ge=0), Words("a number of 0 or more")]
+Positive = Annotated[int, Field(gt=0, le=LARGEST_NUMBER), Allowed("an integer above 0")]
+Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), Allowed("an integer of 0 or more")]
+PositiveFloat = Annotated[float, Field(gt=0), Allowed("a number above 0")]
+NonNegativeFloat = Annotated[float, Field(ge=0), Allowed("a number of 0 or more")]
 Text = Annotated[str, AfterValidator(_text)]
 PathText = Annotated[Text, AfterValidator(path_text)]
 
@@ -73,7 +86,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_means_defaults(cls, values: Any) -> Any:
+    def _null_means_defaults(cls, values: Any) -> Any:
         """An empty section is all defaults; null for a value that follows from others leaves it to them."""
         if values is None:
             return {}
@@ -174,7 +187,7 @@ class Document:
                     places[here] = source
                 elif not _same(key, merged[key], value):
                     problems.append(
-                        f"{self.where(here)}: {here}: given {show(merged[key])}, but {source} says {show(value)};"
+                        f"{self.where(here)}: {here}: given {format_value(merged[key])}, but {source} says {format_value(value)};"
                         " leave it out, the pretrained model decides"
                     )
             return merged
@@ -203,7 +216,7 @@ def read(
     `validate` tells them with all the others.
     """
     values: Any = {}
-    reading = Reading(str(path), numbered=True)
+    reading = YamlReader(str(path), numbered=True)
     if path is not None:
         values = reading.values(_read_text(path))
         if values is None:
@@ -211,13 +224,13 @@ def read(
                 [f"{path}: holds no settings; leave it out if all of them are given as a.b=c"]
             )
         if not isinstance(values, dict):
-            problem = f"{path}: must hold settings (name: value), not {show(values) if values is not BROKEN else 'this'}"
+            problem = f"{path}: must hold settings (name: value), not {format_value(values) if values is not UNREADABLE else 'this'}"
             raise ConfigError(reading.problems or [problem])
     places, problems, broken = reading.places, reading.problems, reading.broken
     for override in overrides:
         name, sign, text = override.partition("=")
         keys = name.split(".")
-        here = f"override {override if override.isprintable() and len(override) < 100 else show(override)}"
+        here = f"override {override if override.isprintable() and len(override) < 100 else format_value(override)}"
         if not sign or not all(re.fullmatch(r"[^\s.=]+", key) for key in keys):
             problems.append(
                 f"{here}: must have the form section.setting=value, e.g. training.train_iters=1000"
@@ -226,7 +239,7 @@ def read(
         if not text.strip():
             problems.append(f"{here}: gives no value; write {name}=null for none")
             continue
-        inner = Reading(here, numbered=False)
+        inner = YamlReader(here, numbered=False)
         value = inner.override(text, name)
         if (
             kind is not None
@@ -236,7 +249,7 @@ def read(
             value = text.strip()
         problems += inner.problems
         broken |= inner.broken
-        if value is BROKEN:
+        if value is UNREADABLE:
             broken.add(name)
             continue
         place: Any = values
@@ -252,7 +265,7 @@ def read(
                     else "a value, which has no settings inside"
                 )
                 problems.append(
-                    f"{here}: {above} is {show(below)} ({places.get(above, here)}), {what}"
+                    f"{here}: {above} is {format_value(below)} ({places.get(above, here)}), {what}"
                 )
                 broken.add(name)
                 break
@@ -271,12 +284,12 @@ def read(
 
 def _wants_text(kind: type[Section], keys: Sequence[str], value: Any, text: str) -> bool:
     """Whether what YAML takes for a number, yes, no or a mapping is meant as text."""
-    if isinstance(value, str) or value is None or value is BROKEN:
+    if isinstance(value, str) or value is None or value is UNREADABLE:
         return False
     section: type[BaseModel] = kind
     for key in keys[:-1]:
         field = section.model_fields.get(key)
-        below = sections(field.annotation) if field is not None else []
+        below = nested_sections(field.annotation) if field is not None else []
         if not below:
             return False
         section = below[0]
@@ -327,8 +340,8 @@ def _names(folder: Path) -> list[str]:
 # From values to a configuration.
 
 Kind = TypeVar("Kind", bound=Section)
-# A breach of a law across settings: the dotted paths that it concerns, the one to point at first; what is wrong.
-Breach = tuple[tuple[str, ...], str]
+# A violation of a constraint across settings: the dotted paths that it concerns, the one to point at first; what is wrong.
+Violation = tuple[tuple[str, ...], str]
 
 
 def validate(
@@ -336,11 +349,11 @@ def validate(
     document: Document,
     refused: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
-    laws: Callable[[Kind], Iterable[Breach]] | None = None,
+    constraints: Callable[[Kind], Iterable[Violation]] | None = None,
 ) -> Kind:
     """The Section that a Document describes.
 
-    `refused`: dotted path → what to use instead. `renamed`: old dotted path → new one. `laws`: what must hold
+    `refused`: dotted path → what to use instead. `renamed`: old dotted path → new one. `constraints`: what must hold
     across settings; it is asked even when single settings are wrong, about those that are right.
     Raises ConfigError with every mistake, in the order of the file.
     """
@@ -361,7 +374,7 @@ def validate(
                 if not text.startswith("is missing")
                 or not any(_related(path, wrong) for wrong in broken)
             ]
-            if len(problems) >= MOST:
+            if len(problems) >= MAX_PROBLEMS:
                 break  # this is no configuration at all
             wrong = {field for _, field, _ in found}
             smaller = _without(values, wrong)
@@ -369,14 +382,15 @@ def validate(
             if smaller == values:
                 break  # something required is missing
             values = smaller
-    if laws is not None and section is not None:
-        for concerned, text in laws(section):
+    if constraints is not None and section is not None:
+        for concerned, text in constraints(section):
             if not any(_related(path, wrong) for path in concerned for wrong in broken):
                 problems.append(f"{document.where(concerned[0])}: {concerned[0]}: {text}")
     if problems or section is None:
         problems = sorted(dict.fromkeys(problems), key=_line)
         raise ConfigError(
-            problems[:MOST] + [f"… and {len(problems) - MOST} more"] * (len(problems) > MOST)
+            problems[:MAX_PROBLEMS]
+            + [f"… and {len(problems) - MAX_PROBLEMS} more"] * (len(problems) > MAX_PROBLEMS)
         )
     return section
 
@@ -391,9 +405,11 @@ def located(problem: str, document: Document, kind: type[Section], default: str 
     """
     if problem.startswith(("override ", f"{document.source}:")):
         return problem
-    every = dict(leaves(kind))
+    every = dict(iter_settings(kind))
     head = re.match(r"[\w.]+(?=[ :])", problem)
-    if head is not None and (head[0] in every or ("." in head[0] and head[0] in set(paths(kind)))):
+    if head is not None and (
+        head[0] in every or ("." in head[0] and head[0] in set(iter_paths(kind)))
+    ):
         return f"{document.where(head[0])}: {problem}"
     if (
         head is not None

@@ -14,7 +14,7 @@ import yaml
 DEEPEST = 50  # levels of nesting
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it would stand in YAML, shortened."""
     if isinstance(value, str):
         text = json.dumps(value, ensure_ascii=not value.isprintable())
@@ -41,22 +41,22 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             text = "anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *"
-            raise _Anchor(text, event.start_mark)
+            raise _AnchorFound(text, event.start_mark)
         self.depth += 1
         if self.depth > DEEPEST:
-            raise _Unsupported(f"nested more than {DEEPEST} levels deep", event.start_mark)
+            raise _UnsupportedYaml(f"nested more than {DEEPEST} levels deep", event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
-class _Unsupported(Exception):
+class _UnsupportedYaml(Exception):
     def __init__(self, text: str, mark: yaml.Mark):
         super().__init__(text)
         self.line = mark.line + 1
 
 
-class _Anchor(_Unsupported):
+class _AnchorFound(_UnsupportedYaml):
     pass
 
 
@@ -90,11 +90,11 @@ def _one_line(dumper: Dumper, value: list[Any]) -> yaml.Node:
 
 Dumper.add_representer(list, _one_line)
 
-BROKEN = object()  # in place of a value that could not be read
+UNREADABLE = object()  # in place of a value that could not be read
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
-class Reading:
+class YamlReader:
     """One YAML text on its way to values: collects places and problems."""
 
     def __init__(self, name: str, numbered: bool):
@@ -107,13 +107,13 @@ class Reading:
         self.not_yaml = False
 
     def values(self, text: str, path: str = "") -> Any:
-        """What stands in the text (None for nothing), or BROKEN."""
+        """What stands in the text (None for nothing), or UNREADABLE."""
         try:
             loader = _Loader(text)
             node = loader.get_single_node()  # type: ignore[no-untyped-call]
             return None if node is None else self._value(node, path, loader)
-        except _Unsupported as error:
-            self.not_yaml = isinstance(error, _Anchor)
+        except _UnsupportedYaml as error:
+            self.not_yaml = isinstance(error, _AnchorFound)
             self._problem(error.line, "", str(error))
         except yaml.MarkedYAMLError as error:
             self.not_yaml = True
@@ -126,7 +126,7 @@ class Reading:
             )
         except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML stumbles
             self._problem(None, "", "not YAML: an escape (\\) that is no character")
-        return BROKEN
+        return UNREADABLE
 
     def override(self, text: str, path: str) -> Any:
         """As `values`, of a word of the command line: what only looks like YAML is text.
@@ -165,7 +165,7 @@ class Reading:
             return self._mapping(node, path, loader)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             items = [self._value(item, f"{path}.{i}", loader) for i, item in enumerate(node.value)]
-            return BROKEN if any(item is BROKEN for item in items) else items
+            return UNREADABLE if any(item is UNREADABLE for item in items) else items
         if node.tag not in _PLAIN_TAGS:
             self.not_yaml = True
             tag = node.tag.replace(_TAG, "!!")
@@ -174,7 +174,7 @@ class Reading:
                 path,
                 f"the tag {tag} is not supported; write plain values, or quote text that begins with !",
             )
-            return BROKEN
+            return UNREADABLE
         return self._scalar(node, path, loader)
 
     def _mapping(self, node: yaml.MappingNode, path: str, loader: _Loader) -> Any:
@@ -184,7 +184,9 @@ class Reading:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or not _is_name(key_node):
                 given = (
-                    f", not {show(key_node.value)}" if isinstance(key_node, yaml.ScalarNode) else ""
+                    f", not {format_value(key_node.value)}"
+                    if isinstance(key_node, yaml.ScalarNode)
+                    else ""
                 )
                 self._problem(line, path, f"the name of a setting must be a plain word{given}")
                 continue
@@ -203,7 +205,7 @@ class Reading:
                 lines[key] = line
                 value = self._value(value_node, here, loader)
                 self.places[here] = self._at(line)
-                if value is not BROKEN:
+                if value is not UNREADABLE:
                     values[key] = value
         return values
 
@@ -215,15 +217,15 @@ class Reading:
             self._problem(
                 line,
                 path,
-                f"{show(str(node.value))} can not be read as {node.tag.removeprefix(_TAG)}",
+                f"{format_value(str(node.value))} can not be read as {node.tag.removeprefix(_TAG)}",
             )
-            return BROKEN
+            return UNREADABLE
         if isinstance(value, int) and abs(value) >= 2**63:
             self._problem(line, path, f"the number {str(node.value)[:20]}… is too large")
-            return BROKEN
+            return UNREADABLE
         if isinstance(value, str) and (found := _CONTROL.search(value)):
             self._problem(line, path, f"the character {found[0]!r} is not supported in text")
-            return BROKEN
+            return UNREADABLE
         return value
 
 

@@ -2,7 +2,7 @@
 
 The text under a setting is its documentation (docs/settings.md is made from it). What users of Fast-LLM 0.2
 may have in their files and this project does not do is refused by name: whole settings in REFUSED at the end,
-single values where they stand (`instead`). Laws across sections are in checks.py.
+single values where they stand (`unsupported`). Constraints across sections are in checks.py.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from fast_llm.config.mistakes import Words, instead
+from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.section import (
     Count,
     Interval,
@@ -24,9 +24,9 @@ from fast_llm.config.section import (
     path_text,
 )
 
-Share = Annotated[float, Field(ge=0, lt=1), Words("a number from 0 to below 1")]
-Seconds = Annotated[float, Field(gt=0, le=10**9), Words("a number of seconds above 0")]
-Workers = Annotated[int, Field(ge=0, le=1024), Words("an integer from 0 to 1024")]
+Share = Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 to below 1")]
+Seconds = Annotated[float, Field(gt=0, le=10**9), Allowed("a number of seconds above 0")]
+Workers = Annotated[int, Field(ge=0, le=1024), Allowed("an integer from 0 to 1024")]
 
 _DTYPES = {
     spelling: name
@@ -44,13 +44,13 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
 
 
-_NO_FP64 = instead({"fp64": "the highest precision is fp32"})
+_NO_FP64 = unsupported({"fp64": "the highest precision is fp32"})
 # A dtype in any of its spellings; it becomes the short one.
 DType = Annotated[
     Literal["fp32", "bf16", "fp16"],
     _NO_FP64,  # asked after the one below
     BeforeValidator(_dtype),
-    Words("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
+    Allowed("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
 ]
 
 
@@ -72,7 +72,7 @@ class ValidationConfig(Interval):
 class CallbackConfig(Section):
     """A program that is started after something was saved, on the first process, and not waited for."""
 
-    script: Annotated[str | list[str], Words("a command, or a list of its words")] | None = None
+    script: Annotated[str | list[str], Allowed("a command, or a list of its words")] | None = None
     """The command: a line as for a shell, or a list of words; null is none. FAST_LLM_SAVED in its environment is the
     folder that was written."""
     environment: dict[str, str] = {}
@@ -143,7 +143,7 @@ class ExportConfig(SavedConfig):
     """The newest so many are kept; null is all."""
     format: Annotated[
         Literal["llama"],
-        instead(
+        unsupported(
             {
                 "distributed": "a checkpoint is written by training.checkpoint; exports have format llama",
                 "fast_llm": "a checkpoint is written by training.checkpoint; exports have format llama",
@@ -157,18 +157,19 @@ class ExportConfig(SavedConfig):
     ] = "llama"
     """The kind of model folder: a Llama of Hugging Face's transformers."""
     model_weights: Annotated[
-        bool, instead({False: "an export without weights is no model; set interval: null"})
+        bool, unsupported({False: "an export without weights is no model; set interval: null"})
     ] = True
     """Only yes: exports hold weights."""
     optimizer_state: (
         Annotated[
-            bool, instead({True: "a Hugging Face folder holds no optimizer state; checkpoints do"})
+            bool,
+            unsupported({True: "a Hugging Face folder holds no optimizer state; checkpoints do"}),
         ]
         | None
     ) = None
     """Only no: exports hold no optimizer state, checkpoints do."""
     parameters_per_file: Annotated[
-        int, Field(ge=2**20, le=2**62), Words("an integer of 2^20 (1048576) or more")
+        int, Field(ge=2**20, le=2**62), Allowed("an integer of 2^20 (1048576) or more")
     ] = 2**32
     """The most parameters in one safetensors file."""
     data_type: DType | None = None
@@ -191,7 +192,7 @@ class ProfilingConfig(Interval):
     metrics."""
 
     ranks: Annotated[
-        list[Count], Field(min_length=1), Words("a list of one or more ranks, each 0 or more")
+        list[Count], Field(min_length=1), Allowed("a list of one or more ranks, each 0 or more")
     ] = [0]
     """The processes that write one, by their rank."""
 
@@ -203,11 +204,11 @@ class SpikesConfig(Section):
 
     policy: Annotated[
         Literal["none", "skip", "rewind", "stop"],
-        instead({False: "to do nothing about spikes is policy: none"}),
+        unsupported({False: "to do nothing about spikes is policy: none"}),
     ] = "none"
     """none looks for nothing. skip goes on with the next step. rewind goes back to the newest checkpoint, and on from there with
     the data after the spike's: what led to it is passed over. stop ends training, exit code 1."""
-    window: Annotated[int, Field(ge=4, le=10_000), Words("an integer from 4 to 10000")] = 128
+    window: Annotated[int, Field(ge=4, le=10_000), Allowed("an integer from 4 to 10000")] = 128
     """Steps that a step is compared with; before there are as many nothing is judged."""
     threshold: PositiveFloat = 6.0
     """How many deviations above the median a spike begins."""
@@ -245,7 +246,7 @@ class TrainingConfig(Section):
     num_workers: Workers = 2
     """Threads that make batches ahead of the step; 0 makes them in between."""
     prefetch_factor: (
-        Annotated[int, Field(ge=1, le=1024), Words("an integer from 1 to 1024")] | None
+        Annotated[int, Field(ge=1, le=1024), Allowed("an integer from 1 to 1024")] | None
     ) = None
     """Steps' batches that each of these keeps ready; null is 2."""
     timeout: Seconds | None = 3600
@@ -269,7 +270,7 @@ class BatchConfig(Section):
     (tensor_parallel × pipeline_parallel × sequence_data_parallel)."""
 
     micro_batch_size: Annotated[
-        Positive | Literal["auto"] | None, Words("an integer above 0, auto or null")
+        Positive | Literal["auto"] | None, Allowed("an integer above 0, auto or null")
     ] = None
     """Sequences in one forward and backward pass of a process; null follows from the rest, or is 1. auto is what a forecast says is
     the fastest that fits the memory that there is, with more recomputation than `mlp_recompute_level` says if need be; it
@@ -319,20 +320,20 @@ class DataConfig(Section):
 
     format: Annotated[
         Literal["file", "list", "random"],
-        instead({"sample": "use random, which makes its tokens up as well"}),
+        unsupported({"sample": "use random, which makes its tokens up as well"}),
     ] = "list"
     """`file`: the dataset.json that `prepare` writes. `list`: token files' prefixes or dataset.json files, one or in
     turn with weights (`[0.9, code/dataset.json, 0.1, prose/dataset.json]`). `random`: random tokens, to try things."""
     path: Annotated[
         list[Any],  # text and numbers, which checks.py looks at
         BeforeValidator(_weights_and_paths),
-        Words("a path, or a list of weights and paths in turn"),
+        Allowed("a path, or a list of weights and paths in turn"),
     ] = []
     """One path, or what `format: list` says; relative to the working directory."""
     split: Annotated[
         list[Annotated[float, Field(ge=0, le=10**15)]],
         Field(min_length=1, max_length=3),
-        Words("a list of one to three numbers of 0 or more"),
+        Allowed("a list of one to three numbers of 0 or more"),
     ] = [969, 30, 1]
     """Shares of the documents for training, validation and test. A hash of a document's number in the dataset decides;
     of data without `split` in its dataset.json, the order in each token file, from front to back. A share that is left out is 0."""
@@ -423,7 +424,7 @@ class OptimizerConfig(Section):
         Literal["auto", "fp32", "bf16", "int8"],
         _NO_FP64,
         BeforeValidator(_dtype),
-        Words("auto, fp32, bf16 or int8 (float32, bfloat16)"),
+        Allowed("auto, fp32, bf16 or int8 (float32, bfloat16)"),
     ] = "auto"
     """The dtype of both moments. bf16 saves 4 bytes a weight; int8, with a common exponent for each 128 neighbours, 6, for long
     sequences. auto is fp32, but bf16 on a GPU whose memory would not do, and never int8. A run that goes on with auto keeps what it
@@ -435,9 +436,9 @@ class OptimizerConfig(Section):
 class NormalizationConfig(Section):
     """RMSNorm."""
 
-    type: Annotated[Literal["rms_norm"], instead({"layer_norm": "a Llama's norm is rms_norm"})] = (
-        "rms_norm"
-    )
+    type: Annotated[
+        Literal["rms_norm"], unsupported({"layer_norm": "a Llama's norm is rms_norm"})
+    ] = "rms_norm"
     """Llama's."""
     epsilon: PositiveFloat = 1e-5
     """Added to the mean of squares."""
@@ -448,7 +449,7 @@ class RotaryConfig(Section):
 
     type: Annotated[
         Literal["default", "llama3"],
-        instead(
+        unsupported(
             {
                 "none": "a Llama has rotary positions: default, or llama3 with Llama 3.1's scaling",
                 "yarn": "no Llama up to 3.2 uses it; use llama3",
@@ -472,13 +473,13 @@ def _biases(value: Any) -> Any:
     return ("everywhere" if value else "nowhere") if isinstance(value, bool) else value
 
 
-Std = Annotated[float, Field(ge=0), Words("a number of 0 or more")] | None
+Std = Annotated[float, Field(ge=0), Allowed("a number of 0 or more")] | None
 
 
 class TransformerConfig(Section):
     """The blocks. With `pretrained.path` their shape comes from the model's config.json: leave it out."""
 
-    num_layers: Annotated[int, Field(gt=0, le=10_000), Words("an integer from 1 to 10000")] = 12
+    num_layers: Annotated[int, Field(gt=0, le=10_000), Allowed("an integer from 1 to 10000")] = 12
     """Blocks."""
     hidden_size: Positive = 1024
     """Dimensions of the residual stream."""
@@ -498,22 +499,24 @@ class TransformerConfig(Section):
         json_schema_extra={"default": "4 × hidden_size"},
     )
     """Inner size of the MLP."""
-    gated: Annotated[bool, instead({False: "a Llama's MLP has a gate"})] = True
+    gated: Annotated[bool, unsupported({False: "a Llama's MLP has a gate"})] = True
     """Only yes: Llama's MLP has a gate."""
     activation_type: Annotated[
         Literal["silu"],
-        instead(dict.fromkeys(("gelu", "relu", "squared_relu"), "a Llama's activation is silu")),
+        unsupported(
+            dict.fromkeys(("gelu", "relu", "squared_relu"), "a Llama's activation is silu")
+        ),
     ] = "silu"
     """Llama's."""
     add_linear_biases: Annotated[
         Literal["nowhere", "everywhere", "only_attention", "only_mlp"],
         BeforeValidator(_biases),
-        instead(
+        unsupported(
             {
                 "only_attn_qkv": "Llamas have biases in all of attention (only_attention) or in none of it"
             }
         ),
-        Words("yes, no, or one of nowhere, everywhere, only_attention, only_mlp"),
+        Allowed("yes, no, or one of nowhere, everywhere, only_attention, only_mlp"),
     ] = "nowhere"
     """Which linear layers have biases; yes and no are everywhere and nowhere."""
     normalization: NormalizationConfig = NormalizationConfig()
@@ -585,7 +588,7 @@ class BaseModelConfig(Section):
 class MultiStageConfig(Section):
     """How training state is spread over processes."""
 
-    zero_stage: Annotated[int, Field(ge=1, le=3), Words("1, 2 or 3")] | None = None
+    zero_stage: Annotated[int, Field(ge=1, le=3), Allowed("1, 2 or 3")] | None = None
     """What is sharded over processes: always optimizer state, fp32 weights and reduced gradients; from 2 on also
     full gradients, with 3 also the weights that are computed with. null is 1. One process shards nothing."""
     shard_size: Positive | None = None
@@ -610,7 +613,7 @@ class MultiStageConfig(Section):
     layers_per_stage: (
         Annotated[
             int | list[Annotated[int, Field(ge=0)]],
-            Words("a number of layers, or a list with one for each stage"),
+            Allowed("a number of layers, or a list with one for each stage"),
         ]
         | None
     ) = None
@@ -630,7 +633,7 @@ class DistributedConfig(Section):
         Literal["fp32"],
         _NO_FP64,
         BeforeValidator(_dtype),
-        Words("fp32; optimizer.moments_dtype: bf16 or int8 saves memory"),
+        Allowed("fp32; optimizer.moments_dtype: bf16 or int8 saves memory"),
     ] = "fp32"
     """Only fp32: the optimizer works in it. optimizer.moments_dtype: bf16 or int8 saves memory."""
     fp8: bool = False
@@ -650,11 +653,11 @@ class DistributedConfig(Section):
     timeout: Seconds = 60
     """Seconds a process waits for the others within a step. Saves, exports and reading weights have
     training.timeout."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), Words("an integer from 0 to 2^63 - 1")] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63), Allowed("an integer from 0 to 2^63 - 1")] = 1234
     """Of random weights and the order of the data."""
     reproducible_init: Annotated[
         bool,
-        instead({False: "random weights are always the same whatever the number of processes"}),
+        unsupported({False: "random weights are always the same whatever the number of processes"}),
     ] = True
     """Only yes: random weights are the same whatever the number of processes."""
 
@@ -683,7 +686,7 @@ class PretrainedConfig(Section):
     format: Annotated[
         Literal["llama", "distributed"],
         BeforeValidator(lambda value: "llama" if value == "auto" else value),
-        instead(
+        unsupported(
             {
                 "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use llama",
                 **dict.fromkeys(
@@ -691,7 +694,7 @@ class PretrainedConfig(Section):
                 ),
             }
         ),
-        Words("llama (or auto), or distributed"),
+        Allowed("llama (or auto), or distributed"),
     ] = "llama"
     """`llama` (or `auto`): a Hugging Face folder. `distributed`: a checkpoint of this project."""
     model_weights: bool = True
@@ -700,7 +703,7 @@ class PretrainedConfig(Section):
     """Whether to start from its moments too; only a checkpoint (`format: distributed`) has them."""
     load_config: Annotated[
         Literal["architecture"],
-        instead(
+        unsupported(
             {
                 "none": "the model's shape always comes from its configuration",
                 "model": "settings other than the model's shape come from this file alone",
@@ -732,7 +735,7 @@ class RunConfig(Section):
 
 # A thing is turned off by one setting, whatever else is said about it: when the first is given and has that value,
 # the others count as left out. Left out itself, it turns nothing off, and what needs it is a mistake.
-TURNED_OFF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+DISABLED_BY: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("training.validation.interval", None, ("training.validation.iterations",)),
     ("training.checkpoint.interval", None, ("training.checkpoint.keep_every", "training.shutdown")),
     ("training.export.interval", None, ("training.export.keep_every",)),
@@ -762,8 +765,8 @@ TURNED_OFF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 )
 
 
-def _without_what_is_off(values: Any) -> Any:
-    """The values of a file without those that TURNED_OFF names; `values` is not changed."""
+def _without_disabled(values: Any) -> Any:
+    """The values of a file without those that DISABLED_BY names; `values` is not changed."""
 
     def at(path: str) -> Any:
         here = values
@@ -783,9 +786,11 @@ def _without_what_is_off(values: Any) -> Any:
         )
 
     off = [
-        path for path, value, _ in TURNED_OFF if type(at(path)) is type(value) and at(path) == value
+        path
+        for path, value, _ in DISABLED_BY
+        if type(at(path)) is type(value) and at(path) == value
     ]
-    for path, _, others in TURNED_OFF:
+    for path, _, others in DISABLED_BY:
         for other in others if path in off else ():
             values = changed(values, other.split("."))
     if {"training.checkpoint.interval", "run.experiment_dir"} & set(off) and at(
@@ -816,7 +821,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _off(cls, values: Any) -> Any:
-        return _without_what_is_off(values)
+        return _without_disabled(values)
 
 
 _BASE, _TRANSFORMER = "model.base_model", "model.base_model.transformer"

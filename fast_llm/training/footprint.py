@@ -57,7 +57,7 @@ class Layout:
 
     @staticmethod
     def of(config: TrainConfig, processes: int) -> "Layout":
-        """What a configuration that keeps the laws means on so many processes."""
+        """What a configuration that meets the constraints means on so many processes."""
         distributed, multi = config.model.distributed, config.model.multi_stage
         batch: BatchPlan = plan_batch(
             config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1

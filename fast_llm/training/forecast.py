@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from fast_llm.config.checks import breaches, check
+from fast_llm.config.checks import check, violations
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
@@ -161,7 +161,7 @@ class Forecast:
 
 
 def forecast(config: TrainConfig, processes: int, device: Device) -> Forecast:
-    """Of a configuration that keeps the laws."""
+    """Of a configuration that meets the constraints."""
     layout = Layout.of(config, processes)
     rows = layout.micro_batch_size * layout.micro_batches * layout.data - layout.padding
     shape = Shape.of(config, rows)
@@ -565,7 +565,7 @@ def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> Tra
                     "optimizer.moments_dtype": dtype,
                 }
                 changed = with_layout(config, choice)
-                if next(iter(breaches(changed, processes)), None) is not None:
+                if next(iter(violations(changed, processes)), None) is not None:
                     continue
                 layout = Layout.of(changed, processes)
                 shape = Shape.of(changed, config.batch.batch_size or 0)
@@ -623,7 +623,7 @@ def best(
     found: list[tuple[dict[str, Any], Forecast]] = []
     for choice in choices(config, processes):
         changed = with_layout(config, choice)
-        if next(iter(breaches(changed, processes)), None) is not None:
+        if next(iter(violations(changed, processes)), None) is not None:
             continue
         layout = Layout.of(changed, processes)
         shape = Shape.of(changed, config.batch.batch_size or 0)

@@ -27,10 +27,10 @@ from fast_llm.config.section import (
     Document,
     PositiveFloat,
     dump,
+    format_value,
     located,
     locating,
     path_text,
-    show,
     validate,
 )
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
@@ -608,11 +608,12 @@ def _compare(
         before = info["identity"].get(name)
         if before == value:
             continue
-        changes.append(f"{name}: {show(before)} → {show(value)}")
+        changes.append(f"{name}: {format_value(before)} → {format_value(value)}")
         place = name.partition(" ")[0]
         if name.startswith(_SHAPE):
             problems.append(
-                f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; a model can not change its shape"
+                f"{name}: given {format_value(value)}, but {checkpoint} was trained with"
+                f" {format_value(before)}; a model can not change its shape"
             )
         elif place not in config.run.accept_changes and not (
             place == "data"
@@ -620,7 +621,7 @@ def _compare(
         ):
             consent = "data.path" if place == "data" else place
             problems.append(
-                f"{name}: given {show(value)}, but {checkpoint} was trained with {show(before)}; set it back, choose"
+                f"{name}: given {format_value(value)}, but {checkpoint} was trained with {format_value(before)}; set it back, choose"
                 f" another run.experiment_dir, or consent with run.accept_changes=[{consent}]"
             )
     now, then = _flat(config.model_dump(mode="json")), _flat(info["settings"])
@@ -632,7 +633,9 @@ def _compare(
             and name not in identity
             and not name.startswith(("run.", _SHAPE))
         ):
-            changes.append(f"{name}: {show(then.get(name))} → {show(now.get(name))}")
+            changes.append(
+                f"{name}: {format_value(then.get(name))} → {format_value(now.get(name))}"
+            )
     return problems, changes
 
 

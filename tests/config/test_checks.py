@@ -1,4 +1,4 @@
-"""Every law across settings: broken alone, with its exact message and place, and kept."""
+"""Every constraint across settings: broken alone, with its exact message and place, and kept."""
 
 import ast
 import sys
@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from fast_llm.config import checks
-from fast_llm.config.checks import breaches, check
+from fast_llm.config.checks import check, violations
 from fast_llm.config.section import Document, dump, read, validate
-from fast_llm.config.train import REFUSED, RENAMED, TURNED_OFF, TrainConfig
+from fast_llm.config.train import DISABLED_BY, REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 
-# The smallest configuration that keeps all laws; overrides are laid over it.
+# The smallest configuration that keeps all constraints; overrides are laid over it.
 GOOD = ["training.train_iters=10", "data.format=random"]
 FP8 = [*GOOD, "model.distributed.training_dtype=bf16", "model.distributed.fp8=yes"]
 FILES = ["training.train_iters=10", "data.path=tokens"]
@@ -27,7 +27,7 @@ def told(overrides: list[str], processes: int = 1) -> list[str]:
     """What is wrong, without the place in the file."""
     document = read(None, overrides)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
-    found = [f"{paths[0]}: {text}" for paths, text in breaches(config, processes)]
+    found = [f"{paths[0]}: {text}" for paths, text in violations(config, processes)]
     assert check(config, document, processes) == [
         f"{document.where(text.partition(':')[0])}: {text}" for text in found
     ]
@@ -520,7 +520,7 @@ def at(config: Any, path: str) -> Any:
 
 def test_every_pair_of_one_that_turns_off_is_tried() -> None:
     tried = {(off.partition("=")[0], path) for _, off, left_out in OFF for path in left_out}
-    for path, _, others in TURNED_OFF:
+    for path, _, others in DISABLED_BY:
         for other in others:
             names = {other, f"{other}.interval"}
             assert any((path, name) in tried for name in names), (path, other)
@@ -772,8 +772,8 @@ def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
         "  experiment_dir: x\n"
     )
     with pytest.raises(ConfigError) as caught:
-        laws: Any = partial(breaches, processes=2)
-        validate(TrainConfig, read(path), REFUSED, RENAMED, laws=laws)
+        constraints: Any = partial(violations, processes=2)
+        validate(TrainConfig, read(path), REFUSED, RENAMED, constraints=constraints)
     assert [problem.replace(f"{tmp_path}/", "") for problem in caught.value.problems] == [
         'c.yaml:2: training.train_iters: given "many", must be an integer of 0 or more',
         "c.yaml:3: training.shutdown.interval: given 5, must be a multiple of training.checkpoint.interval (null) with"

@@ -447,11 +447,11 @@ def test_refused_names_say_what_to_use(yaml: Any) -> None:
     ]
 
 
-# Laws, and values from elsewhere.
+# Constraints, and values from elsewhere.
 
 
 def test_laws_are_asked_about_what_is_right(yaml: Any) -> None:
-    def laws(config: Outer) -> Any:
+    def constraints(config: Outer) -> Any:
         if config.inner.size > config.other.size:
             yield ("inner.size", "other.size"), "must be at most other.size"
         if not config.inner.active:
@@ -461,9 +461,9 @@ def test_laws_are_asked_about_what_is_right(yaml: Any) -> None:
         "c.yaml:2: inner.size: must be at most other.size",
         "c.yaml:1: inner.active: must be active",
     ]
-    assert sorted(wrong(yaml, "inner:\n  size: 3\n", laws=laws)) == sorted(both)
+    assert sorted(wrong(yaml, "inner:\n  size: 3\n", constraints=constraints)) == sorted(both)
     # other.size is wrong in itself: nothing is said of its relation to inner.size.
-    assert wrong(yaml, "inner:\n  size: 3\nother:\n  size: 0\n", laws=laws) == [
+    assert wrong(yaml, "inner:\n  size: 3\nother:\n  size: 0\n", constraints=constraints) == [
         "c.yaml:1: inner.active: must be active",
         "c.yaml:4: other.size: given 0, must be an integer above 0",
     ]

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fast_llm.config.checks import breaches, check
-from fast_llm.config.mistakes import paths, refused_values, sections
+from fast_llm.config.checks import check, violations
+from fast_llm.config.mistakes import iter_paths, nested_sections, refused_values
 from fast_llm.config.prepare import CONVERT_REFUSED, PREPARE_REFUSED, ConvertConfig, PrepareConfig
 from fast_llm.config.reference import DIFFERENT, page
 from fast_llm.config.section import Section, dump, read, validate
@@ -24,7 +24,7 @@ from fast_llm.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "fast_llm/demo/train-config.yaml"
 TEXT = RECIPE.read_text()
-FIELDS = set(paths(TrainConfig))
+FIELDS = set(iter_paths(TrainConfig))
 
 
 def load(*overrides: str, path: Path | None = None) -> TrainConfig:
@@ -49,7 +49,9 @@ def wrong(*overrides: str, kind: Any = TrainConfig, refused: Any = REFUSED) -> l
 
 def test_the_recipe_loads_unchanged() -> None:
     document = read(RECIPE)
-    config = validate(TrainConfig, document, REFUSED, RENAMED, laws=partial(breaches, processes=8))
+    config = validate(
+        TrainConfig, document, REFUSED, RENAMED, constraints=partial(violations, processes=8)
+    )
     assert check(config, document, 8) == check(config, document, 1) == []
     given = config.model_dump(mode="json", exclude_unset=True)
     expected = yaml.safe_load(TEXT)
@@ -237,7 +239,7 @@ def test_older_names_do_what_the_new_ones_do(old: str, new: str) -> None:
 def leaves(kind: type[Any] = TrainConfig, above: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, field in kind.model_fields.items():
-        inside = sections(field.annotation)
+        inside = nested_sections(field.annotation)
         found += leaves(inside[0], f"{above}{name}.") if inside else [(above + name, field)]
     return found
 
@@ -247,7 +249,7 @@ def test_every_setting_and_section_is_documented(kind: type[Section]) -> None:
     def inside(section: Any) -> Any:
         yield section
         for field in section.model_fields.values():
-            for below in sections(field.annotation):
+            for below in nested_sections(field.annotation):
                 yield from inside(below)
 
     for section in inside(kind):
@@ -523,7 +525,7 @@ def survives(text: str | bytes, path: Path, overrides: list[str] = []) -> None: 
     try:
         document = read(path, overrides)
         config = validate(
-            TrainConfig, document, REFUSED, RENAMED, laws=partial(breaches, processes=4)
+            TrainConfig, document, REFUSED, RENAMED, constraints=partial(violations, processes=4)
         )
     except ConfigError as error:
         assert error.problems
