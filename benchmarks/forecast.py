@@ -8,7 +8,7 @@ docs/planning.md has the table.
 
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
-from fast_llm.training.forecast import DEVICES, forecast
+from fast_llm.planning.time import DEVICES, forecast
 
 BASE, T = "model.base_model", "model.base_model.transformer"
 COMPILED, SELECTIVE = (

@@ -145,7 +145,7 @@ def one(table: str, settings: list[str]) -> None:
         raise SystemExit(code)
 
     from fast_llm.config.section import read
-    from fast_llm.training.forecast import DEVICES, forecast, read_plan
+    from fast_llm.planning.time import DEVICES, forecast, read_plan
 
     expected = forecast(read_plan(read(None, settings), 1), 1, DEVICES["h200"])
     print(

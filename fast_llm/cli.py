@@ -414,7 +414,7 @@ def _train(parsed: argparse.Namespace) -> int:
         from fast_llm.config.train import TrainConfig
 
         document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
-        from fast_llm.training.plan import describe, make_plan
+        from fast_llm.planning.preflight import describe, make_plan
         from fast_llm.training.run import EarlyLog
 
         if not parsed.validate:
@@ -431,7 +431,7 @@ def _train(parsed: argparse.Namespace) -> int:
         raise _agreed(error) from error
     if parsed.validate:
         if _first():
-            from fast_llm.training.forecast import describe_memory
+            from fast_llm.planning.time import describe_memory
 
             warnings = "".join(f"\nWarning       {warning}." for warning in plan.warnings)
             print(describe(plan) + "\n" + describe_memory(plan.config, plan.processes) + warnings)
@@ -454,7 +454,7 @@ def _forecast(parsed: argparse.Namespace) -> int:
     from fast_llm.config.train import TrainConfig
 
     document = _read(parsed, TrainConfig, "fast-llm plan --config train.yaml --gpus 8")
-    from fast_llm.training.forecast import DEVICES, describe, read_plan
+    from fast_llm.planning.time import DEVICES, describe, read_plan
 
     print(describe(read_plan(document, parsed.gpus), parsed.gpus, DEVICES[parsed.device]))
     return 0

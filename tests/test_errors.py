@@ -32,7 +32,7 @@ from fast_llm.errors import (
     TrainingStopped,
     UserError,
 )
-from fast_llm.training import plan
+from fast_llm.planning import preflight as plan
 
 CONFIG = {
     "model_type": "llama",

@@ -18,9 +18,8 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
 from fast_llm.data.sampling import Mixture, Walk
 from fast_llm.errors import ConfigError, DataError, UserError
-from fast_llm.training.history import History, Order, begin, open_sources, recover
-from fast_llm.training.plan import readable_bytes
-from fast_llm.training.run import read_records
+from fast_llm.planning.history import History, Order, begin, open_sources, read_records, recover
+from fast_llm.planning.preflight import readable_bytes
 
 _SHOWN = 60  # characters of a document
 

@@ -35,12 +35,12 @@ from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
-from fast_llm.training.footprint import WIDENING, Layout, Shape, needed
-from fast_llm.training.forecast import settle, with_layout
+from fast_llm.planning.memory import WIDENING, Layout, Shape, needed
+from fast_llm.planning.preflight import Plan, describe, readable_bytes
+from fast_llm.planning.time import settle, with_layout
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
-from fast_llm.training.plan import Plan, describe, prepare_folder, readable_bytes
-from fast_llm.training.run import Run, lock, next_run_number
+from fast_llm.training.run import Run, lock, next_run_number, prepare_folder
 from fast_llm.training.saving import what_is_saved
 from fast_llm.training.spikes import Spikes
 from fast_llm.training.step import Step

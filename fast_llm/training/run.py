@@ -26,7 +26,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from fast_llm.config.section import dump
 from fast_llm.errors import ConfigError, disk_problem
+from fast_llm.planning.history import read_records
+from fast_llm.planning.preflight import Plan
 
 logger = logging.getLogger("fast_llm")
 
@@ -152,19 +155,6 @@ class EarlyLog(logging.Handler):
 _INFINITY = float("inf")
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records of an experiment, the oldest first; a line that a crash tore is left out."""
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    records = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
 def next_run_number(folder: Path | None) -> int:
     """0 for the first start in this folder, then 1, 2, …"""
     if folder is None or not (folder / "runs").is_dir():
@@ -210,6 +200,22 @@ def lock(folder: Path) -> TextIO:
     )
     file.flush()
     return file
+
+
+def prepare_folder(plan: Plan) -> None:
+    """Write what an experiment folder holds before the first step; on the first process."""
+    folder = plan.folder
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", dump(plan.config))
+    if plan.small_files or plan.source_config is not None:
+        (folder / "pretrained").mkdir(exist_ok=True)
+        for name, content in plan.small_files.items():
+            target = folder / "pretrained" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists() or target.read_bytes() != content:
+                target.write_bytes(content)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ from fast_llm.checkpoint import state
 from fast_llm.checkpoint.weights import gather
 from fast_llm.errors import CheckpointError
 from fast_llm.parallel.fsdp import like
-from fast_llm.training.plan import readable_bytes
+from fast_llm.planning.preflight import readable_bytes
 
 logger = logging.getLogger("fast_llm")
 

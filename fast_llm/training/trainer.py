@@ -31,10 +31,10 @@ from fast_llm.parallel.context import cut
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.planning.preflight import Plan
 from fast_llm.training.doublecheck import DoubleCheck, impossible
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
-from fast_llm.training.plan import Plan
 from fast_llm.training.profile import Profile
 from fast_llm.training.run import Run
 from fast_llm.training.saving import Saver, what_is_saved

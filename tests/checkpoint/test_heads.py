@@ -14,7 +14,7 @@ from fast_llm import cli
 from fast_llm.checkpoint import llama
 from fast_llm.config.section import read
 from fast_llm.errors import UserError
-from fast_llm.training.plan import make_plan
+from fast_llm.planning.preflight import make_plan
 from tests.checkpoint.test_transformers import logits, make
 from tests.training.runs import losses, run, write_tokens
 

@@ -20,7 +20,7 @@ from fast_llm.config.section import read
 from fast_llm.data.loader import Loader
 from fast_llm.model.attention import Documents
 from fast_llm.model.loss import IGNORED
-from fast_llm.training.plan import make_plan
+from fast_llm.planning.preflight import make_plan
 from tests.gpu.checks import Rows, report
 from tests.gpu.files import BLOCK_PARAMETERS, HEAD_PARAMETERS, write_tutorial
 from tests.gpu.runs import NO_CUDNN, Started, delete, difference, start, wait_for

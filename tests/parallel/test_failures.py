@@ -62,7 +62,7 @@ def while_building(rank: int) -> None:
 
 
 def in_the_plan(ranks: tuple[int, ...], rank: int) -> None:
-    from fast_llm.training import plan
+    from fast_llm.planning import preflight as plan
 
     if rank in ranks:
         plan.make_plan = lambda *_, **__: raises(ConfigError(["data.path: not here"]))  # type: ignore[assignment]

@@ -19,8 +19,8 @@ from fast_llm.config.train import BaseModelConfig, DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.llama import Llama
+from fast_llm.planning.preflight import make_plan
 from fast_llm.training.build import train
-from fast_llm.training.plan import make_plan
 from tests.training.runs import records
 
 LENGTH, STEPS, SEED = 128, 6, 1234

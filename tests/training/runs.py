@@ -14,8 +14,8 @@ import torch
 from fast_llm.config.section import read
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.planning.preflight import make_plan
 from fast_llm.training.build import train
-from fast_llm.training.plan import make_plan
 from fast_llm.training.trainer import Trainer
 
 MODEL = [

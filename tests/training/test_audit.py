@@ -11,7 +11,7 @@ import pytest
 from fast_llm.checkpoint import folder as folders
 from fast_llm.cli import main
 from fast_llm.config.section import read
-from fast_llm.training.plan import make_plan
+from fast_llm.planning.preflight import make_plan
 from tests.helpers import spawn
 from tests.training import runs
 

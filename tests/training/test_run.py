@@ -21,8 +21,8 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, UserError
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.planning.preflight import describe, make_plan
 from fast_llm.training.build import train
-from fast_llm.training.plan import describe, make_plan
 from fast_llm.training.run import Run, lock, next_run_number
 from tests.campaigns.jobs import Job
 from tests.helpers import needs_compiler, spawn
@@ -112,7 +112,7 @@ def test_mistakes_that_training_meets_have_their_setting(
 
 
 def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fast_llm.training.plan.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fast_llm.planning.preflight.importlib.util.find_spec", lambda name: None)
     text = problems(settings(tokens, "training.wandb.project_name=x", "training.tensorboard=yes"))
     assert "pip install wandb" in text and "pip install tensorboard" in text
 

@@ -15,8 +15,8 @@ from fast_llm.config.train import SpikesConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
+from fast_llm.planning.history import Batches, History, Order, SourceState
 from fast_llm.training.audit import why
-from fast_llm.training.history import Batches, History, Order, SourceState
 from fast_llm.training.spikes import Spikes
 from fast_llm.training.step import Step
 from fast_llm.training.trainer import Trainer

@@ -24,11 +24,11 @@ from fast_llm.data.sampling import Walk, keys, permute, permute_many
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 from fast_llm.model.loss import IGNORED
-from fast_llm.training import history as histories
+from fast_llm.planning import history as histories
+from fast_llm.planning.history import Batches, History, Order, SourceState, _batches
+from fast_llm.planning.preflight import make_plan
 from fast_llm.training.audit import why
 from fast_llm.training.build import train
-from fast_llm.training.history import Batches, History, Order, SourceState, _batches
-from fast_llm.training.plan import make_plan
 from tests.training.runs import losses, records, run
 
 OLD = Path(__file__).parents[1] / "fixtures" / "v0.1"

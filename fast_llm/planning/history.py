@@ -5,6 +5,7 @@ consent (`run.accept_changes`) adds an entry; nothing of the past is ever rewrit
 history up to it, so that a run continues, and `fast-llm why` answers, from what was in force then.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,6 @@ from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Phase, RandomSource, Source, open_dataset
 from fast_llm.data.sampling import UNIT, Mixture, add
 from fast_llm.errors import DataError, UserError
-from fast_llm.training.run import read_records
 
 _GONE = "gone"  # the digest of what can no longer be read
 
@@ -264,6 +264,19 @@ def recover(
             f" {batches[0].after + 1} on"
         )
     return History(batches=batches, orders=[order]), notes
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records of an experiment, the oldest first; a line that a crash tore is left out."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    records = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
 def _by_path(

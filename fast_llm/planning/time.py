@@ -18,7 +18,7 @@ from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.cost import cost
-from fast_llm.training.footprint import (
+from fast_llm.planning.memory import (
     MOMENTS,
     Layout,
     Memory,
@@ -28,7 +28,7 @@ from fast_llm.training.footprint import (
     peak,
     with_reserve,
 )
-from fast_llm.training.plan import readable_bytes, with_shape
+from fast_llm.planning.preflight import readable_bytes, with_shape
 
 NODE = 8  # devices of a node
 _MOMENTS = {8: "fp32", 4: "bf16", MOMENTS["int8"]: "8-bit"}

@@ -19,9 +19,9 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
 from fast_llm.model import fp8, linear
+from fast_llm.planning.memory import WIDENING, Layout, Memory, Shape, needed
+from fast_llm.planning.time import DEVICES, best, forecast, settle
 from fast_llm.training import build
-from fast_llm.training.footprint import WIDENING, Layout, Memory, Shape, needed
-from fast_llm.training.forecast import DEVICES, best, forecast, settle
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
 from tests.training.runs import run

@@ -12,8 +12,8 @@ from fast_llm import cli
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.config.section import read
 from fast_llm.config.train import CheckpointConfig
-from fast_llm.training import plan
-from fast_llm.training.plan import make_plan
+from fast_llm.planning import preflight as plan
+from fast_llm.planning.preflight import make_plan
 from tests.training.runs import run, settings, write_tokens
 
 

@@ -26,7 +26,6 @@ from fast_llm.config.section import (
     Count,
     Document,
     PositiveFloat,
-    dump,
     format_value,
     located,
     locating,
@@ -39,8 +38,8 @@ from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import CheckpointError, ConfigError, MissingPackage, UserError
 from fast_llm.model.cost import Cost, cost
-from fast_llm.training import history as histories
-from fast_llm.training.history import History
+from fast_llm.planning import history as histories
+from fast_llm.planning.history import History
 
 logger = logging.getLogger("fast_llm")
 
@@ -401,24 +400,6 @@ def export_bytes(config: TrainConfig, parameters: int) -> int:
     """The size of an export's weights."""
     dtype = config.training.export.data_type or config.model.distributed.training_dtype
     return parameters * (4 if dtype == "fp32" else 2)
-
-
-def prepare_folder(plan: Plan) -> None:
-    """Write what an experiment folder holds before the first step; on the first process."""
-    from fast_llm.training.run import write_whole
-
-    folder = plan.folder
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", dump(plan.config))
-    if plan.small_files or plan.source_config is not None:
-        (folder / "pretrained").mkdir(exist_ok=True)
-        for name, content in plan.small_files.items():
-            target = folder / "pretrained" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists() or target.read_bytes() != content:
-                target.write_bytes(content)
 
 
 def _experiment(document: Document) -> Path | None:
