@@ -67,7 +67,7 @@ def read_rate(dataset: Dataset, length: int) -> tuple[float, float]:
         reading.append(time.perf_counter() - started)
         started = time.perf_counter()
         for index in indices:
-            dataset.phases["training"].find(index)
+            dataset.splits["training"].find(index)
         finding.append(time.perf_counter() - started)
     return count * length / min(reading), min(finding) / count
 
@@ -127,7 +127,7 @@ def main() -> None:
             rate, finding = read_rate(dataset, wanted.length)
             batches = [batch_rate(dataset, wanted.length, workers) for workers in (0, 1, 2)]
             print(
-                f"| {len(dataset.phases['training'].sources)} | {opening * 1e3:.1f} | {finding * 1e6:.1f} | {rate / 1e6:.0f} | "
+                f"| {len(dataset.splits['training'].sources)} | {opening * 1e3:.1f} | {finding * 1e6:.1f} | {rate / 1e6:.0f} | "
                 + " | ".join(f"{batch / 1e6:.0f}" for batch in batches)
                 + " |"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fast_llm import __version__, cli
-from tests.data import made
+from tests.data import synthetic
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "fast_llm/demo/train-config.yaml")
@@ -328,7 +328,7 @@ def test_signals_when_all_is_done_change_nothing(command: list[str], tmp_path: P
         command = [
             *command,
             f"dataset.path={tmp_path}",
-            f"tokenizer.path={made.llama(tmp_path.parent / 'model')}",
+            f"tokenizer.path={synthetic.llama(tmp_path.parent / 'model')}",
         ]
     code, stdout, stderr = start(*command, code=_LATE)
     assert code == 0 and stdout and not stderr

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fast_llm.data.reading import Column, Task, is_json
-from fast_llm.data.tables import BLOCK, cut
+from fast_llm.data.reading import ColumnTask, Task, is_json_column
+from fast_llm.data.tables import BLOCK, ranges_by_size
 from fast_llm.errors import DataError, MissingPackage
 
 _BATCH = 1024  # rows of parquet decoded at a time, at most
@@ -28,15 +28,15 @@ class ArrowTable:
     parquet: bool
     rows: int
     bytes: int
-    lacks: str | None
+    missing_field: str | None
     groups: NDArray[np.int64]
     """Rows before each row group or record batch, and in all."""
-    blank: int = 0
+    blank_rows: int = 0
 
     def name(self, row: int) -> str:
         return f"{self.path}, row {row}"
 
-    def near(self, row: int) -> int:
+    def nearby_row(self, row: int) -> int:
         return (
             int(self.groups[np.searchsorted(self.groups, row, "right") - 1])
             if self.parquet
@@ -44,22 +44,24 @@ class ArrowTable:
         )
 
     def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
-        if self.lacks is not None:
+        if self.missing_field is not None:
             for at in range(first, last, 2**16):
                 end = min(at + 2**16, last)
                 lengths = np.full(end - at, -1, np.int64)
-                yield Column(begin + at - first, begin + end - first, lengths, b"", False)
+                yield ColumnTask(begin + at - first, begin + end - first, lengths, b"", False)
             return
         for at, array in self._arrays(first, last):
             one, end = max(first - at, 0), min(last - at, len(array))
             if one >= end:
                 continue
-            lengths, data, json_inside = _flat(array.slice(one, end - one))
+            lengths, data, json_inside = _values_as_bytes(array.slice(one, end - one))
             ends = np.cumsum(np.maximum(lengths, 0))
             row = begin + at + one - first
-            for here, there in cut(np.maximum(lengths, 0), target):
+            for here, there in ranges_by_size(np.maximum(lengths, 0), target):
                 part = data[int(ends[here - 1]) if here else 0 : int(ends[there - 1])]
-                yield Column(row + here, row + there, lengths[here:there], bytes(part), json_inside)
+                yield ColumnTask(
+                    row + here, row + there, lengths[here:there], bytes(part), json_inside
+                )
 
     def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
         """The column in pieces, each with the number of its first row; those before `first` may be left out."""
@@ -169,11 +171,17 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
     edges = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
     rows = int(edges[-1])
     return ArrowTable(
-        path, field, parquet, rows, size, lacking(schema, field) if rows else None, edges
+        path,
+        field,
+        parquet,
+        rows,
+        size,
+        explain_missing_field(schema, field) if rows else None,
+        edges,
     )
 
 
-def lacking(schema: Any, field: str) -> str | None:
+def explain_missing_field(schema: Any, field: str) -> str | None:
     """What a schema has instead, if it has no text under a field."""
     import pyarrow.types as types
 
@@ -190,16 +198,16 @@ def lacking(schema: Any, field: str) -> str | None:
         "binary_view",
         "null",
     )
-    if is_json(kind) or any(getattr(types, f"is_{name}")(inside) for name in readable):
+    if is_json_column(kind) or any(getattr(types, f"is_{name}")(inside) for name in readable):
         return None
     return f"holds {kind} in column {field}, must be text"
 
 
-def _flat(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
+def _values_as_bytes(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
     """Lengths (-1 for null), the bytes of all values, and whether they are JSON."""
     import pyarrow
 
-    json_inside = is_json(array.type)
+    json_inside = is_json_column(array.type)
     if json_inside:
         array = array.storage
     if pyarrow.types.is_null(array.type):
@@ -214,7 +222,7 @@ def _flat(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
     # What is under a null may be any bytes.
     if lengths[null].any():
         array = array.fill_null(b"")
-        lengths, data, _ = _flat(array)
+        lengths, data, _ = _values_as_bytes(array)
         return np.where(null, -1, lengths), data, json_inside
     view = memoryview(data)[int(edges[0]) : int(edges[-1])] if data is not None else memoryview(b"")
     return np.where(null, -1, lengths), view, json_inside

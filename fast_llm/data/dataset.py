@@ -26,20 +26,20 @@ from numpy.typing import NDArray
 
 from fast_llm.config.train import DataConfig
 from fast_llm.data import split as splitting
-from fast_llm.data.sampling import Drawn, Mixture, Rest, Stream, Walk
-from fast_llm.data.split import Part
+from fast_llm.data.sampling import Drawn, Mixture, RemainingStream, SourceSampler, Stream
+from fast_llm.data.split import FileSubset
 from fast_llm.data.tokenfile import TokenFile, digest
 from fast_llm.errors import DataError
 
 logger = logging.getLogger("fast_llm")
 
-PHASES = ("training", "validation", "test")
+SPLITS = ("training", "validation", "test")
 LARGEST_METADATA = 2**30  # bytes
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Part of a document inside a sequence."""
+class DocumentSpan:
+    """FileSubset of a document inside a sequence."""
 
     prefix: str
     document: int  # in its token file
@@ -48,7 +48,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSample:
     """One sequence of L inputs, each followed by its target."""
 
     tokens: NDArray[np.int64]  # [L + 1]: the inputs, and the last one's target
@@ -64,7 +64,7 @@ class Packed:
 class Source:
     """Documents of several token files, one after the other, cut into sequences."""
 
-    def __init__(self, name: str, parts: Sequence[Part], length: int):
+    def __init__(self, name: str, parts: Sequence[FileSubset], length: int):
         self.name = name
         self.parts = [part for part in parts if len(part.begins)]
         self.length = length
@@ -78,7 +78,9 @@ class Source:
         self.runs = list(accumulate((len(part.begins) for part in self.parts), initial=0))
         self.tokens = int(self.ends[-1]) if len(self.ends) else 0
         self.inputs = max(0, self.tokens - 1)
-        self.stream: Rest | None = None  # what sequences are cut from, if not from all of it
+        self.stream: RemainingStream | None = (
+            None  # what sequences are cut from, if not from all of it
+        )
 
     @property
     def sequences(self) -> int:
@@ -91,20 +93,20 @@ class Source:
         content = [(part.described, part.file.identity) for part in self.parts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def cut_from(self, stream: Stream) -> "Source":
+    def with_stream(self, stream: Stream) -> "Source":
         """The same, with sequences that are cut from a stream of its inputs."""
-        if not isinstance(stream, Rest):
+        if not isinstance(stream, RemainingStream):
             return self
         other = copy.copy(self)
         other.stream = stream
         return other
 
-    def ranges(self, number: int) -> list[tuple[int, int]]:
+    def input_ranges(self, number: int) -> list[tuple[int, int]]:
         """The inputs of sequence `number`: [begin, end) in the source's tokens."""
         begin, end = number * self.length, (number + 1) * self.length
         return [(begin, end)] if self.stream is None else self.stream.ranges(begin, end)
 
-    def pieces(self, begin: int, end: int) -> Iterator[tuple[TokenFile, int, int]]:
+    def file_ranges(self, begin: int, end: int) -> Iterator[tuple[TokenFile, int, int]]:
         """The pieces [begin, end) of token files that the source's tokens [begin, end) consist of."""
         run = int(np.searchsorted(self.ends, begin, "right"))
         file = bisect.bisect_right(self.runs, run) - 1
@@ -116,12 +118,12 @@ class Source:
             yield self.files[file], last - (stop - begin), last
             begin, run = stop, run + 1
 
-    def read(self, number: int) -> Packed:
+    def read(self, number: int) -> PackedSample:
         """Sequence `number`, below `sequences`."""
-        ranges = self.ranges(number)
+        ranges = self.input_ranges(number)
         if len(ranges) == 1:
             tokens, starts = self._read(ranges[0][0], ranges[0][1] + 1)
-            return Packed(tokens, starts, tokens[1:], starts[1:] - 1)
+            return PackedSample(tokens, starts, tokens[1:], starts[1:] - 1)
         tokens, targets = np.empty(self.length + 1, np.int64), np.empty(self.length, np.int64)
         begun, ends, filled = [], [], 0
         for begin, end in ranges:  # each part with a target of its own for its last input
@@ -132,14 +134,14 @@ class Source:
             begun.append(filled + begins[begins < size])
             ends.append(filled + begins[1:] - 1)
             filled += size
-        return Packed(tokens, np.concatenate(begun), targets, np.concatenate(ends))
+        return PackedSample(tokens, np.concatenate(begun), targets, np.concatenate(ends))
 
     def _read(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source's tokens [begin, end), and where in them documents begin, 0 included."""
         tokens = np.empty(end - begin, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
-        for file, first_token, stop in self.pieces(begin, end):
+        for file, first_token, stop in self.file_ranges(begin, end):
             tokens[filled : filled + stop - first_token] = file.tokens_at(first_token, stop)
             first = file.document_at(first_token)
             last = file.document_at(stop - 1, first)
@@ -152,18 +154,18 @@ class Source:
         different = found[1:] != found[:-1]
         return tokens, found if different.all() else found[np.append(True, different)]
 
-    def locate(self, number: int) -> list[Stretch]:
+    def locate(self, number: int) -> list[DocumentSpan]:
         """Which documents sequence `number` is made of, its last target included: L + 1 tokens."""
-        ranges = self.ranges(number)
+        ranges = self.input_ranges(number)
         ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
         found = []
-        for piece in (piece for one in ranges for piece in self.pieces(*one)):
+        for piece in (piece for one in ranges for piece in self.file_ranges(*one)):
             file, begin, end = piece
             while begin < end:
                 document = file.document_at(begin)
                 stop = min(end, file.start_of(document + 1))
                 at = begin - file.start_of(document)
-                found.append(Stretch(str(file.prefix), document, at, stop - begin))
+                found.append(DocumentSpan(str(file.prefix), document, at, stop - begin))
                 begin = stop
         return found
 
@@ -180,22 +182,22 @@ class RandomSource:
         self.inputs = self.sequences * length
         self.digest = f"random {length} {vocab_size} {seed}"
 
-    def cut_from(self, stream: Stream) -> "RandomSource":
+    def with_stream(self, stream: Stream) -> "RandomSource":
         """Another length or seed makes it another source, so it never has a rest."""
         return self
 
-    def read(self, number: int) -> Packed:
+    def read(self, number: int) -> PackedSample:
         """Sequence `number`: one document."""
         random = np.random.default_rng((self.seed, number))
         tokens = random.integers(self.vocab_size, size=self.length + 1)
-        return Packed(tokens, np.zeros(1, np.int64), tokens[1:], np.zeros(0, np.int64))
+        return PackedSample(tokens, np.zeros(1, np.int64), tokens[1:], np.zeros(0, np.int64))
 
-    def locate(self, number: int) -> list[Stretch]:
+    def locate(self, number: int) -> list[DocumentSpan]:
         """It comes from no file."""
-        return [Stretch("random", number, 0, self.length + 1)]
+        return [DocumentSpan("random", number, 0, self.length + 1)]
 
 
-class Phase:
+class Split:
     """The sources of training, of validation or of test, and their shares of the sequences."""
 
     def __init__(
@@ -208,8 +210,9 @@ class Phase:
         self.name, self.sources, self.seed = name, sources, seed
         self.mixture = Mixture.of(weights)
         self.first = 0  # the sequence with which this order begins
-        self.walks = [
-            Walk(source.inputs, source.length, seed, place) for place, source in enumerate(sources)
+        self.samplers = [
+            SourceSampler(source.inputs, source.length, seed, place)
+            for place, source in enumerate(sources)
         ]
 
     def follow(
@@ -224,15 +227,15 @@ class Phase:
         `edges`: of the mixture; of each source the number of its keys, and what it had given then.
         """
         self.mixture, self.first = Mixture(edges), first
-        self.walks = [
-            Walk(source.inputs, source.length, self.seed, key, given)
+        self.samplers = [
+            SourceSampler(source.inputs, source.length, self.seed, key, given)
             for source, key, given in zip(self.sources, keys, drawn, strict=True)
         ]
 
     def open(self) -> None:
         """Find out what is left of epochs that were cut, so that no step has to wait for it."""
-        for walk in self.walks:
-            walk.stream.open()
+        for sampler in self.samplers:
+            sampler.stream.open()
 
     def find(self, index: int) -> tuple[Source | RandomSource, int, int]:
         """The source of sequence `index`, its number there, and its epoch."""
@@ -241,8 +244,8 @@ class Phase:
                 f"sequence {index} is of an earlier order, which ended at {self.first}"
             )
         place, inside = self.mixture.find(index - self.first)
-        stream, number, epoch = self.walks[place].find(inside)
-        return self.sources[place].cut_from(stream), number, epoch
+        stream, number, epoch = self.samplers[place].find(inside)
+        return self.sources[place].with_stream(stream), number, epoch
 
     def counts(self, sequences: int) -> list[int]:
         """How many of the first `sequences` sequences of this order are each source's."""
@@ -261,60 +264,60 @@ class Phase:
 
 
 class Dataset:
-    """All phases of a run's data."""
+    """All splits of a run's data."""
 
     def __init__(
-        self, phases: dict[str, Phase], described: dict[str, dict[str, Any]], length: int, seed: int
+        self, splits: dict[str, Split], described: dict[str, dict[str, Any]], length: int, seed: int
     ):
-        self.phases = phases
-        self.described = (
+        self.splits = splits
+        self.metadata = (
             described  # path of each dataset → what its dataset.json says ({} for a bare prefix)
         )
         self.length = length
         self.seed = seed
-        self.validation_sets = [name for name in phases if name not in PHASES]
+        self.validation_sets = [name for name in splits if name not in SPLITS]
 
-    def read(self, phase: str, index: int) -> Packed:
+    def read(self, phase: str, index: int) -> PackedSample:
         """Sequence `index` of a phase, L + 1 tokens.
 
         Raises DataError for a file that can no longer be read.
         """
-        source, number, _ = self.phases[phase].find(index)
+        source, number, _ = self.splits[phase].find(index)
         return source.read(number)
 
-    def locate(self, phase: str, index: int) -> list[Stretch]:
+    def locate(self, phase: str, index: int) -> list[DocumentSpan]:
         """Which documents that sequence is made of."""
-        source, number, _ = self.phases[phase].find(index)
+        source, number, _ = self.splits[phase].find(index)
         return source.locate(number)
 
     def sequences(self, phase: str) -> int:
         """How many different sequences a phase has."""
-        return self.phases[phase].sequences if phase in self.phases else 0
+        return self.splits[phase].sequences if phase in self.splits else 0
 
     def tokens(self, phase: str) -> int:
         """How many tokens a phase has."""
         return (
-            sum(source.tokens for source in self.phases[phase].sources)
-            if phase in self.phases
+            sum(source.tokens for source in self.splits[phase].sources)
+            if phase in self.splits
             else 0
         )
 
     def documents(self, phase: str) -> int:
         """How many documents a phase has."""
         return (
-            sum(source.documents for source in self.phases[phase].sources)
-            if phase in self.phases
+            sum(source.documents for source in self.splits[phase].sources)
+            if phase in self.splits
             else 0
         )
 
     def epochs(self, phase: str, sequences: int) -> list[tuple[Source | RandomSource, float]]:
         """How often each source was gone through after the first `sequences` sequences of a run."""
-        found = self.phases[phase]
+        found = self.splits[phase]
         counts = found.counts(max(0, sequences - found.first))
-        places = zip(found.sources, found.walks, counts, strict=True)
-        return [(source, walk.epochs(count)) for source, walk, count in places]
+        places = zip(found.sources, found.samplers, counts, strict=True)
+        return [(source, sampler.epochs(count)) for source, sampler, count in places]
 
-    def require(
+    def require_sequences(
         self, phase: str, iterations: int, batch_size: int, setting: str, split: Sequence[float]
     ) -> None:
         """Raises DataError if a phase has fewer sequences than its losses are measured on."""
@@ -346,7 +349,7 @@ class Dataset:
 
     def check_vocabulary(self, vocab_size: int, model_tokenizer: str | None) -> None:
         """Raises DataError for data made with another tokenizer, or with tokens that the model does not have."""
-        for path, described in self.described.items():
+        for path, described in self.metadata.items():
             made_with = described.get("tokenizer", {}).get("fingerprint")
             if made_with and model_tokenizer and made_with != model_tokenizer:
                 raise DataError(
@@ -365,14 +368,14 @@ class Dataset:
         `fast-llm verify` does it when asked. Raises DataError naming every file that is damaged.
         """
         entries = [
-            entry for content in self.described.values() for entry in content.get("datasets", [])
+            entry for content in self.metadata.values() for entry in content.get("datasets", [])
         ]
         size = sum(
             entry.get("num_tokens", 0) * np.dtype(entry.get("dtype", "int64")).itemsize
             for entry in entries
         )
         if size <= most:
-            for path, content in self.described.items():
+            for path, content in self.metadata.items():
                 if content:
                     verify(Path(path))
 
@@ -382,7 +385,7 @@ class Dataset:
         Of each token file its sizes and the first and last mebibyte: enough to tell it from any other, not to find
         every damaged byte (that is what `verify` does). Where the files lie does not matter.
         """
-        phase = self.phases.get("training")
+        phase = self.splits.get("training")
         content: list[Any] = [self.length, self.seed]
         if phase is not None:
             content.append(phase.mixture.edges)
@@ -407,33 +410,35 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
         if alone
         else list(zip(config.path[::2], config.path[1::2], strict=True))
     )
-    members: dict[TokenFile, list[Part]] = {}
+    members: dict[TokenFile, list[FileSubset]] = {}
     opened = []
     for weight, path in weighted:
-        groups, files = _groups(path, config.format == "file", described)
-        members |= _members(path, files, described, config.split)
+        groups, files = _open_path(path, config.format == "file", described)
+        members |= _split_documents(path, files, described, config.split)
         opened += [(float(weight) * share, name, group) for share, name, group in groups]
-    phases = {}
-    for position, phase in enumerate(PHASES):
+    splits = {}
+    for position, phase in enumerate(SPLITS):
         if not config.split[position]:
             continue
         if config.format == "random":
             random = RandomSource(length, vocab_size, seed + position)
-            phases[phase] = Phase(phase, [random], [1.0], seed)
+            splits[phase] = Split(phase, [random], [1.0], seed)
             continue
         cut = [
             (weight, Source(name, [members[file][position] for file in files], length))
             for weight, name, files in opened
         ]
-        if found := _with_sequences(phase, cut):
+        if found := _without_empty(phase, cut):
             weights, sources = zip(*found, strict=True)
-            phases[phase] = Phase(phase, sources, weights, seed)
+            splits[phase] = Split(phase, sources, weights, seed)
     for name, path in config.validation_sets.items():
-        phases[name] = Phase(name, [_set(name, path, members, config.split, length)], [1.0], seed)
-    return Dataset(phases, described, length, seed)
+        splits[name] = Split(
+            name, [_open_validation_set(name, path, members, config.split, length)], [1.0], seed
+        )
+    return Dataset(splits, described, length, seed)
 
 
-def _with_sequences(
+def _without_empty(
     phase: str, sources: Sequence[tuple[float, Source]]
 ) -> list[tuple[float, Source]]:
     """The sources that a phase has a sequence of, with their weights. Raises DataError if training has none of one."""
@@ -453,30 +458,31 @@ def _with_sequences(
     return [(weight, source) for weight, source in sources if source.sequences]
 
 
-def _members(
+def _split_documents(
     path: str,
     files: Sequence[TokenFile],
     described: Mapping[str, Mapping[str, Any]],
     split: Sequence[float],
-) -> dict[TokenFile, list[Part]]:
+) -> dict[TokenFile, list[FileSubset]]:
     """For each token file of a dataset the documents of training, validation and test."""
     version = described[str(Path(path).expanduser())].get("split")
     if version is None:
         return {
-            file: [splitting.by_place(file, split, phase) for phase in range(3)] for file in files
+            file: [splitting.split_by_position(file, split, phase) for phase in range(3)]
+            for file in files
         }
     if version not in splitting.VERSIONS:
         raise DataError(
             f"{path}: its `split` is {json.dumps(version)[:80]}, which this version does not know"
             f" ({', '.join(splitting.VERSIONS)}); use the version of Fast-LLM that prepared it, or a later one"
         )
-    return dict(zip(files, splitting.by_hash(files, split), strict=True))
+    return dict(zip(files, splitting.split_by_hash(files, split), strict=True))
 
 
-def _set(
+def _open_validation_set(
     name: str,
     path: str,
-    trained: Mapping[TokenFile, list[Part]],
+    trained: Mapping[TokenFile, list[FileSubset]],
     split: Sequence[float],
     length: int,
 ) -> Source:
@@ -484,7 +490,7 @@ def _set(
     alike: dict[tuple[int, int], list[TokenFile]] = {}
     for file in trained:
         alike.setdefault((file.documents, file.tokens), []).append(file)
-    _, files = _groups(path, False, {})
+    _, files = _open_path(path, False, {})
     parts, shared = [], False
     for file in files:
         same = [
@@ -493,7 +499,7 @@ def _set(
             if other.identity == file.identity
         ]
         shared |= bool(same)
-        parts.append(trained[same[0]][1] if same else splitting.whole(file))
+        parts.append(trained[same[0]][1] if same else splitting.all_documents(file))
     source, setting = Source(path, parts, length), f"data.validation_sets.{name}"
     if source.sequences:
         return source
@@ -509,7 +515,7 @@ def _set(
     )
 
 
-def _groups(
+def _open_path(
     path: str, metadata: bool, described: dict[str, dict[str, Any]]
 ) -> tuple[list[tuple[float, str, list[TokenFile]]], list[TokenFile]]:
     """The sources of a dataset (share of the dataset, name, token files), and all its token files in order.
@@ -526,8 +532,8 @@ def _groups(
         return [(1.0, path, [file])], [file]
     groups: dict[str, list[tuple[float, TokenFile]]] = {}
     files = []
-    for entry in _describe(place, described):
-        file = TokenFile(_inside(place, entry["prefix"]))
+    for entry in read_metadata(place, described):
+        file = TokenFile(resolve_prefix(place, entry["prefix"]))
         files.append(file)
         for key, found in (
             ("num_tokens", file.tokens),
@@ -560,7 +566,7 @@ def _names(group: Sequence[tuple[float, TokenFile]]) -> str:
     return first if len(group) == 1 else f"{first} and {len(group) - 1} more"
 
 
-def _next_to(folder: Path) -> str:
+def _suggested_metadata(folder: Path) -> str:
     """Where the dataset.json of a folder is: `prepare` writes it next to the folder."""
     beside = folder.resolve().with_name(folder.resolve().name + ".json")
     inside = folder / "dataset.json"
@@ -573,13 +579,13 @@ def _next_to(folder: Path) -> str:
     return f" next to it, {folder.parent / beside.name if folder.name else beside}"
 
 
-def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def read_metadata(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Read a dataset.json; its list of token files."""
     try:
         if path.stat().st_size > LARGEST_METADATA:
             raise DataError(f"{path}: larger than 1 GiB; this is no dataset.json")
         if path.is_dir():
-            raise DataError(f"{path}: a folder; give the dataset.json{_next_to(path)}")
+            raise DataError(f"{path}: a folder; give the dataset.json{_suggested_metadata(path)}")
         if not path.is_file():  # a pipe would be waited for
             raise DataError(f"{path}: not a file")
         data = path.read_bytes()
@@ -597,7 +603,9 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a dataset.json: {error}") from error
-    if isinstance(content, dict) and content.get("sha256", seal(content)) != seal(content):
+    if isinstance(content, dict) and content.get(
+        "sha256", content_digest(content)
+    ) != content_digest(content):
         raise DataError(
             f"{path}: its sha256 does not fit its content: it is damaged, or was edited; in the latter case delete its line"
             " `sha256`"
@@ -635,13 +643,13 @@ def _describe(path: Path, described: dict[str, dict[str, Any]]) -> list[dict[str
     return entries
 
 
-def seal(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
     """The sha256 of a dataset.json's content, which stands in it."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _inside(path: Path, prefix: str) -> Path:
+def resolve_prefix(path: Path, prefix: str) -> Path:
     """A prefix of a dataset.json, which may not leave its folder."""
     parts = Path(prefix).parts
     odd = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in prefix)  # no file can be named so
@@ -658,8 +666,8 @@ def verify(path: Path) -> int:
     Raises DataError naming every file that is damaged or missing.
     """
     read, wrong = 0, []
-    for entry in _describe(path, {}):
-        prefix = _inside(path, entry["prefix"])
+    for entry in read_metadata(path, {}):
+        prefix = resolve_prefix(path, entry["prefix"])
         try:
             file = TokenFile(prefix)
         except DataError as error:

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fast_llm.data.columns import ArrowTable, lacking, open_arrow
-from fast_llm.data.files import HUB, Source, similar, slices
+from fast_llm.data.columns import ArrowTable, explain_missing_field, open_arrow
+from fast_llm.data.files import HUB, DatasetFiles, parse_split, similar
 from fast_llm.data.reading import COMPRESSED, Reader, Task
 from fast_llm.data.tables import HubTable, JsonLines, JsonValue, TextFiles, open_json
 from fast_llm.errors import DataError, MissingPackage
@@ -50,13 +50,13 @@ REASONS = (
     "untokenizable",
     "ends_itself",
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Table = TextFiles | HubTable | JsonLines | JsonValue | ArrowTable
-_GUESS = 4  # how much larger compressed text is
+_COMPRESSION_RATIO = 4  # how much larger compressed text is
 
 
 @dataclass(frozen=True)
-class Documents:
+class Corpus:
     """Rows of tables, or files. Rows are numbered from 0 in the order of the files; their numbers never change."""
 
     parts: list[tuple[Table, int, int]]
@@ -75,7 +75,7 @@ class Documents:
         return int(self.starts[-1])
 
     @property
-    def read_anew(self) -> bool:
+    def reading_changed(self) -> bool:
         """Whether earlier versions made other texts of some: they guessed types of JSON, and did not decompress files."""
         return self.kind == "json" or any(
             path.lower().endswith(COMPRESSED)
@@ -85,19 +85,19 @@ class Documents:
         )
 
     @property
-    def lacking(self) -> list[JsonLines | JsonValue | ArrowTable]:
+    def tables_without_field(self) -> list[JsonLines | JsonValue | ArrowTable]:
         """Files that have no text under the field, in any row."""
         found = {
             id(table): table
             for table, _, _ in self.parts
             if not isinstance(table, TextFiles | HubTable)
         }
-        return [table for table in found.values() if table.lacks is not None]
+        return [table for table in found.values() if table.missing_field is not None]
 
     @property
-    def blank(self) -> int:
+    def blank_rows(self) -> int:
         """Rows that are none: blank lines."""
-        return sum(table.blank for table, _, _ in self.parts)
+        return sum(table.blank_rows for table, _, _ in self.parts)
 
     @property
     def bytes(self) -> int:
@@ -126,7 +126,7 @@ class Documents:
         for row in np.linspace(0, len(self) - 1, min(len(self), count)).astype(np.int64).tolist():
             part = int(np.searchsorted(self.starts, row, "right")) - 1
             table, before, _ = self.parts[part]
-            near = table.near(before + row - int(self.starts[part]))
+            near = table.nearby_row(before + row - int(self.starts[part]))
             for task in table.tasks(near, near + 1, 0, 1):
                 yield from (text for text in self.reader.texts(task) if isinstance(text, str))
 
@@ -137,25 +137,25 @@ class Documents:
         return table.name(before + row - int(self.starts[part]))
 
 
-def open_documents(source: Source, loading_workers: int) -> Documents:
+def open_documents(source: DatasetFiles, loading_workers: int) -> Corpus:
     """Open what was found and count its rows.
 
     Raises DataError if it can not be read or has no such column, MissingPackage without what reads it, OSError if the
     disk is full.
     """
     config = source.config
-    largest = config.max_document_bytes
+    max_bytes = config.max_document_bytes
     if source.kind in ("saved", "hub"):
         rows, digest = _open_hub(source, loading_workers)
         table = HubTable(rows, config.field, config.path)
         whole: list[tuple[Table, int, int]] = [(table, 0, table.rows)]
-        return _documents(whole, Reader(config.field, largest, rows), digest, source)
+        return _documents(whole, Reader(config.field, max_bytes, rows), digest, source)
     assert source.digest is not None
-    reader = Reader(config.field, largest)
+    reader = Reader(config.field, max_bytes)
     if source.kind == "file":
         files = source.files["train"]
         sizes = [
-            source.sizes[path] * (_GUESS if path.lower().endswith(COMPRESSED) else 1)
+            source.sizes[path] * (_COMPRESSION_RATIO if path.lower().endswith(COMPRESSED) else 1)
             for path in files
         ]
         return _documents(
@@ -164,32 +164,33 @@ def open_documents(source: Source, loading_workers: int) -> Documents:
             source.digest,
             source,
         )
-    parts_of = slices(config.split)
+    parts_of = parse_split(config.split)
     wanted = {split: source.files[split] for split, _, _ in parts_of}
     tables = _open_tables(
         source, [path for files in wanted.values() for path in files], loading_workers
     )
-    lacking_tables = [table for table in tables.values() if table.lacks is not None]
-    if lacking_tables and all(
-        table.lacks is not None or table.rows == table.blank for table in tables.values()
+    tables_without_field = [table for table in tables.values() if table.missing_field is not None]
+    if tables_without_field and all(
+        table.missing_field is not None or table.rows == table.blank_rows
+        for table in tables.values()
     ):
-        raise DataError(f"dataset.field: {config.path} {lacking_tables[0].lacks}")
+        raise DataError(f"dataset.field: {config.path} {tables_without_field[0].missing_field}")
     parts = [
         part
         for split, first, last in parts_of
-        for part in _part([tables[path] for path in wanted[split]], first, last)
+        for part in _slice([tables[path] for path in wanted[split]], first, last)
     ]
     return _documents(parts, reader, source.digest, source)
 
 
 def _documents(
-    parts: list[tuple[Table, int, int]], reader: Reader, digest: str, source: Source
-) -> Documents:
+    parts: list[tuple[Table, int, int]], reader: Reader, digest: str, source: DatasetFiles
+) -> Corpus:
     starts = np.cumsum([0, *(last - first for _, first, last in parts)], dtype=np.int64)
-    return Documents(parts, starts, reader, digest, source.kind, source.left_out)
+    return Corpus(parts, starts, reader, digest, source.kind, source.left_out)
 
 
-def _open_tables(source: Source, paths: list[str], workers: int) -> dict[str, Table]:
+def _open_tables(source: DatasetFiles, paths: list[str], workers: int) -> dict[str, Table]:
     """Threads are enough: libraries decompress, and the disk reads, outside Python's lock."""
     config = source.config
     size = sum(source.sizes[path] for path in paths)
@@ -212,11 +213,11 @@ def _open_tables(source: Source, paths: list[str], workers: int) -> dict[str, Ta
         threads.shutdown(cancel_futures=True)
 
 
-def _part(
+def _slice(
     tables: list[Table], first: str | None, last: str | None
 ) -> Iterator[tuple[Table, int, int]]:
     """Rows [first, last) of tables, one after the other. Bounds are numbers or percents, negative ones count from the end."""
-    rows = [table.rows - table.blank for table in tables]
+    rows = [table.rows - table.blank_rows for table in tables]
     total = sum(rows)
 
     def bound(text: str | None, default: int) -> int:
@@ -237,7 +238,7 @@ def _part(
         before += count
 
 
-def _open_hub(source: Source, workers: int) -> tuple[Any, str]:
+def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
     """A datasets.Dataset that gives Arrow tables of one column, and a digest of it."""
     config = source.config
     try:
@@ -248,11 +249,13 @@ def _open_hub(source: Source, workers: int) -> tuple[Any, str]:
         datasets.disable_progress_bars()
     if source.kind == "hub":
         logger.info(f"{config.path} is no file or folder here: asking the Hugging Face Hub for it.")
-    with _said_by_datasets() as said:
+    with _captured_errors() as said:
         try:
             rows = _load(datasets, source, workers if workers > 1 else None)
         except Exception as error:
-            if any(isinstance(cause, OSError) and cause.errno in _FULL for cause in _causes(error)):
+            if any(
+                isinstance(cause, OSError) and cause.errno in _DISK_FULL for cause in _causes(error)
+            ):
                 raise DataError(
                     f"dataset.path: {config.path}: no room for it in the cache of `datasets`,"
                     f" {datasets.config.HF_CACHE_HOME}; set HF_HOME to a folder on a larger disk"
@@ -268,14 +271,14 @@ def _open_hub(source: Source, workers: int) -> tuple[Any, str]:
             raise DataError(
                 f"dataset.path: {config.path}: {where}{reason.rstrip('. ')}{near}"
             ) from error
-    if (lacks := lacking(rows.data.schema, config.field)) is not None:
-        raise DataError(f"dataset.field: {config.path} {lacks}")
+    if (missing_field := explain_missing_field(rows.data.schema, config.field)) is not None:
+        raise DataError(f"dataset.field: {config.path} {missing_field}")
     # The fingerprint follows from the files' revision on the Hub, and is noted by save_to_disk.
     digest = hashlib.sha256(f"{rows._fingerprint} {rows.split}".encode()).hexdigest()
     return rows.select_columns([config.field]).with_format("arrow"), digest
 
 
-def _load(datasets: Any, source: Source, processes: int | None) -> Any:
+def _load(datasets: Any, source: DatasetFiles, processes: int | None) -> Any:
     """A datasets.Dataset."""
     config = source.config
     if source.kind == "saved":
@@ -300,7 +303,7 @@ def _load(datasets: Any, source: Source, processes: int | None) -> Any:
 
 
 @contextlib.contextmanager
-def _said_by_datasets() -> Iterator[list[str]]:
+def _captured_errors() -> Iterator[list[str]]:
     """Collects the errors that `datasets` logs; it and the Hub's client print theirs once, not twice, and no retries."""
     said: list[str] = []
 

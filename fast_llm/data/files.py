@@ -39,7 +39,7 @@ _SLICE = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetFiles:
     """What the configuration names, found but not opened."""
 
     config: SourceConfig
@@ -55,7 +55,7 @@ class Source:
     """Files that are not read, and why."""
 
 
-def find(config: SourceConfig) -> Source:
+def find(config: SourceConfig) -> DatasetFiles:
     """Look for the documents. Raises DataError if the configuration names nothing, or kinds that do not go together."""
     place = Path(config.path).expanduser()
     if place.exists() and config.config_name is not None:
@@ -68,7 +68,7 @@ def find(config: SourceConfig) -> Source:
                 raise DataError(
                     f"dataset.data_files: {config.path} is a saved dataset; leave data_files and data_directory out"
                 )
-            return Source(config, "saved", {}, None, {}, [])
+            return DatasetFiles(config, "saved", {}, None, {}, [])
         return _in_folder(config, place)
     if place.is_file() or any(sign in config.path for sign in "*?["):
         if config.data_files is not None or config.data_directory is not None:
@@ -84,7 +84,7 @@ def find(config: SourceConfig) -> Source:
             f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub give"
             f" {HUB}{config.path}"
         )
-    return Source(config, "hub", {}, None, {}, [])
+    return DatasetFiles(config, "hub", {}, None, {}, [])
 
 
 def _is_local(path: str, place: Path) -> bool:
@@ -163,7 +163,7 @@ def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
     return sorted(found), sorted(hidden)
 
 
-def _in_folder(config: SourceConfig, place: Path) -> Source:
+def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
     root = place / config.data_directory if config.data_directory else place
     if not root.is_dir():
         raise DataError(f"dataset.data_directory: {root}: no such folder{similar(root)}")
@@ -202,7 +202,7 @@ def _in_folder(config: SourceConfig, place: Path) -> Source:
 
 def _of_files(
     config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]
-) -> Source:
+) -> DatasetFiles:
     """`root` is the folder in which names say which split a file is of."""
     if not files:
         also = f"; left out: {describe(left_out)}" if left_out else ""
@@ -243,7 +243,7 @@ def _of_files(
     splits = {"train": files}
     if kind != "file" and root is not None and config.data_files is None:
         splits = _by_split({path: names[path] for path in files})
-    wanted = [name for name, _, _ in slices(config.split)]
+    wanted = [name for name, _, _ in parse_split(config.split)]
     for name in wanted:
         if name not in splits or not name:
             has = ", ".join(split for split in splits if split)
@@ -256,7 +256,7 @@ def _of_files(
             left_out = left_out + [
                 (names[path], f"split {split}" if split else "of no split") for path in some
             ]
-    return Source(config, kind, splits, digest.hexdigest(), sizes, left_out)
+    return DatasetFiles(config, kind, splits, digest.hexdigest(), sizes, left_out)
 
 
 def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
@@ -282,7 +282,7 @@ def _split_of(name: str) -> str:
     return _SPLIT_OF.get(numbered[1], "") if numbered else ""
 
 
-def slices(text: str) -> list[tuple[str, str | None, str | None]]:
+def parse_split(text: str) -> list[tuple[str, str | None, str | None]]:
     """Splits and parts of them, as `datasets` writes them: train[:10%]+test[5:20]. Raises DataError."""
     found = []
     for part in text.split("+"):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fast_llm.config.batch import BatchPlan
-from fast_llm.data.dataset import Dataset, Packed
+from fast_llm.data.dataset import Dataset, PackedSample
 from fast_llm.errors import DataError
 from fast_llm.model.attention import Documents
 from fast_llm.model.batch import Batch
@@ -59,7 +59,7 @@ class Loader:
         self.isolate, self.cut, self.pin, self.warn_ms = isolate, cut, pin, warn_ms
         self.ahead = workers * prefetch
         self.places = np.arange(dataset.length)
-        dataset.phases[phase].open()
+        dataset.splits[phase].open()
         # A new thread begins on the first GPU; it must pin for this process's own.
         begin = (
             functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
@@ -158,7 +158,7 @@ class Loader:
             batch = self.cut(batch)
         return batch.pin() if self.pin else batch
 
-    def _check(self, packed: Packed, index: int) -> None:
+    def _check(self, packed: PackedSample, index: int) -> None:
         """A token that the model does not have would read foreign memory on a GPU."""
         # A negative number is a huge one without a sign, so one pass over them is enough.
         worst = int(packed.tokens.view(np.uint64).max())

@@ -50,10 +50,10 @@ from numpy.typing import NDArray
 
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.data import documents, files, tokenizer
-from fast_llm.data.dataset import seal
-from fast_llm.data.documents import Documents
+from fast_llm.data.dataset import content_digest
+from fast_llm.data.documents import Corpus
 from fast_llm.data.encode import Encoder
-from fast_llm.data.reading import Odd, Reader, Task
+from fast_llm.data.reading import Reader, SkippedDocument, Task
 from fast_llm.data.split import HASH
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
@@ -65,11 +65,11 @@ _RANGE = 2**20  # bytes of text that a worker is given at a time
 _AHEAD = 3  # ranges in flight for each worker
 _EXAMPLES = 10  # documents passed over that are named
 _SAMPLE = 2**18  # bytes of text tokenized to estimate the whole
-_LONG = 2**20  # tokens; a file that makes so many is likely a collection of documents
-_MUCH = 2**26  # bytes of text that keep one worker busy for some time
+_LARGE_DOCUMENT = 2**20  # tokens; a file that makes so many is likely a collection of documents
+_LARGE_CORPUS = 2**26  # bytes of text that keep one worker busy for some time
 # What records say that have no such line, since they are of a version that had no such setting.
-_EARLIER = {"dataset.max_document_bytes": 2**26, "reading": 1}
-_READING = 2  # how JSON and compressed texts are read: 1 guessed types from rows, and did not decompress texts
+_OLD_DEFAULTS = {"dataset.max_document_bytes": 2**26, "reading": 1}
+_READING_VERSION = 2  # how JSON and compressed texts are read: 1 guessed types from rows, and did not decompress texts
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -82,22 +82,22 @@ def prepare(config: PrepareConfig) -> Path:
     output = Path(config.output_path).expanduser()
     loaded = tokenizer.load(config.tokenizer.path)
     dtype = _dtype(config, loaded)
-    front, back = _ends(config, loaded)
+    bos, eos = _bos_and_eos(config, loaded)
     settings = {
         "dataset.split": config.dataset.split,
         "dataset.field": config.dataset.field,
         "tokenizer": loaded.fingerprint,
-        "tokenizer.bos": front,
-        "tokenizer.eos": back,
+        "tokenizer.bos": bos,
+        "tokenizer.eos": eos,
         "dataset.data_type": str(dtype),
         "dataset.max_document_bytes": config.dataset.max_document_bytes,
         "tokens_per_shard": config.tokens_per_shard,
         "distributed.world_size": world,
     }
-    job = _Job(config, output, rank, world, loaded, dtype, front, back, settings)
+    job = _Job(config, output, rank, world, loaded, dtype, bos, eos, settings)
     try:
-        with _new_folders_go_if_empty(job), _alone(job):
-            _clean(job)
+        with _remove_new_folders_if_empty(job), _exclusive_lock(job):
+            _remove_partial_files(job)
             if _is_finished(job):
                 logger.info(
                     f"{job.metadata}: finished already, nothing to do. To make it anew, delete {output}."
@@ -107,12 +107,12 @@ def prepare(config: PrepareConfig) -> Path:
             settings |= _identity(source)
             _report(job, source)
             for record in [*output.glob("shard_*_*.json"), *output.glob("rank_*.json")]:
-                _compare(record, settings)
+                _check_settings(record, settings)
             job.metadata.unlink(
                 missing_ok=True
             )  # of files that are gone: like them, it is whole or absent
             _write_shards(job, source)
-            _finish(job, source)
+            _write_metadata(job, source)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
@@ -134,7 +134,7 @@ def check(config: PrepareConfig) -> str:
     rank, world = _rank(config)
     loaded = tokenizer.load(config.tokenizer.path)
     dtype = _dtype(config, loaded)
-    front, back = _ends(config, loaded)
+    bos, eos = _bos_and_eos(config, loaded)
     output = Path(config.output_path).expanduser()
     lines: list[tuple[str, str]] = []
     found = files.find(config.dataset)
@@ -153,7 +153,7 @@ def check(config: PrepareConfig) -> str:
         f"{place} {name} {token} {loaded.tokenizer.id_to_token(token)}"
         if token is not None
         else f"{place} no {name}"
-        for place, name, token in (("begins with", "BOS", front), ("ends with", "EOS", back))
+        for place, name, token in (("begins with", "BOS", bos), ("ends with", "EOS", eos))
     ]
     lines.append(("tokenizer", f"{loaded.path}: {loaded.vocab_size:,} tokens, stored as {dtype}"))
     lines.append(("a document", " and ".join(tokens)))
@@ -164,10 +164,10 @@ def check(config: PrepareConfig) -> str:
 
 
 def _described(
-    config: PrepareConfig, source: Documents, loaded: tokenizer.Loaded, dtype: np.dtype[Any]
+    config: PrepareConfig, source: Corpus, loaded: tokenizer.Loaded, dtype: np.dtype[Any]
 ) -> list[tuple[str, str]]:
     """Documents, how many tokens they make, and what is left out."""
-    number = len(source) - source.blank
+    number = len(source) - source.blank_rows
     lines = [
         (
             "documents",
@@ -186,8 +186,11 @@ def _described(
     if source.left_out:
         lines.append(("left out", _files(source.left_out)))
     lines += [
-        ("left out", f"{table.rows - table.blank:,} rows of {table.path}, which {table.lacks}")
-        for table in source.lacking[:_EXAMPLES]
+        (
+            "left out",
+            f"{table.rows - table.blank_rows:,} rows of {table.path}, which {table.missing_field}",
+        )
+        for table in source.tables_without_field[:_EXAMPLES]
     ]
     return lines
 
@@ -202,8 +205,8 @@ class _Job:
     world: int
     loaded: tokenizer.Loaded
     dtype: np.dtype[Any]
-    front: int | None  # the token before each document
-    back: int | None  # and behind it
+    bos: int | None  # the token before each document
+    eos: int | None  # and behind it
     settings: dict[str, Any]
     """All that decides the bytes of the token files; grows by the documents' identity once they are open."""
 
@@ -262,7 +265,7 @@ def _dtype(config: PrepareConfig, loaded: tokenizer.Loaded) -> np.dtype[Any]:
     return np.dtype(wanted)
 
 
-def _ends(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int | None, int | None]:
+def _bos_and_eos(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int | None, int | None]:
     """The tokens before and behind each document."""
     wanted, folder = config.tokenizer, loaded.path.parent
     if wanted.bos == "yes" and loaded.bos is None:
@@ -275,32 +278,30 @@ def _ends(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int | None, 
             f"tokenizer.eos: {folder} names no EOS token, without which documents run together; add eos_token to its"
             " tokenizer_config.json, or set tokenizer.eos: no"
         )
-    front = (
-        loaded.bos if wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos) else None
-    )
-    return front, None if wanted.eos == "no" else loaded.eos
+    bos = loaded.bos if wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos) else None
+    return bos, None if wanted.eos == "no" else loaded.eos
 
 
-def _identity(source: Documents) -> dict[str, Any]:
+def _identity(source: Corpus) -> dict[str, Any]:
     """Which documents these are. The path of local ones may change: their names and sizes may not."""
-    reading = {"reading": _READING} if source.read_anew else {}
+    reading = {"reading": _READING_VERSION} if source.reading_changed else {}
     return {"documents": len(source), "digest of the documents": source.digest, **reading}
 
 
-def _report(job: _Job, source: Documents) -> None:
+def _report(job: _Job, source: Corpus) -> None:
     """What is left out, and what would be faster."""
     if source.left_out:
         logger.warning(f"{job.config.dataset.path}: left out {_files(source.left_out)}.")
-    for table in source.lacking[:_EXAMPLES]:
+    for table in source.tables_without_field[:_EXAMPLES]:
         logger.warning(
-            f"{table.path} {table.lacks}: its {table.rows - table.blank:,} rows are left out."
+            f"{table.path} {table.missing_field}: its {table.rows - table.blank_rows:,} rows are left out."
         )
-    if (more := len(source.lacking) - _EXAMPLES) > 0:
+    if (more := len(source.tables_without_field) - _EXAMPLES) > 0:
         logger.warning(f"So are the rows of {more:,} more such files.")
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    if job.config.tokenize_workers == 1 and cores > 1 and source.bytes >= _MUCH:
+    if job.config.tokenize_workers == 1 and cores > 1 and source.bytes >= _LARGE_CORPUS:
         logger.info(
             f"tokenize_workers is 1, and this machine has {cores} cores: tokenize_workers={cores} is up to {cores} times"
             " as fast."
@@ -312,7 +313,7 @@ def _files(left_out: list[tuple[str, str]]) -> str:
 
 
 @contextlib.contextmanager
-def _new_folders_go_if_empty(job: _Job) -> Iterator[None]:
+def _remove_new_folders_if_empty(job: _Job) -> Iterator[None]:
     """Makes the folder; if nothing comes of it, it goes again."""
     made = [folder for folder in (job.output, *job.output.parents) if not folder.exists()]
     job.output.mkdir(parents=True, exist_ok=True)
@@ -330,7 +331,7 @@ def _new_folders_go_if_empty(job: _Job) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(job: _Job) -> Iterator[None]:
+def _exclusive_lock(job: _Job) -> Iterator[None]:
     """Two processes must not write the same files."""
     job.output.mkdir(
         parents=True, exist_ok=True
@@ -349,7 +350,7 @@ def _alone(job: _Job) -> Iterator[None]:
         yield
 
 
-def _clean(job: _Job) -> None:
+def _remove_partial_files(job: _Job) -> None:
     """Delete what this rank was writing when it was broken off: others may have finished without it."""
     strays = [job.metadata.with_name(f"{job.metadata.name}.{job.rank}.partial")]
     for folder in (job.output, job.output / "tokenizer"):
@@ -384,7 +385,7 @@ def _is_finished(job: _Job) -> bool:
                 " numbers, and could leave files out for their names (CHANGELOG.md)."
             )
     for rank in range(job.world):
-        _compare(job.done(rank), settings)
+        _check_settings(job.done(rank), settings)
     return all(_is_done(job, rank) for rank in range(job.world))
 
 
@@ -392,15 +393,15 @@ def _is_done(job: _Job, rank: int) -> bool:
     """Whether a rank has done all it has to, and nothing has become of it."""
     path = job.done(rank)
     return path.exists() and all(
-        _intact(job, rank, number) for number in range(_load(path)["shards"])
+        _intact_record(job, rank, number) for number in range(_load(path)["shards"])
     )
 
 
-def _compare(path: Path, settings: dict[str, Any]) -> None:
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raises DataError if a record was made with other settings."""
     before = _load(path)["settings"]
     for name, value in settings.items():
-        begun = before.get(name, _EARLIER.get(name, value))
+        begun = before.get(name, _OLD_DEFAULTS.get(name, value))
         if begun == value:
             continue
         difference = f"{name} {json.dumps(begun)}, now it is {json.dumps(value)}"
@@ -420,7 +421,7 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _intact(job: _Job, rank: int, number: int) -> dict[str, Any] | None:
+def _intact_record(job: _Job, rank: int, number: int) -> dict[str, Any] | None:
     """The record of a token file that is there and has the right size."""
     prefix = job.prefix(number, rank)
     path = prefix.with_name(prefix.name + ".json")
@@ -439,14 +440,14 @@ def _intact(job: _Job, rank: int, number: int) -> dict[str, Any] | None:
     return record
 
 
-def _gaps(job: _Job, first: int, last: int) -> list[tuple[int, int, int]]:
+def _missing_ranges(job: _Job, first: int, last: int) -> list[tuple[int, int, int]]:
     """What is left to do of rows [first, last): number of the first token file, its first row, behind its last row."""
     gaps: list[tuple[int, int, int]] = []
     names = job.output.glob(f"shard_{job.rank}_*.json")
     numbers = sorted(int(path.stem.rpartition("_")[2]) for path in names)
     number, row = 0, first
     for there in numbers:
-        record = _intact(job, job.rank, there)
+        record = _intact_record(job, job.rank, there)
         if record is None:
             continue
         if there > number:
@@ -458,7 +459,7 @@ def _gaps(job: _Job, first: int, last: int) -> list[tuple[int, int, int]]:
 
 
 @dataclass
-class _Skipped:
+class _SkipCounts:
     """Documents that were passed over."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -471,23 +472,23 @@ class _Skipped:
             self.examples.append([where, reason])
 
 
-def _write_shards(job: _Job, source: Documents) -> None:
+def _write_shards(job: _Job, source: Corpus) -> None:
     """Tokenize this rank's rows into shard_<rank>_0, shard_<rank>_1, …"""
     first, last = (part * len(source) // job.world for part in (job.rank, job.rank + 1))
-    gaps = _gaps(job, first, last)
+    gaps = _missing_ranges(job, first, last)
     rows = sum(end - begin for _, begin, end in gaps)
     if rows < last - first:
         logger.info(f"{job.output}: goes on with {rows:,} of {last - first:,} rows left.")
-    worker = _Worker(source.reader, job.loaded, job.dtype, job.front, job.back)
+    worker = _RangeTokenizer(source.reader, job.loaded, job.dtype, job.bos, job.eos)
     _check_space(job, source, worker.encoder)
     progress = _Progress(rows, job.config.dataset.max_document_bytes)
-    rest = _Skipped()  # behind the last token file
-    with _pool(job, source, worker) as tokenized:
+    rest = _SkipCounts()  # behind the last token file
+    with _tokenize_pool(job, source, worker) as tokenized:
         for number, begin, end in gaps:
-            rest = _fill(job, source, tokenized(begin, end), number, (begin, end), progress)
+            rest = _write_range(job, source, tokenized(begin, end), number, (begin, end), progress)
     progress.finish()
     content = {
-        "shards": _count(job),
+        "shards": _count_shards(job),
         "skipped": rest.counts,
         "examples": rest.examples,
         "settings": job.settings,
@@ -495,26 +496,26 @@ def _write_shards(job: _Job, source: Documents) -> None:
     _write_json(job.done(job.rank), job.rank, content)
 
 
-def _count(job: _Job) -> int:
+def _count_shards(job: _Job) -> int:
     return len(list(job.output.glob(f"shard_{job.rank}_*.json")))
 
 
-def _fill(
+def _write_range(
     job: _Job,
-    source: Documents,
-    parts: "Iterator[_Part]",
+    source: Corpus,
+    parts: "Iterator[_TokenizedRange]",
     number: int,
     rows: tuple[int, int],
     progress: "_Progress",
-) -> _Skipped:
+) -> _SkipCounts:
     """Write token files from `number` on; what was passed over behind the last of them."""
     writer: TokenFileWriter | None = None
-    skipped, first_row, largest = _Skipped(), rows[0], -1
+    skipped, first_row, largest = _SkipCounts(), rows[0], -1
     try:
         for part in parts:
             tokens = np.frombuffer(part.tokens, job.dtype)
             ends = np.cumsum(part.lengths)
-            odd = deque(part.odd)
+            skipped_rows = deque(part.skipped_rows)
             at, row = 0, part.first
             while row < part.last:
                 begin = int(ends[at - 1]) if at else 0
@@ -528,24 +529,24 @@ def _fill(
                     largest = max(largest, int(some.max()))
                 full = writer is not None and writer.tokens >= job.config.tokens_per_shard
                 row = int(part.rows[until - 1]) + 1 if full else part.last
-                while odd and odd[0][0] < row:
-                    place, reason = odd.popleft()
+                while skipped_rows and skipped_rows[0][0] < row:
+                    place, reason = skipped_rows.popleft()
                     skipped.add(source.name(place), reason)
-                    progress.say(source.name(place), reason)
+                    progress.skip(source.name(place), reason)
                 if source.kind == "file":
-                    for long in np.flatnonzero(part.lengths[at:until] >= _LONG).tolist():
-                        progress.long(
+                    for long in np.flatnonzero(part.lengths[at:until] >= _LARGE_DOCUMENT).tolist():
+                        progress.large_document(
                             source.name(int(part.rows[at + long])), int(part.lengths[at + long])
                         )
                 if full and writer is not None:
-                    _publish(job, writer, number, (first_row, row), largest, skipped)
+                    _finish_shard(job, writer, number, (first_row, row), largest, skipped)
                     writer, number = None, number + 1
-                    skipped, first_row, largest = _Skipped(), row, -1
+                    skipped, first_row, largest = _SkipCounts(), row, -1
                 at = until
-            progress.show(part.last - part.first, len(part.lengths), len(tokens))
+            progress.advance(part.last - part.first, len(part.lengths), len(tokens))
         if writer is not None:
-            _publish(job, writer, number, (first_row, rows[1]), largest, skipped)
-            writer, skipped = None, _Skipped()
+            _finish_shard(job, writer, number, (first_row, rows[1]), largest, skipped)
+            writer, skipped = None, _SkipCounts()
         return skipped
     finally:
         if writer is not None:
@@ -553,13 +554,13 @@ def _fill(
                 writer.abandon()
 
 
-def _publish(
+def _finish_shard(
     job: _Job,
     writer: TokenFileWriter,
     number: int,
     rows: tuple[int, int],
     largest: int,
-    skipped: _Skipped,
+    skipped: _SkipCounts,
 ) -> None:
     """Finish a token file, then write its record: from then on it is never made again."""
     info = writer.close()
@@ -579,7 +580,7 @@ def _publish(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TokenizedRange:
     """What a worker made of rows [first, last)."""
 
     first: int
@@ -587,10 +588,10 @@ class _Part:
     tokens: bytes
     lengths: NDArray[np.int64]  # of each document, in tokens
     rows: NDArray[np.int64]  # and where it comes from
-    odd: list[tuple[int, str]]  # rows that were passed over, and why
+    skipped_rows: list[tuple[int, str]]  # rows that were passed over, and why
 
 
-class _Worker:
+class _RangeTokenizer:
     """Reads and tokenizes; one per process."""
 
     def __init__(
@@ -598,26 +599,26 @@ class _Worker:
         reader: Reader,
         loaded: tokenizer.Loaded,
         dtype: np.dtype[Any],
-        front: int | None,
-        back: int | None,
+        bos: int | None,
+        eos: int | None,
     ):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
         self.reader = reader
         self.encoder = Encoder(loaded.tokenizer, dtype)
-        self.front, self.back = (
-            np.array([] if token is None else [token], dtype).tobytes() for token in (front, back)
+        self.bos, self.eos = (
+            np.array([] if token is None else [token], dtype).tobytes() for token in (bos, eos)
         )
-        self.ends = np.array(
+        self.special_ids = np.array(
             [token for token in (loaded.bos, loaded.eos) if token is not None], dtype
         )
 
-    def tokenize(self, task: Task) -> _Part:
+    def tokenize(self, task: Task) -> _TokenizedRange:
         texts: list[str] = []
         rows: list[int] = []
-        odd: list[tuple[int, str]] = []
+        skipped_rows: list[tuple[int, str]] = []
         for row, text in enumerate(self.reader.texts(task), task.first):
-            if isinstance(text, Odd):
-                odd.append((row, text.reason))
+            if isinstance(text, SkippedDocument):
+                skipped_rows.append((row, text.reason))
             elif text is not None:
                 texts.append(text)
                 rows.append(row)
@@ -626,24 +627,24 @@ class _Worker:
         kept: list[int] = []
         for row, content in zip(rows, self.encoder.encode(texts), strict=True):
             if content is None:
-                odd.append((row, "untokenizable"))
+                skipped_rows.append((row, "untokenizable"))
             elif not content:
-                odd.append((row, "empty"))
-            elif np.isin(np.frombuffer(content, self.ends.dtype), self.ends).any():
-                odd.append((row, "ends_itself"))
+                skipped_rows.append((row, "empty"))
+            elif np.isin(np.frombuffer(content, self.special_ids.dtype), self.special_ids).any():
+                skipped_rows.append((row, "ends_itself"))
             else:
-                pieces += (self.front, content, self.back)
+                pieces += (self.bos, content, self.eos)
                 lengths.append(
-                    (len(self.front) + len(content) + len(self.back)) // self.ends.itemsize
+                    (len(self.bos) + len(content) + len(self.eos)) // self.special_ids.itemsize
                 )
                 kept.append(row)
-        return _Part(
+        return _TokenizedRange(
             task.first,
             task.last,
             b"".join(pieces),
             np.array(lengths, np.int64),
             np.array(kept, np.int64),
-            sorted(odd),
+            sorted(skipped_rows),
         )
 
 
@@ -651,25 +652,25 @@ class _WorkerDied(Exception):
     pass
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with_parent(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
 
-def _work(connection: Connection) -> None:
+def _worker_main(connection: Connection) -> None:
     """A worker process: it is told what it is made of, then one task after the other, until nobody is left who tells it."""
     # If the parent is killed, it does not finish what nobody waits for.
     threading.Thread(
-        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
+        target=_exit_with_parent, args=(multiprocessing.parent_process(),), daemon=True
     ).start()
-    worker: _Worker | None = None
+    worker: _RangeTokenizer | None = None
     with contextlib.suppress(EOFError, OSError):  # half of a task too
         parts = connection.recv_bytes()
         while True:
             task = connection.recv()
             try:
-                worker = worker or _Worker(*pickle.loads(parts))
-                answer: _Part | Exception = worker.tokenize(task)
+                worker = worker or _RangeTokenizer(*pickle.loads(parts))
+                answer: _TokenizedRange | Exception = worker.tokenize(task)
             except MemoryError:
                 return
             except Exception as error:
@@ -679,7 +680,7 @@ def _work(connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
+def _block_signals() -> Iterator[None]:
     """Signals to stop wait until this is over. Processes that are started meanwhile never hear of them: their parent does."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     came: list[int] = []
@@ -701,9 +702,9 @@ def _deaf() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pool(
-    job: _Job, source: Documents, worker: _Worker
-) -> Iterator[Callable[[int, int], Iterator[_Part]]]:
+def _tokenize_pool(
+    job: _Job, source: Corpus, worker: _RangeTokenizer
+) -> Iterator[Callable[[int, int], Iterator[_TokenizedRange]]]:
     """Gives a function from rows [first, last) to what becomes of them, range by range and in order."""
     workers = job.config.tokenize_workers
     if workers == 1:
@@ -714,7 +715,7 @@ def _pool(
     # which ends with it, and a thread of ours that waits for its answer.
     # Spawned, since forked processes would inherit our locks, and those of the threads that libraries keep.
     context = multiprocessing.get_context("spawn")
-    parts = pickle.dumps((source.reader, job.loaded, job.dtype, job.front, job.back))
+    parts = pickle.dumps((source.reader, job.loaded, job.dtype, job.bos, job.eos))
     processes: list[Any] = []
     free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
     threads = ThreadPoolExecutor(workers)
@@ -730,8 +731,8 @@ def _pool(
     def start() -> None:
         try:
             ours, theirs = context.Pipe()
-            with _deaf():
-                process = context.Process(target=_work, args=(theirs,), daemon=True)
+            with _block_signals():
+                process = context.Process(target=_worker_main, args=(theirs,), daemon=True)
                 process.start()
                 processes.append(process)
             theirs.close()  # or its end would not be one
@@ -744,11 +745,11 @@ def _pool(
                 " lower tokenize_workers"
             ) from None
 
-    def ask(task: Task) -> _Part:
+    def ask(task: Task) -> _TokenizedRange:
         connection = free.get()
         try:
             connection.send(task)
-            answer: _Part | Exception = connection.recv()
+            answer: _TokenizedRange | Exception = connection.recv()
         except (EOFError, OSError):  # half of an answer too
             raise _WorkerDied from None
         finally:
@@ -757,8 +758,8 @@ def _pool(
             raise answer
         return answer
 
-    def tokenized(first: int, last: int) -> Iterator[_Part]:
-        waiting: deque[Future[_Part]] = deque()
+    def tokenized(first: int, last: int) -> Iterator[_TokenizedRange]:
+        waiting: deque[Future[_TokenizedRange]] = deque()
         for task in source.tasks(first, last, _RANGE):
             if len(processes) < workers:
                 start()
@@ -769,7 +770,7 @@ def _pool(
             yield waiting.popleft().result()
 
     try:
-        resource_tracker.ensure_running()  # a process of Python's; where it is begun, it ends what _deaf does
+        resource_tracker.ensure_running()  # a process of Python's; where it is begun, it ends what _block_signals does
         yield tokenized
     except _WorkerDied:
         raise DataError(
@@ -777,7 +778,7 @@ def _pool(
             f" (now {workers}) and start the same command again, it goes on where it stopped"
         ) from None
     finally:
-        with _deaf():
+        with _block_signals():
             for process in processes:  # they have nothing to save
                 process.kill()
         threads.shutdown(cancel_futures=True)
@@ -785,7 +786,7 @@ def _pool(
             process.join()
 
 
-def _estimate(source: Documents, encoder: Encoder) -> float:
+def _estimate(source: Corpus, encoder: Encoder) -> float:
     """Bytes that the token files will take, from a sample of the documents."""
     texts: list[str] = []
     size = 0
@@ -798,7 +799,7 @@ def _estimate(source: Documents, encoder: Encoder) -> float:
     return sample / max(size, 1) * source.bytes + (20 + 2 * encoder.dtype.itemsize) * len(source)
 
 
-def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:
+def _check_space(job: _Job, source: Corpus, encoder: Encoder) -> None:
     """Raises DataError if a sample of the documents says that the token files will not fit on the disk."""
     if job.config.dataset.disable_disk_space_check or not len(source):
         return
@@ -812,7 +813,7 @@ def _check_space(job: _Job, source: Documents, encoder: Encoder) -> None:
         )
 
 
-def _finish(job: _Job, source: Documents) -> None:
+def _write_metadata(job: _Job, source: Corpus) -> None:
     """Write the metadata, once all ranks are done."""
     missing = [rank for rank in range(job.world) if not _is_done(job, rank)]
     if missing:
@@ -823,7 +824,7 @@ def _finish(job: _Job, source: Documents) -> None:
     records: list[dict[str, Any]] = []
     for rank in range(job.world):
         done = _load(job.done(rank))
-        _compare(job.done(rank), job.settings)
+        _check_settings(job.done(rank), job.settings)
         mine = [job.prefix(number, rank) for number in range(done["shards"])]
         found = [(prefix.name, _load(prefix.with_name(prefix.name + ".json"))) for prefix in mine]
         shards += found
@@ -863,8 +864,8 @@ def _finish(job: _Job, source: Documents) -> None:
             "vocab_size": job.loaded.vocab_size,
             "bos": job.loaded.bos,
             "eos": job.loaded.eos,
-            "writes_bos": job.front is not None,
-            "writes_eos": job.back is not None,
+            "writes_bos": job.bos is not None,
+            "writes_eos": job.eos is not None,
             "path": f"{job.output.name}/tokenizer",
         },
         "max_token_id": max(record["max_token_id"] for _, record in shards),
@@ -882,13 +883,13 @@ def _finish(job: _Job, source: Documents) -> None:
             "data_files": config.data_files,
             "split": config.split,
             "field": config.field,
-            "documents": len(source) - source.blank,
+            "documents": len(source) - source.blank_rows,
             "digest": source.digest,
             "left_out_files": len(source.left_out),
             "left_out_examples": [list(each) for each in source.left_out[:_EXAMPLES]],
         },
     }
-    _write_json(job.metadata, job.rank, {**content, "sha256": seal(content)})
+    _write_json(job.metadata, job.rank, {**content, "sha256": content_digest(content)})
     passed = (
         f"; passed over {', '.join(f'{number:,} {reason}' for reason, number in skipped.items())}"
         if skipped
@@ -940,7 +941,7 @@ class _Progress:
         self.started = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
-    def say(self, where: str, reason: str) -> None:
+    def skip(self, where: str, reason: str) -> None:
         """Name a document that was passed over, unless there were several already."""
         self.named += reason != "empty"
         if reason != "empty" and self.named <= _EXAMPLES:
@@ -952,7 +953,7 @@ class _Progress:
             )
             logger.warning(f"Passed over ({reason}{limit}): {where}{last}")
 
-    def long(self, where: str, tokens: int) -> None:
+    def large_document(self, where: str, tokens: int) -> None:
         """Name a file that is one document of millions of tokens, unless there were several already."""
         self.large += 1
         if self.large <= _EXAMPLES:
@@ -961,7 +962,7 @@ class _Progress:
                 " them to a file each, or as rows of jsonl."
             )
 
-    def show(self, rows: int, documents: int, tokens: int) -> None:
+    def advance(self, rows: int, documents: int, tokens: int) -> None:
         """So many more are done."""
         self.done, self.documents, self.tokens = (
             self.done + rows,

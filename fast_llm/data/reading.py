@@ -1,7 +1,7 @@
 """What a worker process reads: files of text, lines of JSON, columns of text.
 
 Tasks name some rows and carry what is needed to read them; `Reader.texts` gives one result for each row: the text as it
-was written, an `Odd` where the row is no usable document, or None for a blank line, which is no row.
+was written, an `SkippedDocument` where the row is no usable document, or None for a blank line, which is no row.
 
 Only the field is looked at: what other columns hold, and how other rows are written, never matters. A line that is no
 JSON ends the preparation with its file and line number, since nobody knows what else is wrong with such a file.
@@ -28,14 +28,14 @@ _BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
-class Odd:
+class SkippedDocument:
     """Stands where a document can not be used."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Files:
+class FilesTask:
     """Files of which each is a document."""
 
     first: int
@@ -44,7 +44,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Lines:
+class LinesTask:
     """Lines of JSON, one a row: a few of those in a block of a file."""
 
     first: int
@@ -62,7 +62,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnTask:
     """A part of a column of text."""
 
     first: int
@@ -75,16 +75,16 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Items:
+class ItemsTask:
     """Values of the field in a file that is one JSON array or object."""
 
     first: int
     last: int
-    values: list[str | Odd]
+    values: list[str | SkippedDocument]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowsTask:
     """Rows of the table that the reader holds."""
 
     first: int
@@ -93,7 +93,7 @@ class Rows:
     """The number of `first` in the table."""
 
 
-Task = Files | Lines | Column | Items | Rows
+Task = FilesTask | LinesTask | ColumnTask | ItemsTask | RowsTask
 
 
 @dataclass(frozen=True)
@@ -101,73 +101,73 @@ class Reader:
     """How documents are read; the same in all processes."""
 
     field: str
-    largest: int
+    max_bytes: int
     """Bytes of UTF-8; a document with more is left out."""
     table: Any | None = None
     """A datasets.Dataset whose rows come as Arrow tables, or None."""
 
-    def texts(self, task: Task) -> Iterator[str | Odd | None]:
-        """One for each row, in order; None where a line is blank.
+    def texts(self, task: Task) -> Iterator[str | SkippedDocument | None]:
+        """One for each row, in order; None where a line is blank_rows.
 
         Raises DataError for a line that is no JSON, and for disks that fail.
         """
-        if isinstance(task, Files):
+        if isinstance(task, FilesTask):
             for path in task.paths:
                 yield self.file(path)
-        elif isinstance(task, Lines):
+        elif isinstance(task, LinesTask):
             yield from self._lines(task)
-        elif isinstance(task, Items):
+        elif isinstance(task, ItemsTask):
             yield from task.values
-        elif isinstance(task, Column):
+        elif isinstance(task, ColumnTask):
             yield from self._column(task)
         else:
             assert self.table is not None
             last = task.begin + task.last - task.first
             column = self.table[task.begin : last].column(self.field)
-            json_inside = is_json(column.type)
+            json_inside = is_json_column(column.type)
             for value in column:
                 yield self._scalar(value, json_inside)
 
-    def document(self, content: Any) -> str | Odd:
+    def document(self, content: Any) -> str | SkippedDocument:
         """What was found in a row, as a document."""
         if not isinstance(content, str):
-            return Odd("not_text")
+            return SkippedDocument("not_text")
         try:
             size = len(content) if content.isascii() else len(content.encode())
         except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are not UTF-8
-            return Odd("not_utf8")
-        if size > self.largest:
-            return Odd("too_large")
-        return content or Odd("empty")
+            return SkippedDocument("not_utf8")
+        if size > self.max_bytes:
+            return SkippedDocument("too_large")
+        return content or SkippedDocument("empty")
 
-    def file(self, path: str) -> str | Odd:
+    def file(self, path: str) -> str | SkippedDocument:
         """A file of text; compressed ones by their names."""
         try:
-            if not path.lower().endswith(COMPRESSED) and os.stat(path).st_size > self.largest:
-                return Odd("too_large")
+            if not path.lower().endswith(COMPRESSED) and os.stat(path).st_size > self.max_bytes:
+                return SkippedDocument("too_large")
             with open_binary(path) as file:
-                content = file.read(self.largest + 1)
+                content = file.read(self.max_bytes + 1)
             return (
-                Odd("too_large")
-                if len(content) > self.largest
-                else content.decode("utf-8-sig") or Odd("empty")
+                SkippedDocument("too_large")
+                if len(content) > self.max_bytes
+                else content.decode("utf-8-sig") or SkippedDocument("empty")
             )
         except UnicodeDecodeError:
-            return Odd("not_utf8")
-        except (FileNotFoundError, PermissionError, IsADirectoryError, Damaged):
-            return Odd("unreadable")
+            return SkippedDocument("not_utf8")
+        except (FileNotFoundError, PermissionError, IsADirectoryError, DamagedFile):
+            return SkippedDocument("unreadable")
         except OSError as error:  # of a disk or network: skipping the file would lose what is in it
             raise DataError(
                 f"{path}: can not be read: {error.strerror}; start the same command again to go on"
             ) from error
 
-    def values(self, parsed: Any) -> str | Odd:
+    def values(self, parsed: Any) -> str | SkippedDocument:
         """The document in a row of JSON."""
-        if isinstance(parsed, Odd):
+        if isinstance(parsed, SkippedDocument):
             return parsed
         return self.document(parsed.get(self.field) if isinstance(parsed, dict) else None)
 
-    def _lines(self, task: Lines) -> Iterator[str | Odd | None]:
+    def _lines(self, task: LinesTask) -> Iterator[str | SkippedDocument | None]:
         content = task.content
         if content is None:
             try:
@@ -186,20 +186,20 @@ class Reader:
         for number, line in enumerate(lines, task.number + task.skip):
             yield self.values(parse_line(line, task.path, number)) if line.strip() else None
 
-    def _column(self, task: Column) -> Iterator[str | Odd]:
+    def _column(self, task: ColumnTask) -> Iterator[str | SkippedDocument]:
         at = 0
         for length in task.lengths.tolist():
             if length < 0:
-                yield Odd("not_text")
+                yield SkippedDocument("not_text")
                 continue
             try:
                 text: Any = task.data[at : at + length].decode()
                 yield self.values({self.field: parse(text)}) if task.json else self.document(text)
             except UnicodeDecodeError:
-                yield Odd("not_utf8")
+                yield SkippedDocument("not_utf8")
             at += length
 
-    def _scalar(self, value: Any, json_inside: bool) -> str | Odd:
+    def _scalar(self, value: Any, json_inside: bool) -> str | SkippedDocument:
         """An Arrow scalar as a document."""
         try:
             content = value.as_py()
@@ -208,11 +208,11 @@ class Reader:
             if isinstance(content, bytes):
                 content = content.decode()
         except UnicodeDecodeError:
-            return Odd("not_utf8")
+            return SkippedDocument("not_utf8")
         return self.document(content)
 
 
-def is_json(kind: Any) -> bool:
+def is_json_column(kind: Any) -> bool:
     """Whether an Arrow column has values of several kinds, which `datasets` keeps as JSON."""
     return str(getattr(kind, "extension_name", "")) == "arrow.json"
 
@@ -226,29 +226,29 @@ def split_lines(block: bytes) -> list[bytes]:
 
 
 def parse_line(line: bytes, path: str, number: int) -> Any:
-    """A line of JSON that is not blank. Bytes that are not UTF-8 become surrogates, so that they only matter in the field.
+    """A line of JSON that is not blank_rows. Bytes that are not UTF-8 become surrogates, so that they only matter in the field.
 
     Raises DataError with file and line.
     """
     try:
         return parse(line.decode("utf-8", "surrogateescape").removeprefix(_BOM))
     except json.JSONDecodeError as error:
-        raise not_json(path, number, error, line) from None
+        raise invalid_json(path, number, error, line) from None
 
 
 def parse(text: str) -> Any:
-    """JSON to values; an Odd for what is JSON and beyond Python's reader. Raises json.JSONDecodeError."""
+    """JSON to values; an SkippedDocument for what is JSON and beyond Python's reader. Raises json.JSONDecodeError."""
     try:
         return json.loads(text)
     except RecursionError:
-        return Odd("unreadable")
+        return SkippedDocument("unreadable")
     except json.JSONDecodeError:
         raise
     except ValueError:  # an integer of thousands of digits
         return json.loads(text, parse_int=float)
 
 
-def not_json(path: str, number: int, error: json.JSONDecodeError, line: bytes) -> DataError:
+def invalid_json(path: str, number: int, error: json.JSONDecodeError, line: bytes) -> DataError:
     """The error for a line that is no JSON."""
     if line.startswith(b"version https://git-lfs"):
         return DataError(
@@ -263,12 +263,12 @@ def not_json(path: str, number: int, error: json.JSONDecodeError, line: bytes) -
     )
 
 
-class Damaged(Exception):
+class DamagedFile(Exception):
     """A compressed file that is not what its name says, or is cut off."""
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A file, decompressed if its name says it is compressed. Reading it raises Damaged where that fails."""
+    """A file, decompressed if its name says it is compressed. Reading it raises DamagedFile where that fails."""
     suffix = os.path.splitext(path.lower())[1]
     if suffix == ".zst":
         try:
@@ -276,15 +276,16 @@ def open_binary(path: str) -> BinaryIO:
         except ImportError as error:
             raise MissingPackage("zstandard", f"reading {path}") from error
         return cast(
-            BinaryIO, io.BufferedReader(_Checked(_Zstd(open(path, "rb"), zstandard)), 2**17)
+            BinaryIO,
+            io.BufferedReader(_NormalizedErrors(_ZstdStream(open(path, "rb"), zstandard)), 2**17),
         )
     if suffix in COMPRESSED:
         library: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix]
-        return cast(BinaryIO, io.BufferedReader(_Checked(library.open(path, "rb")), 2**17))
+        return cast(BinaryIO, io.BufferedReader(_NormalizedErrors(library.open(path, "rb")), 2**17))
     return open(path, "rb")
 
 
-class _Checked(io.RawIOBase):
+class _NormalizedErrors(io.RawIOBase):
     """Each library has errors of its own for damaged files."""
 
     def __init__(self, stream: Any):
@@ -300,16 +301,16 @@ class _Checked(io.RawIOBase):
         except OSError as error:
             if error.errno is not None:  # of the disk
                 raise
-            raise Damaged(str(error)) from error
+            raise DamagedFile(str(error)) from error
         except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise Damaged(str(error)) from error
+            raise DamagedFile(str(error)) from error
 
     def close(self) -> None:
         self.stream.close()
         super().close()
 
 
-class _Zstd(io.RawIOBase):
+class _ZstdStream(io.RawIOBase):
     """Frames one after the other. The library's own reader takes a file that is cut off for a complete one."""
 
     def __init__(self, file: BinaryIO, library: Any):

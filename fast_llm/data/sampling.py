@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 UNIT = 2**53  # all weights together
 _MASK = 2**64 - 1
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_BLOCK = 512  # sequences that share a count in Rest
+_BLOCK = 512  # sequences that share a count in RemainingStream
 _AT_ONCE = 2**18  # numbers that are permuted together
 _THREADS = 4
 
@@ -151,7 +151,7 @@ class Mixture:
         return (2 * share * left + whole) // (2 * whole) if whole else share
 
 
-class All:
+class FullStream:
     """Every input of a source: what an epoch begins with."""
 
     cut = 0
@@ -167,13 +167,15 @@ class All:
         """Nothing has to be computed first."""
 
 
-class Rest:
+class RemainingStream:
     """What is left of a stream of inputs after some of its sequences: a bit for each sequence says whether it is left."""
 
     cut: int
     size: int
 
-    def __init__(self, parent: "All | Rest", length: int, used: int, keys: Sequence[int]):
+    def __init__(
+        self, parent: "FullStream | RemainingStream", length: int, used: int, keys: Sequence[int]
+    ):
         """`used`: how many sequences of `length` inputs were taken, in the order of these keys."""
         self.parent, self.length, self.used, self.keys = parent, length, used, keys
         self.sequences = parent.size // length
@@ -242,17 +244,17 @@ class Rest:
         return found
 
 
-Stream = All | Rest
+Stream = FullStream | RemainingStream
 
 
-class Walk:
+class SourceSampler:
     """The way of one source through its epochs: which sequence the u-th is, from a point of a run on."""
 
     def __init__(self, inputs: int, length: int, seed: int, key: int, drawn: Sequence[Drawn] = ()):
         """`inputs`: of the source; `drawn`: what it has given before, the oldest first."""
         self.length, self.seed, self.key = length, seed, key
         self.drawn = list(drawn)
-        self.all = All(inputs)
+        self.all = FullStream(inputs)
         before = list(drawn)
         self.base = 0  # sequences that were drawn with this length and seed just before
         if before and before[-1][:2] == (length, seed):
@@ -273,7 +275,7 @@ class Walk:
             self.epoch += more
         if count:
             cut = keys(seed, self.key, self.epoch, self.stream.cut)
-            self.stream = Rest(self.stream, length, count, cut)
+            self.stream = RemainingStream(self.stream, length, count, cut)
 
     def find(self, index: int) -> tuple[Stream, int, int]:
         """What the index-th sequence is cut from, its number there, and its epoch."""
@@ -301,7 +303,7 @@ class Walk:
         return self.epoch + 1 - unused / self.all.size
 
 
-def add(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
+def add_drawn(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
     """What a source has given, with what it gave then: one entry as long as length and seed stay the same."""
     length, seed, count = more
     found = list(drawn)

@@ -27,7 +27,7 @@ _BLOCK = 2**20  # documents at a time
 _BUCKETS = 2**16
 
 
-class Part:
+class FileSubset:
     """Documents of a token file that belong to one phase: runs of neighbours, as ranges of tokens."""
 
     def __init__(
@@ -44,40 +44,40 @@ class Part:
         self.begins, self.ends = begins[filled], ends[filled]
 
 
-def whole(file: TokenFile) -> Part:
+def all_documents(file: TokenFile) -> FileSubset:
     """All documents of a file."""
-    return by_place(file, [1.0], 0)
+    return split_by_position(file, [1.0], 0)
 
 
-def by_place(file: TokenFile, split: Sequence[float], position: int) -> Part:
+def split_by_position(file: TokenFile, split: Sequence[float], position: int) -> FileSubset:
     """The documents of a token file that the split gives to one phase, from front to back."""
     shares = np.cumsum(split) / sum(split)
     edges = [0, *(round(float(edge) * file.documents) for edge in shares)]
     first, last = edges[position], edges[position + 1]
     begin, end = (np.array([file.start_of(document)]) for document in (first, last))
-    return Part(file, last - first, begin, end, (first, last))
+    return FileSubset(file, last - first, begin, end, (first, last))
 
 
-def by_hash(files: Sequence[TokenFile], split: Sequence[float]) -> list[list[Part]]:
+def split_by_hash(files: Sequence[TokenFile], split: Sequence[float]) -> list[list[FileSubset]]:
     """For each file of a dataset, in its order, the documents that the split gives to each phase."""
     count = sum(file.documents for file in files)
     shares = np.cumsum(split) / sum(split)
     ranks = [0, *(round(float(share) * count) for share in shares)]
-    bounds = _hashes_at(count, ranks[1:])
+    bounds = _hashes_of_ranks(count, ranks[1:])
     found, first = [], 0
     for file in files:
-        found.append(_parts(file, first, bounds, ranks))
+        found.append(_subsets_of_file(file, first, bounds, ranks))
         first += file.documents
     return found
 
 
-def _parts(
+def _subsets_of_file(
     file: TokenFile, first: int, bounds: NDArray[np.uint64], ranks: Sequence[int]
-) -> list[Part]:
+) -> list[FileSubset]:
     """A file whose documents are numbered from `first` on."""
-    phases = len(bounds)
-    tokens: list[list[NDArray[np.int64]]] = [[] for _ in range(phases)]
-    documents = [0] * phases
+    splits = len(bounds)
+    tokens: list[list[NDArray[np.int64]]] = [[] for _ in range(splits)]
+    documents = [0] * splits
     before = -1  # the phase of the document before
     for begin in range(0, file.documents, _BLOCK):
         end = min(begin + _BLOCK, file.documents)
@@ -85,7 +85,7 @@ def _parts(
         starts = file.starts[begin:end].astype(np.int64) // file.dtype.itemsize
         changes = np.flatnonzero(np.diff(phase, prepend=np.int8(before)))
         earlier = np.append(np.int8(before), phase)[changes]
-        for position in range(phases):
+        for position in range(splits):
             documents[position] += int(np.count_nonzero(phase == position))
             ours = (phase[changes] == position) | (earlier == position)
             tokens[position].append(starts[changes[ours]])  # by turns where a run begins and ends
@@ -95,7 +95,7 @@ def _parts(
         last = [np.array([file.tokens])] if before == position else []
         edges = np.concatenate([np.zeros(0, np.int64), *tokens[position], *last])
         described = (HASH, first, low, high)
-        parts.append(Part(file, documents[position], edges[0::2], edges[1::2], described))
+        parts.append(FileSubset(file, documents[position], edges[0::2], edges[1::2], described))
     return parts
 
 
@@ -108,7 +108,7 @@ def _blocks(count: int) -> Iterator[NDArray[np.uint64]]:
         yield _hash(begin, min(begin + _BLOCK, count))
 
 
-def _hashes_at(count: int, ranks: Sequence[int]) -> NDArray[np.uint64]:
+def _hashes_of_ranks(count: int, ranks: Sequence[int]) -> NDArray[np.uint64]:
     """The hash with each of these ranks among `count` documents; the largest number of all for rank `count`.
 
     Not sorted as a whole, which would take gigabytes: counted by their first bits, then sorted where a rank lies.

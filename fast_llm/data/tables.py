@@ -3,8 +3,8 @@
 Opening a file costs one pass over it, which counts lines at about a gigabyte a second. Rows of a file are numbered from
 0. In JSON lines a row is a line; blank lines have a number but make no document.
 
-All tables, those of columns.py too, have `rows`, of which `blank` are none; `bytes`, about how much text there is;
-`lacks`, what is wrong if no row has text under the field; `name(row)`, where a row is, for people; `near(row)`, a row
+All tables, those of columns.py too, have `rows`, of which `blank_rows` are none; `bytes`, about how much text there is;
+`missing_field`, what is wrong if no row has text under the field; `name(row)`, where a row is, for people; `near(row)`, a row
 close by that can be read fast; and `tasks(first, last, begin, target)`: rows [first, last) in order, in pieces of about
 `target` bytes, where `begin` is the number of `first` among all documents.
 
@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 from fast_llm.data.reading import (
     COMPRESSED,
-    Damaged,
-    Files,
-    Items,
-    Lines,
+    DamagedFile,
+    FilesTask,
+    ItemsTask,
+    LinesTask,
     Reader,
-    Rows,
+    RowsTask,
     Task,
-    is_json,
-    not_json,
+    invalid_json,
+    is_json_column,
     open_binary,
     parse_line,
     split_lines,
@@ -54,8 +54,8 @@ class TextFiles:
     paths: list[str]
     sizes: NDArray[np.int64]
     """Bytes of text; a guess for compressed ones."""
-    blank: int = 0
-    lacks: str | None = None
+    blank_rows: int = 0
+    missing_field: str | None = None
 
     @property
     def rows(self) -> int:
@@ -68,14 +68,14 @@ class TextFiles:
     def name(self, row: int) -> str:
         return self.paths[row]
 
-    def near(self, row: int) -> int:
+    def nearby_row(self, row: int) -> int:
         return row
 
     def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
         for at in range(first, last, 8192):
             sizes = self.sizes[at : min(at + 8192, last)]
-            for one, end in cut(sizes, target):
-                yield Files(
+            for one, end in ranges_by_size(sizes, target):
+                yield FilesTask(
                     begin + at - first + one,
                     begin + at - first + end,
                     self.paths[at + one : at + end],
@@ -89,8 +89,8 @@ class HubTable:
     table: Any
     field: str
     path: str
-    blank: int = 0
-    lacks: str | None = None
+    blank_rows: int = 0
+    missing_field: str | None = None
 
     @property
     def rows(self) -> int:
@@ -104,13 +104,13 @@ class HubTable:
     def name(self, row: int) -> str:
         return f"{self.path}, row {row}"
 
-    def near(self, row: int) -> int:
+    def nearby_row(self, row: int) -> int:
         return row
 
     def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
         for at in range(first, last, 8192):
-            for one, end in cut(self._sizes(at, min(at + 8192, last)), target):
-                yield Rows(begin + at - first + one, begin + at - first + end, at + one)
+            for one, end in ranges_by_size(self._sizes(at, min(at + 8192, last)), target):
+                yield RowsTask(begin + at - first + one, begin + at - first + end, at + one)
 
     def _sizes(self, first: int, last: int) -> NDArray[np.int64]:
         import pyarrow.compute
@@ -118,7 +118,7 @@ class HubTable:
         column = self.table[first:last].column(self.field)
         if pyarrow.types.is_null(column.type):
             return np.zeros(len(column), np.int64)
-        if is_json(column.type):
+        if is_json_column(column.type):
             column = pyarrow.chunked_array(
                 [chunk.storage for chunk in column.chunks], pyarrow.string()
             )
@@ -134,9 +134,9 @@ class JsonLines:
     path: str
     rows: int
     """Lines, blank ones too."""
-    blank: int
+    blank_rows: int
     bytes: int
-    lacks: str | None
+    missing_field: str | None
     offsets: NDArray[np.int64]
     """Where each block begins, in bytes of the decompressed file, and behind the last where it ends."""
     lines: NDArray[np.int64]
@@ -145,7 +145,7 @@ class JsonLines:
     def name(self, row: int) -> str:
         return f"{self.path}:{row + 1}"
 
-    def near(self, row: int) -> int:
+    def nearby_row(self, row: int) -> int:
         if not self.path.lower().endswith(COMPRESSED):
             return row
         return row % int(self.lines[1])
@@ -174,13 +174,13 @@ class JsonLines:
                     one, end = max(one, first), min(end, last)
                     if one < end:
                         rows = (begin + one - first, begin + end - first)
-                        yield Lines(
+                        yield LinesTask(
                             *rows, self.path, before + 1, one - before, offset, size, content
                         )
 
     def line(self, row: int) -> int:
         """The line of the row of this number, if blank lines are not counted."""
-        if not self.blank:
+        if not self.blank_rows:
             return row
         before = 0
         with open_binary(self.path) as file:
@@ -201,7 +201,7 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
 def _next(blocks: Iterator[bytes], path: str) -> bytes:
     try:
         return next(blocks)
-    except (Damaged, StopIteration) as error:
+    except (DamagedFile, StopIteration) as error:
         raise DataError(
             f"{path}: has changed while it was read; start the same command again"
         ) from error
@@ -213,20 +213,20 @@ class JsonValue:
 
     path: str
     field: str
-    largest: int
+    max_bytes: int
     rows: int
     bytes: int
-    lacks: str | None
-    blank: int = 0
+    missing_field: str | None
+    blank_rows: int = 0
 
     def name(self, row: int) -> str:
         return f"{self.path}, item {row + 1}"
 
-    def near(self, row: int) -> int:
+    def nearby_row(self, row: int) -> int:
         return row % 64
 
     def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
-        reader, values, size, at = Reader(self.field, self.largest), [], 0, begin
+        reader, values, size, at = Reader(self.field, self.max_bytes), [], 0, begin
         for row, value in enumerate(_values(self.path)):
             if row < first:
                 continue
@@ -241,10 +241,10 @@ class JsonValue:
             values.append(found)
             size += len(found) if isinstance(found, str) else 0
             if size >= target:
-                yield Items(at, at + len(values), values)
+                yield ItemsTask(at, at + len(values), values)
                 at, values, size = at + len(values), [], 0
         if values:
-            yield Items(at, at + len(values), values)
+            yield ItemsTask(at, at + len(values), values)
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -277,7 +277,7 @@ def _values(path: str) -> Iterator[Any]:
         if array and _skip(text, at + 1) < len(text):
             raise json.JSONDecodeError("Extra data", text, _skip(text, at + 1))
     except json.JSONDecodeError as error:
-        raise not_json(path, error.lineno, error, content[:64]) from None
+        raise invalid_json(path, error.lineno, error, content[:64]) from None
     except RecursionError:
         raise DataError(f"{path}: nested too deeply to be read; convert it to jsonl") from None
 
@@ -296,7 +296,7 @@ def _integer(digits: str) -> float:
 def _readable(path: str) -> Iterator[None]:
     try:
         yield
-    except Damaged as error:
+    except DamagedFile as error:
         raise DataError(
             f"{path}: damaged, or not what its name says: {error}; fetch it again"
         ) from error
@@ -304,14 +304,14 @@ def _readable(path: str) -> Iterator[None]:
         raise DataError(f"{path}: can not be read: {error.strerror}") from error
 
 
-def open_json(path: str, field: str, largest: int, stop: Any) -> "JsonLines | JsonValue":
+def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | JsonValue":
     """Count the rows of a file. `stop` is an Event that ends it early. Raises DataError for what is no JSON."""
     with _readable(path), open_binary(path) as file:
         blocks = _blocks(file)
         block = next(blocks, b"")
         found = block.removeprefix(b"\xef\xbb\xbf").lstrip()
         if found.startswith(b"["):
-            return _open_value(path, field, largest)
+            return _open_value(path, field, max_bytes)
         lines = split_lines(block)
         number = next((number for number, line in enumerate(lines) if line.strip()), None)
         if number is not None:
@@ -320,16 +320,16 @@ def open_json(path: str, field: str, largest: int, stop: Any) -> "JsonLines | Js
             except DataError as error:
                 # One object over several lines is no JSON lines; if it is no JSON either, then the first line is wrong.
                 with contextlib.suppress(DataError):
-                    return _open_value(path, field, largest)
+                    return _open_value(path, field, max_bytes)
                 raise error from None
-        return _count(path, Reader(field, largest), block, blocks, stop)
+        return _count_lines(path, Reader(field, max_bytes), block, blocks, stop)
 
 
-def _open_value(path: str, field: str, largest: int) -> JsonValue:
+def _open_value(path: str, field: str, max_bytes: int) -> JsonValue:
     rows = size = 0
     seen: dict[str, None] = {}
     has = False
-    reader = Reader(field, largest)
+    reader = Reader(field, max_bytes)
     for value in _values(path):
         rows += 1
         if isinstance(value, dict):
@@ -339,30 +339,32 @@ def _open_value(path: str, field: str, largest: int) -> JsonValue:
         has = has or (field == "text" and isinstance(value, str))
         text = value if isinstance(value, str) else reader.values(value)
         size += len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0
-    return JsonValue(path, field, largest, rows, size, None if has else _keys(seen, field))
+    return JsonValue(
+        path, field, max_bytes, rows, size, None if has else _columns_text(seen, field)
+    )
 
 
-def _keys(seen: dict[str, None], field: str) -> str:
+def _columns_text(seen: dict[str, None], field: str) -> str:
     has = f"it has {', '.join(list(seen)[:20])}" if seen else "its rows are no JSON objects"
     return f"has no column {field}; {has}"
 
 
-def _count(
+def _count_lines(
     path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any
 ) -> JsonLines:
     """Count lines and look at their ends: most lines that are damaged were cut off."""
     # The name of the field as it may be written.
     spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
-    offsets, lines, blank, has = [0], [0], 0, False
+    offsets, lines, blank_rows, has = [0], [0], 0, False
     seen: dict[str, None] = {}
     sampled = text = 0
     while block and not stop.is_set():
         has = has or any(spelling in block for spelling in spellings)
-        for number, line in _unusual(block, lines[-1] + 1):
+        for number, line in _suspicious_lines(block, lines[-1] + 1):
             if line.strip():
                 parse_line(line, path, number)
             else:
-                blank += 1
+                blank_rows += 1
         first = block[: block.find(b"\n") + 1] or block
         if first.strip():  # a sample for estimates
             row = parse_line(first, path, lines[-1] + 1)
@@ -376,15 +378,15 @@ def _count(
     return JsonLines(
         path,
         lines[-1],
-        blank,
+        blank_rows,
         int(offsets[-1] * text / max(1, sampled)),
-        None if has or lines[-1] == blank else _keys(seen, reader.field),
+        None if has or lines[-1] == blank_rows else _columns_text(seen, reader.field),
         np.array(offsets, np.int64),
         np.array(lines, np.int64),
     )
 
 
-def _unusual(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
+def _suspicious_lines(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
     """Lines that do not begin with { and end with }, with their numbers."""
     content = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(content == _NEWLINE)
@@ -404,7 +406,7 @@ def _unusual(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
         yield number + line, block[begins[line] : ends[line]]
 
 
-def cut(sizes: NDArray[np.int64], target: int) -> Iterator[tuple[int, int]]:
+def ranges_by_size(sizes: NDArray[np.int64], target: int) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of about `target` bytes."""
     total = np.cumsum(sizes)
     at = 0

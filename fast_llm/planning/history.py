@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
 
 from fast_llm.config.train import DataConfig, TrainConfig
-from fast_llm.data.dataset import Dataset, Phase, RandomSource, Source, open_dataset
-from fast_llm.data.sampling import UNIT, Mixture, add
+from fast_llm.data.dataset import Dataset, RandomSource, Source, Split, open_dataset
+from fast_llm.data.sampling import UNIT, Mixture, add_drawn
 from fast_llm.errors import DataError, UserError
 
 _GONE = "gone"  # the digest of what can no longer be read
@@ -63,7 +63,7 @@ class Order(BaseModel):
         with_these = self.sequence_length, self.seed
         counts = Mixture(self.edges).counts(index - self.index)
         return [
-            source.model_copy(update={"drawn": add(source.drawn, (*with_these, count))})
+            source.model_copy(update={"drawn": add_drawn(source.drawn, (*with_these, count))})
             for source, count in zip(self.sources, counts, strict=True)
         ]
 
@@ -124,7 +124,7 @@ class History(BaseModel):
             kept.append(Batches(after=step, index=samples, batch_size=batch_size))
         return History(batches=kept, orders=self.orders)
 
-    def with_data(self, samples: int, config: TrainConfig, phase: Phase) -> "History":
+    def with_data(self, samples: int, config: TrainConfig, phase: Split) -> "History":
         """The history of a run that trains on these sources after `samples` sequences."""
         kept = [order for order in self.orders if order.index < samples]
         if not kept:
@@ -144,30 +144,30 @@ class History(BaseModel):
                 kept.append(order)
         return History(batches=self.batches, orders=kept)
 
-    def counts(self, phase: Phase) -> list[str]:
+    def counts(self, phase: Split) -> list[str]:
         """What becomes of each source where an order begins that was changed, in words."""
         if len(self.orders) < 2:
             return []
         found = []
-        for source, walk in zip(self.orders[-1].sources, phase.walks, strict=True):
-            gone = f"continues after {walk.epochs(0):.3g} epochs" if source.drawn else "is new"
+        for source, sampler in zip(self.orders[-1].sources, phase.samplers, strict=True):
+            gone = f"continues after {sampler.epochs(0):.3g} epochs" if source.drawn else "is new"
             found.append(f"{source.name}: {gone}")
         return found
 
 
 def begin(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
     """The history of a new run."""
-    order = _order(0, config, dataset.phases["training"], [])
+    order = _order(0, config, dataset.splits["training"], [])
     return History(batches=[Batches(after=0, index=0, batch_size=batch_size)], orders=[order])
 
 
-def follow(phase: Phase, order: Order) -> None:
+def follow(phase: Split, order: Order) -> None:
     """Have the training data continue in an order of the history."""
     keys, drawn = [s.key for s in order.sources], [s.drawn for s in order.sources]
     phase.follow(order.index, order.edges, keys, drawn)
 
 
-def _order(index: int, config: TrainConfig, phase: Phase, states: Sequence[SourceState]) -> Order:
+def _order(index: int, config: TrainConfig, phase: Split, states: Sequence[SourceState]) -> Order:
     """The order that the configuration asks for; known sources keep their keys and counts."""
     states, sources = list(states), []
     unused = max((state.key for state in states), default=-1) + 1
@@ -218,8 +218,8 @@ def open_sources(
             dataset = open_dataset(config, order.sequence_length, order.seed, vocab_size)
         except UserError:
             continue
-        if "training" in dataset.phases:
-            found |= {source.digest: source for source in dataset.phases["training"].sources}
+        if "training" in dataset.splits:
+            found |= {source.digest: source for source in dataset.splits["training"].sources}
     return found
 
 
@@ -243,8 +243,8 @@ def recover(
         if then is not None and then.fingerprint() != content:
             then = None
     if then is not None:
-        edges = then.phases["training"].mixture.edges
-        pairs = [(source.name, source.digest) for source in then.phases["training"].sources]
+        edges = then.splits["training"].mixture.edges
+        pairs = [(source.name, source.digest) for source in then.splits["training"].sources]
     else:
         edges, pairs = _by_path(data, length, seed, vocab_size)
         notes.append(
@@ -291,7 +291,7 @@ def _by_path(
     for weight, path in weighted:
         try:
             config = DataConfig.model_validate({**data, "path": [path]})
-            phase = open_dataset(config, length, seed, vocab_size).phases["training"]
+            phase = open_dataset(config, length, seed, vocab_size).splits["training"]
         except UserError:
             weights.append(weight)
             pairs.append((str(path), _GONE))

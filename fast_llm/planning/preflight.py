@@ -142,16 +142,25 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         split = config.data.split
         if training.validation.interval is not None and training.validation.iterations is not None:
             name, count = "training.validation.iterations", training.validation.iterations
-            attempt(lambda: dataset.require("validation", count, batch.batch_size, name, split))
+            attempt(
+                lambda: dataset.require_sequences(
+                    "validation", count, batch.batch_size, name, split
+                )
+            )
             for further in dataset.validation_sets:
                 attempt(
                     partial(
-                        dataset.require, further, 1, batch.batch_size, "batch.batch_size", split
+                        dataset.require_sequences,
+                        further,
+                        1,
+                        batch.batch_size,
+                        "batch.batch_size",
+                        split,
                     )
                 )
         if training.test_iters:
             attempt(
-                lambda: dataset.require(
+                lambda: dataset.require_sequences(
                     "test", training.test_iters, batch.batch_size, "training.test_iters", split
                 )
             )
@@ -165,7 +174,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
             small |= _dataset_tokenizer(dataset)
         elif source is None:
             small |= _dataset_tokenizer(dataset) or given
-            described: dict[str, Any] = next(iter(dataset.described.values()), {})
+            described: dict[str, Any] = next(iter(dataset.metadata.values()), {})
             ids = described.get("tokenizer", tokens)
             tokens = {name: ids.get(name) for name in ("bos", "eos")}
     checkpoint = checkpoints.latest(folder / "checkpoint") if folder is not None else None
@@ -246,7 +255,7 @@ def _history(
 
     `past`: what the checkpoint's manifest says.
     """
-    phase = dataset.phases.get("training")
+    phase = dataset.splits.get("training")
     if phase is None:
         return None, []
     if past is None:
@@ -480,7 +489,7 @@ def _untied(document: Document, source: Path, config: dict[str, Any]) -> dict[st
 
 def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
     """The tokenizer that travels with the data, for a model that has none."""
-    for path, described in dataset.described.items():
+    for path, described in dataset.metadata.items():
         place = described.get("tokenizer", {}).get("path")
         if (
             isinstance(place, str)

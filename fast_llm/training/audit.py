@@ -16,7 +16,7 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.config.section import locating, read, validate
 from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
-from fast_llm.data.sampling import Mixture, Walk
+from fast_llm.data.sampling import Mixture, SourceSampler
 from fast_llm.errors import ConfigError, DataError, UserError
 from fast_llm.planning.history import History, Order, begin, open_sources, read_records, recover
 from fast_llm.planning.preflight import readable_bytes
@@ -136,9 +136,11 @@ def why(run: str, step: int) -> StepData:
                 f"step {step}: sequence {index:,} is of {state.name}, whose files are gone or are no longer those that the"
                 " run was trained on; put them back where they were"
             )
-        walk = Walk(source.inputs, order.sequence_length, order.seed, state.key, state.drawn)
-        stream, number, epoch = walk.find(inside)
-        documents = _documents(source.cut_from(stream), number, tokenizer)
+        sampler = SourceSampler(
+            source.inputs, order.sequence_length, order.seed, state.key, state.drawn
+        )
+        stream, number, epoch = sampler.find(inside)
+        documents = _documents(source.with_stream(stream), number, tokenizer)
         sequences.append(
             {"index": index, "source": state.name, "epoch": epoch, "documents": documents}
         )
@@ -204,7 +206,7 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
             "version 0.1 did not record changes of data: steps before one are shown as if it had been then"
         )
     history = history.with_batches(info["step"], info["samples"], size)
-    history = history.with_data(info["samples"], config, data.phases["training"])
+    history = history.with_data(info["samples"], config, data.splits["training"])
     return history, _passed_over(folder), "; ".join(notes)
 
 

@@ -25,7 +25,7 @@ from fast_llm.data.dataset import open_dataset, verify
 from fast_llm.data.prepare import prepare
 from fast_llm.errors import DataError
 from tests.campaigns.jobs import Job, command
-from tests.data import made
+from tests.data import synthetic
 from tests.training.runs import losses, settings, weights, write_tokens
 
 STEPS = 12
@@ -264,9 +264,9 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     folder.mkdir()
-    model = made.llama(folder / "model")
+    model = synthetic.llama(folder / "model")
     (folder / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": made.text(n, 1000)}) + "\n" for n in range(200))
+        "".join(json.dumps({"text": synthetic.text(n, 1000)}) + "\n" for n in range(200))
     )
     config = PrepareConfig.model_validate(
         {

@@ -24,7 +24,7 @@ from fast_llm.checkpoint import folder as folders
 from tests.campaigns.damage import everything
 from tests.campaigns.jobs import Job, command, fork
 from tests.campaigns.kills import arguments, result
-from tests.data import made
+from tests.data import synthetic
 from tests.training.runs import write_tokens
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -240,11 +240,11 @@ def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     folder.mkdir()
-    model = made.llama(folder / "model")
+    model = synthetic.llama(folder / "model")
     texts = folder / "texts"
     texts.mkdir()
     for number in range(60):
-        (texts / f"{number:03}.txt").write_text(made.text(number, 2500))
+        (texts / f"{number:03}.txt").write_text(synthetic.text(number, 2500))
     where = folder / "made"
     how = [
         f"output_path={where}/data",

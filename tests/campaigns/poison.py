@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.data.dataset import Dataset, Packed
+from fast_llm.data.dataset import Dataset, PackedSample
 from fast_llm.data.loader import Loader
 from fast_llm.model.batch import Batch
 from fast_llm.parallel.fsdp import like
@@ -227,7 +227,7 @@ def misread(rank: int, sequence: int, place: int, token: int) -> None:
     """Whoever reads this sequence reads a token that is not in the vocabulary."""
     read = Dataset.read
 
-    def wrong(self: Dataset, phase: str, index: int) -> Packed:
+    def wrong(self: Dataset, phase: str, index: int) -> PackedSample:
         packed = read(self, phase, index)
         if phase == "training" and index == sequence:
             packed.tokens[place % len(packed.tokens)] = token

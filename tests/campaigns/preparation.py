@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.campaigns.damage import everything
 from tests.campaigns.jobs import command, listens, send
-from tests.data import made
+from tests.data import synthetic
 
 STUCK = 240.0  # seconds after which something that should have ended is said to be stuck, on a busy machine
 VICTIMS = ("worker", "main process", "all")
@@ -44,8 +44,8 @@ if __name__ == "__main__":
 
 def sources(folder: Path) -> dict[str, list[str]]:
     """What is prepared, with which settings, by name; each of several token files."""
-    model = made.llama(folder / "model")
-    texts = [made.text(number, 300 + 70 * (number % 60)) for number in range(90)]
+    model = synthetic.llama(folder / "model")
+    texts = [synthetic.text(number, 300 + 70 * (number % 60)) for number in range(90)]
     (folder / "texts").mkdir()
     for number, text in enumerate(texts):
         (folder / "texts" / f"{number:03}.txt").write_text(text)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import Phase, RandomSource, open_dataset, verify
+from fast_llm.data.dataset import RandomSource, Split, open_dataset, verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
 from fast_llm.errors import DataError
@@ -128,7 +128,7 @@ def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length)
         with pytest.raises(DataError, match=r"fewer than one sequence|holds no tokens"):
             opened(path, length)
         return
-    source = opened(path, length).phases["training"].sources[0]
+    source = opened(path, length).splits["training"].sources[0]
     assert source.sequences == (len(everything) - 1) // length
     for number in range(source.sequences):
         first = number * length
@@ -186,7 +186,7 @@ def test_each_shard_is_split(tmp_path):
 def found(dataset, indices):
     return [
         (source.name, epoch, number)
-        for source, number, epoch in (dataset.phases["training"].find(index) for index in indices)
+        for source, number, epoch in (dataset.splits["training"].find(index) for index in indices)
     ]
 
 
@@ -209,7 +209,7 @@ def test_blends_get_exact_shares(tmp_path, weights):
         for other, weight in zip(names, weights, strict=True):
             assert abs(so_far[other] - weight / sum(weights) * count) <= allowed
         if count % 500 == 0:
-            assert dataset.phases["training"].counts(count) == [so_far[name] for name in names]
+            assert dataset.splits["training"].counts(count) == [so_far[name] for name in names]
             found_epochs = {
                 source.name: epochs for source, epochs in dataset.epochs("training", count)
             }
@@ -233,7 +233,7 @@ def test_blends_get_exact_shares(tmp_path, weights):
 
 @given(st.lists(st.integers(1, 10**6), min_size=2, max_size=9), st.integers(0, 2**40))
 def test_shares_far_into_a_run(weights, index):
-    counts = Phase("training", [RandomSource(4, 9, 0)] * len(weights), weights, 0).counts(index)
+    counts = Split("training", [RandomSource(4, 9, 0)] * len(weights), weights, 0).counts(index)
     assert sum(counts) == index
     for weight, count in zip(weights, counts, strict=True):
         # Besides the half sequences, weights are rounded to 2^-53 of all: 2^40 of those are below 0.001.
@@ -250,7 +250,7 @@ def test_weights_inside_a_dataset_json(tmp_path):
     dataset = opened(
         described(tmp_path / "d.json", [("a", 401, 0.25), ("b", 401, 0.25), ("c", 401, 0.5)])
     )
-    assert len(dataset.phases["training"].sources) == 2
+    assert len(dataset.splits["training"].sources) == 2
     drawn = Counter(int(dataset.read("training", i).tokens[0]) // 1000 for i in range(800))
     assert (
         drawn[ord("c")] == 400
@@ -296,7 +296,7 @@ def test_random():
         == two.read("training", 12).tokens.tolist()
         != two.read("validation", 12).tokens.tolist()
     )
-    assert first.min() >= 0 and first.max() < 50 and "test" not in one.phases
+    assert first.min() >= 0 and first.max() < 50 and "test" not in one.splits
 
 
 @pytest.mark.parametrize(
@@ -356,17 +356,21 @@ def test_too_little_names_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"validation_sets\.old"):
         opened(path, 4, validation_sets={"old": numbered(tmp_path / "b", [3])})
     dataset = opened(path, 4, split=(0.8, 0.2, 0))  # 20 tokens: 4 sequences
-    dataset.require("validation", 2, 2, "training.validation.iterations", [0.8, 0.2, 0])
+    dataset.require_sequences("validation", 2, 2, "training.validation.iterations", [0.8, 0.2, 0])
     with pytest.raises(
         DataError,
         match=r"3 batches × 2 sequences = 6 .* leaves 4; lower training\.validation\.iterations to 2, or give",
     ):
-        dataset.require("validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0])
+        dataset.require_sequences(
+            "validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0]
+        )
     with pytest.raises(
         DataError,
         match=r"lower training\.validation\.iterations, of which even one needs 5 sequences, and give",
     ):
-        dataset.require("validation", 3, 5, "training.validation.iterations", [0.8, 0.2, 0])
+        dataset.require_sequences(
+            "validation", 3, 5, "training.validation.iterations", [0.8, 0.2, 0]
+        )
 
 
 def test_tokenizer_and_vocabulary_must_fit(tmp_path):
@@ -478,13 +482,13 @@ def test_split_by_hash_is_the_documented_one(tmp_path_factory, files, split):
     for phase, mine in zip(("training", "validation", "test"), expected, strict=True):
         tokens = [t for d in mine for t in documents[d]]
         if len(tokens) < 2:
-            assert phase not in dataset.phases
+            assert phase not in dataset.splits
             continue
         counted = [
             d for d in mine if sum(files[owner[d]])
         ]  # token files without tokens have no weight
         assert dataset.documents(phase) == len(counted) and dataset.tokens(phase) == len(tokens)
-        source = dataset.phases[phase].sources[0]
+        source = dataset.splits[phase].sources[0]
         assert [source.read(k).tokens[0] for k in range(source.sequences)] == tokens[:-1]
         assert [source.read(k).targets[0] for k in range(source.sequences)] == tokens[1:]
 
@@ -499,10 +503,10 @@ def test_split_by_hash_in_blocks(tmp_path, monkeypatch):
         dataset = opened(path, 1, split=(6, 3, 1))
         return {
             phase: [
-                int(dataset.phases[phase].sources[0].read(k).tokens[0])
+                int(dataset.splits[phase].sources[0].read(k).tokens[0])
                 for k in range(dataset.sequences(phase))
             ]
-            for phase in dataset.phases
+            for phase in dataset.splits
         }
 
     once = drawn()
@@ -529,4 +533,6 @@ def test_a_share_without_a_document(tmp_path):
         DataError,
         match=r"leaves 0, for its share is no document; give validation a larger share, or prepare more",
     ):
-        dataset.require("validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0])
+        dataset.require_sequences(
+            "validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0]
+        )

@@ -20,21 +20,21 @@ from hypothesis import strategies as st
 from fast_llm.config.prepare import SourceConfig
 from fast_llm.data import files as finding
 from fast_llm.data import tables
-from fast_llm.data.documents import Documents, open_documents
+from fast_llm.data.documents import Corpus, open_documents
 from fast_llm.data.files import describe, find
-from fast_llm.data.reading import Odd
+from fast_llm.data.reading import SkippedDocument
 from fast_llm.errors import DataError
 
 
-def opened(path: Path | str, **further: Any) -> Documents:
+def opened(path: Path | str, **further: Any) -> Corpus:
     return open_documents(find(SourceConfig(path=str(path), **further)), 2)
 
 
 def rows(
-    source: Documents, first: int = 0, last: int | None = None, target: int = 2**20
-) -> list[str | Odd | None]:
+    source: Corpus, first: int = 0, last: int | None = None, target: int = 2**20
+) -> list[str | SkippedDocument | None]:
     """What is read, row by row, with a check that tasks cover the rows in order."""
-    found: list[str | Odd | None] = []
+    found: list[str | SkippedDocument | None] = []
     at, last = first, len(source) if last is None else last
     for task in source.tasks(first, last, target):
         assert task.first == at and task.last > at
@@ -229,7 +229,7 @@ def test_text_is_what_was_written(tmp_path: Path, neighbours: list[str], suffix:
 def test_what_is_no_text_is_named(tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "a"}, f'{{"text": {value}}}', {"text": "c"})
     source = opened(path)
-    assert rows(source) == ["a", Odd("not_text"), "c"]
+    assert rows(source) == ["a", SkippedDocument("not_text"), "c"]
     assert source.name(1) == f"{path}:2"
 
 
@@ -252,10 +252,16 @@ def test_other_columns_do_not_matter(tmp_path: Path) -> None:
         b'{"x": "\xff", "text": "g"}\n{"text": "h", "x": "\\ud800"}\n'
     )
     write(tmp_path / "e.jsonl", '{"deep": ' + deep + ', "text": "i"}', {"text": "j"})
-    assert rows(opened(tmp_path)) == [*"abcdef", Odd("not_text"), *"gh", Odd("unreadable"), "j"]
+    assert rows(opened(tmp_path)) == [
+        *"abcdef",
+        SkippedDocument("not_text"),
+        *"gh",
+        SkippedDocument("unreadable"),
+        "j",
+    ]
     write(tmp_path / "f.json", '[{"n": ' + "1" * 5000 + ', "text": "k"}, "x", 3, {"text": "l"}]')
     found = rows(opened(tmp_path / "f.json"))
-    assert found == ["k", "x", Odd("not_text"), "l"]
+    assert found == ["k", "x", SkippedDocument("not_text"), "l"]
 
 
 def test_columns_of_parquet(tmp_path: Path) -> None:
@@ -283,7 +289,7 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
             to.write_table(table)
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
-    no = Odd("not_text")
+    no = SkippedDocument("not_text")
     source = opened(f"{tmp_path}/*.parquet")
     assert rows(source) == ["a", no] * 7 + [no] * 4 + [no] + [no] * 2
     assert [(Path(table.path).name, table.lacks) for table in source.lacking] == [
@@ -310,7 +316,13 @@ def test_text_under_a_null_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     )
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": pa.array([b"\xff", b"b"])}), tmp_path / "b.parquet")
-    assert rows(opened(tmp_path)) == ["a", Odd("not_text"), "c", Odd("not_utf8"), "b"]
+    assert rows(opened(tmp_path)) == [
+        "a",
+        SkippedDocument("not_text"),
+        "c",
+        SkippedDocument("not_utf8"),
+        "b",
+    ]
 
 
 def test_a_column_that_is_in_no_file(tmp_path: Path) -> None:
@@ -332,7 +344,12 @@ def test_a_lone_surrogate_is_one_row(tmp_path: Path) -> None:
     path.write_bytes(
         b'{"text": "a"}\n{"text": "x\\ud83d"}\n{"text": "\xed\xa0\xbd"}\n{"text": "\\ud83d\\ude00"}\n'
     )
-    assert rows(opened(path)) == ["a", Odd("not_utf8"), Odd("not_utf8"), "\U0001f600"]
+    assert rows(opened(path)) == [
+        "a",
+        SkippedDocument("not_utf8"),
+        SkippedDocument("not_utf8"),
+        "\U0001f600",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -378,7 +395,7 @@ def test_json_of_other_shapes(tmp_path: Path) -> None:
     write(tmp_path / "c.json", '{"text":\n"d"}{"text": "e"}\n{"text"\n: "f"}')
     write(tmp_path / "d.jsonl", "\ufeff\n", '[{"text": "g"},', '{"text": "h"}]')
     write(tmp_path / "e.json", " [] ")
-    assert rows(opened(tmp_path)) == ["a", Odd("not_text"), *"bcdefgh"]
+    assert rows(opened(tmp_path)) == ["a", SkippedDocument("not_text"), *"bcdefgh"]
     assert opened(tmp_path / "a.json").name(1) == f"{tmp_path}/a.json, item 2"
     for content, message in (
         ('[{"text": "a"},\n{"text": "b"}', r"x.json:2: not JSON: Expecting ',' or '\]'"),
@@ -427,7 +444,11 @@ def test_compressed(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
     assert rows(source, 100, 137, 50) == written[100:137]
     assert len(list(source.sample(64))) == 64
     texts_of = opened(f"{tmp_path}/*.[pt]*{suffix}", max_document_bytes=4999)
-    assert rows(texts_of) == ["text é\n", Odd("too_large"), Odd("unreadable")]
+    assert rows(texts_of) == [
+        "text é\n",
+        SkippedDocument("too_large"),
+        SkippedDocument("unreadable"),
+    ]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(content)[:-20])
     with pytest.raises(
         DataError, match=rf"a.jsonl{suffix}: damaged, or not what its name says: .*; fetch it again"
@@ -487,8 +508,12 @@ _ROW = st.tuples(
 )
 
 
-def _expected(value: Any) -> str | Odd:
-    return Odd("not_text") if not isinstance(value, str) else value or Odd("empty")
+def _expected(value: Any) -> str | SkippedDocument:
+    return (
+        SkippedDocument("not_text")
+        if not isinstance(value, str)
+        else value or SkippedDocument("empty")
+    )
 
 
 def _as_lines(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
@@ -558,7 +583,7 @@ def test_text_read_is_text_written(
     folder = tmp_path_factory.mktemp("any")
     names = [f"{number:02}" for number in range(len(files))]
     in_order = sorted(zip(draw.sample(names, len(names)), files, strict=True))
-    expected: list[str | Odd] = []
+    expected: list[str | SkippedDocument] = []
     for name, content in in_order:
         table = []
         for value, other in content:

@@ -8,12 +8,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from fast_llm.data import encode
 from fast_llm.data.encode import Encoder
-from tests.data import made
+from tests.data import synthetic
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return made.train(made.llama3_cut())
+    return synthetic.train(synthetic.llama3_cut())
 
 
 def _encoder(tokenizer: Tokenizer, dtype: Any = np.uint16) -> Encoder:
@@ -28,7 +28,7 @@ def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
 
 def test_in_batches_as_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_CHARACTERS", 100)
-    texts = [made.text(seed, length) for seed, length in enumerate((1, 300, 5, 40, 40, 40, 2))]
+    texts = [synthetic.text(seed, length) for seed, length in enumerate((1, 300, 5, 40, 40, 40, 2))]
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert _tokens(_encoder(tokenizer), texts) == expected
 
@@ -37,14 +37,14 @@ def test_truncation_and_padding_are_off(tokenizer: Tokenizer) -> None:
     cut = Tokenizer.from_str(tokenizer.to_str())
     cut.enable_truncation(3)
     cut.enable_padding(length=50)
-    texts = [made.text(0, 40)]
+    texts = [synthetic.text(0, 40)]
     assert _tokens(_encoder(cut), texts) == [
         tokenizer.encode(texts[0], add_special_tokens=False).ids
     ]
 
 
 def test_special_tokens_are_text(tokenizer: Tokenizer) -> None:
-    text = f"print('{made.EOS}')\n{made.BOS} x"
+    text = f"print('{synthetic.EOS}')\n{synthetic.BOS} x"
     (tokens,) = _tokens(_encoder(tokenizer), [text])
     assert 0 not in tokens and 1 not in tokens
     assert tokenizer.decode(tokens) == text

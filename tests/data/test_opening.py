@@ -217,14 +217,14 @@ def test_too_little_for_a_validation_set(tmp_path):
         DataError,
         match=r"validation_sets\.old: needs one batch of 25 sequences of 4 tokens, but it has 24",
     ):
-        dataset.require("old", 1, 25, "batch.batch_size", [1, 0, 0])
-    dataset.require("old", 1, 24, "batch.batch_size", [1, 0, 0])
+        dataset.require_sequences("old", 1, 25, "batch.batch_size", [1, 0, 0])
+    dataset.require_sequences("old", 1, 24, "batch.batch_size", [1, 0, 0])
     with pytest.raises(
         DataError,
         match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, for its share is no document;"
         r" lower training\.test_iters, .* and give test",
     ):
-        dataset.require("test", 2, 8, "training.test_iters", [1, 0, 0])
+        dataset.require_sequences("test", 2, 8, "training.test_iters", [1, 0, 0])
 
 
 def test_random_data_with_a_validation_set(tmp_path):

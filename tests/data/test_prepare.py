@@ -30,14 +30,14 @@ from fast_llm.data.prepare import prepare
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter, digest
 from fast_llm.errors import DataError, MissingPackage
 from tests import hub
-from tests.data import made
+from tests.data import synthetic
 
-TEXTS = [made.text(seed, 40) for seed in range(30)]
+TEXTS = [synthetic.text(seed, 40) for seed in range(30)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made.llama(tmp_path_factory.mktemp("model"))
+    return synthetic.llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     draw = random.Random(0)
     for number in range(600):
-        (folder / f"{number:04}.py").write_text(made.text(number, draw.randrange(1, 1400)))
+        (folder / f"{number:04}.py").write_text(synthetic.text(number, draw.randrange(1, 1400)))
     (folder / "0100.py").write_bytes(b"")
     (folder / "0200.py").write_bytes(b"\xff\xfe not UTF-8")
     (folder / "0599.py").write_bytes(b"")
@@ -317,7 +317,7 @@ def test_hub(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_hub_itself(tmp_path: Path) -> None:
     """With the Hub's real clients, and a stand-in for its servers."""
-    made.llama(tmp_path / "hub" / "models" / "meta" / "llama")
+    synthetic.llama(tmp_path / "hub" / "models" / "meta" / "llama")
     (tmp_path / "hub" / "models" / "meta" / "llama" / "model.safetensors").write_bytes(b"large")
     data = tmp_path / "hub" / "datasets" / "bigcode" / "stack" / "data" / "python"
     data.mkdir(parents=True)
@@ -469,7 +469,7 @@ def test_disk_that_fails(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
 
 
 def test_spelled_special_tokens_end_nothing(tmp_path: Path, model: Path) -> None:
-    text = f"stop = '{made.EOS}'  # after {made.BOS}"
+    text = f"stop = '{synthetic.EOS}'  # after {synthetic.BOS}"
     (tmp_path / "a.py").write_text(text)
     (document,) = read(prepare(configure(tmp_path / "out", tmp_path / "a.py", model)))
     assert document[0] == 0 and document[-1] == 1
@@ -559,9 +559,9 @@ def test_a_file_of_millions_of_tokens_is_named(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LONG", 5000)
-    (tmp_path / "small.txt").write_text(made.text(0, 10))
-    (tmp_path / "wiki.txt").write_text(made.text(0, 6000))
-    (tmp_path / "rows.jsonl").write_bytes(_jsonl([made.text(0, 6000)]))
+    (tmp_path / "small.txt").write_text(synthetic.text(0, 10))
+    (tmp_path / "wiki.txt").write_text(synthetic.text(0, 6000))
+    (tmp_path / "rows.jsonl").write_bytes(_jsonl([synthetic.text(0, 6000)]))
     with caplog.at_level(logging.INFO):
         prepare(configure(tmp_path / "1", f"{tmp_path}/*.txt", model))
         prepare(configure(tmp_path / "2", tmp_path / "rows.jsonl", model))
@@ -573,7 +573,7 @@ def test_a_file_of_millions_of_tokens_is_named(
 def test_hint_at_more_workers(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a.txt").write_text(made.text(0, 1000))
+    (tmp_path / "a.txt").write_text(synthetic.text(0, 1000))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     hint = "tokenize_workers is 1, and this machine has 16 cores: tokenize_workers=16 is up to 16 times as fast."
     with caplog.at_level(logging.INFO):
@@ -631,7 +631,10 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     assert "left out    1 file: README.md (no table)\n" in out
     assert f"left out    1 rows of {source}/b.jsonl, which has no column text; it has body\n" in out
     assert f"tokenizer   {model}/tokenizer.json: 320 tokens, stored as uint16\n" in out
-    assert f"a document  begins with BOS 0 {made.BOS} and ends with EOS 1 {made.EOS}\n" in out
+    assert (
+        f"a document  begins with BOS 0 {synthetic.BOS} and ends with EOS 1 {synthetic.EOS}\n"
+        in out
+    )
     assert f"written to  {tmp_path}/out/ and {tmp_path}/out.json\n" in out
     assert not (tmp_path / "out").exists()
     assert command("tokenizer.bos=no", "distributed.world_size=2", "distributed.rank=1") == 0
@@ -671,7 +674,7 @@ def test_a_line_that_is_no_json_is_said_once(
 
 def test_bos_and_eos(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    made.gpt2(tmp_path / "gpt2")
+    synthetic.gpt2(tmp_path / "gpt2")
 
     def written(which: Path, **changes: Any) -> list[list[int]]:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -951,16 +954,16 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
 def killed_as_they_leave():
-    fill = prepare._fill
+    fill = prepare._write_range
     def filled(*given):
         skipped = fill(*given)
         for worker in multiprocessing.active_children()[:2]:
             os.kill(worker.pid, signal.SIGKILL)
         time.sleep(0.1)
         return skipped
-    prepare._fill = filled
+    prepare._write_range = filled
 
-class Broken(prepare._Worker):
+class Broken(prepare._RangeTokenizer):
     def __init__(self, *parts):
         raise OSError(5, "the table is gone")
 
@@ -969,12 +972,12 @@ if __name__ == "__main__":
         globals()[sys.argv[-1]]()
     sys.exit(cli.main(sys.argv[1:-1]))
 elif sys.argv[-1] == "unmade":
-    prepare._Worker = Broken
+    prepare._RangeTokenizer = Broken
 elif sys.argv[-1] == "endless":
     def endless(worker, task):
         open(f"{__file__}.{os.getpid()}", "w").close()
         time.sleep(200)
-    prepare._Worker.tokenize = endless
+    prepare._RangeTokenizer.tokenize = endless
 """
 
 
@@ -1050,7 +1053,7 @@ progress._write("done\\n")
 
 
 def test_table_with_workers_and_without_torch(tmp_path: Path, model: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(_jsonl([made.text(seed, 3000) for seed in range(100)]))
+    (tmp_path / "a.jsonl").write_bytes(_jsonl([synthetic.text(seed, 3000) for seed in range(100)]))
     process = _start(
         tmp_path, tmp_path / "1" / "data", tmp_path / "a.jsonl", model, "tokenize_workers=2"
     )
@@ -1128,7 +1131,7 @@ def test_other_settings_are_refused(
     tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(large, tmp_path / "source")
-    other = made.llama(tmp_path / "other", vocab_size=330)
+    other = synthetic.llama(tmp_path / "other", vocab_size=330)
     output = tmp_path / "data"
 
     class Stop(Exception):
@@ -1194,9 +1197,9 @@ def test_preparations_of_earlier_versions(
 ) -> None:
     path = tmp_path / f"a.{kind}"
     texts = (
-        [made.text(seed, 3000) for seed in range(40)]
+        [synthetic.text(seed, 3000) for seed in range(40)]
         if "txt" not in kind
-        else [made.text(0, 30_000)]
+        else [synthetic.text(0, 30_000)]
     )
     if kind == "parquet":
         datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
@@ -1467,7 +1470,7 @@ def test_two_at_once(
 
 
 def test_room_on_the_disk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text(made.text(0, 20_000))
+    (tmp_path / "a.txt").write_text(synthetic.text(0, 20_000))
     needed = 0
     usage = shutil.disk_usage(tmp_path)
     for free, fits in ((10_000, False), (10_000_000, True)):
@@ -1567,10 +1570,10 @@ def test_progress(
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     progress = module._Progress(1000)
     now[0] += 4
-    progress.show(100, 90, 50_000)
+    progress.advance(100, 90, 50_000)
     assert capsys.readouterr().err == ""
     now[0] += 4
-    progress.show(100, 90, 50_000)
+    progress.advance(100, 90, 50_000)
     assert (
         capsys.readouterr().err
         == "20.0 %, 180 documents, 100,000 tokens, 12,500 tokens/s, 0:00:32 left\n"
@@ -1580,5 +1583,5 @@ def test_progress(
     assert "Tokenized 180 documents: 100,000 tokens in 8.0 s, 12,500 tokens/s." in caplog.text
     progress.terminal = True
     now[0] += 1
-    progress.show(700, 90, 50_000)
+    progress.advance(700, 90, 50_000)
     assert capsys.readouterr().err.startswith("\r\x1b[K90.0 %")

@@ -11,7 +11,7 @@ from fast_llm.data import tokenizer
 from fast_llm.data.dataset import open_dataset, verify
 from fast_llm.data.loader import Loader
 from fast_llm.data.prepare import prepare
-from tests.data import made
+from tests.data import synthetic
 
 LENGTH = 64
 
@@ -25,12 +25,12 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
         *(file.read_text("utf-8") for file in files),
         "中文 ½ 😀 e\u0301",
         "\0",
-        f"{made.EOS} and {made.BOS}",
+        f"{synthetic.EOS} and {synthetic.BOS}",
         " \n\t ",
     ]
     for number, text in enumerate(texts):
         (folder / f"{number:03}.txt").write_bytes(text.encode())
-    model = made.llama(tmp_path / "model")
+    model = synthetic.llama(tmp_path / "model")
     given = {"output_path": str(tmp_path / "out" / "X"), "tokens_per_shard": 100_000}
     metadata = prepare(
         PrepareConfig(**given, dataset={"path": str(folder)}, tokenizer={"path": str(model)})  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
         prefetch=4,
     ) as batches:
         for index, (batch,) in enumerate(batches):
-            number = data.phases["training"].find(index)[1]
+            number = data.splits["training"].find(index)[1]
             pieces[number] = batch.tokens[0].tolist()
             assert batch.labels[0, :-1].tolist() == pieces[number][1:]
     assert sorted(pieces) == list(range(count))
@@ -69,7 +69,7 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
     assert loaded.bos is not None and loaded.eos is not None
     rest = data.tokens("training") - len(tokens)
     assert 0 < rest <= LENGTH  # they fill no sequence any more
-    file = data.phases["training"].sources[0].files[-1]  # type: ignore[union-attr]
+    file = data.splits["training"].sources[0].files[-1]  # type: ignore[union-attr]
     tokens += file.tokens_at(file.tokens - rest, file.tokens).tolist()
     documents: list[list[int]] = []
     for token in tokens:
@@ -86,8 +86,8 @@ def test_phases_share_no_document(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(50):
-        (folder / f"{number:02}.txt").write_text(f"{number} " + made.text(number, 30))
-    model = made.llama(tmp_path / "model")
+        (folder / f"{number:02}.txt").write_text(f"{number} " + synthetic.text(number, 30))
+    model = synthetic.llama(tmp_path / "model")
     metadata = prepare(
         PrepareConfig(
             output_path=str(tmp_path / "X"),

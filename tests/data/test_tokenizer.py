@@ -9,12 +9,12 @@ import pytest
 
 from fast_llm.data.tokenizer import fingerprint, load
 from fast_llm.errors import DataError, MissingPackage
-from tests.data import made
+from tests.data import synthetic
 
 
 @pytest.fixture(scope="module")
 def made_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made.llama(tmp_path_factory.mktemp("llama"))
+    return synthetic.llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def test_llama_begins_with_bos(llama: Path) -> None:
 
 
 def test_gpt2_only_ends(tmp_path: Path) -> None:
-    loaded = load(str(made.gpt2(tmp_path)))
+    loaded = load(str(synthetic.gpt2(tmp_path)))
     assert (loaded.bos, loaded.eos, loaded.adds_bos) == (0, 0, False)
 
 
 def test_add_bos_token_counts(tmp_path: Path) -> None:
-    made.gpt2(tmp_path)
+    synthetic.gpt2(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
         "add_bos_token": True
     }
@@ -52,7 +52,7 @@ def test_where_special_tokens_are_named(llama: Path) -> None:
     assert (load(str(llama)).bos, load(str(llama)).eos) == (0, 319)
     (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
     assert (load(str(llama)).bos, load(str(llama)).eos) == (0, 5)
-    (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": made.EOS}))
+    (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": synthetic.EOS}))
     assert load(str(llama)).eos == 1
     # What the vocabulary does not have is none.
     (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))

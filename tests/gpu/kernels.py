@@ -40,7 +40,7 @@ def short(dtype: torch.dtype) -> str:
 
 @contextmanager
 def engine(name: str) -> Iterator[None]:
-    """Packed attention by `cuDNN` or by `PyTorch`. Raises AssertionError if cuDNN cannot be had."""
+    """PackedSample attention by `cuDNN` or by `PyTorch`. Raises AssertionError if cuDNN cannot be had."""
     problem = cudnn.load(DEVICE) if name == "cuDNN" else ""
     assert not problem, f"cuDNN: {problem}"
     try:

@@ -20,7 +20,7 @@ from fast_llm.config.section import read
 from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Source, open_dataset
 from fast_llm.data.loader import Loader
-from fast_llm.data.sampling import Walk, keys, permute, permute_many
+from fast_llm.data.sampling import SourceSampler, keys, permute, permute_many
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 from fast_llm.model.loss import IGNORED
@@ -191,7 +191,7 @@ def test_any_history_uses_each_target_once_an_epoch(
             model={"distributed": {"seed": change["seed"]}},  # type: ignore[arg-type]
         )
         data = open_dataset(config.data, change["length"], change["seed"], 2**31)
-        phase = data.phases["training"]
+        phase = data.splits["training"]
         if history is None:
             history = histories.begin(config, change["batch"], data)
         else:
@@ -250,9 +250,11 @@ def check_why(history: History, drawn: Sequence[tuple[int, list[int]]]) -> None:
         state = order.sources[place]
         source = sources[state.digest]
         assert isinstance(source, Source)
-        walk = Walk(source.inputs, order.sequence_length, order.seed, state.key, state.drawn)
-        stream, number, _ = walk.find(inside)
-        assert source.cut_from(stream).read(number).targets.tolist() == targets
+        sampler = SourceSampler(
+            source.inputs, order.sequence_length, order.seed, state.key, state.drawn
+        )
+        stream, number, _ = sampler.find(inside)
+        assert source.with_stream(stream).read(number).targets.tolist() == targets
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**32), st.data())
@@ -382,8 +384,8 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
         update={"batch": config.batch.model_copy(update={"sequence_length": 40})}
     )
     data = open_dataset(config.data, 40, 1234, 2**31)
-    history = history.with_data(5, longer, data.phases["training"])
-    histories.follow(data.phases["training"], history.orders[-1])
+    history = history.with_data(5, longer, data.splits["training"])
+    histories.follow(data.splits["training"], history.orders[-1])
     left = [token for token in range(400) if token not in used]
     drawn = [data.read("training", i).tokens[:-1].tolist() for i in range(5, 14)]
     assert sorted(drawn) == [left[40 * i : 40 * i + 40] for i in range(9)]
@@ -492,11 +494,11 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
     longer = config.model_copy(
         update={"batch": config.batch.model_copy(update={"sequence_length": 20})}
     )
-    history = history.with_data(28, longer, data.phases["training"])
-    histories.follow(data.phases["training"], history.orders[-1])
+    history = history.with_data(28, longer, data.splits["training"])
+    histories.follow(data.splits["training"], history.orders[-1])
     assert any(
         len(source.ranges(n)) > 1
-        for source, n, _ in map(data.phases["training"].find, range(28, 36))
+        for source, n, _ in map(data.splits["training"].find, range(28, 36))
     )
     loader = Loader(
         data,

@@ -16,7 +16,7 @@ from fast_llm.checkpoint.weights import DTYPES
 from fast_llm.data import tokenizer
 from tests.checkpoint.test_small_files import SMALL
 from tests.checkpoint.test_transformers import LLAMA_3, logits, make
-from tests.data import made
+from tests.data import synthetic
 from tests.training.runs import run, settings, write_tokens
 
 
@@ -162,7 +162,7 @@ def test_shorter_sequences_change_nothing(tmp_path: Path) -> None:
 def from_scratch(folder: Path, *further: str) -> list[str]:
     """Settings of a run from random weights, its tokenizer in the folder `tokenizer`."""
     write_tokens(folder / "tokens", 400)
-    made.llama(folder / "tokenizer")
+    synthetic.llama(folder / "tokenizer")
     return [
         *settings(folder),
         "training.train_iters=1",
