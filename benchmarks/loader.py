@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.config.train import DataConfig
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.data.loader import Loader
 from fast_llm.data.tokenfile import TokenFileWriter
 
 VOCABULARY = 128_256
-BATCH = BatchPlan(batch_size=32, micro_batch_size=2, micro_batches=16)
+BATCH = BatchSizes(batch_size=32, micro_batch_size=2, micro_batches=16)
 
 
 def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -> Path:

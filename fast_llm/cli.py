@@ -22,7 +22,7 @@ from fast_llm import __version__
 from fast_llm.errors import ConfigError, UserError, disk_problem
 
 # Seconds: torchrun ends all processes as soon as it sees that one has ended, and the first must have spoken; how long the
-# processes wait for each other when one of them has no plan.
+# processes wait for each other when one of them has no run to do.
 _FIRST, _MEETING = 1.0, 60.0
 
 _SETTINGS = """Settings stand in the YAML file, or on the command line as section.setting=value, which wins; the last of a
@@ -259,7 +259,7 @@ def _processes(training: bool) -> int:
 
 
 def _agreed(error: UserError) -> UserError:
-    """What this process raises for a mistake in its plan: others may have none, or the same."""
+    """What this process raises for a mistake in its settings: others may have none, or the same."""
     from_here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if _first():
         if from_here:  # torchrun ends the others
@@ -414,7 +414,7 @@ def _train(parsed: argparse.Namespace) -> int:
         from fast_llm.config.train import TrainConfig
 
         document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
-        from fast_llm.planning.preflight import describe, make_plan
+        from fast_llm.planning.preflight import describe, preflight
         from fast_llm.training.run import EarlyLog
 
         if not parsed.validate:
@@ -424,7 +424,7 @@ def _train(parsed: argparse.Namespace) -> int:
             )
             early = EarlyLog(rank, processes, timestamps is not False)
         with early:
-            plan = make_plan(document, processes, weights=not parsed.validate)
+            spec = preflight(document, processes, weights=not parsed.validate)
     except UserError as error:
         if processes == 1 or parsed.validate:
             raise
@@ -433,15 +433,15 @@ def _train(parsed: argparse.Namespace) -> int:
         if _first():
             from fast_llm.planning.time import describe_memory
 
-            warnings = "".join(f"\nWarning       {warning}." for warning in plan.warnings)
-            print(describe(plan) + "\n" + describe_memory(plan.config, plan.processes) + warnings)
+            warnings = "".join(f"\nWarning       {warning}." for warning in spec.warnings)
+            print(describe(spec) + "\n" + describe_memory(spec.config, spec.processes) + warnings)
         return 0
     from fast_llm.config.section import locating
     from fast_llm.training.build import train
 
     gc.freeze()  # two thousand modules are no garbage; looking through them takes 0.2 s, in the midst of training and at the end
     with early:
-        return train(plan, interrupt, locating(document, TrainConfig))
+        return train(spec, interrupt, locating(document, TrainConfig))
 
 
 def _positive(text: str) -> int:
@@ -454,9 +454,9 @@ def _forecast(parsed: argparse.Namespace) -> int:
     from fast_llm.config.train import TrainConfig
 
     document = _read(parsed, TrainConfig, "fast-llm plan --config train.yaml --gpus 8")
-    from fast_llm.planning.time import DEVICES, describe, read_plan
+    from fast_llm.planning.time import DEVICES, describe, read_config
 
-    print(describe(read_plan(document, parsed.gpus), parsed.gpus, DEVICES[parsed.device]))
+    print(describe(read_config(document, parsed.gpus), parsed.gpus, DEVICES[parsed.device]))
     return 0
 
 

@@ -32,7 +32,7 @@ from fast_llm.errors import (
     TrainingStopped,
     UserError,
 )
-from fast_llm.planning import preflight as plan
+from fast_llm.planning import preflight as checks
 
 CONFIG = {
     "model_type": "llama",
@@ -553,7 +553,7 @@ def test_a_full_disk(
 @pytest.fixture
 def begun(here: Path) -> Path:
     """A run whose checkpoint of step 10 is there."""
-    made = plan.make_plan(read(None, [*SMALL, MODEL, "run.experiment_dir=run"]), 1, weights=False)
+    made = checks.preflight(read(None, [*SMALL, MODEL, "run.experiment_dir=run"]), 1, weights=False)
     final = here / "run" / "checkpoint" / "10"
     partial = checkpoints.begin(final)
     info: dict[str, Any] = {

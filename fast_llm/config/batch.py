@@ -11,7 +11,7 @@ from fast_llm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSizes:
     """One step: `batch_size` + `padding` = `micro_batch_size` × `micro_batches` × data-parallel processes."""
 
     batch_size: int  # sequences a step, over all processes
@@ -20,7 +20,7 @@ class BatchPlan:
     padding: int = 0  # rows a step that hold no sequence
 
 
-def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> BatchPlan:
+def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = False) -> BatchSizes:
     """One step of `batch` on so many data-parallel processes. What is not given follows from the rest; with neither size
     given a micro-batch is one sequence.
 
@@ -48,7 +48,7 @@ def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> Ba
         given, name = (depth or 1) * (breadth or 1), "depth_first" if depth else "breadth_first"
     if size is None:
         micro, given = micro or 1, given or 1
-        return BatchPlan(micro * given * processes, micro, given)
+        return BatchSizes(micro * given * processes, micro, given)
     many = given or 1
     if micro is None:
         micro = -(-size // (many * processes))
@@ -70,10 +70,10 @@ def plan_batch(batch: BatchConfig, processes: int, pipeline: bool = False) -> Ba
                 f" {_processes(processes)}) = {many}; leave it out"
             ]
         )
-    return BatchPlan(size, micro, many, micro * many * processes - size)
+    return BatchSizes(size, micro, many, micro * many * processes - size)
 
 
-def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchPlan:
+def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchSizes:
     if batch.batch_size is None:
         raise ConfigError(["batch.micro_batch_size: given auto, which needs batch_size; give it"])
     for name in (
@@ -83,7 +83,7 @@ def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchPlan:
     ):
         if getattr(batch, name) is not None:
             raise ConfigError([f"batch.{name}: follows from micro_batch_size: auto; leave it out"])
-    return plan_batch(batch.model_copy(update={"micro_batch_size": 1}), processes, pipeline)
+    return derive_batch_sizes(batch.model_copy(update={"micro_batch_size": 1}), processes, pipeline)
 
 
 def _processes(count: int) -> str:

@@ -9,7 +9,7 @@ settings are wrong in themselves is not told; so all that is wrong with a file c
 import math
 from collections.abc import Iterator
 
-from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.section import Document, Violation
 from fast_llm.config.stages import problems
 from fast_llm.config.train import TrainConfig
@@ -68,9 +68,9 @@ _BATCH = tuple(
 )
 
 
-def _plan(config: TrainConfig, processes: int) -> BatchPlan:
+def _plan(config: TrainConfig, processes: int) -> BatchSizes:
     distributed = config.model.distributed
-    return plan_batch(
+    return derive_batch_sizes(
         config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1
     )
 

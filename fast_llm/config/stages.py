@@ -1,6 +1,6 @@
 """How a pipeline is divided: layers into stages, a step's micro-batches into fillings. Arithmetic, without torch."""
 
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.config.train import TrainConfig
 
 _INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
@@ -39,7 +39,7 @@ def schedule_name(config: TrainConfig, in_flight: int) -> str:
     return "1f1b" if in_flight >= processes else "gpipe"
 
 
-def micro_batches_in_flight(config: TrainConfig, batch: BatchPlan) -> int:
+def micro_batches_in_flight(config: TrainConfig, batch: BatchSizes) -> int:
     """How many micro-batches are in the pipeline together; it is filled `micro_batches` / this times a step."""
     breadth, depth = (
         config.batch.breadth_first_micro_batches,
@@ -50,7 +50,7 @@ def micro_batches_in_flight(config: TrainConfig, batch: BatchPlan) -> int:
     return max(1, batch.micro_batches // depth) if depth is not None else batch.micro_batches
 
 
-def problems(config: TrainConfig, batch: BatchPlan) -> list[tuple[str, str]]:
+def problems(config: TrainConfig, batch: BatchSizes) -> list[tuple[str, str]]:
     """What does not fit together: the setting at fault, and why."""
     settings, processes = config.model.multi_stage, config.model.distributed.pipeline_parallel
     layers = config.model.base_model.transformer.num_layers

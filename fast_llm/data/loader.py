@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.data.dataset import Dataset, PackedSample
 from fast_llm.errors import DataError
 from fast_llm.model.attention import Documents
@@ -35,7 +35,7 @@ class Loader:
         self,
         dataset: Dataset,
         phase: str,
-        plan: BatchPlan,
+        plan: BatchSizes,
         *,
         rank: int,
         processes: int,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import BaseModelConfig, TrainConfig
 from fast_llm.model.cost import shapes
@@ -21,22 +21,22 @@ from fast_llm.model.cost import shapes
 _ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
 STRETCH = {"cuda": 2**29, "cpu": 2**25}  # model/loss.py: logits at once
 _PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
-MOMENTS = {
+MOMENT_BYTES = {
     "bf16": 4,
     "int8": 2 * (1 + 2 / 128),
 }  # model/rounding.py: two bytes for each block of 128
 
 # A CPU that has no products in the dtype that is computed in, and makes them in fp32 (model/linear.py).
-WIDENING = "widening cpu"
+UPCASTING_CPU = "widening cpu"
 # Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries in a process's memory.
-RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29, WIDENING: 2**29}
+RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29, UPCASTING_CPU: 2**29}
 FRAGMENTS = 0.03  # of PyTorch's memory, between tensors
 
 Parts = dict[str, float]  # part → bytes
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How a step is spread over processes, and what each keeps."""
 
     processes: int
@@ -56,14 +56,14 @@ class Layout:
     compiled: bool = False
 
     @staticmethod
-    def of(config: TrainConfig, processes: int) -> "Layout":
+    def of(config: TrainConfig, processes: int) -> "ParallelLayout":
         """What a configuration that meets the constraints means on so many processes."""
         distributed, multi = config.model.distributed, config.model.multi_stage
-        batch: BatchPlan = plan_batch(
+        batch: BatchSizes = derive_batch_sizes(
             config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1
         )
         in_flight = micro_batches_in_flight(config, batch)
-        return Layout(
+        return ParallelLayout(
             processes=processes,
             micro_batch_size=batch.micro_batch_size,
             micro_batches=batch.micro_batches,
@@ -99,7 +99,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Workload:
     """The model's sizes, and what is the same for every layout of a run."""
 
     layers: int
@@ -125,14 +125,14 @@ class Shape:
     batch_size: int
 
     @staticmethod
-    def of(config: TrainConfig, batch_size: int) -> "Shape":
+    def of(config: TrainConfig, batch_size: int) -> "Workload":
         """From a configuration."""
         base: BaseModelConfig = config.model.base_model
         t = base.transformer
         block = [
             shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")
         ]
-        return Shape(
+        return Workload(
             layers=t.num_layers,
             hidden=t.hidden_size,
             heads=t.num_attention_heads,
@@ -145,7 +145,7 @@ class Shape:
             vectors=sum(shape[0] for shape in block if len(shape) == 1),
             sequence=config.batch.sequence_length,
             width=4 if config.model.distributed.training_dtype == "fp32" else 2,
-            moments=MOMENTS.get(config.optimizer.moments_dtype, 8),
+            moments=MOMENT_BYTES.get(config.optimizer.moments_dtype, 8),
             moments_auto=config.optimizer.moments_dtype == "auto",
             flash=t.use_flash_attention,
             loss=base.cross_entropy_impl,
@@ -159,7 +159,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepPhase:
     """What a process holds at one moment of a step."""
 
     name: str
@@ -174,8 +174,8 @@ class Moment:
 class Memory:
     """Of one process, at one place of the pipeline."""
 
-    def __init__(self, shape: Shape, layout: Layout, device: str, place: int = 0):
-        """`device`: cuda, cpu or WIDENING, whose kernels keep different things; `place` in the pipeline."""
+    def __init__(self, shape: Workload, layout: ParallelLayout, device: str, place: int = 0):
+        """`device`: cuda, cpu or UPCASTING_CPU, whose kernels keep different things; `place` in the pipeline."""
         self.shape, self.layout, self.cpu, self.place = shape, layout, device != "cuda", place
         self.T = layout.micro_batch_size * shape.sequence // layout.context
         self.R = self.T // layout.tensor if layout.sequence_tensor else self.T
@@ -189,7 +189,7 @@ class Memory:
         self.mixed = shape.width != 4
         # One GPU's cross entropy adds the head's gradient to its fp32 sum.
         self.adds = not self.cpu and not self.sharded and shape.halves and shape.loss != "torch"
-        self.widens = device == WIDENING and self.mixed
+        self.widens = device == UPCASTING_CPU and self.mixed
         per_rank = len(layout.stages) // layout.pipeline or 1
         self.per_rank = per_rank
         sizes = layout.stages or (shape.layers,)
@@ -363,7 +363,7 @@ class Memory:
         passes = stages_in_flight(layout, self.place)
         return self.layers / self.per_rank * passes, passes
 
-    def moments(self) -> Iterator[Moment]:
+    def moments(self) -> Iterator[StepPhase]:
         """Those at which a step can be at its peak."""
         shape, layout, T, R, E, V, w = (
             self.shape,
@@ -411,7 +411,7 @@ class Memory:
             if gather_out and not (whole and several):
                 # What the last unit came in; with zero_stage 3 no block is there.
                 gathering = ((self.head or self.block) - (0 if whole else self.block)) * w
-            yield Moment(
+            yield StepPhase(
                 "in the cross entropy",
                 fixed
                 | {
@@ -421,7 +421,7 @@ class Memory:
                     "logits": logits + scratch + held,
                 },
             )
-            yield Moment(
+            yield StepPhase(
                 "in the cross entropy's backward pass",
                 fixed
                 | {
@@ -435,7 +435,7 @@ class Memory:
         head_reduced = 0.0
         if self.head and synchronised:
             head_reduced = 0.0 if before else 4 * self.head / layout.shard
-            yield Moment(
+            yield StepPhase(
                 "reducing the head",
                 fixed
                 | {
@@ -450,7 +450,7 @@ class Memory:
         if self.head and not (whole and several):
             gathered -= self.head * w
         if self.last and self.cpu:
-            yield Moment(
+            yield StepPhase(
                 "in the last norm's backward pass",
                 fixed
                 | {
@@ -483,7 +483,7 @@ class Memory:
                 "logits": head_gradient,
             }
             name = f"in the backward pass of block {self.layers - behind} of {self.layers}"
-            yield Moment(
+            yield StepPhase(
                 name,
                 common
                 | {
@@ -494,7 +494,7 @@ class Memory:
                 },
             )
             if self.sharded:
-                yield Moment(
+                yield StepPhase(
                     f"reducing block {self.layers - behind} of {self.layers}",
                     common
                     | {
@@ -504,7 +504,7 @@ class Memory:
                     },
                 )
         if self.sharded:
-            yield Moment(
+            yield StepPhase(
                 "reducing the embedding",
                 fixed
                 | {
@@ -522,7 +522,7 @@ class Memory:
             # The fp32 copies of one weight's moments.
             largest = max(V * E if self.first or self.last else 0, E * self.F)
             temporary = 8 * largest / (layout.shard if self.sharded else 1)
-        yield Moment(
+        yield StepPhase(
             "in the optimizer",
             fixed
             | {
@@ -532,7 +532,7 @@ class Memory:
             },
         )
         if shape.moments < 4 and not self.cpu and (self.sharded or not shape.halves):
-            yield Moment(
+            yield StepPhase(
                 "copying moments for a checkpoint",  # in bf16; those of one GPU go to the host's memory one by one
                 state
                 | {
@@ -569,23 +569,23 @@ class Memory:
             return V * E * w + 4.0 * min(_ROWS, V) * E
         return 0.0 if self.adds else V * E * w
 
-    def peak(self) -> Moment:
+    def peak(self) -> StepPhase:
         """The worst moment."""
         return max(self.moments(), key=lambda moment: moment.bytes)
 
 
-def peak(shape: Shape, layout: Layout, device: str) -> Moment:
+def peak(shape: Workload, layout: ParallelLayout, device: str) -> StepPhase:
     """The worst moment of the process that needs most."""
     moments = [Memory(shape, layout, device, place).peak() for place in range(layout.pipeline)]
     return max(moments, key=lambda moment: moment.bytes)
 
 
-def with_reserve(moment: Moment, device: str) -> float:
+def with_reserve(moment: StepPhase, device: str) -> float:
     """Bytes of a process's memory that are needed for it."""
     return moment.bytes * (1 + FRAGMENTS) + RESERVED[device]
 
 
-def needed(shape: Shape, layout: Layout, device: str) -> float:
+def required_bytes(shape: Workload, layout: ParallelLayout, device: str) -> float:
     """Bytes of a process's memory that are needed for all of it."""
     return with_reserve(peak(shape, layout, device), device)
 
@@ -605,7 +605,7 @@ def stretch(device: str, tokens: int, vocabulary: int, splits: int | None) -> in
     return max(1, halves)
 
 
-def stages_in_flight(layout: Layout, place: int) -> int:
+def stages_in_flight(layout: ParallelLayout, place: int) -> int:
     """Forward passes of stages that a process holds at most, under a pipeline schedule."""
     each, many, depth = len(layout.stages) // layout.pipeline, layout.in_flight, layout.pipeline
     if layout.schedule in ("gpipe", "looped_bfs"):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import llama
-from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.checks import check
 from fast_llm.config.section import (
     Count,
@@ -57,24 +57,24 @@ _MOMENTS = {"auto": "fp32 or bf16", "fp32": "fp32", "bf16": "bf16", "int8": "8-b
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """A run that can be started."""
 
     config: TrainConfig
     processes: int
-    batch: BatchPlan
+    batch: BatchSizes
     dataset: Dataset
     cost: Cost
-    source: Path | None  # the pretrained model's folder
-    source_config: dict[str, Any] | None  # its config.json
-    small_files: dict[str, bytes]  # what goes along with exports: tokenizer, generation_config.json
-    tokens: dict[str, int | None]  # ids of BOS and EOS
-    checkpoint: Path | None  # the newest good one, to go on from
-    done: int  # the steps that it has behind it
+    pretrained_folder: Path | None
+    pretrained_config: dict[str, Any] | None  # its config.json
+    extra_files: dict[str, bytes]  # copied into exports: tokenizer, generation_config.json
+    special_tokens: dict[str, int | None]  # ids of BOS and EOS
+    checkpoint: Path | None  # the newest good one, to resume from
+    completed_steps: int  # of that checkpoint
     identity: dict[str, Any]  # what may not change on resume
     changes: list[str]  # what did change since the checkpoint
     warnings: list[str]  # what will probably not be as the user expects
-    samples: int  # sequences that those steps consumed
+    consumed_samples: int  # sequences that the completed steps consumed
     history: History | None  # of batch sizes and data orders; None without training data
 
     @property
@@ -90,14 +90,14 @@ class Plan:
         return min(iterations, self.dataset.sequences(phase) // self.batch.batch_size)
 
 
-def make_plan(document: Document, processes: int, weights: bool) -> Plan:
+def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     """Read and check everything; `weights`: also fetch those of a model on the Hub.
 
     Raises UserErrors that name all that is wrong, as far as one look can tell.
     """
     folder = _experiment(document)
     weights = weights and document.get("pretrained.model_weights", True) is True
-    document, source, source_config, small = with_shape(document, weights)
+    document, source, source_config, small = with_pretrained_model(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     problems = check(config, document, processes)
     problems += [located(problem, document, TrainConfig) for problem in _packages(config)]
@@ -105,7 +105,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         raise ConfigError(problems)
     distributed = config.model.distributed
     dealt = distributed.data_parallel(processes)
-    batch = plan_batch(config.batch, dealt, distributed.pipeline_parallel > 1)
+    batch = derive_batch_sizes(config.batch, dealt, distributed.pipeline_parallel > 1)
     model, training = config.model.base_model, config.training
 
     def attempt(action: Callable[[], Any], setting: str = "data.path") -> Any:
@@ -224,7 +224,7 @@ def make_plan(document: Document, processes: int, weights: bool) -> Plan:
         )
     history, more = _history(past, folder, config, batch, dataset)
     changes += more
-    return Plan(
+    return RunSpec(
         config,
         processes,
         batch,
@@ -248,7 +248,7 @@ def _history(
     past: Mapping[str, Any] | None,
     folder: Path | None,
     config: TrainConfig,
-    batch: BatchPlan,
+    batch: BatchSizes,
     dataset: Dataset,
 ) -> tuple[History | None, list[str]]:
     """The history of the run with the settings as they are now, and what changes for its data; the data follows it.
@@ -274,7 +274,7 @@ def _history(
     return now, notes
 
 
-def with_shape(
+def with_pretrained_model(
     document: Document, weights: bool
 ) -> tuple[Document, Path | None, dict[str, Any] | None, dict[str, bytes]]:
     """The document with the pretrained model's shape under it; that model's folder, config.json and small files."""
@@ -288,47 +288,49 @@ def with_shape(
     return document, source, source_config, small
 
 
-def describe(plan: Plan) -> str:
+def describe(spec: RunSpec) -> str:
     """The plan in words and numbers."""
-    config, batch, training = plan.config, plan.batch, plan.config.training
+    config, batch, training = spec.config, spec.batch, spec.config.training
     tokens = batch.batch_size * config.batch.sequence_length
     transformer = config.model.base_model.transformer
     stage = config.model.multi_stage.zero_stage or 1
-    parameters = plan.cost.parameters
+    parameters = spec.cost.parameters
     state = checkpoint_bytes(config, parameters)
     lines = [
         f"Model         {parameters:,} parameters: {transformer.num_layers} layers of {transformer.hidden_size},"
         f" {transformer.num_attention_heads} heads in {transformer.head_groups} groups, vocabulary"
         f" {config.model.base_model.vocab_size:,}",
-        f"Start         {_start(plan)}",
+        f"Start         {_start(spec)}",
         f"Precision     computes in {config.model.distributed.training_dtype}"
         f"{', matrix products of the blocks in fp8' * config.model.distributed.fp8}; fp32 weights and gradients,"
         f" {_MOMENTS[config.optimizer.moments_dtype]} moments",
-        f"Processes     {_processes(plan, stage)}",
+        f"Processes     {_processes(spec, stage)}",
         f"Batch         {batch.batch_size} sequences of {config.batch.sequence_length:,} tokens ="
         + (
             " micro-batches as memory allows ×"
             if config.batch.micro_batch_size == "auto"
             else f" {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches ×"
         )
-        + f" {config.model.distributed.data_parallel(plan.processes)} processes"
+        + f" {config.model.distributed.data_parallel(spec.processes)} processes"
         + (f", with {batch.padding} rows left empty" if batch.padding else ""),
         f"Training      {training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
-        f" {plan.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
+        f" {spec.cost.model_flops_per_token * training.train_iters * tokens:.3g} floating-point operations",
     ]
-    sequences = plan.samples + (training.train_iters - plan.done) * batch.batch_size
-    consumed = plan.history.tokens(sequences) if plan.history is not None else 0
-    if plan.history is not None and consumed != training.train_iters * tokens:
+    sequences = (
+        spec.consumed_samples + (training.train_iters - spec.completed_steps) * batch.batch_size
+    )
+    consumed = spec.history.tokens(sequences) if spec.history is not None else 0
+    if spec.history is not None and consumed != training.train_iters * tokens:
         lines.append(
             f"              with other batches before, or data that was passed over: {consumed:,} tokens by the end"
         )
-    for source, epochs in plan.dataset.epochs("training", sequences):
+    for source, epochs in spec.dataset.epochs("training", sequences):
         lines.append(
             f"Data          {source.name}: {source.tokens:,} tokens to train on, {epochs:.3g} epochs"
         )
-    if plan.dataset.documents("training"):
+    if spec.dataset.documents("training"):
         shares = [
-            f"{plan.dataset.documents(phase):,} for {phase} ({plan.dataset.tokens(phase):,} tokens)"
+            f"{spec.dataset.documents(phase):,} for {phase} ({spec.dataset.tokens(phase):,} tokens)"
             for phase in ("training", "validation", "test")
         ]
         lines.append(f"Documents     {', '.join(shares)}")
@@ -336,16 +338,16 @@ def describe(plan: Plan) -> str:
         measured = training.validation.iterations * tokens
         lines.append(
             f"Validation    at the start, every {training.validation.interval:,} steps and at the end, on the same"
-            f" {measured:,} of {plan.dataset.tokens('validation'):,} tokens"
-            + "".join(f"; {name}" for name in plan.dataset.validation_sets)
+            f" {measured:,} of {spec.dataset.tokens('validation'):,} tokens"
+            + "".join(f"; {name}" for name in spec.dataset.validation_sets)
         )
     if training.checkpoint.interval is not None:
         kept = training.checkpoint.keep
         lines.append(
-            f"Checkpoints   every {training.checkpoint.interval:,} steps, {readable_bytes(state)} each"
+            f"Checkpoints   every {training.checkpoint.interval:,} steps, {format_bytes(state)} each"
             + (f", {kept} kept" if kept else ", all kept")
             + (", and the permanent ones" if training.checkpoint.keep_every else "")
-            + _copied(plan, state)
+            + _copied(spec, state)
         )
     if training.export.interval is not None:
         size = export_bytes(config, parameters)
@@ -354,30 +356,30 @@ def describe(plan: Plan) -> str:
         )
         count = min(count, training.export.keep or count)
         lines.append(
-            f"Exports       every {training.export.interval:,} steps, {readable_bytes(size)} each, {readable_bytes(size * count)} in all"
+            f"Exports       every {training.export.interval:,} steps, {format_bytes(size)} each, {format_bytes(size * count)} in all"
         )
-    if plan.folder is not None:
-        use = disk_use(config, plan.folder, parameters, plan.done)
-        more = readable_bytes(sum(count * size for count, size in use.values()))
+    if spec.folder is not None:
+        use = disk_use(config, spec.folder, parameters, spec.completed_steps)
+        more = format_bytes(sum(count * size for count, size in use.values()))
         lines.append(
-            f"Disk          {readable_bytes(_free(plan.folder))} free at {plan.folder}, this run takes {more} at most"
+            f"Disk          {format_bytes(_free(spec.folder))} free at {spec.folder}, this run takes {more} at most"
         )
-    return "\n".join(lines + [f"Changed       {change}" for change in plan.changes])
+    return "\n".join(lines + [f"Changed       {change}" for change in spec.changes])
 
 
-def _copied(plan: Plan, state: int) -> str:
+def _copied(spec: RunSpec, state: int) -> str:
     """What it takes to write checkpoints while training goes on."""
-    if not plan.config.training.checkpoint.background:
+    if not spec.config.training.checkpoint.background:
         return "; training waits for them"
-    distributed = plan.config.model.distributed
-    sharing = distributed.data_parallel(plan.processes) * distributed.sequence_data_parallel
-    copies = sharing // min(plan.config.model.multi_stage.shard_size or sharing, sharing)
-    return f"; written in the background from {readable_bytes(state * copies)} of host memory"
+    distributed = spec.config.model.distributed
+    sharing = distributed.data_parallel(spec.processes) * distributed.sequence_data_parallel
+    copies = sharing // min(spec.config.model.multi_stage.shard_size or sharing, sharing)
+    return f"; written in the background from {format_bytes(state * copies)} of host memory"
 
 
-def _processes(plan: Plan, stage: int) -> str:
+def _processes(spec: RunSpec, stage: int) -> str:
     """How they are arranged."""
-    config, count = plan.config, plan.processes
+    config, count = spec.config, spec.processes
     if count == 1:
         return "1 (nothing is sharded)"
     distributed = config.model.distributed
@@ -392,7 +394,7 @@ def _processes(plan: Plan, stage: int) -> str:
     if distributed.sequence_data_parallel > 1:
         words.append(f"sequences cut over {distributed.sequence_data_parallel}")
     if distributed.pipeline_parallel > 1:
-        in_flight = micro_batches_in_flight(config, plan.batch)
+        in_flight = micro_batches_in_flight(config, spec.batch)
         words.append(
             f"layers divided over {distributed.pipeline_parallel} as {stage_sizes(config)}"
             f" ({schedule_name(config, in_flight)}, {in_flight} micro-batches at a time)"
@@ -517,7 +519,7 @@ def _packages(config: TrainConfig) -> list[str]:
     ]
 
 
-def _identity(config: TrainConfig, batch: BatchPlan, dataset: Dataset) -> dict[str, Any]:
+def _identity(config: TrainConfig, batch: BatchSizes, dataset: Dataset) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     found = {name: _at(values, name) for name in _FIXED}
     found["batch.batch_size"] = batch.batch_size
@@ -691,13 +693,13 @@ def _too_full(config: TrainConfig, folder: Path | None, parameters: int, done: i
     if needed <= free:
         return ""
     what = " and ".join(
-        f"{count} more {name} of {readable_bytes(size)}"
+        f"{count} more {name} of {format_bytes(size)}"
         for name, (count, size) in parts.items()
         if count
     )
     return (
-        f"run.experiment_dir: the disk will be full before this run ends: it keeps {what}, {readable_bytes(needed)} at"
-        f" most, and {readable_bytes(free)} are free. Lower training.checkpoint.keep or set training.export.keep, raise the"
+        f"run.experiment_dir: the disk will be full before this run ends: it keeps {what}, {format_bytes(needed)} at"
+        f" most, and {format_bytes(free)} are free. Lower training.checkpoint.keep or set training.export.keep, raise the"
         " intervals, or make room"
     )
 
@@ -768,8 +770,8 @@ def _disk(folder: Path, config: TrainConfig, parameters: int, done: int) -> list
     if sum(parts.values()) > _free(folder):
         what = " and ".join(f"{'an' if name[0] == 'e' else 'a'} {name[:-1]}" for name in parts)
         return [
-            f"run.experiment_dir: {what} need{'s' * (len(parts) == 1)} {readable_bytes(sum(parts.values()))}, but {there}"
-            f" has {readable_bytes(_free(folder))} free"
+            f"run.experiment_dir: {what} need{'s' * (len(parts) == 1)} {format_bytes(sum(parts.values()))}, but {there}"
+            f" has {format_bytes(_free(folder))} free"
         ]
     return []
 
@@ -784,7 +786,7 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(_existing(folder.absolute())).free
 
 
-def readable_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -793,9 +795,11 @@ def readable_bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def _start(plan: Plan) -> str:
-    if plan.checkpoint is not None:
-        return f"goes on from {plan.checkpoint}, after step {plan.done}"
-    if plan.source is not None and plan.config.pretrained.model_weights:
-        return f"the weights of {plan.source}"
-    return "random weights" + (f" in the shape of {plan.source}" if plan.source is not None else "")
+def _start(spec: RunSpec) -> str:
+    if spec.checkpoint is not None:
+        return f"goes on from {spec.checkpoint}, after step {spec.completed_steps}"
+    if spec.pretrained_folder is not None and spec.config.pretrained.model_weights:
+        return f"the weights of {spec.pretrained_folder}"
+    return "random weights" + (
+        f" in the shape of {spec.pretrained_folder}" if spec.pretrained_folder is not None else ""
+    )

@@ -19,23 +19,23 @@ from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.model.cost import cost
 from fast_llm.planning.memory import (
-    MOMENTS,
-    Layout,
+    MOMENT_BYTES,
     Memory,
-    Moment,
-    Shape,
-    needed,
+    ParallelLayout,
+    StepPhase,
+    Workload,
     peak,
+    required_bytes,
     with_reserve,
 )
-from fast_llm.planning.preflight import readable_bytes, with_shape
+from fast_llm.planning.preflight import format_bytes, with_pretrained_model
 
-NODE = 8  # devices of a node
-_MOMENTS = {8: "fp32", 4: "bf16", MOMENTS["int8"]: "8-bit"}
+GPUS_PER_NODE = 8  # devices of a node
+_MOMENTS = {8: "fp32", 4: "bf16", MOMENT_BYTES["int8"]: "8-bit"}
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """What a device sustains."""
 
     name: str
@@ -60,7 +60,7 @@ def _scaled(
     link: float,
     network: float,
     **more: float,
-) -> Device:
+) -> DeviceSpec:
     """From what is published: the best rate of bf16 products (ml-engineering's MAMF table), and data sheets.
 
     An H200's own share of these was measured (docs/performance.md): 660 of 794.5 TFLOP/s and 4.25 of 4.8 TB/s hold for long, attention
@@ -69,7 +69,7 @@ def _scaled(
     """
     share = best / 794.5e12
     hopper = 1.0 if name.startswith("h") else more.get("attention", 1.0)
-    return Device(
+    return DeviceSpec(
         name,
         gibibytes * 2**30,
         660e12 * share,
@@ -113,11 +113,11 @@ _HOP, _NODE_HOP = (
 class Forecast:
     """Of one layout on one kind of device."""
 
-    shape: Shape
-    layout: Layout
-    device: Device
+    shape: Workload
+    layout: ParallelLayout
+    device: DeviceSpec
     model_flops: float  # a token's
-    peak: Moment  # of the process with the most
+    peak: StepPhase  # of the process with the most
     parts: Mapping[str, float]  # what a step's seconds go to
 
     @property
@@ -160,11 +160,11 @@ class Forecast:
         return ", ".join(words)
 
 
-def forecast(config: TrainConfig, processes: int, device: Device) -> Forecast:
+def forecast(config: TrainConfig, processes: int, device: DeviceSpec) -> Forecast:
     """Of a configuration that meets the constraints."""
-    layout = Layout.of(config, processes)
+    layout = ParallelLayout.of(config, processes)
     rows = layout.micro_batch_size * layout.micro_batches * layout.data - layout.padding
-    shape = Shape.of(config, rows)
+    shape = Workload.of(config, rows)
     return of_layout(
         shape,
         layout,
@@ -173,7 +173,9 @@ def forecast(config: TrainConfig, processes: int, device: Device) -> Forecast:
     )
 
 
-def of_layout(shape: Shape, layout: Layout, device: Device, model_flops: float) -> Forecast:
+def of_layout(
+    shape: Workload, layout: ParallelLayout, device: DeviceSpec, model_flops: float
+) -> Forecast:
     """The process of a pipeline with the most work gives the time, the one with the most memory the peak."""
     worst = peak(shape, layout, "cuda")
     if shape.moments_auto and with_reserve(worst, "cuda") > device.memory:
@@ -191,7 +193,7 @@ def of_layout(shape: Shape, layout: Layout, device: Device, model_flops: float) 
 class Step:
     """The seconds of one step, of one process."""
 
-    def __init__(self, memory: Memory, device: Device):
+    def __init__(self, memory: Memory, device: DeviceSpec):
         self.m, self.device = memory, device
         self.shape, self.layout = memory.shape, memory.layout
 
@@ -326,7 +328,7 @@ class Step:
         """A gather of `size` bytes in all, or a reduction of them, in a ring of processes that are `stride` apart."""
         if members == 1 or not size:
             return 0.0
-        together = min(members, max(1, NODE // stride))  # of a node
+        together = min(members, max(1, GPUS_PER_NODE // stride))  # of a node
         nodes = members / together
         inside = size * (1 - 1 / members) / self.device.link
         between = size * (1 - 1 / nodes) / (self.device.network * together)
@@ -441,7 +443,11 @@ class Step:
                 m.R
                 * m.E
                 * m.w
-                / (self.device.link if self.strides["pipeline"] < NODE else self.device.network)
+                / (
+                    self.device.link
+                    if self.strides["pipeline"] < GPUS_PER_NODE
+                    else self.device.network
+                )
             )
             micro["sent within blocks"] += 2 * m.per_rank * handed
         total: dict[str, float] = {name: many * seconds for name, seconds in micro.items()}
@@ -470,12 +476,12 @@ class Step:
 # Asking.
 
 
-def read_plan(document: Document, processes: int) -> TrainConfig:
+def read_config(document: Document, processes: int) -> TrainConfig:
     """The configuration, with all that is wrong with it on so many processes.
 
     Raises ConfigError.
     """
-    document = with_shape(document, weights=False)[0]
+    document = with_pretrained_model(document, weights=False)[0]
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     if problems := check(config, document, processes):
         raise ConfigError(problems)
@@ -520,7 +526,9 @@ def choices(config: TrainConfig, processes: int) -> Iterator[dict[str, Any]]:
             continue
         stages = (1,) if pipeline > 1 else (1, 2, 3)
         groups = (
-            (None, NODE // min(tensor, NODE)) if rest * context > NODE // tensor > 1 else (None,)
+            (None, GPUS_PER_NODE // min(tensor, GPUS_PER_NODE))
+            if rest * context > GPUS_PER_NODE // tensor > 1
+            else (None,)
         )
         for zero_stage, group in product(stages if rest * context > 1 else (1,), groups):
             for rows in (1, 2, 4, 8, 16):
@@ -541,8 +549,8 @@ def choices(config: TrainConfig, processes: int) -> Iterator[dict[str, Any]]:
                 }
 
 
-def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> TrainConfig:
-    """What is `auto` decided, for processes with so many bytes each of a device of the `kind` cuda, cpu or WIDENING.
+def resolve_auto(config: TrainConfig, processes: int, memory: float, kind: str) -> TrainConfig:
+    """What is `auto` decided, for processes with so many bytes each of a device of the `kind` cuda, cpu or UPCASTING_CPU.
 
     Moments are fp32 where that fits without computing matrix products again, else bf16. A micro-batch is the fastest that fits; where
     none does, it is the smallest.
@@ -567,9 +575,9 @@ def settle(config: TrainConfig, processes: int, memory: float, kind: str) -> Tra
                 changed = with_layout(config, choice)
                 if next(iter(violations(changed, processes)), None) is not None:
                     continue
-                layout = Layout.of(changed, processes)
-                shape = Shape.of(changed, config.batch.batch_size or 0)
-                if needed(shape, layout, kind) <= memory and (
+                layout = ParallelLayout.of(changed, processes)
+                shape = Workload.of(changed, config.batch.batch_size or 0)
+                if required_bytes(shape, layout, kind) <= memory and (
                     not decide or not layout.padding or rows == 1
                 ):
                     found.append((of_layout(shape, layout, DEVICES["h100"], flops).rate, changed))
@@ -584,12 +592,12 @@ def describe_memory(config: TrainConfig, processes: int) -> str:
     lines: list[str] = []
     for name, count in (("h100", "80"), ("h200", "141"), ("b200", "180")):
         device = DEVICES[name]
-        own = forecast(settle(config, processes, device.memory, "cuda"), processes, device)
-        words = f"{readable_bytes(own.memory)} as configured" + ("" if own.fits else ", too much")
+        own = forecast(resolve_auto(config, processes, device.memory, "cuda"), processes, device)
+        words = f"{format_bytes(own.memory)} as configured" + ("" if own.fits else ", too much")
         if config.batch.batch_size is not None:
             free: dict[str, Any] = {**dict.fromkeys(_DEPTHS), "batch.micro_batch_size": "auto"}
             best_one = forecast(
-                settle(with_layout(config, free), processes, device.memory, "cuda"),
+                resolve_auto(with_layout(config, free), processes, device.memory, "cuda"),
                 processes,
                 device,
             )
@@ -615,8 +623,8 @@ def batch_size(config: TrainConfig) -> int:
     )
 
 
-def best(
-    config: TrainConfig, processes: int, device: Device, count: int = 3
+def fastest_layouts(
+    config: TrainConfig, processes: int, device: DeviceSpec, count: int = 3
 ) -> list[tuple[dict[str, Any], Forecast]]:
     """The fastest layouts that fit, each arrangement once, fastest first."""
     flops = cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
@@ -625,8 +633,8 @@ def best(
         changed = with_layout(config, choice)
         if next(iter(violations(changed, processes)), None) is not None:
             continue
-        layout = Layout.of(changed, processes)
-        shape = Shape.of(changed, config.batch.batch_size or 0)
+        layout = ParallelLayout.of(changed, processes)
+        shape = Workload.of(changed, config.batch.batch_size or 0)
         for level in _LEVELS:
             one = of_layout(shape, replace(layout, recompute=level), device, flops)
             if one.fits:
@@ -643,10 +651,10 @@ def best(
     return list(arrangements.values())[:count]
 
 
-def describe(config: TrainConfig, processes: int, device: Device) -> str:
+def describe(config: TrainConfig, processes: int, device: DeviceSpec) -> str:
     """Everything, in words and numbers."""
     batch_size(config)
-    config = settle(config, processes, device.memory, "cuda")
+    config = resolve_auto(config, processes, device.memory, "cuda")
     own = forecast(config, processes, device)
     lines = [
         "As configured",
@@ -656,13 +664,13 @@ def describe(config: TrainConfig, processes: int, device: Device) -> str:
         f"The fastest that fit {processes} × {device.name.upper()}",
         "",
     ]
-    proposals = best(config, processes, device)
+    proposals = fastest_layouts(config, processes, device)
     lines += [_HEAD, *(_row(one) for _, one in proposals)] if proposals else [_NOTHING]
     if proposals:
         lines += ["", "For the first of them, set", "", *_changes(config, proposals[0][0])]
     lines += ["", "By number of GPUs", "", _HEAD]
     for number in (2**power for power in range(11)):
-        for _, one in best(config, number, device, 1):
+        for _, one in fastest_layouts(config, number, device, 1):
             lines.append(_row(one))
     return "\n".join(lines)
 
@@ -680,11 +688,11 @@ def _row(one: Forecast) -> str:
     layout = one.layout
     return (
         f"{layout.processes:>5}  {_arranged(layout):<48} {layout.micro_batch_size:>4} {layout.recompute:<21} {one.rate:>12,.0f}"
-        f" {one.rate * layout.processes:>12,.0f} {one.seconds:>7.2f} {one.mfu:>4.0%} {readable_bytes(one.memory):>9}  {one.limit}"
+        f" {one.rate * layout.processes:>12,.0f} {one.seconds:>7.2f} {one.mfu:>4.0%} {format_bytes(one.memory):>9}  {one.limit}"
     )
 
 
-def _arranged(layout: Layout) -> str:
+def _arranged(layout: ParallelLayout) -> str:
     words = [f"zero_stage {layout.zero_stage}"] if layout.sharing > 1 else []
     words += [f"shard_size {layout.shard}"] if layout.shard < layout.sharing else []
     words += [f"tensor {layout.tensor}"] if layout.tensor > 1 else []
@@ -698,7 +706,7 @@ def _details(one: Forecast) -> list[str]:
     verdict = "fits" if one.fits else "DOES NOT FIT"
     layout = one.layout
     held = ", ".join(
-        f"{name} {readable_bytes(size)}"
+        f"{name} {format_bytes(size)}"
         for name, size in sorted(one.peak.parts.items(), key=lambda part: -part[1])
         if size > one.peak.bytes / 100
     )
@@ -707,10 +715,10 @@ def _details(one: Forecast) -> list[str]:
         for name, seconds in sorted(one.parts.items(), key=lambda part: -part[1])
     )
     return [
-        f"Layout     {layout.processes} × {one.device.name.upper()}: {_arranged(layout)};"
+        f"ParallelLayout     {layout.processes} × {one.device.name.upper()}: {_arranged(layout)};"
         f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute {layout.recompute},"
         f" {_MOMENTS[one.shape.moments]} moments",
-        f"Memory     {readable_bytes(one.memory)} of {readable_bytes(one.device.memory)}: {verdict}",
+        f"Memory     {format_bytes(one.memory)} of {format_bytes(one.device.memory)}: {verdict}",
         f"           most {one.peak.name}: {held}",
         f"Step       {one.seconds:.3g} s for {one.shape.batch_size * one.shape.sequence:,} tokens:"
         f" {one.rate:,.0f} tokens/s a GPU, MFU {one.mfu:.1%}",

@@ -19,7 +19,7 @@ from fast_llm.data import dataset
 from fast_llm.data.sampling import Mixture, SourceSampler
 from fast_llm.errors import ConfigError, DataError, UserError
 from fast_llm.planning.history import History, Order, begin, open_sources, read_records, recover
-from fast_llm.planning.preflight import readable_bytes
+from fast_llm.planning.preflight import format_bytes
 
 _SHOWN = 60  # characters of a document
 
@@ -35,12 +35,12 @@ def verify(paths: list[str]) -> list[str]:
         try:
             if path.is_file():
                 size = dataset.verify(path)
-                whole.append(f"{path}: whole, {readable_bytes(size)} of token files")
+                whole.append(f"{path}: whole, {format_bytes(size)} of token files")
             else:
                 manifest = folders.verify(path)
                 size = sum(entry["size"] for entry in manifest.files.values())
                 whole.append(
-                    f"{path}: {manifest.kind} of step {manifest.step}, whole, {readable_bytes(size)}"
+                    f"{path}: {manifest.kind} of step {manifest.step}, whole, {format_bytes(size)}"
                 )
         except UserError as error:
             wrong += str(error).splitlines()

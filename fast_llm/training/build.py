@@ -1,4 +1,4 @@
-"""From a plan to a run: every part made once, in order."""
+"""From a RunSpec to a run: every part made once, in order."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ import torch
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint.weights import gather
-from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
@@ -35,9 +35,9 @@ from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
-from fast_llm.planning.memory import WIDENING, Layout, Shape, needed
-from fast_llm.planning.preflight import Plan, describe, readable_bytes
-from fast_llm.planning.time import settle, with_layout
+from fast_llm.planning.memory import UPCASTING_CPU, ParallelLayout, Workload, required_bytes
+from fast_llm.planning.preflight import RunSpec, describe, format_bytes
+from fast_llm.planning.time import resolve_auto, with_layout
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.run import Run, lock, next_run_number, prepare_folder
@@ -54,7 +54,7 @@ _WEEK = 7 * 24 * 3600.0
 
 
 def train(
-    plan: Plan,
+    spec: RunSpec,
     interrupt: Interrupt | None = None,
     locating: AbstractContextManager[None] | None = None,
 ) -> int:
@@ -65,24 +65,24 @@ def train(
     """
     locating = locating or nullcontext()
     if interrupt is not None:
-        return _train(plan, interrupt, locating)
+        return _train(spec, interrupt, locating)
     interrupt = Interrupt()
     try:
-        return _train(plan, interrupt, locating)
+        return _train(spec, interrupt, locating)
     finally:
         interrupt.close()
 
 
-def _train(plan: Plan, interrupt: Interrupt, locating: AbstractContextManager[None]) -> int:
+def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager[None]) -> int:
     started = time.perf_counter()
     # What torch.distributed warns of follows from the layout that the user chose: DCP with one process, gathers of DTensors …
     warnings.filterwarnings("ignore", module=r"torch\.distributed\b")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     if "TORCH_LOGS" not in os.environ:
         logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    config = plan.config
+    config = spec.config
     distributed = config.model.distributed
-    saved = partial(what_is_saved, plan.folder)
+    saved = partial(what_is_saved, spec.folder)
     failures = Failures.meet(distributed.timeout + SLACK)
     with failures.shared(interrupt.leave, saved):
         try:
@@ -99,8 +99,8 @@ def _train(plan: Plan, interrupt: Interrupt, locating: AbstractContextManager[No
             if mesh.device.type == "cpu":
                 keep_freed_memory()
                 native.take_faster_exact_products()
-            with locating, _alone(plan, mesh):
-                return _run(plan, mesh, interrupt, started)
+            with locating, _alone(spec, mesh):
+                return _run(spec, mesh, interrupt, started)
         except OSError as error:
             if (problem := disk_problem(error)) is None:
                 raise
@@ -108,21 +108,21 @@ def _train(plan: Plan, interrupt: Interrupt, locating: AbstractContextManager[No
 
 
 @contextmanager
-def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
+def _alone(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
     """No other run in this experiment folder. Raises ConfigError, on every process, if there is one."""
     held: TextIO | None = None
     refused: list[str] = []
-    if plan.folder is not None and mesh.rank == 0:
+    if spec.folder is not None and mesh.rank == 0:
         try:
-            held = lock(plan.folder)
-            root = plan.folder / "checkpoint"
-            # The plan was made before the lock was ours. Sizes are compared first: digests take their time.
+            held = lock(spec.folder)
+            root = spec.folder / "checkpoint"
+            # The preflight ran before the lock was ours. Sizes are compared first: digests take their time.
             if (
-                checkpoints.latest(root, content=False, quiet=True) != plan.checkpoint
-                and checkpoints.latest(root, quiet=True) != plan.checkpoint
+                checkpoints.latest(root, content=False, quiet=True) != spec.checkpoint
+                and checkpoints.latest(root, quiet=True) != spec.checkpoint
             ):
                 refused = [
-                    f"run.experiment_dir: another run saved to {plan.folder} just now; start the same command again"
+                    f"run.experiment_dir: another run saved to {spec.folder} just now; start the same command again"
                 ]
         except ConfigError as error:
             refused = error.problems
@@ -135,16 +135,16 @@ def _alone(plan: Plan, mesh: Mesh) -> Iterator[None]:
             held.close()
 
 
-def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
-    _check_fp8(plan.config, mesh)
+def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
+    _check_fp8(spec.config, mesh)
     memory = mesh.share(_memory(mesh))
-    plan = decide(plan, mesh, memory)
-    config = plan.config
-    number = mesh.share(next_run_number(plan.folder))
+    spec = decide(spec, mesh, memory)
+    config = spec.config
+    number = mesh.share(next_run_number(spec.folder))
     if mesh.rank == 0:
-        prepare_folder(plan)
+        prepare_folder(spec)
     mesh.wait()
-    run = Run(plan.folder, mesh.rank, mesh.size, config.run.log_timestamps, number)
+    run = Run(spec.folder, mesh.rank, mesh.size, config.run.log_timestamps, number)
     watchdog = Watchdog(
         config.model.distributed.timeout,
         config.training.timeout or _WEEK,
@@ -158,10 +158,10 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
     # Else it would be taken for one that hung, if it was saving for long.
     interrupt.last = partial(watchdog.mark, ENDED)
     try:
-        logger.info("What this run does:\n" + describe(plan))
-        for warning in plan.warnings:
+        logger.info("What this run does:\n" + describe(spec))
+        for warning in spec.warnings:
             logger.warning(f"{warning}.")
-        _tell_memory(plan, mesh, memory)
+        _tell_memory(spec, mesh, memory)
         if mesh.device.type == "cpu" and (problem := native.load()):
             logger.warning(
                 f"Training on the CPU without our own kernels, about half as fast: they could not be built ({problem});"
@@ -176,7 +176,7 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
                 f"Attention within documents goes through PyTorch's kernel, not cuDNN: {problem}."
             )
         models, weights = build_model(config, mesh)
-        pipeline = build_pipeline(config, plan.batch, models, mesh)
+        pipeline = build_pipeline(config, spec.batch, models, mesh)
         optimizer = Optimizer(
             weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh)
         )
@@ -195,7 +195,7 @@ def _run(plan: Plan, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
             watchdog.mark,
             spikes,
         )
-        trainer = Trainer(plan, mesh, run, weights, step, interrupt, watchdog.mark)
+        trainer = Trainer(spec, mesh, run, weights, step, interrupt, watchdog.mark)
         interrupt.follows = trainer.on_signal
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
@@ -238,17 +238,19 @@ def _parts_documents(config: TrainConfig) -> bool:
     return parted and config.model.base_model.transformer.use_flash_attention
 
 
-def decide(plan: Plan, mesh: Mesh, memory: float) -> Plan:
-    """The plan with what is `auto` decided, for processes with so many bytes each; a run that goes on keeps its moments."""
-    config = plan.config
-    if plan.checkpoint is not None and config.optimizer.moments_dtype == "auto":
-        before = checkpoints.read_manifest(plan.checkpoint).info["settings"]["optimizer"]
+def decide(spec: RunSpec, mesh: Mesh, memory: float) -> RunSpec:
+    """Resolve `auto` settings, given each process's `memory` in bytes; a resumed run keeps its moments' dtype."""
+    config = spec.config
+    if spec.checkpoint is not None and config.optimizer.moments_dtype == "auto":
+        before = checkpoints.read_manifest(spec.checkpoint).info["settings"]["optimizer"]
         config = with_layout(
             config, {"optimizer.moments_dtype": before.get("moments_dtype", "fp32")}
         )
-    config = settle(config, mesh.size, memory, _kind(config, mesh.device))
+    config = resolve_auto(config, mesh.size, memory, _kind(config, mesh.device))
     return replace(
-        plan, config=config, batch=plan_batch(config.batch, mesh.data.size, mesh.pipeline.size > 1)
+        spec,
+        config=config,
+        batch=derive_batch_sizes(config.batch, mesh.data.size, mesh.pipeline.size > 1),
     )
 
 
@@ -270,7 +272,9 @@ def _kind(config: TrainConfig, device: torch.device) -> str:
     """What the device is to the forecast."""
     dtype = DTYPES[config.model.distributed.training_dtype]
     return (
-        WIDENING if device.type == "cpu" and widened(torch.empty(0, dtype=dtype)) else device.type
+        UPCASTING_CPU
+        if device.type == "cpu" and widened(torch.empty(0, dtype=dtype))
+        else device.type
     )
 
 
@@ -281,10 +285,13 @@ def _memory(mesh: Mesh) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _tell_memory(plan: Plan, mesh: Mesh, memory: float) -> None:
-    shape, layout = Shape.of(plan.config, plan.batch.batch_size), Layout.of(plan.config, mesh.size)
-    used = needed(shape, layout, _kind(plan.config, mesh.device))
-    words = f"Memory by forecast: {readable_bytes(used)} of {readable_bytes(memory)} a process"
+def _tell_memory(spec: RunSpec, mesh: Mesh, memory: float) -> None:
+    shape, layout = (
+        Workload.of(spec.config, spec.batch.batch_size),
+        ParallelLayout.of(spec.config, mesh.size),
+    )
+    used = required_bytes(shape, layout, _kind(spec.config, mesh.device))
+    words = f"Memory by forecast: {format_bytes(used)} of {format_bytes(memory)} a process"
     if used <= memory:
         logger.info(f"{words}.")
     else:
@@ -339,7 +346,7 @@ def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
 
 
 def build_pipeline(
-    config: TrainConfig, batch: BatchPlan, models: list[Llama], mesh: Mesh
+    config: TrainConfig, batch: BatchSizes, models: list[Llama], mesh: Mesh
 ) -> Pipeline | None:
     """What runs the stages, if there are any."""
     if mesh.pipeline.size == 1:

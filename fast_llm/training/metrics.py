@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.model.cost import Cost
 from fast_llm.parallel.mesh import Mesh
@@ -32,7 +32,7 @@ class Metrics:
     """Gathers the results of steps and writes them when due."""
 
     def __init__(
-        self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchPlan, cost: Cost, first: int
+        self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchSizes, cost: Cost, first: int
     ):
         """`first`: the step from which this start of the run goes on."""
         self.config = config

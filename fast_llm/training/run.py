@@ -29,7 +29,7 @@ from typing import Any, TextIO
 from fast_llm.config.section import dump
 from fast_llm.errors import ConfigError, disk_problem
 from fast_llm.planning.history import read_records
-from fast_llm.planning.preflight import Plan
+from fast_llm.planning.preflight import RunSpec
 
 logger = logging.getLogger("fast_llm")
 
@@ -202,16 +202,16 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def prepare_folder(plan: Plan) -> None:
+def prepare_folder(spec: RunSpec) -> None:
     """Write what an experiment folder holds before the first step; on the first process."""
-    folder = plan.folder
+    folder = spec.folder
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", dump(plan.config))
-    if plan.small_files or plan.source_config is not None:
+    write_whole(folder / "config.yaml", dump(spec.config))
+    if spec.extra_files or spec.pretrained_config is not None:
         (folder / "pretrained").mkdir(exist_ok=True)
-        for name, content in plan.small_files.items():
+        for name, content in spec.extra_files.items():
             target = folder / "pretrained" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists() or target.read_bytes() != content:

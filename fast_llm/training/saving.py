@@ -25,7 +25,7 @@ from fast_llm.checkpoint import state
 from fast_llm.checkpoint.weights import gather
 from fast_llm.errors import CheckpointError
 from fast_llm.parallel.fsdp import like
-from fast_llm.planning.preflight import readable_bytes
+from fast_llm.planning.preflight import format_bytes
 
 logger = logging.getLogger("fast_llm")
 
@@ -166,7 +166,7 @@ class Saver:
         if short:
             logger.warning(
                 "Training waits for each checkpoint to be written: a copy in the host's memory would need"
-                f" {readable_bytes(short[0][0])}, and {readable_bytes(short[0][1])} are available."
+                f" {format_bytes(short[0][0])}, and {format_bytes(short[0][1])} are available."
             )
             self.background = False
 

@@ -31,7 +31,7 @@ from fast_llm.parallel.context import cut
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.planning.preflight import Plan
+from fast_llm.planning.preflight import RunSpec
 from fast_llm.training.doublecheck import DoubleCheck, impossible
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
@@ -55,7 +55,7 @@ class Trainer:
 
     def __init__(
         self,
-        plan: Plan,
+        spec: RunSpec,
         mesh: Mesh,
         run: Run,
         weights: SingleWeights | ShardedWeights,
@@ -64,8 +64,8 @@ class Trainer:
         mark: Callable[..., None],
     ):
         """`mark`: is told what comes next, as `Watchdog.mark`."""
-        self.plan = plan
-        self.config: TrainConfig = plan.config
+        self.spec = spec
+        self.config: TrainConfig = spec.config
         self.mesh = mesh
         self.run = run
         self.weights = weights
@@ -75,13 +75,13 @@ class Trainer:
         self.done = 0  # steps
         self.samples = 0  # sequences that these consumed, and those that were passed over
         self.passed_over: list[dict[str, int]] = []  # each time that the run went back
-        self.history = plan.history
-        self.saver = Saver(mesh.saving, plan.config.training.checkpoint.background)
+        self.history = spec.history
+        self.saver = Saver(mesh.saving, spec.config.training.checkpoint.background)
         self.double_check = DoubleCheck(step, mesh)
         self.stopping = False
         self.stage = "start"  # of _AFTER
         self.without_targets = 0  # steps since this start
-        self.metrics = Metrics(plan.config, run, mesh, plan.batch, plan.cost, plan.done)
+        self.metrics = Metrics(spec.config, run, mesh, spec.batch, spec.cost, spec.completed_steps)
 
     def fit(self) -> None:
         """Train, from the newest checkpoint if there is one, until what was saved is on disk."""
@@ -180,7 +180,7 @@ class Trainer:
                     result = self.train_step(
                         batch, stop=lambda: self.interrupt.signal != 0, check=check
                     )
-                self.done, self.samples = step, self.samples + self.plan.batch.batch_size
+                self.done, self.samples = step, self.samples + self.spec.batch.batch_size
                 self.stopping |= result.stop
                 self.mark("log")
                 self.metrics.add(step, result)
@@ -225,7 +225,7 @@ class Trainer:
             logger.warning(
                 f"Step {step} has no target tokens: its documents have one token each, and nothing precedes that. There is"
                 f" no loss, and the update was skipped (step {self.without_targets} of this kind since the start)."
-                f" `fast-llm why {self.plan.folder or '<experiment_dir>'} {step}` shows the documents."
+                f" `fast-llm why {self.spec.folder or '<experiment_dir>'} {step}` shows the documents."
             )
 
     def recorded(self) -> set[tuple[str, int]]:
@@ -306,7 +306,7 @@ class Trainer:
         if self.history is not None:
             # The checkpoint may be an earlier one than that which this start continued from, with other batches.
             self.history = self.history.with_batches(
-                self.done, self.samples, self.plan.batch.batch_size
+                self.done, self.samples, self.spec.batch.batch_size
             )
         self.samples = until
         self.metrics.went_back(self.done, self.passed_over[-1])
@@ -326,10 +326,10 @@ class Trainer:
         tokens = 0
         sets = {"language_model_loss": phase}
         if phase == "validation":
-            sets |= {f"{name}_loss": name for name in self.plan.dataset.validation_sets}
+            sets |= {f"{name}_loss": name for name in self.spec.dataset.validation_sets}
         for metric, name in sets.items():
             total = [0.0, 0.0]
-            with self.loader(name, 0, self.plan.evaluation_steps(name, iterations)) as batches:
+            with self.loader(name, 0, self.spec.evaluation_steps(name, iterations)) as batches:
                 self.mark("data", step=step)
                 for batch in batches:
                     self.mark(phase)
@@ -366,26 +366,26 @@ class Trainer:
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the weights their values."""
-        path, pretrained = self.plan.checkpoint, self.config.pretrained
+        path, pretrained = self.spec.checkpoint, self.config.pretrained
         if path is not None:
             self.go_on(path, tensors)
             logger.info(f"Going on from {path}, after step {self.done}.")
         elif (
-            self.plan.source is not None
+            self.spec.pretrained_folder is not None
             and pretrained.model_weights
             and pretrained.format == "distributed"
         ):
             if pretrained.optimizer_state:
-                self.load(self.plan.source, tensors)
+                self.load(self.spec.pretrained_folder, tensors)
                 self.train_step.optimizer.updates = checkpoints.read_manifest(
-                    self.plan.source
+                    self.spec.pretrained_folder
                 ).info["updates"]
             else:
-                state.load(self.plan.source, self.state(tensors), self.mesh.patient)
-            logger.info(f"Starting from the weights of {self.plan.source}.")
-        elif self.plan.source is not None and pretrained.model_weights:
-            load_weights(tensors, self.plan.source, self.mesh.patient)
-            logger.info(f"Starting from the weights of {self.plan.source}.")
+                state.load(self.spec.pretrained_folder, self.state(tensors), self.mesh.patient)
+            logger.info(f"Starting from the weights of {self.spec.pretrained_folder}.")
+        elif self.spec.pretrained_folder is not None and pretrained.model_weights:
+            load_weights(tensors, self.spec.pretrained_folder, self.mesh.patient)
+            logger.info(f"Starting from the weights of {self.spec.pretrained_folder}.")
         else:
             init_weights(tensors, self.config.model.base_model, self.config.model.distributed.seed)
             logger.info("Starting from random weights.")
@@ -436,8 +436,8 @@ class Trainer:
             "spikes": self.train_step.spikes.state(),
             "passed_over": list(self.passed_over),
             "history": self.history.model_dump(mode="json") if self.history is not None else None,
-            "tokens": self.plan.tokens,
-            "identity": self.plan.identity,
+            "tokens": self.spec.special_tokens,
+            "identity": self.spec.identity,
             "settings": self.config.model_dump(mode="json"),
         }
 
@@ -466,14 +466,14 @@ class Trainer:
                 path,
                 tensors,
                 config=export_config(
-                    self.plan.source_config,
+                    self.spec.pretrained_config,
                     self.config.model.base_model,
                     dtype,
-                    self.plan.tokens,
+                    self.spec.special_tokens,
                     length,
                 ),
                 dtype=dtype,
-                files=export_files(self.plan.small_files, length),
+                files=export_files(self.spec.extra_files, length),
                 parameters_per_file=settings.parameters_per_file,
                 step=step,
                 group=self.mesh.patient,
@@ -562,9 +562,9 @@ class Trainer:
         """This process's micro-batches of `steps` steps from sequence `first_sample` of a phase on."""
         config = self.config
         return Loader(
-            self.plan.dataset,
+            self.spec.dataset,
             phase,
-            self.plan.batch,
+            self.spec.batch,
             rank=self.mesh.data.rank,
             processes=self.mesh.data.size,
             vocab_size=config.model.base_model.vocab_size,

@@ -129,7 +129,7 @@ def disturb(
         forward_backward = step.forward_backward
 
         def disturbed(batches: Sequence[Batch], seed: float) -> Tensor:
-            batch = self.samples // self.plan.batch.batch_size + 1
+            batch = self.samples // self.spec.batch.batch_size + 1
             now = [fault for fault in faults if fault.batch == batch]
             mine = [fault for fault in now if fault.rank in (None, rank)]
             for fault in mine:

@@ -51,7 +51,7 @@ MARKS = (
 )
 MARKS += ("saving", "exporting", "what is due at the end", "closing")
 CALLS = {
-    "plan": ("fast_llm.planning.preflight", "make_plan"),
+    "plan": ("fast_llm.planning.preflight", "preflight"),
     "before the processes meet": ("fast_llm.training.build", "Mesh"),
     "while the processes meet": ("fast_llm.parallel.mesh", "_patient_group"),
     "after the processes met": ("fast_llm.training.build", "_check_fp8"),

@@ -14,7 +14,7 @@ from fast_llm import cli
 from fast_llm.checkpoint import llama
 from fast_llm.config.section import read
 from fast_llm.errors import UserError
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning.preflight import preflight
 from tests.checkpoint.test_transformers import logits, make
 from tests.training.runs import losses, run, write_tokens
 
@@ -91,7 +91,7 @@ def test_another_head_is_refused(
         file="head.safetensors" if sharded else "model.safetensors", differs=differs
     )
     with pytest.raises(UserError, match=message):
-        make_plan(read(None, arguments(tmp_path, "training.train_iters=1")), 1, weights=True)
+        preflight(read(None, arguments(tmp_path, "training.train_iters=1")), 1, weights=True)
     assert cli.main(["train", "--validate", *arguments(tmp_path, "training.train_iters=1")]) == 2
     assert "says tie_word_embeddings: true" in capsys.readouterr().err
     for kind in ("llama", "distributed"):
@@ -186,7 +186,7 @@ def test_where_there_is_no_head_the_model_decides(tmp_path: Path) -> None:
         UserError,
         match=r"tie_word_embeddings: given false, but .*config\.json says true; leave it out",
     ):
-        make_plan(
+        preflight(
             read(
                 None,
                 arguments(

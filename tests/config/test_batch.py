@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_llm.config.batch import BatchPlan, plan_batch
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.train import BatchConfig
 from fast_llm.errors import ConfigError
 
@@ -19,8 +19,8 @@ NAMES = {
 }
 
 
-def plan(processes: int, **values: Any) -> BatchPlan:
-    return plan_batch(
+def plan(processes: int, **values: Any) -> BatchSizes:
+    return derive_batch_sizes(
         BatchConfig(**{NAMES[name]: value for name, value in values.items()}), processes
     )
 
@@ -45,7 +45,7 @@ def plan(processes: int, **values: Any) -> BatchPlan:
 def test_what_is_not_given_follows(
     processes: int, values: dict[str, int], expected: tuple[int, int, int]
 ) -> None:
-    assert plan(processes, **values) == BatchPlan(*expected)
+    assert plan(processes, **values) == BatchSizes(*expected)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_not_given_follows(
 def test_what_does_not_divide_is_padded(
     processes: int, values: dict[str, int], expected: tuple[int, ...]
 ) -> None:
-    assert plan(processes, **values) == BatchPlan(*expected)
+    assert plan(processes, **values) == BatchSizes(*expected)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_pipelines_take_some_micro_batches_at_a_time(
     values: dict[str, int], expected: tuple[int, ...]
 ) -> None:
     batch = BatchConfig(**{NAMES[name]: value for name, value in values.items()})
-    assert plan_batch(batch, 4, pipeline=True) == BatchPlan(*expected)
+    assert derive_batch_sizes(batch, 4, pipeline=True) == BatchSizes(*expected)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_plan_multiplies_out_and_keeps_what_was_given(
 
 
 def test_auto_is_decided_later() -> None:
-    assert plan(4, size=40, micro="auto") == BatchPlan(40, 1, 10)
+    assert plan(4, size=40, micro="auto") == BatchSizes(40, 1, 10)
     with pytest.raises(ConfigError, match="given auto, which needs batch_size; give it"):
         plan(4, micro="auto")
     for name in ("depth", "breadth", "sequential"):

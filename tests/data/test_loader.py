@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.data.loader import Loader
 from fast_llm.errors import DataError
 from tests.data.test_dataset import described, numbered, opened
@@ -26,7 +26,7 @@ def loader(dataset, plan=None, phase="training", **changes):
         "workers": 0,
         "prefetch": 2,
     }
-    return Loader(dataset, phase, plan or BatchPlan(4, 2, 2), **{**given, **changes})
+    return Loader(dataset, phase, plan or BatchSizes(4, 2, 2), **{**given, **changes})
 
 
 def steps(dataset, *arguments, **changes):
@@ -56,7 +56,7 @@ def test_labels_positions_and_documents(tmp_path_factory, lengths, length, isola
     owner = [
         number for number, size in enumerate(lengths) for _ in range(size)
     ]  # token t is t itself
-    for (batch,) in steps(dataset, BatchPlan(2, 2, 1), isolate=isolate, steps=5):
+    for (batch,) in steps(dataset, BatchSizes(2, 2, 1), isolate=isolate, steps=5):
         labels, positions, runs = [], [], []
         for row in batch.tokens.tolist():
             assert row == list(range(row[0], row[0] + length))
@@ -88,7 +88,7 @@ def test_layout_does_not_matter(tmp_path, processes, micro_batch_size, workers):
     """The sequences of a step are the same, in the same order, however they are dealt."""
     dataset = opened(numbered(tmp_path / "a", [11] * 100), 5)  # 219 sequences
     micro_batches = 32 // processes // micro_batch_size
-    plan = BatchPlan(32, micro_batch_size, micro_batches)
+    plan = BatchSizes(32, micro_batch_size, micro_batches)
     dealt = [
         steps(dataset, plan, rank=rank, processes=processes, workers=workers, steps=10)
         for rank in range(processes)
@@ -124,7 +124,7 @@ def test_resume(tmp_path, workers):
         rest = steps(opened(path), steps=12 - done, first_sample=4 * done, workers=workers)
         assert [first_tokens(step) for step in rest] == whole[done:]
     # With another batch size, the sequences go on just as well.
-    rest = steps(opened(path), BatchPlan(2, 1, 2), steps=4, first_sample=8, workers=workers)
+    rest = steps(opened(path), BatchSizes(2, 1, 2), steps=4, first_sample=8, workers=workers)
     assert [token for step in rest for token in first_tokens(step)] == whole[2] + whole[3]
 
 
@@ -164,13 +164,13 @@ def test_a_token_that_the_model_does_not_have(tmp_path, workers):
 def test_a_negative_token(tmp_path):
     write(tmp_path / "a", [[1, 2, 3], [4, -5, 6]])
     with pytest.raises(DataError, match="document 1 holds token -5 at its place 1"):
-        steps(opened(str(tmp_path / "a")), BatchPlan(1, 1, 1))
+        steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1))
 
 
 def test_last_predicted_token_is_checked_too(tmp_path):
     write(tmp_path / "a", [[1, 2, 3, 4, 99]])  # one sequence of four; 99 is only a label
     with pytest.raises(DataError, match="token 99 at its place 4"):
-        steps(opened(str(tmp_path / "a")), BatchPlan(1, 1, 1), vocab_size=50)
+        steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1), vocab_size=50)
 
 
 def test_slow_storage_is_told(tmp_path, caplog):
@@ -192,8 +192,8 @@ def test_a_batch_that_does_not_divide_has_rows_without_targets(
     """All processes do as many micro-batches; together they hold each sequence of the step once."""
     dataset = opened(numbered(tmp_path / "a", [40, 30, 50]), 4)
     many = -(-size // (micro * processes))
-    plan = BatchPlan(size, micro, many, micro * many * processes - size)
-    whole = steps(dataset, BatchPlan(size, size, 1), steps=2, isolate=isolate)
+    plan = BatchSizes(size, micro, many, micro * many * processes - size)
+    whole = steps(dataset, BatchSizes(size, size, 1), steps=2, isolate=isolate)
     parts = [
         steps(dataset, plan, steps=2, rank=rank, processes=processes, isolate=isolate)
         for rank in range(processes)

@@ -4,7 +4,7 @@ import sysconfig
 from itertools import chain
 from pathlib import Path
 
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.config.train import DataConfig
 from fast_llm.data import tokenizer
@@ -48,7 +48,7 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
     with Loader(
         data,
         "training",
-        BatchPlan(1, 1, 1),
+        BatchSizes(1, 1, 1),
         rank=0,
         processes=1,
         vocab_size=400,

@@ -20,7 +20,7 @@ from fast_llm.config.section import read
 from fast_llm.data.loader import Loader
 from fast_llm.model.attention import Documents
 from fast_llm.model.loss import IGNORED
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning.preflight import preflight
 from tests.gpu.checks import Rows, report
 from tests.gpu.files import BLOCK_PARAMETERS, HEAD_PARAMETERS, write_tutorial
 from tests.gpu.runs import NO_CUDNN, Started, delete, difference, start, wait_for
@@ -138,7 +138,7 @@ def loss_by_transformers(
     here = Path.cwd()
     os.chdir(place)
     try:
-        plan = make_plan(
+        spec = preflight(
             read(str(config), [f"{name}={value}" for name, value in settings.items()]),
             1,
             weights=False,
@@ -148,7 +148,7 @@ def loss_by_transformers(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     total = targets = 0.0
     loader = Loader(
-        plan.dataset, "validation", plan.batch, rank=0, processes=1, vocab_size=128256, first_sample=0, steps=1,
+        spec.dataset, "validation", spec.batch, rank=0, processes=1, vocab_size=128256, first_sample=0, steps=1,
         isolate=True, workers=0, prefetch=1,
     )  # fmt: skip
     with torch.no_grad():

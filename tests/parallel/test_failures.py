@@ -62,10 +62,10 @@ def while_building(rank: int) -> None:
 
 
 def in_the_plan(ranks: tuple[int, ...], rank: int) -> None:
-    from fast_llm.planning import preflight as plan
+    from fast_llm.planning import preflight as checks
 
     if rank in ranks:
-        plan.make_plan = lambda *_, **__: raises(ConfigError(["data.path: not here"]))  # type: ignore[assignment]
+        checks.preflight = lambda *_, **__: raises(ConfigError(["data.path: not here"]))  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
 from fast_llm.model import fp8, linear
-from fast_llm.planning.memory import WIDENING, Layout, Memory, Shape, needed
-from fast_llm.planning.time import DEVICES, best, forecast, settle
+from fast_llm.planning.memory import UPCASTING_CPU, Memory, ParallelLayout, Workload, required_bytes
+from fast_llm.planning.time import DEVICES, fastest_layouts, forecast, resolve_auto
 from fast_llm.training import build
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
@@ -155,8 +155,11 @@ IN_PRODUCTS = [
 
 def peaks(settings: list[str], processes: int, widens: bool = WIDENS) -> list[float]:
     wanted = config(MODEL + settings)
-    layout, shape = Layout.of(wanted, processes), Shape.of(wanted, wanted.batch.batch_size or 0)
-    kind = WIDENING if widens else "cpu"
+    layout, shape = (
+        ParallelLayout.of(wanted, processes),
+        Workload.of(wanted, wanted.batch.batch_size or 0),
+    )
+    kind = UPCASTING_CPU if widens else "cpu"
     return [Memory(shape, layout, kind, place).peak().bytes for place in range(layout.pipeline)]
 
 
@@ -221,7 +224,7 @@ def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
     assert [build._kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [
-        WIDENING,
+        UPCASTING_CPU,
         "cpu",
         "cuda",
     ]
@@ -304,14 +307,14 @@ def test_the_tables_of_the_guide() -> None:
 
 def test_the_best_fit_and_keep_the_laws() -> None:
     for processes in (1, 8, 48, 1024):
-        for choice, one in best(config(LLAMA), processes, DEVICES["h100"]):
+        for choice, one in fastest_layouts(config(LLAMA), processes, DEVICES["h100"]):
             settings = [
                 f"{path}={'null' if value is None else value}" for path, value in choice.items()
             ]
             again = forecast(config([*LLAMA, *settings]), processes, DEVICES["h100"])
             assert again.fits and again.rate == one.rate
-    assert not best(config(LLAMA), 1, DEVICES["h100"])  # 18 bytes a weight
-    fastest = best(config(LLAMA), 8, DEVICES["h100"])[0][1]
+    assert not fastest_layouts(config(LLAMA), 1, DEVICES["h100"])  # 18 bytes a weight
+    fastest = fastest_layouts(config(LLAMA), 8, DEVICES["h100"])[0][1]
     assert fastest.rate >= rate(f"{LEVEL}=activation")
 
 
@@ -360,9 +363,9 @@ def settled(
 ) -> tuple[object, str, str]:
     """What is decided, which fits."""
     auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
-    found = settle(config([*LLAMA, *auto, *settings]), processes, memory, kind)
-    shape = Shape.of(found, 256)
-    fits = needed(shape, Layout.of(found, processes), kind) <= memory
+    found = resolve_auto(config([*LLAMA, *auto, *settings]), processes, memory, kind)
+    shape = Workload.of(found, 256)
+    fits = required_bytes(shape, ParallelLayout.of(found, processes), kind) <= memory
     level = found.model.base_model.transformer.mlp_recompute_level
     return (found.batch.micro_batch_size if fits else None), level, found.optimizer.moments_dtype
 
@@ -386,7 +389,7 @@ def test_what_is_auto() -> None:
     rows, level, moments = settled(h200, "optimizer.moments_dtype=int8")
     assert rows and level not in ("full", "block") and moments == "int8"
     eight = config([*LLAMA, "optimizer.moments_dtype=int8"])
-    state = Memory(Shape.of(eight, 256), Layout.of(eight, 1), "cuda").state
+    state = Memory(Workload.of(eight, 256), ParallelLayout.of(eight, 1), "cuda").state
     assert sum(state.values()) == pytest.approx(10.03 * 8.03e9, rel=1e-3)
     assert settled(b200)[::2] == (2, "fp32")
     rows, level, moments = settled(h100, processes=8)
@@ -398,7 +401,7 @@ def test_what_is_auto() -> None:
     # More memory is never slower.
     rates = []
     for memory in (60e9, h100, h200, b200):
-        found = settle(config([*LLAMA, "batch.micro_batch_size=auto"]), 8, memory, "cuda")
+        found = resolve_auto(config([*LLAMA, "batch.micro_batch_size=auto"]), 8, memory, "cuda")
         rates.append(forecast(found, 8, DEVICES["h100"]).rate)
     assert rates == sorted(rates) and rates[0] < rates[-1]
     small = "model.base_model.transformer.num_layers=1"

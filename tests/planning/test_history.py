@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fast_llm.cli import main
-from fast_llm.config.batch import BatchPlan
+from fast_llm.config.batch import BatchSizes
 from fast_llm.config.section import read
 from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Source, open_dataset
@@ -26,7 +26,7 @@ from fast_llm.errors import DataError
 from fast_llm.model.loss import IGNORED
 from fast_llm.planning import history as histories
 from fast_llm.planning.history import Batches, History, Order, SourceState, _batches
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning.preflight import preflight
 from fast_llm.training.audit import why
 from fast_llm.training.build import train
 from tests.training.runs import losses, records, run
@@ -65,7 +65,7 @@ def test_a_run_of_version_0_1_continues_as_it_would_have(old: Path) -> None:
         read_by("run", range(1, 21)) == expected["order"]
     )  # before anything of this version is there
     given = ["training.shutdown.interval=null"]
-    assert train(make_plan(read("run/config.yaml", given), 1, weights=True)) == 0
+    assert train(preflight(read("run/config.yaml", given), 1, weights=True)) == 0
     assert read_by("run", range(1, 21)) == expected["order"]
     for phase in ("training", "validation"):
         then = {int(step): loss for step, loss in expected["losses"][phase].items()}
@@ -431,7 +431,7 @@ def test_a_run_of_version_0_1_changes_by_consent(
         how = ["data.path=a.json"]
     consent = "run.accept_changes=[data.path, batch.sequence_length]"
     document = read("run/config.yaml", [*OLD_CHANGES, *how, consent])
-    assert train(make_plan(document, 1, weights=True)) == 0
+    assert train(preflight(document, 1, weights=True)) == 0
     assert "a.json: continues after 0.0" in capsys.readouterr().out
     expected = json.loads((old / "expected.json").read_text())["order"]
     before = [one for one in expected if one["step"] <= 11]
@@ -503,7 +503,7 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
     loader = Loader(
         data,
         "training",
-        BatchPlan(4, 4, 1),
+        BatchSizes(4, 4, 1),
         rank=0,
         processes=1,
         vocab_size=420,

@@ -12,8 +12,8 @@ from fast_llm import cli
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.config.section import read
 from fast_llm.config.train import CheckpointConfig
-from fast_llm.planning import preflight as plan
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning import preflight as checks
+from fast_llm.planning.preflight import preflight
 from tests.training.runs import run, settings, write_tokens
 
 
@@ -25,7 +25,7 @@ def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def warnings(folder: Path, *further: str) -> list[str]:
-    return make_plan(read(None, settings(folder, *further)), 1, weights=False).warnings
+    return preflight(read(None, settings(folder, *further)), 1, weights=False).warnings
 
 
 SAVES = ["training.checkpoint.interval=5", "training.export.interval=5"]
@@ -97,7 +97,7 @@ def test_sequences_longer_than_the_model_was_made_for(
         "run.experiment_dir=r",
     ]
     data = [f"data.path={tokens}/tokens", "data.split=[1]", "training.train_iters=1"]
-    (said,) = make_plan(read(None, [*shape, *data, *SAVES]), 1, weights=False).warnings
+    (said,) = preflight(read(None, [*shape, *data, *SAVES]), 1, weights=False).warnings
     assert "given 24, above max_position_embeddings of model/config.json, 16:" in said
 
 
@@ -184,7 +184,7 @@ def test_how_many_more_there_will_be(
             save(step)
             checkpoints.prune(root, kept_before, saved.is_permanent)
     before = fullest = len(checkpoints.find(root))
-    expected = plan._more(saved, root, done, last)
+    expected = checks._more(saved, root, done, last)
     for step in range(done + 1, last + 1):
         if saved.due(step) or step == last:
             save(step)

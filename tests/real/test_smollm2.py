@@ -19,7 +19,7 @@ from fast_llm.config.train import BaseModelConfig, DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.llama import Llama
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning.preflight import preflight
 from fast_llm.training.build import train
 from tests.training.runs import records
 
@@ -48,7 +48,7 @@ def settings(model: Path, data: Path, experiment: Path, *further: str) -> list[s
 
 def run(arguments: list[str]) -> int:
     """Train in this process, on all cores."""
-    return train(make_plan(read(None, arguments), 1, weights=True))
+    return train(preflight(read(None, arguments), 1, weights=True))
 
 
 def validation_loss(model: Any, data: Path) -> float:

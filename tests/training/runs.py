@@ -14,7 +14,7 @@ import torch
 from fast_llm.config.section import read
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning.preflight import preflight
 from fast_llm.training.build import train
 from fast_llm.training.trainer import Trainer
 
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     """Train in this process, as one of those that torchrun would start."""
     torch.set_num_threads(1)
     return train(
-        make_plan(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True)
+        preflight(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True)
     )
 
 

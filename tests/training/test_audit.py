@@ -11,7 +11,7 @@ import pytest
 from fast_llm.checkpoint import folder as folders
 from fast_llm.cli import main
 from fast_llm.config.section import read
-from fast_llm.planning.preflight import make_plan
+from fast_llm.planning.preflight import preflight
 from tests.helpers import spawn
 from tests.training import runs
 
@@ -86,7 +86,7 @@ def test_why(made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[s
         "step 2: 8 sequences of 24 + 1 tokens",
         f"  {place}/tokens: 100.0 % of the tokens",
     ]
-    data = make_plan(read(None, runs.settings(place, *MORE)), 1, weights=False).dataset
+    data = preflight(read(None, runs.settings(place, *MORE)), 1, weights=False).dataset
     sequences: dict[int, list[int]] = {}
     for line in lines[2:]:
         words = line.replace(",", "").split()

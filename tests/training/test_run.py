@@ -21,7 +21,7 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, UserError
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.planning.preflight import describe, make_plan
+from fast_llm.planning.preflight import describe, preflight
 from fast_llm.training.build import train
 from fast_llm.training.run import Run, lock, next_run_number
 from tests.campaigns.jobs import Job
@@ -31,7 +31,7 @@ from tests.training.runs import losses, records, run, settings, write_tokens
 
 def problems(arguments: list[str], processes: int = 1) -> str:
     with pytest.raises(UserError) as caught:
-        make_plan(read(None, arguments), processes, weights=False)
+        preflight(read(None, arguments), processes, weights=False)
     return str(caught.value)
 
 
@@ -48,7 +48,7 @@ def test_the_plan_in_numbers(tokens: Path) -> None:
         "training.checkpoint.interval=5",
         "training.export.interval=5",
     )
-    text = describe(make_plan(read(None, arguments), 2, weights=False))
+    text = describe(preflight(read(None, arguments), 2, weights=False))
     assert "8 sequences of 24 tokens = 2 a micro-batch × 2 micro-batches × 2 processes" in text
     assert "10 steps of 192 tokens = 1,920 tokens" in text
     assert re.search(r"tokens: \d[\d,]* tokens to train on, 0\.\d+ epochs", text)
@@ -477,12 +477,12 @@ def test_a_lock_dies_with_its_holder(tokens: Path) -> None:
 
 def test_a_plan_that_another_run_overtook(tokens: Path) -> None:
     arguments = settings(tokens, "training.train_iters=2", "training.checkpoint.interval=1")
-    plan = make_plan(read(None, arguments), 1, weights=False)
+    spec = preflight(read(None, arguments), 1, weights=False)
     assert spawn(1, run, arguments) == [0]
     with pytest.raises(
         ConfigError, match=r"another run saved to .* just now; start the same command again"
     ):
-        train(plan)
+        train(spec)
 
 
 def test_no_experiment_dir_writes_nothing(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
