@@ -1,55 +1,55 @@
-"""The mistakes a user can make, and how each ends the program.
+"""The errors that users see, and how each ends the program.
 
 UserError                 found before or between steps; exit code 2, one message, no traceback
-├── ConfigError           the YAML file, an override, or settings that contradict each other; lists them all
+├── ConfigError           the YAML file, an override, or settings that contradict each other; lists all mistakes
 ├── DataError             a dataset, a token file, a tokenizer
 ├── CheckpointError       a checkpoint, an export, a folder of weights
 ├── MissingPackage        an optional package that a setting needs
-├── TrainingStopped       training cannot go on (exit code 1); what was saved stays
-└── Elsewhere             another process of the run has reported why it ends; nothing is printed
+├── TrainingStopped       training cannot continue (exit code 1); what was saved stays
+└── ReportedElsewhere     another process of the run has reported why it ends; nothing is printed
 
-Everything else that is raised is a fault of ours and keeps its traceback.
+Every other exception is a bug and keeps its traceback. `terminal.print_error` prints a report, in blocks on a terminal.
 """
 
 import errno
 
-# A disk that is full or broken, and not a fault of ours. The places that write most have messages of their own.
+# Errors of the disk, not bugs. The code that writes checkpoints and token files has messages of its own.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
 
 
 def disk_problem(error: OSError) -> str | None:
-    """What to do about a disk that failed; None if that is not what happened."""
+    """The message for a full or failing disk; None for any other error."""
     if error.errno not in _DISK:
         return None
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}; free space on the disk or repair it, then start the same command again"
+    return (
+        f"{where}{error.strerror}; free space on the disk or repair it, then start the same command"
+        " again"
+    )
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says where, what was given, what is allowed and what to do."""
+    """A mistake that the user can fix: where it is, what was given, what is allowed, what to do."""
 
     exit_code = 2
-    printed = False  # by a process of the run, so that the command prints nothing more
+    printed = False  # already, by a process of the run
 
     def report(self) -> str:
-        """What the user reads behind the name of the command."""
+        """The message after the name of the command: one line for each mistake."""
         return str(self)
 
 
 class ConfigError(UserError):
-    """All the mistakes of a configuration at once."""
+    """All mistakes of a configuration at once."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
         super().__init__("\n".join(problems))
 
     def report(self) -> str:
-        problems = self.problems
-        return (
-            problems[0]
-            if len(problems) == 1
-            else f"{len(problems)} mistakes\n  " + "\n  ".join(problems)
-        )
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return "\n  ".join([f"{len(self.problems)} mistakes", *self.problems])
 
 
 class DataError(UserError):
@@ -64,22 +64,22 @@ class MissingPackage(UserError):
     """A setting needs an optional package that is not installed."""
 
     def __init__(self, packages: str, why: str):
-        """`packages`: what to install, the one that is missing first. By name: fast-llm itself is on no index."""
+        """`packages`: what to install, the missing one first. By name, as fast-llm is not on a package index."""
         super().__init__(f"{why} needs the package {packages.split()[0]}: pip install {packages}")
 
 
 class TrainingStopped(UserError):
-    """Training cannot usefully continue. Nothing that was saved is lost."""
+    """Training cannot continue. Everything that was saved is kept."""
 
     exit_code = 1
 
     def __init__(self, message: str, resumable: bool = False):
-        """`resumable`: the same command can continue from the newest checkpoint; training adds which one that is."""
+        """`resumable`: the same command resumes from the newest checkpoint; training adds which one that is."""
         self.resumable = resumable
         super().__init__(message)
 
 
-class Elsewhere(UserError):
+class ReportedElsewhere(UserError):
     """Another process of the run prints why it ends; this one leaves with the same exit code."""
 
     printed = True

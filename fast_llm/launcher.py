@@ -1,10 +1,11 @@
-"""What an installed fast-llm changes in torchrun's own process, when that starts fast-llm.
+"""torchrun and the environment it sets, as fast-llm meets them.
 
-torchrun imports the entry points of the group `torchrun.handlers` (new rendezvous backends) before it does anything
-else; ours is `register`. A process that ends with exit code 2 has reported a user's mistake: torchrun then ends with
-2 as well, without its traceback, and does not try again. A process that was killed is named in a line.
+`is_first_process` and `process_count` read the environment of a process. `register` changes torchrun's own process when it
+starts fast-llm: torchrun imports the entry points of the group `torchrun.handlers` (meant for rendezvous backends)
+before it does anything else. Exit code 2 means that a process has reported a user's mistake: torchrun then ends with 2 as well,
+without its traceback and without another attempt. A process that was killed is named in one line.
 
-Nothing here decides how a run goes. Where a later torch has other names, torchrun behaves as it does without this.
+Nothing here decides how a run goes. If a later torch has other names, torchrun behaves as it does without this file.
 """
 
 import logging
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fast_llm.errors import UserError
+from fast_llm.errors import ConfigError, UserError
 
 _NAMES = ("fast-llm", "fast_llm.cli")  # torchrun --no-python fast-llm, torchrun -m fast_llm.cli
 _LOGGERS = (
@@ -26,8 +27,8 @@ _LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
     "torch.distributed.elastic.agent.server.api",
 )
-# Lines of torchrun that follow each end of a process, or say that each process computes with one thread, as the log does.
-_CHATTER = (
+# Lines of torchrun about the end of each process, and about one thread for each process; our log has both.
+_SUPPRESSED = (
     "OMP_NUM_THREADS",
     "*****",
     "closing signal",
@@ -36,50 +37,78 @@ _CHATTER = (
 )
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or rank 0 of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_count(training: bool) -> int:
+    """The number of processes that torchrun started. Raises ConfigError if the environment does not say it, or, with
+    `training`, if it does not say which of them this is."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) == 0:
+        raise ConfigError(
+            [
+                f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes;"
+                " unset it"
+            ]
+        )
+    size = int(given)
+    if training and size > 1:
+        rank = os.environ.get("RANK")
+        if rank is None or not rank.isdecimal() or int(rank) >= size:
+            found = "missing" if rank is None else f"given {rank!r}"
+            raise ConfigError(
+                [
+                    f"RANK: {found} in the environment, must be from 0 to {size - 1}, as WORLD_SIZE"
+                    f" is {size}; start the processes with torchrun, or unset both"
+                ]
+            )
+    return size
+
+
 def register() -> Callable[[Any], Any]:
-    """Prepare this process if it is a torchrun that starts fast-llm. Returns what the entry point asks for, a rendezvous
-    backend, which nobody can choose by mistake: it refuses."""
+    """Prepare this process if it is a torchrun that starts fast-llm. Returns a rendezvous backend, as the entry point must;
+    this one raises ValueError."""
     if any(Path(word).name in _NAMES for word in sys.argv[1:]):
-        # Else torch 2.13 has a restart use the store of the last attempt, where processes find addresses of dead ones.
+        # By default torch 2.13 reuses the store of the last attempt, which has addresses of processes that have ended.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         try:
-            _give_up_after_mistakes()
-        except Exception:  # another torch: mistakes are tried again as often as crashes
+            _never_retry_mistakes()
+        except Exception:  # another torch: mistakes are retried like crashes
             logging.getLogger(__name__).debug("torchrun will retry mistakes", exc_info=True)
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(
-                lambda record: not any(part in record.getMessage() for part in _CHATTER)
+                lambda record: not any(part in record.getMessage() for part in _SUPPRESSED)
             )
-        sys.excepthook = _Report(sys.excepthook)
-    return _no_backend
+        sys.excepthook = _ExceptHook(sys.excepthook)
+    return _refuse_backend
 
 
-def _no_backend(parameters: Any) -> Any:
-    raise ValueError("fast-llm is no rendezvous backend: use --rdzv_backend c10d")
+def _refuse_backend(parameters: Any) -> Any:
+    raise ValueError("fast-llm is not a rendezvous backend: use --rdzv_backend c10d")
 
 
-def _give_up_after_mistakes() -> None:
-    """Have torchrun end, whatever --max_restarts says, when one of its processes has reported a user's mistake."""
+def _never_retry_mistakes() -> None:
+    """Make torchrun end when a process has reported a user's mistake, whatever --max_restarts says."""
     from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     wait = PContext.wait
 
-    def wait_and_look(self: Any, *arguments: Any, **further: Any) -> Any:
+    def wait_and_check(self: Any, *arguments: Any, **further: Any) -> Any:
         result = wait(self, *arguments, **further)
-        if result is not None and any(
-            one.exitcode == UserError.exit_code for one in result.failures.values()
-        ):
-            raise ChildFailedError(
-                name=self.name, failures=result.failures
-            )  # as torchrun does after the last attempt
+        failures = {} if result is None else result.failures
+        if any(failure.exitcode == UserError.exit_code for failure in failures.values()):
+            # As torchrun does after the last attempt.
+            raise ChildFailedError(name=self.name, failures=failures)
         return result
 
-    PContext.wait = wait_and_look  # type: ignore[method-assign]
+    PContext.wait = wait_and_check  # type: ignore[method-assign]
 
 
-class _Report:
-    """sys.excepthook of a torchrun that starts fast-llm."""
+class _ExceptHook:
+    """sys.excepthook of a torchrun that starts fast-llm: one line instead of a traceback."""
 
     def __init__(self, before: Callable[..., Any]):
         self.before = before
@@ -95,13 +124,11 @@ class _Report:
         if line:
             print(line, file=sys.stderr)
         sys.stderr.flush()
-        raise SystemExit(
-            code
-        )  # the interpreter takes the exit code of an exception hook that raises this
+        raise SystemExit(code)  # the interpreter exits with the code of a hook that raises this
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
-    """torchrun's exit code, and a line if nobody else says what happened. Raises if this is none of the known ends."""
+    """torchrun's exit code, and a line if no process has reported the reason. Raises if the error is not a known one."""
     name = type(error).__name__
     if name == "SignalException":  # torchrun itself was asked to end
         return 128 + int(error.sigval), ""  # type: ignore[attr-defined]
@@ -109,22 +136,23 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return 1, "torchrun: another node has ended this job"
     if isinstance(error, FileNotFoundError) and Path(str(error.filename)).name in _NAMES:
         return UserError.exit_code, (
-            f"torchrun: {error.filename}: no such command: activate the environment that fast-llm is installed in, or give"
-            " its path"
+            f"torchrun: {error.filename}: no such command: activate the environment that fast-llm"
+            " is installed in, or give its path"
         )
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
     codes = {failure.exitcode for failure in failures.values()}
     if UserError.exit_code in codes:
         return UserError.exit_code, ""
-    # SIGTERM is torchrun's own, to the processes that were left.
-    killed = {
-        rank: one
-        for rank, one in failures.items()
-        if one.exitcode < 0 and one.exitcode != -signal.SIGTERM
+    killed = {  # SIGTERM is torchrun's own, to the processes that remained
+        rank: failure
+        for rank, failure in failures.items()
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
     }
+    host = socket.gethostname()
     line = "\n".join(
-        f"torchrun: rank {rank} on {socket.gethostname()} was killed by {one.signal_name()} (process {one.pid})"
-        for rank, one in sorted(killed.items())[:8]
+        f"torchrun: rank {rank} on {host} was killed by {failure.signal_name()}"
+        f" (process {failure.pid})"
+        for rank, failure in sorted(killed.items())[:8]
     )
-    # With another exit code the processes have said why.
+    # With another exit code the processes have reported the reason.
     return max(error.get_first_failure()[1].exitcode, 1), line  # type: ignore[attr-defined]

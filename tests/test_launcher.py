@@ -242,13 +242,13 @@ def test_other_launches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", words)
         backend = launcher.register()
         assert sys.excepthook is before
-    with pytest.raises(ValueError, match="no rendezvous backend"):
+    with pytest.raises(ValueError, match="not a rendezvous backend"):
         backend(None)
 
 
 def test_unknown_errors_keep_their_report() -> None:
     seen: list[object] = []
-    report = launcher._Report(lambda *given: seen.append(given))
+    report = launcher._ExceptHook(lambda *given: seen.append(given))
     error = RuntimeError("another torch")
     report(RuntimeError, error, None)
     assert seen == [(RuntimeError, error, None)]

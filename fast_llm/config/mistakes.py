@@ -270,7 +270,7 @@ def _unknown_setting(kind: type[BaseModel], section: type[BaseModel], path: str)
     known = list(iter_paths(kind))
     above, _, name = path.rpartition(".")
     siblings = list(section.model_fields)
-    near = _nearest(path, name, above, siblings, known)
+    near = nearest_setting(path, name, above, siblings, known)
     hint = f"; did you mean {near}?" if near else ""
     allowed = siblings
     if len(siblings) > 15:
@@ -281,7 +281,9 @@ def _unknown_setting(kind: type[BaseModel], section: type[BaseModel], path: str)
     return f"no such setting{hint} (allowed: {', '.join(allowed)})"
 
 
-def _nearest(path: str, name: str, above: str, siblings: list[str], known: list[str]) -> str | None:
+def nearest_setting(
+    path: str, name: str, above: str, siblings: list[str], known: list[str]
+) -> str | None:
     """The setting that was probably meant: a sibling, one with the name elsewhere, or one that reads much the same."""
     sibling = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if sibling:

@@ -4,6 +4,7 @@ What a setting is and means stands under it in train.py and prepare.py, what is 
 differs from Fast-LLM 0.2 is written here. A test compares the page with this.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
@@ -123,7 +124,7 @@ def page() -> str:
         ("prepare", PrepareConfig),
         ("convert", ConvertConfig),
     ):
-        lines += [f"## {title}", "", _doc(kind), ""]
+        lines += [f"## {title}", "", doc_text(kind), ""]
         for path, section in _sections(kind, ""):
             lines += _table(path, section)
     lines += [
@@ -160,19 +161,20 @@ def _table(path: str, section: type[BaseModel]) -> list[str]:
         _row(
             f"`{name}`",
             describe_allowed(field).replace(_IN_QUOTES, ""),
-            _default(section, name),
+            default_text(section, name),
             field.description or "",
         )
         for name, field in section.model_fields.items()
         if not nested_sections(field.annotation)
     ]
-    heading = [f"### `{path}`", "", _doc(section), ""] if path else []
+    heading = [f"### `{path}`", "", doc_text(section), ""] if path else []
     return heading + (
         ["| Setting | May be | Default | Meaning |", "|---|---|---|---|", *rows, ""] if rows else []
     )
 
 
-def _default(section: type[BaseModel], name: str) -> str:
+def default_text(section: type[BaseModel], name: str) -> str:
+    """The default of a setting, in Markdown."""
     field = section.model_fields[name]
     if field.default_factory is not None:
         extra = field.json_schema_extra
@@ -186,7 +188,7 @@ def _default_at(kind: type[BaseModel], path: str) -> str:
     *above, name = path.split(".")
     for part in above:
         kind = nested_sections(kind.model_fields[part].annotation)[0]
-    return _default(kind, name)
+    return default_text(kind, name)
 
 
 def _refused(kind: type[BaseModel], table: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -203,8 +205,14 @@ def _refused(kind: type[BaseModel], table: Mapping[str, str]) -> Iterator[tuple[
         yield (f"`{above}`: " if above else "") + ", ".join(names), sentence
 
 
-def _doc(section: type[BaseModel]) -> str:
+def doc_text(section: type[BaseModel]) -> str:
+    """The description of a section, on one line."""
     return " ".join((section.__doc__ or "").split())
+
+
+def plain(text: str) -> str:
+    """Text of the reference without the marks of Markdown around code and emphasis."""
+    return re.sub(r"[`*]([^`*]+)[`*]", r"\1", text)
 
 
 def _row(*cells: str) -> str:

@@ -24,8 +24,10 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fast_llm.errors import ConfigError, Elsewhere, TrainingStopped, UserError
+from fast_llm.errors import ConfigError, ReportedElsewhere, TrainingStopped, UserError
+from fast_llm.terminal import print_error
 
+_MEETING = 60.0  # seconds that processes wait for each other when one of them has no plan
 _LOOK = 0.5  # seconds between looks at the store
 _TOGETHER = 1.0  # seconds in which a mistake that all processes meet reaches all of them
 _UNWIND = 5.0  # seconds that a process has to leave after another failed, and that it waits for the message of that one
@@ -82,7 +84,7 @@ class Failures:
             ) from error
         except RuntimeError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a host says so
-                raise Elsewhere(TrainingStopped.exit_code) from error
+                raise ReportedElsewhere(TrainingStopped.exit_code) from error
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise TrainingStopped(
                 f"{_here(rank)}: the other processes could not be reached at {place} within {timeout:g} s"
@@ -156,9 +158,9 @@ class Failures:
             ended.set()
 
     def once(self, error: Exception, saved: Callable[[], str] = str) -> Exception:
-        """What this process raises for `error`, once one of those that failed has printed why: itself, or Elsewhere if it only
+        """What this process raises for `error`, once one of those that failed has printed why: itself, or ReportedElsewhere if it only
         lost a process that failed. One process alone prints nothing."""
-        if self.store is None or isinstance(error, Elsewhere):
+        if self.store is None or isinstance(error, ReportedElsewhere):
             return error
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
             deadline = time.monotonic() + 2 * _LOOK
@@ -183,7 +185,7 @@ class Failures:
                 return error  # one process of each host says that it has lost the others
             posted = {self.rank: (socket.gethostname(), text, code)}
         if isinstance(error, UserError):
-            print(f"fast-llm train: {_together(posted, self.size)}", file=sys.stderr, flush=True)
+            print_error("fast-llm train", _together(posted, self.size))
         else:
             sys.excepthook(
                 type(error), error, error.__traceback__
@@ -196,13 +198,13 @@ class Failures:
             self._part(self.store)
         return error
 
-    def _elsewhere(self, code: int) -> Elsewhere:
+    def _elsewhere(self, code: int) -> ReportedElsewhere:
         """Once the process that prints has done so."""
         if self.watching and not self.posted:
             self.informed.wait(_UNWIND)
         elif self.store is not None:
             self._await_message(self.store)
-        return Elsewhere(code)
+        return ReportedElsewhere(code)
 
     def _await_message(self, store: dist.Store) -> None:
         deadline = time.monotonic() + _UNWIND
@@ -293,6 +295,25 @@ class Failures:
         self.informed.set()
         if not ended.wait(max(0, deadline - time.monotonic())) and not self.failing:
             leave(found)
+
+
+def report_before_start(error: UserError, printed: bool) -> UserError:
+    """What this process raises for a mistake in its plan, once the processes have met and one of them has reported the mistakes
+    of all. `printed`: this process has printed its own already."""
+    try:
+        failures = Failures.meet(_MEETING)
+    except ConfigError:  # without a launcher the first process has printed it
+        error.printed = True
+        return error
+    except UserError:
+        return error
+    if printed:
+        failures.spoke()
+    try:
+        failures.arrive(error, _MEETING)
+    except UserError as agreed:
+        return agreed
+    return error
 
 
 def _ask(store: dist.Store, rank: int, timeout: float) -> str:

@@ -64,7 +64,7 @@ class Mesh:
         """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy. `failures`:
         what has found them already.
 
-        The sizes divide the number of processes: config/checks.py sees to it. Raises UserError if that cannot be, and Elsewhere
+        The sizes divide the number of processes: config/checks.py sees to it. Raises UserError if that cannot be, and ReportedElsewhere
         if it is another process that cannot.
         """
         self.failures = failures or Failures.meet(timeout)

@@ -13,13 +13,15 @@ GPU, would not hear of the second one. The thread also tells the user what follo
 locks the other threads may hold.
 """
 
+import atexit
 import contextlib
 import os
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -129,3 +131,54 @@ class Interrupt:
         os.close(self.writer)
         self.thread.join()
         os.close(self.reader)
+
+
+# Commands other than training.
+
+
+class StopSignal(KeyboardInterrupt):
+    """SIGTERM or SIGINT ends a command that does not train."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def stop_signals(training: bool, own_process: bool) -> Iterator[None]:
+    """SIGTERM and SIGINT raise StopSignal inside; a second one ends the process at once.
+
+    With `training` they end the process immediately, also inside C code, until an Interrupt takes over. With `own_process`
+    they are ignored once the command is done: a signal that meets the interpreter while it exits would change the exit code.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, leave)
+        raise StopSignal(number)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(128 + number)
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    before = {
+        number: signal.signal(number, signal.SIG_DFL if training else stop) for number in numbers
+    }
+    before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
+    if own_process:
+        # Python restores the default handlers before it has exited: a late signal would then end the process.
+        atexit.register(ignore)
+    try:
+        yield
+    finally:
+        if not own_process:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        elif not training:
+            ignore()

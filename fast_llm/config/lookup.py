@@ -1,0 +1,107 @@
+"""`fast-llm settings`: the reference of settings in a terminal, from the same source as docs/settings.md (reference.py)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from fast_llm.config.mistakes import (
+    describe_allowed,
+    iter_paths,
+    iter_settings,
+    nearest_setting,
+    nested_sections,
+)
+from fast_llm.config.prepare import CONVERT_REFUSED, PREPARE_REFUSED, ConvertConfig, PrepareConfig
+from fast_llm.config.reference import DIFFERENT, default_text, doc_text, plain
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.errors import ConfigError
+from fast_llm.terminal import BOLD, fields, style, wrap
+
+_COMMANDS: dict[str, type[BaseModel]] = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "convert": ConvertConfig,
+}
+
+
+def describe(path: str, columns: int, stream: Any) -> str:
+    """A section or a setting by its dotted path, or by the end of it; without a path one line for each setting.
+
+    Raises ConfigError, with the nearest name, if there is no such section or setting.
+    """
+    if not path:
+        return "\n\n".join(_listing(command, kind, stream) for command, kind in _COMMANDS.items())
+    if path in _COMMANDS:
+        return _listing(path, _COMMANDS[path], stream)
+    found = [(kind, path) for kind in _COMMANDS.values() if path in set(iter_paths(kind))]
+    found = found or [
+        (kind, known)
+        for kind in _COMMANDS.values()
+        for known in iter_paths(kind)
+        if known.endswith(f".{path}")
+    ]
+    if not found:
+        raise ConfigError([f"{path}: {_unknown(path)}"])
+    return "\n\n".join(
+        block for kind, known in found for block in _blocks(kind, known, columns, stream)
+    )
+
+
+def _listing(command: str, kind: type[BaseModel], stream: Any) -> str:
+    label = 2 + max(len(path) for path, _ in iter_settings(kind))
+    lines = [style(f"{command}: {doc_text(kind)}", stream, BOLD)]
+    for path, _ in iter_settings(kind):
+        section, name = _section(kind, path)
+        lines.append(f"  {path:<{label}}{plain(default_text(section, name))}")
+    return "\n".join(lines)
+
+
+def _blocks(kind: type[BaseModel], path: str, columns: int, stream: Any) -> Iterator[str]:
+    section, name = _section(kind, path)
+    inside = nested_sections(section.model_fields[name].annotation)
+    if not inside:
+        yield _setting(section, name, path, columns, stream)
+    for below in inside:
+        yield "\n".join(
+            [style(path, stream, BOLD), wrap(plain(doc_text(below)), columns, "  ", "  ")]
+        )
+        for inner in below.model_fields:
+            yield from _blocks(kind, f"{path}.{inner}", columns, stream)
+
+
+def _setting(section: type[BaseModel], name: str, path: str, columns: int, stream: Any) -> str:
+    field = section.model_fields[name]
+    rows = [
+        ("  default", plain(default_text(section, name))),
+        ("  allowed", describe_allowed(field)),
+        ("  meaning", plain(" ".join((field.description or "").split()))),
+    ]
+    if path in DIFFERENT:
+        before, why = DIFFERENT[path]
+        rows.append(("  Fast-LLM 0.2", plain(f"{before}. {why}")))
+    label = 2 + max(len(row) for row, _ in rows)
+    return "\n".join([style(path, stream, BOLD), fields(rows, label, columns, stream)])
+
+
+def _section(kind: type[BaseModel], path: str) -> tuple[type[BaseModel], str]:
+    """The section that a dotted path is in, and its name there."""
+    *above, name = path.split(".")
+    for part in above:
+        kind = nested_sections(kind.model_fields[part].annotation)[0]
+    return kind, name
+
+
+def _unknown(path: str) -> str:
+    if path in RENAMED:
+        return f"an older name; see `fast-llm settings {RENAMED[path]}`"
+    for refused in (REFUSED, PREPARE_REFUSED, CONVERT_REFUSED):
+        if path in refused:
+            return f"not offered: {refused[path]}"
+    above, _, name = path.rpartition(".")
+    for kind in _COMMANDS.values():
+        known = list(iter_paths(kind))
+        siblings = [one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == above]
+        if near := nearest_setting(path, name, above, siblings, known):
+            return f"no such setting; did you mean {near}?"
+    return "no such setting; `fast-llm settings` lists all"
