@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "model, dtype", [(MODEL, "bf16"), (TIED, "fp16"), (MODEL, "fp32")], ids=["bf16", "tied", "fp32"]
 )
-def test_transformers_computes_the_same(tmp_path, model, dtype, parameters_per_file):
+def test_transformers_computes_the_same(
+    tmp_path: Path, model: BaseModelConfig, dtype: str, parameters_per_file: int
+) -> None:
     from transformers import AutoModelForCausalLM
 
     path = tmp_path / "export"
@@ -110,7 +113,7 @@ def test_transformers_computes_the_same(tmp_path, model, dtype, parameters_per_f
     )
 
 
-def test_several_files_and_their_index(tmp_path):
+def test_several_files_and_their_index(tmp_path: Path) -> None:
     """The index is as transformers writes it, no file is larger than asked, and bits are right."""
     export(str(tmp_path / "export"), "bf16", FEW)
     path = tmp_path / "export"
@@ -140,7 +143,7 @@ def test_several_files_and_their_index(tmp_path):
             assert opened.metadata() == {"format": "pt"}, "transformers refuses files without it"
 
 
-def test_the_bytes_are_those_of_safetensors_itself(tmp_path):
+def test_the_bytes_are_those_of_safetensors_itself(tmp_path: Path) -> None:
     """Also with dtypes of several widths, scalars and empty tensors."""
     tensors = {
         "b": torch.randn(3, 2),
@@ -157,7 +160,7 @@ def test_the_bytes_are_those_of_safetensors_itself(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_batches_do_not_show(tmp_path, monkeypatch):
+def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(str(tmp_path / "one"))
     monkeypatch.setattr(weights, "BATCH", 1000)
     export(str(tmp_path / "many"))
@@ -169,7 +172,7 @@ def exports_of_two(root: str) -> None:
     export(f"{root}/two-cut", "fp32", FEW)
 
 
-def test_bytes_depend_on_the_weights_alone(tmp_path):
+def test_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
     """Twice, and from one process or two: the same bytes, the manifest's too."""
     export(str(tmp_path / "one"))
     export(str(tmp_path / "again"))
@@ -182,7 +185,7 @@ def test_bytes_depend_on_the_weights_alone(tmp_path):
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_modes_follow_the_umask(tmp_path, mask, mode):
+def test_modes_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
         export(str(tmp_path / "export"), parameters_per_file=FEW)
@@ -195,7 +198,7 @@ def test_modes_follow_the_umask(tmp_path, mask, mode):
             assert file.stat().st_mode & 0o777 == mode, file
 
 
-def test_there_and_back(tmp_path):
+def test_there_and_back(tmp_path: Path) -> None:
     """A folder → weights → a checkpoint → weights → a folder: the same bytes throughout, also cut otherwise."""
     export(str(tmp_path / "first"), "bf16", FEW)
     source = llama.read_json(tmp_path / "first" / "config.json")
@@ -240,12 +243,12 @@ def load_spread(path: str) -> int:
     return empty
 
 
-def test_loading_into_shards(tmp_path):
+def test_loading_into_shards(tmp_path: Path) -> None:
     """Uneven and empty ones too."""
     assert spawn(2, load_spread, str(tmp_path / "model")) == [0, 1]
 
 
-def test_loading_into_plain_tensors(tmp_path):
+def test_loading_into_plain_tensors(tmp_path: Path) -> None:
     """In another dtype than the file's; the spare tensors of published folders are left out."""
     tensors = random_weights(TIED) | {
         "lm_head.weight": torch.ones(2),
@@ -261,7 +264,7 @@ def test_loading_into_plain_tensors(tmp_path):
     assert all(torch.equal(tensor, tensors[name].half().double()) for name, tensor in found.items())
 
 
-def test_loading_what_does_not_fit(tmp_path):
+def test_loading_what_does_not_fit(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     a, b, c = torch.ones(2), torch.ones(3), torch.ones(4)
     with pytest.raises(CheckpointError, match="1 weights are missing, first c"):
@@ -286,7 +289,7 @@ def test_loading_what_does_not_fit(tmp_path):
         weights.load_weights({"a": a, "c": c}, tmp_path)
 
 
-def test_beyond_fp16(tmp_path):
+def test_beyond_fp16(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="a has values beyond fp16's range; choose bf16 or fp32"
     ):
@@ -297,7 +300,7 @@ def test_beyond_fp16(tmp_path):
     ("value", "dtype"),
     [(float("nan"), "fp32"), (-float("inf"), None), (float("inf"), "bf16"), (3.4e38, "bf16")],
 )
-def test_what_is_not_finite_is_not_exported(tmp_path, value, dtype):
+def test_what_is_not_finite_is_not_exported(tmp_path: Path, value: float, dtype: str) -> None:
     """Also what is so by rounding: bf16 ends at 3.39e38."""
     with pytest.raises(
         CheckpointError,
@@ -306,11 +309,11 @@ def test_what_is_not_finite_is_not_exported(tmp_path, value, dtype):
         weights.save_weights({"a": torch.tensor([1.0, value, 2.0])}, tmp_path, dtype, 10**9)
 
 
-def full(*args, **kwargs):
+def full(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def fault(*args, **kwargs):
+def fault(*args: Any, **kwargs: Any) -> None:
     raise ZeroDivisionError("a fault of ours")
 
 
@@ -358,7 +361,7 @@ def fail_each(root: str) -> dict[str, str]:
     return seen
 
 
-def test_an_error_on_one_process_is_one_on_all(tmp_path):
+def test_an_error_on_one_process_is_one_on_all(tmp_path: Path) -> None:
     """A full disk is a CheckpointError everywhere, with torch's own errors unwrapped, and what stood there stays."""
     first, second = spawn(2, fail_each, str(tmp_path), timeout=60)
     for case in BREAKS:

@@ -4,7 +4,9 @@ The same with real kills and power cuts is in tests/campaigns/crashes.py.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +30,7 @@ def content(path: Path | None) -> str:
     """What a whole folder was written with; fails on a mixture."""
     assert path is not None, "nothing is left"
     manifest = folder.verify(path)
-    text = manifest.info["text"]
+    text: str = manifest.info["text"]
     assert sorted(manifest.files) == NAMES
     for name in NAMES:
         assert (path / name).read_bytes() == f"{name} {manifest.step} {text}".encode()
@@ -43,8 +45,8 @@ def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException
     """Let the `number`th (from 0) of the calls to the disk fail; the list fills with those that were made."""
     made: list[str] = []
 
-    def failing(name, real):
-        def call(*args, **kwargs):
+    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             made.append(name)
             if len(made) == number + 1:
                 raise stop
@@ -63,7 +65,7 @@ def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException
     "stop", [Stop(), OSError(28, "No space left on device")], ids=["kill", "disk full"]
 )
 @pytest.mark.parametrize("replace", [False, True])
-def test_every_call_may_be_the_last(tmp_path, stop, replace):
+def test_every_call_may_be_the_last(tmp_path: Path, stop: BaseException, replace: bool) -> None:
     """Before and after cleaning up; and once the new one is there, no later failure takes it away."""
     seen = []
     for number in range(80):
@@ -90,7 +92,7 @@ def test_every_call_may_be_the_last(tmp_path, stop, replace):
     assert {"fsync", "rename", "open", "mkdir", "Path.open"} <= set(made)
 
 
-def test_unreadable_as_nobody(tmp_path):
+def test_unreadable_as_nobody(tmp_path: Path) -> None:
     """Permissions do not bind root, so a process without its rights looks; unreadable is as good as absent."""
     for step in (1, 2, 3):
         write(tmp_path, step, "")
@@ -118,7 +120,7 @@ def test_unreadable_as_nobody(tmp_path):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_damaged_replacement_falls_back_to_what_it_replaces(tmp_path):
+def test_damaged_replacement_falls_back_to_what_it_replaces(tmp_path: Path) -> None:
     write(tmp_path, 5, "old")
     (tmp_path / "5").rename(tmp_path / "5.replaced-0123abcd")
     write(tmp_path, 5, "new")

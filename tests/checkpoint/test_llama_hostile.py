@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,12 +24,12 @@ from tests.checkpoint.test_llama import MINIMAL, PUBLISHED
 from tests.helpers import TINY
 
 
-def model_of(values) -> BaseModelConfig:
+def model_of(values: dict[str, Any]) -> BaseModelConfig:
     return validate(BaseModelConfig, Document(values, {}, "test"))
 
 
 @pytest.mark.parametrize("config", [PUBLISHED, MINIMAL], ids=["published", "minimal"])
-def test_transformers_understands_the_same(config):
+def test_transformers_understands_the_same(config: dict[str, Any]) -> None:
     """It reads the published spelling and its own defaults, writes its own spelling, and we read that as the same."""
     from transformers import LlamaConfig
 
@@ -41,7 +43,9 @@ def test_transformers_understands_the_same(config):
     "biases, tied",
     [("nowhere", True), ("everywhere", False), ("only_attention", False), ("only_mlp", True)],
 )
-def test_transformers_builds_the_model_of_an_export_from_scratch(tmp_path, rotary, biases, tied):
+def test_transformers_builds_the_model_of_an_export_from_scratch(
+    tmp_path: Path, rotary: str, biases: bool, tied: bool
+) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,7 +80,7 @@ def test_transformers_builds_the_model_of_an_export_from_scratch(tmp_path, rotar
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_any_value_anywhere_in_config(data):
+def test_any_value_anywhere_in_config(data: st.DataObject) -> None:
     """A user's mistake by name or an architecture; no other exception."""
     values = st.one_of(
         st.none(),
@@ -119,7 +123,7 @@ GOOD = safetensors()
 
 
 @contextmanager
-def little_memory():
+def little_memory() -> Iterator[None]:
     """What json and files take is some hundred KiB; a length that is believed takes what the file says."""
     tracemalloc.start()
     try:
@@ -136,7 +140,9 @@ def little_memory():
     more=st.binary(max_size=3),
 )
 @settings(max_examples=400, deadline=None)
-def test_any_bytes_changed_in_a_header(tmp_path_factory, changes, length, more):
+def test_any_bytes_changed_in_a_header(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[int, int], length: int, more: bytes
+) -> None:
     """A CheckpointError, or a header that fits the file; both also from `check_weights`, which reads it."""
     blob = bytearray(GOOD)
     for at, value in changes.items():
@@ -162,7 +168,7 @@ def test_any_bytes_changed_in_a_header(tmp_path_factory, changes, length, more):
 MODEL = model_of(TINY)
 
 
-def test_the_good_header_is_read(tmp_path):
+def test_the_good_header_is_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(GOOD)
     assert {
         name: tensor["shape"] for name, tensor in llama.read_header(tmp_path / "x").items()
@@ -172,7 +178,7 @@ def test_the_good_header_is_read(tmp_path):
     }
 
 
-def test_a_long_header_costs_no_memory(tmp_path):
+def test_a_long_header_costs_no_memory(tmp_path: Path) -> None:
     """A sparse file of 1 GiB that claims to be a header throughout."""
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
@@ -182,7 +188,7 @@ def test_a_long_header_costs_no_memory(tmp_path):
         llama.read_header(path)
 
 
-def test_the_hub_without_a_network(tmp_path):
+def test_the_hub_without_a_network(tmp_path: Path) -> None:
     """A cache filled as the Hub's client fills it stands in for the Hub; what is not in it can not be had.
 
     In a process of its own, since the client reads its environment once. No torch is loaded for any of this.

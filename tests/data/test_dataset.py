@@ -4,7 +4,10 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,21 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import RandomSource, Split, open_dataset, verify
+from fast_llm.data.dataset import Dataset, RandomSource, Split, open_dataset, verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
 from fast_llm.errors import DataError
 from tests.data.test_tokenfile import write
 
 
-def numbered(prefix, lengths, start=0):
+def numbered(prefix: Path, lengths: Sequence[int], start: int = 0) -> str:
     """A file whose tokens are all different: start, start + 1, …"""
     edges = np.cumsum([0, *lengths])
     write(prefix, [list(range(start + a, start + b)) for a, b in pairwise(edges)])
     return str(prefix)
 
 
-def described(path, shards):
+def described(path: Path, shards: Sequence[tuple[str, int, float]]) -> str:
     """A dataset.json of token files with their weights: [(prefix, tokens, weight)]."""
     entries = [
         {"prefix": prefix, "num_tokens": tokens, "weight": weight}
@@ -36,12 +39,18 @@ def described(path, shards):
     return str(path)
 
 
-def opened(path, length=4, seed=0, split=(1, 0, 0), **further):
+def opened(
+    path: Any,
+    length: int = 4,
+    seed: int = 0,
+    split: Sequence[float] = (1, 0, 0),
+    **further: Any,
+) -> Dataset:
     return open_dataset(DataConfig(path=path, split=list(split), **further), length, seed, 2**31)
 
 
 @pytest.mark.parametrize("count", [*range(1, 40), 63, 64, 65, 100, 1000, 1023, 1024, 1025])
-def test_permutation_is_a_bijection(count):
+def test_permutation_is_a_bijection(count: int) -> None:
     for seed in range(3):
         assert sorted(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) == list(
             range(count)
@@ -49,14 +58,14 @@ def test_permutation_is_a_bijection(count):
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**32), st.data())
-def test_permutation_of_many(count, seed, data):
+def test_permutation_of_many(count: int, seed: int, data: st.DataObject) -> None:
     """For counts that can not be gone through: it stays inside and no two collide."""
     values = data.draw(st.lists(st.integers(0, count - 1), unique=True, max_size=20))
     images = [permute(value, count, _keys(seed, 0, 0)) for value in values]
     assert len(set(images)) == len(values) and all(0 <= image < count for image in images)
 
 
-def test_permutation_looks_random():
+def test_permutation_looks_random() -> None:
     """Mean distance of neighbours in a random order of n is (n + 1) / 3, with a deviation below n / 3 / sqrt(n)."""
     n = 10_000
     order = np.array([permute(i, n, _keys(1, 0, 0)) for i in range(n)])
@@ -64,15 +73,15 @@ def test_permutation_looks_random():
     assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 5 / n**0.5
 
 
-def test_order_is_the_documented_one(tmp_path):
+def test_order_is_the_documented_one(tmp_path: Path) -> None:
     """Runs that were begun must go on in the same order for ever: the module docstring's formula, once more."""
 
-    def mix(x):
+    def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
         return x ^ (x >> 31)
 
-    def pi(x, n, keys):
+    def pi(x: int, n: int, keys: Sequence[int]) -> int:
         a = math.ceil(math.sqrt(n))  # exact for an n this small
         b = math.ceil(n / a)
         while True:
@@ -90,7 +99,7 @@ def test_order_is_the_documented_one(tmp_path):
         assert dataset.read("training", i).tokens[0] == 4 * pi(i % 100, 100, keys)
 
 
-def test_each_sequence_once_per_epoch(tmp_path):
+def test_each_sequence_once_per_epoch(tmp_path: Path) -> None:
     path = numbered(tmp_path / "a", [30, 1, 0, 70, 5])  # 106 tokens: (106 - 1) // 4 = 26 sequences
     dataset = opened(path)
     assert dataset.sequences("training") == 26 and dataset.tokens("training") == 106
@@ -113,9 +122,12 @@ def test_each_sequence_once_per_epoch(tmp_path):
     files=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4),
     length=st.integers(1, 12),
 )
-def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length):
+def test_windows_are_the_concatenated_documents(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], length: int
+) -> None:
     folder = tmp_path_factory.mktemp("windows")
-    everything, shards, begins = [], [], []
+    everything: list[int] = []
+    shards, begins = [], []
     for number, lengths in enumerate(files):
         numbered(folder / f"s{number}", lengths, 1000 * number)
         shards.append((f"s{number}", sum(lengths), sum(lengths)))
@@ -138,7 +150,7 @@ def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length)
         )  # overlaps the next by one token
         inside = {begin - first for begin, _, _ in begins if first <= begin <= first + length}
         assert packed.starts.tolist() == sorted({0} | inside)
-        found = []
+        found: list[int] = []
         for stretch in source.locate(number):
             shard = int(stretch.prefix[-1])
             at = 1000 * shard + sum(files[shard][: stretch.document]) + stretch.begin
@@ -150,7 +162,7 @@ def test_windows_are_the_concatenated_documents(tmp_path_factory, files, length)
     "split", [(969, 30, 1), (0.9, 0.05, 0.05), (1, 1, 1), (0.5, 0, 0.5), (0.7, 0.3)]
 )
 @pytest.mark.parametrize("count", [1, 7, 100, 1001])
-def test_split_by_documents(tmp_path, split, count):
+def test_split_by_documents(tmp_path: Path, split: list[float], count: int) -> None:
     path = numbered(tmp_path / "a", [3] * count)
     shares = [*split, 0][:3]
     edges = [0] + [round(sum(shares[: i + 1]) / sum(shares) * count) for i in range(3)]
@@ -170,7 +182,7 @@ def test_split_by_documents(tmp_path, split, count):
         )  # from front to back
 
 
-def test_each_shard_is_split(tmp_path):
+def test_each_shard_is_split(tmp_path: Path) -> None:
     shards = [(f"s{n}", 300, 300) for n in range(3)]
     for n in range(3):
         numbered(tmp_path / f"s{n}", [3] * 100, 1000 * n)
@@ -183,7 +195,7 @@ def test_each_shard_is_split(tmp_path):
     assert seen == {1000 * n + t for n in range(3) for t in range(270, 300)}
 
 
-def found(dataset, indices):
+def found(dataset: Dataset, indices: Iterable[int]) -> list[tuple[str, int, int]]:
     return [
         (source.name, epoch, number)
         for source, number, epoch in (dataset.splits["training"].find(index) for index in indices)
@@ -193,17 +205,16 @@ def found(dataset, indices):
 @pytest.mark.parametrize(
     "weights", [[0.9, 0.1], [3, 1, 1], [0.5, 0.25, 0.125, 0.125], [1, 1, 1], [1, 0.05, 2, 3, 5]]
 )
-def test_blends_get_exact_shares(tmp_path, weights):
-    path = []
-    for number, weight in enumerate(weights):
-        path += [weight, numbered(tmp_path / f"s{number}", [401 + 100 * number])]
-    dataset = opened(path)
-    names = path[1::2]
+def test_blends_get_exact_shares(tmp_path: Path, weights: list[float]) -> None:
+    names = [
+        numbered(tmp_path / f"s{number}", [401 + 100 * number]) for number in range(len(weights))
+    ]
+    dataset = opened([one for pair in zip(weights, names, strict=True) for one in pair])
     sizes = {name: (401 + 100 * number - 1) // 4 for number, name in enumerate(names)}
     drawn = found(dataset, range(4096))
     # Half a sequence each time the sources are halved, on the way to one of them.
     allowed = 0.5 * math.ceil(math.log2(len(weights))) + 1e-6
-    so_far = Counter()
+    so_far: Counter[str] = Counter()
     for count, (name, _, _) in enumerate(drawn, 1):
         so_far[name] += 1
         for other, weight in zip(names, weights, strict=True):
@@ -216,7 +227,7 @@ def test_blends_get_exact_shares(tmp_path, weights):
             assert found_epochs == {name: so_far[name] / sizes[name] for name in names}
     # Each sequence of a source at most once an epoch, and all of them in the epochs before the last.
     for name, size in sizes.items():
-        epochs = {}
+        epochs: dict[int, list[int]] = {}
         for source, epoch, number in drawn:
             if source == name:
                 epochs.setdefault(epoch, []).append(number)
@@ -232,7 +243,7 @@ def test_blends_get_exact_shares(tmp_path, weights):
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=2, max_size=9), st.integers(0, 2**40))
-def test_shares_far_into_a_run(weights, index):
+def test_shares_far_into_a_run(weights: list[float], index: int) -> None:
     counts = Split("training", [RandomSource(4, 9, 0)] * len(weights), weights, 0).counts(index)
     assert sum(counts) == index
     for weight, count in zip(weights, counts, strict=True):
@@ -243,7 +254,7 @@ def test_shares_far_into_a_run(weights, index):
         )
 
 
-def test_weights_inside_a_dataset_json(tmp_path):
+def test_weights_inside_a_dataset_json(tmp_path: Path) -> None:
     """Files of which one is weighted above its tokens are a blend of their own."""
     for name in "abc":
         numbered(tmp_path / name, [401], 1000 * ord(name))
@@ -259,7 +270,7 @@ def test_weights_inside_a_dataset_json(tmp_path):
     )
 
 
-def test_fingerprint_tells_of_what_may_not_change(tmp_path):
+def test_fingerprint_tells_of_what_may_not_change(tmp_path: Path) -> None:
     a, b = numbered(tmp_path / "a", [50, 50]), numbered(tmp_path / "b", [50, 50])
     numbered(tmp_path / "c", [49, 51])
     path = [0.5, a, 0.5, b]
@@ -275,7 +286,7 @@ def test_fingerprint_tells_of_what_may_not_change(tmp_path):
         assert other.fingerprint() != same
 
 
-def test_validation_sets(tmp_path):
+def test_validation_sets(tmp_path: Path) -> None:
     dataset = opened(
         numbered(tmp_path / "a", [50]),
         validation_sets={"old": numbered(tmp_path / "b", [40], 1000)},
@@ -287,7 +298,7 @@ def test_validation_sets(tmp_path):
     )
 
 
-def test_random():
+def test_random() -> None:
     config = DataConfig(format="random", split=[1, 1, 0])
     one, two = (open_dataset(config, 8, 3, 50) for _ in range(2))
     first = one.read("training", 12).tokens
@@ -334,7 +345,7 @@ def test_random():
         ("\xff\xfe", "not a dataset.json"),
     ],
 )
-def test_damaged_metadata(tmp_path, content, words):
+def test_damaged_metadata(tmp_path: Path, content: str, words: str) -> None:
     numbered(tmp_path / "a", [50])
     numbered(tmp_path / "b", [51])
     (tmp_path / "d.json").write_text(content, encoding="latin-1")
@@ -343,13 +354,13 @@ def test_damaged_metadata(tmp_path, content, words):
     assert words in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_missing(tmp_path):
+def test_missing(tmp_path: Path) -> None:
     for name in ("x.json", "x"):
         with pytest.raises(DataError, match="no such file"):
             opened(str(tmp_path / name))
 
 
-def test_too_little_names_what_to_do(tmp_path):
+def test_too_little_names_what_to_do(tmp_path: Path) -> None:
     path = numbered(tmp_path / "a", [10] * 10)
     with pytest.raises(DataError, match=r"lower batch\.sequence_length, prepare more data"):
         opened(path, 100)
@@ -373,7 +384,7 @@ def test_too_little_names_what_to_do(tmp_path):
         )
 
 
-def test_tokenizer_and_vocabulary_must_fit(tmp_path):
+def test_tokenizer_and_vocabulary_must_fit(tmp_path: Path) -> None:
     numbered(tmp_path / "a", [50])
     entries = [{"prefix": "a", "num_tokens": 50, "weight": 1.0}]
     content = {"datasets": entries, "tokenizer": {"fingerprint": "f" * 64}, "max_token_id": 49}
@@ -387,7 +398,7 @@ def test_tokenizer_and_vocabulary_must_fit(tmp_path):
         dataset.check_vocabulary(49, "f" * 64)
 
 
-def test_verify(tmp_path):
+def test_verify(tmp_path: Path) -> None:
     info = write(tmp_path / "a", [[1, 2, 3]])
     entry = {
         "prefix": "a",
@@ -406,7 +417,7 @@ def test_verify(tmp_path):
     data.check_digests(11)  # too large to be read at each start
 
 
-def test_a_validation_set_that_is_trained_on(tmp_path):
+def test_a_validation_set_that_is_trained_on(tmp_path: Path) -> None:
     """It means validation's documents of it, however its path is spelled; others are used whole."""
     numbered(tmp_path / "a", [5] * 100)
     numbered(tmp_path / "b", [5] * 40, 1000)
@@ -441,7 +452,7 @@ def test_a_validation_set_that_is_trained_on(tmp_path):
         opened(str(tmp_path / "a"), validation_sets={"same": sets["copy"]})
 
 
-def hashed(path, shards, version="hash-1"):
+def hashed(path: Path, shards: Sequence[tuple[str, float]], version: object = "hash-1") -> str:
     """A dataset.json whose documents are split by hash."""
     entries = [{"prefix": prefix, "weight": weight} for prefix, weight in shards]
     path.write_text(json.dumps({"datasets": entries, "split": version}))
@@ -453,19 +464,21 @@ def hashed(path, shards, version="hash-1"):
     files=st.lists(st.lists(st.integers(0, 5), max_size=60), min_size=1, max_size=4),
     split=st.sampled_from([(8, 1, 1), (0.9, 0.1), (1, 0, 1), (1,), (1, 1, 1)]),
 )
-def test_split_by_hash_is_the_documented_one(tmp_path_factory, files, split):
+def test_split_by_hash_is_the_documented_one(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], split: list[float]
+) -> None:
     folder = tmp_path_factory.mktemp("hash")
     documents, numbers = [], [n for n, lengths in enumerate(files) if sum(lengths)]
     for n in range(len(files)):
         numbered(folder / f"s{n}", files[n], 1000 * n)
-        edges = np.cumsum([0, *files[n]])
-        documents += [list(range(1000 * n + a, 1000 * n + b)) for a, b in pairwise(edges)]
+        ends = np.cumsum([0, *files[n]])
+        documents += [list(range(1000 * n + a, 1000 * n + b)) for a, b in pairwise(ends)]
     if not numbers:
         return
     owner = [n for n, lengths in enumerate(files) for _ in lengths]
     path = hashed(folder / "d.json", [(f"s{n}", sum(lengths)) for n, lengths in enumerate(files)])
 
-    def mix(x):
+    def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
         return x ^ (x >> 31)
@@ -493,13 +506,13 @@ def test_split_by_hash_is_the_documented_one(tmp_path_factory, files, split):
         assert [source.read(k).targets[0] for k in range(source.sequences)] == tokens[1:]
 
 
-def test_split_by_hash_in_blocks(tmp_path, monkeypatch):
+def test_split_by_hash_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents are looked at a block at a time; nothing depends on how many that is."""
     numbered(tmp_path / "a", [3] * 500)
     numbered(tmp_path / "b", [2] * 333, 5000)
     path = hashed(tmp_path / "d.json", [("a", 1500), ("b", 666)])
 
-    def drawn():
+    def drawn() -> dict[str, Any]:
         dataset = opened(path, 1, split=(6, 3, 1))
         return {
             phase: [
@@ -516,7 +529,7 @@ def test_split_by_hash_in_blocks(tmp_path, monkeypatch):
         assert drawn() == once
 
 
-def test_an_unknown_split(tmp_path):
+def test_an_unknown_split(tmp_path: Path) -> None:
     numbered(tmp_path / "a", [50] * 3)
     for version in ("hash-9", 3):
         path = hashed(tmp_path / "d.json", [("a", 1)], version)
@@ -526,7 +539,7 @@ def test_an_unknown_split(tmp_path):
             opened(path)
 
 
-def test_a_share_without_a_document(tmp_path):
+def test_a_share_without_a_document(tmp_path: Path) -> None:
     numbered(tmp_path / "a", [50] * 3)
     dataset = opened(hashed(tmp_path / "d.json", [("a", 1)]), split=(0.9, 0.1, 0))
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_llm.config.batch import BatchSizes
+from fast_llm.data.dataset import Dataset
 from fast_llm.data.loader import Loader
 from fast_llm.errors import DataError
+from fast_llm.model.batch import Batch
 from tests.data.test_dataset import described, numbered, opened
 from tests.data.test_tokenfile import write
 
 
-def loader(dataset, plan=None, phase="training", **changes):
+def loader(dataset: Dataset, plan: Any = None, phase: str = "training", **changes: Any) -> Loader:
     given = {
         "rank": 0,
         "processes": 1,
@@ -29,16 +33,16 @@ def loader(dataset, plan=None, phase="training", **changes):
     return Loader(dataset, phase, plan or BatchSizes(4, 2, 2), **{**given, **changes})
 
 
-def steps(dataset, *arguments, **changes):
+def steps(dataset: Dataset, *arguments: Any, **changes: Any) -> list[list[Batch]]:
     with loader(dataset, *arguments, **changes) as batches:
         return list(batches)
 
 
-def first_tokens(step):
+def first_tokens(step: list[Batch]) -> list[int]:
     return [int(token) for batch in step for token in batch.tokens[:, 0]]
 
 
-def threads():
+def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
@@ -50,7 +54,9 @@ def threads():
     length=st.integers(1, 12),
     isolate=st.booleans(),
 )
-def test_labels_positions_and_documents(tmp_path_factory, lengths, length, isolate):
+def test_labels_positions_and_documents(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], length: int, isolate: bool
+) -> None:
     """Token by token: what is predicted, where it stands in its document, and where documents end."""
     dataset = opened(numbered(tmp_path_factory.mktemp("naive") / "a", lengths), length)
     owner = [
@@ -61,7 +67,7 @@ def test_labels_positions_and_documents(tmp_path_factory, lengths, length, isola
         for row in batch.tokens.tolist():
             assert row == list(range(row[0], row[0] + length))
             labels.append([t + 1 if not isolate or owner[t] == owner[t + 1] else -100 for t in row])
-            at = []
+            at: list[int] = []
             for i, t in enumerate(row):
                 fresh = i == 0 or (isolate and owner[t] != owner[t - 1])
                 at.append(0 if fresh else at[-1] + 1)
@@ -84,7 +90,9 @@ def test_labels_positions_and_documents(tmp_path_factory, lengths, length, isola
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("workers", [0, 3])
-def test_layout_does_not_matter(tmp_path, processes, micro_batch_size, workers):
+def test_layout_does_not_matter(
+    tmp_path: Path, processes: int, micro_batch_size: int, workers: int
+) -> None:
     """The sequences of a step are the same, in the same order, however they are dealt."""
     dataset = opened(numbered(tmp_path / "a", [11] * 100), 5)  # 219 sequences
     micro_batches = 32 // processes // micro_batch_size
@@ -103,7 +111,7 @@ def test_layout_does_not_matter(tmp_path, processes, micro_batch_size, workers):
         assert got == [int(dataset.read("training", 32 * step + i).tokens[0]) for i in range(32)]
 
 
-def test_one_epoch_is_each_sequence_once(tmp_path):
+def test_one_epoch_is_each_sequence_once(tmp_path: Path) -> None:
     dataset = opened(numbered(tmp_path / "a", [7] * 23), 4)  # 161 tokens: 40 sequences
     seen = [token for step in steps(dataset, steps=20) for token in first_tokens(step)]
     assert (
@@ -112,7 +120,7 @@ def test_one_epoch_is_each_sequence_once(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume(tmp_path, workers):
+def test_resume(tmp_path: Path, workers: int) -> None:
     path = [
         0.7,
         numbered(tmp_path / "a", [11] * 50),
@@ -128,7 +136,7 @@ def test_resume(tmp_path, workers):
     assert [token for step in rest for token in first_tokens(step)] == whole[2] + whole[3]
 
 
-def test_errors_of_threads_surface_and_no_thread_stays(tmp_path):
+def test_errors_of_threads_surface_and_no_thread_stays(tmp_path: Path) -> None:
     dataset = opened(numbered(tmp_path / "a", [11] * 50))
     with loader(dataset, workers=3, steps=100) as batches:
         iterator = iter(batches)
@@ -148,7 +156,7 @@ def test_errors_of_threads_surface_and_no_thread_stays(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_token_that_the_model_does_not_have(tmp_path, workers):
+def test_a_token_that_the_model_does_not_have(tmp_path: Path, workers: int) -> None:
     good = [[1, 2, 3]] * 20
     write(tmp_path / "s0", good)
     write(tmp_path / "s1", [*good, [4, 5, 6, 99, 7, 8], *good])
@@ -161,19 +169,19 @@ def test_a_token_that_the_model_does_not_have(tmp_path, workers):
     assert len(steps(opened(path), steps=11, vocab_size=100, workers=workers)) == 11
 
 
-def test_a_negative_token(tmp_path):
+def test_a_negative_token(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2, 3], [4, -5, 6]])
     with pytest.raises(DataError, match="document 1 holds token -5 at its place 1"):
         steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1))
 
 
-def test_last_predicted_token_is_checked_too(tmp_path):
+def test_last_predicted_token_is_checked_too(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2, 3, 4, 99]])  # one sequence of four; 99 is only a label
     with pytest.raises(DataError, match="token 99 at its place 4"):
         steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1), vocab_size=50)
 
 
-def test_slow_storage_is_told(tmp_path, caplog):
+def test_slow_storage_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = opened(numbered(tmp_path / "a", [11] * 50))
     with caplog.at_level(logging.WARNING, "fast_llm"):
         steps(dataset, steps=1)
@@ -187,8 +195,8 @@ def test_slow_storage_is_told(tmp_path, caplog):
     ("size", "micro", "processes"), [(6, 1, 4), (5, 2, 2), (7, 4, 1), (3, 1, 3)]
 )
 def test_a_batch_that_does_not_divide_has_rows_without_targets(
-    tmp_path, size, micro, processes, isolate
-):
+    tmp_path: Path, size: int, micro: int, processes: int, isolate: bool
+) -> None:
     """All processes do as many micro-batches; together they hold each sequence of the step once."""
     dataset = opened(numbered(tmp_path / "a", [40, 30, 50]), 4)
     many = -(-size // (micro * processes))

@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import open_dataset, verify
+from fast_llm.data.dataset import Dataset, open_dataset, verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter
@@ -22,7 +25,9 @@ from fast_llm.errors import DataError
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000000\n"
 
 
-def made(folder, shards=2, documents=10, weights=None):
+def made(
+    folder: Path, shards: int = 2, documents: int = 10, weights: list[float] | None = None
+) -> Path:
     """A dataset.json of ours: token t of shard s is 1000·s + t, documents have ten tokens."""
     folder.mkdir(exist_ok=True)
     entries = []
@@ -44,19 +49,26 @@ def made(folder, shards=2, documents=10, weights=None):
     return folder / "dataset.json"
 
 
-def opened(path, length=4, seed=0, form="file", split=(1, 0, 0), **further):
+def opened(
+    path: Any,
+    length: int = 4,
+    seed: int = 0,
+    form: Any = "file",
+    split: Sequence[float] = (1, 0, 0),
+    **further: Any,
+) -> Dataset:
     path = path if isinstance(path, list) else str(path)
     return open_dataset(
         DataConfig(format=form, path=path, split=list(split), **further), length, seed, 2**31
     )
 
 
-def order(dataset, count=40):
+def order(dataset: Dataset, count: int = 40) -> list[int]:
     return [int(dataset.read("training", index).tokens[0]) for index in range(count)]
 
 
 @pytest.mark.parametrize("name", ["s0.bin", "s1.idx", "dataset.json"])
-def test_pointer_instead_of_a_file(tmp_path, name):
+def test_pointer_instead_of_a_file(tmp_path: Path, name: str) -> None:
     path = made(tmp_path / "d")
     (tmp_path / "d" / name).write_bytes(POINTER)
     with pytest.raises(
@@ -66,7 +78,7 @@ def test_pointer_instead_of_a_file(tmp_path, name):
         opened(path)
 
 
-def test_metadata_of_version_0_2(tmp_path):
+def test_metadata_of_version_0_2(tmp_path: Path) -> None:
     made(tmp_path / "d")
     # One line of prefix, num_documents, num_tokens and weight, beside the token files.
     entries = [
@@ -82,13 +94,13 @@ def test_metadata_of_version_0_2(tmp_path):
     )  # it says nothing of tokenizer and tokens; the loader will look
 
 
-def test_format_file_takes_any_name(tmp_path):
+def test_format_file_takes_any_name(tmp_path: Path) -> None:
     path = made(tmp_path / "d")
     path.rename(tmp_path / "d" / "metadata")
     assert opened(tmp_path / "d" / "metadata").tokens("training") == 200
 
 
-def test_paths_that_are_nearly_right(tmp_path, monkeypatch):
+def test_paths_that_are_nearly_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = made(tmp_path / "d")
     with pytest.raises(DataError, match=r"s0\.idx, must be without \.idx: .*/s0$"):
         opened(tmp_path / "d" / "s0.idx", form="list")
@@ -109,14 +121,14 @@ def test_paths_that_are_nearly_right(tmp_path, monkeypatch):
     assert opened("~/d/s0", form="list").tokens("training") == 100
 
 
-def test_a_prefix_that_no_file_can_have(tmp_path):
+def test_a_prefix_that_no_file_can_have(tmp_path: Path) -> None:
     path = made(tmp_path / "d")
     path.write_text(json.dumps({"datasets": [{"prefix": "s0\ud800"}]}))
     with pytest.raises(DataError, match="must name files inside"):
         opened(path)
 
 
-def test_more_files_than_the_shell_allows(tmp_path):
+def test_more_files_than_the_shell_allows(tmp_path: Path) -> None:
     """40 pairs with a limit of 64 files: the limit is raised; if it can not be, it is named."""
     made(tmp_path / "d", shards=40, documents=1)
     program = (
@@ -127,7 +139,7 @@ def test_more_files_than_the_shell_allows(tmp_path):
         "except DataError as error: print(error)"
     )
 
-    def run(hard):
+    def run(hard: int) -> str:
         command = [sys.executable, "-c", program, str(tmp_path / "d" / "dataset.json"), str(hard)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -135,7 +147,7 @@ def test_more_files_than_the_shell_allows(tmp_path):
     assert "Too many open files; raise the limit with `ulimit -n`" in run(64)
 
 
-def test_files_are_closed(tmp_path):
+def test_files_are_closed(tmp_path: Path) -> None:
     path = made(tmp_path / "d")
     before = len(os.listdir("/proc/self/fd"))
     dataset = opened(path)
@@ -144,7 +156,7 @@ def test_files_are_closed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_moved_data_keeps_its_order(tmp_path):
+def test_moved_data_keeps_its_order(tmp_path: Path) -> None:
     """Neither the order nor the fingerprint depends on where files lie or what they are called."""
     path = made(tmp_path / "d")
     shutil.copytree(tmp_path / "d", tmp_path / "elsewhere")
@@ -159,7 +171,7 @@ def test_moved_data_keeps_its_order(tmp_path):
     assert opened(swapped, form="list").fingerprint() != opened(mixed, form="list").fingerprint()
 
 
-def test_replaced_tokens_change_the_fingerprint(tmp_path):
+def test_replaced_tokens_change_the_fingerprint(tmp_path: Path) -> None:
     path = made(tmp_path / "d")
     before = opened(path).fingerprint()
     tokens = np.fromfile(tmp_path / "d" / "s1.bin", "<i4")
@@ -168,7 +180,7 @@ def test_replaced_tokens_change_the_fingerprint(tmp_path):
     assert opened(path).fingerprint() != before
 
 
-def test_verify_names_all_that_is_wrong(tmp_path):
+def test_verify_names_all_that_is_wrong(tmp_path: Path) -> None:
     path = made(tmp_path / "d", shards=3)
     sizes = sum(file.stat().st_size for file in (tmp_path / "d").glob("s*"))
     assert verify(path) == sizes
@@ -184,12 +196,14 @@ def test_verify_names_all_that_is_wrong(tmp_path):
     )
 
 
-def test_weights_of_zero_leave_out(tmp_path):
+def test_weights_of_zero_leave_out(tmp_path: Path) -> None:
     path = made(tmp_path / "d", weights=[1, 0])
     assert max(order(opened(path))) < 1000
 
 
-def test_a_source_without_validation_is_told(tmp_path, caplog):
+def test_a_source_without_validation_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of five sources weighted by hand, only the long one has a document for validation."""
     path = made(tmp_path / "d", shards=5, weights=[1, 2, 3, 4, 5])
     writer = TokenFileWriter(tmp_path / "d" / "s4", np.dtype("int32"))
@@ -208,7 +222,7 @@ def test_a_source_without_validation_is_told(tmp_path, caplog):
     )
 
 
-def test_too_little_for_a_validation_set(tmp_path):
+def test_too_little_for_a_validation_set(tmp_path: Path) -> None:
     made(tmp_path / "d")
     made(tmp_path / "other")
     other = tmp_path / "other" / "s1"  # of the sizes of one that is trained on, but not its content
@@ -227,13 +241,13 @@ def test_too_little_for_a_validation_set(tmp_path):
         dataset.require_sequences("test", 2, 8, "training.test_iters", [1, 0, 0])
 
 
-def test_random_data_with_a_validation_set(tmp_path):
+def test_random_data_with_a_validation_set(tmp_path: Path) -> None:
     made(tmp_path / "d")
     dataset = opened([], form="random", validation_sets={"old": str(tmp_path / "d" / "s0")})
     assert dataset.validation_sets == ["old"] and dataset.read("old", 0).tokens.max() < 100
 
 
-def test_a_document_that_is_too_long(tmp_path, monkeypatch):
+def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fast_llm.data.tokenfile.LONGEST", 9)
     writer = TokenFileWriter(tmp_path / "x", np.dtype("int32"))
     with pytest.raises(
@@ -243,7 +257,7 @@ def test_a_document_that_is_too_long(tmp_path, monkeypatch):
     writer.abandon()
 
 
-def test_sources_have_orders_of_their_own(tmp_path):
+def test_sources_have_orders_of_their_own(tmp_path: Path) -> None:
     """Two sources of one size must not go through their sequences in step."""
     path = made(tmp_path / "d", weights=[1, 2])
     drawn = order(opened(path, seed=3), 72)  # 24 sequences of each at least once
@@ -253,21 +267,22 @@ def test_sources_have_orders_of_their_own(tmp_path):
     assert sorted(first) == sorted(second) == list(range(0, 96, 4)) and first != second
 
 
-def test_a_crash_between_the_two_names(tmp_path, monkeypatch):
+def test_a_crash_between_the_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written over an older pair of the same sizes: whatever was renamed, old and new are never read together."""
 
-    def write(tokens, lengths):
+    def write(tokens: list[int], lengths: list[int]) -> None:
         writer = TokenFileWriter(tmp_path / "x", np.dtype("int32"))
         writer.append_many(np.array(tokens), np.array(lengths))
         writer.close()
 
     write([1, 2, 3], [1, 2])
-    renamed = []
+    renamed: list[Path] = []
 
-    def replace(source, target):
+    def replace(source: Path, target: Path) -> None:
         if renamed:
             raise KeyboardInterrupt
-        renamed.append(os.replace(source, target))
+        os.replace(source, target)
+        renamed.append(target)
 
     monkeypatch.setattr("pathlib.Path.replace", replace)
     with pytest.raises(KeyboardInterrupt):
@@ -278,7 +293,7 @@ def test_a_crash_between_the_two_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_all_orders_are_alike(count):
+def test_all_orders_are_alike(count: int) -> None:
     """Each of the count! orders as often as the others: chi-squared, with the 0.1 % quantile of its distribution."""
     seen = Counter(
         tuple(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) for seed in range(12_000)
@@ -289,7 +304,7 @@ def test_all_orders_are_alike(count):
     assert chi < {2: 10.8, 3: 20.5, 4: 49.7}[count]  # 1, 5 and 23 degrees of freedom
 
 
-def test_places_are_uniform():
+def test_places_are_uniform() -> None:
     """Where one index of 1,000 lands over 20,000 epochs, in 20 bins: chi-squared with 19 degrees of freedom."""
     for index in (0, 1, 999):
         places = np.array([permute(index, 1000, _keys(3, 0, epoch)) for epoch in range(20_000)])

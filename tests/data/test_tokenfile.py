@@ -5,13 +5,14 @@ import os
 import struct
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast_llm.data.tokenfile import CODES, MAGIC, TokenFile, TokenFileWriter
+from fast_llm.data.tokenfile import CODES, MAGIC, TokenFile, TokenFileInfo, TokenFileWriter
 from fast_llm.errors import DataError
 
 TWO = [[1, 2, 3], [4, 5]]
@@ -22,26 +23,28 @@ IDX = bytes.fromhex(
 BIN = np.array([1, 2, 3, 4, 5], "<i4").tobytes()
 
 
-def write(prefix, documents, dtype="int32"):
+def write(prefix: Path, documents: list[list[int]], dtype: str = "int32") -> TokenFileInfo:
     writer = TokenFileWriter(prefix, np.dtype(dtype))
     for document in documents:
         writer.append(np.array(document, dtype))
     return writer.close()
 
 
-def read(prefix):
+def read(prefix: Path) -> list[list[int]]:
     file = TokenFile(prefix)
     edges = [file.start_of(number) for number in range(file.documents + 1)]
     return [file.tokens_at(begin, end).tolist() for begin, end in pairwise(edges)]
 
 
-def raw(prefix, idx, data=BIN):
+def raw(prefix: Path, idx: bytes, data: bytes = BIN) -> Path:
     prefix.with_name(prefix.name + ".idx").write_bytes(idx)
     prefix.with_name(prefix.name + ".bin").write_bytes(data)
     return prefix
 
 
-def build(documents, dtype, version=1, spans=None):
+def build(
+    documents: list[list[int]], dtype: str, version: int = 1, spans: Any = None
+) -> tuple[bytes, bytes]:
     """A file made from the module docstring's table alone."""
     code = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}[dtype]
     lengths = np.array([len(document) for document in documents], "<i4")
@@ -65,7 +68,7 @@ def build(documents, dtype, version=1, spans=None):
     return idx, np.array([*chain(*documents)], np.dtype(dtype).newbyteorder("<")).tobytes()
 
 
-def test_bytes(tmp_path):
+def test_bytes(tmp_path: Path) -> None:
     info = write(tmp_path / "x", TWO)
     assert (tmp_path / "x.idx").read_bytes() == IDX
     assert (tmp_path / "x.bin").read_bytes() == BIN
@@ -77,7 +80,7 @@ def test_bytes(tmp_path):
 
 @pytest.mark.parametrize("dtype", [str(dtype) for dtype in CODES])
 @pytest.mark.parametrize("version", [1, 2])
-def test_files_of_others(tmp_path, dtype, version):
+def test_files_of_others(tmp_path: Path, dtype: str, version: int) -> None:
     largest = int(np.iinfo(dtype).max)  # would come back wrong if read with the wrong sign or width
     documents = [[1, largest, 3], [], [4], [0, 5]]
     assert read(raw(tmp_path / "x", *build(documents, dtype, version))) == documents
@@ -87,7 +90,7 @@ def test_files_of_others(tmp_path, dtype, version):
             assert (tmp_path / f"y{suffix}").read_bytes() == (tmp_path / f"x{suffix}").read_bytes()
 
 
-def test_version_2_with_loss_masking_spans(tmp_path):
+def test_version_2_with_loss_masking_spans(tmp_path: Path) -> None:
     idx, data = build(TWO, "int32", 2, [[(0, 1), (2, 3)], []])
     assert read(raw(tmp_path / "x", idx, data)) == TWO
 
@@ -96,7 +99,9 @@ def test_version_2_with_loss_masking_spans(tmp_path):
     documents=st.lists(st.lists(st.integers(0, 65535), max_size=5), max_size=8),
     cut=st.integers(0, 8),
 )
-def test_round_trip(tmp_path_factory, documents, cut):
+def test_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], cut: int
+) -> None:
     prefix = (
         tmp_path_factory.mktemp("round") / "x.y"
     )  # a dot in the name is no suffix to be replaced
@@ -114,7 +119,7 @@ def test_round_trip(tmp_path_factory, documents, cut):
     assert [file.document_at(token) for token in range(file.tokens)] == owners
 
 
-def test_nothing_before_close_and_nothing_after_abandon(tmp_path):
+def test_nothing_before_close_and_nothing_after_abandon(tmp_path: Path) -> None:
     writer = TokenFileWriter(tmp_path / "x", np.dtype("int32"))
     writer.append(np.arange(10**6, dtype=np.int32))  # more than its buffer
     assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
@@ -122,7 +127,7 @@ def test_nothing_before_close_and_nothing_after_abandon(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def patched(offset, value, data=IDX):
+def patched(offset: int, value: bytes, data: bytes = IDX) -> bytes:
     return data[:offset] + value + data[offset + len(value) :]
 
 
@@ -160,7 +165,7 @@ def patched(offset, value, data=IDX):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_damage_is_named(tmp_path, idx, data, suffix, words):
+def test_damage_is_named(tmp_path: Path, idx: bytes, data: bytes, suffix: str, words: str) -> None:
     with pytest.raises(DataError) as error:
         TokenFile(raw(tmp_path / "x", idx, data))
     assert str(error.value).startswith(f"{tmp_path / 'x'}.{suffix}: ") and words in str(error.value)
@@ -168,7 +173,7 @@ def test_damage_is_named(tmp_path, idx, data, suffix, words):
 
 @pytest.mark.parametrize("suffix", ["idx", "bin"])
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-def test_missing(tmp_path, suffix, kind):
+def test_missing(tmp_path: Path, suffix: str, kind: str) -> None:
     path = raw(tmp_path / "x", IDX).with_name(f"x.{suffix}")
     path.unlink()
     if kind == "folder":
@@ -177,14 +182,14 @@ def test_missing(tmp_path, suffix, kind):
         TokenFile(tmp_path / "x")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     raw(tmp_path / "x", IDX).with_name("x.bin").unlink()
     os.mkfifo(tmp_path / "x.bin")
     with pytest.raises(DataError, match=r"x\.bin: not a file"):
         TokenFile(tmp_path / "x")
 
 
-def test_cut_off_while_open(tmp_path):
+def test_cut_off_while_open(tmp_path: Path) -> None:
     """Not the end of the process by SIGBUS."""
     file = TokenFile(raw(tmp_path / "x", IDX))
     os.truncate(tmp_path / "x.bin", 8)
@@ -195,20 +200,20 @@ def test_cut_off_while_open(tmp_path):
         file.tokens_at(0, 5)
 
 
-def test_tokens_that_do_not_fit_are_not_written(tmp_path):
+def test_tokens_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
     writer = TokenFileWriter(tmp_path / "x", np.dtype("uint8"))
     with pytest.raises(ValueError, match="do not fit uint8"):
         writer.append(np.array([1, 256]))
     writer.abandon()
 
 
-def test_an_old_index_never_stands_beside_new_tokens(tmp_path):
+def test_an_old_index_never_stands_beside_new_tokens(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1], [2, 3]])
     write(tmp_path / "x", TWO)
     assert (tmp_path / "x.idx").read_bytes() == IDX
 
 
-def read_or_refused(prefix, expected):
+def read_or_refused(prefix: Path, expected: list[list[int]]) -> None:
     """Nothing but a DataError that names one of the files, or the right tokens."""
     try:
         assert read(prefix) == expected
@@ -217,7 +222,7 @@ def read_or_refused(prefix, expected):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged")
 
 
@@ -226,7 +231,7 @@ def folder(tmp_path_factory):
     version=st.sampled_from([1, 2]),
     flips=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 255)), min_size=1, max_size=2),
 )
-def test_flipped_bytes(folder, version, flips):
+def test_flipped_bytes(folder: Path, version: int, flips: list[tuple[int, int]]) -> None:
     # int32 is the only type of four bytes, so that another type never fits .bin.
     idx, data = build(
         [[7, 8, 9], [], [10]], "int32", version, [[(0, 1)], [], []] if version == 2 else None
@@ -238,7 +243,7 @@ def test_flipped_bytes(folder, version, flips):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_every_truncation(folder, version):
+def test_every_truncation(folder: Path, version: int) -> None:
     idx, data = build(TWO, "int32", version)
     for length in range(len(idx)):
         read_or_refused(raw(folder / "t", idx[:length], data), TWO)
@@ -248,7 +253,7 @@ def test_every_truncation(folder, version):
 
 
 @given(st.binary(max_size=120), st.binary(max_size=40))
-def test_garbage(folder, tail, data):
+def test_garbage(folder: Path, tail: bytes, data: bytes) -> None:
     for idx in (tail, MAGIC + tail, MAGIC + struct.pack("<Q", 1) + tail):
         try:
             TokenFile(raw(folder / "g", idx, data))
