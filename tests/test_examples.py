@@ -172,6 +172,7 @@ def ends(started: list["subprocess.Popen[str]"]) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["one-node.sh", "kubernetes-job.yaml", "kubernetes-pytorchjob.yaml"]
 )
@@ -183,6 +184,7 @@ def test_nodes_train_together(tmp_path: Path, name: str) -> None:
     assert f"× {count} processes" in "".join(said)
 
 
+@pytest.mark.slow
 def test_nodes_of_two_networks(tmp_path: Path) -> None:
     """Nothing takes a node's own address for that of another."""
     with networks() as hosts:

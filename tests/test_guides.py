@@ -128,7 +128,13 @@ def shrunk(command: str) -> str:
     return command.replace("checkpoint/100000", "checkpoint/4")
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(
+    "guide",
+    [
+        guide if guide == "docs/quick-start.md" else pytest.param(guide, marks=pytest.mark.slow)
+        for guide in GUIDES
+    ],
+)
 def test_guide(guide: str, place: Path) -> None:
     tools = Path(sys.executable).parent
     environment = os.environ | {

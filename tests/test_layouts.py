@@ -126,6 +126,23 @@ LAYOUTS = [
 ]
 
 
+# Of those of four processes and more, the ones that `make test` has: each dimension with each other.
+LARGE = {
+    "4 zero=2 shard=2",
+    "4 zero=3 tp=2 sp=yes recompute=selective micro=4",
+    "4 cp=2 tp=2 sp=yes zero=2 micro=4",
+    "4 pp=2 zero=3 schedule=interleaved_1f1b layers=1",
+    "4 pp=2 cp=2",
+    "4 zero=2 shard=2 moments=int8",
+    "8 pp=2 cp=2 tp=2 sp=yes",
+}
+
+
+def slow(layout: str) -> bool:
+    """Whether only `make test-all` has it."""
+    return int(layout.split()[0]) > 3 and layout not in LARGE
+
+
 def words(layout: str) -> dict[str, str]:
     """What it says, by short names."""
     return {name: value for name, _, value in (word.partition("=") for word in layout.split()[1:])}
@@ -187,31 +204,37 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
 
     def call(*args: Any) -> None:
         if args not in outcomes:
+            outcomes[args] = None
             try:
-                outcomes[args] = function(*args)
+                function(*args)
             except BaseException as error:
                 outcomes[args] = error
-        if (error := outcomes[args]) is not None:
-            raise error
+        if (failure := outcomes[args]) is not None:
+            raise failure
 
     return call
 
 
 @once
-def trained(root: Path, world: int) -> None:
-    """All layouts of so many processes."""
-    layouts = [layout for layout in LAYOUTS if int(layout.split()[0]) == world]
+def trained(root: Path, world: int, of_slow: bool) -> None:
+    """The layouts of `world` processes that are slow, or those that are not."""
+    layouts = [
+        layout for layout in LAYOUTS if int(layout.split()[0]) == world and slow(layout) == of_slow
+    ]
     if world == 1:
         layouts = sorted({meaning(layout) for layout in LAYOUTS})
     every = [arguments(root, layout, layout) for layout in layouts]
     assert spawn(world, run_all, every, timeout=240) == [[0] * len(every)] * world
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(one, marks=pytest.mark.slow) if slow(one) else one for one in LAYOUTS],
+)
 def test_five_steps(root: Path, layout: str) -> None:
     expected = meaning(layout)
-    trained(root, 1)
-    trained(root, int(layout.split()[0]))
+    trained(root, 1, False)
+    trained(root, int(layout.split()[0]), slow(layout))
     # fp32: sums in another order, 6e-8 an addition, magnified by five updates of Adam: measured 3e-7 and 2e-6.
     # bf16: as above, but 4e-3 a rounding. Micro-batches, cuts of matrices and of sequences are rounded one by one, so
     # sums of rounded parts differ by their rounding: measured 7e-4 (loss), 2e-2 (norm) and 4e-4 (parameters).
@@ -256,30 +279,46 @@ RESUMED = [
 ]
 
 
+# Each with itself and with the next are the twelve pairs of `make test`; `make test-all` has the others too.
+PAIRS = [(before, after) for before in RESUMED for after in RESUMED]
+FAST_PAIRS = {
+    pair for place, one in enumerate(RESUMED) for pair in ((one, one), (RESUMED[place - 1], one))
+}
+
+
 @once
-def continued(root: Path) -> None:
-    """Each of these layouts, five steps on end, and three; then two more from the three of each."""
-    for stage in ("begin", "go on"):
-        for layout in RESUMED:
-            every = []
-            if stage == "begin":
-                every = [
-                    arguments(root, f"{layout} to 5", layout),
-                    arguments(root, f"{layout} to 3", layout, 3),
-                ]
-            else:
-                for before in RESUMED:
-                    name = f"{before} then {layout}"
-                    copytree(root / f"{before} to 3" / "checkpoint", root / name / "checkpoint")
-                    every.append([*arguments(root, name, layout), "training.export.interval=5"])
-            world = int(layout.split()[0])
-            assert spawn(world, run_all, every, timeout=240) == [[0] * len(every)] * world
+def begun(root: Path) -> None:
+    """Each of these layouts: five steps without a break, and three."""
+    for layout in RESUMED:
+        every = [
+            arguments(root, f"{layout} to 5", layout),
+            arguments(root, f"{layout} to 3", layout, 3),
+        ]
+        world = int(layout.split()[0])
+        assert spawn(world, run_all, every, timeout=240) == [[0, 0]] * world
 
 
-@pytest.mark.parametrize("after", RESUMED)
-@pytest.mark.parametrize("before", RESUMED)
+@once
+def continued(root: Path, of_slow: bool) -> None:
+    """Two more steps from the three: the pairs that are slow, or those that are not."""
+    begun(root)
+    for layout in RESUMED:
+        every = []
+        for before, after in PAIRS:
+            if after == layout and ((before, after) not in FAST_PAIRS) == of_slow:
+                name = f"{before} then {after}"
+                copytree(root / f"{before} to 3" / "checkpoint", root / name / "checkpoint")
+                every.append([*arguments(root, name, after), "training.export.interval=5"])
+        world = int(layout.split()[0])
+        assert spawn(world, run_all, every, timeout=240) == [[0] * len(every)] * world
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pair if pair in FAST_PAIRS else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS],
+)
 def test_resume(root: Path, before: str, after: str) -> None:
-    continued(root)
+    continued(root, (before, after) not in FAST_PAIRS)
     name = f"{before} then {after}"
     expected, found = losses(root / f"{after} to 5"), losses(root / name)
     assert found.keys() == {4, 5}
@@ -293,9 +332,10 @@ def test_resume(root: Path, before: str, after: str) -> None:
         assert one == other and one
 
 
+@pytest.mark.slow
 def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     """Whatever layout exports it, and although its weights lie on other processes."""
-    continued(root)
+    begun(root)
     exports = {}
     for layout in RESUMED:
         name = f"export {layout}"
@@ -315,6 +355,7 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     assert len({tuple(sorted(files.items())) for files in exports.values()}) == 1
 
 
+@pytest.mark.slow
 def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
     """A Hugging Face folder is read into every layout, and validation measures the same before and after a step."""
     made = "made"

@@ -1,8 +1,8 @@
 """The numeric tests as on other processors.
 
 A processor decides the order of sums: by the width of its vectors and by the blockings that libraries choose for it. Each
-name below is one that this machine can emulate, in PyTorch, oneDNN, MKL and our own kernels. `make test` runs a few tests
-under each; all of them, in some ten minutes a processor:
+name below is one that this machine can emulate, in PyTorch, oneDNN, MKL and our own kernels. `make test-all` runs a few
+tests under each; all of them, in some ten minutes a processor:
 
     make test-processors
     .venv/bin/python -m tests.test_processors avx2 sse4 -- -x tests/model
@@ -110,6 +110,7 @@ def run(name: str, arguments: list[str], quiet: bool = False) -> subprocess.Comp
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=quiet, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_numbers(name: str) -> None:
     if name not in possible():

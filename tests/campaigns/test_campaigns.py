@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.campaigns import (
     crashes,
     damage,
@@ -15,6 +17,8 @@ from tests.campaigns import (
     signals,
     soak,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def test_kills(tmp_path: Path) -> None:

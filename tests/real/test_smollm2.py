@@ -24,6 +24,8 @@ from fast_llm.training.build import train
 from tests.training.runs import records
 
 LENGTH, STEPS, SEED = 128, 6, 1234
+pytestmark = pytest.mark.slow
+
 SPLIT = [9, 1, 0]
 
 

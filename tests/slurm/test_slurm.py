@@ -21,6 +21,8 @@ from tests.helpers import install
 from tests.slurm.cluster import Job, Slurm, missing
 from tests.training.runs import losses, settings, weights, write_tokens
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "examples" / "slurm.sbatch"
 STEPS = 12
