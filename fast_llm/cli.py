@@ -72,6 +72,7 @@ def _run(parsed: argparse.Namespace) -> int:
         "why": _why,
         "demo": _demo,
         "settings": _settings,
+        "completion": _completion,
     }
     return functions[parsed.command](parsed)
 
@@ -265,6 +266,13 @@ def _settings(parsed: argparse.Namespace) -> int:
     from fast_llm.config.lookup import describe
 
     print(describe(parsed.path, width(sys.stdout), sys.stdout))
+    return 0
+
+
+def _completion(parsed: argparse.Namespace) -> int:
+    from fast_llm.completion import script
+
+    print(script(parsed.shell), end="")
     return 0
 
 

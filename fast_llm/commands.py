@@ -26,6 +26,7 @@ GROUPS = {
     "learn": {
         "demo": "see everything once, on this machine",
         "settings": "explain a setting: default, allowed values, meaning",
+        "completion": "print the completion script of a shell",
     },
 }
 SHELLS = ("bash", "zsh", "fish")
@@ -162,15 +163,15 @@ examples:
     ),
     "completion": (
         """\
-Print a script that completes commands, options and settings in a shell. It has
-the settings of this version: print it again after an update.""",
+Print a script that completes commands, options and settings in a shell. It
+knows the settings of this version: print it again after an update.""",
         """\
 examples:
-  # bash: in ~/.bashrc
+  # this session of bash or zsh
   eval "$(fast-llm completion bash)"
-  # zsh: in ~/.zshrc, after compinit
-  eval "$(fast-llm completion zsh)"
-  # fish
+  # for good: bash with the package bash-completion; zsh in a folder of $fpath
+  fast-llm completion bash > ~/.local/share/bash-completion/completions/fast-llm
+  fast-llm completion zsh > ~/.zfunc/_fast-llm
   fast-llm completion fish > ~/.config/fish/completions/fast-llm.fish""",
     ),
 }
@@ -303,6 +304,9 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     commands["settings"].add_argument(
         "path", nargs="?", default="", metavar="PATH", help="a section or a setting"
+    )
+    commands["completion"].add_argument(
+        "shell", type=_one_of(SHELLS), choices=SHELLS, help="which shell"
     )
     return main, commands
 

@@ -57,7 +57,17 @@ def start(*arguments: str, code: str = PROBE, **environment: str) -> tuple[int, 
     return done.returncode, done.stdout, done.stderr
 
 
-COMMANDS = ("train", "plan", "convert", "prepare", "verify", "why", "demo", "settings")
+COMMANDS = [
+    "train",
+    "plan",
+    "convert",
+    "prepare",
+    "verify",
+    "why",
+    "demo",
+    "settings",
+    "completion",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
