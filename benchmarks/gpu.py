@@ -141,11 +141,11 @@ def speed(folder: Path) -> None:
 def long_context() -> None:
     """131,072 tokens over 8 processes, one document, the heads of Llama-3.1-8B: what the first and the last have to do."""
     from fast_llm.model.attention import attend
-    from fast_llm.parallel.context import _stretches
+    from fast_llm.parallel.context import _varlen_qkv
 
     length, size = 131072, 8
     for rank in (0, size - 1):
-        own = _stretches(None, 1, length, (rank, 2 * size - 1 - rank), size).to(
+        own = _varlen_qkv(None, 1, length, (rank, 2 * size - 1 - rank), size).to(
             torch.device("cuda")
         )
         q = torch.randn(

@@ -81,7 +81,7 @@ def ours(
         model = Llama(config)
     weights = SingleWeights(model, dtype, torch.device("cpu"))
     init_weights(weights.tensors, config, seed=0)
-    weights.publish()
+    weights.sync_model_weights()
     optimizer_config = OptimizerConfig()
     step = Step(
         model,

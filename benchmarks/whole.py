@@ -118,7 +118,7 @@ def one(table: str, settings: list[str]) -> None:
         torch.manual_seed(0)
         for weight in self.weights.local().values():
             weight.normal_(std=0.01) if weight.dim() > 1 else weight.fill_(1)
-        self.weights.publish()
+        self.weights.sync_model_weights()
 
     step, count = Step.__call__, 0
 

@@ -247,7 +247,7 @@ def _manifests(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
     return found
 
 
-def headless(root: Path) -> list[Path]:
+def missing_manifest(root: Path) -> list[Path]:
     """Folders directly under `root` that hold weights and have lost their manifest: no crash leaves such a one."""
     try:
         found = {path.parent for path in root.glob("*/*.safetensors") if path.parent.name[0] != "."}
@@ -279,7 +279,7 @@ def latest(
     `content`: whether digests are compared too, or only sizes; `quiet`: the log has named the damaged ones already.
     """
     level = logging.DEBUG if quiet else logging.WARNING
-    for path in headless(root):
+    for path in missing_manifest(root):
         logger.log(
             level,
             f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}",
@@ -298,9 +298,9 @@ def latest(
     return None
 
 
-def lost(root: Path) -> list[Path]:
+def unusable(root: Path) -> list[Path]:
     """What is or was a checkpoint under `root`, where `latest` finds none: all of it is damaged."""
-    return headless(root) + [
+    return missing_manifest(root) + [
         path
         for path, m in _manifests(root)
         if isinstance(m, CheckpointError) or m.kind == "checkpoint"

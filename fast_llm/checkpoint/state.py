@@ -33,10 +33,20 @@ from torch.futures import Future
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.llama import read_header
-from fast_llm.checkpoint.weights import gather, header, is_main, raw, sort, together, whole_group
+from fast_llm.checkpoint.weights import (
+    all_gather_object,
+    in_file_order,
+    is_main,
+    or_default_group,
+    raise_on_all,
+    safetensors_header,
+    tensor_bytes,
+)
 from fast_llm.errors import CheckpointError
 
-LARGEST_FILE = 2**32  # bytes, if no single part is larger; files are hashed and read in parallel
+LARGEST_FILE_BYTES = (
+    2**32
+)  # bytes, if no single part is larger; files are hashed and read in parallel
 
 # With one process DCP says what the code says already.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -78,17 +88,17 @@ def save(
     `parts`: what `stage` made of `tensors`, to be written instead of their present values.
     Raises CheckpointError on all processes if one fails; what stood there is still there then.
     """
-    group = whole_group(group)
+    group = or_default_group(group)
     final = root / str(step)
     what = f"{final}: could not be saved"
     partial: Path | None = None
     try:
-        with together(what, group):
+        with raise_on_all(what, group):
             if is_main(group):
                 partial = folders.begin(final)
-        into = gather(partial, group)[0]
+        into = all_gather_object(partial, group)[0]
         assert into is not None
-        with together(what, group):
+        with raise_on_all(what, group):
             writer = _Writer(into)
             # DCP has an agreement of its own: where it fails, it fails on all processes.
             dcp.save(
@@ -99,10 +109,12 @@ def save(
                 no_dist=group is None,
             )
         files: dict[str, dict[str, Any]] = {}
-        with together(what, group):
+        with raise_on_all(what, group):
             files = folders.digests(into, writer.written)
-        everything = {name: entry for part in gather(files, group) for name, entry in part.items()}
-        with together(what, group):
+        everything = {
+            name: entry for part in all_gather_object(files, group) for name, entry in part.items()
+        }
+        with raise_on_all(what, group):
             if partial is not None:
                 folders.publish(partial, final, "checkpoint", step, info, everything)
     except BaseException:
@@ -120,12 +132,12 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
     Digests are not compared here: `folder.verify` and `folder.latest` do. Raises CheckpointError on all processes
     if one fails; `tensors` are undefined then.
     """
-    group = whole_group(group)
-    wanted = {name for names in gather(list(tensors), group) for name in names}
-    with together("", group):
+    group = or_default_group(group)
+    wanted = {name for names in all_gather_object(list(tensors), group) for name in names}
+    with raise_on_all("", group):
         reader = _Reader(path)
         _check(path, reader.read_metadata(), tensors, wanted)
-    with together(f"{path}: could not be loaded", group), torch.no_grad():
+    with raise_on_all(f"{path}: could not be loaded", group), torch.no_grad():
         dcp.load(
             dict(tensors),
             storage_reader=reader,
@@ -186,11 +198,15 @@ class _Writer(dcp.StorageWriter):
             file_name = f"shard-{plan.storage_data:05d}-{number:05d}.safetensors"
             self.written.append(file_name)
             with (self.folder / file_name).open("wb") as file:
-                file.write(header(sort(parts), {"DCP_SHARDING_INFO": json.dumps(offsets)}))
-                for name in sort(parts):
+                file.write(
+                    safetensors_header(
+                        in_file_order(parts), {"DCP_SHARDING_INFO": json.dumps(offsets)}
+                    )
+                )
+                for name in in_file_order(parts):
                     tensor = planner.resolve_data(by_name[name])
                     assert isinstance(tensor, Tensor)
-                    file.write(raw(tensor))
+                    file.write(tensor_bytes(tensor))
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done
@@ -286,7 +302,7 @@ def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
     filled = 0
     for item in items:
         size = math.prod(_part(item).chunk.sizes) * _part(item).properties.dtype.itemsize
-        if not files or filled + size > LARGEST_FILE:
+        if not files or filled + size > LARGEST_FILE_BYTES:
             files.append([])
             filled = 0
         files[-1].append(item)

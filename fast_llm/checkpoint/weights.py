@@ -29,8 +29,8 @@ from fast_llm.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX = "model.safetensors.index.json"
-BATCH = 2**28  # bytes
-_CODES = {
+BATCH_BYTES = 2**28  # bytes
+_SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -42,7 +42,7 @@ _CODES = {
 _Value = TypeVar("_Value")
 
 
-def gather(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
+def all_gather_object(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
     """The value of each process, on every process."""
     if group is None:
         return [value]
@@ -52,7 +52,7 @@ def gather(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
 
 
 @contextmanager
-def together(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+def raise_on_all(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """A block that every process enters; where it fails on one, it raises on all of them when all are through.
 
     Failing files raise CheckpointError, `what` with the reason. A fault of ours is raised as it is where it
@@ -65,11 +65,13 @@ def together(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     except (Exception, CheckpointException) as problem:
         error = problem
     reasons = [
-        reason for reason in gather(None if error is None else _reason(error), group) if reason
+        reason
+        for reason in all_gather_object(None if error is None else _reason(error), group)
+        if reason
     ]
     if not reasons:
         return
-    if error is not None and not _is_of_files(error):
+    if error is not None and not _is_file_error(error):
         raise error
     raise CheckpointError(f"{what}: {reasons[0]}" if what else reasons[0]) from error
 
@@ -83,7 +85,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     )
 
 
-def _is_of_files(error: BaseException) -> bool:
+def _is_file_error(error: BaseException) -> bool:
     return all(
         isinstance(cause, OSError | SafetensorError | CheckpointError) for cause in _causes(error)
     )
@@ -106,7 +108,7 @@ def is_main(group: dist.ProcessGroup | None) -> bool:
     return group is None or dist.get_rank(group) == 0
 
 
-def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def or_default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """`group`, or else the default one, or none with one process."""
     return dist.group.WORLD if group is None and dist.is_initialized() else group
 
@@ -121,7 +123,11 @@ def load_weights(
     Raises CheckpointError unless the folder holds every one of them with its shape, and no others.
     """
     files = weight_files(folder)
-    wanted = {name for names in gather(list(weights), whole_group(group)) for name in names}
+    wanted = {
+        name
+        for names in all_gather_object(list(weights), or_default_group(group))
+        for name in names
+    }
     places = {name: place(name, wanted, files) for name in wanted}
     missing = sorted(name for name in wanted if places[name] not in files)
     if missing:
@@ -143,14 +149,14 @@ def load_weights(
                         raise CheckpointError(
                             f"{path}: {name} has the shape {source.get_shape()}, must be {list(weights[name].shape)}"
                         )
-                    local, region = _region(weights[name])
+                    local, region = _local_region(weights[name])
                     if local.numel():
                         local.copy_(source[region])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: can not be read: {_reason(error)}") from error
 
 
-def _region(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+def _local_region(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """This process's part of a weight, and where it lies in the whole."""
     if not isinstance(weight, DTensor):
         return weight, tuple(slice(0, extent) for extent in weight.shape)
@@ -177,36 +183,36 @@ def save_weights(
     weight's own.
     `group`: on which processes wait while one writes; give one with patience. Raises CheckpointError.
     """
-    group = whole_group(group)
+    group = or_default_group(group)
     own = {
         name: (DTYPES[dtype] if dtype else weight.dtype, tuple(weight.shape))
         for name, weight in weights.items()
     }
-    parts = gather(own, group)
+    parts = all_gather_object(own, group)
     owners = {
         name: rank for rank, names in reversed([*enumerate(parts)]) for name in names
     }  # the first that has a part
-    every = {name: parts[owners[name]][name] for name in sorted(owners, key=_natural)}
+    every = {name: parts[owners[name]][name] for name in sorted(owners, key=_natural_key)}
     plan = _split(every, parameters_per_file)
     total = 0
     for file_name, names in plan.items():
-        tensors = sort({name: every[name] for name in names})
+        tensors = in_file_order({name: every[name] for name in names})
         names[:] = tensors
         total += sum(_size(every[name]) for name in names)
         for number, batch in enumerate(_batches(every, names)):
-            with together(f"{folder / file_name}: could not be written", group):
+            with raise_on_all(f"{folder / file_name}: could not be written", group):
                 wholes = {
-                    name: _whole(weights.get(name), *every[name], owners[name], group)
+                    name: _full_weight(weights.get(name), *every[name], owners[name], group)
                     for name in batch
                 }
                 if is_main(group):
                     with (folder / file_name).open("ab" if number else "wb") as file:
                         if not number:
-                            file.write(header(tensors, {}))
+                            file.write(safetensors_header(tensors, {}))
                         for name, whole in wholes.items():
                             assert whole is not None
                             _check_finite(name, whole)
-                            file.write(raw(whole))
+                            file.write(tensor_bytes(whole))
                 del wholes
     written = list(plan)
     if len(plan) > 1:
@@ -214,7 +220,7 @@ def save_weights(
             "metadata": {"total_size": total},
             "weight_map": {n: file for file in plan for n in plan[file]},
         }
-        with together(f"{folder / INDEX}: could not be written", group):
+        with raise_on_all(f"{folder / INDEX}: could not be written", group):
             if is_main(group):
                 (folder / INDEX).write_text(
                     json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
@@ -239,14 +245,14 @@ def _check_finite(name: str, weight: Tensor) -> None:
         raise CheckpointError(f"{name} {what}")
 
 
-def sort(
+def in_file_order(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtypes and shapes in the order that safetensors has in a file: the wider dtypes first, so that all are aligned."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 
-def header(
+def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
     """The beginning of a safetensors file whose tensors follow in this order.
@@ -257,19 +263,23 @@ def header(
     begin = 0
     for name, (dtype, shape) in tensors.items():
         end = begin + math.prod(shape) * dtype.itemsize
-        content[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        content[name] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def raw(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, little endian, as safetensors files hold them."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
     """A key to sort names by, layers by their numbers."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
@@ -304,7 +314,7 @@ def _batches(tensors: _Tensors, names: list[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     filled = 0
     for name in names:
-        if batch and filled + _size(tensors[name]) > BATCH:
+        if batch and filled + _size(tensors[name]) > BATCH_BYTES:
             yield batch
             batch, filled = [], 0
         batch.append(name)
@@ -312,7 +322,7 @@ def _batches(tensors: _Tensors, names: list[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _whole(
+def _full_weight(
     weight: Tensor | None,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -337,7 +347,7 @@ def _whole(
     return whole
 
 
-def export_llama(
+def export_hugging_face(
     path: Path,
     weights: Mapping[str, Tensor],
     *,
@@ -354,17 +364,17 @@ def export_llama(
     among them is written as it is if it says what `config` says. Raises CheckpointError on all processes if it
     fails on one; what stood at `path` is still there then.
     """
-    group = whole_group(group)
+    group = or_default_group(group)
     what = f"{path}: could not be exported"
     partial: Path | None = None
     try:
-        with together(what, group):
+        with raise_on_all(what, group):
             if is_main(group):
                 partial = folders.begin(path)
-        into = gather(partial, group)[0]
+        into = all_gather_object(partial, group)[0]
         assert into is not None
         names = save_weights(weights, into, dtype, parameters_per_file, group)
-        with together(what, group):
+        with raise_on_all(what, group):
             if partial is not None:
                 small = dict(files)
                 if "config.json" not in files or json.loads(files["config.json"]) != config:

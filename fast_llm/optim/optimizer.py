@@ -26,10 +26,10 @@ from fast_llm.model import kernels
 from fast_llm.model.rounding import join, pack_, round_by_chance_, split_, tops, unpack
 
 
-def squared_norm(gradients: Mapping[str, Tensor], holders: Mapping[str, int]) -> Tensor:
+def squared_norm(gradients: Mapping[str, Tensor], replication_factor: Mapping[str, int]) -> Tensor:
     """The sum of the squares of all elements: a float64 scalar on the gradients' device.
 
-    `holders`: on how many processes the same elements are; summed over all processes they count once.
+    `replication_factor`: on how many processes the same elements are; summed over all processes they count once.
     """
     names = [name for name, gradient in gradients.items() if gradient.numel()]
     if not names:
@@ -37,7 +37,7 @@ def squared_norm(gradients: Mapping[str, Tensor], holders: Mapping[str, int]) ->
     squares = (
         torch.stack(torch._foreach_norm([gradients[name] for name in names])).double().square()
     )
-    counts = [holders[name] for name in names]
+    counts = [replication_factor[name] for name in names]
     if max(counts) == 1:
         return squares.sum()
     return squares.div_(torch.tensor(counts, dtype=torch.float64, device=squares.device)).sum()
@@ -58,18 +58,18 @@ class Optimizer:
         self,
         weights: Mapping[str, Tensor],
         config: OptimizerConfig,
-        low: Mapping[str, Tensor] | None = None,
-        kernel: bool = False,
+        master_low_bits: Mapping[str, Tensor] | None = None,
+        use_kernel: bool = False,
     ):
         """`weights` are updated in place; those with two or more dimensions decay.
 
         The number of dimensions is that of the whole weight, which a shard along the first one keeps. They are fp32, or bf16
-        with what is missing in `low` (model/rounding.py). `kernel`: use ours, which needs Triton.
+        with what is missing in `master_low_bits` (model/rounding.py). `use_kernel`: use ours, which needs Triton.
         """
         self.config = config
         self.weights = dict(weights)
-        self.low = dict(low or {})
-        self.kernel = kernel
+        self.master_low_bits = dict(master_low_bits or {})
+        self.use_kernel = use_kernel
         self.updates = 0
         first, second = _DTYPES.get(config.moments_dtype, (torch.float32, torch.float32))
         self.exp_avg = {name: torch.zeros_like(w, dtype=first) for name, w in self.weights.items()}
@@ -77,7 +77,7 @@ class Optimizer:
             name: torch.zeros_like(w, dtype=second) for name, w in self.weights.items()
         }
         # Of 8 bits both have the largest of each block beside them.
-        self.tops = {
+        self.block_absmax = {
             name: (tops(w), tops(w))
             for name, w in self.weights.items()
             if config.moments_dtype == "int8"
@@ -102,26 +102,30 @@ class Optimizer:
         Those of 8 bits are bf16 then, which has all of their numbers: where blocks begin depends on the layout, numbers do not. If
         weights are in halves, these are put together in the host's memory, as they are: 4 bytes a weight there, none on the device.
         """
-        if not self.tops:
+        if not self.block_absmax:
             yield self.exp_avg, self.exp_avg_sq
             return
         both = self.exp_avg, self.exp_avg_sq
         whole: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for which, (codes, into) in enumerate(zip(both, whole, strict=True)):
             for name, code in codes.items():
-                number = unpack(code, self.tops[name][which], torch.bfloat16)
-                into[name] = number.cpu() if self.low else number
+                number = unpack(code, self.block_absmax[name][which], torch.bfloat16)
+                into[name] = number.cpu() if self.master_low_bits else number
         yield whole
         if changed:
             for which, (codes, numbers) in enumerate(zip(both, whole, strict=True)):
                 for name, code in codes.items():
-                    pack_(numbers.pop(name).to(code.device).float(), code, self.tops[name][which])
+                    pack_(
+                        numbers.pop(name).to(code.device).float(),
+                        code,
+                        self.block_absmax[name][which],
+                    )
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, factor: float) -> None:
         """One update with `factor` times the gradients (fp32, shaped as the weights)."""
         self.updates += 1
-        plain = self.config.moments_dtype not in _DTYPES and not self.low
+        plain = self.config.moments_dtype not in _DTYPES and not self.master_low_bits
         for decay, names in self.groups.items():
             if plain:
                 self._update(
@@ -138,12 +142,16 @@ class Optimizer:
             for name in names:  # one weight at a time: its fp32 copies are short-lived
                 # Another chance for each step and each weight.
                 seed = zlib.crc32(f"{self.updates} {name}".encode())
-                if self.kernel:
-                    self._fused(name, gradients[name], learning_rate, decay, factor, seed)
+                if self.use_kernel:
+                    self._update_with_kernel(
+                        name, gradients[name], learning_rate, decay, factor, seed
+                    )
                 else:
-                    self._by_copies(name, gradients, learning_rate, decay, factor, seed)
+                    self._update_with_fp32_copies(
+                        name, gradients, learning_rate, decay, factor, seed
+                    )
 
-    def _fused(
+    def _update_with_kernel(
         self,
         name: str,
         gradient: Tensor,
@@ -154,11 +162,11 @@ class Optimizer:
     ) -> None:
         kernels.adamw_(
             self.weights[name],
-            self.low.get(name),
+            self.master_low_bits.get(name),
             gradient,
             self.exp_avg[name],
             self.exp_avg_sq[name],
-            self.tops.get(name),
+            self.block_absmax.get(name),
             step=self.updates,
             learning_rate=learning_rate * self.config.default_learning_rate_scale,
             weight_decay=decay,
@@ -168,7 +176,7 @@ class Optimizer:
             seed=seed,
         )
 
-    def _by_copies(
+    def _update_with_fp32_copies(
         self,
         name: str,
         gradients: Mapping[str, Tensor],
@@ -177,13 +185,13 @@ class Optimizer:
         factor: float,
         seed: int,
     ) -> None:
-        weight, low = self.weights[name], self.low.get(name)
+        weight, low = self.weights[name], self.master_low_bits.get(name)
         whole = weight if low is None else join(weight, low)
         first, second = self.exp_avg[name], self.exp_avg_sq[name]
-        if self.tops:
+        if self.block_absmax:
             m, v = (
                 unpack(codes, top)
-                for codes, top in zip((first, second), self.tops[name], strict=True)
+                for codes, top in zip((first, second), self.block_absmax[name], strict=True)
             )
         else:
             m, v = first.float(), second.float()
@@ -192,8 +200,10 @@ class Optimizer:
         )
         if low is not None:
             split_(whole, weight, low)
-        if self.tops:
-            for number, codes, top in zip((m, v), (first, second), self.tops[name], strict=True):
+        if self.block_absmax:
+            for number, codes, top in zip(
+                (m, v), (first, second), self.block_absmax[name], strict=True
+            ):
                 pack_(number, codes, top, seed)
             return
         first.copy_(m)
@@ -236,7 +246,7 @@ class Optimizer:
             maximize=False,
         )
 
-    def decayed(self) -> tuple[int, int]:
+    def count_decayed(self) -> tuple[int, int]:
         """How many of the weights on this process decay, and how many do not."""
         with_decay = sum(
             self.weights[name].numel() for name in self.groups.get(self.config.weight_decay, [])

@@ -28,8 +28,8 @@ from fast_llm.parallel.mesh import Axis
 
 def apply_context_parallel(block: Block, axis: Axis) -> None:
     """Let a block's attention see the keys and values of all processes."""
-    if axis.mesh is not None:
-        block.self_attn.core = partial(_attention, axis.mesh)
+    if axis.device_mesh is not None:
+        block.self_attn.core = partial(_attention, axis.device_mesh)
 
 
 def _attention(
@@ -45,7 +45,7 @@ def _attention(
     return attend(q.flatten(0, 1), keys, values, stretches, flash).view(q.shape)
 
 
-def cut(batch: Batch, rank: int, size: int) -> Batch:
+def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
     """What process `rank` of `size` has of a micro-batch."""
     if size == 1:
         return batch
@@ -60,12 +60,12 @@ def cut(batch: Batch, rank: int, size: int) -> Batch:
         tokens=batch.tokens[:, own],
         labels=labels,
         positions=batch.positions[:, own],
-        documents=_stretches(batch.documents, rows, length, pieces, size),
+        documents=_varlen_qkv(batch.documents, rows, length, pieces, size),
         targets=int((labels != IGNORED).sum()),
     )
 
 
-def _stretches(
+def _varlen_qkv(
     documents: Documents | None, rows: int, length: int, pieces: tuple[int, ...], size: int
 ) -> Stretches:
     """Each document's part of each piece, with all of its keys up to there."""
@@ -82,11 +82,11 @@ def _stretches(
             for begin, end in zip(begins[inside], np.minimum(ends[inside], high), strict=True):
                 queries.append(int(end - max(begin, low)))
                 keys.append(int(end - begin))
-                index.append(_places(np.arange(begin, end), rows, length, size))
+                index.append(_gathered_index(np.arange(begin, end), rows, length, size))
     return Stretches.of(queries, keys, torch.from_numpy(np.concatenate(index)))
 
 
-def _places(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _gathered_index(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray:  # type: ignore[type-arg]
     """Where tokens of the flattened micro-batch are among those gathered: by process, row and place there."""
     row, position = np.divmod(tokens, length)
     number, offset = np.divmod(position, length // (2 * size))

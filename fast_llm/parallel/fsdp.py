@@ -40,7 +40,7 @@ class ShardedWeights:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # rotary angles stay fp32
         )
-        self.low: dict[
+        self.master_low_bits: dict[
             str, Tensor
         ] = {}  # shards are small and have no bf16 weight beside them: fp32 as a whole
         self.models: list[FSDPModule] = []
@@ -82,7 +82,7 @@ class ShardedWeights:
         """The gradient of each of `local`, in fp32, averaged over the processes."""
         return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
-    def holders(self) -> dict[str, int]:
+    def replication_factor(self) -> dict[str, int]:
         """How many processes hold the same part of each of `local`, this one included."""
         return {
             name: math.prod(
@@ -107,7 +107,7 @@ class ShardedWeights:
             model.set_requires_all_reduce(last)
             model.set_reshard_after_backward(last or self.zero_stage == 3)
 
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         """Let the model compute with the present shards: drop weights that are still gathered."""
         for model in self.models:
             for module in cast(nn.Module, model).modules():

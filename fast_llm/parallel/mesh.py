@@ -37,13 +37,13 @@ class Axis:
 
     rank: int
     size: int
-    mesh: DeviceMesh | None  # None where the size is 1
+    device_mesh: DeviceMesh | None  # None where the size is 1
 
 
-def _patient_group(timeout: float, patience: float) -> dist.ProcessGroup:
+def _slow_group(timeout: float, slow_timeout: float) -> dist.ProcessGroup:
     """A group of all processes that waits for long, once it is made: who is lost while they meet is waited for `timeout`."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=slow_timeout), group)
     return group
 
 
@@ -53,7 +53,7 @@ class Mesh:
     def __init__(
         self,
         timeout: float,
-        patience: float,
+        slow_timeout: float,
         shard_size: int | None = None,
         *,
         tensor: int = 1,
@@ -67,7 +67,7 @@ class Mesh:
         The sizes divide the number of processes: config/checks.py sees to it. Raises UserError if that cannot be, and ReportedElsewhere
         if it is another process that cannot.
         """
-        self.failures = failures or Failures.meet(timeout)
+        self.failures = failures or Failures.connect(timeout)
         self.rank, self.size = self.failures.rank, self.failures.size
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         problem: ConfigError | None = None
@@ -86,7 +86,7 @@ class Mesh:
                     f"--nproc_per_node: given {here}, must be at most {gpus}: {socket.gethostname()} has so many GPUs"
                 ]
             )
-        self.failures.arrive(problem, timeout)
+        self.failures.wait_for_all(problem, timeout)
         sizes = {
             "pipeline": pipeline,
             "data": self.size // (pipeline * context * tensor),
@@ -96,17 +96,19 @@ class Mesh:
         sharing = sizes["data"] * context  # processes that share training state
         shard = min(shard_size or sharing, sharing)
         self.copies = sharing // shard
-        self.patient: dist.ProcessGroup | None = None
-        self.saving: dist.ProcessGroup | None = None
+        self.slow_group: dist.ProcessGroup | None = None
+        self.checkpoint_group: dist.ProcessGroup | None = None
         # How weights are spread: over [shard] or [copies, shard], and over [tensor] if that is an axis.
-        self.weights: DeviceMesh | None = None
+        self.weights_mesh: DeviceMesh | None = None
         axes: DeviceMesh | None = None
         if self.size > 1:
             if not dist.is_initialized():
-                assert self.failures.root is not None
+                assert self.failures.root_store is not None
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                    store=dist.PrefixStore(f"default_pg/{self.failures.token}", self.failures.root),
+                    store=dist.PrefixStore(
+                        f"default_pg/{self.failures.token}", self.failures.root_store
+                    ),
                     rank=self.rank,
                     world_size=self.size,
                     timeout=timedelta(seconds=timeout),
@@ -119,9 +121,11 @@ class Mesh:
                 (pipeline, self.copies, shard, tensor),
                 mesh_dim_names=("pipeline", "copies", "shard", "tensor"),
             )
-            self.weights = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
+            self.weights_mesh = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
             axes_of_weights = spread
-            self.patient, self.saving = (_patient_group(timeout, patience) for _ in range(2))
+            self.slow_group, self.checkpoint_group = (
+                _slow_group(timeout, slow_timeout) for _ in range(2)
+            )
         place = axes.get_coordinate() if axes is not None else [0, 0, 0, 0]
         assert place is not None
         found = {
@@ -133,7 +137,7 @@ class Mesh:
             found["tensor"] = Axis(found["tensor"].rank, tensor, axes_of_weights["tensor"])
         self.pipeline, self.data, self.context, self.tensor = found.values()
 
-    def sum(self, *numbers: torch.Tensor | float) -> list[float]:
+    def all_reduce_sum(self, *numbers: torch.Tensor | float) -> list[float]:
         """Each number summed over all processes. The step's one synchronisation with the device."""
         stacked = torch.stack(
             [torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers]
@@ -143,17 +147,17 @@ class Mesh:
         values: list[float] = stacked.tolist()
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here; for after long work on one of them."""
-        if self.patient is not None:
-            dist.barrier(self.patient)
+        if self.slow_group is not None:
+            dist.barrier(self.slow_group)
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process has, on every process."""
-        if self.patient is None:
+        if self.slow_group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.patient)
+        dist.broadcast_object_list(box, src=0, group=self.slow_group)
         return box[0]
 
     def close(self) -> None:

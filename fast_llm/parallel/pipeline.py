@@ -28,11 +28,11 @@ SCHEDULES = {
     "interleaved_zero_bubble": "InterleavedZeroBubble",
     "zbv_zero_bubble": "ZBVZeroBubble",
 }
-TIED = "model.embed_tokens.weight"
+TIED_WEIGHT = "model.embed_tokens.weight"
 _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")  # actions of a pass without gradients
 
 
-def own_stages(schedule: str | None, rank: int, processes: int, stages: int) -> list[int]:
+def stages_of_rank(schedule: str | None, rank: int, processes: int, stages: int) -> list[int]:
     """Which stages a process of the pipeline has."""
     if schedule == "zbv_zero_bubble":
         return [rank, stages - 1 - rank]
@@ -97,8 +97,8 @@ class Pipeline:
         device: torch.device,
     ):
         """`models` by stage; `hidden`: as what passes between stages, on the meta device; `in_flight` micro-batches."""
-        assert axis.mesh is not None
-        self.group = axis.mesh.get_group()
+        assert axis.device_mesh is not None
+        self.group = axis.device_mesh.get_group()
         self.axis, self.in_flight = axis, in_flight
         tokens = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
@@ -118,13 +118,15 @@ class Pipeline:
         ends = {0, stages - 1} & models.keys()
         # Where embedding and head are one weight, it is on two processes, whose gradients belong together.
         tied = next(iter(models.values())).config.tie_word_embeddings
-        self.twin = (axis.size - 1 if axis.rank == 0 else 0) if tied and len(ends) == 1 else None
+        self.tied_peer_rank = (
+            (axis.size - 1 if axis.rank == 0 else 0) if tied and len(ends) == 1 else None
+        )
         kind: Any = get_schedule_class(SCHEDULES[schedule])
         several = schedule not in ("gpipe", "1f1b")
         self.schedule = kind(
             self.stages if several else self.stages[0],
             in_flight,
-            loss_fn=self._weigh,
+            loss_fn=self._scaled_loss,
             scale_grads=False,
         )
         self.seed = 1.0
@@ -150,14 +152,16 @@ class Pipeline:
         finally:
             plans[self.axis.rank] = whole
 
-    def add_twin(self, gradient: Tensor) -> None:
+    def add_tied_gradient(self, gradient: Tensor) -> None:
         """Add the gradient of the same weight on the other end of the pipeline, in place; both ends call it."""
-        assert self.twin is not None
+        assert self.tied_peer_rank is not None
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         other = torch.empty_like(local)
         exchange = [
-            dist.P2POp(dist.isend, local.contiguous(), group=self.group, group_peer=self.twin),
-            dist.P2POp(dist.irecv, other, group=self.group, group_peer=self.twin),
+            dist.P2POp(
+                dist.isend, local.contiguous(), group=self.group, group_peer=self.tied_peer_rank
+            ),
+            dist.P2POp(dist.irecv, other, group=self.group, group_peer=self.tied_peer_rank),
         ]
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
@@ -174,6 +178,6 @@ class Pipeline:
             run(target=torch.empty(len(now)), return_outputs=False)
         return self.loss_sum
 
-    def _weigh(self, loss: Tensor, target: Tensor) -> Tensor:
+    def _scaled_loss(self, loss: Tensor, target: Tensor) -> Tensor:
         self.loss_sum += loss.detach()
         return loss * self.seed

@@ -27,17 +27,21 @@ class SingleWeights:
     """The weights of a model on one device."""
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, device: torch.device, lean: bool = False
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        fuse_grad_accumulation: bool = False,
     ):
-        """`model` may be on the meta device; its weights are allocated here, with undefined values. `lean`: as suits a
+        """`model` may be on the meta device; its weights are allocated here, with undefined values. `fuse_grad_accumulation`: as suits a
         GPU, keep masters of bf16 weights in halves and let products add to the gradients."""
         model.to(dtype).to_empty(device=device)
         self.working = dict(model.named_parameters())
         self.mixed = dtype != torch.float32
-        self.low: dict[str, Tensor] = {}
+        self.master_low_bits: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
-        if dtype == torch.bfloat16 and lean:
-            self.low = {
+        if dtype == torch.bfloat16 and fuse_grad_accumulation:
+            self.master_low_bits = {
                 name: torch.zeros_like(p, dtype=torch.int16) for name, p in self.working.items()
             }
         else:
@@ -46,7 +50,7 @@ class SingleWeights:
                 for name, p in self.working.items()
             }
         self.gradients: dict[str, Tensor] = {}
-        self._fused = self._fuse(model) if self.mixed and lean else {}
+        self._fused = self._fuse(model) if self.mixed and fuse_grad_accumulation else {}
         self.gradients |= self._fused
         self._fresh = (
             self.working.keys() - self._fused.keys()
@@ -61,18 +65,29 @@ class SingleWeights:
 
         Those in halves are put together in the host's memory: 4 bytes a weight there, none on the device.
         """
-        if not self.low:
+        if not self.master_low_bits:
             yield self.tensors
             return
-        whole = {name: join(p.detach(), self.low[name]).cpu() for name, p in self.working.items()}
+        whole = {
+            name: join(p.detach(), self.master_low_bits[name]).cpu()
+            for name, p in self.working.items()
+        }
         yield whole
         if changed:
             for name, parameter in self.working.items():
-                split_(whole.pop(name).to(parameter.device), parameter.detach(), self.low[name])
+                split_(
+                    whole.pop(name).to(parameter.device),
+                    parameter.detach(),
+                    self.master_low_bits[name],
+                )
 
     def local(self) -> dict[str, Tensor]:
         """The part of each weight that this process updates: all of it."""
-        return {name: p.detach() for name, p in self.working.items()} if self.low else self.tensors
+        return (
+            {name: p.detach() for name, p in self.working.items()}
+            if self.master_low_bits
+            else self.tensors
+        )
 
     def local_gradients(self) -> dict[str, Tensor]:
         """The gradient of each of `local`, in fp32, summed over the step's micro-batches."""
@@ -80,7 +95,7 @@ class SingleWeights:
             return self.gradients
         return {name: p.grad for name, p in self.working.items() if p.grad is not None}
 
-    def holders(self) -> dict[str, int]:
+    def replication_factor(self) -> dict[str, int]:
         """How many processes hold the same part of each of `local`: one."""
         return dict.fromkeys(self.working, 1)
 
@@ -95,7 +110,7 @@ class SingleWeights:
                     parameter.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         """Let the model compute with the present masters."""
         if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))

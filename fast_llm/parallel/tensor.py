@@ -45,17 +45,19 @@ def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
 
     config/checks.py sees to it that heads, inner size, vocabulary and sequence divide.
     """
-    if axis.mesh is None:
+    if axis.device_mesh is None:
         return
     for name, module in model.named_modules():
         for kind, parameter in list(module.named_parameters(recurse=False)):
             cut = _cut(name.rpartition(".")[2], kind)
-            spread = distribute_tensor(parameter.detach(), axis.mesh, [cut], src_data_rank=None)
+            spread = distribute_tensor(
+                parameter.detach(), axis.device_mesh, [cut], src_data_rank=None
+            )
             module.register_parameter(kind, nn.Parameter(spread))
     model.tie()
     between: Placement = Shard(1) if sequence else Replicate()
-    gather = partial(_gather, mesh=axis.mesh, between=between)
-    scatter = partial(_scatter, mesh=axis.mesh, between=between)
+    gather = partial(_gather, mesh=axis.device_mesh, between=between)
+    scatter = partial(_scatter, mesh=axis.device_mesh, between=between)
     # One function for all modules of a kind, bound to each: a `partial` for each would be compiled anew for each block.
     norm, summed = (
         partial(_norm, sequence=sequence),
@@ -150,8 +152,10 @@ def _head(
 ) -> Tensor:
     weight, hidden = _local(head.weight), gather(hidden)
     if labels is None:
-        assert axis.mesh is not None
-        part = DTensor.from_local(project(hidden, weight), axis.mesh, [Shard(-1)], run_check=False)
+        assert axis.device_mesh is not None
+        part = DTensor.from_local(
+            project(hidden, weight), axis.device_mesh, [Shard(-1)], run_check=False
+        )
         whole: Tensor = part.full_tensor()
         return whole
     return cross_entropy(
@@ -165,9 +169,9 @@ def _head(
 
 
 def _combine(axis: Axis, log_sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    assert axis.mesh is not None
+    assert axis.device_mesh is not None
     mine = torch.stack((log_sums, chosen))[None]
     parts = DTensor.from_local(
-        mine, axis.mesh, [Shard(0)], run_check=False
+        mine, axis.device_mesh, [Shard(0)], run_check=False
     ).full_tensor()  # processes, 2, T
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)

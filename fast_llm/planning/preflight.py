@@ -181,10 +181,10 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     if (
         folder is not None
         and checkpoint is None
-        and (lost := checkpoints.lost(folder / "checkpoint"))
+        and (unusable := checkpoints.unusable(folder / "checkpoint"))
     ):
         problems.append(
-            f"run.experiment_dir: no checkpoint in {folder / 'checkpoint'} is whole (of {len(lost)}; `fast-llm verify` says what is"
+            f"run.experiment_dir: no checkpoint in {folder / 'checkpoint'} is whole (of {len(unusable)}; `fast-llm verify` says what is"
             " wrong), and the run would begin anew; repair them, move them away, or choose another folder"
         )
     local = (

@@ -56,7 +56,7 @@ def _parts(path: Path) -> list[Path]:
     every = [*path.glob(f"*/*/{folders.MANIFEST}"), *path.glob(f"*/*/*/{folders.MANIFEST}")]
     published = {manifest.parent for manifest in every if manifest.parent.name[0] != "."}
     for root in (path / "checkpoint", *path.glob("export/*")):
-        published.update(folders.headless(root))
+        published.update(folders.missing_manifest(root))
     found = sorted(published, key=lambda part: (part.parent, len(part.name), part.name))  # by step
     if not found:
         raise DataError(

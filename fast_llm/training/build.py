@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.checkpoint.weights import gather
+from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
@@ -31,7 +31,7 @@ from fast_llm.parallel.context import apply_context_parallel
 from fast_llm.parallel.failures import Failures
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.parallel.pipeline import Pipeline, keep_stage, own_stages
+from fast_llm.parallel.pipeline import Pipeline, keep_stage, stages_of_rank
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
@@ -83,8 +83,8 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
     config = spec.config
     distributed = config.model.distributed
     saved = partial(what_is_saved, spec.folder)
-    failures = Failures.meet(distributed.timeout + SLACK)
-    with failures.shared(interrupt.leave, saved):
+    failures = Failures.connect(distributed.timeout + SLACK)
+    with failures.reporting(interrupt.leave, saved):
         try:
             mesh = Mesh(
                 distributed.timeout + SLACK,
@@ -127,7 +127,7 @@ def _alone(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
         except ConfigError as error:
             refused = error.problems
     try:
-        if refused := mesh.share(refused):
+        if refused := mesh.broadcast(refused):
             raise ConfigError(refused)
         yield
     finally:
@@ -137,13 +137,13 @@ def _alone(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
 
 def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
     _check_fp8(spec.config, mesh)
-    memory = mesh.share(_memory(mesh))
+    memory = mesh.broadcast(_memory(mesh))
     spec = decide(spec, mesh, memory)
     config = spec.config
-    number = mesh.share(next_run_number(spec.folder))
+    number = mesh.broadcast(next_run_number(spec.folder))
     if mesh.rank == 0:
         prepare_folder(spec)
-    mesh.wait()
+    mesh.barrier()
     run = Run(spec.folder, mesh.rank, mesh.size, config.run.log_timestamps, number)
     watchdog = Watchdog(
         config.model.distributed.timeout,
@@ -151,7 +151,7 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
         run.logs,
         rank=mesh.rank,
         processes=mesh.size,
-        share=mesh.share,
+        share=mesh.broadcast,
         # The compiler takes its time again for as many shapes (its recompile limit).
         warm_up=8 if config.model.multi_stage.compile_all else 1,
     )
@@ -178,7 +178,7 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
         models, weights = build_model(config, mesh)
         pipeline = build_pipeline(config, spec.batch, models, mesh)
         optimizer = Optimizer(
-            weights.local(), config.optimizer, weights.low, _has_kernels(config, mesh)
+            weights.local(), config.optimizer, weights.master_low_bits, _has_kernels(config, mesh)
         )
         loss_scale = LossScale(
             config.optimizer.gradient_scaler, config.model.distributed.training_dtype
@@ -208,7 +208,9 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
         trainer.metrics.close("ended")
         # Complete all the same: 0. Else the same for all: torchrun takes a node whose processes all return 0 for one that is
         # done; it would not start again with the others.
-        code = max(gather(interrupt.exit_code, mesh.patient)) if trainer.stopping else 0
+        code = (
+            max(all_gather_object(interrupt.exit_code, mesh.slow_group)) if trainer.stopping else 0
+        )
         interrupt.agreed = code
         if mesh.rank == 0 and not trainer.stopping and trainer.done >= config.training.train_iters:
             _note_complete()
@@ -319,7 +321,7 @@ def build_model(
         kernels.AVAILABLE = False
     sizes = stage_sizes(config)
     models = []
-    for stage in own_stages(
+    for stage in stages_of_rank(
         settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)
     ):
         with torch.device("meta"):
@@ -336,9 +338,13 @@ def build_model(
             for block in model.model.layers.values():
                 block.compile()
         models.append(model)
-    if mesh.weights is None:
-        return models, SingleWeights(models[0], dtype, mesh.device, lean=_has_kernels(config, mesh))
-    return models, ShardedWeights(models, mesh.weights, settings.multi_stage.zero_stage or 1, dtype)
+    if mesh.weights_mesh is None:
+        return models, SingleWeights(
+            models[0], dtype, mesh.device, fuse_grad_accumulation=_has_kernels(config, mesh)
+        )
+    return models, ShardedWeights(
+        models, mesh.weights_mesh, settings.multi_stage.zero_stage or 1, dtype
+    )
 
 
 def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
@@ -363,7 +369,7 @@ def build_pipeline(
         device="meta",
         requires_grad=True,
     )
-    own = own_stages(schedule, mesh.pipeline.rank, mesh.pipeline.size, stages)
+    own = stages_of_rank(schedule, mesh.pipeline.rank, mesh.pipeline.size, stages)
     by_stage = dict(zip(own, models, strict=True))
     return Pipeline(by_stage, stages, mesh.pipeline, schedule, in_flight, hidden, mesh.device)
 

@@ -12,7 +12,7 @@ import torch
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import llama, state
-from fast_llm.checkpoint.weights import export_llama, load_weights
+from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.prepare import ConvertConfig
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
@@ -71,7 +71,7 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
     wanted = dtype or trained_in
     length = settings.get("batch", {}).get("sequence_length", 0)
     tokens = info.get("tokens") or _tokens(kept)
-    export_llama(
+    export_hugging_face(
         output,
         weights,
         config=llama.export_config(original, model, wanted, tokens, length),
@@ -138,7 +138,7 @@ def _copy(path: Path, output: Path, dtype: str | None, parameters_per_file: int)
     """A Hugging Face folder → another, in another dtype or cut into other files."""
     model, weights, original = _read(path)
     wanted = dtype or llama.stored_dtype(path, original)
-    export_llama(
+    export_hugging_face(
         output,
         weights,
         config=llama.export_config(original, model, wanted, {}),

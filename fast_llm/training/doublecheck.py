@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fast_llm.checkpoint.weights import gather
+from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.model.rounding import INFINITE
@@ -68,8 +68,10 @@ class DoubleCheck:
         started = time.perf_counter()
         faults = self._loss(batches) + self._rounded()
         held = dict(counters) | self._state() | self._gathered()
-        reports = gather(Report(socket.gethostname(), faults, held), self.mesh.patient)
-        self.step.weights.publish()
+        reports = all_gather_object(
+            Report(socket.gethostname(), faults, held), self.mesh.slow_group
+        )
+        self.step.weights.sync_model_weights()
         found = differences(reports)
         if not found:
             self.last_good = number
@@ -91,7 +93,7 @@ class DoubleCheck:
     def _loss(self, batches: Sequence[Batch]) -> list[str]:
         again = self._again(batches)
         first = self.step.first_loss.item()
-        (differ,) = self.mesh.sum(float(not _same(first, again)))
+        (differ,) = self.mesh.all_reduce_sum(float(not _same(first, again)))
         if not differ:
             self.comparable = True
             return []
@@ -133,7 +135,7 @@ class DoubleCheck:
         """The parts of training state that other processes hold as well."""
         step, tensors = self.step, self.step.weights.tensors
         found: dict[str, Any] = {}
-        for name, count in step.holders.items():
+        for name, count in step.replication_factor.items():
             if count > 1:
                 parts = {
                     "weight": _local(tensors[name]),
@@ -142,7 +144,7 @@ class DoubleCheck:
                 }
                 parts |= zip(
                     ("tops of exp_avg", "tops of exp_avg_sq"),
-                    step.optimizer.tops.get(name, ()),
+                    step.optimizer.block_absmax.get(name, ()),
                     strict=False,
                 )
                 found |= {
@@ -209,8 +211,10 @@ def impossible(step: Step) -> list[str]:
         "exp_avg_sq": optimizer.exp_avg_sq,
     }
     for number, part in enumerate(("exp_avg", "exp_avg_sq")):
-        if optimizer.tops:  # 8 bits say nothing of NaN and infinities, the tops of their blocks do
-            parts[part] = {name: one[number] for name, one in optimizer.tops.items()}
+        if (
+            optimizer.block_absmax
+        ):  # 8 bits say nothing of NaN and infinities, the tops of their blocks do
+            parts[part] = {name: one[number] for name, one in optimizer.block_absmax.items()}
     here = {
         (part, name): one
         for part, every in parts.items()
@@ -225,7 +229,7 @@ def impossible(step: Step) -> list[str]:
     wrong = []
     for (part, name), (least, most) in zip(here, extremes.tolist(), strict=True):
         if not (math.isfinite(least) and math.isfinite(most)) or (
-            optimizer.tops and part != "weight" and most >= INFINITE
+            optimizer.block_absmax and part != "weight" and most >= INFINITE
         ):
             wrong.append(f"{part} of {name} holds NaN or infinities")
         elif part == "exp_avg_sq" and least < 0:

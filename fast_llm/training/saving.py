@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
-from fast_llm.checkpoint.weights import gather
+from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import CheckpointError
 from fast_llm.parallel.fsdp import like
 from fast_llm.planning.preflight import format_bytes
@@ -162,7 +162,11 @@ class Saver:
             os.environ.get("LOCAL_WORLD_SIZE", "1")
         )  # processes on this host, each of which needs as much
         needed, free = state.staged_bytes(tensors) * here, available_memory()
-        short = [one for one in gather((needed, free), self.group) if one[0] > _ENOUGH * one[1]]
+        short = [
+            one
+            for one in all_gather_object((needed, free), self.group)
+            if one[0] > _ENOUGH * one[1]
+        ]
         if short:
             logger.warning(
                 "Training waits for each checkpoint to be written: a copy in the host's memory would need"
@@ -205,7 +209,7 @@ class Saver:
 
     def _agree(self) -> int:
         """How urgent it is for the process that is furthest."""
-        return max(gather(self.urgency, self.group))
+        return max(all_gather_object(self.urgency, self.group))
 
 
 def what_is_saved(folder: Path | None) -> str:

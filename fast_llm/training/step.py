@@ -20,7 +20,7 @@ from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 from fast_llm.optim.schedule import learning_rate
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.parallel.pipeline import TIED, Pipeline
+from fast_llm.parallel.pipeline import TIED_WEIGHT, Pipeline
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.spikes import Spikes
 
@@ -68,9 +68,9 @@ class Step:
         self.spikes = spikes or Spikes(SpikesConfig())
         self.pipeline = pipeline
         self.mark = mark
-        self.holders = weights.holders()
-        if pipeline is not None and pipeline.twin is not None:
-            self.holders[TIED] *= 2
+        self.replication_factor = weights.replication_factor()
+        if pipeline is not None and pipeline.tied_peer_rank is not None:
+            self.replication_factor[TIED_WEIGHT] *= 2
         # Of this process's first micro-batch in the last step, float64; with a pipeline of all of them.
         self.first_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
         # Of the processes that see the same tokens, whether this one's numbers count in sums over all.
@@ -96,10 +96,10 @@ class Step:
         if check is not None:
             check(batches)
         self.mark("sum over processes")
-        total_loss, total_targets, square, stops = self.mesh.sum(
+        total_loss, total_targets, square, stops = self.mesh.all_reduce_sum(
             loss_sum * self.counts,
             targets * self.counts,
-            squared_norm(gradients, self.holders),
+            squared_norm(gradients, self.replication_factor),
             float(stop()),
         )
         self.mark("update")
@@ -118,7 +118,7 @@ class Step:
         if updated:
             factor = correction * clip_factor(norm, self.config.gradient_norm_clipping)
             self.optimizer.step(gradients, rate, factor)
-            self.weights.publish()
+            self.weights.sync_model_weights()
         self.loss_scale.update(finite)
         rate *= self.config.default_learning_rate_scale  # as the optimizer does
         return StepResult(
@@ -131,8 +131,8 @@ class Step:
             self.mark("forward and backward")
             self.weights.before_micro_batch(first=True, last=True)
             loss_sum = self.pipeline.forward_backward(batches, seed)
-            if self.pipeline.twin is not None:
-                self.pipeline.add_twin(self.weights.local_gradients()[TIED])
+            if self.pipeline.tied_peer_rank is not None:
+                self.pipeline.add_tied_gradient(self.weights.local_gradients()[TIED_WEIGHT])
             self.first_loss = loss_sum
             return loss_sum
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

@@ -21,13 +21,13 @@ from torch import Tensor
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
 from fast_llm.checkpoint.llama import export_config, export_files
-from fast_llm.checkpoint.weights import export_llama, gather, load_weights
+from fast_llm.checkpoint.weights import all_gather_object, export_hugging_face, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import init_weights
-from fast_llm.parallel.context import cut
+from fast_llm.parallel.context import shard_batch
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
@@ -76,7 +76,7 @@ class Trainer:
         self.samples = 0  # sequences that these consumed, and those that were passed over
         self.passed_over: list[dict[str, int]] = []  # each time that the run went back
         self.history = spec.history
-        self.saver = Saver(mesh.saving, spec.config.training.checkpoint.background)
+        self.saver = Saver(mesh.checkpoint_group, spec.config.training.checkpoint.background)
         self.double_check = DoubleCheck(step, mesh)
         self.stopping = False
         self.stage = "start"  # of _AFTER
@@ -155,7 +155,7 @@ class Trainer:
 
     def told(self) -> bool:
         """Whether any process was asked to stop; all of them ask at the same time."""
-        self.stopping |= any(gather(self.interrupt.signal != 0, self.mesh.patient))
+        self.stopping |= any(all_gather_object(self.interrupt.signal != 0, self.mesh.slow_group))
         return self.stopping
 
     def catch_up(self) -> None:
@@ -231,7 +231,7 @@ class Trainer:
     def recorded(self) -> set[tuple[str, int]]:
         """Phase and step of all that metrics.jsonl holds."""
         found = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
-        shared: set[tuple[str, int]] = self.mesh.share(found)
+        shared: set[tuple[str, int]] = self.mesh.broadcast(found)
         return shared
 
     def finish(self) -> str:
@@ -269,7 +269,7 @@ class Trainer:
             self.saver.settle()
             assert self.run.folder is not None
             found = checkpoints.latest(self.run.folder / "checkpoint") if self.run.is_main else None
-            path = self.mesh.share(found)
+            path = self.mesh.broadcast(found)
             if path is not None:
                 if len(self.passed_over) == policy.max_rewinds:
                     raise TrainingStopped(
@@ -293,7 +293,7 @@ class Trainer:
         until, passed_over = self.samples, self.passed_over
         with self.weights.masters(changed=True) as tensors:
             self.go_on(path, tensors)
-        self.weights.publish()
+        self.weights.sync_model_weights()
         # Those of later steps are undone, those from this one are not in the checkpoint, which was there before.
         passed_over = [one for one in passed_over if one["after"] <= self.done]
         since = self.samples + sum(
@@ -316,7 +316,7 @@ class Trainer:
             ):
                 if exported > self.done:
                     checkpoints.delete(folder)  # of steps that did not happen
-        self.mesh.wait()
+        self.mesh.barrier()
 
     def validate(self, step: int, phase: str = "validation", iterations: int | None = None) -> None:
         """The loss on the same sequences every time, and on each of `data.validation_sets`."""
@@ -334,7 +334,9 @@ class Trainer:
                 for batch in batches:
                     self.mark(phase)
                     loss, targets = self.train_step.evaluate(batch)
-                    *sums, stops = self.mesh.sum(loss, targets, float(self.interrupt.signal != 0))
+                    *sums, stops = self.mesh.all_reduce_sum(
+                        loss, targets, float(self.interrupt.signal != 0)
+                    )
                     total = [total[0] + sums[0], total[1] + sums[1]]
                     if stops:
                         self.stopping = True
@@ -357,12 +359,12 @@ class Trainer:
         self.mark("reading weights", patient=True)
         with self.weights.masters(changed=True) as tensors:
             self.read(tensors)
-        self.weights.publish()
+        self.weights.sync_model_weights()
         if self.run.is_main and self.run.folder is not None:
             # A start that has nothing to save would leave what a kill left.
             checkpoints.clean(self.run.folder / "checkpoint")
             checkpoints.clean(self.run.folder / "export" / self.config.training.export.format)
-        self.mesh.wait()
+        self.mesh.barrier()
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the weights their values."""
@@ -381,10 +383,10 @@ class Trainer:
                     self.spec.pretrained_folder
                 ).info["updates"]
             else:
-                state.load(self.spec.pretrained_folder, self.state(tensors), self.mesh.patient)
+                state.load(self.spec.pretrained_folder, self.state(tensors), self.mesh.slow_group)
             logger.info(f"Starting from the weights of {self.spec.pretrained_folder}.")
         elif self.spec.pretrained_folder is not None and pretrained.model_weights:
-            load_weights(tensors, self.spec.pretrained_folder, self.mesh.patient)
+            load_weights(tensors, self.spec.pretrained_folder, self.mesh.slow_group)
             logger.info(f"Starting from the weights of {self.spec.pretrained_folder}.")
         else:
             init_weights(tensors, self.config.model.base_model, self.config.model.distributed.seed)
@@ -405,7 +407,7 @@ class Trainer:
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Weights and moments of a checkpoint."""
         with self.train_step.optimizer.moments(changed=True) as moments:
-            state.load(path, self.state(tensors, *moments), self.mesh.patient)
+            state.load(path, self.state(tensors, *moments), self.mesh.slow_group)
 
     def state(
         self, tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]
@@ -455,14 +457,14 @@ class Trainer:
         self.mark("exporting", step=step, patient=True)
         settings = self.config.training.export
         path = self.run.folder / "export" / settings.format / str(step)
-        if self.mesh.share(checkpoints.is_complete(path)):
+        if self.mesh.broadcast(checkpoints.is_complete(path)):
             return
         started = time.perf_counter()
         dtype = settings.data_type or self.config.model.distributed.training_dtype
         self.check_state(step, "It was not exported. ")
         length = self.config.batch.sequence_length
         with self.weights.masters() as tensors:
-            export_llama(
+            export_hugging_face(
                 path,
                 tensors,
                 config=export_config(
@@ -476,12 +478,12 @@ class Trainer:
                 files=export_files(self.spec.extra_files, length),
                 parameters_per_file=settings.parameters_per_file,
                 step=step,
-                group=self.mesh.patient,
+                group=self.mesh.slow_group,
             )
         if self.run.is_main:
             checkpoints.prune(path.parent, settings.keep, settings.is_permanent)
             self.callback(settings.callback, path)
-        self.mesh.wait()
+        self.mesh.barrier()
         logger.info(f"Exported {path} in {time.perf_counter() - started:.1f} s.")
 
     def callback(self, config: CallbackConfig, path: Path) -> None:
@@ -507,7 +509,7 @@ class Trainer:
             with Profile(step, self.run.folder / "profile", self.mesh) if chosen else nullcontext():
                 yield
                 self.mark("profiling", patient=True)
-            self.mesh.wait()
+            self.mesh.barrier()
 
     def check(self, step: int, batches: Sequence[Batch]) -> None:
         """Look for silent corruption, before the update."""
@@ -541,7 +543,9 @@ class Trainer:
 
     def check_state(self, step: int, told: str = "") -> None:
         """Stop, on every process, if weights or moments of any hold what no update makes: that would be saved and be no use."""
-        reports = gather((socket.gethostname(), impossible(self.train_step)), self.mesh.patient)
+        reports = all_gather_object(
+            (socket.gethostname(), impossible(self.train_step)), self.mesh.slow_group
+        )
         found = [
             f"rank {rank} on {host}: {one}"
             for rank, (host, wrong) in enumerate(reports)
@@ -573,7 +577,7 @@ class Trainer:
             isolate=not config.batch.cross_document_attention,
             workers=config.training.num_workers,
             prefetch=config.training.prefetch_factor or 2,
-            cut=partial(cut, rank=self.mesh.context.rank, size=self.mesh.context.size),
+            cut=partial(shard_batch, rank=self.mesh.context.rank, size=self.mesh.context.size),
             pin=self.mesh.device.type == "cuda",
             warn_ms=config.data.data_sample_warn_time_ms,
         )

@@ -24,7 +24,7 @@ import torch
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import state
-from fast_llm.checkpoint.weights import export_llama
+from fast_llm.checkpoint.weights import export_hugging_face
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter
 from fast_llm.errors import DataError
 from tests import helpers  # noqa: F401  tells the server what to load
@@ -61,7 +61,7 @@ def prune(root: Path) -> None:
 
 def export(root: Path, value: float) -> None:
     weights = {name: torch.full((5, 3), value) for name in ("a", "b")}
-    export_llama(
+    export_hugging_face(
         root / "7",
         weights,
         config={"value": value},

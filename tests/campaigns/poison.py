@@ -136,7 +136,7 @@ def disturb(
                 if fault.place in ("weight", *parts):
                     spoil(parts.get(fault.place) or step.weights.local(), fault)
             if any(fault.place in ("weight", *parts) for fault in now):
-                step.weights.publish()  # on all: else some would gather what others have
+                step.weights.sync_model_weights()  # on all: else some would gather what others have
             loss = forward_backward(batches, seed)
             for fault in mine:
                 if fault.place == "loss":
@@ -178,7 +178,12 @@ def _guide(trainer: Trainer, reference: Course) -> None:
     update, optimizer = step.optimizer.step, step.optimizer
 
     def undone(*arguments: Any) -> None:
-        local = [step.weights.local(), step.weights.low, optimizer.exp_avg, optimizer.exp_avg_sq]
+        local = [
+            step.weights.local(),
+            step.weights.master_low_bits,
+            optimizer.exp_avg,
+            optimizer.exp_avg_sq,
+        ]
         before = [{name: tensor.clone() for name, tensor in part.items()} for part in local]
         update(*arguments)
         if reference.batch_of[trainer.done + 1] in reference.left_out:

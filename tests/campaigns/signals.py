@@ -53,14 +53,14 @@ MARKS += ("saving", "exporting", "what is due at the end", "closing")
 CALLS = {
     "plan": ("fast_llm.planning.preflight", "preflight"),
     "before the processes meet": ("fast_llm.training.build", "Mesh"),
-    "while the processes meet": ("fast_llm.parallel.mesh", "_patient_group"),
+    "while the processes meet": ("fast_llm.parallel.mesh", "_slow_group"),
     "after the processes met": ("fast_llm.training.build", "_check_fp8"),
     "building the model": ("fast_llm.training.build", "build_model"),
     "reading a batch": ("fast_llm.data.loader", "Loader.step"),
     "copying for a checkpoint": ("fast_llm.checkpoint.state", "stage"),
     "writing a checkpoint": ("fast_llm.checkpoint.state", "save"),
     "publishing": ("fast_llm.checkpoint.folder", "publish"),
-    "writing an export": ("fast_llm.training.trainer", "export_llama"),
+    "writing an export": ("fast_llm.training.trainer", "export_hugging_face"),
     "leaving the others": ("fast_llm.parallel.mesh", "Mesh.close"),
 }
 # There is no training yet to be finished: SIGTERM and SIGINT end a process as any other.

@@ -54,7 +54,7 @@ def spread(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def export(
     path: str, dtype: str = "bf16", parameters_per_file: int = 10**9, model: BaseModelConfig = MODEL
 ) -> None:
-    weights.export_llama(
+    weights.export_hugging_face(
         Path(path),
         spread(random_weights(model)),
         config=llama.export_config(None, model, dtype, {"bos": 1, "eos": 2}),
@@ -210,7 +210,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     state.load(path, {f"weight/{name}": t for name, t in back.items()})
     for name, tensor in random_weights().items():
         assert torch.equal(bits(back[name]), bits(tensor.bfloat16().float()))
-    weights.export_llama(
+    weights.export_hugging_face(
         tmp_path / "second",
         back,
         config=llama.export_config(source, MODEL, "bf16", {}),

@@ -13,7 +13,7 @@ import torch
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import llama
-from fast_llm.checkpoint.weights import export_llama
+from fast_llm.checkpoint.weights import export_hugging_face
 from fast_llm.errors import CheckpointError
 from tests import hub
 
@@ -189,7 +189,7 @@ def test_exports_hold_files_in_folders(tmp_path: Path) -> None:
     path = tmp_path / "export"
     config = json.loads(SMALL["config.json"])
     weights = {"w": torch.ones(2)}
-    export_llama(
+    export_hugging_face(
         path, weights, config=config, dtype="fp32", files=SMALL, parameters_per_file=9, step=1
     )
     for name, content in SMALL.items():  # config.json too: it says what it said

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import llama
-from fast_llm.checkpoint.weights import export_llama, load_weights
+from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.cost import shapes
 from fast_llm.model.llama import Llama
@@ -72,7 +72,7 @@ def read(folder: Path) -> tuple[BaseModelConfig, dict[str, Tensor], dict[str, An
 
 def export(source: Path, target: Path, dtype: str, parameters_per_file: int = 10**9) -> None:
     model, weights, config = read(source)
-    export_llama(
+    export_hugging_face(
         target,
         weights,
         config=llama.export_config(config, model, dtype, {}),
@@ -161,7 +161,7 @@ def test_exports_from_scratch_are_read_as_they_are_meant(tmp_path: Path, name: s
     original = make(tmp_path / "original", ARCHITECTURES[name], torch.float32)
     model, weights, config = read(tmp_path / "original")
     scratch = llama.export_config(None, model, "fp32", {"bos": 3, "eos": 4})
-    export_llama(
+    export_hugging_face(
         tmp_path / "scratch",
         weights,
         config=scratch,

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.weights import export_llama, load_weights, save_weights
+from fast_llm.checkpoint.weights import export_hugging_face, load_weights, save_weights
 from fast_llm.errors import CheckpointError
 from tests.helpers import spawn
 
@@ -110,7 +110,7 @@ def export(path: Path, weights: dict[str, Tensor], **changes: Any) -> None:
         "parameters_per_file": 10**6,
         "step": 1,
     }
-    export_llama(path, weights, **(how | changes))
+    export_hugging_face(path, weights, **(how | changes))
 
 
 def fill_the_disk(root: str) -> list[str]:

@@ -25,7 +25,7 @@ from fast_llm.model.loss import VocabularyPart, cross_entropy
 from fast_llm.model.norm import rms_norm_beside
 from fast_llm.model.rounding import join, split_
 from fast_llm.optim.optimizer import Optimizer
-from fast_llm.parallel.context import _places, _stretches
+from fast_llm.parallel.context import _gathered_index, _varlen_qkv
 from fast_llm.parallel.single import SingleWeights
 from tests.gpu.checks import Rows, distance, farthest, report
 
@@ -123,7 +123,7 @@ def attention_of_context_parallelism() -> Rows:
         wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
         # Where each token lies among those gathered, process by process.
         places = torch.from_numpy(
-            _places(torch.arange(rows * length).numpy(), rows, length, size)
+            _gathered_index(torch.arange(rows * length).numpy(), rows, length, size)
         ).to(DEVICE)
         for name in engines(dtype):
             gathered = [
@@ -132,9 +132,9 @@ def attention_of_context_parallelism() -> Rows:
             outs, quiet = [], []
             with engine(name):
                 for rank in range(size):
-                    own = _stretches(documents, rows, length, (rank, 2 * size - 1 - rank), size).to(
-                        DEVICE
-                    )
+                    own = _varlen_qkv(
+                        documents, rows, length, (rank, 2 * size - 1 - rank), size
+                    ).to(DEVICE)
                     part = gathered[0].chunk(size)[rank]
                     keys, values = (x.index_select(0, own.index) for x in gathered[1:])
                     outs.append(attend(part, keys, values, own, True))
@@ -259,10 +259,10 @@ def blocks() -> Rows:
                 apply_fp8(block)
             if compiled:
                 block.compile()  # type: ignore[no-untyped-call]
-        weights = SingleWeights(model, dtype, DEVICE, lean=True)
+        weights = SingleWeights(model, dtype, DEVICE, fuse_grad_accumulation=True)
         with weights.masters(changed=True) as tensors:
             init_weights(tensors, config, 0)
-        weights.publish()
+        weights.sync_model_weights()
         given = tokens[:, :-1], positions, documents, tokens[:, 1:].contiguous()
         with torch.no_grad():
             first = model(*given)

@@ -72,7 +72,7 @@ for moments in ("fp32", "bf16", "int8"):
             for way in ways:  # PyTorch's kernel scales the gradients in place
                 way.step({name: gradient.clone() for name, gradient in gradients.items()}, 1e-2 / step, 0.7)
         for name in start:
-            one, other = (join(way.weights[name], way.low[name]) if halves else way.weights[name] for way in ways)
+            one, other = (join(way.weights[name], way.master_low_bits[name]) if halves else way.weights[name] for way in ways)
             # A few roundings in fp32 (6e-8); a moment that is rounded another way for them, once in some ten thousand, by 2^-8 or 2^-3.
             bound = {"fp32": 1e-6, "bf16": 1e-5, "int8": 1e-4}[moments]
             assert (one - other).norm() <= bound * other.norm(), (moments, halves, name)
@@ -80,7 +80,7 @@ for moments in ("fp32", "bf16", "int8"):
             for part in ("exp_avg", "exp_avg_sq"):
                 one, other = (getattr(way, part)[name] for way in ways)
                 if moments == "int8":
-                    tops, others = (way.tops[name][part == "exp_avg_sq"] for way in ways)
+                    tops, others = (way.block_absmax[name][part == "exp_avg_sq"] for way in ways)
                     assert torch.equal(tops, others) and (not tops.numel() or tops.any())
                 differing = (one != other).float().mean() if one.numel() else 0
                 assert moments == "fp32" or differing < 1e-3, (moments, halves, name, part, differing)

@@ -15,7 +15,7 @@ from fast_llm.model import native
 from fast_llm.model.attention import Documents
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import Block, Llama, init_weights
-from fast_llm.parallel.context import apply_context_parallel, cut
+from fast_llm.parallel.context import apply_context_parallel, shard_batch
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
@@ -42,13 +42,13 @@ def graphs(
     for block in model.model.layers.values():
         block.compile(backend="aot_eager")
     weights: SingleWeights | ShardedWeights
-    if mesh.weights is None:
-        weights = SingleWeights(model, torch.bfloat16, mesh.device, lean=True)
+    if mesh.weights_mesh is None:
+        weights = SingleWeights(model, torch.bfloat16, mesh.device, fuse_grad_accumulation=True)
     else:
-        weights = ShardedWeights([model], mesh.weights, 3, torch.bfloat16)
+        weights = ShardedWeights([model], mesh.weights_mesh, 3, torch.bfloat16)
     with weights.masters(changed=True) as tensors:
         init_weights(tensors, config, 0)
-    weights.publish()
+    weights.sync_model_weights()
     generator = torch.Generator().manual_seed(0)
     for number in range(steps):
         weights.before_micro_batch(number == 0, number == steps - 1)
@@ -60,7 +60,7 @@ def graphs(
             if packed
             else None
         )
-        batch = cut(
+        batch = shard_batch(
             Batch(tokens, tokens, torch.arange(32)[None], documents, 32), mesh.context.rank, context
         )
         model(batch.tokens, batch.positions, batch.documents, batch.labels).backward()
@@ -94,7 +94,9 @@ def test_recomputed_ones_as_well(level: str) -> None:
     assert spawn(1, graphs, 4, 3, level, 1, 1, False, False) == [2]
 
 
-def worst_gradient(dtype: torch.dtype, lean: bool, kernels: bool, packed: bool) -> float:
+def worst_gradient(
+    dtype: torch.dtype, fuse_grad_accumulation: bool, kernels: bool, packed: bool
+) -> float:
     """How far compiled blocks' gradients are from those without the compiler, of each weight: the greatest, relative."""
     if kernels:
         native.load()
@@ -114,10 +116,10 @@ def worst_gradient(dtype: torch.dtype, lean: bool, kernels: bool, packed: bool) 
         if backend is not None:
             for block in model.model.layers.values():
                 block.compile(backend=backend)
-        weights = SingleWeights(model, dtype, torch.device("cpu"), lean)
+        weights = SingleWeights(model, dtype, torch.device("cpu"), fuse_grad_accumulation)
         with weights.masters(changed=True) as tensors:
             init_weights(tensors, config, 0)
-        weights.publish()
+        weights.sync_model_weights()
         weights.before_micro_batch(True, True)
         model(tokens[:, :-1], torch.arange(32)[None], documents, tokens[:, 1:]).backward()
         found.append(
@@ -131,12 +133,12 @@ def worst_gradient(dtype: torch.dtype, lean: bool, kernels: bool, packed: bool) 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "lean", "bound"),
+    ("dtype", "fuse_grad_accumulation", "bound"),
     [(torch.float32, False, 2e-6), (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 3e-2)],
 )
 def test_the_compiler_makes_the_same_gradients(
-    dtype: torch.dtype, lean: bool, bound: float, kernels: bool, packed: bool
+    dtype: torch.dtype, fuse_grad_accumulation: bool, bound: float, kernels: bool, packed: bool
 ) -> None:
     """Every weight's. PyTorch 2.11's dropped some of fp32 without a word: those of queries and keys were zero. The bounds are the
     rounding of sums in another order; bf16's of queries and keys, which nearly cancel here, reach 1 to 2 %."""
-    assert spawn(1, worst_gradient, dtype, lean, kernels, packed)[0] < bound
+    assert spawn(1, worst_gradient, dtype, fuse_grad_accumulation, kernels, packed)[0] < bound

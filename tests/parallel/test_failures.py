@@ -139,9 +139,9 @@ def test_processes_that_do_not_come(
     with pytest.raises(
         TrainingStopped, match=rf"rank 0 on {HOST}: .* 127.0.0.1:{port} within 2 s \(model.distrib"
     ):
-        Failures.meet(2).arrive(None, 2)
+        Failures.connect(2).wait_for_all(None, 2)
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(
         ConfigError, match="WORLD_SIZE is 2 in the environment: start the processes with torchrun"
     ):
-        Failures.meet(2)
+        Failures.connect(2)

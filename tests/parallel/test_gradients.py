@@ -65,7 +65,7 @@ def gradients(
     tied: bool = False,
     recompute: str = "none",
     shard_size: int | None = None,
-    lean: bool = False,
+    fuse_grad_accumulation: bool = False,
     compiled: bool = False,
     cross_entropy: str = "fused",
 ) -> dict[str, np.ndarray]:
@@ -80,13 +80,13 @@ def gradients(
             block.compile(backend="aot_eager")
     weights: SingleWeights | ShardedWeights
     if zero_stage == 0:
-        weights = SingleWeights(model, dtype, mesh.device, lean)
+        weights = SingleWeights(model, dtype, mesh.device, fuse_grad_accumulation)
     else:
-        data = mesh.weights if mesh.weights is not None else init_device_mesh("cpu", (1,))
+        data = mesh.weights_mesh if mesh.weights_mesh is not None else init_device_mesh("cpu", (1,))
         weights = ShardedWeights([model], data, zero_stage, dtype)
     with weights.masters(changed=True) as tensors:
         init_weights(tensors, config, 0)
-    weights.publish()
+    weights.sync_model_weights()
     size = SEQUENCES // (accumulation * mesh.size)
     whole = {}
     for _ in range(2):
@@ -103,7 +103,7 @@ def gradients(
             for name, tensor in tensors.items():
                 tensor.sub_(like(tensor, found[name]), alpha=0.5)
             whole = {name: like(tensor, found[name]) for name, tensor in tensors.items()}
-        weights.publish()
+        weights.sync_model_weights()
     return {
         n: (g.full_tensor() if isinstance(g, DTensor) else g).numpy().copy()
         for n, g in whole.items()

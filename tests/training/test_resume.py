@@ -80,10 +80,10 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
     """As on a GPU: masters in two halves, moments in bf16 or in 8 bits. `rounded`: the head's gradient is, as with whole masters."""
 
     def in_halves(
-        model: Llama, dtype: torch.dtype, device: torch.device, lean: bool
+        model: Llama, dtype: torch.dtype, device: torch.device, fuse_grad_accumulation: bool
     ) -> SingleWeights:
-        assert not lean  # not on a CPU
-        made = SingleWeights(model, dtype, device, lean=True)
+        assert not fuse_grad_accumulation  # not on a CPU
+        made = SingleWeights(model, dtype, device, fuse_grad_accumulation=True)
         if rounded:
             model.lm_head.total = None
         return made
@@ -93,7 +93,10 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
 
     def counted(self: build.Optimizer, *args: object) -> None:
         before(self, *args)  # type: ignore[arg-type]
-        assert self.low and self.exp_avg["model.norm.weight"].dtype in (torch.bfloat16, torch.int8)
+        assert self.master_low_bits and self.exp_avg["model.norm.weight"].dtype in (
+            torch.bfloat16,
+            torch.int8,
+        )
 
     build.Optimizer.__init__ = counted  # type: ignore[method-assign,assignment]
     return run(arguments_)

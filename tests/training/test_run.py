@@ -376,7 +376,7 @@ def be_late(folder: Path) -> bool:
         (folder / "comes").touch()
     else:
         (folder / "waits").touch()
-    mesh.wait()
+    mesh.barrier()
     return (folder / "comes").exists()
 
 
