@@ -286,7 +286,7 @@ def one_death(
 def _in_child(folder: str, budget: int, seed: int, results: Any) -> None:
     """In a process that has no threads, so that it may fork."""
     torch.set_num_threads(1)
-    state.LARGEST_FILE = 60  # a file for each tensor
+    state.LARGEST_FILE_BYTES = 60  # a file for each tensor
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     try:

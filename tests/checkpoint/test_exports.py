@@ -162,7 +162,7 @@ def test_the_bytes_are_those_of_safetensors_itself(tmp_path: Path) -> None:
 
 def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(str(tmp_path / "one"))
-    monkeypatch.setattr(weights, "BATCH", 1000)
+    monkeypatch.setattr(weights, "BATCH_BYTES", 1000)
     export(str(tmp_path / "many"))
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 

@@ -191,7 +191,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "LARGEST_FILE", 300)
+    monkeypatch.setattr(state, "LARGEST_FILE_BYTES", 300)
     path = state.save(tmp_path, 1, reference(), {})
     files = sorted(path.glob("*.safetensors"))
     assert len(files) == 3
