@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from fast_llm.training.profile import OTHER, break_down, part
+from fast_llm.training.profile import OTHER, break_down, category
 
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4}
 # Of everything else what reads or writes tensors; the rest hands them on.
@@ -41,7 +41,7 @@ def floor(event: dict[str, Any], rate: float, copy: float) -> float:
         if shape and all(isinstance(n, int) for n in shape)
     ]
     kinds = [kind for kind in arguments.get("Input type", []) if kind in BYTES]
-    name, title = event["name"], part(event["name"])
+    name, title = event["name"], category(event["name"])
     if title == "products":
         if (
             not name.startswith(("aten::mm", "aten::addmm", "aten::bmm")) or len(shapes) < 2
@@ -79,24 +79,24 @@ def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
             and event.get("cat") == "cpu_op"
             and name.startswith(("aten::", "fast_llm::"))
         ):
-            title = part(name)
+            title = category(name)
             floors[title] += floor(event, rate, copy) if title != OTHER or name in COPYING else 0.0
     lines = [
         "| part | calls | floor ms | measured ms | of the step | gap |",
         "|---|---|---|---|---|---|",
     ]
-    for title, spent in found.parts.items():
+    for title, spent in found.categories.items():
         least, took = floors[title] / steps / 1e3, spent.own / steps / 1e3
-        gap = f"{(spent.once - floors[title]) / found.whole:.1%}"
+        gap = f"{(spent.once - floors[title]) / found.total:.1%}"
         shown = f"{least:.1f}" if least else "–"
         lines.append(
             f"| {title} | {spent.calls // steps} | {shown} | {took:.1f} | {found.share(title):.1%} | {gap} |"
         )
     total, calls = (
         sum(floors.values()) / steps / 1e3,
-        sum(spent.calls for spent in found.parts.values()) // steps,
+        sum(spent.calls for spent in found.categories.values()) // steps,
     )
-    lines.append(f"| all | {calls} | {total:.1f} | {found.whole / steps / 1e3:.1f} | 100.0% | |")
+    lines.append(f"| all | {calls} | {total:.1f} | {found.total / steps / 1e3:.1f} | 100.0% | |")
     return "\n".join(lines)
 
 

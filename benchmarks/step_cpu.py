@@ -45,8 +45,8 @@ from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.training.memory import keep_freed_memory
-from fast_llm.training.step import Step
+from fast_llm.training.allocator import keep_freed_memory
+from fast_llm.training.step import TrainStep
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
@@ -83,7 +83,7 @@ def ours(
     init_weights(weights.tensors, config, seed=0)
     weights.sync_model_weights()
     optimizer_config = OptimizerConfig()
-    step = Step(
+    step = TrainStep(
         model,
         weights,
         Optimizer(weights.local(), optimizer_config),

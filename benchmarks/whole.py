@@ -112,7 +112,7 @@ def one(table: str, settings: list[str]) -> None:
 
     from fast_llm.cli import main as command
     from fast_llm.training import trainer
-    from fast_llm.training.step import Step
+    from fast_llm.training.step import TrainStep
 
     def restore(self: trainer.Trainer) -> None:
         torch.manual_seed(0)
@@ -120,9 +120,9 @@ def one(table: str, settings: list[str]) -> None:
             weight.normal_(std=0.01) if weight.dim() > 1 else weight.fill_(1)
         self.weights.sync_model_weights()
 
-    step, count = Step.__call__, 0
+    step, count = TrainStep.__call__, 0
 
-    def watched(self: Step, *args: Any, **kwargs: Any) -> Any:
+    def watched(self: TrainStep, *args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         if count != STEPS - 1 or not table:
@@ -139,7 +139,7 @@ def one(table: str, settings: list[str]) -> None:
         return result
 
     trainer.Trainer.restore = restore  # type: ignore[method-assign]
-    Step.__call__ = watched  # type: ignore[method-assign]
+    TrainStep.__call__ = watched  # type: ignore[method-assign]
     code = command(["train", "gpt", *settings])
     if code:
         raise SystemExit(code)

@@ -246,9 +246,9 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _why(parsed: argparse.Namespace) -> int:
-    from fast_llm.training.audit import why
+    from fast_llm.training.audit import inspect_step
 
-    found = why(parsed.experiment, parsed.step)
+    found = inspect_step(parsed.experiment, parsed.step)
     if parsed.json and found.note:
         print(f"fast-llm why: {found.note}", file=sys.stderr)
     print(found.as_json() if parsed.json else "\n".join(found.as_text()))

@@ -58,7 +58,7 @@ class Order(BaseModel):
             raise ValueError("edges must ascend from 0")
         return self
 
-    def later(self, index: int) -> list[SourceState]:
+    def states_at(self, index: int) -> list[SourceState]:
         """The sources as they are when the run has come to a sequence."""
         with_these = self.sequence_length, self.seed
         counts = Mixture(self.edges).counts(index - self.index)
@@ -84,14 +84,14 @@ class History(BaseModel):
                 raise ValueError("batches and orders must ascend")
         return self
 
-    def first_sequence(self, step: int, passed_over: Iterable[Mapping[str, int]]) -> int:
+    def first_sequence(self, step: int, skipped_ranges: Iterable[Mapping[str, int]]) -> int:
         """The sequence with which a step begins.
 
         `passed_over`: for each time that a run went back, the step `after` which it continued, and how many
         `sequences` it left out there. Raises DataError for a step of which that is not known.
         """
         entry = self.at_step(step)
-        later = (o["sequences"] for o in passed_over if entry.after <= o["after"] < step)
+        later = (o["sequences"] for o in skipped_ranges if entry.after <= o["after"] < step)
         return entry.index + (step - 1 - entry.after) * entry.batch_size + sum(later)
 
     def at_step(self, step: int) -> Batches:
@@ -131,9 +131,9 @@ class History(BaseModel):
             kept = [_order(0, config, phase, [])]
         else:
             before = kept[-1]
-            states = [*before.later(samples), *before.left_out]
+            states = [*before.states_at(samples), *before.left_out]
             order = _order(samples, config, phase, states)
-            if _same(before, order):
+            if _equal(before, order):
                 # Files may have moved since: where they lie is no matter of order.
                 named = [
                     old.model_copy(update={"name": new.name})
@@ -144,7 +144,7 @@ class History(BaseModel):
                 kept.append(order)
         return History(batches=self.batches, orders=kept)
 
-    def counts(self, phase: Split) -> list[str]:
+    def describe_sources(self, phase: Split) -> list[str]:
         """What becomes of each source where an order begins that was changed, in words."""
         if len(self.orders) < 2:
             return []
@@ -155,13 +155,13 @@ class History(BaseModel):
         return found
 
 
-def begin(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
+def new_history(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
     """The history of a new run."""
     order = _order(0, config, dataset.splits["training"], [])
     return History(batches=[Batches(after=0, index=0, batch_size=batch_size)], orders=[order])
 
 
-def follow(phase: Split, order: Order) -> None:
+def apply_order(phase: Split, order: Order) -> None:
     """Have the training data continue in an order of the history."""
     keys, drawn = [s.key for s in order.sources], [s.drawn for s in order.sources]
     phase.follow(order.index, order.edges, keys, drawn)
@@ -195,7 +195,7 @@ def _data(config: DataConfig) -> dict[str, Any]:
     return values
 
 
-def _same(one: Order, other: Order) -> bool:
+def _equal(one: Order, other: Order) -> bool:
     """Whether nothing changes between two orders."""
 
     def essence(order: Order) -> Any:
@@ -223,7 +223,7 @@ def open_sources(
     return found
 
 
-def recover(
+def reconstruct(
     info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size: int
 ) -> tuple[History, list[str]]:
     """The history of a run that was begun by version 0.1, which kept none; and what is not known of it.
@@ -311,7 +311,7 @@ def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> l
     }
     points = [logged[step] for step in sorted(logged)]
     points.append((info["step"], info["identity"]["batch.batch_size"], info["samples"]))
-    passed_over = info.get("passed_over", [])
+    skipped_ranges = info.get("passed_over", [])
     found = [Batches(after=0, index=0, batch_size=points[0][1])]
     for step, size, samples in points:
         if step == 0:
@@ -320,9 +320,11 @@ def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> l
         # The step after which the size changed is the one with which the numbers of sequences come out.
         changes = range(history.after, step) if size != history.batch_size else [history.after]
         for change in changes:
-            begun = sum(o["sequences"] for o in passed_over if history.after <= o["after"] < change)
+            begun = sum(
+                o["sequences"] for o in skipped_ranges if history.after <= o["after"] < change
+            )
             index = history.index + (change - history.after) * history.batch_size + begun
-            later = sum(o["sequences"] for o in passed_over if change <= o["after"] < step)
+            later = sum(o["sequences"] for o in skipped_ranges if change <= o["after"] < step)
             if index + (step - change) * size + later == samples:
                 if size != history.batch_size:
                     if change == history.after:

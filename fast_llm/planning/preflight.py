@@ -259,18 +259,20 @@ def _history(
     if phase is None:
         return None, []
     if past is None:
-        return histories.begin(config, batch.batch_size, dataset), []
+        return histories.new_history(config, batch.batch_size, dataset), []
     notes: list[str] = []
     if past.get("history") is not None:
         before = History.model_validate(past["history"])
     else:
         assert folder is not None
-        before, notes = histories.recover(past, folder, dataset, config.model.base_model.vocab_size)
+        before, notes = histories.reconstruct(
+            past, folder, dataset, config.model.base_model.vocab_size
+        )
     now = before.with_batches(past["step"], past["samples"], batch.batch_size)
     now = now.with_data(past["samples"], config, phase)
-    histories.follow(phase, now.orders[-1])
+    histories.apply_order(phase, now.orders[-1])
     if len(now.orders) > len(before.orders):
-        notes += now.counts(phase)
+        notes += now.describe_sources(phase)
     return now, notes
 
 

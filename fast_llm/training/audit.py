@@ -18,7 +18,14 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
 from fast_llm.data.sampling import Mixture, SourceSampler
 from fast_llm.errors import ConfigError, DataError, UserError
-from fast_llm.planning.history import History, Order, begin, open_sources, read_records, recover
+from fast_llm.planning.history import (
+    History,
+    Order,
+    new_history,
+    open_sources,
+    read_records,
+    reconstruct,
+)
 from fast_llm.planning.preflight import format_bytes
 
 _SHOWN = 60  # characters of a document
@@ -72,7 +79,7 @@ class StepData:
     step: int
     length: int
     sequences: list[dict[str, Any]]
-    undone: list[dict[str, int]]  # each time that the run went back behind this step
+    rewinds: list[dict[str, int]]  # each time that the run went back behind this step
     note: str  # what is not known for sure
 
     def as_json(self) -> str:
@@ -96,15 +103,15 @@ class StepData:
         shares = [
             f"  {name}: {100 * n / total:.1f} % of the tokens" for name, n in counts.most_common()
         ]
-        undone = [
+        rewinds = [
             f"  (from step {one['after'] + 1} to the spike at step {one['spike']} the run was undone, and went on with later data)"
-            for one in self.undone
+            for one in self.rewinds
         ]
         first = f"step {self.step}: {len(self.sequences)} sequences of {self.length:,} + 1 tokens"
-        return [first, *([f"  ({self.note})"] if self.note else []), *undone, *shares, *lines]
+        return [first, *([f"  ({self.note})"] if self.note else []), *rewinds, *shares, *lines]
 
 
-def why(run: str, step: int) -> StepData:
+def inspect_step(run: str, step: int) -> StepData:
     """What a training step was made of, by the settings that were in force then.
 
     Raises DataError or ConfigError for a folder that is no run's, a step that it does not have, or data that is gone.
@@ -119,8 +126,8 @@ def why(run: str, step: int) -> StepData:
     if not 1 <= step <= config.training.train_iters:
         raise DataError(f"step {step}: {folder} has the steps 1 to {config.training.train_iters}")
     with locating(document, TrainConfig, "data.path"):
-        history, passed_over, note = _history(folder, config)
-    first = history.first_sequence(step, passed_over)
+        history, skipped_ranges, note = _history(folder, config)
+    first = history.first_sequence(step, skipped_ranges)
     count = history.at_step(step).batch_size
     file = folder / "pretrained" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
@@ -144,8 +151,8 @@ def why(run: str, step: int) -> StepData:
         sequences.append(
             {"index": index, "source": state.name, "epoch": epoch, "documents": documents}
         )
-    undone = [one for one in passed_over if one["after"] < step <= one["spike"]]
-    return StepData(step, order.sequence_length, sequences, undone, note)
+    rewinds = [one for one in skipped_ranges if one["after"] < step <= one["spike"]]
+    return StepData(step, order.sequence_length, sequences, rewinds, note)
 
 
 def _documents(
@@ -192,25 +199,25 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
     if size is None:
         raise DataError(f"{folder}: no step in its metrics.jsonl; training has not begun")
     info = folders.read_manifest(saved[-1][1]).info if saved else None
-    if info is not None and info.get("history") is not None and _as_saved(info, config, size):
+    if info is not None and info.get("history") is not None and _is_unchanged(info, config, size):
         # Nothing has changed since: sources that are gone matter only where their sequences are asked for.
-        return History.model_validate(info["history"]), _passed_over(folder), ""
+        return History.model_validate(info["history"]), _skipped_ranges(folder), ""
     data = dataset.open_dataset(config.data, config.batch.sequence_length, seed, vocabulary)
     if info is None:
-        return begin(config, size, data), _passed_over(folder), ""
+        return new_history(config, size, data), _skipped_ranges(folder), ""
     if info.get("history") is not None:
         history, notes = History.model_validate(info["history"]), list[str]()
     else:
-        history, notes = recover(info, folder, data, vocabulary)
+        history, notes = reconstruct(info, folder, data, vocabulary)
         notes.append(
             "version 0.1 did not record changes of data: steps before one are shown as if it had been then"
         )
     history = history.with_batches(info["step"], info["samples"], size)
     history = history.with_data(info["samples"], config, data.splits["training"])
-    return history, _passed_over(folder), "; ".join(notes)
+    return history, _skipped_ranges(folder), "; ".join(notes)
 
 
-def _as_saved(info: Mapping[str, Any], config: TrainConfig, size: int) -> bool:
+def _is_unchanged(info: Mapping[str, Any], config: TrainConfig, size: int) -> bool:
     """Whether the settings that decide the order are still those of a checkpoint."""
     now, then = config.model_dump(mode="json"), info["settings"]
     data = all(now["data"][name] == then["data"][name] for name in ("format", "path", "split"))
@@ -220,7 +227,7 @@ def _as_saved(info: Mapping[str, Any], config: TrainConfig, size: int) -> bool:
     return bool(data and same and info["identity"]["batch.batch_size"] == size)
 
 
-def _passed_over(folder: Path) -> list[dict[str, int]]:
+def _skipped_ranges(folder: Path) -> list[dict[str, int]]:
     """The times that a run went back: as its newest checkpoint has them, and those since, as the newest start recorded them."""
     saved = folders.find(folder / "checkpoint", "checkpoint")
     if not saved:

@@ -38,14 +38,15 @@ from fast_llm.parallel.tensor import apply_tensor_parallel
 from fast_llm.planning.memory import UPCASTING_CPU, ParallelLayout, Workload, required_bytes
 from fast_llm.planning.preflight import RunSpec, describe, format_bytes
 from fast_llm.planning.time import resolve_auto, with_layout
+from fast_llm.training.allocator import keep_freed_memory
 from fast_llm.training.interrupt import Interrupt
-from fast_llm.training.memory import keep_freed_memory
 from fast_llm.training.run import Run, lock, next_run_number, prepare_folder
-from fast_llm.training.saving import what_is_saved
-from fast_llm.training.spikes import Spikes
-from fast_llm.training.step import Step
+from fast_llm.training.saving import describe_saved
+from fast_llm.training.spikes import SpikeDetector
+from fast_llm.training.step import TrainStep
 from fast_llm.training.trainer import Trainer
-from fast_llm.training.watchdog import ENDED, SLACK, Watchdog
+from fast_llm.watchdog.process import COLLECTIVE_SLACK, Watchdog
+from fast_llm.watchdog.watcher import ENDED
 
 logger = logging.getLogger("fast_llm")
 
@@ -82,12 +83,12 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
         logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     config = spec.config
     distributed = config.model.distributed
-    saved = partial(what_is_saved, spec.folder)
-    failures = Failures.connect(distributed.timeout + SLACK)
-    with failures.reporting(interrupt.leave, saved):
+    saved = partial(describe_saved, spec.folder)
+    failures = Failures.connect(distributed.timeout + COLLECTIVE_SLACK)
+    with failures.reporting(interrupt.exit_now, saved):
         try:
             mesh = Mesh(
-                distributed.timeout + SLACK,
+                distributed.timeout + COLLECTIVE_SLACK,
                 config.training.timeout or _WEEK,
                 config.model.multi_stage.shard_size,
                 tensor=distributed.tensor_parallel,
@@ -95,11 +96,11 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
                 pipeline=distributed.pipeline_parallel,
                 failures=failures,
             )
-            interrupt.begin(lambda: failures.failing or failures.code is not None)
+            interrupt.begin_graceful(lambda: failures.failing or failures.code is not None)
             if mesh.device.type == "cpu":
                 keep_freed_memory()
                 native.take_faster_exact_products()
-            with locating, _alone(spec, mesh):
+            with locating, exclusive_lock(spec, mesh):
                 return _run(spec, mesh, interrupt, started)
         except OSError as error:
             if (problem := disk_problem(error)) is None:
@@ -108,7 +109,7 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
 
 
 @contextmanager
-def _alone(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
+def exclusive_lock(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
     """No other run in this experiment folder. Raises ConfigError, on every process, if there is one."""
     held: TextIO | None = None
     refused: list[str] = []
@@ -151,12 +152,12 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
         run.logs,
         rank=mesh.rank,
         processes=mesh.size,
-        share=mesh.broadcast,
+        broadcast=mesh.broadcast,
         # The compiler takes its time again for as many shapes (its recompile limit).
         warm_up=8 if config.model.multi_stage.compile_all else 1,
     )
     # Else it would be taken for one that hung, if it was saving for long.
-    interrupt.last = partial(watchdog.mark, ENDED)
+    interrupt.before_exit = partial(watchdog.heartbeat, ENDED)
     try:
         logger.info("What this run does:\n" + describe(spec))
         for warning in spec.warnings:
@@ -183,8 +184,8 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
         loss_scale = LossScale(
             config.optimizer.gradient_scaler, config.model.distributed.training_dtype
         )
-        spikes = Spikes(config.training.spikes)
-        step = Step(
+        spikes = SpikeDetector(config.training.spikes)
+        step = TrainStep(
             models[0],
             weights,
             optimizer,
@@ -192,11 +193,11 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
             mesh,
             config.optimizer,
             pipeline,
-            watchdog.mark,
+            watchdog.heartbeat,
             spikes,
         )
-        trainer = Trainer(spec, mesh, run, weights, step, interrupt, watchdog.mark)
-        interrupt.follows = trainer.on_signal
+        trainer = Trainer(spec, mesh, run, weights, step, interrupt, watchdog.heartbeat)
+        interrupt.effect = trainer.on_signal
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
             trainer.fit()
@@ -204,18 +205,18 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
             watchdog.failed(error)
             trainer.metrics.close("crashed")
             raise
-        watchdog.mark("closing", patient=True)
+        watchdog.heartbeat("closing", slow=True)
         trainer.metrics.close("ended")
         # Complete all the same: 0. Else the same for all: torchrun takes a node whose processes all return 0 for one that is
         # done; it would not start again with the others.
         code = (
             max(all_gather_object(interrupt.exit_code, mesh.slow_group)) if trainer.stopping else 0
         )
-        interrupt.agreed = code
-        if mesh.rank == 0 and not trainer.stopping and trainer.done >= config.training.train_iters:
+        interrupt.agreed_exit_code = code
+        if mesh.rank == 0 and not trainer.stopping and trainer.step >= config.training.train_iters:
             _note_complete()
     finally:
-        interrupt.last = lambda: None
+        interrupt.before_exit = lambda: None
         watchdog.close()
         run.close()
     mesh.close()

@@ -66,7 +66,7 @@ class TensorBoard:
         except OSError as error:
             self._failed(error)
 
-    def went_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """The curves continue from an earlier step."""
         self.close()
         if not self.broken:

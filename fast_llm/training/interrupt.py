@@ -25,8 +25,8 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_SAME_WISH = 2.0  # seconds
-_PAUSE = 1.0  # seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, which says why
+_DEBOUNCE = 2.0  # seconds
+_ACKNOWLEDGE_DELAY = 1.0  # seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, which says why
 
 
 class Interrupt:
@@ -34,100 +34,108 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.since = 0.0
-        self.last: Callable[[], None] = lambda: None  # done before leaving at once
+        self.signal_time = 0.0
+        self.before_exit: Callable[[], None] = lambda: None  # done before leaving at once
         # What follows a signal that comes now, and what else a second one does.
-        self.follows: Callable[[], tuple[str, str]] = lambda: (
+        self.effect: Callable[[], tuple[str, str]] = lambda: (
             "the run ends before its first step",
             "",
         )
-        self.fails: Callable[[], bool] = lambda: (
+        self.is_failing: Callable[[], bool] = lambda: (
             False
         )  # whether the run is about to end by an error, which says why
-        self.speaks = os.environ.get("RANK", "0") == "0"
-        self.due: float | None = None  # when the first signal is to be acknowledged
-        self.agreed: int | None = (
+        self.prints = os.environ.get("RANK", "0") == "0"
+        self.acknowledge_at: float | None = None  # when the first signal is to be acknowledged
+        self.agreed_exit_code: int | None = (
             None  # the exit code of all processes, once there is nothing left but to leave
         )
-        self.before: dict[signal.Signals, Any] = {}
+        self.previous_handlers: dict[signal.Signals, Any] = {}
         # Python writes the number of each signal that has a handler into a pipe, as soon as it comes.
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        self.woken = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.previous_wakeup_fd = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self.thread.start()
-        self._note_also(signal.SIGUSR1)
+        self._handle(signal.SIGUSR1)
         # A launcher creates the file first and sends the signal then: one of the two is noticed.
         if (stop := os.environ.get("FAST_LLM_STOP_FILE")) and os.path.exists(stop):
-            self._note(signal.SIGUSR1)
+            self._on_signal(signal.SIGUSR1)
             os.write(self.writer, bytes(1))  # the thread looks what is due
 
-    def begin(self, fails: Callable[[], bool] = lambda: False) -> None:
+    def begin_graceful(self, is_failing: Callable[[], bool] = lambda: False) -> None:
         """The processes have met: from here on they leave together. `fails`: whether they are about to by an error."""
-        self.fails = fails
-        self._note_also(signal.SIGTERM, signal.SIGINT)
+        self.is_failing = is_failing
+        self._handle(signal.SIGTERM, signal.SIGINT)
 
     @property
     def exit_code(self) -> int:
         """That of a run which ends for it."""
         return 0 if self.signal in (0, signal.SIGUSR1) else 128 + self.signal
 
-    def _note_also(self, *numbers: signal.Signals) -> None:
-        self.before |= {number: signal.signal(number, lambda *_: None) for number in numbers}
+    def _handle(self, *numbers: signal.Signals) -> None:
+        self.previous_handlers |= {
+            number: signal.signal(number, lambda *_: None) for number in numbers
+        }
 
     def _listen(self) -> None:
         while True:
-            wait = None if self.due is None else max(self.due - time.monotonic(), 0)
+            wait = (
+                None
+                if self.acknowledge_at is None
+                else max(self.acknowledge_at - time.monotonic(), 0)
+            )
             if not select.select([self.reader], [], [], wait)[0]:
                 self._acknowledge()
                 continue
-            if not (came := os.read(self.reader, 64)):
+            if not (received := os.read(self.reader, 64)):
                 return
-            for number in came:
+            for number in received:
                 if number in _SIGNALS:
-                    self._note(number)
+                    self._on_signal(number)
 
-    def _note(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         if not self.signal:
-            self.signal, self.since = number, time.monotonic()
-            self.due = self.since + (_PAUSE if number == signal.SIGTERM else 0)
-        elif number != signal.SIGUSR1 and time.monotonic() - self.since > _SAME_WISH:
-            if self.agreed is None and not self.fails():
-                self._say(f"A second signal ends the run at once{self.follows()[1]}.")
+            self.signal, self.signal_time = number, time.monotonic()
+            self.acknowledge_at = self.signal_time + (
+                _ACKNOWLEDGE_DELAY if number == signal.SIGTERM else 0
+            )
+        elif number != signal.SIGUSR1 and time.monotonic() - self.signal_time > _DEBOUNCE:
+            if self.agreed_exit_code is None and not self.is_failing():
+                self._print(f"A second signal ends the run at once{self.effect()[1]}.")
             # Not sys.exit: whatever is being saved must neither be finished nor cleaned up; it is unpublished.
             # torchrun ends the others as soon as one has ended, which is no other wish.
-            self.leave(128 + number if self.agreed is None else self.agreed)
+            self.exit_now(128 + number if self.agreed_exit_code is None else self.agreed_exit_code)
 
-    def leave(self, exit_code: int) -> None:
+    def exit_now(self, exit_code: int) -> None:
         """End this process at once, in whatever it is."""
-        self.last()
+        self.before_exit()
         os._exit(exit_code)
 
     def _acknowledge(self) -> None:
-        self.due = None
-        if self.agreed is not None or self.fails():
+        self.acknowledge_at = None
+        if self.agreed_exit_code is not None or self.is_failing():
             return
-        follows, further = self.follows()
+        effect, further = self.effect()
         limit = ""
         if self.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ:
             limit = f" torchrun waits {os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '30')} s for this."
         name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
         second = "SIGTERM or Ctrl-C" if self.signal == signal.SIGUSR1 else "A second one"
-        self._say(
-            f"{name}: {follows}.{limit} {second}, {_SAME_WISH:g} s later or more, ends the run at once{further}."
+        self._print(
+            f"{name}: {effect}.{limit} {second}, {_DEBOUNCE:g} s later or more, ends the run at once{further}."
         )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):
             # Not where that would wait: for a terminal that is held, or for a program that does not read.
-            if self.speaks and select.select([], [2], [], 0)[1]:
+            if self.prints and select.select([], [2], [], 0)[1]:
                 os.write(2, (("\r\x1b[K" if os.isatty(2) else "") + text + "\n").encode())
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.woken)
+        signal.set_wakeup_fd(self.previous_wakeup_fd)
         os.close(self.writer)
         self.thread.join()
         os.close(self.reader)

@@ -41,12 +41,14 @@ class Metrics:
         self.batch = batch
         self.cost = cost
         self.device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else None
-        self.first = self.last_written = first
-        self.seconds = self.seconds_at_last = (
+        self.start_step = self.last_written = first
+        self.train_seconds = self.train_seconds_at_last = (
             0.0  # of training, since this start and at the last record
         )
-        self.waited_at_last = 0.0
-        self.usual = 0.0  # seconds of a step, on average of the last record's; 0 before it
+        self.data_seconds_at_last = 0.0
+        self.average_step_seconds = (
+            0.0  # seconds of a step, on average of the last record's; 0 before it
+        )
         self._since = time.perf_counter()
         self._steps: list[StepResult] = []
         self.skipped_in_a_row = 0
@@ -59,24 +61,28 @@ class Metrics:
             self.wandb = Wandb(config.training.wandb, config, run)
 
     @contextmanager
-    def not_training(self) -> Iterator[None]:
+    def exclude_from_speed(self) -> Iterator[None]:
         """Time spent inside does not count as time of steps."""
-        self.seconds += time.perf_counter() - self._since
+        self.train_seconds += time.perf_counter() - self._since
         try:
             yield
         finally:
             self._since = time.perf_counter()
 
     @contextmanager
-    def as_usual(self) -> Iterator[None]:
+    def count_as_average_step(self) -> Iterator[None]:
         """The step inside, which something slows down, counts as long as the others since the last record took on average, else as
         those before it; the first of a start as it is."""
-        with self.not_training():
-            before, began = self.seconds, time.perf_counter()
+        with self.exclude_from_speed():
+            before, began = self.train_seconds, time.perf_counter()
             since = len(self._steps)
-            usual = (before - self.seconds_at_last) / since if since else self.usual
+            usual = (
+                (before - self.train_seconds_at_last) / since
+                if since
+                else self.average_step_seconds
+            )
             yield
-            self.seconds = before + (usual or time.perf_counter() - began)
+            self.train_seconds = before + (usual or time.perf_counter() - began)
 
     def add(self, step: int, result: StepResult) -> None:
         """Take note of one step."""
@@ -86,29 +92,29 @@ class Metrics:
                 0 if result.updated or result.spike else self.skipped_in_a_row + 1
             )
         if self.run.progress is not None:
-            elapsed = self.seconds + time.perf_counter() - self._since
+            elapsed = self.train_seconds + time.perf_counter() - self._since
             rate = (
-                (step - self.first)
+                (step - self.start_step)
                 * self.batch.batch_size
                 * self.config.batch.sequence_length
                 / elapsed
             )
-            left = elapsed / (step - self.first) * (self.config.training.train_iters - step)
+            left = elapsed / (step - self.start_step) * (self.config.training.train_iters - step)
             self.run.progress.show(
                 step,
                 self.config.training.train_iters,
                 f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {_duration(left)} left",
             )
 
-    def went_back(self, step: int, record: dict[str, Any]) -> None:
+    def rewind(self, step: int, record: dict[str, Any]) -> None:
         """Go on counting from an earlier step; `record`: what happened, for metrics.jsonl."""
         self.run.record({"run": self.run.number, "step": step, "phase": "rewind", **record})
-        self.first = self.last_written = step
-        self.seconds = self.seconds_at_last = self.waited_at_last = 0.0
+        self.start_step = self.last_written = step
+        self.train_seconds = self.train_seconds_at_last = self.data_seconds_at_last = 0.0
         self._since = time.perf_counter()
         self._steps.clear()
         if self.tensorboard is not None:
-            self.tensorboard.went_back(step)
+            self.tensorboard.rewind(step)
 
     def write(self, step: int, samples: int, consumed: int, waited: float) -> None:
         """Write a training record for the steps since the last one.
@@ -116,7 +122,7 @@ class Metrics:
         `samples`: sequences consumed by the run; `consumed`: their tokens; `waited`: seconds for data since this start.
         """
         now = time.perf_counter()
-        self.seconds += now - self._since
+        self.train_seconds += now - self._since
         self._since = now
         steps, self._steps = self._steps, []
         if not steps:
@@ -124,8 +130,8 @@ class Metrics:
         good = [result for result in steps if result.updated or result.spike]
         train_iters = self.config.training.train_iters
         tokens = self.batch.batch_size * self.config.batch.sequence_length
-        step_time = (self.seconds - self.seconds_at_last) / len(steps)
-        average = self.seconds / (step - self.first)
+        step_time = (self.train_seconds - self.train_seconds_at_last) / len(steps)
+        average = self.train_seconds / (step - self.start_step)
         remaining = average * (train_iters - step)
         model_flops = self.cost.model_flops_per_token * tokens / step_time / self.mesh.size
         peak = self.cost.peak_flops(self.device_name) if self.device_name else None
@@ -148,7 +154,7 @@ class Metrics:
             "target_tokens": sum(r.targets for r in steps),
             "step_time_ms": step_time * 1e3,
             "step_time_average_ms": average * 1e3,
-            "data_wait_ms": (waited - self.waited_at_last) / len(steps) * 1e3,
+            "data_wait_ms": (waited - self.data_seconds_at_last) / len(steps) * 1e3,
             "tokens_per_sec_per_gpu": tokens / step_time / self.mesh.size,
             "model_tflops": model_flops / 1e12,
             "hardware_tflops": self.cost.hardware_flops_per_token
@@ -164,8 +170,12 @@ class Metrics:
             "percent_done": 100 * step / train_iters,
             **self._memory(),
         }
-        self.seconds_at_last, self.waited_at_last, self.last_written = self.seconds, waited, step
-        self.usual = step_time
+        self.train_seconds_at_last, self.data_seconds_at_last, self.last_written = (
+            self.train_seconds,
+            waited,
+            step,
+        )
+        self.average_step_seconds = step_time
         self._send(step, "Training", values)
         memory = " | ".join(
             f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in self._memory_names()

@@ -40,7 +40,7 @@ COPIES, COMMUNICATION, OTHER, IDLE = (
 )
 # The first part of which a word occurs in the name of an operation or kernel. Products that the compiler makes are templates, and the
 # own time of its code for the CPU is that of its kernels, which have no names.
-PARTS = {
+CATEGORIES = {
     COMMUNICATION: "nccl|gloo|c10d::",
     COPIES: "memcpy htod",
     "attention": "attention|attn|flash|fmha|sdpa",
@@ -52,7 +52,7 @@ PARTS = {
 }
 # Of several that run at once the first has the moment.
 _ORDER = [
-    *(title for title in PARTS if title not in (OTHER, COPIES, COMMUNICATION)),
+    *(title for title in CATEGORIES if title not in (OTHER, COPIES, COMMUNICATION)),
     OTHER,
     COPIES,
     COMMUNICATION,
@@ -66,13 +66,15 @@ Event = dict[
 
 
 @cache
-def part(name: str) -> str:
+def category(name: str) -> str:
     """Which part of a step an operation or kernel belongs to."""
-    return next((title for title, words in PARTS.items() if re.search(words, name.lower())), OTHER)
+    return next(
+        (title for title, words in CATEGORIES.items() if re.search(words, name.lower())), OTHER
+    )
 
 
 @dataclass
-class Spent:
+class TimeSpent:
     """What a part took, in microseconds."""
 
     calls: int = 0
@@ -84,16 +86,16 @@ class Spent:
 class Breakdown:
     """A trace taken apart."""
 
-    whole: float  # microseconds
-    parts: dict[str, Spent]  # the longest first; idle is one
-    operations: dict[str, Spent]  # by name, the longest first, without `once`
+    total: float  # microseconds
+    categories: dict[str, TimeSpent]  # the longest first; idle is one
+    operations: dict[str, TimeSpent]  # by name, the longest first, without `once`
 
     def share(self, title: str) -> float:
         """Of the step, from 0 to 1; those of all parts add up to 1."""
-        return self.parts[title].once / self.whole
+        return self.categories[title].once / self.total
 
 
-def counted(trace: dict[str, Any]) -> list[Event]:
+def timed_events(trace: dict[str, Any]) -> list[Event]:
     """What ran: kernels and copies if there was a GPU, else operations."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X" and "dur" in event]
     kernels = [
@@ -111,7 +113,7 @@ def _is_operation(event: Event) -> bool:
     return event.get("cat") == "cpu_op" and "::" in name and "autograd::" not in name
 
 
-def stretches(events: Iterable[Event]) -> Iterator[tuple[float, float, Event]]:
+def exclusive_intervals(events: Iterable[Event]) -> Iterator[tuple[float, float, Event]]:
     """The time of one thread or stream, cut up: each moment is that of the event that began last and has not ended."""
     begun: list[Event] = []
     now = 0.0
@@ -138,7 +140,7 @@ def break_down(trace: dict[str, Any]) -> Breakdown:
 
     Raises ValueError if nothing ran.
     """
-    events = counted(trace)
+    events = timed_events(trace)
     if not events:
         raise ValueError("the trace holds no operation")
     begin, end = (
@@ -149,32 +151,32 @@ def break_down(trace: dict[str, Any]) -> Breakdown:
         if event.get("cat") == "user_annotation" and event["name"].startswith(_STEP):
             begin, end = event["ts"], event["ts"] + event["dur"]
     threads: dict[Any, list[Event]] = defaultdict(list)
-    parts: dict[str, Spent] = defaultdict(Spent)
-    operations: dict[str, Spent] = defaultdict(Spent)
+    categories: dict[str, TimeSpent] = defaultdict(TimeSpent)
+    operations: dict[str, TimeSpent] = defaultdict(TimeSpent)
     for event in events:
         threads[event.get("pid"), event["tid"]].append(event)
-        for spent in (parts[part(event["name"])], operations[event["name"]]):
+        for spent in (categories[category(event["name"])], operations[event["name"]]):
             spent.calls += 1
     busy: list[tuple[float, float, str]] = []
     for thread in threads.values():
-        for since, until, event in stretches(thread):
-            title = part(event["name"])
-            for spent in (parts[title], operations[event["name"]]):
+        for since, until, event in exclusive_intervals(thread):
+            title = category(event["name"])
+            for spent in (categories[title], operations[event["name"]]):
                 spent.own += until - since
             busy.append((max(since, begin), min(until, end), title))
-    for title, microseconds in _once(busy).items():
+    for title, microseconds in _attribute(busy).items():
         if microseconds:
-            parts[title].once = microseconds
-    idle = max(0.0, end - begin - sum(spent.once for spent in parts.values()))
-    parts[IDLE] = Spent(0, idle, idle)
+            categories[title].once = microseconds
+    idle = max(0.0, end - begin - sum(spent.once for spent in categories.values()))
+    categories[IDLE] = TimeSpent(0, idle, idle)
     return Breakdown(
         end - begin,
-        dict(sorted(parts.items(), key=lambda item: -item[1].once)),
+        dict(sorted(categories.items(), key=lambda item: -item[1].once)),
         dict(sorted(operations.items(), key=lambda item: -item[1].own)),
     )
 
 
-def _once(busy: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+def _attribute(busy: Iterable[tuple[float, float, str]]) -> dict[str, float]:
     """How long each part ran, where several did only the first of them."""
     changes = sorted(
         (moment, change, _ORDER.index(title))
@@ -198,14 +200,14 @@ def _percent(share: float) -> str:
 def table(found: Breakdown, title: str) -> str:
     """What is found, as text under a title."""
     lines = [title, "", f"{'part':24}{'calls':>9}{'ms':>12}{'of the step':>14}"]
-    for name, spent in found.parts.items():
+    for name, spent in found.categories.items():
         calls = f"{spent.calls:,}" if spent.calls else ""
         lines.append(
             f"{name:24}{calls:>9}{spent.own / 1e3:>12,.2f}{_percent(found.share(name)):>14}"
         )
-    calls = f"{sum(spent.calls for spent in found.parts.values()):,}"
+    calls = f"{sum(spent.calls for spent in found.categories.values()):,}"
     lines += [
-        f"{'the step':24}{calls:>9}{found.whole / 1e3:>12,.2f}{_percent(1):>14}",
+        f"{'the step':24}{calls:>9}{found.total / 1e3:>12,.2f}{_percent(1):>14}",
         "",
         "ms: of all threads or streams together. of the step: each moment counts once, and communication and copies to the",
         "device only where nothing else ran. idle: no operation ran, but Python, or a device that waits.",
@@ -214,7 +216,7 @@ def table(found: Breakdown, title: str) -> str:
     ]
     for name, spent in list(found.operations.items())[:_SHOWN]:
         shown = name if len(name) <= _WIDTH else name[: _WIDTH - 1] + "…"
-        lines.append(f"{spent.calls:>9,}{spent.own / 1e3:>12,.2f}  {part(name):24}{shown}")
+        lines.append(f"{spent.calls:>9,}{spent.own / 1e3:>12,.2f}  {category(name):24}{shown}")
     return "\n".join(lines) + "\n"
 
 
@@ -230,7 +232,7 @@ class Profile:
     def __init__(self, step: int, folder: Path, mesh: Mesh):
         """`folder`: that of profiles, which is made if need be."""
         self.step, self.folder, self.mesh = step, folder, mesh
-        self.whole = record_function(f"{_STEP}{step}")
+        self.annotation = record_function(f"{_STEP}{step}")
         self.profiler: profile | None = None  # while it records
 
     def __enter__(self) -> Self:
@@ -243,7 +245,7 @@ class Profile:
             self._settle()
             profiler.start()
             self.profiler = profiler
-            self.whole.__enter__()
+            self.annotation.__enter__()
         except Exception as error:
             self._warn(error)
         return self
@@ -259,7 +261,7 @@ class Profile:
         try:
             if kind is None:
                 self._settle()
-            self.whole.__exit__(None, None, None)
+            self.annotation.__exit__(None, None, None)
             self.profiler.stop()
             if kind is None:
                 self._write(self.profiler)
@@ -281,7 +283,7 @@ class Profile:
             found = break_down(_parsed(trace, partial))
             place = f"rank {self.mesh.rank} of {self.mesh.size}, {self.mesh.device.type.upper()}"
             text = table(
-                found, f"Step {self.step}, {place}: {found.whole / 1e3:,.1f} ms under the profiler"
+                found, f"Step {self.step}, {place}: {found.total / 1e3:,.1f} ms under the profiler"
             )
             for ending, content in ((".txt", text.encode()), (".json.gz", gzip.compress(trace, 5))):
                 partial.write_bytes(content)
@@ -289,7 +291,7 @@ class Profile:
         finally:
             partial.unlink(missing_ok=True)
         largest = ", ".join(
-            f"{title} {_percent(found.share(title))}" for title in list(found.parts)[:3]
+            f"{title} {_percent(found.share(title))}" for title in list(found.categories)[:3]
         )
         logger.info(f"Profile of step {self.step}: {largest}; see {self.folder / name}.txt")
 

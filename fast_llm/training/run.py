@@ -85,7 +85,7 @@ class Run:
         """What can not be written, to a full disk say, is written with the next record: no step is lost for it."""
         try:
             if self._records is None:
-                _drop_torn_line(path)
+                _truncate_partial_line(path)
                 self._records = os.open(
                     path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
                 )
@@ -228,7 +228,7 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _drop_torn_line(path: Path) -> None:
+def _truncate_partial_line(path: Path) -> None:
     """A crash can leave half a line at the end, to which the next record would be glued."""
     if not path.exists() or path.stat().st_size == 0:
         return
@@ -242,12 +242,12 @@ def _drop_torn_line(path: Path) -> None:
 class _LogFile(logging.FileHandler):
     """A log whose loss ends no run, and is told once."""
 
-    told = False
+    reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if not self.told:
-            self.told = True
+        if not self.reported:
+            self.reported = True
             why = error.strerror if isinstance(error, OSError) else error
             print(
                 f"{self.baseFilename}: can not be written: {why}; the log goes on here.",

@@ -31,8 +31,8 @@ logger = logging.getLogger("fast_llm")
 
 _PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds between attempts, doubled each time
 _LAST_PAUSE, _LAST_ATTEMPTS = 1.0, 3  # when the process is about to end
-_ENOUGH = 0.9  # of the memory that is available; the rest is left to others
-_LIMITS = Path("/sys/fs/cgroup")
+_MEMORY_FRACTION = 0.9  # of the memory that is available; the rest is left to others
+_CGROUP = Path("/sys/fs/cgroup")
 # How urgent it is that the thread ends.
 _NOT, _SUPERSEDED, _LAST = 0, 1, 2
 
@@ -44,14 +44,14 @@ class Saver:
         """`group`: all processes, for the saver alone; `background`: whether training goes on meanwhile, if memory allows."""
         self.group = group
         self.background = background
-        self.step = -1  # of the newest checkpoint that is there or being written
-        self.saved = -1  # of the newest that is there
-        self.parts: dict[str, Tensor] = {}
+        self.last_started = -1  # of the newest checkpoint that is there or being written
+        self.last_saved = -1  # of the newest that is there
+        self.host_copy: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.urgency = _NOT
-        self.hurry = threading.Event()
+        self.wake = threading.Event()
         self.error: CheckpointError | None = None
-        self.fault: BaseException | None = None
+        self.unexpected_error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
@@ -64,7 +64,7 @@ class Saver:
         step: int,
         tensors: Mapping[str, Tensor],
         info: Mapping[str, Any],
-        then: Callable[[Path], None],
+        on_saved: Callable[[Path], None],
         last: bool = False,
     ) -> None:
         """Begin to save a step, as state.save; every process calls it. `then`: what follows, given the folder. `last`: the
@@ -75,88 +75,88 @@ class Saver:
         began = time.perf_counter()
         if self.busy:
             logger.info(
-                f"Training waits: the checkpoint of step {self.step} is still being written."
+                f"Training waits: the checkpoint of step {self.last_started} is still being written."
             )
-        self._end(_SUPERSEDED)
-        self._choose(tensors)
+        self._join(_SUPERSEDED)
+        self._check_memory(tensors)
         parts: Mapping[str, Tensor] | None = None
         if self.background:
-            state.stage(tensors, self.parts)
-            parts = self.parts
+            state.stage(tensors, self.host_copy)
+            parts = self.host_copy
             # Nothing but the copy is needed from now on, and of DTensors how they are spread.
             tensors = {
-                name: like(t, self.parts[name].to("meta"))
+                name: like(t, self.host_copy[name].to("meta"))
                 if isinstance(t, DTensor)
-                else self.parts[name]
+                else self.host_copy[name]
                 for name, t in tensors.items()
             }
         still = time.perf_counter() - began
 
         def write() -> None:
             path = state.save(root, step, tensors, info, self.group, parts)
-            self.saved = step
-            then(path)
+            self.last_saved = step
+            on_saved(path)
             seconds = time.perf_counter() - began
             logger.info(
                 f"Saved {path} in {seconds:.1f} s"
                 + (f"; training stood still for {still:.1f} s." if parts else ".")
             )
 
-        self.step, self.error, self.fault = step, None, None
+        self.last_started, self.error, self.unexpected_error = step, None, None
         self.urgency = _LAST if last else _NOT if self.background else _SUPERSEDED
-        self.hurry.clear()
+        self.wake.clear()
         self.thread = threading.Thread(
-            target=self._run, args=(write,), name="checkpoint", daemon=True
+            target=self._write_with_retries, args=(write,), name="checkpoint", daemon=True
         )
         self.thread.start()
         if not self.background:
-            self._end(self.urgency)
+            self._join(self.urgency)
 
     def check(self) -> None:
         """Raise what the thread met, if that was no failure of files but a fault of ours or the loss of a process."""
-        if self.fault is not None:
-            raise self.fault
+        if self.unexpected_error is not None:
+            raise self.unexpected_error
 
     def wait(self) -> None:
         """Until the newest checkpoint is there. Raises CheckpointError, on every process, if it can not be written."""
-        self._end(_LAST)
+        self._join(_LAST)
         if self.error is not None:
             raise self.error
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Until nothing is being written. That it could not be is logged, not raised."""
-        self._end(_SUPERSEDED)
+        self._join(_SUPERSEDED)
 
-    def leave(self, seconds: float | None) -> None:
+    def finish_after_failure(self, seconds: float | None) -> None:
         """Training ends by an error: so much time for what is being written; None is as long as it takes.
 
         Other processes may be gone. What happens is logged, not raised.
         """
         if self.busy:
             logger.info(
-                f"Training has failed; the checkpoint of step {self.step} is being finished."
+                f"Training has failed; the checkpoint of step {self.last_started} is being finished."
             )
             self.urgency = _LAST
-            self.hurry.set()
+            self.wake.set()
             assert self.thread is not None
             self.thread.join(seconds)
             if self.error is not None:
                 logger.error(f"{self.error}")
 
-    def _end(self, urgency: int) -> None:
+    def _join(self, urgency: int) -> None:
         """Until the thread has ended."""
         if self.thread is not None:
             self.urgency = urgency
-            self.hurry.set()
+            self.wake.set()
             self.thread.join()
             self.thread = None
         if self.error is not None:
-            self.step = -1
+            self.last_started = -1
         self.check()
 
-    def _choose(self, tensors: Mapping[str, Tensor]) -> None:
+    def _check_memory(self, tensors: Mapping[str, Tensor]) -> None:
         """The first time: whether there is memory for the copy, on all processes alike."""
-        if not self.background or self.parts:
+        if not self.background or self.host_copy:
             return
         here = int(
             os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -165,7 +165,7 @@ class Saver:
         short = [
             one
             for one in all_gather_object((needed, free), self.group)
-            if one[0] > _ENOUGH * one[1]
+            if one[0] > _MEMORY_FRACTION * one[1]
         ]
         if short:
             logger.warning(
@@ -174,7 +174,7 @@ class Saver:
             )
             self.background = False
 
-    def _run(self, write: Callable[[], None]) -> None:
+    def _write_with_retries(self, write: Callable[[], None]) -> None:
         """The thread: attempts until one succeeds, or it is no longer worth it."""
         pause, last_attempts = _PAUSE, 0
         try:
@@ -184,13 +184,13 @@ class Saver:
                     return
                 except CheckpointError as error:
                     problem = error
-                if self._agree() == _NOT:
+                if self._max_urgency() == _NOT:
                     logger.warning(
                         f"{problem}. Training goes on; the next attempt is in {pause:g} s."
                     )
-                    self.hurry.wait(pause)
+                    self.wake.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
-                urgency = self._agree()
+                urgency = self._max_urgency()
                 if urgency == _SUPERSEDED:
                     logger.warning(f"{problem}. Training goes on without this checkpoint.")
                     self.error = problem
@@ -204,15 +204,15 @@ class Saver:
                         return
                     logger.warning(f"{problem}. The next attempt is in {_LAST_PAUSE:g} s.")
                     time.sleep(_LAST_PAUSE)
-        except BaseException as fault:
-            self.fault = fault
+        except BaseException as error:
+            self.unexpected_error = error
 
-    def _agree(self) -> int:
+    def _max_urgency(self) -> int:
         """How urgent it is for the process that is furthest."""
         return max(all_gather_object(self.urgency, self.group))
 
 
-def what_is_saved(folder: Path | None) -> str:
+def describe_saved(folder: Path | None) -> str:
     """A sentence about what the same command finds in an experiment folder after the run has ended."""
     if folder is None:
         return "Nothing was saved: run.experiment_dir is not set."
@@ -230,9 +230,9 @@ def available_memory() -> int:
     available = psutil.virtual_memory().available
     with suppress(OSError, ValueError, StopIteration):  # other kernels, no limit
         limit, used = (
-            int((_LIMITS / name).read_text()) for name in ("memory.max", "memory.current")
+            int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
-        lines = (_LIMITS / "memory.stat").read_text().splitlines()
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
         cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         available = min(available, limit - used + cached)
     return available

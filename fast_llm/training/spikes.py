@@ -20,19 +20,21 @@ from typing import Any
 from fast_llm.config.train import SpikesConfig
 
 
-class Spikes:
+class SpikeDetector:
     """The last steps' numbers, and the judgement of the next."""
 
     def __init__(self, config: SpikesConfig):
         self.config = config
-        self.seen = {name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")}
+        self.window = {
+            name: deque[float](maxlen=config.window) for name in ("loss", "gradient norm")
+        }
 
-    def judge(self, loss: float, norm: float) -> str:
+    def detect(self, loss: float, norm: float) -> str:
         """What stands out of a step's finite numbers, in words, or nothing; takes note of them."""
         if self.config.policy == "none":
             return ""
         found = []
-        for (name, values), value in zip(self.seen.items(), (loss, norm), strict=True):
+        for (name, values), value in zip(self.window.items(), (loss, norm), strict=True):
             if len(values) == self.config.window:
                 middle = median(values)
                 deviation = max(
@@ -45,12 +47,12 @@ class Spikes:
             values.append(value)
         return ", ".join(found)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {name: list(values) for name, values in self.seen.items()}
+        return {name: list(values) for name, values in self.window.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        for name, values in self.seen.items():
+        for name, values in self.window.items():
             values.clear()
             values.extend(state.get(name, ()))

@@ -22,7 +22,7 @@ from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.pipeline import TIED_WEIGHT, Pipeline
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.training.spikes import Spikes
+from fast_llm.training.spikes import SpikeDetector
 
 # Gradients of a larger norm count as not finite: fp32 does not hold their squares, and an infinite average of squares would
 # freeze its weight for good.
@@ -43,7 +43,7 @@ class StepResult:
     spike: str = ""  # what stood out
 
 
-class Step:
+class TrainStep:
     """The parts that a step needs, put together once."""
 
     def __init__(
@@ -55,8 +55,8 @@ class Step:
         mesh: Mesh,
         config: OptimizerConfig,
         pipeline: Pipeline | None = None,
-        mark: Callable[[str], None] = lambda phase: None,
-        spikes: Spikes | None = None,
+        heartbeat: Callable[[str], None] = lambda phase: None,
+        spikes: SpikeDetector | None = None,
     ):
         """`mark`: is told what comes next."""
         self.model = model
@@ -65,16 +65,16 @@ class Step:
         self.loss_scale = loss_scale
         self.mesh = mesh
         self.config = config
-        self.spikes = spikes or Spikes(SpikesConfig())
+        self.spikes = spikes or SpikeDetector(SpikesConfig())
         self.pipeline = pipeline
-        self.mark = mark
+        self.heartbeat = heartbeat
         self.replication_factor = weights.replication_factor()
         if pipeline is not None and pipeline.tied_peer_rank is not None:
             self.replication_factor[TIED_WEIGHT] *= 2
         # Of this process's first micro-batch in the last step, float64; with a pipeline of all of them.
         self.first_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
         # Of the processes that see the same tokens, whether this one's numbers count in sums over all.
-        self.counts = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
+        self.contributes = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
 
     def __call__(
         self,
@@ -85,24 +85,24 @@ class Step:
         """Train on this process's micro-batches of one step; `stop`: whether this process was asked to by the time that all of
         them agree; `check`: before the update."""
         # Reduction over data and context averages; their number undoes that.
-        spread = self.mesh.data.size * self.mesh.context.size
-        tokens = len(batches) * batches[0].tokens.numel() * spread
-        seed = self.loss_scale.value * spread / tokens
-        loss_sum = self.forward_backward(batches, seed)
+        reduction_size = self.mesh.data.size * self.mesh.context.size
+        tokens = len(batches) * batches[0].tokens.numel() * reduction_size
+        gradient_scale = self.loss_scale.value * reduction_size / tokens
+        loss_sum = self.forward_backward(batches, gradient_scale)
         targets = sum(batch.targets for batch in batches)
         gradients = (
             self.weights.local_gradients()
         )  # taken now: PyTorch's pipelines drop them in a pass without gradients
         if check is not None:
             check(batches)
-        self.mark("sum over processes")
+        self.heartbeat("sum over processes")
         total_loss, total_targets, square, stops = self.mesh.all_reduce_sum(
-            loss_sum * self.counts,
-            targets * self.counts,
+            loss_sum * self.contributes,
+            targets * self.contributes,
             squared_norm(gradients, self.replication_factor),
             float(stop()),
         )
-        self.mark("update")
+        self.heartbeat("update")
         scale, rate = (
             self.loss_scale.value,
             learning_rate(self.optimizer.updates + 1, self.config.learning_rate),
@@ -113,7 +113,7 @@ class Step:
         norm = math.sqrt(square) * correction if square >= 0 else math.nan
         loss_mean = total_loss / total_targets
         finite = norm <= _LARGEST_NORM and math.isfinite(loss_mean)
-        spike = self.spikes.judge(loss_mean, norm) if finite else ""
+        spike = self.spikes.detect(loss_mean, norm) if finite else ""
         updated = finite and not spike
         if updated:
             factor = correction * clip_factor(norm, self.config.gradient_norm_clipping)
@@ -125,23 +125,23 @@ class Step:
             loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike
         )
 
-    def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
+    def forward_backward(self, batches: Sequence[Batch], gradient_scale: float) -> Tensor:
         """The micro-batches' summed loss, float64; the gradients are those of `seed` times it."""
         if self.pipeline is not None:
-            self.mark("forward and backward")
+            self.heartbeat("forward and backward")
             self.weights.before_micro_batch(first=True, last=True)
-            loss_sum = self.pipeline.forward_backward(batches, seed)
+            loss_sum = self.pipeline.forward_backward(batches, gradient_scale)
             if self.pipeline.tied_peer_rank is not None:
                 self.pipeline.add_tied_gradient(self.weights.local_gradients()[TIED_WEIGHT])
             self.first_loss = loss_sum
             return loss_sum
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, batch in enumerate(batches):
-            self.mark("forward and backward")
+            self.heartbeat("forward and backward")
             self.weights.before_micro_batch(first=number == 0, last=number == len(batches) - 1)
             batch = batch.to(self.mesh.device)
             loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
-            (loss * seed).backward()
+            (loss * gradient_scale).backward()
             loss_sum += loss.detach()
             if number == 0:
                 self.first_loss = loss_sum.clone()
@@ -160,6 +160,6 @@ class Step:
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """What this process adds to the sum of losses of one validation batch, and to its target tokens."""
-        return self.loss(batches).item() * self.counts, sum(
+        return self.loss(batches).item() * self.contributes, sum(
             batch.targets for batch in batches
-        ) * self.counts
+        ) * self.contributes

@@ -32,18 +32,18 @@ from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.planning.preflight import RunSpec
-from fast_llm.training.doublecheck import DoubleCheck, impossible
+from fast_llm.training.corruption import CorruptionCheck, find_nonfinite_state
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.profile import Profile
 from fast_llm.training.run import Run
-from fast_llm.training.saving import Saver, what_is_saved
-from fast_llm.training.step import Step, StepResult
+from fast_llm.training.saving import Saver, describe_saved
+from fast_llm.training.step import StepResult, TrainStep
 
 logger = logging.getLogger("fast_llm")
 
 # What is done first when the run is asked to stop, by the part that it is in.
-_AFTER = {
+_ON_SIGNAL = {
     "start": "the run ends before its next step; there is nothing new to save",
     "steps": "the current step is finished and saved, then the run ends",
     "end": "the run ends; the same command does the rest of what is due at its end",
@@ -59,9 +59,9 @@ class Trainer:
         mesh: Mesh,
         run: Run,
         weights: SingleWeights | ShardedWeights,
-        step: Step,
+        step: TrainStep,
         interrupt: Interrupt,
-        mark: Callable[..., None],
+        heartbeat: Callable[..., None],
     ):
         """`mark`: is told what comes next, as `Watchdog.mark`."""
         self.spec = spec
@@ -71,52 +71,52 @@ class Trainer:
         self.weights = weights
         self.train_step = step
         self.interrupt = interrupt
-        self.mark = mark
-        self.done = 0  # steps
-        self.samples = 0  # sequences that these consumed, and those that were passed over
-        self.passed_over: list[dict[str, int]] = []  # each time that the run went back
+        self.heartbeat = heartbeat
+        self.step = 0  # steps
+        self.consumed_samples = 0  # sequences that these consumed, and those that were passed over
+        self.skipped_ranges: list[dict[str, int]] = []  # each time that the run went back
         self.history = spec.history
         self.saver = Saver(mesh.checkpoint_group, spec.config.training.checkpoint.background)
-        self.double_check = DoubleCheck(step, mesh)
+        self.corruption_check = CorruptionCheck(step, mesh)
         self.stopping = False
-        self.stage = "start"  # of _AFTER
-        self.without_targets = 0  # steps since this start
+        self.lifecycle = "start"  # of _AFTER
+        self.steps_without_targets = 0  # steps since this start
         self.metrics = Metrics(spec.config, run, mesh, spec.batch, spec.cost, spec.completed_steps)
 
     def fit(self) -> None:
         """Train, from the newest checkpoint if there is one, until what was saved is on disk."""
         try:
             end = self.steps()
-            self.mark("saving", step=self.done, patient=True)
+            self.heartbeat("saving", step=self.step, slow=True)
             self.saver.wait()
             logger.info(end)
         except BaseException as error:
-            self.leave(error)
+            self.on_failure(error)
             if isinstance(error, TrainingStopped) and error.resumable:
-                raise TrainingStopped(f"{error} {what_is_saved(self.run.folder)}") from error
+                raise TrainingStopped(f"{error} {describe_saved(self.run.folder)}") from error
             raise
 
     def on_signal(self) -> tuple[str, str]:
         """What follows a signal to stop that comes now, and what else a second one does; for the user, from another thread."""
-        follows = _AFTER[self.stage]
+        effect = _ON_SIGNAL[self.lifecycle]
         if self.run.folder is None:
             return (
                 "the run ends after the current step. Nothing is saved: run.experiment_dir is not set",
                 "",
             )
-        if self.stage == "start":
-            return follows, ""
-        saved, done = self.saver.saved, self.done
+        if self.lifecycle == "start":
+            return effect, ""
+        saved, done = self.saver.last_saved, self.step
         if saved < 0:
-            return follows, " and loses all steps: no checkpoint is complete yet"
+            return effect, " and loses all steps: no checkpoint is complete yet"
         return (
-            follows,
+            effect,
             f" and loses the steps after checkpoint {saved}"
-            if saved < done or self.stage == "steps"
+            if saved < done or self.lifecycle == "steps"
             else "",
         )
 
-    def leave(self, error: BaseException) -> None:
+    def on_failure(self, error: BaseException) -> None:
         """Training ends by an error: have the checkpoint finished that is being written, if that can be."""
         self.mesh.failures.failing = True
         seconds = None  # as long as it takes
@@ -126,76 +126,87 @@ class Trainer:
                 return
             seconds = self.config.model.distributed.timeout / 2
         if self.saver.busy:
-            self.mark("saving", patient=True)
-            self.saver.leave(seconds)
+            self.heartbeat("saving", slow=True)
+            self.saver.finish_after_failure(seconds)
 
     def steps(self) -> str:
         """Every step, and what is due at the end; why it is the end."""
-        with self.metrics.not_training():
-            if not self.told():
+        with self.metrics.exclude_from_speed():
+            if not self.should_stop():
                 self.restore()
-            if not self.told():
-                self.catch_up()
+            if not self.should_stop():
+                self.run_pending()
         if self.stopping:
-            return f"Stopped by a signal before the first step of this start{self.continues}."
-        self.stage = "steps"
-        while (end := self.stretch()) is None:
+            return f"Stopped by a signal before the first step of this start{self.resume_hint}."
+        self.lifecycle = "steps"
+        while (end := self.train_steps()) is None:
             pass  # a spike: on from a checkpoint
-        self.stage = "end"
+        self.lifecycle = "end"
         return end or self.finish()
 
     @property
-    def continues(self) -> str:
+    def resume_hint(self) -> str:
         """How a line about the end ends."""
         if self.run.folder is None:
             return "; nothing was saved, because run.experiment_dir is not set"
-        if self.saver.step < 0:
+        if self.saver.last_started < 0:
             return "; no checkpoint is complete, so the same command starts from the beginning"
         return "; the same command continues"
 
-    def told(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether any process was asked to stop; all of them ask at the same time."""
         self.stopping |= any(all_gather_object(self.interrupt.signal != 0, self.mesh.slow_group))
         return self.stopping
 
-    def catch_up(self) -> None:
+    def run_pending(self) -> None:
         """What is due before the first step, or was due at the one that this start goes on from and was broken off."""
-        training, step = self.config.training, self.done
+        training, step = self.config.training, self.step
         if training.validation.interval is not None and (
             step == 0
-            or (training.validation.due(step) and ("validation", step) not in self.recorded())
+            or (training.validation.due(step) and ("validation", step) not in self.logged_phases())
         ):
             self.validate(step)
         if step > 0 and training.export.due(step) and not self.stopping:
             self.export(step)
 
-    def stretch(self) -> str | None:
+    def train_steps(self) -> str | None:
         """Steps until the last, "", or until something else ends the run: what; None if it went back instead."""
         training = self.config.training
-        with self.loader("training", self.samples, training.train_iters - self.done) as batches:
-            self.mark("data", step=self.done + 1)
-            for step, batch in enumerate(batches, start=self.done + 1):
-                check = partial(self.check, step) if training.double_check.due(step) else None
+        with self.loader(
+            "training", self.consumed_samples, training.train_iters - self.step
+        ) as batches:
+            self.heartbeat("data", step=self.step + 1)
+            for step, batch in enumerate(batches, start=self.step + 1):
+                check = (
+                    partial(self.check_corruption, step)
+                    if training.double_check.due(step)
+                    else None
+                )
                 with self.profiled(step) if training.profiling.due(step) else nullcontext():
                     result = self.train_step(
                         batch, stop=lambda: self.interrupt.signal != 0, check=check
                     )
-                self.done, self.samples = step, self.samples + self.spec.batch.batch_size
+                self.step, self.consumed_samples = (
+                    step,
+                    self.consumed_samples + self.spec.batch.batch_size,
+                )
                 self.stopping |= result.stop
-                self.mark("log")
+                self.heartbeat("log")
                 self.metrics.add(step, result)
                 if not result.targets:
-                    self.warn_of_no_targets(step)
+                    self.warn_no_targets(step)
                 if training.logs.due(step) or step == training.train_iters:
-                    self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
+                    self.metrics.write(
+                        step, self.consumed_samples, self.tokens, batches.wait_seconds
+                    )
                 self.check_finite(step)
                 self.saver.check()
-                if result.spike and self.goes_back(step, result, batches):
+                if result.spike and self.handle_spike(step, result, batches):
                     if self.stopping:  # the state is that of the checkpoint, which is there
                         break
                     return None
                 shutdown = training.shutdown.due(step) and step < training.train_iters
-                with self.metrics.not_training():
+                with self.metrics.exclude_from_speed():
                     if training.validation.due(step) and not self.stopping:
                         self.validate(step)
                     if training.checkpoint.due(step) or (
@@ -205,30 +216,32 @@ class Trainer:
                     if training.export.due(step) and not self.stopping:
                         self.export(step)
                 if shutdown:
-                    return f"Stopping after step {step}, as training.shutdown asks{self.continues}."
+                    return (
+                        f"Stopping after step {step}, as training.shutdown asks{self.resume_hint}."
+                    )
                 if self.stopping:
                     break
-                self.mark("data", step=step + 1)
+                self.heartbeat("data", step=step + 1)
         if self.stopping:
-            return f"Stopped by a signal after step {self.done}{self.continues}."
+            return f"Stopped by a signal after step {self.step}{self.resume_hint}."
         return ""
 
     @property
     def tokens(self) -> int:
         """Tokens of the sequences that were consumed, of whatever length they were."""
-        return self.history.tokens(self.samples) if self.history is not None else 0
+        return self.history.tokens(self.consumed_samples) if self.history is not None else 0
 
-    def warn_of_no_targets(self, step: int) -> None:
+    def warn_no_targets(self, step: int) -> None:
         """The first time, and then ever more seldom: at the 2nd, 4th, 8th … step without target tokens."""
-        self.without_targets += 1
-        if self.without_targets & (self.without_targets - 1) == 0:
+        self.steps_without_targets += 1
+        if self.steps_without_targets & (self.steps_without_targets - 1) == 0:
             logger.warning(
                 f"Step {step} has no target tokens: its documents have one token each, and nothing precedes that. There is"
-                f" no loss, and the update was skipped (step {self.without_targets} of this kind since the start)."
+                f" no loss, and the update was skipped (step {self.steps_without_targets} of this kind since the start)."
                 f" `fast-llm why {self.spec.folder or '<experiment_dir>'} {step}` shows the documents."
             )
 
-    def recorded(self) -> set[tuple[str, int]]:
+    def logged_phases(self) -> set[tuple[str, int]]:
         """Phase and step of all that metrics.jsonl holds."""
         found = {(record.get("phase"), record.get("step")) for record in self.run.recorded()}
         shared: set[tuple[str, int]] = self.mesh.broadcast(found)
@@ -237,24 +250,24 @@ class Trainer:
     def finish(self) -> str:
         """What is due at the end and not there yet; a finished run that is started again comes here at once. Why it is the
         end."""
-        training, step = self.config.training, self.done
-        self.mark("what is due at the end", step=step, patient=True)
-        recorded = self.recorded()
+        training, step = self.config.training, self.step
+        self.heartbeat("what is due at the end", step=step, slow=True)
+        recorded = self.logged_phases()
         if training.validation.interval is not None and ("validation", step) not in recorded:
             self.validate(step)
         if training.test_iters and ("test", step) not in recorded and not self.stopping:
             self.validate(step, phase="test", iterations=training.test_iters)
         if training.checkpoint.interval is not None:
             self.save(step, last=True)
-        if training.export.interval is not None and not self.told():
+        if training.export.interval is not None and not self.should_stop():
             self.export(step)
         if self.stopping:
             return (
-                f"Stopped by a signal before all was done that is due at the end{self.continues}."
+                f"Stopped by a signal before all was done that is due at the end{self.resume_hint}."
             )
-        return f"Training is complete: {self.done} steps."
+        return f"Training is complete: {self.step} steps."
 
-    def goes_back(self, step: int, result: StepResult, batches: Loader) -> bool:
+    def handle_spike(self, step: int, result: StepResult, batches: Loader) -> bool:
         """What training.spikes asks for at a spike, whose update was not applied; whether the run is back at a checkpoint."""
         policy = self.config.training.spikes
         told = f"Step {step} is a spike: {result.spike} (median and deviations of {policy.window} steps)"
@@ -265,56 +278,56 @@ class Trainer:
                 resumable=True,
             )
         if policy.policy == "rewind":
-            self.mark("saving", step=step, patient=True)
-            self.saver.settle()
+            self.heartbeat("saving", step=step, slow=True)
+            self.saver.drain()
             assert self.run.folder is not None
             found = checkpoints.latest(self.run.folder / "checkpoint") if self.run.is_main else None
             path = self.mesh.broadcast(found)
             if path is not None:
-                if len(self.passed_over) == policy.max_rewinds:
+                if len(self.skipped_ranges) == policy.max_rewinds:
                     raise TrainingStopped(
                         f"{told}. The run went back {policy.max_rewinds} times already (training.spikes.max_rewinds). Look at the"
                         " data of these steps with `fast-llm why`, or lower optimizer.learning_rate.base.",
                         resumable=True,
                     )
-                self.metrics.write(step, self.samples, self.tokens, batches.wait_seconds)
-                self.go_back(step, path)
+                self.metrics.write(step, self.consumed_samples, self.tokens, batches.wait_seconds)
+                self.rewind_to(step, path)
                 logger.warning(
-                    f"{told}: back to step {self.done}, and on with the data after the spike's."
+                    f"{told}: back to step {self.step}, and on with the data after the spike's."
                 )
                 return True
             told += "; there is no checkpoint to go back to"
         logger.warning(f"{told}: its update was skipped.")
         return False
 
-    def go_back(self, step: int, path: Path) -> None:
+    def rewind_to(self, step: int, path: Path) -> None:
         """From a checkpoint on with the sequences after this step's."""
-        self.mark("reading weights", patient=True)
-        until, passed_over = self.samples, self.passed_over
+        self.heartbeat("reading weights", slow=True)
+        until, skipped_ranges = self.consumed_samples, self.skipped_ranges
         with self.weights.masters(changed=True) as tensors:
-            self.go_on(path, tensors)
+            self.restore_state(path, tensors)
         self.weights.sync_model_weights()
         # Those of later steps are undone, those from this one are not in the checkpoint, which was there before.
-        passed_over = [one for one in passed_over if one["after"] <= self.done]
-        since = self.samples + sum(
-            one["sequences"] for one in passed_over if one["after"] == self.done
+        skipped_ranges = [one for one in skipped_ranges if one["after"] <= self.step]
+        since = self.consumed_samples + sum(
+            one["sequences"] for one in skipped_ranges if one["after"] == self.step
         )
-        self.passed_over = [
-            *passed_over,
-            {"after": self.done, "spike": step, "sequences": until - since},
+        self.skipped_ranges = [
+            *skipped_ranges,
+            {"after": self.step, "spike": step, "sequences": until - since},
         ]
         if self.history is not None:
             # The checkpoint may be an earlier one than that which this start continued from, with other batches.
             self.history = self.history.with_batches(
-                self.done, self.samples, self.spec.batch.batch_size
+                self.step, self.consumed_samples, self.spec.batch.batch_size
             )
-        self.samples = until
-        self.metrics.went_back(self.done, self.passed_over[-1])
+        self.consumed_samples = until
+        self.metrics.rewind(self.step, self.skipped_ranges[-1])
         if self.run.is_main and self.run.folder is not None:
             for exported, folder in checkpoints.find(
                 self.run.folder / "export" / self.config.training.export.format
             ):
-                if exported > self.done:
+                if exported > self.step:
                     checkpoints.delete(folder)  # of steps that did not happen
         self.mesh.barrier()
 
@@ -330,9 +343,9 @@ class Trainer:
         for metric, name in sets.items():
             total = [0.0, 0.0]
             with self.loader(name, 0, self.spec.evaluation_steps(name, iterations)) as batches:
-                self.mark("data", step=step)
+                self.heartbeat("data", step=step)
                 for batch in batches:
-                    self.mark(phase)
+                    self.heartbeat(phase)
                     loss, targets = self.train_step.evaluate(batch)
                     *sums, stops = self.mesh.all_reduce_sum(
                         loss, targets, float(self.interrupt.signal != 0)
@@ -344,7 +357,7 @@ class Trainer:
                             f"{phase.capitalize()} at step {step} was broken off by a signal."
                         )
                         return
-                    self.mark("data")
+                    self.heartbeat("data")
             losses[metric] = total[0] / total[1] if total[1] else None
             if not total[1]:
                 logger.warning(
@@ -356,9 +369,9 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the newest complete checkpoint, else start from the pretrained model or from noise."""
-        self.mark("reading weights", patient=True)
+        self.heartbeat("reading weights", slow=True)
         with self.weights.masters(changed=True) as tensors:
-            self.read(tensors)
+            self.init_or_load(tensors)
         self.weights.sync_model_weights()
         if self.run.is_main and self.run.folder is not None:
             # A start that has nothing to save would leave what a kill left.
@@ -366,24 +379,28 @@ class Trainer:
             checkpoints.clean(self.run.folder / "export" / self.config.training.export.format)
         self.mesh.barrier()
 
-    def read(self, tensors: Mapping[str, Tensor]) -> None:
+    def init_or_load(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the weights their values."""
         path, pretrained = self.spec.checkpoint, self.config.pretrained
         if path is not None:
-            self.go_on(path, tensors)
-            logger.info(f"Going on from {path}, after step {self.done}.")
+            self.restore_state(path, tensors)
+            logger.info(f"Going on from {path}, after step {self.step}.")
         elif (
             self.spec.pretrained_folder is not None
             and pretrained.model_weights
             and pretrained.format == "distributed"
         ):
             if pretrained.optimizer_state:
-                self.load(self.spec.pretrained_folder, tensors)
+                self.load_tensors(self.spec.pretrained_folder, tensors)
                 self.train_step.optimizer.updates = checkpoints.read_manifest(
                     self.spec.pretrained_folder
                 ).info["updates"]
             else:
-                state.load(self.spec.pretrained_folder, self.state(tensors), self.mesh.slow_group)
+                state.load(
+                    self.spec.pretrained_folder,
+                    self.checkpoint_tensors(tensors),
+                    self.mesh.slow_group,
+                )
             logger.info(f"Starting from the weights of {self.spec.pretrained_folder}.")
         elif self.spec.pretrained_folder is not None and pretrained.model_weights:
             load_weights(tensors, self.spec.pretrained_folder, self.mesh.slow_group)
@@ -392,24 +409,24 @@ class Trainer:
             init_weights(tensors, self.config.model.base_model, self.config.model.distributed.seed)
             logger.info("Starting from random weights.")
 
-    def go_on(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def restore_state(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Take over the state of a checkpoint."""
         info = checkpoints.read_manifest(path).info
-        self.load(path, tensors)
-        self.done, self.samples = info["step"], info["samples"]
-        self.passed_over = info.get("passed_over", [])
+        self.load_tensors(path, tensors)
+        self.step, self.consumed_samples = info["step"], info["samples"]
+        self.skipped_ranges = info.get("passed_over", [])
         self.metrics.skipped_in_a_row = info["skipped"]
         self.train_step.optimizer.updates = info["updates"]
         self.train_step.loss_scale.load(info["loss_scale"])
-        self.train_step.spikes.load(info.get("spikes", {}))
-        self.saver.step = self.saver.saved = self.done
+        self.train_step.spikes.load_state_dict(info.get("spikes", {}))
+        self.saver.last_started = self.saver.last_saved = self.step
 
-    def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Weights and moments of a checkpoint."""
         with self.train_step.optimizer.moments(changed=True) as moments:
-            state.load(path, self.state(tensors, *moments), self.mesh.slow_group)
+            state.load(path, self.checkpoint_tensors(tensors, *moments), self.mesh.slow_group)
 
-    def state(
+    def checkpoint_tensors(
         self, tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, with these weights and moments."""
@@ -422,21 +439,21 @@ class Trainer:
     def save(self, step: int, last: bool = False) -> None:
         """Begin to write a checkpoint, unless this step has one; then delete those that are not kept. `last`: the process is
         about to end."""
-        if self.saver.step == step:
+        if self.saver.last_started == step:
             return
         assert self.run.folder is not None
-        self.mark("saving", step=step, patient=True)
-        self.check_state(step, "It was not saved. ")
+        self.heartbeat("saving", step=step, slow=True)
+        self.check_state_finite(step, "It was not saved. ")
         settings = self.config.training.checkpoint
         root = self.run.folder / "checkpoint"
         info: dict[str, Any] = {
             "step": step,
-            "samples": self.samples,
+            "samples": self.consumed_samples,
             "updates": self.train_step.optimizer.updates,
             "loss_scale": self.train_step.loss_scale.state(),
             "skipped": self.metrics.skipped_in_a_row,
-            "spikes": self.train_step.spikes.state(),
-            "passed_over": list(self.passed_over),
+            "spikes": self.train_step.spikes.state_dict(),
+            "passed_over": list(self.skipped_ranges),
             "history": self.history.model_dump(mode="json") if self.history is not None else None,
             "tokens": self.spec.special_tokens,
             "identity": self.spec.identity,
@@ -446,22 +463,24 @@ class Trainer:
         def then(path: Path) -> None:
             if self.run.is_main:
                 checkpoints.prune(root, settings.keep, settings.is_permanent)
-                self.callback(settings.callback, path)
+                self.start_callback(settings.callback, path)
 
         with self.weights.masters() as tensors, self.train_step.optimizer.moments() as moments:
-            self.saver.start(root, step, self.state(tensors, *moments), info, then, last)
+            self.saver.start(
+                root, step, self.checkpoint_tensors(tensors, *moments), info, then, last
+            )
 
     def export(self, step: int) -> None:
         """Write a Hugging Face folder, unless this step has one."""
         assert self.run.folder is not None
-        self.mark("exporting", step=step, patient=True)
+        self.heartbeat("exporting", step=step, slow=True)
         settings = self.config.training.export
         path = self.run.folder / "export" / settings.format / str(step)
         if self.mesh.broadcast(checkpoints.is_complete(path)):
             return
         started = time.perf_counter()
         dtype = settings.data_type or self.config.model.distributed.training_dtype
-        self.check_state(step, "It was not exported. ")
+        self.check_state_finite(step, "It was not exported. ")
         length = self.config.batch.sequence_length
         with self.weights.masters() as tensors:
             export_hugging_face(
@@ -482,11 +501,11 @@ class Trainer:
             )
         if self.run.is_main:
             checkpoints.prune(path.parent, settings.keep, settings.is_permanent)
-            self.callback(settings.callback, path)
+            self.start_callback(settings.callback, path)
         self.mesh.barrier()
         logger.info(f"Exported {path} in {time.perf_counter() - started:.1f} s.")
 
-    def callback(self, config: CallbackConfig, path: Path) -> None:
+    def start_callback(self, config: CallbackConfig, path: Path) -> None:
         """Start the user's script with what was just written, and do not wait for it."""
         if config.script is None:
             return
@@ -504,27 +523,27 @@ class Trainer:
         """The step inside is profiled on the processes that are asked for; the others wait for them."""
         assert self.run.folder is not None
         chosen = self.mesh.rank in self.config.training.profiling.ranks
-        with self.metrics.as_usual():
-            self.mark("profiling", patient=True)
+        with self.metrics.count_as_average_step():
+            self.heartbeat("profiling", slow=True)
             with Profile(step, self.run.folder / "profile", self.mesh) if chosen else nullcontext():
                 yield
-                self.mark("profiling", patient=True)
+                self.heartbeat("profiling", slow=True)
             self.mesh.barrier()
 
-    def check(self, step: int, batches: Sequence[Batch]) -> None:
+    def check_corruption(self, step: int, batches: Sequence[Batch]) -> None:
         """Look for silent corruption, before the update."""
-        with self.metrics.not_training():
-            self.double_check(
+        with self.metrics.exclude_from_speed():
+            self.corruption_check(
                 step,
                 batches,
                 {
-                    "the number of steps": self.done,
-                    "the number of sequences": self.samples,
+                    "the number of steps": self.step,
+                    "the number of sequences": self.consumed_samples,
                     "the number of updates": self.train_step.optimizer.updates,
                     "the loss scale": self.train_step.loss_scale.state(),
                     "the number of steps skipped": self.metrics.skipped_in_a_row,
-                    "the window of spikes": self.train_step.spikes.state(),
-                    "the data passed over": self.passed_over,
+                    "the window of spikes": self.train_step.spikes.state_dict(),
+                    "the data passed over": self.skipped_ranges,
                     "the seed": self.config.model.distributed.seed,
                 },
             )
@@ -533,7 +552,7 @@ class Trainer:
         """Give up after several steps in a row whose loss or gradients are not finite."""
         limit = self.config.optimizer.max_nonfinite_steps
         if self.metrics.skipped_in_a_row >= limit and self.train_step.loss_scale.exhausted:
-            self.check_state(step)
+            self.check_state_finite(step)
             raise TrainingStopped(
                 f"step {step}: loss or gradients were not finite {limit} times in a row"
                 " (optimizer.max_nonfinite_steps). The weights were not touched by these steps. Look at the data of these"
@@ -541,10 +560,10 @@ class Trainer:
                 resumable=True,
             )
 
-    def check_state(self, step: int, told: str = "") -> None:
+    def check_state_finite(self, step: int, told: str = "") -> None:
         """Stop, on every process, if weights or moments of any hold what no update makes: that would be saved and be no use."""
         reports = all_gather_object(
-            (socket.gethostname(), impossible(self.train_step)), self.mesh.slow_group
+            (socket.gethostname(), find_nonfinite_state(self.train_step)), self.mesh.slow_group
         )
         found = [
             f"rank {rank} on {host}: {one}"

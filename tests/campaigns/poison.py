@@ -76,7 +76,7 @@ class Course:
     batch_of: dict[int, int] = field(default_factory=dict)
     left_out: set[int] = field(default_factory=set)
     spikes: set[int] = field(default_factory=set)  # of those that were left out
-    passed_over: list[dict[str, int]] = field(default_factory=list)
+    skipped_ranges: list[dict[str, int]] = field(default_factory=list)
 
 
 def course(faults: Sequence[Fault], policy: str) -> Course:
@@ -91,7 +91,7 @@ def course(faults: Sequence[Fault], policy: str) -> Course:
     while step < STEPS:
         step, batch = step + 1, batch + 1
         if batch in spikes and policy == "rewind":
-            found.passed_over.append(
+            found.skipped_ranges.append(
                 {"after": saved, "spike": step, "sequences": (batch - since) * BATCH}
             )
             step, since = saved, batch
@@ -129,7 +129,7 @@ def disturb(
         forward_backward = step.forward_backward
 
         def disturbed(batches: Sequence[Batch], seed: float) -> Tensor:
-            batch = self.samples // self.spec.batch.batch_size + 1
+            batch = self.consumed_samples // self.spec.batch.batch_size + 1
             now = [fault for fault in faults if fault.batch == batch]
             mine = [fault for fault in now if fault.rank in (None, rank)]
             for fault in mine:
@@ -148,7 +148,7 @@ def disturb(
         def noting(number: int, result: StepResult) -> None:
             add(number, result)
             decision = [
-                self.samples // BATCH,
+                self.consumed_samples // BATCH,
                 number,
                 result.updated,
                 result.spike,
@@ -186,7 +186,7 @@ def _guide(trainer: Trainer, reference: Course) -> None:
         ]
         before = [{name: tensor.clone() for name, tensor in part.items()} for part in local]
         update(*arguments)
-        if reference.batch_of[trainer.done + 1] in reference.left_out:
+        if reference.batch_of[trainer.step + 1] in reference.left_out:
             optimizer.updates -= 1
             for part, old in zip(local, before, strict=True):
                 for name, tensor in part.items():
@@ -427,11 +427,11 @@ def steps_left_out(bench: Bench, layout: str, story: str) -> int:
         f"{story}: spikes in metrics.jsonl"
     )
     info = folders.verify(run / "checkpoint" / str(STEPS)).info
-    assert info["passed_over"] == expected.passed_over and info["updates"] == STEPS - len(
+    assert info["passed_over"] == expected.skipped_ranges and info["updates"] == STEPS - len(
         left_out
     ), f"{story}: {info}"
     figures["steps left out"] += len(left_out)
-    figures["rewinds"] += len(expected.passed_over)
+    figures["rewinds"] += len(expected.skipped_ranges)
     figures[f"policy {policy}"] += 1
     return len(faults)
 

@@ -101,10 +101,10 @@ def arm(rank: int, case: Case, note: Path) -> None:
 
     from fast_llm.training.interrupt import Interrupt
     from fast_llm.training.trainer import Trainer
-    from fast_llm.training.watchdog import Watchdog
+    from fast_llm.watchdog.process import Watchdog
 
     noted, entered, trainers = threading.Event(), 0, []
-    take, make = Interrupt._note, Trainer.__init__
+    take, make = Interrupt._on_signal, Trainer.__init__
 
     def taken(interrupt: Interrupt, number: int) -> None:
         take(interrupt, number)
@@ -120,7 +120,7 @@ def arm(rank: int, case: Case, note: Path) -> None:
         if entered != case.count:
             return
         note.write_text(
-            json.dumps({"done": trainers[0].done if trainers else 0, "time": time.monotonic()})
+            json.dumps({"done": trainers[0].step if trainers else 0, "time": time.monotonic()})
         )
         launcher = os.getppid()
         ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -151,7 +151,7 @@ def arm(rank: int, case: Case, note: Path) -> None:
 
         return wrapped
 
-    Interrupt._note, Trainer.__init__ = taken, made  # type: ignore[method-assign]
+    Interrupt._on_signal, Trainer.__init__ = taken, made  # type: ignore[method-assign]
     if case.phase in CALLS:
         module, name = CALLS[case.phase]
         owner = importlib.import_module(module)
@@ -159,14 +159,14 @@ def arm(rank: int, case: Case, note: Path) -> None:
             owner, name = getattr(owner, name.split(".")[0]), name.split(".")[1]
         setattr(owner, name, before(getattr(owner, name)))
     else:
-        mark = Watchdog.mark
+        heartbeat = Watchdog.heartbeat
 
         def marked(watchdog: Watchdog, phase: str, *given: Any, **named: Any) -> None:
-            mark(watchdog, phase, *given, **named)
+            heartbeat(watchdog, phase, *given, **named)
             if phase == case.phase:
                 strike()
 
-        Watchdog.mark = marked  # type: ignore[method-assign]
+        Watchdog.heartbeat = marked  # type: ignore[method-assign]
 
 
 def arguments(folder: Path, name: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fast_llm.training.step import Step
+from fast_llm.training.step import TrainStep
 from tests.helpers import spawn
 from tests.test_layouts import MODEL, arguments
 from tests.training.runs import run, write_tokens
@@ -49,15 +49,15 @@ class Counting(TorchDispatchMode):
 def count(overrides: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Of the last step that this process trains."""
     seen = Counting()
-    original = Step.__call__
+    original = TrainStep.__call__
 
-    def call(step: Step, *args: Any, **kwargs: Any) -> Any:
+    def call(step: TrainStep, *args: Any, **kwargs: Any) -> Any:
         nonlocal seen
         with Counting() as seen:
             return original(step, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "__call__", call)
+        patch.setattr(TrainStep, "__call__", call)
         run(overrides)
     return dict(seen.calls), dict(seen.bytes)
 

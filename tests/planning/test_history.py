@@ -27,7 +27,7 @@ from fast_llm.model.loss import IGNORED
 from fast_llm.planning import history as histories
 from fast_llm.planning.history import Batches, History, Order, SourceState, _batches
 from fast_llm.planning.preflight import preflight
-from fast_llm.training.audit import why
+from fast_llm.training.audit import inspect_step
 from fast_llm.training.build import train
 from tests.training.runs import losses, records, run
 
@@ -55,7 +55,7 @@ def read_by(run_folder: str, steps: Sequence[int]) -> list[dict[str, Any]]:
             ],
         }
         for step in steps
-        for sequence in why(run_folder, step).sequences
+        for sequence in inspect_step(run_folder, step).sequences
     ]
 
 
@@ -99,20 +99,21 @@ def test_a_batch_size_that_version_0_1_changed(
     (old / "changed" / "metrics.jsonl").unlink()
     assert read_by("changed", [6, 7]) == [one for one in expected if one["step"] > 5]
     with pytest.raises(DataError, match=r"step 5: the batch size changed .* known from step 6 on"):
-        why("changed", 5)
+        inspect_step("changed", 5)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
 @pytest.mark.parametrize("change", [0, 1, 4, 7, 9])
 def test_when_a_batch_size_changed(every: int, change: int) -> None:
     """Whatever was logged, with data that was passed over before and after."""
-    passed_over = [
+    skipped_ranges = [
         {"after": 2, "spike": 3, "sequences": 6},
         {"after": 8, "spike": 9, "sequences": 10},
     ]
     sizes = [6 if step <= change else 5 for step in range(1, 11)]
     ends = np.cumsum(sizes) + [
-        sum(one["sequences"] for one in passed_over if one["after"] < step) for step in range(1, 11)
+        sum(one["sequences"] for one in skipped_ranges if one["after"] < step)
+        for step in range(1, 11)
     ]
     logged = [
         {
@@ -127,12 +128,12 @@ def test_when_a_batch_size_changed(every: int, change: int) -> None:
         "step": 10,
         "samples": int(ends[-1]),
         "identity": {"batch.batch_size": 5},
-        "passed_over": passed_over,
+        "passed_over": skipped_ranges,
     }
     found = History.model_construct(batches=_batches(info, logged), orders=[])
     for step in range(1, 11):
         if step > found.batches[0].after:
-            assert found.first_sequence(step, passed_over) == ends[step - 1] - sizes[step - 1]
+            assert found.first_sequence(step, skipped_ranges) == ends[step - 1] - sizes[step - 1]
     # With a change before the first record one cannot know.
     assert found.batches[0].after == 0 or 0 < change < every
 
@@ -193,12 +194,12 @@ def test_any_history_uses_each_target_once_an_epoch(
         data = open_dataset(config.data, change["length"], change["seed"], 2**31)
         phase = data.splits["training"]
         if history is None:
-            history = histories.begin(config, change["batch"], data)
+            history = histories.new_history(config, change["batch"], data)
         else:
             history = History.model_validate_json(history.model_dump_json())
             history = history.with_batches(done, samples, change["batch"])
             history = history.with_data(samples, config, phase)
-            histories.follow(phase, history.orders[-1])
+            histories.apply_order(phase, history.orders[-1])
         for step in range(done + 1, done + change["steps"] + 1):
             assert history.first_sequence(step, []) == samples
             for index in range(samples, samples + change["batch"]):
@@ -378,14 +379,14 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
         data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 1}
     )  # type: ignore[arg-type]
     data = open_dataset(config.data, 8, 1234, 2**31)
-    history = histories.begin(config, 1, data)
+    history = histories.new_history(config, 1, data)
     used = {token for i in range(5) for token in data.read("training", i).tokens[:-1].tolist()}
     longer = config.model_copy(
         update={"batch": config.batch.model_copy(update={"sequence_length": 40})}
     )
     data = open_dataset(config.data, 40, 1234, 2**31)
     history = history.with_data(5, longer, data.splits["training"])
-    histories.follow(data.splits["training"], history.orders[-1])
+    histories.apply_order(data.splits["training"], history.orders[-1])
     left = [token for token in range(400) if token not in used]
     drawn = [data.read("training", i).tokens[:-1].tolist() for i in range(5, 14)]
     assert sorted(drawn) == [left[40 * i : 40 * i + 40] for i in range(9)]
@@ -450,7 +451,7 @@ def test_a_run_of_version_0_1_changes_by_consent(
         with pytest.raises(
             DataError, match=r"step 3: sequence \d+ is of b\.json, whose files are gone"
         ):
-            why("run", 3)
+            inspect_step("run", 3)
     else:
         assert read_by("run", range(1, 12)) == before
 
@@ -489,13 +490,13 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
     config = TrainConfig(
         data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 4}
     )  # type: ignore[arg-type]
-    history = histories.begin(config, 4, open_dataset(config.data, 8, 1234, 2**31))
+    history = histories.new_history(config, 4, open_dataset(config.data, 8, 1234, 2**31))
     data = open_dataset(config.data, 20, 1234, 2**31)
     longer = config.model_copy(
         update={"batch": config.batch.model_copy(update={"sequence_length": 20})}
     )
     history = history.with_data(28, longer, data.splits["training"])
-    histories.follow(data.splits["training"], history.orders[-1])
+    histories.apply_order(data.splits["training"], history.orders[-1])
     assert any(
         len(source.ranges(n)) > 1
         for source, n, _ in map(data.splits["training"].find, range(28, 36))

@@ -26,7 +26,7 @@ def waits_in_vain(folder: str, begins: bool) -> None:
 
     interrupt = Interrupt()
     if begins:
-        interrupt.begin()
+        interrupt.begin_graceful()
     (Path(folder) / "ready").touch()
     dist.FileStore(f"{folder}/store", 2).wait(["never"], timedelta(seconds=300))
 
@@ -57,10 +57,10 @@ def test_who_waits_for_others_hears_the_second_signal(
 def leaves(number: int) -> None:
     """Told to end while it leaves, long after it was first told."""
     interrupt = Interrupt()
-    interrupt.begin()
+    interrupt.begin_graceful()
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(2.2)
-    interrupt.agreed = number
+    interrupt.agreed_exit_code = number
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STUCK)
 
@@ -77,7 +77,7 @@ def test_signals_are_given_back() -> None:
         signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     ]
     interrupt = Interrupt()
-    interrupt.begin()
+    interrupt.begin_graceful()
     for number in (signal.SIGUSR1, signal.SIGTERM):  # the same wish
         os.kill(os.getpid(), number)
         time.sleep(0.1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fast_llm.training import trainer
-from fast_llm.training.profile import PARTS, break_down, part, stretches, table
+from fast_llm.training.profile import CATEGORIES, break_down, category, exclusive_intervals, table
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, run_all, settings, weights, write_tokens
 
@@ -81,11 +81,11 @@ NAMES = {
     ("title", "name"), [(title, name) for title, names in NAMES.items() for name in names]
 )
 def test_names_and_parts(title: str, name: str) -> None:
-    assert part(name) == title
+    assert category(name) == title
 
 
 def test_every_part_has_a_name_above() -> None:
-    assert NAMES.keys() == PARTS.keys()
+    assert NAMES.keys() == CATEGORIES.keys()
 
 
 def event(name: str, ts: float, dur: float, tid: int = 1, cat: str = "cpu_op") -> dict[str, Any]:
@@ -102,7 +102,9 @@ def test_a_moment_is_that_of_the_event_that_began_last() -> None:
     ]
     # The other one overlaps without being inside, as an operation that another thread ends.
     across = [event("f", 20, 5), event("g", 22, 6), event("h", 26, 1)]
-    assert [(begin, end, one["name"]) for begin, end, one in stretches([*across, *inside])] == [
+    assert [
+        (begin, end, one["name"]) for begin, end, one in exclusive_intervals([*across, *inside])
+    ] == [
         *((0, 2, "a"), (2, 3, "c"), (3, 5, "b"), (5, 7, "a"), (7, 10, "d"), (12, 13, "e")),
         *((20, 22, "f"), (22, 26, "g"), (26, 27, "h"), (27, 28, "g")),
     ]
@@ -124,7 +126,7 @@ def test_what_runs_at_the_same_time_counts_once() -> None:
     }
     found = break_down(trace)
     assert {
-        title: (spent.calls, spent.own, spent.once) for title, spent in found.parts.items()
+        title: (spent.calls, spent.own, spent.once) for title, spent in found.categories.items()
     } == {
         "products": (1, 30, 30),
         "idle": (0, 25, 25),
@@ -132,7 +134,7 @@ def test_what_runs_at_the_same_time_counts_once() -> None:
         "communication": (1, 30, 15),
         "copies to the device": (1, 10, 10),
     }
-    assert found.whole == 100 and list(found.operations) == [gemm, nccl, "_adamw", copy]
+    assert found.total == 100 and list(found.operations) == [gemm, nccl, "_adamw", copy]
 
 
 def test_a_trace_of_nothing() -> None:
@@ -287,7 +289,7 @@ def test_a_step_that_fails_is_told_and_not_its_profile(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(trainer.Step, "forward_backward", fail)
+    monkeypatch.setattr(trainer.TrainStep, "forward_backward", fail)
     with pytest.raises(ZeroDivisionError):
         run(arguments(tmp_path, "run", "training.profiling.interval=1"))
     assert (
@@ -313,9 +315,9 @@ def test_a_profiled_step_counts_as_a_usual_one(
     """Steps take 1 s each and a profiled one 50 s, of which nothing is seen in speed."""
     write_tokens(tmp_path / "tokens")
     clock = Clock()
-    step = trainer.Step.__call__
+    step = trainer.TrainStep.__call__
 
-    def timed(self: trainer.Step, *args: Any, **kwargs: Any) -> Any:
+    def timed(self: trainer.TrainStep, *args: Any, **kwargs: Any) -> Any:
         clock.now += 1
         return step(self, *args, **kwargs)
 
@@ -330,7 +332,7 @@ def test_a_profiled_step_counts_as_a_usual_one(
             clock.now += 40
 
     monkeypatch.setattr("fast_llm.training.metrics.time.perf_counter", clock)
-    monkeypatch.setattr(trainer.Step, "__call__", timed)
+    monkeypatch.setattr(trainer.TrainStep, "__call__", timed)
     monkeypatch.setattr(trainer, "Profile", Slow)
     for every in (1, 3):
         how = (

@@ -19,8 +19,9 @@ import pytest
 from fast_llm import cli
 from fast_llm.checkpoint import folder, state
 from fast_llm.errors import TrainingStopped
-from fast_llm.training import saving, watchdog
+from fast_llm.training import saving
 from fast_llm.training.trainer import Trainer
+from fast_llm.watchdog import watcher
 from tests.helpers import _context, spawn
 from tests.training.runs import losses, run, settings, tell, weights, write_tokens
 
@@ -235,17 +236,17 @@ def test_a_hang_is_not_excused_by_the_thread_that_saves(tmp_path: Path) -> None:
         2, stacks_while_saving, arguments(tmp_path, "run", 6), tmp_path / "looked"
     )[1]
     assert "/torch/distributed/" in thread and "saving.py" in thread
-    assert not watchdog._waits(training.replace("in _end", "in elsewhere")) and watchdog._waits(
-        training
-    )
-    assert watchdog._waits(thread.replace("in _run", "in elsewhere")) and not watchdog._waits(
-        thread
-    )
+    assert not watcher._is_waiting(
+        training.replace("in _join", "in elsewhere")
+    ) and watcher._is_waiting(training)
+    assert watcher._is_waiting(
+        thread.replace("in _write_with_retries", "in elsewhere")
+    ) and not watcher._is_waiting(thread)
 
 
 def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] | None:
     """Of rank 1: all stacks while the training thread waits for its saver, which waits for rank 0; and those of the saver."""
-    found, saver = "", re.compile(r"/saving\.py.* in _run$", re.M)
+    found, saver = "", re.compile(r"/saving\.py.* in _write_with_retries$", re.M)
 
     def both_wait() -> bool:
         nonlocal found
@@ -253,7 +254,7 @@ def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] 
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             found = file.read()
-        return " in _end\n" in found and any(
+        return " in _join\n" in found and any(
             saver.search(p) and "/torch/distributed/" in p for p in found.split("\n\n")
         )
 
@@ -280,7 +281,7 @@ def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("3000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1000000\n")
-    monkeypatch.setattr(saving, "_LIMITS", tmp_path)
+    monkeypatch.setattr(saving, "_CGROUP", tmp_path)
     assert saving.available_memory() == 3_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert saving.available_memory() > 3_000_000

@@ -16,9 +16,9 @@ from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.planning.history import Batches, History, Order, SourceState
-from fast_llm.training.audit import why
-from fast_llm.training.spikes import Spikes
-from fast_llm.training.step import Step
+from fast_llm.training.audit import inspect_step
+from fast_llm.training.spikes import SpikeDetector
+from fast_llm.training.step import TrainStep
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
@@ -28,28 +28,28 @@ BAD = (8,)  # batches, counted from 1
 
 
 def test_what_a_spike_is() -> None:
-    spikes = Spikes(SpikesConfig(policy="skip", window=9, threshold=4))
+    spikes = SpikeDetector(SpikesConfig(policy="skip", window=9, threshold=4))
     generator = random.Random(0)
     values = [generator.gauss(3, 0.1) for _ in range(9)]
     assert not any(
-        spikes.judge(value, value) for value in [*values[:-1], 99]
+        spikes.detect(value, value) for value in [*values[:-1], 99]
     )  # the window is not full
     values[-1] = 99  # one alone moves neither median
     limit = median(values) + 4 * 1.4826 * median(abs(y - median(values)) for y in values)
-    again = Spikes(spikes.config)
-    again.load(spikes.state())
-    assert spikes.judge(limit * 1.0001, limit * 0.9999) == (
+    again = SpikeDetector(spikes.config)
+    again.load_state_dict(spikes.state_dict())
+    assert spikes.detect(limit * 1.0001, limit * 0.9999) == (
         f"loss {limit * 1.0001:.4g} is above {median(values):.4g} + 4 × {(limit - median(values)) / 4:.2g}"
     )
-    assert again.judge(limit * 0.9999, limit * 1.0001).startswith("gradient norm ")
-    flat = Spikes(spikes.config)
-    assert not any(flat.judge(2.0, 1.0) for _ in range(9))
-    assert not flat.judge(2.079, 1.039)  # a hundredth of the median is no deviation
-    assert flat.judge(2.081, 1.041).count("above") == 2
+    assert again.detect(limit * 0.9999, limit * 1.0001).startswith("gradient norm ")
+    flat = SpikeDetector(spikes.config)
+    assert not any(flat.detect(2.0, 1.0) for _ in range(9))
+    assert not flat.detect(2.079, 1.039)  # a hundredth of the median is no deviation
+    assert flat.detect(2.081, 1.041).count("above") == 2
     # What lasts is the rule after half a window.
-    assert [bool(flat.judge(3.0, 1.0)) for _ in range(7)] == [True] * 5 + [False] * 2
-    off = Spikes(SpikesConfig())
-    assert not any(off.judge(value, value) for value in [1.0] * 200 + [9.0])
+    assert [bool(flat.detect(3.0, 1.0)) for _ in range(7)] == [True] * 5 + [False] * 2
+    off = SpikeDetector(SpikesConfig())
+    assert not any(off.detect(value, value) for value in [1.0] * 200 + [9.0])
 
 
 def arguments(root: Path, name: str, policy: str, *further: str) -> list[str]:
@@ -78,7 +78,7 @@ def spiking(
     """A run of whose `bad` batches loss and gradients are as large as they are not, killed when it has made so many steps, or
     told to stop if the number is negative; and the batches with which its steps ended, those that were passed over included."""
     step, check, given = Loader.step, Trainer.check_finite, list[int]()
-    forward_backward, worse = Step.forward_backward, list[Sequence[Batch]]()
+    forward_backward, worse = TrainStep.forward_backward, list[Sequence[Batch]]()
 
     def told(self: Loader, number: int) -> list[Batch]:
         batches = step(self, number)
@@ -86,26 +86,30 @@ def spiking(
             worse.append(batches)
         return batches
 
-    def disturbed(self: Step, batches: Sequence[Batch], seed: float) -> Tensor:
+    def disturbed(self: TrainStep, batches: Sequence[Batch], seed: float) -> Tensor:
         factor = 3 if any(one is batches for one in worse) else 1
         return factor * forward_backward(self, batches, 10 * factor * seed if factor > 1 else seed)
 
     def killed(self: Trainer, number: int) -> None:
         check(self, number)
-        given.append(self.samples // BATCH)
+        given.append(self.consumed_samples // BATCH)
         if len(given) == kill_at:
-            self.saver.settle()
+            self.saver.drain()
             raise Kill
         if len(given) == -kill_at:
             tell(self, signal.SIGTERM)
 
-    Loader.step, Trainer.check_finite, Step.forward_backward = told, killed, disturbed  # type: ignore[method-assign]
+    Loader.step, Trainer.check_finite, TrainStep.forward_backward = told, killed, disturbed  # type: ignore[method-assign]
     try:
         return run(arguments_), given
     except (Kill, TrainingStopped) as error:
         return str(error), given
     finally:
-        Loader.step, Trainer.check_finite, Step.forward_backward = step, check, forward_backward  # type: ignore[method-assign]
+        Loader.step, Trainer.check_finite, TrainStep.forward_backward = (
+            step,
+            check,
+            forward_backward,
+        )  # type: ignore[method-assign]
 
 
 def updates(path: Path) -> int:
@@ -192,22 +196,24 @@ def test_rewind(tmp_path: Path, world: int) -> None:
         assert weights(tmp_path / "parts" / part / "14") == weights(tmp_path / "run" / part / "14")
 
 
-def test_why_knows_what_was_passed_over(tmp_path: Path) -> None:
+def test_inspect_step_knows_skipped_ranges(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     arguments_ = arguments(tmp_path, "run", "rewind")
     (killed,) = spawn(1, spiking, arguments_, BAD, 10)  # steps 7 and 8 again, no checkpoint since
     assert killed == ("", [*range(1, 9), 9, 10])
-    told = {step: why(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)}
+    told = {step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)}
     assert next(line for line in told[6] if line.startswith("sequence")) == "sequence 40"
     for step, first in ((7, 64), (8, 72)):
         expected = [f"sequence {first + i}" for i in range(BATCH)]
         assert [line for line in told[step] if line.startswith("sequence")] == expected
         assert "from step 7 to the spike at step 8 the run was undone" in told[step][1]
     assert spawn(1, spiking, arguments_) == [(0, [*range(7, 9), *range(9, 17)])]
-    assert {step: why(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)} == told
+    assert {step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)} == told
     assert (
         next(
-            line for line in why(str(tmp_path / "run"), 14).as_text() if line.startswith("sequence")
+            line
+            for line in inspect_step(str(tmp_path / "run"), 14).as_text()
+            if line.startswith("sequence")
         )
         == f"sequence {15 * BATCH}"
     )

@@ -9,7 +9,7 @@ FAULTS = """
 import resource, sys
 import torch
 if sys.argv[1] == "keep":
-    from fast_llm.training.memory import keep_freed_memory
+    from fast_llm.training.allocator import keep_freed_memory
     assert keep_freed_memory()
 def touch():
     for size in (2**24, 2**22, 2**24):

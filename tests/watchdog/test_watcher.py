@@ -20,7 +20,7 @@ import pytest
 from fast_llm.data.loader import Loader
 from fast_llm.model.llama import Llama
 from fast_llm.training.trainer import Trainer
-from fast_llm.training.watchdog import Place, judge
+from fast_llm.watchdog.watcher import Status, diagnose
 from tests import helpers  # noqa: F401
 from tests.training.runs import losses, run, settings, write_tokens
 
@@ -204,7 +204,7 @@ def test_a_stopped_process_and_its_group(tmp_path: Path) -> None:
         assert job.ends_by(stopped + TIMEOUT + LATER) == [-signal.SIGKILL] * 2, job.said()
         assert time.monotonic() - stopped > 0.6 * TIMEOUT
         assert (
-            f"Late: rank 0, process {pid} on {socket.gethostname()}, stopped by a signal in step"
+            f"Stalled: rank 0, process {pid} on {socket.gethostname()}, stopped by a signal in step"
             in job.said()
         )
         assert "[Rank 1]   File" in job.said() and "in _train" in job.stacks(1)
@@ -215,8 +215,11 @@ def test_a_process_that_sleeps_in_its_loader(tmp_path: Path) -> None:
     with Job(tmp_path, 2, in_the_loader) as job:
         hangs = job.wait_for("hangs")
         assert job.ends_by(hangs + TIMEOUT + LATER) == [-signal.SIGKILL] * 2, job.said()
-        assert "Late: rank 1, process" in job.said() and "in step 5, data, for 3 s" in job.said()
-        assert "The others waited, the furthest in step 5, forward and backward." in job.said()
+        assert "Stalled: rank 1, process" in job.said() and "in step 5, data, for 3 s" in job.said()
+        assert (
+            "The other ranks were waiting, the furthest in step 5, forward and backward."
+            in job.said()
+        )
         assert "in sleepy_read" in job.stacks(1) and "sleepy_read" not in job.stacks(0)
         assert "torch/distributed" in job.stacks(0)
 
@@ -228,7 +231,7 @@ def test_a_collective_that_loses_patience_first(tmp_path: Path) -> None:
         codes = job.ends_by(hangs + TIMEOUT + LATER)
         assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), job.said()
         assert (
-            "Late: rank 1, process" in job.said()
+            "Stalled: rank 1, process" in job.said()
             and "in step 1, forward and backward" in job.said()
         )
         assert "in sleepy_forward" in job.stacks(1)
@@ -238,7 +241,7 @@ def test_one_process_that_holds_pythons_lock(tmp_path: Path) -> None:
     with Job(tmp_path, 1, with_pythons_lock, "training.num_workers=0") as job:
         hangs = job.wait_for("hangs")
         assert job.ends_by(hangs + TIMEOUT + LATER) == [-signal.SIGKILL], job.said()
-        assert f"This run hung and was ended: process {job.processes[0].pid} on" in job.said()
+        assert f"This run hung and was killed: process {job.processes[0].pid} on" in job.said()
         assert "in step 5, data, for 3 s" in job.said() and "in locked_read" in job.stacks(0)
 
 
@@ -306,7 +309,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
         ranks[1].suspend()
         job.wait(TIMEOUT + LATER)
     text = (tmp_path / "output").read_text()
-    assert job.returncode == 1 and f"Late: rank 1, process {ranks[1].pid} on" in text
+    assert job.returncode == 1 and f"Stalled: rank 1, process {ranks[1].pid} on" in text
     # torchrun names the right one too.
     report = (
         r"torchrun: rank 1 on \S+ was killed by SIGKILL|Root Cause.*rank +: 1 \(local_rank: 1\)"
@@ -316,63 +319,63 @@ def test_under_torchrun(tmp_path: Path) -> None:
     )  # the second where the entry points are not installed
 
 
-def place(rank: int, marks: int, **further: Any) -> Place:
+def status(rank: int, heartbeats: int, **further: Any) -> Status:
     values = {
         "step": 7,
         "phase": "data",
         "seconds": 60.0,
-        "patient": False,
+        "slow": False,
         "state": "",
-        "waits": False,
+        "is_waiting": False,
     } | further
-    return Place(rank, f"node{rank // 2}", 100 + rank, marks, **values)
+    return Status(rank, f"node{rank // 2}", 100 + rank, heartbeats, **values)
 
 
 @pytest.mark.parametrize(
-    ("places", "late", "text"),
+    ("statuses", "stalled", "text"),
     [
         # The least far.
         (
-            [place(0, 9), place(1, 9), place(2, 8), place(3, 9)],
+            [status(0, 9), status(1, 9), status(2, 8), status(3, 9)],
             [2],
-            "Late: rank 2, process 102 on node1, in step 7",
+            "Stalled: rank 2, process 102 on node1, in step 7",
         ),
         # Of the equally far, who does not wait; one that is stopped before all.
         (
             [
-                place(0, 9, waits=True),
-                place(1, 9),
-                place(2, 9, waits=True),
-                place(3, 9, waits=True),
+                status(0, 9, is_waiting=True),
+                status(1, 9),
+                status(2, 9, is_waiting=True),
+                status(3, 9, is_waiting=True),
             ],
             [1],
-            "Late: rank 1,",
+            "Stalled: rank 1,",
         ),
         (
-            [place(0, 8), place(1, 9, state="stopped"), place(2, 9), place(3, 9)],
+            [status(0, 8), status(1, 9, state="stopped"), status(2, 9), status(3, 9)],
             [1],
             "stopped by a signal in step 7",
         ),
         # All alike, as when a device hangs; or some who can not be asked.
         (
-            [place(rank, 9, waits=True) for rank in range(4)],
+            [status(rank, 9, is_waiting=True) for rank in range(4)],
             [0, 1, 2, 3],
-            "not certain who was late",
+            "The stalled rank is not certain",
         ),
         (
-            [place(0, 9, waits=True), place(2, 9, waits=True)],
+            [status(0, 9, is_waiting=True), status(2, 9, is_waiting=True)],
             [0, 2],
-            "Nothing was heard of rank 1, 3.",
+            "No message from rank 1, 3.",
         ),
         (
-            [place(rank, 9, patient=True) for rank in range(4)],
+            [status(rank, 9, slow=True) for rank in range(4)],
             [0, 1, 2, 3],
             "(training.timeout is 3600 s)",
         ),
     ],
 )
-def test_who_was_late(places: list[Place], late: list[int], text: str) -> None:
-    found, said = judge(
-        places, {"processes": 4, "logs": "logs", "timeout": 60.0, "patience": 3600.0}
+def test_diagnosis(statuses: list[Status], stalled: list[int], text: str) -> None:
+    found, said = diagnose(
+        statuses, {"processes": 4, "logs": "logs", "timeout": 60.0, "slow_timeout": 3600.0}
     )
-    assert found == late and text in said and "Stacks: logs/stacks_rank_*.txt" in said
+    assert found == stalled and text in said and "Stacks: logs/stacks_rank_*.txt" in said

@@ -18,8 +18,8 @@ from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.fsdp import ShardedWeights
-from fast_llm.training.doublecheck import Report, differences, digest, impossible
-from fast_llm.training.step import Step
+from fast_llm.training.corruption import Report, digest, find_differences, find_nonfinite_state
+from fast_llm.training.step import TrainStep
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
 from tests.training.runs import losses, run, settings, weights, write_tokens
@@ -72,14 +72,14 @@ def in_loss(trainer: Trainer) -> None:
 
 def in_training(trainer: Trainer) -> None:
     """The pass that trains is what is wrong."""
-    before = Step.forward_backward
+    before = TrainStep.forward_backward
 
-    def wrong(self: Step, batches: Sequence[Batch], seed: float) -> Tensor:
+    def wrong(self: TrainStep, batches: Sequence[Batch], seed: float) -> Tensor:
         loss = before(self, batches, seed)
         self.first_loss += 1e-6
         return loss
 
-    Step.forward_backward = wrong  # type: ignore[method-assign]
+    TrainStep.forward_backward = wrong  # type: ignore[method-assign]
 
 
 def in_gathered(trainer: Trainer) -> None:
@@ -262,11 +262,11 @@ def test_the_odd_one_out() -> None:
         Report(f"node{rank}", [], {"a": 1, "b": rank % 2, **({"c": 5} if rank else {})})
         for rank in range(4)
     ]
-    assert differences(reports) == [
+    assert find_differences(reports) == [
         "b is not the same on rank 0 on node0, rank 1 on node1, rank 2 on node2, rank 3 on node3"
     ]
-    reports[2].held.update(b=1, c=6)
-    assert differences(reports) == [
+    reports[2].replicated.update(b=1, c=6)
+    assert find_differences(reports) == [
         "rank 0 on node0: b is not what the 3 other processes hold",
         "rank 2 on node2: c is not what the 2 other processes hold",
     ]
@@ -346,13 +346,14 @@ def test_what_no_update_makes(moments: Literal["fp32", "bf16", "int8"], fault: f
     weights = {"a": torch.ones(300), "b": torch.ones(4), "none of it here": torch.ones(0)}
     optimizer = Optimizer(weights, OptimizerConfig(moments_dtype=moments))
     step = cast(
-        Step, SimpleNamespace(optimizer=optimizer, weights=SimpleNamespace(local=lambda: weights))
+        TrainStep,
+        SimpleNamespace(optimizer=optimizer, weights=SimpleNamespace(local=lambda: weights)),
     )
     gradients = {name: torch.full_like(weight, 1e18) for name, weight in weights.items()}
     optimizer.step(gradients, 1e-3, 1.0)
-    assert impossible(step) == []
+    assert find_nonfinite_state(step) == []
     gradients["a"][200] = fault
     optimizer.step(gradients, 1e-3, 1.0)
-    assert impossible(step) == [
+    assert find_nonfinite_state(step) == [
         f"{part} of a holds NaN or infinities" for part in ("weight", "exp_avg", "exp_avg_sq")
     ]

@@ -32,11 +32,11 @@ from fast_llm.model.batch import Batch
 from fast_llm.model.rounding import INFINITE
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.training.step import Step
+from fast_llm.training.step import TrainStep
 
 logger = logging.getLogger("fast_llm")
 
-_PIECE = 2**22  # numbers that are digested at a time
+_CHUNK = 2**22  # numbers that are digested at a time
 _INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes
 
 
@@ -46,13 +46,13 @@ class Report:
 
     host: str
     faults: list[str]  # of its own
-    held: dict[str, Any]  # digests and numbers, equal wherever the same name is held
+    replicated: dict[str, Any]  # digests and numbers, equal wherever the same name is held
 
 
-class DoubleCheck:
+class CorruptionCheck:
     """Checks a step before its update."""
 
-    def __init__(self, step: Step, mesh: Mesh):
+    def __init__(self, step: TrainStep, mesh: Mesh):
         self.step = step
         self.mesh = mesh
         self.last_good = 0  # the step of the last check of this start that found nothing
@@ -66,18 +66,18 @@ class DoubleCheck:
         Raises TrainingStopped, on every process alike.
         """
         started = time.perf_counter()
-        faults = self._loss(batches) + self._rounded()
-        held = dict(counters) | self._state() | self._gathered()
+        faults = self._check_loss(batches) + self._check_rounding()
+        replicated = dict(counters) | self._replicated_state() | self._gathered_weights()
         reports = all_gather_object(
-            Report(socket.gethostname(), faults, held), self.mesh.slow_group
+            Report(socket.gethostname(), faults, replicated), self.mesh.slow_group
         )
         self.step.weights.sync_model_weights()
-        found = differences(reports)
+        found = find_differences(reports)
         if not found:
             self.last_good = number
             seconds = time.perf_counter() - started
             logger.info(
-                f"Double check at step {number}: {len(held)} things are as they must be ({seconds:.1f} s)."
+                f"Double check at step {number}: {len(replicated)} things are as they must be ({seconds:.1f} s)."
             )
             return
         others = f"; and {len(found) - 1} more differences" if len(found) > 1 else ""
@@ -90,23 +90,23 @@ class DoubleCheck:
             " them away to go on from one before."
         )
 
-    def _loss(self, batches: Sequence[Batch]) -> list[str]:
-        again = self._again(batches)
+    def _check_loss(self, batches: Sequence[Batch]) -> list[str]:
+        again = self._recompute(batches)
         first = self.step.first_loss.item()
-        (differ,) = self.mesh.all_reduce_sum(float(not _same(first, again)))
+        (differ,) = self.mesh.all_reduce_sum(float(not _equal(first, again)))
         if not differ:
             self.comparable = True
             return []
         # Kernels, or a fault? Every process takes part in another pass.
-        third = self._again(batches)
-        if not _same(again, third):
+        third = self._recompute(batches)
+        if not _equal(again, third):
             return [
                 f"the loss of the same micro-batch was computed twice and is {again!r} and {third!r}"
             ]
         if self.comparable:
             return (
                 []
-                if _same(first, again)
+                if _equal(first, again)
                 else [f"the loss of a micro-batch was {first!r}, and computed again {again!r}"]
             )
         if self.comparable is None:
@@ -116,11 +116,11 @@ class DoubleCheck:
         self.comparable = False
         return []
 
-    def _again(self, batches: Sequence[Batch]) -> float:
-        self.step.mark("double check")
+    def _recompute(self, batches: Sequence[Batch]) -> float:
+        self.step.heartbeat("double check")
         return self.step.loss(batches if self.step.pipeline is not None else batches[:1]).item()
 
-    def _rounded(self) -> list[str]:
+    def _check_rounding(self) -> list[str]:
         """On one device: are the model's weights the rounded fp32 ones?"""
         weights = self.step.weights
         if isinstance(weights, ShardedWeights) or not weights.mixed:
@@ -131,7 +131,7 @@ class DoubleCheck:
             if digest(master.to(weights.working[name].dtype)) != digest(weights.working[name])
         ]
 
-    def _state(self) -> dict[str, Any]:
+    def _replicated_state(self) -> dict[str, Any]:
         """The parts of training state that other processes hold as well."""
         step, tensors = self.step, self.step.weights.tensors
         found: dict[str, Any] = {}
@@ -148,19 +148,19 @@ class DoubleCheck:
                     strict=False,
                 )
                 found |= {
-                    f"{part} of {name}{_part(tensors[name])}": digest(local)
+                    f"{part} of {name}{_shard_label(tensors[name])}": digest(local)
                     for part, local in parts.items()
                 }
         return found
 
-    def _gathered(self) -> dict[str, Any]:
+    def _gathered_weights(self) -> dict[str, Any]:
         """The weights that the pass before gathered, in the training dtype; ZeRO 3 keeps few of them."""
         weights = self.step.weights
         if not isinstance(weights, ShardedWeights):
             return {}
         sharded = {id(parameter) for parameter in weights.parameters.values()}
         return {
-            f"gathered {name}{_part(parameter)}": digest(_local(parameter))
+            f"gathered {name}{_shard_label(parameter)}": digest(_local(parameter))
             for model in weights.models
             if isinstance(model, nn.Module)
             for name, parameter in model.named_parameters()
@@ -168,38 +168,40 @@ class DoubleCheck:
         }
 
 
-def differences(reports: Sequence[Report]) -> list[str]:
+def find_differences(reports: Sequence[Report]) -> list[str]:
     """What is wrong, in words: the processes' own faults, and what is not the same wherever it is held."""
     found = [
-        f"{_places([rank], reports)}: {fault}"
+        f"{_format_ranks([rank], reports)}: {fault}"
         for rank, report in enumerate(reports)
         for fault in report.faults
     ]
-    for name in dict.fromkeys(name for report in reports for name in report.held):
-        held = {
-            rank: report.held[name] for rank, report in enumerate(reports) if name in report.held
+    for name in dict.fromkeys(name for report in reports for name in report.replicated):
+        replicated = {
+            rank: report.replicated[name]
+            for rank, report in enumerate(reports)
+            if name in report.replicated
         }
-        (value, most), *others = Counter(map(repr, held.values())).most_common()
+        (value, most), *others = Counter(map(repr, replicated.values())).most_common()
         if not others:
             continue
         if most > others[0][1]:
-            odd = [rank for rank, one in held.items() if repr(one) != value]
+            odd = [rank for rank, one in replicated.items() if repr(one) != value]
             found.append(
-                f"{_places(odd, reports)}: {name} is not what the {most} other processes hold"
+                f"{_format_ranks(odd, reports)}: {name} is not what the {most} other processes hold"
             )
         else:
-            found.append(f"{name} is not the same on {_places(held, reports)}")
+            found.append(f"{name} is not the same on {_format_ranks(replicated, reports)}")
     return found
 
 
-def _places(ranks: Iterable[int], reports: Sequence[Report]) -> str:
+def _format_ranks(ranks: Iterable[int], reports: Sequence[Report]) -> str:
     ranks = list(ranks)
     told = ", ".join(f"rank {rank} on {reports[rank].host}" for rank in ranks[:8])
     return told + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 @torch.no_grad()
-def impossible(step: Step) -> list[str]:
+def find_nonfinite_state(step: TrainStep) -> list[str]:
     """What no update makes, in this process's weights and moments: NaN, infinities, and averages of squares below zero.
 
     A pass over what is here that copies nothing: 10 ms for 20 million fp32 numbers on two cores, where copying them takes 200.
@@ -242,15 +244,15 @@ def digest(tensor: Tensor) -> int:
     """A number that any change of one element changes, and others all but surely: Σ bits · (2i + 1) modulo 2^64."""
     bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.dtype.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for begin in range(0, len(bits), _PIECE):
-        piece = bits[begin : begin + _PIECE].long()
+    for begin in range(0, len(bits), _CHUNK):
+        chunk = bits[begin : begin + _CHUNK].long()
         total += (
-            piece * torch.arange(2 * begin + 1, 2 * (begin + len(piece)) + 1, 2, device=bits.device)
+            chunk * torch.arange(2 * begin + 1, 2 * (begin + len(chunk)) + 1, 2, device=bits.device)
         ).sum()
     return int(total.item())
 
 
-def _same(one: float, other: float) -> bool:
+def _equal(one: float, other: float) -> bool:
     return one == other or (one != one and other != other)
 
 
@@ -258,7 +260,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _part(tensor: Tensor) -> str:
+def _shard_label(tensor: Tensor) -> str:
     """Which part of a tensor is here, if it is cut: a number for each axis along which it is."""
     if not isinstance(tensor, DTensor):
         return ""
