@@ -1,9 +1,8 @@
-"""What is logged: how it is averaged, what it is called, where it goes.
+"""Metrics: average the results of steps, and write records and log lines.
 
-Every record goes to the log, to metrics.jsonl and, if they are asked for, to TensorBoard and Weights &
-Biases, under the same names. Speed counts training alone: time spent in validation, saving and exporting is
-left out. Rates: model FLOP/s counts the causal half of attention; MFU divides it by the device's peak for
-dense bf16 products and is left out where that is not known.
+Every record goes to the log and metrics.jsonl and, if enabled, to TensorBoard and Weights & Biases, under the same names.
+Speed covers training alone: validation, saving and exporting are excluded. Model FLOP/s count the causal half of
+attention. MFU divides them by the device's dense bf16 peak, and is left out where the peak is not known.
 """
 
 import logging
@@ -27,6 +26,16 @@ from fast_llm.training.step import StepResult
 
 logger = logging.getLogger("fast_llm")
 
+# Fields of a training record on a GPU, then on a CPU; in MiB.
+_MEMORY = (
+    "allocated",
+    "max_allocated",
+    "reserved",
+    "max_reserved",
+    "global_max_reserved",
+    "resident",
+)
+
 
 class Metrics:
     """Gathers the results of steps and writes them when due."""
@@ -34,21 +43,18 @@ class Metrics:
     def __init__(
         self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchSizes, cost: Cost, first: int
     ):
-        """`first`: the step from which this start of the run goes on."""
+        """`first`: the step from which this start of the run continues."""
         self.config = config
         self.run = run
         self.mesh = mesh
         self.batch = batch
         self.cost = cost
         self.device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else None
-        self.start_step = self.last_written = first
-        self.train_seconds = self.train_seconds_at_last = (
-            0.0  # of training, since this start and at the last record
-        )
+        self.start_step = first
+        # Time of steps since this start, now and at the last record.
+        self.train_seconds = self.train_seconds_at_last = 0.0
         self.data_seconds_at_last = 0.0
-        self.average_step_seconds = (
-            0.0  # seconds of a step, on average of the last record's; 0 before it
-        )
+        self.average_step_seconds = 0.0  # over the steps of the last record; 0 before it
         self._since = time.perf_counter()
         self._steps: list[StepResult] = []
         self.skipped_in_a_row = 0
@@ -62,7 +68,7 @@ class Metrics:
 
     @contextmanager
     def exclude_from_speed(self) -> Iterator[None]:
-        """Time spent inside does not count as time of steps."""
+        """Exclude the time spent inside from the time of steps."""
         self.train_seconds += time.perf_counter() - self._since
         try:
             yield
@@ -71,8 +77,11 @@ class Metrics:
 
     @contextmanager
     def count_as_average_step(self) -> Iterator[None]:
-        """The step inside, which something slows down, counts as long as the others since the last record took on average, else as
-        those before it; the first of a start as it is."""
+        """Count the step inside, which profiling slows down, as an average step.
+
+        The average is over the steps since the last record, else over those of the last record. The first step of a
+        start counts with its own time.
+        """
         with self.exclude_from_speed():
             before, began = self.train_seconds, time.perf_counter()
             since = len(self._steps)
@@ -85,9 +94,9 @@ class Metrics:
             self.train_seconds = before + (usual or time.perf_counter() - began)
 
     def add(self, step: int, result: StepResult) -> None:
-        """Take note of one step."""
+        """Add the result of one step."""
         self._steps.append(result)
-        if result.targets:  # steps without any say nothing about whether training is healthy
+        if result.targets:  # steps without targets are neither finite nor skipped
             self.skipped_in_a_row = (
                 0 if result.updated or result.spike else self.skipped_in_a_row + 1
             )
@@ -107,19 +116,21 @@ class Metrics:
             )
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
-        """Go on counting from an earlier step; `record`: what happened, for metrics.jsonl."""
+        """Continue counting from an earlier step; `record`: the skipped range, for metrics.jsonl."""
         self.run.record({"run": self.run.number, "step": step, "phase": "rewind", **record})
-        self.start_step = self.last_written = step
+        self.start_step = step
         self.train_seconds = self.train_seconds_at_last = self.data_seconds_at_last = 0.0
         self._since = time.perf_counter()
         self._steps.clear()
         if self.tensorboard is not None:
             self.tensorboard.rewind(step)
 
-    def write(self, step: int, samples: int, consumed: int, waited: float) -> None:
+    def write(
+        self, step: int, consumed_samples: int, consumed_tokens: int, data_seconds: float
+    ) -> None:
         """Write a training record for the steps since the last one.
 
-        `samples`: sequences consumed by the run; `consumed`: their tokens; `waited`: seconds for data since this start.
+        `consumed_samples`, `consumed_tokens`: by the run; `data_seconds`: waited for data since this start.
         """
         now = time.perf_counter()
         self.train_seconds += now - self._since
@@ -127,115 +138,73 @@ class Metrics:
         steps, self._steps = self._steps, []
         if not steps:
             return
-        good = [result for result in steps if result.updated or result.spike]
-        train_iters = self.config.training.train_iters
-        tokens = self.batch.batch_size * self.config.batch.sequence_length
-        step_time = (self.train_seconds - self.train_seconds_at_last) / len(steps)
-        average = self.train_seconds / (step - self.start_step)
-        remaining = average * (train_iters - step)
-        model_flops = self.cost.model_flops_per_token * tokens / step_time / self.mesh.size
-        peak = self.cost.peak_flops(self.device_name) if self.device_name else None
-        values: dict[str, Any] = {
-            "run": self.run.number,
-            "step": step,
-            "phase": "training",
-            "iteration": step,
-            "train_iters": train_iters,
+        step_seconds = (self.train_seconds - self.train_seconds_at_last) / len(steps)
+        values = {
+            **self._header(step, "training"),
             "batch_size": self.batch.batch_size,
-            "consumed_samples": samples,
-            "consumed_tokens": consumed,
-            "language_model_loss": sum(r.loss for r in good) / len(good) if good else math.nan,
-            "grad_norm": steps[-1].gradient_norm,  # NaN, null in metrics.jsonl, where there is none
-            "learning_rate": steps[-1].learning_rate,
-            "loss_scale": steps[-1].loss_scale,
-            "skipped_iters": sum(not r.updated for r in steps),
-            "nan_iters": sum(r.targets > 0 and not math.isfinite(r.loss) for r in steps),
-            "spikes": sum(bool(r.spike) for r in steps),
-            "target_tokens": sum(r.targets for r in steps),
-            "step_time_ms": step_time * 1e3,
-            "step_time_average_ms": average * 1e3,
-            "data_wait_ms": (waited - self.data_seconds_at_last) / len(steps) * 1e3,
-            "tokens_per_sec_per_gpu": tokens / step_time / self.mesh.size,
-            "model_tflops": model_flops / 1e12,
-            "hardware_tflops": self.cost.hardware_flops_per_token
-            * tokens
-            / step_time
-            / self.mesh.size
-            / 1e12,
-            "mfu": model_flops / peak if peak else None,
-            "remaining_time": remaining,
-            "completion_time": (
-                datetime.now().astimezone() + timedelta(seconds=remaining)
-            ).isoformat(timespec="seconds"),
-            "percent_done": 100 * step / train_iters,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_tokens,
+            **_results(steps),
+            **self._speed(
+                step, step_seconds, (data_seconds - self.data_seconds_at_last) / len(steps)
+            ),
+            **self._progress(step),
             **self._memory(),
         }
-        self.train_seconds_at_last, self.data_seconds_at_last, self.last_written = (
-            self.train_seconds,
-            waited,
-            step,
-        )
-        self.average_step_seconds = step_time
+        self.train_seconds_at_last, self.data_seconds_at_last = self.train_seconds, data_seconds
+        self.average_step_seconds = step_seconds
         self._send(step, "Training", values)
-        memory = " | ".join(
-            f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in self._memory_names()
-        )
-        mfu = f" ({100 * values['mfu']:.1f} % MFU)" if values["mfu"] else ""
-        logger.info(
-            f"Training @ iteration {step:{len(str(train_iters))}d}/{train_iters}"
-            f" | consumed samples: {values['consumed_samples']:,} | consumed tokens: {values['consumed_tokens']:,}"
-            f" | batch size: {self.batch.batch_size}"
-            f" | step time: {values['step_time_ms']:.2f} ms"
-            f" | throughput: {values['model_tflops']:.2f} tflop/s (model) | {values['hardware_tflops']:.2f} tflop/s"
-            f" (hardware){mfu} | {values['tokens_per_sec_per_gpu']:.2f} tokens/s/gpu"
-            f" | waited for data: {values['data_wait_ms']:.2f} ms"
-            f" | Memory {memory}"
-            f" | learning rate: {values['learning_rate']:.3e} | loss scale: {values['loss_scale']:g}"
-            f" | grad norm: {values['grad_norm']:.4f}"
-            f" | skipped iterations: {values['skipped_iters']} | nan iterations: {values['nan_iters']}"
-            + (
-                f" | spikes: {values['spikes']}"
-                if self.config.training.spikes.policy != "none"
-                else ""
-            )
-            + f" | average step time {values['step_time_average_ms']:.2f} ms"
-            f" | remaining {_duration(remaining)}"
-            f" | completion {values['completion_time'][:19].replace('T', ' ')} ({values['percent_done']:.2f} %)"
-            f" | language model loss: {values['language_model_loss']:.5f} | run: {self.run.number}"
-        )
+        logger.info(training_line(values, self.config.training.spikes.policy != "none"))
 
-    def write_evaluation(
-        self, step: int, phase: str, losses: dict[str, float | None], tokens: int, seconds: float
-    ) -> None:
-        """Write the losses of a `validation` or `test`: `language_model_loss` and one per further set; None is of a set
-        without target tokens."""
-        values: dict[str, Any] = {
+    def _header(self, step: int, phase: str) -> dict[str, Any]:
+        return {
             "run": self.run.number,
             "step": step,
             "phase": phase,
             "iteration": step,
             "train_iters": self.config.training.train_iters,
-            **losses,
-            "tokens": tokens,
-            "seconds": seconds,
         }
+
+    def _speed(self, step: int, step_seconds: float, data_seconds: float) -> dict[str, Any]:
+        """Times of a step, and throughput per process."""
+        tokens = self.batch.batch_size * self.config.batch.sequence_length
+        rate = tokens / step_seconds / self.mesh.size
+        model_flops = self.cost.model_flops_per_token * tokens / step_seconds / self.mesh.size
+        hardware_flops = self.cost.hardware_flops_per_token * tokens / step_seconds / self.mesh.size
+        peak = self.cost.peak_flops(self.device_name) if self.device_name else None
+        return {
+            "step_time_ms": step_seconds * 1e3,
+            "step_time_average_ms": self.train_seconds / (step - self.start_step) * 1e3,
+            "data_wait_ms": data_seconds * 1e3,
+            "tokens_per_sec_per_gpu": rate,
+            "model_tflops": model_flops / 1e12,
+            "hardware_tflops": hardware_flops / 1e12,
+            "mfu": model_flops / peak if peak else None,
+        }
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        train_iters = self.config.training.train_iters
+        remaining = self.train_seconds / (step - self.start_step) * (train_iters - step)
+        completion = datetime.now().astimezone() + timedelta(seconds=remaining)
+        return {
+            "remaining_time": remaining,
+            "completion_time": completion.isoformat(timespec="seconds"),
+            "percent_done": 100 * step / train_iters,
+        }
+
+    def write_evaluation(
+        self, step: int, phase: str, losses: dict[str, float | None], tokens: int, seconds: float
+    ) -> None:
+        """Write the losses of a `validation` or `test`.
+
+        `losses`: `language_model_loss`, and one for each further set; None for a set without target tokens.
+        """
+        values = {**self._header(step, phase), **losses, "tokens": tokens, "seconds": seconds}
         self._send(step, phase.capitalize(), values)
-        text = " | ".join(
-            f"{name.replace('_', ' ')}: "
-            + (
-                "no target tokens"
-                if loss is None
-                else f"{loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})"
-            )
-            for name, loss in losses.items()
-        )
-        logger.info(
-            f"{phase.capitalize()} @ iteration {step}/{self.config.training.train_iters} | {text}"
-            f" | {tokens:,} tokens in {seconds:.1f} s | run: {self.run.number}"
-        )
+        logger.info(evaluation_line(values, losses))
 
     def close(self, status: str) -> None:
-        """Flush everything; `status` ends up in W&B's alert, if these are wanted."""
+        """Flush everything; `status` (ended, crashed) goes into an alert of Weights & Biases, if enabled."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
@@ -253,11 +222,6 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.send(phase, step, numbers)
 
-    def _memory_names(self) -> list[str]:
-        if self.mesh.device.type == "cuda":
-            return ["allocated", "max_allocated", "reserved", "max_reserved", "global_max_reserved"]
-        return ["resident"]
-
     def _memory(self) -> dict[str, float]:
         mebibyte = 2**20
         if self.mesh.device.type != "cuda":
@@ -271,6 +235,79 @@ class Metrics:
         torch.cuda.reset_peak_memory_stats()
         self.global_max_reserved = max(self.global_max_reserved, values["max_reserved"])
         return values | {"global_max_reserved": self.global_max_reserved}
+
+
+def _results(steps: list[StepResult]) -> dict[str, Any]:
+    """What the steps computed: means, sums, and the last step's norm, rate and loss scale."""
+    losses = [result.loss for result in steps if result.updated or result.spike]
+    return {
+        "language_model_loss": sum(losses) / len(losses) if losses else math.nan,
+        "grad_norm": steps[-1].gradient_norm,  # NaN (null in metrics.jsonl) without target tokens
+        "learning_rate": steps[-1].learning_rate,
+        "loss_scale": steps[-1].loss_scale,
+        "skipped_iters": sum(not result.updated for result in steps),
+        "nan_iters": sum(result.targets > 0 and not math.isfinite(result.loss) for result in steps),
+        "spikes": sum(bool(result.spike) for result in steps),
+        "target_tokens": sum(result.targets for result in steps),
+    }
+
+
+def training_line(values: dict[str, Any], spikes: bool) -> str:
+    """The log line of a training record; `spikes`: whether to show their count."""
+    mfu = f" ({100 * values['mfu']:.1f} % MFU)" if values["mfu"] else ""
+    memory = " | ".join(
+        f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in _MEMORY if name in values
+    )
+    parts = [
+        f"Training @ iteration {_iteration(values)}",
+        f"consumed samples: {values['consumed_samples']:,}",
+        f"consumed tokens: {values['consumed_tokens']:,}",
+        f"batch size: {values['batch_size']}",
+        f"step time: {values['step_time_ms']:.2f} ms",
+        f"throughput: {values['model_tflops']:.2f} tflop/s (model)",
+        f"{values['hardware_tflops']:.2f} tflop/s (hardware){mfu}",
+        f"{values['tokens_per_sec_per_gpu']:.2f} tokens/s/gpu",
+        f"waited for data: {values['data_wait_ms']:.2f} ms",
+        f"Memory {memory}",
+        f"learning rate: {values['learning_rate']:.3e}",
+        f"loss scale: {values['loss_scale']:g}",
+        f"grad norm: {values['grad_norm']:.4f}",
+        f"skipped iterations: {values['skipped_iters']}",
+        f"nan iterations: {values['nan_iters']}",
+        *([f"spikes: {values['spikes']}"] if spikes else []),
+        f"average step time {values['step_time_average_ms']:.2f} ms",
+        f"remaining {_duration(values['remaining_time'])}",
+        f"completion {values['completion_time'][:19].replace('T', ' ')} ({values['percent_done']:.2f} %)",
+        f"language model loss: {values['language_model_loss']:.5f}",
+        f"run: {values['run']}",
+    ]
+    return " | ".join(parts)
+
+
+def evaluation_line(values: dict[str, Any], losses: dict[str, float | None]) -> str:
+    """The log line of a validation or test record."""
+    parts = [
+        f"{name.replace('_', ' ')}: "
+        + (
+            "no target tokens"
+            if loss is None
+            else f"{loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})"
+        )
+        for name, loss in losses.items()
+    ]
+    return " | ".join(
+        [
+            f"{values['phase'].capitalize()} @ iteration {values['step']}/{values['train_iters']}",
+            *parts,
+            f"{values['tokens']:,} tokens in {values['seconds']:.1f} s",
+            f"run: {values['run']}",
+        ]
+    )
+
+
+def _iteration(values: dict[str, Any]) -> str:
+    total = values["train_iters"]
+    return f"{values['step']:{len(str(total))}d}/{total}"
 
 
 def _duration(seconds: float) -> str:
