@@ -1,6 +1,11 @@
-"""The files in examples/, as far as a machine without a cluster can check them: their syntax, Kubernetes' own schemas, and the
-exact torchrun line of each, run as two nodes of this machine. tests/slurm runs slurm.sbatch under a real Slurm."""
+"""The files in examples/, as far as a machine without a cluster can check them.
 
+Configurations of training pass `--validate` and fit their GPUs by the planner's forecast. Launchers
+have valid syntax and Kubernetes' own schemas; their exact torchrun lines run as two nodes of this
+machine. tests/slurm runs slurm.sbatch under a real Slurm.
+"""
+
+import json
 import os
 import re
 import signal
@@ -13,13 +18,90 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
 
+from fast_llm.cli import main
+from fast_llm.data.tokenfile import TokenFileWriter
 from tests.training.runs import losses, settings, write_tokens
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+
+
+def model(
+    layers: int, hidden: int, heads: int, groups: int, inner: int, vocabulary: int
+) -> dict[str, Any]:
+    """config.json of a Llama."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": hidden < 4096,
+    }
+
+
+# Processes, and the model that is continued.
+TRAIN = {
+    "cpu": (1, model(30, 576, 9, 3, 1536, 49_152)),
+    "from-scratch": (8, None),
+    "long-context": (8, model(32, 4096, 32, 8, 14_336, 128_256)),
+    "many-nodes": (64, model(32, 4096, 32, 8, 14_336, 128_256)),
+    "one-gpu": (1, model(16, 2048, 32, 8, 8192, 128_256)),
+    "one-node": (8, model(32, 4096, 32, 8, 14_336, 128_256)),
+}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dataset.json of a hundred documents that are longer than any example's sequences."""
+    folder = tmp_path_factory.mktemp("tokens")
+    writer = TokenFileWriter(folder / "tokens", np.dtype("uint16"))
+    for number in range(100):
+        writer.append(np.full(140_000, number, "uint16"))
+    writer.close()
+    entry = {"prefix": "tokens", "num_tokens": 100 * 140_000, "weight": 1}
+    (folder / "dataset.json").write_text(json.dumps({"datasets": [entry]}))
+    return folder / "dataset.json"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (EXAMPLES / "train").glob("*.yaml")))
+def test_training_configurations(
+    name: str,
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As they are, but for the paths of data and model, and the share of validation in little data."""
+    processes, config = TRAIN[name]
+    given = []
+    if config is None:
+        tokenizer = ROOT / "tests" / "fixtures" / "v0.1" / "a" / "tokenizer"
+        given += [f"data.tokenizer.path={tokenizer}"]
+    else:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        given += [f"pretrained.path={tmp_path}/model"]
+    file = ["--config", str(EXAMPLES / "train" / f"{name}.yaml")]
+    if name != "cpu":
+        assert main(["plan", *file, "--gpus", str(processes), "--device", "h100", *given]) == 0
+        configured, _, _ = capsys.readouterr().out.partition("The fastest that fit")
+        assert "GB: fits" in configured, configured
+    given += [f"data.path={tokens}", "data.split=[1,1,0]", "training.validation.iterations=1"]
+    given += ["run.experiment_dir=null"]  # a checkpoint of 8B needs more disk than this machine has
+    given += ["pretrained.model_weights=no"] if config else []
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert main(["train", "gpt", *file, "--validate", *given]) == 0, capsys.readouterr().err
 
 
 def documents(name: str) -> list[dict[str, Any]]:
