@@ -13,7 +13,7 @@ from fast_llm.config.mistakes import (
     nested_sections,
 )
 from fast_llm.config.prepare import CONVERT_REFUSED, PREPARE_REFUSED, ConvertConfig, PrepareConfig
-from fast_llm.config.reference import DIFFERENT, default_text, doc_text, plain
+from fast_llm.config.reference import DIFFERENT, default_text, doc_text, meaning, plain
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.terminal import BOLD, fields, style, wrap
@@ -75,7 +75,7 @@ def _setting(section: type[BaseModel], name: str, path: str, columns: int, strea
     rows = [
         ("  default", plain(default_text(section, name))),
         ("  allowed", describe_allowed(field)),
-        ("  meaning", plain(" ".join((field.description or "").split()))),
+        ("  meaning", plain(" ".join(meaning(section, name).split()))),
     ]
     if path in DIFFERENT:
         before, why = DIFFERENT[path]
