@@ -140,7 +140,7 @@ def speed(folder: Path) -> None:
 
 def long_context() -> None:
     """131,072 tokens over 8 processes, one document, the heads of Llama-3.1-8B: what the first and the last have to do."""
-    from fast_llm.model.attention import attend
+    from fast_llm.model.attention import varlen_attention
     from fast_llm.parallel.context import _varlen_qkv
 
     length, size = 131072, 8
@@ -166,7 +166,7 @@ def long_context() -> None:
             selected = both.index_select(0, own.index)
             marks[1].record()
             keys, values = selected.unbind(1)
-            out = attend(q, keys, values, own, True)
+            out = varlen_attention(q, keys, values, own, True)
             marks[2].record()
             (gradient,) = torch.autograd.grad(
                 out, selected, torch.ones_like(out), retain_graph=True
@@ -187,7 +187,7 @@ def long_context() -> None:
 
 def norms() -> None:
     """How long a residual stream and its RMSNorm take, next to what PyTorch's compiler makes."""
-    from fast_llm.model.norm import rms_norm_beside
+    from fast_llm.model.norm import fused_add_rms_norm
 
     def plain(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return F.rms_norm(x, weight.shape, weight, 1e-5), x * 1
@@ -198,7 +198,7 @@ def norms() -> None:
             weight = (1 + 0.1 * torch.randn(width, device="cuda", dtype=dtype)).requires_grad_()
             grads = torch.randn_like(x), torch.randn_like(x)
             took = []
-            for way in (lambda x, weight: rms_norm_beside(x, weight, 1e-5), plain):
+            for way in (lambda x, weight: fused_add_rms_norm(x, weight, 1e-5), plain):
                 compiled = torch.compile(way)
                 for _ in range(3):
                     torch.autograd.grad(compiled(x, weight), (x, weight), grads)
@@ -226,14 +226,14 @@ def norms() -> None:
 
 def factors() -> None:
     """How long it takes to round what products in fp8 take."""
-    from fast_llm.model.fp8 import FINE, WIDE, _scale
+    from fast_llm.model.fp8 import E4M3, E5M2, _scale
 
-    for dtype in (FINE, WIDE):
+    for dtype in (E4M3, E5M2):
         for size in ((8192, 4096), (8192, 14336), (14336, 4096)):
             x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
             scale = _scale(x, dtype)
             both, one = (
-                triton_time(partial(torch.ops.fast_llm.shorten, x, scale, dtype, way, True))
+                triton_time(partial(torch.ops.fast_llm.quantize_fp8, x, scale, dtype, way, True))
                 for way in (True, False)
             )
             largest = triton_time(partial(torch.ops.fast_llm.amax, x))

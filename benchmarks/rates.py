@@ -118,7 +118,7 @@ def one_backend(batch: int, length: int, work: float, backend: SDPBackend | None
 def documents(batch: int, length: int, work: float) -> None:
     """Through the boundaries of documents, one as long as the sequence."""
     from fast_llm.model import cudnn
-    from fast_llm.model.attention import _variable_length
+    from fast_llm.model.attention import _varlen_kernel
 
     q, k, v = (
         torch.randn(
@@ -134,10 +134,10 @@ def documents(batch: int, length: int, work: float) -> None:
                 flush=True,
             )
             continue
-        out = _variable_length(q, k, v, ends, ends, length, length)
+        out = _varlen_kernel(q, k, v, ends, ends, length, length)
         grad = torch.randn_like(out)
         cells = [
-            rate(work, lambda: _variable_length(q, k, v, ends, ends, length, length)),
+            rate(work, lambda: _varlen_kernel(q, k, v, ends, ends, length, length)),
             rate(
                 2.5 * work,
                 lambda out=out, grad=grad: torch.autograd.grad(

@@ -21,7 +21,7 @@ import torch
 from fast_llm.config.batch import BatchSizes
 from fast_llm.data.dataset import Dataset, PackedSample
 from fast_llm.errors import DataError
-from fast_llm.model.attention import Documents
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
 from fast_llm.model.loss import IGNORED
 
@@ -145,7 +145,7 @@ class Loader:
             lengths = np.concatenate(parts)
             boundaries = np.zeros(len(lengths) + 1, np.int32)
             lengths.cumsum(out=boundaries[1:])
-            documents = Documents(
+            documents = PackedSequences(
                 tuple(lengths.tolist()), torch.from_numpy(boundaries), int(lengths.max())
             )
         else:

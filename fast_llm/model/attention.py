@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from fast_llm.model import cudnn, native
-from fast_llm.model.linear import widened
+from fast_llm.model.linear import upcast_to_fp32
 
 # Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
 # back), and below this length the fp32 one is as fast: bf16 15.7 ms, fp32 9.3 ms forward and backward at 8 × 256
@@ -35,105 +35,117 @@ _STEP = 64
 
 
 @dataclass(frozen=True)
-class Documents:
+class PackedSequences:
     """Where documents begin and end in the flattened B·S tokens; none crosses a sequence."""
 
     lengths: tuple[int, ...]
-    boundaries: Tensor  # int32 [number of documents + 1], cumulative, on the model's device
-    longest: int
-    alike: bool = field(init=False)  # all of one length
+    cu_seqlens: Tensor  # int32 [number of documents + 1], cumulative, on the model's device
+    max_seqlen: int
+    equal_lengths: bool = field(init=False)  # all of one length
 
     def __post_init__(self) -> None:
         # Here and not where it is asked for: the compiler would look at all the lengths, and again for every micro-batch.
-        object.__setattr__(self, "alike", len(set(self.lengths)) == 1)
+        object.__setattr__(self, "equal_lengths", len(set(self.lengths)) == 1)
 
-    def to(self, device: torch.device) -> "Documents":
+    def to(self, device: torch.device) -> "PackedSequences":
         """The same on another device."""
-        return Documents(self.lengths, self.boundaries.to(device, non_blocking=True), self.longest)
+        return PackedSequences(
+            self.lengths, self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen
+        )
 
-    def pin(self) -> "Documents":
+    def pin(self) -> "PackedSequences":
         """The same in page-locked memory."""
-        return Documents(self.lengths, self.boundaries.pin_memory(), self.longest)
+        return PackedSequences(self.lengths, self.cu_seqlens.pin_memory(), self.max_seqlen)
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Queries that are some of a document's, one stretch after the other, each with all keys up to its last query's."""
+class VarlenQKV:
+    """Sequences, each with some of a document's queries, and with all keys up to the last of them."""
 
-    queries: tuple[int, ...]  # of each stretch
-    keys: tuple[int, ...]  # of each stretch, at least as many
-    index: Tensor  # int64 [Σ keys]: the keys of all stretches among those that there are, on the model's device
-    query_ends: Tensor  # int32 [stretches + 1], cumulative, on the model's device
-    key_ends: Tensor
-    longest_queries: int = field(init=False)
-    longest_keys: int = field(init=False)
+    lengths_q: tuple[int, ...]  # of each sequence
+    lengths_k: tuple[int, ...]  # of each sequence, at least as many
+    index: (
+        Tensor  # int64 [Σ keys]: which of the given keys each sequence sees, on the model's device
+    )
+    cu_seqlens_q: Tensor  # int32 [sequences + 1], cumulative, on the model's device
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int = field(init=False)
+    max_seqlen_k: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "longest_queries", max(self.queries))
-        object.__setattr__(self, "longest_keys", max(self.keys))
+        object.__setattr__(self, "max_seqlen_q", max(self.lengths_q))
+        object.__setattr__(self, "max_seqlen_k", max(self.lengths_k))
 
     @staticmethod
-    def of(queries: Sequence[int], keys: Sequence[int], index: Tensor) -> "Stretches":
+    def from_lengths(
+        lengths_q: Sequence[int], lengths_k: Sequence[int], index: Tensor
+    ) -> "VarlenQKV":
         """With the ends counted."""
         ends = [
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            for lengths in (queries, keys)
+            for lengths in (lengths_q, lengths_k)
         ]
-        return Stretches(tuple(queries), tuple(keys), index, *ends)
+        return VarlenQKV(tuple(lengths_q), tuple(lengths_k), index, *ends)
 
-    def to(self, device: torch.device) -> "Stretches":
+    def to(self, device: torch.device) -> "VarlenQKV":
         """The same on another device."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> "Stretches":
+    def pin(self) -> "VarlenQKV":
         """The same in page-locked memory."""
         return self._with(Tensor.pin_memory)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Stretches":
-        return Stretches(
-            self.queries, self.keys, *map(change, (self.index, self.query_ends, self.key_ends))
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "VarlenQKV":
+        return VarlenQKV(
+            self.lengths_q,
+            self.lengths_k,
+            *map(change, (self.index, self.cu_seqlens_q, self.cu_seqlens_k)),
         )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, flash: bool) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None, flash: bool
+) -> Tensor:
     """Softmax attention: q [B, S, H, D], k and v [B, S, K, D] → [B, S, H, D].
 
     `flash` false computes with plain matrix products, which hold the scores of whole documents.
     """
-    whole = documents is None or (documents.alike and documents.longest == q.shape[1])
+    one_per_sequence = documents is None or (
+        documents.equal_lengths and documents.max_seqlen == q.shape[1]
+    )
     out: Tensor
-    if widened(q):
+    if upcast_to_fp32(q):
         out = attention(q.float(), k.float(), v.float(), documents, flash).to(q.dtype)
         return out
     if flash and native.usable(q, products=True) and q.shape[-1] % 2 == 0:
-        if documents is None or whole:
-            out = _Native.apply(q, k, v, _ends(q))  # type: ignore[no-untyped-call]
+        if documents is None or one_per_sequence:
+            out = _CpuAttention.apply(q, k, v, _equal_cu_seqlens(q))  # type: ignore[no-untyped-call]
             return out
         out = _packed(q, k, v, documents)
         return out
-    if documents is None or whole:
+    if documents is None or one_per_sequence:
         return _batched(q, k, v, flash)
-    if flash and _has_variable_length(q):
-        ends, longest = documents.boundaries, documents.longest
+    if flash and _has_varlen_kernel(q):
+        ends, longest = documents.cu_seqlens, documents.max_seqlen
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        return _variable_length(*flat, ends, ends, longest, longest).view(q.shape)
-    out = _one_by_one(q, k, v, documents, flash)
+        return _varlen_kernel(*flat, ends, ends, longest, longest).view(q.shape)
+    out = _sequence_by_sequence(q, k, v, documents, flash)
     return out
 
 
 @torch.compiler.disable
-def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _packed(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tensor:
     """Not compiled: every micro-batch has another number of documents."""
-    out: Tensor = _Native.apply(q, k, v, documents.boundaries)  # type: ignore[no-untyped-call]
+    out: Tensor = _CpuAttention.apply(q, k, v, documents.cu_seqlens)  # type: ignore[no-untyped-call]
     return out
 
 
-def _ends(q: Tensor) -> Tensor:
+def _equal_cu_seqlens(q: Tensor) -> Tensor:
     """The boundaries of documents that are whole sequences."""
     return torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32)
 
 
-class _Native(torch.autograd.Function):
+class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -146,12 +158,12 @@ class _Native(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, ends, out, log_sums = ctx.saved_tensors
-        by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
-        torch.ops.fast_llm.attention_back(
-            by_q, by_k, by_v, grad.contiguous(), out, log_sums, q, k, v, ends, *sizes
+        torch.ops.fast_llm.attention_backward(
+            grad_q, grad_k, grad_v, grad.contiguous(), out, log_sums, q, k, v, ends, *sizes
         )
-        return by_q, by_k, by_v, None
+        return grad_q, grad_k, grad_v, None
 
 
 # This one returns what it makes, so that recomputation can keep it.
@@ -162,7 +174,7 @@ torch.library.define(
 
 @torch.library.impl("fast_llm::attention", "cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    out, log_sums = _nothing_yet(q, k, v, ends)
+    out, log_sums = _empty_results(q, k, v, ends)
     native.run(
         "attention", out, log_sums, q, k, v, ends, len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
     )
@@ -170,14 +182,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, T
 
 
 @torch.library.register_fake("fast_llm::attention")
-def _nothing_yet(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(
         q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32
     )
 
 
 @torch.compiler.disable
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, flash: bool) -> Tensor:
+def _sequence_by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences, flash: bool
+) -> Tensor:
     """Not compiled: every micro-batch has other lengths."""
     shape = q.shape
     runs = [(length, len(list(group))) for length, group in groupby(documents.lengths)]
@@ -191,26 +205,24 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, flash: bo
     return torch.cat(outputs).view(shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool) -> Tensor:
-    """Softmax attention of stretches: q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H, D].
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool) -> Tensor:
+    """Softmax attention of sequences: q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H, D].
 
-    The last query of a stretch sees all of its keys, the one before all but one, and so on.
+    The last query of a sequence sees all of its keys, the one before all but one, and so on.
     """
-    if widened(q):
-        return attend(q.float(), k.float(), v.float(), stretches, flash).to(q.dtype)
-    if flash and _has_variable_length(q):
-        longest = stretches.longest_queries, stretches.longest_keys
-        return _variable_length(q, k, v, stretches.query_ends, stretches.key_ends, *longest)
-    out: Tensor = _stretch_by_stretch(q, k, v, stretches, flash)
+    if upcast_to_fp32(q):
+        return varlen_attention(q.float(), k.float(), v.float(), varlen, flash).to(q.dtype)
+    if flash and _has_varlen_kernel(q):
+        longest = varlen.max_seqlen_q, varlen.max_seqlen_k
+        return _varlen_kernel(q, k, v, varlen.cu_seqlens_q, varlen.cu_seqlens_k, *longest)
+    out: Tensor = _varlen_loop(q, k, v, varlen, flash)
     return out
 
 
 @torch.compiler.disable
-def _stretch_by_stretch(
-    q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool
-) -> Tensor:
+def _varlen_loop(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool) -> Tensor:
     parts = zip(
-        q.split(stretches.queries), k.split(stretches.keys), v.split(stretches.keys), strict=True
+        q.split(varlen.lengths_q), k.split(varlen.lengths_k), v.split(varlen.lengths_k), strict=True
     )
     outputs = []
     for one, two, three in parts:
@@ -222,7 +234,7 @@ def _stretch_by_stretch(
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
-    """One stretch with more keys than queries, under a mask."""
+    """One sequence with more keys than queries, under a mask."""
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float32 and len(k) < _SHORT:
         q, k, v = q.float(), k.float(), v.float()
@@ -257,7 +269,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
     return out[:, :, :length].transpose(1, 2).to(dtype)
 
 
-def _has_variable_length(q: Tensor) -> bool:
+def _has_varlen_kernel(q: Tensor) -> bool:
     """FlashAttention's limits: 16 bits, Ampere or later, head dimensions that are a multiple of 8 up to 256."""
     return (
         q.is_cuda
@@ -270,28 +282,30 @@ def _has_variable_length(q: Tensor) -> bool:
 
 # PyTorch's versions spell causal and grouped attention differently: 2.10 has is_causal and repeats no heads; later a
 # window that reaches back without limit and not ahead means causal, and groups are asked for where that is known.
-_KNOWN = inspect.signature(varlen_attn).parameters
-_CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _KNOWN else {"window_size": (-1, 0)}
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
+_CAUSAL: dict[str, Any] = (
+    {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
+)
 
 
-def _variable_length(
+def _varlen_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    longest_query: int,
-    longest_key: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> Tensor:
     if cudnn.usable(q):
-        other_ends = None if key_ends is query_ends else key_ends
-        return cudnn.attention(q, k, v, query_ends, other_ends, longest_query, longest_key)
+        other_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+        return cudnn.attention(q, k, v, cu_seqlens_q, other_ends, max_seqlen_q, max_seqlen_k)
     how = dict(_CAUSAL)
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in _KNOWN:
+        if "enable_gqa" in _VARLEN_PARAMETERS:
             how["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out: Any = varlen_attn(q, k, v, query_ends, key_ends, longest_query, longest_key, **how)
+    out: Any = varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how)
     attended: Tensor = out
     return attended

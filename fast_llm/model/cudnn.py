@@ -57,16 +57,16 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor | None,
-    longest_query: int,
-    longest_key: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> Tensor:
     """Causal attention: q [T, H, D], k and v [T', K, D] → [T, H, D]; ends int32 [N + 1], cumulative, from 0.
 
-    A document's last query sees all its keys, the one before all but one, and so on. `key_ends`: none are those of the queries.
+    A document's last query sees all its keys, the one before all but one, and so on. `cu_seqlens_k`: none are those of the queries.
     """
-    out: Tensor = _Attention.apply(q, k, v, query_ends, key_ends, longest_query, longest_key)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -75,33 +75,33 @@ class _Attention(torch.autograd.Function):
     # `forward` takes `ctx`, and with `*longest` it dropped q instead.
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None,
-        longest_query: int, longest_key: int,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
+        max_seqlen_q: int, max_seqlen_k: int,
     ) -> Tensor:  # fmt: skip
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ends = query_ends, key_ends, longest_query, longest_key
+        ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         out, log_sums = torch.ops.fast_llm.ragged_attention(q, k, v, *ends)
-        ctx.save_for_backward(q, k, v, out, log_sums, query_ends, key_ends)
-        ctx.longest = longest_query, longest_key
+        ctx.save_for_backward(q, k, v, out, log_sums, cu_seqlens_q, cu_seqlens_k)
+        ctx.longest = max_seqlen_q, max_seqlen_k
         attended: Tensor = out
         return attended
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.fast_llm.ragged_attention_back(
+        gradients = torch.ops.fast_llm.ragged_attention_backward(
             grad.contiguous(), *ctx.saved_tensors, *ctx.longest
         )
         return *gradients, None, None, None, None
 
 
 # Operations, so that the compiler leaves them alone and recomputation can keep what they make.
-_ENDS = "Tensor query_ends, Tensor? key_ends, SymInt longest_query, SymInt longest_key"
+_ENDS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 torch.library.define(
     "fast_llm::ragged_attention", f"(Tensor q, Tensor k, Tensor v, {_ENDS}) -> (Tensor, Tensor)"
 )
 torch.library.define(
-    "fast_llm::ragged_attention_back",
+    "fast_llm::ragged_attention_backward",
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, {_ENDS}) -> (Tensor, Tensor, Tensor)",
 )
 
@@ -111,7 +111,7 @@ def _nothing_yet(q: Tensor, k: Tensor, v: Tensor, *ends: Any) -> tuple[Tensor, T
     return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
 
 
-@torch.library.register_fake("fast_llm::ragged_attention_back")
+@torch.library.register_fake("fast_llm::ragged_attention_backward")
 def _no_gradients_yet(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,19 +123,21 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor | None,
-    longest_query: int,
-    longest_key: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor]:
-    documents, rest = _places(q, k, query_ends, query_ends if key_ends is None else key_ends)
+    documents, rest = _places(
+        q, k, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    )
     shape = (
         documents,
-        round_up(longest_query, 1),
-        round_up(longest_key, 1),
+        round_up(max_seqlen_q, 1),
+        round_up(max_seqlen_k, 1),
         *q.shape[1:],
         k.shape[1],
-        key_ends is None,
+        cu_seqlens_k is None,
     )
     out, log_sums = _nothing_yet(q, k, v)
     _run(
@@ -145,25 +147,27 @@ def _forward(
     return out, log_sums
 
 
-@torch.library.impl("fast_llm::ragged_attention_back", "cuda")
+@torch.library.impl("fast_llm::ragged_attention_backward", "cuda")
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, query_ends: Tensor,
-    key_ends: Tensor | None, longest_query: int, longest_key: int,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    documents, rest = _places(q, k, query_ends, query_ends if key_ends is None else key_ends)
+    documents, rest = _places(
+        q, k, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    )
     shape = (
         documents,
-        round_up(longest_query, 1),
-        round_up(longest_key, 1),
+        round_up(max_seqlen_q, 1),
+        round_up(max_seqlen_k, 1),
         *q.shape[1:],
         k.shape[1],
-        key_ends is None,
+        cu_seqlens_k is None,
     )
-    by_q, by_k, by_v = _no_gradients_yet(grad, q, k, v)
+    grad_q, grad_k, grad_v = _no_gradients_yet(grad, q, k, v)
     known = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums, "grad": grad}
     plan = _plan(q.device, q.dtype, shape, (round_up(len(q), 8), round_up(len(k), 8)))
-    _run(plan, rest | known | {"by_q": by_q, "by_k": by_k, "by_v": by_v})
-    return by_q, by_k, by_v
+    _run(plan, rest | known | {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v})
+    return grad_q, grad_k, grad_v
 
 
 def round_up(number: int, parts: int) -> int:
@@ -178,17 +182,17 @@ def pad(ends: Tensor, documents: int) -> Tensor:
 
 
 def _places(
-    q: Tensor, k: Tensor, query_ends: Tensor, key_ends: Tensor
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> tuple[int, dict[str, Tensor]]:
     """The round number of documents, the tokens of each, and where each begins in queries, keys, and sums."""
-    documents = round_up(len(query_ends) - 1, 1)
-    query_ends, key_ends = pad(query_ends, documents), pad(key_ends, documents)
-    sums = query_ends.long() * q.shape[1]
+    documents = round_up(len(cu_seqlens_q) - 1, 1)
+    cu_seqlens_q, cu_seqlens_k = pad(cu_seqlens_q, documents), pad(cu_seqlens_k, documents)
+    sums = cu_seqlens_q.long() * q.shape[1]
     return documents, {
-        "query_lengths": query_ends.diff(),
-        "key_lengths": key_ends.diff(),
+        "query_lengths": cu_seqlens_q.diff(),
+        "key_lengths": cu_seqlens_k.diff(),
         "queries_begin": sums * q.shape[2],
-        "keys_begin": key_ends.long() * (k.shape[1] * k.shape[2]),
+        "keys_begin": cu_seqlens_k.long() * (k.shape[1] * k.shape[2]),
         "sums_begin": sums,
     }
 
@@ -212,7 +216,7 @@ def _plan(
     assert library is not None
     kinds = library.data_type
     kind = kinds.BFLOAT16 if dtype == torch.bfloat16 else kinds.HALF
-    documents, longest_query, longest_key, heads, width, groups, same = shape
+    documents, max_seqlen_q, max_seqlen_k, heads, width, groups, same = shape
     graph = library.pygraph(
         io_data_type=kind,
         intermediate_data_type=kinds.FLOAT,
@@ -230,14 +234,14 @@ def _plan(
         )
     # Dimensions are those of [N, heads, longest, D]; strides say that the heads of a token lie together.
     queries = (
-        (documents, heads, longest_query, width),
-        (longest_query * heads * width, width, heads * width, 1),
+        (documents, heads, max_seqlen_q, width),
+        (max_seqlen_q * heads * width, width, heads * width, 1),
     )
     keys = (
-        (documents, groups, longest_key, width),
-        (longest_key * groups * width, width, groups * width, 1),
+        (documents, groups, max_seqlen_k, width),
+        (max_seqlen_k * groups * width, width, groups * width, 1),
     )
-    sums = (documents, heads, longest_query, 1), (longest_query * heads, 1, heads, 1)
+    sums = (documents, heads, max_seqlen_q, 1), (max_seqlen_q * heads, 1, heads, 1)
     layouts = {"queries": queries, "keys": keys, "sums": sums}
 
     def given(name: str, layout: str) -> Any:
@@ -276,11 +280,11 @@ def _plan(
             given("log_sums", "sums"),
         )
         gradients = graph.sdpa_backward(
-            name="attention_back", q=q, k=k, v=v, o=out, dO=grad, stats=log_sums,
+            name="attention_backward", q=q, k=k, v=v, o=out, dO=grad, stats=log_sums,
             max_total_seq_len_q=tokens[0], max_total_seq_len_kv=tokens[1], **how,
         )  # fmt: skip
         for name, layout, tensor in zip(
-            ("by_q", "by_k", "by_v"), ("queries", "keys", "keys"), gradients, strict=True
+            ("grad_q", "grad_k", "grad_v"), ("queries", "keys", "keys"), gradients, strict=True
         ):
             made(name, layout, tensor)
     graph.validate()

@@ -14,17 +14,17 @@ from torch.autograd.function import once_differentiable
 import fast_llm.model.linear  # noqa: F401  (what adds to a sum)
 from fast_llm.model import kernels
 
-FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class Fp8Linear(nn.Linear):
-    """A layer without bias whose three products are made in fp8. With `total` its weight's gradient goes there, as in model/linear.py."""
+    """A layer without bias whose three matmuls run in fp8. With `main_grad`, the weight's gradient is added to it."""
 
-    total: Tensor | None
+    main_grad: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., F]."""
-        out: Tensor = _Product.apply(x, self.weight, getattr(self, "total", None))  # type: ignore[no-untyped-call]
+        out: Tensor = _Fp8Linear.apply(x, self.weight, getattr(self, "main_grad", None))  # type: ignore[no-untyped-call]
         return out
 
 
@@ -35,39 +35,45 @@ def apply_fp8(block: nn.Module) -> None:
             module.__class__ = Fp8Linear
 
 
-class _Product(torch.autograd.Function):
-    """The right factor of cuBLAS's fp8 products lies column by column: each number is needed as it is, and turned."""
+class _Fp8Linear(torch.autograd.Function):
+    """The right factor of cuBLAS's fp8 products lies column by column: each number is needed as it is, and transposed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
-        flat, scale, weight_scale = x.flatten(0, -2), _scale(x, FINE), _scale(weight, FINE)
-        short, turned = torch.ops.fast_llm.shorten(flat, scale, FINE, True, True)
-        short_weight, _ = torch.ops.fast_llm.shorten(weight, weight_scale, FINE, True, False)
-        ctx.save_for_backward(turned, scale, weight, weight_scale)
-        ctx.total, ctx.shape = total, x.shape
-        out = torch._scaled_mm(short, short_weight.t(), scale, weight_scale, out_dtype=x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:
+        flat, scale, weight_scale = x.flatten(0, -2), _scale(x, E4M3), _scale(weight, E4M3)
+        quantized, transposed = torch.ops.fast_llm.quantize_fp8(flat, scale, E4M3, True, True)
+        quantized_weight, _ = torch.ops.fast_llm.quantize_fp8(
+            weight, weight_scale, E4M3, True, False
+        )
+        ctx.save_for_backward(transposed, scale, weight, weight_scale)
+        ctx.main_grad, ctx.shape = main_grad, x.shape
+        out = torch._scaled_mm(
+            quantized, quantized_weight.t(), scale, weight_scale, out_dtype=x.dtype
+        )
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        turned, scale, weight, weight_scale = ctx.saved_tensors
-        grad_scale = _scale(grad, WIDE)
-        short_grad, turned_grad = torch.ops.fast_llm.shorten(
-            grad.flatten(0, -2), grad_scale, WIDE, True, True
+        transposed, scale, weight, weight_scale = ctx.saved_tensors
+        grad_scale = _scale(grad, E5M2)
+        quantized_grad, transposed_grad = torch.ops.fast_llm.quantize_fp8(
+            grad.flatten(0, -2), grad_scale, E5M2, True, True
         )
-        _, turned_weight = torch.ops.fast_llm.shorten(weight, weight_scale, FINE, False, True)
-        by_input = torch._scaled_mm(
-            short_grad, turned_weight.t(), grad_scale, weight_scale, out_dtype=grad.dtype
+        _, transposed_weight = torch.ops.fast_llm.quantize_fp8(
+            weight, weight_scale, E4M3, False, True
         )
-        by_weight = torch._scaled_mm(
-            turned_grad, turned.t(), grad_scale, scale, out_dtype=grad.dtype
+        grad_x = torch._scaled_mm(
+            quantized_grad, transposed_weight.t(), grad_scale, weight_scale, out_dtype=grad.dtype
         )
-        by_input = by_input.view(ctx.shape)
-        if ctx.total is None:
-            return by_input, by_weight, None
-        torch.ops.fast_llm.add(ctx.total, by_weight)
-        return by_input, None, None
+        grad_weight = torch._scaled_mm(
+            transposed_grad, transposed.t(), grad_scale, scale, out_dtype=grad.dtype
+        )
+        grad_x = grad_x.view(ctx.shape)
+        if ctx.main_grad is None:
+            return grad_x, grad_weight, None
+        torch.ops.fast_llm.add(ctx.main_grad, grad_weight)
+        return grad_x, None, None
 
 
 def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,14 +87,14 @@ def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
 torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
 
 
-def greatest(x: Tensor) -> Tensor:
+def absmax(x: Tensor) -> Tensor:
     """The greatest magnitude, fp32; NaN if there is one."""
     return (
         kernels.amax(x.contiguous()) if kernels.AVAILABLE and x.is_cuda else x.abs().amax().float()
     )
 
 
-torch.library.impl("fast_llm::amax", ("cpu", "cuda"), greatest)
+torch.library.impl("fast_llm::amax", ("cpu", "cuda"), absmax)
 
 
 @torch.library.register_fake("fast_llm::amax")
@@ -97,37 +103,37 @@ def _(x: Tensor) -> Tensor:
 
 
 torch.library.define(
-    "fast_llm::shorten",
-    "(Tensor x, Tensor scale, ScalarType dtype, bool straight, bool turned) -> (Tensor, Tensor)",
+    "fast_llm::quantize_fp8",
+    "(Tensor x, Tensor scale, ScalarType dtype, bool row_major, bool transposed) -> (Tensor, Tensor)",
 )
 
 
-def shorten(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool
+def quantize_fp8(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, row_major: bool, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """x [M, N] divided by its scale, in fp8: [M, N] and [N, M], or what is asked for of them."""
     if kernels.AVAILABLE and x.is_cuda:
-        made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, straight, turned)
-        kernels.shorten(x.contiguous(), scale, *made)
+        made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, row_major, transposed)
+        kernels.quantize_fp8(x.contiguous(), scale, *made)
         return made
     limit = torch.finfo(dtype).max
     wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    short = wide.mul_(scale.reciprocal()).clamp_(-limit, limit).to(dtype)
-    nothing = short.new_empty(0)
-    return short if straight else nothing, short.t().clone(
+    quantized = wide.mul_(scale.reciprocal()).clamp_(-limit, limit).to(dtype)
+    nothing = quantized.new_empty(0)
+    return quantized if row_major else nothing, quantized.t().clone(
         memory_format=torch.contiguous_format
-    ) if turned else nothing
+    ) if transposed else nothing
 
 
-torch.library.impl("fast_llm::shorten", ("cpu", "cuda"), shorten)
+torch.library.impl("fast_llm::quantize_fp8", ("cpu", "cuda"), quantize_fp8)
 
 
-@torch.library.register_fake("fast_llm::shorten")
+@torch.library.register_fake("fast_llm::quantize_fp8")
 def _empty(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, straight: bool, turned: bool
+    x: Tensor, scale: Tensor, dtype: torch.dtype, row_major: bool, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return (
-        x.new_empty((rows, columns) if straight else 0, dtype=dtype),
-        x.new_empty((columns, rows) if turned else 0, dtype=dtype),
+        x.new_empty((rows, columns) if row_major else 0, dtype=dtype),
+        x.new_empty((columns, rows) if transposed else 0, dtype=dtype),
     )

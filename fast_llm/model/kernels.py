@@ -7,7 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1), for tests.
 import torch
 from torch import Tensor
 
-from fast_llm.model.rounding import BLOCK, DROPPED, GOLDEN, LEVELS, MIX
+from fast_llm.model.rounding import BLOCK, DROPPED_BITS, GOLDEN, MAX_QUANTIZED, MIX
 
 try:
     import triton
@@ -75,12 +75,12 @@ if AVAILABLE:
     @triton.jit(do_not_specialize=["seed"])
     def _adamw(  # type: ignore[no-untyped-def]
         weight,
-        low,
+        low_bits,
         gradient,
         exp_avg,
         exp_avg_sq,
-        tops,
-        tops_sq,
+        block_absmax,
+        absmax_sq,
         count,
         rate,
         keep,
@@ -90,12 +90,12 @@ if AVAILABLE:
         root,
         factor,
         seed,
-        halves: tl.constexpr,
+        split_masters: tl.constexpr,
         bits_of_moments: tl.constexpr,
         GOLDEN: tl.constexpr,
         MIX_1: tl.constexpr,
         MIX_2: tl.constexpr,
-        DROPPED: tl.constexpr,
+        DROPPED_BITS: tl.constexpr,
         LARGEST: tl.constexpr,
         LARGEST_SQ: tl.constexpr,
         ROWS: tl.constexpr,
@@ -106,21 +106,25 @@ if AVAILABLE:
         place = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = place < count
         g = tl.load(gradient + place, mask=inside).to(tl.float32) * factor
-        if halves:
+        if split_masters:
             bits = tl.load(weight + place, mask=inside).to(tl.int32) << 16
-            w = (bits + tl.load(low + place, mask=inside).to(tl.int32)).to(tl.float32, bitcast=True)
+            w = (bits + tl.load(low_bits + place, mask=inside).to(tl.int32)).to(
+                tl.float32, bitcast=True
+            )
         else:
             w = tl.load(weight + place, mask=inside)
         if bits_of_moments == 8:
             # model/rounding.py has the codes.
-            code = tl.load(exp_avg + place, mask=inside, other=0).to(tl.int32)
-            top = tl.load(tops + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
-            grid = tl.where(code == 0, 0, tl.abs(code) + top - LARGEST)
-            m = (grid << DROPPED).to(tl.float32, bitcast=True)
-            m = tl.where(code < 0, -m, m)
-            code = tl.load(exp_avg_sq + place, mask=inside, other=0).to(tl.int32)
-            top = tl.load(tops_sq + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
-            v = (tl.where(code == 0, 0, code + top - LARGEST_SQ) << DROPPED).to(
+            quantized = tl.load(exp_avg + place, mask=inside, other=0).to(tl.int32)
+            top = tl.load(block_absmax + row, mask=row * BLOCK < count, other=0).to(tl.int32)[
+                :, None
+            ]
+            level = tl.where(quantized == 0, 0, tl.abs(quantized) + top - LARGEST)
+            m = (level << DROPPED_BITS).to(tl.float32, bitcast=True)
+            m = tl.where(quantized < 0, -m, m)
+            quantized = tl.load(exp_avg_sq + place, mask=inside, other=0).to(tl.int32)
+            top = tl.load(absmax_sq + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
+            v = (tl.where(quantized == 0, 0, quantized + top - LARGEST_SQ) << DROPPED_BITS).to(
                 tl.float32, bitcast=True
             )
         elif bits_of_moments == 16:
@@ -136,11 +140,11 @@ if AVAILABLE:
         m += (1 - beta_1) * (g - m)
         v = beta_2 * v + (1 - beta_2) * g * g
         w = w * keep - rate * m / (tl.sqrt(v) * root + epsilon)
-        if halves:
+        if split_masters:
             bits = w.to(tl.int32, bitcast=True)
             high = (bits + 0x8000) >> 16
             tl.store(weight + place, high.to(tl.int16), mask=inside)
-            tl.store(low + place, (bits - (high << 16)).to(tl.int16), mask=inside)
+            tl.store(low_bits + place, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
             tl.store(weight + place, w, mask=inside)
         if bits_of_moments == 32:
@@ -154,33 +158,39 @@ if AVAILABLE:
             chance = (x & 0xFFFF).to(tl.int32)
             bits, bits_sq = m.to(tl.int32, bitcast=True), v.to(tl.int32, bitcast=True)
             if bits_of_moments == 16:
-                # To the nearest, halves to even; and by chance.
+                # To the nearest, ties to even; and by chance.
                 nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
                 tl.store(exp_avg + place, nearest.to(tl.int16), mask=inside)
                 tl.store(exp_avg_sq + place, ((bits_sq + chance) >> 16).to(tl.int16), mask=inside)
             else:
-                other = (x >> 16).to(tl.int32) << (DROPPED - 16)
-                grid = tl.where(inside, ((bits & 0x7FFFFFFF) + other) >> DROPPED, 0)
-                top = tl.max(grid, 1)
-                code = tl.where(grid > 0, tl.maximum(grid - top[:, None] + LARGEST, 0), 0)
-                tl.store(exp_avg + place, tl.where(bits < 0, -code, code).to(tl.int8), mask=inside)
-                tl.store(tops + row, top.to(tl.int16), mask=row * BLOCK < count)
-                grid = tl.where(inside, (bits_sq + (chance << (DROPPED - 16))) >> DROPPED, 0)
-                top = tl.max(grid, 1)
-                code = tl.where(grid > 0, tl.maximum(grid - top[:, None] + LARGEST_SQ, 1), 0)
-                tl.store(exp_avg_sq + place, code.to(tl.uint8), mask=inside)
-                tl.store(tops_sq + row, top.to(tl.int16), mask=row * BLOCK < count)
+                other = (x >> 16).to(tl.int32) << (DROPPED_BITS - 16)
+                level = tl.where(inside, ((bits & 0x7FFFFFFF) + other) >> DROPPED_BITS, 0)
+                top = tl.max(level, 1)
+                quantized = tl.where(level > 0, tl.maximum(level - top[:, None] + LARGEST, 0), 0)
+                tl.store(
+                    exp_avg + place,
+                    tl.where(bits < 0, -quantized, quantized).to(tl.int8),
+                    mask=inside,
+                )
+                tl.store(block_absmax + row, top.to(tl.int16), mask=row * BLOCK < count)
+                level = tl.where(
+                    inside, (bits_sq + (chance << (DROPPED_BITS - 16))) >> DROPPED_BITS, 0
+                )
+                top = tl.max(level, 1)
+                quantized = tl.where(level > 0, tl.maximum(level - top[:, None] + LARGEST_SQ, 1), 0)
+                tl.store(exp_avg_sq + place, quantized.to(tl.uint8), mask=inside)
+                tl.store(absmax_sq + row, top.to(tl.int16), mask=row * BLOCK < count)
 
     @triton.jit
-    def _rms_norm_back(  # type: ignore[no-untyped-def]
-        by_x, parts, grad, beside, x, weight, inverse, rows, width,
+    def _rms_norm_backward(  # type: ignore[no-untyped-def]
+        grad_x, parts, grad, residual_grad, x, weight, inverse, rows, width,
         added: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Every so many rows, ROWS at a time; what they give to the weight is summed on the way."""
         column = tl.arange(0, BLOCK)
         inside = column < width
         w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
-        by_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+        grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         place = row.to(tl.int64)[:, None] * width + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
@@ -193,22 +203,22 @@ if AVAILABLE:
             normed, along = next_x.to(tl.float32), next_grad.to(tl.float32)
             scale = tl.load(inverse + row, mask=row < rows, other=0)[:, None]
             if added:
-                other = tl.load(beside + mine, mask=here_too, other=0)
+                other = tl.load(residual_grad + mine, mask=here_too, other=0)
             row += step
             place = row.to(tl.int64)[:, None] * width + column[None, :]
             here = (row < rows)[:, None] & inside[None, :]
             next_x = tl.load(x + place, mask=here, other=0)
             next_grad = tl.load(grad + place, mask=here, other=0)
             normed *= scale
-            by_weight += along * normed
+            grad_weight += along * normed
             along *= w
             # The part of the gradient along x changes nothing but the length, which is divided out.
             share = tl.sum(along * normed, 1)[:, None] / width
             made = (along - normed * share) * scale
             if added:
                 made += other.to(tl.float32)
-            tl.store(by_x + mine, made.to(by_x.dtype.element_ty), mask=here_too)
-        tl.store(parts + tl.program_id(0) * width + column, tl.sum(by_weight, 0), mask=inside)
+            tl.store(grad_x + mine, made.to(grad_x.dtype.element_ty), mask=here_too)
+        tl.store(parts + tl.program_id(0) * width + column, tl.sum(grad_weight, 0), mask=inside)
 
     @triton.jit
     def _add(total, addend, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -231,8 +241,8 @@ if AVAILABLE:
         tl.atomic_max(bits, tl.max(numbers & 0x7FFFFFFF, 0))
 
     @triton.jit
-    def _shorten(  # type: ignore[no-untyped-def]
-        x, scale, straight, turned, rows, columns, largest: tl.constexpr, with_straight: tl.constexpr, with_turned: tl.constexpr,
+    def _quantize_fp8(  # type: ignore[no-untyped-def]
+        x, scale, row_major, transposed, rows, columns, largest: tl.constexpr, with_row_major: tl.constexpr, with_transposed: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -245,13 +255,13 @@ if AVAILABLE:
         numbers = tl.where(
             numbers > largest, largest, tl.where(numbers < -largest, -largest, numbers)
         )
-        short = numbers.to(straight.dtype.element_ty)
-        if with_straight:
-            tl.store(straight + row[:, None] * columns + column[None, :], short, mask=inside)
-        if with_turned:
+        short = numbers.to(row_major.dtype.element_ty)
+        if with_row_major:
+            tl.store(row_major + row[:, None] * columns + column[None, :], short, mask=inside)
+        if with_transposed:
             place = column[:, None] * rows + row[None, :]
             tl.store(
-                turned + place,
+                transposed + place,
                 tl.trans(short),
                 mask=(column < columns)[:, None] & (row < rows)[None, :],
             )
@@ -280,11 +290,11 @@ def softmax_cross_entropy_(
 
 def adamw_(
     weight: Tensor,
-    low: Tensor | None,
+    low_bits: Tensor | None,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    tops: tuple[Tensor, Tensor] | None,
+    block_absmax: tuple[Tensor, Tensor] | None,
     *,
     step: int,
     learning_rate: float,
@@ -294,30 +304,31 @@ def adamw_(
     factor: float,
     seed: int,
 ) -> None:
-    """AdamW's `step`-th update with `factor` times a gradient (optim/optimizer.py has the formula), in one pass over memory.
+    """AdamW's `step`-th update with `factor` times a gradient, in one pass over memory (formula: optim/optimizer.py).
 
-    The weight is fp32, or in the halves of model/rounding.py; moments are fp32, or bf16, that of squares rounded by chance, or the 8 bits
-    of model/rounding.py with their `tops`, both rounded by chance. All are contiguous.
+    The weight is fp32, or a split master (model/rounding.py). Moments are fp32, or bf16 with stochastic rounding of the
+    second, or 8 bits with their `block_absmax` and stochastic rounding of both. All tensors are contiguous.
     """
 
-    def whole(tensor: Tensor) -> Tensor:
+    def bits(tensor: Tensor) -> Tensor:
         return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
-    tops_or_none = (exp_avg, exp_avg_sq) if tops is None else tops
     rows = 8
     _adamw[(triton.cdiv(weight.numel(), rows * BLOCK),)](
-        whole(weight), weight if low is None else low, gradient, whole(exp_avg), whole(exp_avg_sq), *tops_or_none, weight.numel(),
+        bits(weight), weight if low_bits is None else low_bits, gradient, bits(exp_avg), bits(exp_avg_sq),
+        *((exp_avg, exp_avg_sq) if block_absmax is None else block_absmax), weight.numel(),
         learning_rate / (1 - betas[0] ** step), 1 - learning_rate * weight_decay, betas[0], betas[1], epsilon,
         (1 - betas[1] ** step) ** -0.5, factor, seed,
-        low is not None, 8 * exp_avg.dtype.itemsize, GOLDEN, *MIX, DROPPED, LEVELS[torch.int8], LEVELS[torch.uint8],
+        low_bits is not None, 8 * exp_avg.dtype.itemsize, GOLDEN, *MIX, DROPPED_BITS,
+        MAX_QUANTIZED[torch.int8], MAX_QUANTIZED[torch.uint8],
         ROWS=rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 
-def rms_norm_back(
-    grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+def rms_norm_backward(
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by x, with what came `beside` it added, and by the weight [E] of x · inverse · weight, where inverse, fp32 [T], is
+    """Gradients of x · inverse · weight by x, with `residual_grad` added, and by the weight [E]; `inverse`, fp32 [T], is
     that of the rows' root mean squares.
 
     grad, beside and x [T, E], contiguous. Computed in fp32.
@@ -326,13 +337,13 @@ def rms_norm_back(
     block = triton.next_power_of_2(width)
     together = max(1, 2048 // block)
     programs = min(triton.cdiv(rows, together), _programs(x.device))
-    by_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x)
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    _rms_norm_back[(programs,)](
-        by_x, parts, grad, grad if beside is None else beside, x, weight, inverse, rows, width,
-        beside is not None, ROWS=together, BLOCK=block, num_warps=min(16, max(4, block * together // 512)),
+    _rms_norm_backward[(programs,)](
+        grad_x, parts, grad, grad if residual_grad is None else residual_grad, x, weight, inverse, rows, width,
+        residual_grad is not None, ROWS=together, BLOCK=block, num_warps=min(16, max(4, block * together // 512)),
     )  # fmt: skip
-    return by_x, parts.sum(0).to(weight.dtype)
+    return grad_x, parts.sum(0).to(weight.dtype)
 
 
 def _programs(device: torch.device) -> int:
@@ -344,11 +355,11 @@ def _programs(device: torch.device) -> int:
     )
 
 
-def add_(total: Tensor, addend: Tensor) -> None:
+def add_(main_grad: Tensor, addend: Tensor) -> None:
     """Add to fp32 numbers in place, both contiguous. (PyTorch's addition of two dtypes runs at half the rate of memory.)"""
     block = 4096
-    _add[(triton.cdiv(total.numel(), block),)](
-        total, addend, total.numel(), BLOCK=block, num_warps=8
+    _add[(triton.cdiv(main_grad.numel(), block),)](
+        main_grad, addend, main_grad.numel(), BLOCK=block, num_warps=8
     )
 
 
@@ -360,10 +371,10 @@ def amax(x: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def shorten(x: Tensor, scale: Tensor, straight: Tensor, turned: Tensor) -> None:
+def quantize_fp8(x: Tensor, scale: Tensor, row_major: Tensor, transposed: Tensor) -> None:
     """x [M, N], contiguous, divided by its scale and rounded to fp8, into [M, N] and [N, M]; one that is empty is left out."""
     (rows, columns), height, width = x.shape, 64, 128
-    _shorten[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
-        x, scale, straight, turned, rows, columns, torch.finfo(straight.dtype).max, straight.numel() > 0, turned.numel() > 0,
+    _quantize_fp8[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+        x, scale, row_major, transposed, rows, columns, torch.finfo(row_major.dtype).max, row_major.numel() > 0, transposed.numel() > 0,
         ROWS=height, COLUMNS=width, num_warps=4,
     )  # fmt: skip

@@ -1,11 +1,12 @@
-"""Matrix products: on processors without instructions for 16 bits, and ones that add to an fp32 sum as they are made.
+"""Matmuls on CPUs without 16-bit instructions, and matmuls that accumulate into an fp32 gradient.
 
-Where a CPU has no instructions for bf16 (AVX2 alone, say) PyTorch makes bf16 products number by number: 19 GFLOP/s on two cores that
-make 140 in fp32. There the factors are widened piece by piece in the cache, multiplied in fp32, and the result is rounded once: the same
-numbers within the rounding of sums.
+On a CPU without bf16 instructions (AVX2 alone, say) PyTorch computes bf16 matmuls number by number: 19 GFLOP/s on two
+cores that reach 140 in fp32. There the factors are cast to fp32 piece by piece in the cache, multiplied in fp32, and
+the result is rounded once: the same numbers within the rounding of sums.
 
-PyTorch makes the gradient by a weight in the weight's dtype, and then someone reads it, reads the sum and writes the sum: 12 bytes a
-weight for each micro-batch, and a rounding. `linear` adds within the product, in fp32 (as Megatron-LM's fused gradient accumulation).
+PyTorch computes a weight's gradient in the weight's dtype; accumulating it then reads it, and reads and writes the sum:
+12 bytes a weight for each micro-batch, and a rounding. With `main_grad`, `linear` accumulates within the matmul, in fp32
+(Megatron-LM's fused gradient accumulation).
 """
 
 from typing import Any
@@ -17,9 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fast_llm.model import kernels
 
-ROWS = (
-    1024  # of a sum that are added at a time, or of a factor that are widened, by way of the cache
-)
+CHUNK_ROWS = 1024  # rows that are accumulated, or cast to fp32, at a time: they stay in the cache
 
 
 class Linear(nn.Linear):
@@ -27,23 +26,33 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., F]."""
-        return project(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., E] times weight [F, E], transposed, plus bias [F] → [..., F]."""
-    if not widened(x):
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, main_grad: Tensor | None = None
+) -> Tensor:
+    """x [..., E] times weight [F, E], transposed, plus bias [F] → [..., F].
+
+    With `main_grad`, fp32 [F, E], the weight gets no gradient: it is added to `main_grad`. There is no bias then.
+    """
+    out: Tensor
+    if main_grad is not None:
+        assert bias is None
+        out = _AccumulatingLinear.apply(x, weight, main_grad)  # type: ignore[no-untyped-call]
+        return out
+    if not upcast_to_fp32(x):
         return F.linear(x, weight, bias)
-    out: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
+    out = _UpcastLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias
 
 
-def widened(x: Tensor) -> bool:
+def upcast_to_fp32(x: Tensor) -> bool:
     """Whether products of such tensors are made in fp32, since this processor has none of their dtype."""
-    return x.device.type == "cpu" and x.dtype in _WIDENED
+    return x.device.type == "cpu" and x.dtype in _UPCAST_DTYPES
 
 
-def _without_products() -> tuple[torch.dtype, ...]:
+def _dtypes_without_matmul() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available():
         return torch.bfloat16, torch.float16
     has = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -54,124 +63,124 @@ def _without_products() -> tuple[torch.dtype, ...]:
     )
 
 
-_WIDENED = _without_products()  # a plain tuple: the compiler of models would look into a function
+_UPCAST_DTYPES = (
+    _dtypes_without_matmul()
+)  # a plain tuple: the compiler of models would look into a function
 
 
-class _Widened(torch.autograd.Function):
+class _UpcastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out: Tensor = torch.ops.fast_llm.product(x.flatten(0, -2), weight.t())
+        out: Tensor = torch.ops.fast_llm.matmul(x.flatten(0, -2), weight.t())
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        flat, by_x, by_weight = grad.flatten(0, -2), None, None
+        flat, grad_x, grad_weight = grad.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
-            by_x = torch.ops.fast_llm.product(flat, weight).view(x.shape)
+            grad_x = torch.ops.fast_llm.matmul(flat, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
-            by_weight = torch.ops.fast_llm.product(flat.t(), x.flatten(0, -2))
-        return by_x, by_weight
+            grad_weight = torch.ops.fast_llm.matmul(flat.t(), x.flatten(0, -2))
+        return grad_x, grad_weight
 
 
-def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left [M, K] · right [K, N], summed in fp32 and rounded once."""
     if out is None:
         out = left.new_empty(left.shape[0], right.shape[1])
-    if not widened(left):
+    if not upcast_to_fp32(left):
         return torch.mm(left, right, out=out)
     if right.shape[0] <= right.shape[1]:
         wide = left.float()
-        for columns, target in zip(right.split(ROWS, 1), out.split(ROWS, 1), strict=True):
+        for columns, target in zip(
+            right.split(CHUNK_ROWS, 1), out.split(CHUNK_ROWS, 1), strict=True
+        ):
             target.copy_(wide @ columns.float())
         return out
-    total = out.new_zeros(out.shape, dtype=torch.float32)
-    for columns, rows in zip(left.split(ROWS, 1), right.split(ROWS), strict=True):
-        total.addmm_(columns.float(), rows.float())
-    return out.copy_(total)
+    main_grad = out.new_zeros(out.shape, dtype=torch.float32)
+    for columns, rows in zip(left.split(CHUNK_ROWS, 1), right.split(CHUNK_ROWS), strict=True):
+        main_grad.addmm_(columns.float(), rows.float())
+    return out.copy_(main_grad)
 
 
 # An operation, so that the compiler does not unroll the pieces.
-torch.library.define("fast_llm::product", "(Tensor left, Tensor right) -> Tensor")
-torch.library.impl("fast_llm::product", "cpu", product)
+torch.library.define("fast_llm::matmul", "(Tensor left, Tensor right) -> Tensor")
+torch.library.impl("fast_llm::matmul", "cpu", matmul)
 
 
-@torch.library.register_fake("fast_llm::product")
+@torch.library.register_fake("fast_llm::matmul")
 def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
 
-def linear(x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """x [..., E] times weight [F, E], transposed → [..., F]. The weight gets no gradient; it is added to `total`, fp32 [F, E]."""
-    out: Tensor = _Linear.apply(x, weight, total)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Linear(torch.autograd.Function):
+class _AccumulatingLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, total)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, main_grad)
         return F.linear(x, weight)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, total = ctx.saved_tensors
-        torch.ops.fast_llm.add_product(total, grad.flatten(0, -2), x.flatten(0, -2))
+        x, weight, main_grad = ctx.saved_tensors
+        torch.ops.fast_llm.add_matmul(main_grad, grad.flatten(0, -2), x.flatten(0, -2))
         return grad @ weight, None, None
 
 
-# An operation of its own, so that the compiler leaves it alone: what is done to `total` is all that it must know. `custom_op` is
+# An operation of its own, so that the compiler leaves it alone: what is done to `main_grad` is all that it must know. `custom_op` is
 # shorter, but takes ten microseconds a call instead of one.
-torch.library.define("fast_llm::add_product", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
+torch.library.define(
+    "fast_llm::add_matmul", "(Tensor(a!) main_grad, Tensor left, Tensor right) -> ()"
+)
 
 
-@torch.library.impl("fast_llm::add_product", ("cpu", "cuda"))
-def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
-    add_product_(total, left.t(), right)
+@torch.library.impl("fast_llm::add_matmul", ("cpu", "cuda"))
+def _add(main_grad: Tensor, left: Tensor, right: Tensor) -> None:
+    add_matmul_(main_grad, left.t(), right)
 
 
-@torch.library.register_fake("fast_llm::add_product")
-def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+@torch.library.register_fake("fast_llm::add_matmul")
+def _(main_grad: Tensor, left: Tensor, right: Tensor) -> None:
     pass
 
 
 # The same for a gradient that is there.
-torch.library.define("fast_llm::add", "(Tensor(a!) total, Tensor gradient) -> ()")
+torch.library.define("fast_llm::add", "(Tensor(a!) main_grad, Tensor gradient) -> ()")
 
 
 @torch.library.impl("fast_llm::add", ("cpu", "cuda"))
-def _add_gradient(total: Tensor, gradient: Tensor) -> None:
-    if kernels.AVAILABLE and total.is_cuda and gradient.is_contiguous():
-        kernels.add_(total, gradient)
+def _add_gradient(main_grad: Tensor, gradient: Tensor) -> None:
+    if kernels.AVAILABLE and main_grad.is_cuda and gradient.is_contiguous():
+        kernels.add_(main_grad, gradient)
     else:
-        total += gradient
+        main_grad += gradient
 
 
 @torch.library.register_fake("fast_llm::add")
-def _(total: Tensor, gradient: Tensor) -> None:
+def _(main_grad: Tensor, gradient: Tensor) -> None:
     pass
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+def add_matmul_(main_grad: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
     """Add left [F, T] · right [T, E] to an fp32 sum [F, E]; if it is the `first` it replaces what is there."""
-    if first and total.is_cuda:
-        total.zero_()
+    if first and main_grad.is_cuda:
+        main_grad.zero_()
     if left.dtype == torch.float32:
-        torch.addmm(total, left, right, beta=0 if first else 1, out=total)
+        torch.addmm(main_grad, left, right, beta=0 if first else 1, out=main_grad)
     elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    elif widened(left):
+        torch.addmm(main_grad, left, right, out_dtype=torch.float32, out=main_grad)
+    elif upcast_to_fp32(left):
         right = right.float()
-        for rows, sums in zip(left.split(ROWS), total.split(ROWS), strict=True):
+        for rows, sums in zip(left.split(CHUNK_ROWS), main_grad.split(CHUNK_ROWS), strict=True):
             torch.addmm(sums, rows.float(), right, beta=0 if first else 1, out=sums)
     else:
         # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way of the cache.
-        part = right.new_empty(min(ROWS, len(left)), right.shape[1])
+        part = right.new_empty(min(CHUNK_ROWS, len(left)), right.shape[1])
         wide = torch.empty_like(part, dtype=torch.float32)
-        for rows, sums in zip(left.split(ROWS), total.split(ROWS), strict=True):
+        for rows, sums in zip(left.split(CHUNK_ROWS), main_grad.split(CHUNK_ROWS), strict=True):
             made = torch.mm(rows, right, out=part[: len(rows)])
             if first:
                 sums.copy_(made)

@@ -2,7 +2,7 @@
 
 A decoder of pre-normalised blocks: grouped-query attention with rotary positions, and a gated MLP (Touvron
 et al. 2023; "The Llama 3 Herd of Models", 2024). Parameters carry Hugging Face's names, so that there is
-nothing to convert. Everything parallel is applied from outside, by replacing what a part does: `SelfAttention.core`
+nothing to convert. Everything parallel is applied from outside, by replacing what a part does: `Attention.core`
 (what mixes tokens), `Block.feed_forward` (what recomputation wraps), and the `forward` of any module. A
 pipeline stage is this model with its absent parts replaced by identities.
 
@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.config.train import BaseModelConfig, TransformerConfig
-from fast_llm.model.attention import Documents, Stretches, attention
+from fast_llm.model.attention import PackedSequences, VarlenQKV, attention
 from fast_llm.model.embedding import embed
 from fast_llm.model.linear import Linear
 from fast_llm.model.loss import cross_entropy
-from fast_llm.model.norm import rms_norm_beside
-from fast_llm.model.rope import Angles, rotary, rotate
+from fast_llm.model.norm import fused_add_rms_norm
+from fast_llm.model.rope import Angles, rotary_angles, rotate
 from fast_llm.model.swiglu import swiglu
 
 
@@ -57,7 +57,7 @@ class Llama(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        documents: Documents | Stretches | None = None,
+        documents: PackedSequences | VarlenQKV | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of tokens [B, S] at positions [B, S]; with labels [B, S] their summed loss.
@@ -70,9 +70,9 @@ class Llama(nn.Module):
 
 
 class Head(Linear):
-    """Of each token, how likely every token is to follow. With `total` its weight's gradient goes there (model/loss.py)."""
+    """Of each token, how likely every token is to follow. With `main_grad` its weight's gradient goes there (model/loss.py)."""
 
-    total: Tensor | None
+    main_grad: Tensor | None
 
     def __init__(self, config: BaseModelConfig, cross_entropy_impl: str):
         super().__init__(config.transformer.hidden_size, config.vocab_size, bias=False)
@@ -84,9 +84,14 @@ class Head(Linear):
         if labels is None:
             return super().forward(hidden)
         implementation, splits = self.cross_entropy_impl, self.cross_entropy_splits
-        total = getattr(self, "total", None)
+        main_grad = getattr(self, "main_grad", None)
         return cross_entropy(
-            hidden.flatten(0, 1), self.weight, labels.flatten(), implementation, splits, total=total
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            implementation,
+            splits,
+            main_grad=main_grad,
         )
 
 
@@ -104,11 +109,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(transformer)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, documents: Documents | Stretches | None
+        self, tokens: Tensor, positions: Tensor, documents: PackedSequences | VarlenQKV | None
     ) -> Tensor:
         """Hidden states [B, S, E]."""
         hidden = self.embed_tokens(tokens)
-        angles = rotary(positions, self.config.rotary, self.config.kv_channels)
+        angles = rotary_angles(positions, self.config.rotary, self.config.kv_channels)
         for layer in self.layers.values():
             hidden = layer(hidden, angles, documents)
         normed: Tensor = self.norm(hidden)
@@ -124,30 +129,30 @@ class Embedding(nn.Embedding):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy of the residual stream."""
+    """Attention and GatedMLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config)
 
     def forward(
-        self, hidden: Tensor, angles: Angles, documents: Documents | Stretches | None
+        self, hidden: Tensor, angles: Angles, documents: PackedSequences | VarlenQKV | None
     ) -> Tensor:
         """The residual stream [B, S, E] after this block."""
-        normed, hidden = self.input_layernorm.beside(hidden)
+        normed, hidden = self.input_layernorm.with_residual(hidden)
         return self.feed_forward(hidden + self.self_attn(normed, angles, documents))
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         """The residual stream after the MLP."""
-        normed, hidden = self.post_attention_layernorm.beside(hidden)
+        normed, hidden = self.post_attention_layernorm.with_residual(hidden)
         out: Tensor = hidden + self.mlp(normed)
         return out
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023)."""
 
     def __init__(self, config: TransformerConfig):
@@ -163,7 +168,9 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(queries, config.hidden_size, bias=bias)
         self.core: Callable[..., Tensor] = attention
 
-    def forward(self, x: Tensor, angles: Angles, documents: Documents | Stretches | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Angles, documents: PackedSequences | VarlenQKV | None
+    ) -> Tensor:
         """[B, S, E] → [B, S, E]."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S H D
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S K D
@@ -172,7 +179,7 @@ class SelfAttention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
+class GatedMLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: TransformerConfig):
@@ -198,11 +205,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., E]."""
-        return self.beside(x)[0]
+        return self.with_residual(x)[0]
 
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and x: for a residual stream, whose two gradients are then added where they are made."""
-        return rms_norm_beside(x, self.weight, self.epsilon)
+        return fused_add_rms_norm(x, self.weight, self.epsilon)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@
 `auto`     `triton` on a GPU that has Triton, else `fused`.
 
 A head may be cut by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019): each has the logits of its
-part, and of each token only log Σ exp and the label's logit pass between them. `torch` is `fused` in one stretch then.
+shard, and of each token only log Σ exp and the label's logit pass between them. `torch` is `fused` in one stretch then.
 
 All give Σ -log p(label) over the labels that are not -100, in fp32, with softmax computed in fp32; the
-gradient of the head is summed in fp32 and rounded once, or not at all if it is added to a sum in fp32 (`total`).
+gradient of the head is summed in fp32 and rounded once, or not at all if it is added to a sum in fp32 (`main_grad`).
 Letters: T tokens, E hidden size, V vocabulary.
 """
 
@@ -27,20 +27,20 @@ from torch.autograd.function import once_differentiable
 
 from fast_llm.errors import ConfigError
 from fast_llm.model import kernels, native
-from fast_llm.model.linear import ROWS, add_product_, product, project
+from fast_llm.model.linear import CHUNK_ROWS, add_matmul_, linear, matmul
 
 IGNORED = -100
 Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
 # Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
 # H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (a
 # gigabyte of logits; at most as much more at the peak, if nothing else is as large), where the CPU's memory is slow when it is new.
-_STRETCH = {"cuda": 2**29, "cpu": 2**25}
+LOGITS_PER_CHUNK = {"cuda": 2**29, "cpu": 2**25}
 # Logits that are held in fp32.
-_PIECE = {"cuda": 2**26, "cpu": 2**22}
+FP32_LOGITS_PER_PIECE = {"cuda": 2**26, "cpu": 2**22}
 
 
 @dataclass(frozen=True)
-class VocabularyPart:
+class VocabShard:
     """Which part of the vocabulary a head is, and how to learn about the whole."""
 
     first: int  # the token of the head's first row
@@ -72,24 +72,24 @@ def cross_entropy(
     weight: Tensor,
     labels: Tensor,
     implementation: str,
-    splits: int | None,
-    part: VocabularyPart | None = None,
-    total: Tensor | None = None,
+    num_chunks: int | None,
+    shard: VocabShard | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """The summed loss of hidden states [T, E] under a head [V, E] for labels [T]: an fp32 scalar.
 
-    `implementation` is torch, fused or triton. `splits`: into how many stretches the tokens are cut, by default as
+    `implementation` is torch, fused or triton. `num_chunks`: into how many stretches the tokens are cut, by default as
     few as keep the logits small, and at least two. `part`: `weight` is one of several heads, each on its process.
-    `total`, fp32 [V, E]: the head's gradient is added to it, and the weight gets none; not with torch.
+    `main_grad`, fp32 [V, E]: the head's gradient is added to it, and the weight gets none; not with torch.
     """
-    if implementation == "torch" and part is not None:
-        implementation, splits = "fused", 1
+    if implementation == "torch" and shard is not None:
+        implementation, num_chunks = "fused", 1
     if implementation == "torch":
-        logits = project(hidden, weight).float()
+        logits = linear(hidden, weight).float()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    length = stretch_length(hidden.device.type, len(labels), weight.shape[0], splits)
+    length = chunk_length(hidden.device.type, len(labels), weight.shape[0], num_chunks)
     wanted = torch.is_grad_enabled()
-    by_hidden, by_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
+    needs_hidden, needs_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
     with torch.no_grad():
         loss, *gradients = _loss_and_gradients(
             hidden,
@@ -97,14 +97,14 @@ def cross_entropy(
             labels,
             length,
             _kernel(implementation, hidden),
-            part,
-            by_hidden,
-            by_weight,
+            shard,
+            needs_hidden,
+            needs_weight,
         )
     # A branch each: zero-bubble pipelines go back to the hidden states first, and to the weight later.
-    for x, gradient, into in zip((hidden, weight), gradients, (None, total), strict=True):
+    for x, gradient, into in zip((hidden, weight), gradients, (None, main_grad), strict=True):
         if gradient is not None:
-            loss = loss + _Zero.apply(x, gradient, into)  # type: ignore[no-untyped-call]
+            loss = loss + _AttachGradient.apply(x, gradient, into)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -114,20 +114,22 @@ def _kernel(implementation: str, hidden: Tensor) -> Kernel | None:
     return native.softmax_cross_entropy_ if native.usable(hidden) else None
 
 
-def stretch_length(device_type: str, tokens: int, vocabulary: int, splits: int | None) -> int:
+def chunk_length(device_type: str, tokens: int, vocabulary: int, num_chunks: int | None) -> int:
     """How many tokens have logits at once."""
-    halves = -(-tokens // (splits or 2))
-    if splits is None:
-        halves = min(halves, _STRETCH.get(device_type, _STRETCH["cuda"]) // vocabulary)
+    halves = -(-tokens // (num_chunks or 2))
+    if num_chunks is None:
+        halves = min(
+            halves, LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cuda"]) // vocabulary
+        )
     return max(1, halves)
 
 
-class _Zero(torch.autograd.Function):
+class _AttachGradient(torch.autograd.Function):
     """Zero, with the loss's gradient by something, which was made in the forward pass, while the logits were there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor, total: Tensor | None) -> Tensor:
-        ctx.gradient, ctx.dtype, ctx.total = gradient, x.dtype, total
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, main_grad: Tensor | None) -> Tensor:
+        ctx.gradient, ctx.dtype, ctx.main_grad = gradient, x.dtype, main_grad
         return torch.zeros((), dtype=torch.float32, device=x.device)
 
     @staticmethod
@@ -140,8 +142,8 @@ class _Zero(torch.autograd.Function):
             )
         # Whoever keeps the loss, PyTorch's pipelines for one, would keep it to the end of the step.
         ctx.gradient = None
-        if ctx.total is not None:
-            ctx.total.addcmul_(gradient, grad)
+        if ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(gradient, grad)
             return None, None, None
         if gradient.dtype == ctx.dtype:
             return gradient * grad.to(ctx.dtype), None, None
@@ -149,7 +151,7 @@ class _Zero(torch.autograd.Function):
         if scaled.is_cuda:
             return torch.mul(gradient, grad, out=scaled), None, None
         # Piece by piece: product and rounding are one pass over memory.
-        for rows, target in zip(gradient.split(ROWS), scaled.split(ROWS), strict=True):
+        for rows, target in zip(gradient.split(CHUNK_ROWS), scaled.split(CHUNK_ROWS), strict=True):
             target.copy_(rows * grad)
         return scaled, None, None
 
@@ -160,7 +162,7 @@ def _loss_and_gradients(
     labels: Tensor,
     length: int,
     kernel: Kernel | None,
-    part: VocabularyPart | None,
+    shard: VocabShard | None,
     with_hidden: bool,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -170,7 +172,10 @@ def _loss_and_gradients(
     hidden_grad = torch.empty_like(hidden) if with_hidden else None
     weight_grad = torch.empty_like(weight, dtype=torch.float32) if with_weight else None
     buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
-    size = max(1, _PIECE.get(hidden.device.type, _PIECE["cuda"]) // vocabulary)
+    size = max(
+        1,
+        FP32_LOGITS_PER_PIECE.get(hidden.device.type, FP32_LOGITS_PER_PIECE["cuda"]) // vocabulary,
+    )
     scratch = (
         None
         if kernel is not None
@@ -178,21 +183,23 @@ def _loss_and_gradients(
     )
     for begin in range(0, len(labels), length):
         rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
-        logits = product(rows, weight.t(), out=buffer[: len(rows)])  # T V
+        logits = matmul(rows, weight.t(), out=buffer[: len(rows)])  # T V
         gradient = with_hidden or with_weight
         if kernel is not None:
-            loss += _with_kernel_(kernel, logits, targets, part, gradient)
+            loss += _kernel_softmax_cross_entropy_(kernel, logits, targets, shard, gradient)
         else:
             assert scratch is not None
             for piece, piece_targets in zip(logits.split(size), targets.split(size), strict=True):
-                if part is None:
+                if shard is None:
                     loss += _softmax_cross_entropy_(piece, piece_targets, scratch, gradient)
                 else:
-                    loss += _of_part_(piece, piece_targets, scratch, part, gradient)
+                    loss += _sharded_softmax_cross_entropy_(
+                        piece, piece_targets, scratch, shard, gradient
+                    )
         if hidden_grad is not None:
-            product(logits, weight, out=hidden_grad[begin : begin + length])
+            matmul(logits, weight, out=hidden_grad[begin : begin + length])
         if weight_grad is not None:
-            add_product_(weight_grad, logits.t(), rows, first=begin == 0)
+            add_matmul_(weight_grad, logits.t(), rows, first=begin == 0)
     return loss, hidden_grad, weight_grad
 
 
@@ -216,16 +223,16 @@ def _softmax_cross_entropy_(
     return loss
 
 
-def _of_part_(
-    logits: Tensor, labels: Tensor, scratch: Tensor, part: VocabularyPart, gradient: bool
+def _sharded_softmax_cross_entropy_(
+    logits: Tensor, labels: Tensor, scratch: Tensor, shard: VocabShard, gradient: bool
 ) -> Tensor:
     """As `_softmax_cross_entropy_`, for the logits of a part of the vocabulary: the loss under all of it."""
     scores = scratch[: len(logits)].copy_(logits)
-    kept, own = labels != IGNORED, _own(labels, part, logits.shape[1])
+    kept, own = labels != IGNORED, _local_labels(labels, shard, logits.shape[1])
     here = own >= 0
     index = own.clamp_min(0)[:, None]
     chosen = torch.where(here, scores.gather(1, index)[:, 0], 0)
-    log_sums, chosen = part.combine(torch.logsumexp(scores, -1), chosen)
+    log_sums, chosen = shard.combine(torch.logsumexp(scores, -1), chosen)
     if gradient:
         scores.sub_(log_sums[:, None]).exp_().scatter_add_(
             1, index, -here[:, None].to(scores.dtype)
@@ -234,21 +241,21 @@ def _of_part_(
     return torch.where(kept, log_sums - chosen, 0).sum()
 
 
-def _with_kernel_(
-    kernel: Kernel, logits: Tensor, labels: Tensor, part: VocabularyPart | None, gradient: bool
+def _kernel_softmax_cross_entropy_(
+    kernel: Kernel, logits: Tensor, labels: Tensor, shard: VocabShard | None, gradient: bool
 ) -> Tensor:
     """The same with a kernel: at once, or around the exchange with the other parts."""
-    if part is None:
+    if shard is None:
         log_sums, chosen = kernel(logits, labels, IGNORED, gradient, None)
     else:
-        own = _own(labels, part, logits.shape[1])
-        log_sums, chosen = part.combine(*kernel(logits, own, IGNORED, False, None))
+        own = _local_labels(labels, shard, logits.shape[1])
+        log_sums, chosen = shard.combine(*kernel(logits, own, IGNORED, False, None))
         if gradient:
             kernel(logits, own, IGNORED, True, log_sums)
     return torch.where(labels != IGNORED, log_sums - chosen, 0).sum()
 
 
-def _own(labels: Tensor, part: VocabularyPart, rows: int) -> Tensor:
+def _local_labels(labels: Tensor, shard: VocabShard, rows: int) -> Tensor:
     """Labels as rows of this part; -1 where another part has it, and where ignored, -100."""
-    own = labels - part.first
+    own = labels - shard.first
     return torch.where(labels == IGNORED, IGNORED, torch.where((own >= 0) & (own < rows), own, -1))

@@ -100,7 +100,7 @@ void rms_norm(T *out, float *inverse, const T *x, const T *weight, int64_t rows,
 }
 
 template <class T>
-void rms_norm_back(T *by_x, T *by_weight, const T *grad, const T *x, const T *weight, const float *inverse,
+void rms_norm_backward(T *grad_x, T *grad_weight, const T *grad, const T *x, const T *weight, const float *inverse,
                    int64_t rows, int64_t width) {
     std::vector<double> sums;
 #pragma omp parallel if (rows * width > SMALL)
@@ -122,11 +122,11 @@ void rms_norm_back(T *by_x, T *by_weight, const T *grad, const T *x, const T *we
             float share = along / float(width) * scale;
 #pragma omp simd
             for (int64_t e = 0; e < width; e++)
-                put(by_x[t * width + e], (get(slope[e]) * get(weight[e]) - get(row[e]) * share) * scale);
+                put(grad_x[t * width + e], (get(slope[e]) * get(weight[e]) - get(row[e]) * share) * scale);
         }
     }
     for (size_t at = width; at < sums.size(); at++) sums[at % width] += sums[at];
-    for (int64_t e = 0; e < width; e++) put(by_weight[e], float(sums[e]));
+    for (int64_t e = 0; e < width; e++) put(grad_weight[e], float(sums[e]));
 }
 
 // ---- Rotary positions: pairs (i, i + D/2) of each head of x [T, H, D] by the angles of its token, [T, D]
@@ -163,12 +163,12 @@ template <class T> void swiglu(T *out, const T *gate, const T *up, int64_t count
 }
 
 template <class T>
-void swiglu_back(T *by_gate, T *by_up, const T *grad, const T *gate, const T *up, int64_t count) {
+void swiglu_backward(T *grad_gate, T *grad_up, const T *grad, const T *gate, const T *up, int64_t count) {
 #pragma omp parallel for simd if (count > SMALL)
     for (int64_t i = 0; i < count; i++) {
         float g = get(gate[i]), slope = get(grad[i]), sigmoid = 1 / (1 + exponential(-g)), silu = g * sigmoid;
-        put(by_up[i], slope * silu);
-        put(by_gate[i], slope * get(up[i]) * (sigmoid + silu * (1 - sigmoid)));
+        put(grad_up[i], slope * silu);
+        put(grad_gate[i], slope * get(up[i]) * (sigmoid + silu * (1 - sigmoid)));
     }
 }
 
@@ -362,7 +362,7 @@ void attention(T *out, float *log_sums, const T *q, const T *k, const T *v, cons
 }
 
 template <class T>
-void attention_back(T *by_q, T *by_k, T *by_v, const T *grad, const T *out, const float *log_sums, const T *q,
+void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T *out, const float *log_sums, const T *q,
                     const T *k, const T *v, const int32_t *ends, int64_t documents, int64_t queries, int64_t keys,
                     int64_t width) {
     const Shape shape{ends, documents, queries, keys, width};
@@ -376,7 +376,7 @@ void attention_back(T *by_q, T *by_k, T *by_v, const T *grad, const T *out, cons
     std::vector<std::vector<Part>> parts;
     auto store = [&](int64_t document, int64_t key, const float *sums) {
         int64_t length = shape.length(document);
-        for (T *to : {by_k, by_v}) {
+        for (T *to : {grad_k, grad_v}) {
             for (int64_t j = 0; j < length; j++) {
                 T *row = to + ((ends[document] + j) * keys + key) * width;
 #pragma omp simd
@@ -391,7 +391,7 @@ void attention_back(T *by_q, T *by_k, T *by_v, const T *grad, const T *out, cons
         parts.resize(omp_get_num_threads());
         std::vector<T> k_natural, k_turned, v_natural, block(area), q_turned(area), q_paired(area), g_turned(area),
             g_paired(area), weights(BLOCK * BLOCK), slopes(BLOCK * BLOCK), slopes_paired(BLOCK * BLOCK);
-        std::vector<float> scores(BLOCK * BLOCK), by_weights(BLOCK * BLOCK), by_query(area), sums;
+        std::vector<float> scores(BLOCK * BLOCK), grad_weights(BLOCK * BLOCK), grad_query(area), sums;
         auto enter = [&](int64_t document, int64_t key) {
             int64_t blocks = shape.blocks(document);
             for (auto *kept : {&k_natural, &k_turned, &v_natural}) kept->resize(blocks * area);
@@ -425,7 +425,7 @@ void attention_back(T *by_q, T *by_k, T *by_v, const T *grad, const T *out, cons
                 delta[i] = along;
             }
             for (int64_t c = 0; c <= b; c++) {
-                float *s = scores.data(), *w = by_weights.data();
+                float *s = scores.data(), *w = grad_weights.data();
                 product(BLOCK, BLOCK, width, k_natural.data() + c * area, q_turned.data(), s, false);
                 product(BLOCK, BLOCK, width, v_natural.data() + c * area, g_turned.data(), w, false);
                 if (c == b)
@@ -445,11 +445,11 @@ void attention_back(T *by_q, T *by_k, T *by_v, const T *grad, const T *out, cons
                         }
                 product(BLOCK, width, BLOCK, slopes.data(), q_paired.data(), sums.data() + c * area, true);
                 product(BLOCK, width, BLOCK, weights.data(), g_paired.data(), sums.data() + whole + c * area, true);
-                product(width, BLOCK, BLOCK, k_turned.data() + c * area, slopes_paired.data(), by_query.data(), c > 0);
+                product(width, BLOCK, BLOCK, k_turned.data() + c * area, slopes_paired.data(), grad_query.data(), c > 0);
             }
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t d = 0; d < width; d++)
-                    put(by_q[from + i * queries * width + d], by_query[d * BLOCK + i]);
+                    put(grad_q[from + i * queries * width + d], grad_query[d * BLOCK + i]);
         };
         auto leave = [&](int64_t document, int64_t key, bool alone) {
             if (alone)
@@ -492,8 +492,8 @@ template <class T> bool has_products() {
 const struct {
     const char *name;
     void *fp32, *bf16;
-} kernels[] = {BOTH(rms_norm),    BOTH(rms_norm_back), BOTH(rotate),    BOTH(swiglu),
-               BOTH(swiglu_back), BOTH(cross_entropy), BOTH(attention), BOTH(attention_back),
+} kernels[] = {BOTH(rms_norm),    BOTH(rms_norm_backward), BOTH(rotate),    BOTH(swiglu),
+               BOTH(swiglu_backward), BOTH(cross_entropy), BOTH(attention), BOTH(attention_backward),
                BOTH(has_products)};
 
 } // namespace

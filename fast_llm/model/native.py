@@ -34,15 +34,15 @@ _FLAGS = [
 # Operations, so that the compiler of models leaves them alone and a profile names them. Their arguments are those of native.cpp.
 _SCHEMAS = {
     "rms_norm": "Tensor(a!) out, Tensor(b!) inverse, Tensor x, Tensor weight, int rows, int width, float epsilon",
-    "rms_norm_back": "Tensor(a!) by_x, Tensor(b!) by_weight, Tensor grad, Tensor x, Tensor weight, Tensor inverse, int rows,"
+    "rms_norm_backward": "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor grad, Tensor x, Tensor weight, Tensor inverse, int rows,"
     " int width",
     "rotate": "Tensor(a!) out, Tensor x, Tensor cos, Tensor sin, int rows, int heads, int width, float direction",
     "swiglu": "Tensor(a!) out, Tensor gate, Tensor up, int count",
-    "swiglu_back": "Tensor(a!) by_gate, Tensor(b!) by_up, Tensor grad, Tensor gate, Tensor up, int count",
+    "swiglu_backward": "Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor grad, Tensor gate, Tensor up, int count",
     "cross_entropy": "Tensor(a!) logits, Tensor labels, Tensor(b!) log_sums, Tensor(c!) chosen, int rows, int vocabulary, int ignored,"
     " bool known, bool gradient",
-    "attention_back": "Tensor(a!) by_q, Tensor(b!) by_k, Tensor(c!) by_v, Tensor grad, Tensor out, Tensor log_sums, Tensor q, Tensor k,"
-    " Tensor v, Tensor ends, int documents, int queries, int keys, int width",
+    "attention_backward": "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor grad, Tensor out, Tensor log_sums, Tensor q,"
+    " Tensor k, Tensor v, Tensor ends, int documents, int queries, int keys, int width",
 }
 _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
 

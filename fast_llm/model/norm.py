@@ -19,23 +19,23 @@ from fast_llm.model import kernels, native
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[..., E] → [..., E], in the dtype of x; weight [E]."""
-    return rms_norm_beside(x, weight, epsilon)[0]
+    return fused_add_rms_norm(x, weight, epsilon)[0]
 
 
-def rms_norm_beside(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The normalised x, and x itself: for a residual stream, whose two gradients are then added where they are made."""
     normed: Tensor
     if x.device.type == "cpu":
-        function = _Native if native.usable(x) and weight.dtype == x.dtype else _RMSNorm
+        function = _CpuRMSNorm if native.usable(x) and weight.dtype == x.dtype else _RMSNorm
         normed = function.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         return normed, x
     if kernels.AVAILABLE and x.is_cuda and weight.dtype == x.dtype:
-        both: tuple[Tensor, Tensor] = _Fused.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+        both: tuple[Tensor, Tensor] = _FusedAddRMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         return both
     return F.rms_norm(x, weight.shape, weight, epsilon), x
 
 
-class _Native(torch.autograd.Function):
+class _CpuRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
@@ -48,15 +48,15 @@ class _Native(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        by_x, by_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         sizes = inverse.numel(), x.shape[-1]
-        torch.ops.fast_llm.rms_norm_back(
-            by_x, by_weight, grad.contiguous(), x, weight, inverse, *sizes
+        torch.ops.fast_llm.rms_norm_backward(
+            grad_x, grad_weight, grad.contiguous(), x, weight, inverse, *sizes
         )
-        return by_x, by_weight, None
+        return grad_x, grad_weight, None
 
 
-class _Fused(torch.autograd.Function):
+class _FusedAddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         normed, inverse = torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, epsilon)
@@ -67,37 +67,41 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(
-        ctx: Any, grad: Tensor | None, beside: Tensor | None
+        ctx: Any, grad: Tensor | None, residual_grad: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         if grad is None:
-            return beside, None, None
-        by_x, by_weight = torch.ops.fast_llm.rms_norm_gradients(grad, beside, x, weight, inverse)
-        return by_x, by_weight, None
+            return residual_grad, None, None
+        grad_x, grad_weight = torch.ops.fast_llm.rms_norm_gradients(
+            grad, residual_grad, x, weight, inverse
+        )
+        return grad_x, grad_weight, None
 
 
 # An operation, so that the compiler leaves it alone.
 torch.library.define(
     "fast_llm::rms_norm_gradients",
-    "(Tensor grad, Tensor? beside, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor? residual_grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("fast_llm::rms_norm_gradients", ("cpu", "cuda"))
-def _gradients(
-    grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+def _backward(
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     def rows(tensor: Tensor) -> Tensor:
         return tensor.contiguous().flatten(0, -2)
 
-    along = None if beside is None else rows(beside)
-    by_x, by_weight = kernels.rms_norm_back(rows(grad), along, rows(x), weight, inverse.flatten())
-    return by_x.view(x.shape), by_weight
+    along = None if residual_grad is None else rows(residual_grad)
+    grad_x, grad_weight = kernels.rms_norm_backward(
+        rows(grad), along, rows(x), weight, inverse.flatten()
+    )
+    return grad_x.view(x.shape), grad_weight
 
 
 @torch.library.register_fake("fast_llm::rms_norm_gradients")
 def _(
-    grad: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 

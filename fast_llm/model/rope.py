@@ -5,7 +5,7 @@ layout of Hugging Face. Llama 3.1 divides the frequencies whose wavelength excee
 `scale_factor`, keeps the short ones, and blends in between ("The Llama 3 Herd of Models", 2024).
 
 There is no buffer to shard, to save or to lose: angles are made from the positions in each forward pass, and
-turned by in fp32 whatever the dtype. Turning is linear, and its gradient is turning back: nothing but the
+rotated by in fp32 whatever the dtype. Turning is linear, and its gradient is turning back: nothing but the
 angles, which all layers share, is kept for the backward pass.
 Letters: B sequences, S tokens of a sequence, H heads, D head dimensions.
 """
@@ -37,10 +37,10 @@ def frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
     low, high = config.low_frequency_factor, config.high_frequency_factor
     blend = (config.original_context_length / wavelengths - low) / (high - low)
     blended = (1 - blend) * turns / config.scale_factor + blend * turns
-    stretched = torch.where(
+    scaled = torch.where(
         wavelengths > config.original_context_length / low, turns / config.scale_factor, blended
     )
-    return torch.where(wavelengths < config.original_context_length / high, turns, stretched)
+    return torch.where(wavelengths < config.original_context_length / high, turns, scaled)
 
 
 @cache
@@ -48,7 +48,7 @@ def _frequencies_on(device: torch.device, config: RotaryConfig, head_dim: int) -
     return frequencies(config, head_dim).to(device)
 
 
-def rotary(positions: Tensor, config: RotaryConfig, head_dim: int) -> Angles:
+def rotary_angles(positions: Tensor, config: RotaryConfig, head_dim: int) -> Angles:
     """Cosines and sines of all angles, each fp32 [B, S, 1, D], from positions [B, S].
 
     Both halves of D hold the same cosines; the sines' first half is negated, so that turning is
@@ -63,24 +63,24 @@ def rotary(positions: Tensor, config: RotaryConfig, head_dim: int) -> Angles:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the heads x [B, S, H, D]; the dtype stays."""
-    turned: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return turned
+    rotated: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _apply(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
+        return _apply(grad, cos, sin, -1), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def _apply(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     if native.usable(x) and cos.shape[:2] == x.shape[:2]:
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -91,7 +91,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     # Without conversions that convert nothing: where a Function's result is an intermediate tensor itself, PyTorch 2.11's compiler
     # gives gradients of zero (pytorch/pytorch#180642).
     exact = x.dtype == torch.float32
-    whole = x if exact else x.float()
-    first, second = whole.chunk(2, dim=-1)
-    turned = torch.addcmul(whole * cos, torch.cat((second, first), dim=-1), sin, value=direction)
-    return turned if exact else turned.to(x.dtype)
+    wide = x if exact else x.float()
+    first, second = wide.chunk(2, dim=-1)
+    rotated = torch.addcmul(wide * cos, torch.cat((second, first), dim=-1), sin, value=direction)
+    return rotated if exact else rotated.to(x.dtype)

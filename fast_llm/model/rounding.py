@@ -1,24 +1,29 @@
-"""fp32 numbers in 16 bits, in two halves without loss or rounded by chance; and in 8.
+"""fp32 numbers stored in fewer bits: split master weights, stochastic rounding and 8-bit moments.
 
-    high    bf16, the nearest to the number (halves away from zero): what a model computes with
-    low     int16, what is missing: the bits of the number are high · 2^16 + low
+**Split masters.** An fp32 master weight is stored without loss in two 16-bit parts:
 
-Together they take 4 bytes where an fp32 master beside a bf16 weight takes 6 (the idea of TransformerEngine's FusedAdam).
+    high        bf16, the nearest to the number (ties away from zero): what the model computes with
+    low_bits    int16, the remaining bits: the number's bits are high · 2^16 + low_bits
 
-Rounding by chance goes up with the probability that makes it right on average. An average that moves by less than half a unit of bf16
-would stand still if it was rounded to the nearest: that of squares with β2 = 0.999 could never shrink. The chance is a hash of
-step and place (Wellons' lowbias32), the same on every device and at every resumption.
+Together they take 4 bytes; an fp32 master next to a bf16 weight takes 6 (TransformerEngine's FusedAdam has the same idea).
 
-8 bits are those of fp32 itself: an exponent and the first three bits behind the comma, read as one integer, the number's grid. They are
-counted from the largest of a block of 128 neighbours downwards (block-wise quantisation, Dettmers et al. 2022):
+**Stochastic rounding** rounds up with the probability that makes the result right on average. A running average that
+changes by less than half a unit of bf16 would never move if it were rounded to the nearest: with β2 = 0.999 the second
+moment could never shrink. The random bits are a hash of step and place (Wellons' lowbias32): the same on every device
+and after every resume.
 
-    grid    bits of |number| / 2^20, rounded: eight to each power of two, 6 to 12 % apart
-    top     int16, the largest grid of a block
-    code    int8 with the number's sign, 127 - (top - grid); uint8 for numbers that have none, 255 - (top - grid); 0 is 0
+**8 bits** keep fp32's exponent and the first three bits of its mantissa, read as one integer, the number's level.
+Levels are counted downwards from the largest of a block of 128 numbers (block-wise quantization, Dettmers et al. 2022):
 
-So a block reaches down to 2^-15 of its largest number, in uint8 to 2^-31. Below that int8 has 0 and uint8 its smallest number: what is
-divided by must not vanish. The grid is the same for all blocks, and bf16 has all of it. So numbers that were packed are packed again, to
-the nearest, into the very same codes and tops; and into blocks that begin elsewhere, as under another layout, without another rounding.
+    level          bits of |number| / 2^20, rounded: eight to each power of two, 6 to 12 % apart
+    block_absmax   int16, the largest level of a block
+    quantized      int8 with the number's sign: 127 - (block_absmax - level). For numbers without a sign uint8:
+                   255 - (block_absmax - level). 0 stands for 0.
+
+A block reaches down to 2^-15 of its largest number, in uint8 to 2^-31. Below that int8 stores 0, and uint8 its smallest
+number, because a divisor must not vanish. Levels are the same in all blocks, and bf16 holds each of them. So dequantized
+numbers that are quantized again, to the nearest, give the same bytes. In blocks that begin elsewhere, as under another
+layout, they are not rounded a second time.
 """
 
 import torch
@@ -27,28 +32,28 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B1  # 2^32 / the golden ratio: neighbouring places begin far apart
 MIX = (0x7FEB352D, 0x846CA68B)
-BLOCK = 128  # numbers that are counted from the same top
-DROPPED = 20  # bits of fp32 that the grid has not
-LEVELS = {torch.int8: 127, torch.uint8: 255}  # the code of a block's largest number
-INFINITE = 0x7F800000 >> DROPPED  # the grid of infinities, and the least of NaN
+BLOCK = 128  # numbers that share a `block_absmax`
+DROPPED_BITS = 20  # bits of fp32 that levels leave out
+MAX_QUANTIZED = {torch.int8: 127, torch.uint8: 255}  # what a block's largest number is stored as
+INFINITE_LEVEL = 0x7F800000 >> DROPPED_BITS  # the level of infinities; those of NaN are no smaller
 _PIECE = 2**16  # numbers that are rounded at a time: in the cache
 
 
-def join(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 numbers."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+def join_master(high: Tensor, low_bits: Tensor) -> Tensor:
+    """The fp32 numbers of split masters."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) + low_bits).view(torch.float32)
 
 
-def split_(number: Tensor, high: Tensor, low: Tensor) -> None:
-    """Put fp32 numbers into their halves."""
+def split_master_(number: Tensor, high: Tensor, low_bits: Tensor) -> None:
+    """Split fp32 numbers, in place of what `high` and `low_bits` hold."""
     bits = number.view(torch.int32)
     upper = (bits + 0x8000) >> 16
-    low.copy_(bits - (upper << 16))
+    low_bits.copy_(bits - (upper << 16))
     high.view(torch.int16).copy_(upper)
 
 
-def round_by_chance_(number: Tensor, rounded: Tensor, seed: int) -> None:
-    """Put fp32 numbers of 0 or more into a bf16 tensor."""
+def stochastic_round_(number: Tensor, rounded: Tensor, seed: int) -> None:
+    """Round fp32 numbers of 0 or more stochastically into a bf16 tensor."""
     bits, into = number.flatten().view(torch.int32), rounded.view(torch.int16).flatten()
     for begin in range(0, len(bits), _PIECE):
         piece = bits[begin : begin + _PIECE]
@@ -56,48 +61,59 @@ def round_by_chance_(number: Tensor, rounded: Tensor, seed: int) -> None:
         into[begin : begin + _PIECE] = (piece + chance.to(torch.int32)) >> 16
 
 
-def tops(number: Tensor) -> Tensor:
-    """Room for the tops of as many numbers."""
+def zero_block_absmax(number: Tensor) -> Tensor:
+    """Zeros for the `block_absmax` of a tensor of this size."""
     return torch.zeros(-(-number.numel() // BLOCK), dtype=torch.int16, device=number.device)
 
 
-def pack_(number: Tensor, codes: Tensor, tops: Tensor, seed: int | None = None) -> None:
-    """Put fp32 numbers into 8 bits, rounded by chance; without a seed to the nearest. Those for uint8 are 0 or more."""
-    bits, into, largest = number.flatten().view(torch.int32), codes.view(-1), LEVELS[codes.dtype]
+def quantize_(
+    number: Tensor, quantized: Tensor, block_absmax: Tensor, seed: int | None = None
+) -> None:
+    """Quantize fp32 numbers to 8 bits in place, stochastically, or without a seed to the nearest. For uint8 they must be 0 or more."""
+    bits, into, largest = (
+        number.flatten().view(torch.int32),
+        quantized.view(-1),
+        MAX_QUANTIZED[quantized.dtype],
+    )
     for begin in range(0, len(bits), _PIECE):
         piece = bits[begin : begin + _PIECE]
         if seed is None:
-            added: Tensor | int = 1 << (DROPPED - 1)
+            added: Tensor | int = 1 << (DROPPED_BITS - 1)
         else:
             # Two numbers of one place, a mean and a mean of squares, have chances of their own: the halves of a hash.
             chance = _hash(begin, len(piece), seed, number.device)
             added = (
-                (chance >> 16 if codes.dtype == torch.int8 else chance & 0xFFFF) << (DROPPED - 16)
+                (chance >> 16 if quantized.dtype == torch.int8 else chance & 0xFFFF)
+                << (DROPPED_BITS - 16)
             ).to(torch.int32)
-        grid = ((piece & 0x7FFFFFFF) + added) >> DROPPED
-        blocks = F.pad(grid, (0, -len(grid) % BLOCK)).view(-1, BLOCK)
+        levels = ((piece & 0x7FFFFFFF) + added) >> DROPPED_BITS
+        blocks = F.pad(levels, (0, -len(levels) % BLOCK)).view(-1, BLOCK)
         top = blocks.amax(1, keepdim=True)
         code = (
             (blocks - top + largest)
-            .clamp_min_(0 if codes.dtype == torch.int8 else 1)
+            .clamp_min_(0 if quantized.dtype == torch.int8 else 1)
             .mul_(blocks > 0)
         )
-        code = code.flatten()[: len(grid)]
+        code = code.flatten()[: len(levels)]
         into[begin : begin + _PIECE] = (
-            torch.where(piece < 0, -code, code) if codes.dtype == torch.int8 else code
+            torch.where(piece < 0, -code, code) if quantized.dtype == torch.int8 else code
         )
-        tops[begin // BLOCK : (begin + len(piece) - 1) // BLOCK + 1] = top.flatten()
+        block_absmax[begin // BLOCK : (begin + len(piece) - 1) // BLOCK + 1] = top.flatten()
 
 
-def unpack(codes: Tensor, tops: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers, in fp32 or, the same, in bf16."""
-    number = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    into, flat, largest = number.view(-1), codes.view(-1), LEVELS[codes.dtype]
+def dequantize(
+    quantized: Tensor, block_absmax: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The numbers in fp32, or in bf16, which holds them exactly."""
+    number = torch.empty(quantized.shape, dtype=dtype, device=quantized.device)
+    into, flat, largest = number.view(-1), quantized.view(-1), MAX_QUANTIZED[quantized.dtype]
     for begin in range(0, len(flat), _PIECE):
         code = flat[begin : begin + _PIECE].to(torch.int32)
-        top = tops[begin // BLOCK : (begin + len(code) - 1) // BLOCK + 1].to(torch.int32)
-        grid = (code.abs() + (top.repeat_interleave(BLOCK)[: len(code)] - largest)).mul_(code != 0)
-        value = (grid << DROPPED).view(torch.float32)
+        top = block_absmax[begin // BLOCK : (begin + len(code) - 1) // BLOCK + 1].to(torch.int32)
+        levels = (code.abs() + (top.repeat_interleave(BLOCK)[: len(code)] - largest)).mul_(
+            code != 0
+        )
+        value = (levels << DROPPED_BITS).view(torch.float32)
         into[begin : begin + _PIECE] = torch.where(code < 0, -value, value)
     return number
 

@@ -34,6 +34,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
-        torch.ops.fast_llm.swiglu_back(by_gate, by_up, grad.contiguous(), gate, up, gate.numel())
-        return by_gate, by_up
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        torch.ops.fast_llm.swiglu_backward(
+            grad_gate, grad_up, grad.contiguous(), gate, up, gate.numel()
+        )
+        return grad_gate, grad_up

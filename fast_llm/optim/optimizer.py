@@ -23,7 +23,14 @@ from torch.optim.adamw import adamw
 
 from fast_llm.config.train import OptimizerConfig
 from fast_llm.model import kernels
-from fast_llm.model.rounding import join, pack_, round_by_chance_, split_, tops, unpack
+from fast_llm.model.rounding import (
+    dequantize,
+    join_master,
+    quantize_,
+    split_master_,
+    stochastic_round_,
+    zero_block_absmax,
+)
 
 
 def squared_norm(gradients: Mapping[str, Tensor], replication_factor: Mapping[str, int]) -> Tensor:
@@ -78,7 +85,7 @@ class Optimizer:
         }
         # Of 8 bits both have the largest of each block beside them.
         self.block_absmax = {
-            name: (tops(w), tops(w))
+            name: (zero_block_absmax(w), zero_block_absmax(w))
             for name, w in self.weights.items()
             if config.moments_dtype == "int8"
         }
@@ -109,13 +116,13 @@ class Optimizer:
         whole: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for which, (codes, into) in enumerate(zip(both, whole, strict=True)):
             for name, code in codes.items():
-                number = unpack(code, self.block_absmax[name][which], torch.bfloat16)
+                number = dequantize(code, self.block_absmax[name][which], torch.bfloat16)
                 into[name] = number.cpu() if self.master_low_bits else number
         yield whole
         if changed:
             for which, (codes, numbers) in enumerate(zip(both, whole, strict=True)):
                 for name, code in codes.items():
-                    pack_(
+                    quantize_(
                         numbers.pop(name).to(code.device).float(),
                         code,
                         self.block_absmax[name][which],
@@ -186,11 +193,11 @@ class Optimizer:
         seed: int,
     ) -> None:
         weight, low = self.weights[name], self.master_low_bits.get(name)
-        whole = weight if low is None else join(weight, low)
+        whole = weight if low is None else join_master(weight, low)
         first, second = self.exp_avg[name], self.exp_avg_sq[name]
         if self.block_absmax:
             m, v = (
-                unpack(codes, top)
+                dequantize(codes, top)
                 for codes, top in zip((first, second), self.block_absmax[name], strict=True)
             )
         else:
@@ -199,16 +206,16 @@ class Optimizer:
             [name], {name: whole}, gradients, {name: m}, {name: v}, learning_rate, decay, factor
         )
         if low is not None:
-            split_(whole, weight, low)
+            split_master_(whole, weight, low)
         if self.block_absmax:
             for number, codes, top in zip(
                 (m, v), (first, second), self.block_absmax[name], strict=True
             ):
-                pack_(number, codes, top, seed)
+                quantize_(number, codes, top, seed)
             return
         first.copy_(m)
         if second.dtype == torch.bfloat16:
-            round_by_chance_(v, second, seed)
+            stochastic_round_(v, second, seed)
         else:
             second.copy_(v)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fast_llm.model.attention import Documents, Stretches, attend
+from fast_llm.model.attention import PackedSequences, VarlenQKV, varlen_attention
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import Block
 from fast_llm.model.loss import IGNORED
@@ -33,7 +33,7 @@ def apply_context_parallel(block: Block, axis: Axis) -> None:
 
 
 def _attention(
-    mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, flash: bool
+    mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool
 ) -> Tensor:
     """q [B, S/n, H, D], k and v [B, S/n, K, D] → [B, S/n, H, D]."""
     own = torch.stack((k, v), dim=2)[None]
@@ -41,8 +41,8 @@ def _attention(
         placements=[Replicate()]
     )
     rows = every.to_local(grad_placements=[Partial()]).flatten(0, 2)  # n·B·S/n, 2, K, D
-    keys, values = rows.index_select(0, stretches.index).unbind(1)
-    return attend(q.flatten(0, 1), keys, values, stretches, flash).view(q.shape)
+    keys, values = rows.index_select(0, varlen.index).unbind(1)
+    return varlen_attention(q.flatten(0, 1), keys, values, varlen, flash).view(q.shape)
 
 
 def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
@@ -50,7 +50,7 @@ def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
     if size == 1:
         return batch
     rows, length = batch.tokens.shape
-    assert not isinstance(batch.documents, Stretches), "cut once"
+    assert not isinstance(batch.documents, VarlenQKV), "cut once"
     piece = length // (2 * size)
     pieces = (rank, 2 * size - 1 - rank)
     own = torch.cat([torch.arange(p * piece, (p + 1) * piece) for p in pieces])
@@ -66,8 +66,8 @@ def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def _varlen_qkv(
-    documents: Documents | None, rows: int, length: int, pieces: tuple[int, ...], size: int
-) -> Stretches:
+    documents: PackedSequences | None, rows: int, length: int, pieces: tuple[int, ...], size: int
+) -> VarlenQKV:
     """Each document's part of each piece, with all of its keys up to there."""
     ends = (
         np.cumsum(documents.lengths) if documents is not None else np.arange(1, rows + 1) * length
@@ -83,7 +83,7 @@ def _varlen_qkv(
                 queries.append(int(end - max(begin, low)))
                 keys.append(int(end - begin))
                 index.append(_gathered_index(np.arange(begin, end), rows, length, size))
-    return Stretches.of(queries, keys, torch.from_numpy(np.concatenate(index)))
+    return VarlenQKV.from_lengths(queries, keys, torch.from_numpy(np.concatenate(index)))
 
 
 def _gathered_index(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray:  # type: ignore[type-arg]

@@ -38,7 +38,7 @@ _PRODUCTS = {
     _aten._scaled_mm.default,
     torch.ops.fast_llm.attention.default,
     torch.ops.fast_llm.ragged_attention.default,
-    torch.ops.fast_llm.product.default,
+    torch.ops.fast_llm.matmul.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

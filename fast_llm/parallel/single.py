@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fast_llm.model.fp8 import Fp8Linear
 from fast_llm.model.linear import linear
 from fast_llm.model.llama import Head
-from fast_llm.model.rounding import join, split_
+from fast_llm.model.rounding import join_master, split_master_
 
 
 class SingleWeights:
@@ -69,13 +69,13 @@ class SingleWeights:
             yield self.tensors
             return
         whole = {
-            name: join(p.detach(), self.master_low_bits[name]).cpu()
+            name: join_master(p.detach(), self.master_low_bits[name]).cpu()
             for name, p in self.working.items()
         }
         yield whole
         if changed:
             for name, parameter in self.working.items():
-                split_(
+                split_master_(
                     whole.pop(name).to(parameter.device),
                     parameter.detach(),
                     self.master_low_bits[name],
@@ -131,7 +131,7 @@ class SingleWeights:
                 if not isinstance(module, Fp8Linear | Head):
                     # Of another class, not with another function: that would be compiled anew for each block.
                     module.__class__ = _Adding
-                module.register_buffer("total", total, persistent=False)
+                module.register_buffer("main_grad", total, persistent=False)
                 totals[names[module.weight]] = total
         return totals
 
@@ -152,7 +152,7 @@ class SingleWeights:
 
 
 class _Adding(nn.Linear):
-    total: Tensor
+    main_grad: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.total)
+        return linear(x, self.weight, main_grad=self.main_grad)

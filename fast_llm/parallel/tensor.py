@@ -30,10 +30,10 @@ from torch.distributed.tensor import (
 )
 
 from fast_llm.model.embedding import embed
-from fast_llm.model.linear import project
-from fast_llm.model.llama import MLP, Embedding, Head, Llama, RMSNorm, SelfAttention
-from fast_llm.model.loss import VocabularyPart, cross_entropy
-from fast_llm.model.norm import rms_norm_beside
+from fast_llm.model.linear import linear
+from fast_llm.model.llama import Attention, Embedding, GatedMLP, Head, Llama, RMSNorm
+from fast_llm.model.loss import VocabShard, cross_entropy
+from fast_llm.model.norm import fused_add_rms_norm
 from fast_llm.parallel.mesh import Axis
 
 ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -65,10 +65,10 @@ def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
     )
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
-        if isinstance(module, SelfAttention | MLP):
+        if isinstance(module, Attention | GatedMLP):
             module.forward = _gathered(module.forward, gather)  # type: ignore[method-assign]
         elif isinstance(module, RMSNorm):
-            module.beside = MethodType(norm, module)  # type: ignore[method-assign]
+            module.with_residual = MethodType(norm, module)  # type: ignore[method-assign]
         elif isinstance(module, Embedding):
             module.forward = partial(_embedding, module, axis, scatter)  # type: ignore[method-assign]
         elif kind in COLUMNS and isinstance(module, nn.Linear):
@@ -117,20 +117,20 @@ def _local(weight: Tensor, shared: bool = False) -> Tensor:
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return project(x, _local(module.weight), None if module.bias is None else _local(module.bias))
+    return linear(x, _local(module.weight), None if module.bias is None else _local(module.bias))
 
 
 def _summed(
     module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    out = scatter(project(x, _local(module.weight)))
+    out = scatter(linear(x, _local(module.weight)))
     return (
         out if module.bias is None else out + _local(module.bias, shared=sequence)
     )  # once, not once a process
 
 
 def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> tuple[Tensor, Tensor]:
-    return rms_norm_beside(x, _local(module.weight, shared=sequence), module.epsilon)
+    return fused_add_rms_norm(x, _local(module.weight, shared=sequence), module.epsilon)
 
 
 def _embedding(
@@ -154,7 +154,7 @@ def _head(
     if labels is None:
         assert axis.device_mesh is not None
         part = DTensor.from_local(
-            project(hidden, weight), axis.device_mesh, [Shard(-1)], run_check=False
+            linear(hidden, weight), axis.device_mesh, [Shard(-1)], run_check=False
         )
         whole: Tensor = part.full_tensor()
         return whole
@@ -164,7 +164,7 @@ def _head(
         labels.flatten(),
         head.cross_entropy_impl,
         head.cross_entropy_splits,
-        VocabularyPart(axis.rank * len(weight), partial(_combine, axis)),
+        VocabShard(axis.rank * len(weight), partial(_combine, axis)),
     )
 
 

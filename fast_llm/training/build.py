@@ -22,7 +22,7 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
 from fast_llm.model import cudnn, kernels, native
 from fast_llm.model.fp8 import apply_fp8
-from fast_llm.model.linear import widened
+from fast_llm.model.linear import upcast_to_fp32
 from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
@@ -276,7 +276,7 @@ def _kind(config: TrainConfig, device: torch.device) -> str:
     dtype = DTYPES[config.model.distributed.training_dtype]
     return (
         UPCASTING_CPU
-        if device.type == "cpu" and widened(torch.empty(0, dtype=dtype))
+        if device.type == "cpu" and upcast_to_fp32(torch.empty(0, dtype=dtype))
         else device.type
     )
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
-from fast_llm.model.rounding import INFINITE
+from fast_llm.model.rounding import INFINITE_LEVEL
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.step import TrainStep
@@ -231,7 +231,7 @@ def find_nonfinite_state(step: TrainStep) -> list[str]:
     wrong = []
     for (part, name), (least, most) in zip(here, extremes.tolist(), strict=True):
         if not (math.isfinite(least) and math.isfinite(most)) or (
-            optimizer.block_absmax and part != "weight" and most >= INFINITE
+            optimizer.block_absmax and part != "weight" and most >= INFINITE_LEVEL
         ):
             wrong.append(f"{part} of {name} holds NaN or infinities")
         elif part == "exp_avg_sq" and least < 0:

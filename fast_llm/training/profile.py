@@ -46,7 +46,7 @@ CATEGORIES = {
     "attention": "attention|attn|flash|fmha|sdpa",
     "cross entropy": "cross_entropy|log_?softmax|nll_loss",
     "optimizer": "adam|foreach|multi_tensor|lpnorm|linalg_vector_norm",
-    "products": "::(add|b|baddb)?mm|::matmul|::linear|scaled_mm|product|gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem",
+    "products": "::(add|b|baddb)?mm|matmul|::linear|scaled_mm|gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem",
     OTHER: "copy_kernel|fillfunctor",
     "norms and elementwise": "norm|gammabeta|rotate|swiglu|silu|triton_|elementwise|compiledfxgraph|aten::(add|sub|mul|div|neg)",
 }

@@ -82,9 +82,9 @@ def test_labels_positions_and_documents(
             assert batch.documents is None
             continue
         assert batch.documents.lengths == tuple(runs) and sum(runs) == 2 * length
-        assert batch.documents.longest == max(runs)
-        assert batch.documents.boundaries.tolist() == [0, *np.cumsum(runs).tolist()]
-        assert str(batch.documents.boundaries.dtype) == "torch.int32"  # what the kernels take
+        assert batch.documents.max_seqlen == max(runs)
+        assert batch.documents.cu_seqlens.tolist() == [0, *np.cumsum(runs).tolist()]
+        assert str(batch.documents.cu_seqlens.dtype) == "torch.int32"  # what the kernels take
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -17,13 +17,13 @@ from torch import Tensor
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig, OptimizerConfig
 from fast_llm.model import cudnn
-from fast_llm.model.attention import Documents, attend, attention
-from fast_llm.model.fp8 import FINE, WIDE, _scale, apply_fp8
+from fast_llm.model.attention import PackedSequences, attention, varlen_attention
+from fast_llm.model.fp8 import E4M3, E5M2, _scale, apply_fp8
 from fast_llm.model.linear import linear
 from fast_llm.model.llama import Llama, init_weights
-from fast_llm.model.loss import VocabularyPart, cross_entropy
-from fast_llm.model.norm import rms_norm_beside
-from fast_llm.model.rounding import join, split_
+from fast_llm.model.loss import VocabShard, cross_entropy
+from fast_llm.model.norm import fused_add_rms_norm
+from fast_llm.model.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.context import _gathered_index, _varlen_qkv
 from fast_llm.parallel.single import SingleWeights
@@ -56,9 +56,9 @@ def engines(dtype: torch.dtype) -> list[str]:
     return ["PyTorch", "cuDNN"] if installed and dtype != torch.float32 else ["PyTorch"]
 
 
-def packed(lengths: tuple[int, ...]) -> Documents:
+def packed(lengths: tuple[int, ...]) -> PackedSequences:
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
-    return Documents(lengths, ends, max(lengths))
+    return PackedSequences(lengths, ends, max(lengths))
 
 
 def exactly(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ def attention_of_context_parallelism() -> Rows:
                     ).to(DEVICE)
                     part = gathered[0].chunk(size)[rank]
                     keys, values = (x.index_select(0, own.index) for x in gathered[1:])
-                    outs.append(attend(part, keys, values, own, True))
+                    outs.append(varlen_attention(part, keys, values, own, True))
                     with torch.no_grad():
-                        quiet.append(attend(part, keys, values, own, True))
+                        quiet.append(varlen_attention(part, keys, values, own, True))
                 out = torch.cat(outs)
                 gradients = torch.autograd.grad(out.float().square().sum(), gathered)
             found = [x[places] for x in (out, *gradients, torch.cat(quiet))]
@@ -155,7 +155,7 @@ def norms() -> Rows:
     """A residual stream and its RMSNorm."""
 
     def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return rms_norm_beside(x, weight, 1e-5)
+        return fused_add_rms_norm(x, weight, 1e-5)
 
     for tokens, width in ((8192, 4096), (32768, 576)):
         for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)):
@@ -218,7 +218,7 @@ def cross_entropy_in_two() -> Rows:
                 begin, seen = seen % 1000, seen + len(mine[0])
                 return sums[begin : begin + len(mine[0])], chosen[begin : begin + len(mine[0])]
 
-            part = VocabularyPart(first, combine)
+            part = VocabShard(first, combine)
             loss = cross_entropy(
                 hidden, weight[first : first + 64128], labels, implementation, None, part
             )
@@ -249,7 +249,7 @@ def blocks() -> Rows:
     positions = torch.arange(512, device=DEVICE).expand(2, -1).contiguous()
 
     def run(
-        dtype: torch.dtype, documents: Documents | None, compiled: bool, fp8: bool
+        dtype: torch.dtype, documents: PackedSequences | None, compiled: bool, fp8: bool
     ) -> dict[str, Tensor]:
         torch._dynamo.reset()
         with torch.device("meta"):
@@ -318,8 +318,8 @@ def blocks() -> Rows:
 def products() -> Rows:
     """Products whose weight gradient is added to an fp32 sum."""
 
-    def twice(x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        return F.silu(linear(x, weight, total))
+    def twice(x: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
+        return F.silu(linear(x, weight, main_grad=main_grad))
 
     for compiled in (False, True):
         function = torch.compile(twice) if compiled else twice
@@ -342,15 +342,15 @@ def products() -> Rows:
 
 def fp8_rounding() -> Rows:
     """Bits of our rounding to fp8 that differ from PyTorch's, and greatest numbers that differ."""
-    for dtype in (FINE, WIDE):
+    for dtype in (E4M3, E5M2):
         for size in ((8192, 4096), (8192, 14336), (14336, 4096), (1000, 48)):
             x = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
             x[3, 5] = 3e-3
             scale = _scale(x, dtype)
             wanted = (x.float() * scale.reciprocal()).to(dtype)
-            both = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)
+            both = torch.ops.fast_llm.quantize_fp8(x, scale, dtype, True, True)
             alone = [
-                torch.ops.fast_llm.shorten(x, scale, dtype, not turned, bool(turned))[turned]
+                torch.ops.fast_llm.quantize_fp8(x, scale, dtype, not turned, bool(turned))[turned]
                 for turned in (0, 1)
             ]
             expected = wanted.view(torch.int8), wanted.t().contiguous().view(torch.int8)
@@ -358,7 +358,7 @@ def fp8_rounding() -> Rows:
             different = sum(int((one.view(torch.int8) != other).sum()) for one, other in pairs)
             different += int(torch.ops.fast_llm.amax(x) != x.abs().amax())
             x[3, 5] = torch.nan
-            kept = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)[0][3, 5].isnan()
+            kept = torch.ops.fast_llm.quantize_fp8(x, scale, dtype, True, True)[0][3, 5].isnan()
             different += int(not (torch.ops.fast_llm.amax(x).isnan() and kept))
             yield (
                 f"rounding to {short(dtype)}, {size[0]} x {size[1]}, numbers that differ",
@@ -384,7 +384,7 @@ def adamw() -> Rows:
                 if halves:
                     weight = torch.empty_like(start, dtype=torch.bfloat16)
                     low = {"w": torch.empty_like(start, dtype=torch.int16)}
-                    split_(start.clone(), weight, low["w"])
+                    split_master_(start.clone(), weight, low["w"])
                 optimizer = Optimizer(
                     {"w": weight}, OptimizerConfig(moments_dtype=dtype), low, kernel
                 )
@@ -395,7 +395,7 @@ def adamw() -> Rows:
                 with optimizer.moments() as (_, found):
                     ends.append(
                         (
-                            join(weight, low["w"]) if halves else weight,
+                            join_master(weight, low["w"]) if halves else weight,
                             found["w"].float().to(DEVICE),
                         )
                     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.config.section import read
 from fast_llm.data.loader import Loader
-from fast_llm.model.attention import Documents
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.loss import IGNORED
 from fast_llm.planning.preflight import preflight
 from tests.gpu.checks import Rows, report
@@ -153,7 +153,7 @@ def loss_by_transformers(
     )  # fmt: skip
     with torch.no_grad():
         for batch in loader.step(0):
-            assert isinstance(batch.documents, Documents)
+            assert isinstance(batch.documents, PackedSequences)
             tokens, labels = batch.tokens.flatten().cuda(), batch.labels.flatten().cuda()
             for some, wanted in zip(
                 tokens.split(batch.documents.lengths),

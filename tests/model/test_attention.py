@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fast_llm.model.attention import Documents, attention
+from fast_llm.model.attention import PackedSequences, attention
 
 
-def documents(*lengths: int) -> Documents:
+def documents(*lengths: int) -> PackedSequences:
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    return Documents(lengths, ends, max(lengths))
+    return PackedSequences(lengths, ends, max(lengths))
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:

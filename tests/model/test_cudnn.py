@@ -107,11 +107,16 @@ def played() -> Iterator[None]:
         yield from zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
 
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor | None, *longest: int
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None,
+        *longest: int,
     ) -> tuple[Tensor, Tensor]:
-        assert key_ends is None and longest == (5, 5)
+        assert cu_seqlens_k is None and longest == (5, 5)
         outs = []
-        for each in parts(q, k, v, query_ends):
+        for each in parts(q, k, v, cu_seqlens_q):
             heads = (x.transpose(0, 1) for x in each)
             out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
             outs.append(out.transpose(0, 1))
@@ -124,7 +129,7 @@ def played() -> Iterator[None]:
 
     library = torch.library.Library("fast_llm", "IMPL")
     library.impl("ragged_attention", forward, "CPU")
-    library.impl("ragged_attention_back", backward, "CPU")
+    library.impl("ragged_attention_backward", backward, "CPU")
     yield
     library._destroy()
     torch._dynamo.reset()

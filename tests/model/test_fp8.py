@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fast_llm.model.fp8 import FINE, WIDE, _scale, apply_fp8
+from fast_llm.model.fp8 import E4M3, E5M2, _scale, apply_fp8
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -15,30 +15,30 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 def shorten(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = _scale(x, dtype)
-    short, turned = torch.ops.fast_llm.shorten(x, scale, dtype, True, True)
+    short, turned = torch.ops.fast_llm.quantize_fp8(x, scale, dtype, True, True)
     assert torch.equal(short.t().view(torch.int8), turned.view(torch.int8))
     return short, scale
 
 
-@pytest.mark.parametrize("dtype", [FINE, WIDE])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_scales_use_the_whole_range(dtype: torch.dtype, size: float) -> None:
     x = (torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
     short, scale = shorten(x, dtype)
     assert short.float().abs().max() == torch.finfo(dtype).max
     # Half a unit of three bits (or two), uniformly distributed: relative to numbers between 1 and 2, 2^-4 (2^-3) / √3 · ~0.7.
-    assert distance(short.double() * scale.double(), x.double()) < (0.03 if dtype == FINE else 0.06)
+    assert distance(short.double() * scale.double(), x.double()) < (0.03 if dtype == E4M3 else 0.06)
 
 
 def test_zeros_and_what_is_not_finite() -> None:
-    short, scale = shorten(torch.zeros(4, 4, dtype=torch.bfloat16), FINE)
+    short, scale = shorten(torch.zeros(4, 4, dtype=torch.bfloat16), E4M3)
     assert not short.float().any() and scale > 0
     bad = torch.ones(4, 4, dtype=torch.bfloat16)
     bad[1, 1] = torch.nan
-    short, scale = shorten(bad, FINE)
+    short, scale = shorten(bad, E4M3)
     assert (short.float() * scale).isnan().any(), "a step that is not finite must be seen"
     bad[1, 1] = torch.inf
-    short, scale = shorten(bad, FINE)
+    short, scale = shorten(bad, E4M3)
     assert not (short.float() * scale).isfinite().all()
 
 

@@ -46,7 +46,7 @@ print("equal")
 ADAMW = """
 import torch
 from fast_llm.config.train import OptimizerConfig
-from fast_llm.model.rounding import join, split_
+from fast_llm.model.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer
 for moments in ("fp32", "bf16", "int8"):
     for halves in (False, True):
@@ -61,7 +61,7 @@ for moments in ("fp32", "bf16", "int8"):
                 low = {name: torch.empty_like(weight, dtype=torch.int16) for name, weight in weights.items()}
                 for name, weight in weights.items():
                     weights[name] = torch.empty_like(weight, dtype=torch.bfloat16)
-                    split_(weight, weights[name], low[name])
+                    split_master_(weight, weights[name], low[name])
             elif moments == "fp32":  # PyTorch's own kernel does that
                 kernel = False
             ways.append(Optimizer(weights, config, low, kernel))
@@ -72,7 +72,7 @@ for moments in ("fp32", "bf16", "int8"):
             for way in ways:  # PyTorch's kernel scales the gradients in place
                 way.step({name: gradient.clone() for name, gradient in gradients.items()}, 1e-2 / step, 0.7)
         for name in start:
-            one, other = (join(way.weights[name], way.master_low_bits[name]) if halves else way.weights[name] for way in ways)
+            one, other = (join_master(way.weights[name], way.master_low_bits[name]) if halves else way.weights[name] for way in ways)
             # A few roundings in fp32 (6e-8); a moment that is rounded another way for them, once in some ten thousand, by 2^-8 or 2^-3.
             bound = {"fp32": 1e-6, "bf16": 1e-5, "int8": 1e-4}[moments]
             assert (one - other).norm() <= bound * other.norm(), (moments, halves, name)
@@ -95,7 +95,7 @@ print("equal")
 RMS_NORM = """
 import torch
 from fast_llm.model import kernels
-from fast_llm.model.norm import _Fused
+from fast_llm.model.norm import _FusedAddRMSNorm
 # The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded once, by at most 2^-11; bf16: the
 # interpreter cuts off what does not fit, at most 2^-7, where a GPU rounds (tests/gpu has its bound).
 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 5e-4)):
@@ -106,21 +106,21 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.floa
         exact = [t.double().requires_grad_() for t in (x, weight)]
         inverse = (exact[0].square().mean(-1) + 1e-5).rsqrt()
         normed = exact[0] * inverse[:, None] * exact[1]
-        for beside in (None, other):
-            given = (grad,) if beside is None else (grad, beside)
+        for residual_grad in (None, other):
+            given = (grad,) if residual_grad is None else (grad, residual_grad)
             wanted = torch.autograd.grad((normed, exact[0] * 1)[: len(given)], exact, [g.double() for g in given], retain_graph=True)
             for found in (
-                kernels.rms_norm_back(grad, beside, x.detach(), weight.detach(), inverse.float().detach()),
+                kernels.rms_norm_backward(grad, residual_grad, x.detach(), weight.detach(), inverse.float().detach()),
                 torch.autograd.grad(
-                    _Fused.apply(x.requires_grad_().view(1, rows, width), weight.requires_grad_(), 1e-5)[: len(given)],
+                    _FusedAddRMSNorm.apply(x.requires_grad_().view(1, rows, width), weight.requires_grad_(), 1e-5)[: len(given)],
                     (x, weight), [g.view(1, rows, width) for g in given],
                 ),
             ):
                 for one, two in zip(found, wanted):
                     assert one.dtype == dtype and one.shape == two.shape
-                    assert (one.double() - two).norm() <= bound * two.norm(), (dtype, rows, width, beside is None)
+                    assert (one.double() - two).norm() <= bound * two.norm(), (dtype, rows, width, residual_grad is None)
 x = torch.randn(3, 8, requires_grad=True)
-assert torch.equal(torch.autograd.grad(_Fused.apply(x, torch.ones(8), 1e-5)[1].sum(), x)[0], torch.ones(3, 8))
+assert torch.equal(torch.autograd.grad(_FusedAddRMSNorm.apply(x, torch.ones(8), 1e-5)[1].sum(), x)[0], torch.ones(3, 8))
 print("equal")
 """
 
@@ -153,7 +153,7 @@ for short, largest in ((torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)):
                 straight, turned = ((torch.zeros(size, dtype=short) if way else torch.empty(0, dtype=short))
                                     for way, size in zip(ways, ((rows, columns), (columns, rows))))
                 assert kernels.amax(given.to(dtype)) == given.abs().max()
-                kernels.shorten((given / 8).to(dtype), torch.tensor(0.125), straight, turned)
+                kernels.quantize_fp8((given / 8).to(dtype), torch.tensor(0.125), straight, turned)
                 for found, wanted in ((straight, codes), (turned, codes.t())):
                     assert not found.numel() or torch.equal(found.float(), wanted), (short, rows)
 for number in (torch.nan, -torch.inf, 0.0, -1e-40, 3.0):

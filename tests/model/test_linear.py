@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fast_llm.model import linear
 from fast_llm.model.attention import attention
-from fast_llm.model.linear import Linear, add_product_, product
+from fast_llm.model.linear import Linear, add_matmul_, product
 from fast_llm.model.loss import cross_entropy
 from tests.model.test_attention import by_hand, documents
 
@@ -19,7 +19,9 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """One without instructions for 16 bits, or with them, or so taken."""
     torch.manual_seed(0)
     monkeypatch.setattr(
-        linear, "_WIDENED", () if request.param == "as it is" else (torch.bfloat16, torch.float16)
+        linear,
+        "_UPCAST_DTYPES",
+        () if request.param == "as it is" else (torch.bfloat16, torch.float16),
     )
     return str(request.param)
 
@@ -37,7 +39,7 @@ SIZES = [(3, 1500, 7), (5, 1024, 1024), (64, 33, 2049), (1, 1, 1), (1025, 65, 2)
 def test_product(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, sizes: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     left, right = (
         torch.randn(sizes[0], sizes[1]).to(dtype),
@@ -52,7 +54,7 @@ def test_product(
     total = torch.randn(wanted.shape)
     for first in (False, True):
         sums = total.clone()
-        add_product_(sums, left, right, first=first)
+        add_matmul_(sums, left, right, first=first)
         assert distance(sums, wanted if first else wanted + total.double()) < 1e-6
 
 
@@ -120,7 +122,7 @@ def test_head(processor: str, implementation: str) -> None:
 
 
 def test_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     layer, x = (
         Linear(16, 2050, bias=False, dtype=torch.bfloat16),

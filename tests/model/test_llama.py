@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fast_llm.checkpoint.llama import architecture
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
-from fast_llm.model.attention import Documents
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.cost import shapes
 from fast_llm.model.llama import Llama, init_weights
 
@@ -110,7 +110,9 @@ def test_packed_documents_equal_each_alone() -> None:
     lengths = (1, 7, 24, 30, 1, 1)
     positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 32)
     boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    packed = model(tokens, positions, Documents(lengths, boundaries, max(lengths))).flatten(0, 1)
+    packed = model(tokens, positions, PackedSequences(lengths, boundaries, max(lengths))).flatten(
+        0, 1
+    )
     alone = [
         model(part[None], torch.arange(len(part))[None])[0]
         for part in tokens.flatten().split(list(lengths))

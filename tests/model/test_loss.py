@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fast_llm.errors import ConfigError
 from fast_llm.model import linear
 from fast_llm.model import loss as losses
-from fast_llm.model.loss import choose_cross_entropy, cross_entropy, stretch_length
+from fast_llm.model.loss import choose_cross_entropy, chunk_length, cross_entropy
 from tests.model.test_attention import Largest
 
 
@@ -44,12 +44,12 @@ def test_loss_and_gradients(
     if implementation == "fused":
         total = torch.full((301, 19), 2.0)
         for _ in range(2):
-            again = cross_entropy(hidden, weight, labels, implementation, splits, total=total)
+            again = cross_entropy(hidden, weight, labels, implementation, splits, main_grad=total)
             assert torch.equal(again, loss)
-            (by_hidden, none) = torch.autograd.grad(
+            (grad_hidden, none) = torch.autograd.grad(
                 again * 0.25, (hidden, weight), allow_unused=True
             )
-            assert torch.equal(by_hidden, found[0]) and none is None
+            assert torch.equal(grad_hidden, found[0]) and none is None
         # Twice the gradient, and 5,719 roundings in fp32 of numbers near 2 (1e-5 together).
         assert ((total - 2).double() - 2 * wanted[1].double()).norm() <= bound * 2 * wanted[
             1
@@ -62,8 +62,8 @@ def test_loss_and_gradients(
 
 @pytest.mark.usefixtures("ways")
 def test_fused_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses._STRETCH, "cpu", 64 * 1000)
-    monkeypatch.setitem(losses._PIECE, "cpu", 16 * 1000)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 64 * 1000)
+    monkeypatch.setitem(losses.FP32_LOGITS_PER_PIECE, "cpu", 16 * 1000)
     hidden, weight = (
         torch.randn(640, 8, requires_grad=True),
         torch.randn(1000, 8, requires_grad=True),
@@ -79,16 +79,16 @@ def test_fused_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_length_of_a_stretch() -> None:
     """A few tokens are cut as well: all their logits never exist at once."""
-    assert stretch_length("cpu", 7, 100, None) == 4
-    assert stretch_length("cpu", 8192, 128256, None) == 2**25 // 128256
-    assert stretch_length("cuda", 16384, 128256, None) == 2**29 // 128256
-    assert stretch_length("cpu", 8192, 128256, 3) == 2731
-    assert stretch_length("cpu", 8, 2**26, None) == 1
+    assert chunk_length("cpu", 7, 100, None) == 4
+    assert chunk_length("cpu", 8192, 128256, None) == 2**25 // 128256
+    assert chunk_length("cuda", 16384, 128256, None) == 2**29 // 128256
+    assert chunk_length("cpu", 8192, 128256, 3) == 2731
+    assert chunk_length("cpu", 8, 2**26, None) == 1
 
 
 def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     # In bf16, and as where a processor has it: PyTorch's counter does not know the product that adds to its output, which fp32 takes.
-    monkeypatch.setattr(linear, "_WIDENED", ())
+    monkeypatch.setattr(linear, "_UPCAST_DTYPES", ())
     hidden, weight = torch.randn(40, 8).bfloat16(), torch.randn(100, 8).bfloat16()
     labels = torch.randint(100, (40,))
     for needs, expected in (
@@ -109,9 +109,9 @@ def test_gradients_are_not_kept() -> None:
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss = cross_entropy(hidden, weight, torch.randint(50, (9,)), "fused", None)
     torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    (inner, _), (by_weight, _) = loss.grad_fn.next_functions  # type: ignore[union-attr]
-    (by_hidden, _) = inner.next_functions[-1]  # type: ignore[union-attr]
-    assert by_weight.gradient is None and by_hidden.gradient is None  # type: ignore[union-attr]
+    (inner, _), (grad_weight, _) = loss.grad_fn.next_functions  # type: ignore[union-attr]
+    (grad_hidden, _) = inner.next_functions[-1]  # type: ignore[union-attr]
+    assert grad_weight.gradient is None and grad_hidden.gradient is None  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="backward pass ran twice"):
         torch.autograd.grad(loss, (hidden, weight))
 

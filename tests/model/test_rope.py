@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fast_llm.config.train import RotaryConfig
-from fast_llm.model.rope import frequencies, rotary, rotate
+from fast_llm.model.rope import frequencies, rotary_angles, rotate
 
 LLAMA_3 = RotaryConfig(type="llama3", theta=500000, scale_factor=8, original_context_length=8192)
 CASES = [
@@ -44,7 +44,7 @@ def test_angles_equal_transformers(
     )
     assert torch.equal(frequencies(config, head_dim), theirs.inv_freq)
     positions = torch.tensor([[0, 1, 2, 1000, 8191, 131071]])
-    cos, sin = rotary(positions, config, head_dim)
+    cos, sin = rotary_angles(positions, config, head_dim)
     wanted_cos, wanted_sin = theirs(torch.zeros(1), positions)
     assert cos.dtype == torch.float32
     # The same roundings, and cos and sin to the last bit.
@@ -66,7 +66,7 @@ def test_llama_3_stretches_low_frequencies_alone() -> None:
 @pytest.mark.usefixtures("ways")
 def test_gradient_turns_back() -> None:
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64).float().requires_grad_()
-    cos, sin = rotary(torch.arange(5).expand(2, 5), RotaryConfig(), 8)
+    cos, sin = rotary_angles(torch.arange(5).expand(2, 5), RotaryConfig(), 8)
     cotangent = torch.randn_like(x)
     (found,) = torch.autograd.grad(rotate(x, cos, sin), x, cotangent)
     # Turning is orthogonal: turned again, the gradient is what came in.
@@ -81,7 +81,7 @@ def test_gradient_turns_back() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_16_bits_are_rounded_once(dtype: torch.dtype, bound: float) -> None:
     x = torch.randn(1, 50, 2, 8).to(dtype)
-    cos, sin = rotary(torch.arange(50)[None] + 5000, RotaryConfig(), 8)
+    cos, sin = rotary_angles(torch.arange(50)[None] + 5000, RotaryConfig(), 8)
     found, wanted = rotate(x, cos, sin), rotate(x.float(), cos, sin)
     assert found.dtype == dtype
     assert ((found.float() - wanted).abs() <= bound * wanted.abs() + 1e-7).all()

@@ -5,13 +5,13 @@ import torch
 
 from fast_llm.model.rounding import (
     BLOCK,
-    LEVELS,
-    join,
-    pack_,
-    round_by_chance_,
-    split_,
-    tops,
-    unpack,
+    MAX_QUANTIZED,
+    dequantize,
+    join_master,
+    quantize_,
+    split_master_,
+    stochastic_round_,
+    zero_block_absmax,
 )
 
 KINDS = [torch.int8, torch.uint8]
@@ -25,8 +25,8 @@ def test_halves_lose_nothing() -> None:
         numbers = numbers[numbers.isfinite()]
         high = torch.empty_like(numbers, dtype=torch.bfloat16)
         low = torch.empty_like(numbers, dtype=torch.int16)
-        split_(numbers, high, low)
-        assert torch.equal(join(high, low).view(torch.int32), numbers.view(torch.int32))
+        split_master_(numbers, high, low)
+        assert torch.equal(join_master(high, low).view(torch.int32), numbers.view(torch.int32))
         nearest = numbers.to(torch.bfloat16)
         # Halves go away from zero here, and to even there.
         assert torch.equal(high.view(torch.int16), nearest.view(torch.int16)) == (lower != 0x8000)
@@ -40,7 +40,7 @@ def test_by_chance_is_right_on_average() -> None:
     sums = torch.zeros_like(numbers, dtype=torch.float64)
     for seed in range(25):
         rounded = torch.empty_like(numbers, dtype=torch.bfloat16)
-        round_by_chance_(numbers, rounded, seed)
+        stochastic_round_(numbers, rounded, seed)
         assert ((rounded.float() - numbers).abs() <= 2**-7 * numbers).all()
         sums += rounded
     # A million roundings of at most 2^-7: the mean's deviation is below 2^-8 / 1000.
@@ -48,7 +48,7 @@ def test_by_chance_is_right_on_average() -> None:
     assert means.tolist() == pytest.approx([1.0, 1.001, 1.0039, 3.1e-5, 0.0], rel=2e-5)
     first, again, other = (torch.empty_like(numbers, dtype=torch.bfloat16) for _ in range(3))
     for rounded, seed in ((first, 1), (again, 1), (other, 2)):
-        round_by_chance_(numbers, rounded, seed)
+        stochastic_round_(numbers, rounded, seed)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -66,9 +66,9 @@ def packed(
     numbers: torch.Tensor, kind: torch.dtype, seed: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, tops, and the numbers that they are."""
-    codes, largest = torch.empty(numbers.shape, dtype=kind), tops(numbers)
-    pack_(numbers, codes, largest, seed)
-    return codes, largest, unpack(codes, largest)
+    codes, largest = torch.empty(numbers.shape, dtype=kind), zero_block_absmax(numbers)
+    quantize_(numbers, codes, largest, seed)
+    return codes, largest, dequantize(codes, largest)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +77,7 @@ def packed(
 def test_what_was_packed_is_packed_again(kind: torch.dtype, seed: int | None, count: int) -> None:
     """Bit for bit, by way of the bf16 of a checkpoint."""
     codes, largest, numbers = packed(wild(count, kind), kind, seed)
-    stored = unpack(codes, largest, torch.bfloat16)
+    stored = dequantize(codes, largest, torch.bfloat16)
     assert torch.equal(stored.float(), numbers)
     again = packed(stored.float(), kind)
     assert torch.equal(again[0], codes) and torch.equal(again[1], largest)
@@ -86,7 +86,7 @@ def test_what_was_packed_is_packed_again(kind: torch.dtype, seed: int | None, co
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_and_top(kind: torch.dtype) -> None:
     """Whatever can be in a block: under each top from 0 to that of the largest finite number, each code that is above 0 on the grid."""
-    full = LEVELS[kind]
+    full = MAX_QUANTIZED[kind]
     for top in range(0x7F8):
         some = torch.arange(min(max(full - top + 1, 1), full), full)
         block = torch.cat(
@@ -96,7 +96,7 @@ def test_every_code_and_top(kind: torch.dtype) -> None:
         parts = block[1:].split(BLOCK - 1)
         codes = torch.cat([torch.cat([block[:1], part]) for part in parts]).to(kind)
         largest = torch.full((len(parts),), top, dtype=torch.int16)
-        again = packed(unpack(codes, largest, torch.bfloat16).float(), kind)
+        again = packed(dequantize(codes, largest, torch.bfloat16).float(), kind)
         assert torch.equal(again[0], codes) and torch.equal(again[1], largest), top
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fast_llm.config.train import OptimizerConfig
-from fast_llm.model.rounding import join, split_
+from fast_llm.model.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 
 
@@ -72,13 +72,13 @@ def test_halves_are_fp32() -> None:
     whole, high = weights(), {name: weight.to(torch.bfloat16) for name, weight in weights().items()}
     low = {name: torch.empty_like(weight, dtype=torch.int16) for name, weight in whole.items()}
     for name, weight in whole.items():
-        split_(weight, high[name], low[name])
+        split_master_(weight, high[name], low[name])
     one, other = Optimizer(whole, OptimizerConfig()), Optimizer(high, OptimizerConfig(), low)
     for step in range(1, 11):
         one.step(gradients(step), 1e-3, 0.5)
         other.step(gradients(step), 1e-3, 0.5)
     for name, weight in whole.items():
-        assert torch.equal(join(high[name], low[name]), weight)
+        assert torch.equal(join_master(high[name], low[name]), weight)
         assert torch.equal(one.exp_avg_sq[name], other.exp_avg_sq[name])
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model import native
-from fast_llm.model.attention import Documents
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import Block, Llama, init_weights
 from fast_llm.parallel.context import apply_context_parallel, shard_batch
@@ -56,7 +56,9 @@ def graphs(
         lengths = torch.diff(torch.cat([torch.zeros(1), ends, torch.full((1,), 32)])).int().tolist()
         tokens = torch.randint(256, (1, 32), generator=generator)
         documents = (
-            Documents(tuple(lengths), torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
+            PackedSequences(
+                tuple(lengths), torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+            )
             if packed
             else None
         )
@@ -104,7 +106,7 @@ def worst_gradient(
         native._Loaded.problem, native._Loaded.library = "not wanted", None
     config = validate(BaseModelConfig, Document(TINY, {}, ""))
     documents = (
-        Documents((9, 14, 9), torch.tensor([0, 9, 23, 32], dtype=torch.int32), 14)
+        PackedSequences((9, 14, 9), torch.tensor([0, 9, 23, 32], dtype=torch.int32), 14)
         if packed
         else None
     )

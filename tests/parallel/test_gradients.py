@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
-from fast_llm.model.attention import Documents
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.llama import Llama, init_weights
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
@@ -38,7 +38,7 @@ def model_config(tied: bool, recompute: str) -> BaseModelConfig:
 
 def micro_batch(
     first: int, count: int
-) -> tuple[torch.Tensor, torch.Tensor, Documents, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, PackedSequences, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(255, (SEQUENCES, LENGTH + 1), generator=generator)[first : first + count]
     labels = tokens[:, 1:].clone()
@@ -53,7 +53,7 @@ def micro_batch(
     return (
         tokens[:, :-1],
         torch.stack(positions),
-        Documents(tuple(lengths), ends, max(lengths)),
+        PackedSequences(tuple(lengths), ends, max(lengths)),
         labels,
     )
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.llama import Block
-from fast_llm.model.rope import rotary
+from fast_llm.model.rope import rotary_angles
 from fast_llm.parallel.recompute import apply_recompute
 from tests.helpers import TINY
 
@@ -29,7 +29,7 @@ def cost(level: str) -> tuple[int, int]:
     block = Block(config)
     apply_recompute(block, level)
     hidden = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
-    angles = rotary(torch.arange(TOKENS)[None], config.rotary, config.kv_channels)
+    angles = rotary_angles(torch.arange(TOKENS)[None], config.rotary, config.kv_channels)
     with FlopCounterMode(display=False) as flops:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
             out = block(hidden, angles, None)

@@ -63,14 +63,14 @@ LLAMA = [
 ]
 FP32, BF16 = "model.distributed.training_dtype=fp32", "model.distributed.training_dtype=bf16"
 LEVEL = "model.base_model.transformer.mlp_recompute_level"
-WIDENS = linear.widened(
+WIDENS = linear.upcast_to_fp32(
     torch.empty(0, dtype=torch.bfloat16)
 )  # this processor has no products in bf16
 # What is made of other operations, in Python: these are counted, too.
 COMPOSED = {
-    torch.ops.fast_llm.product.default: linear.product,
-    torch.ops.fast_llm.shorten.default: fp8.shorten,
-    torch.ops.fast_llm.amax.default: fp8.greatest,
+    torch.ops.fast_llm.matmul.default: linear.matmul,
+    torch.ops.fast_llm.quantize_fp8.default: fp8.quantize_fp8,
+    torch.ops.fast_llm.amax.default: fp8.absmax,
 }
 
 
@@ -138,7 +138,7 @@ ALONE = [
     ),
 ]
 SMALL = "model.base_model.vocab_size=256"
-WIDE = [
+E5M2 = [
     f"model.base_model.transformer.{size}"
     for size in ("num_layers=1", "hidden_size=256", "ffn_hidden_size=4096")
 ]
@@ -147,7 +147,7 @@ WIDE = [
 IN_PRODUCTS = [
     [BF16, SMALL],
     [BF16, SMALL, f"{LEVEL}=selective"],
-    [BF16, SMALL, *WIDE, "batch.sequence_length=128"],
+    [BF16, SMALL, *E5M2, "batch.sequence_length=128"],
     [BF16, SMALL, f"{LEVEL}=block", "batch.sequence_length=1536"],
     [BF16, "model.base_model.cross_entropy_impl=torch", "batch.sequence_length=64"],
 ]
@@ -164,7 +164,7 @@ def peaks(settings: list[str], processes: int, widens: bool = WIDENS) -> list[fl
 
 
 def every(several: list[list[str]], widens: bool) -> list[int]:
-    linear._WIDENED = (torch.bfloat16, torch.float16) if widens else ()
+    linear._UPCAST_DTYPES = (torch.bfloat16, torch.float16) if widens else ()
     return [measured(MODEL + settings) for settings in several]
 
 
@@ -183,7 +183,7 @@ def test_memory_of_fp8_within_a_block() -> None:
     small = [BF16, "model.distributed.fp8=yes", SMALL]
     several = [
         small,
-        [*small, *WIDE],
+        [*small, *E5M2],
         [*small, f"{LEVEL}=full"],
         [*small, f"{LEVEL}=block", "batch.sequence_length=1536"],
     ]
@@ -222,13 +222,13 @@ def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a CPU without products in what is computed in holds them in fp32: not in fp32, and not a GPU beside it."""
     bf16, fp32 = config([BF16]), config([FP32])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(linear, "_WIDENED", (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
     assert [build._kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [
         UPCASTING_CPU,
         "cpu",
         "cuda",
     ]
-    monkeypatch.setattr(linear, "_WIDENED", ())
+    monkeypatch.setattr(linear, "_UPCAST_DTYPES", ())
     assert build._kind(bf16, cpu) == "cpu"
 
 

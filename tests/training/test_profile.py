@@ -22,8 +22,8 @@ NAMES = {
         "aten::mm",
         "aten::addmm_",
         "aten::_scaled_mm",
-        "fast_llm::product",
-        "fast_llm::add_product",
+        "fast_llm::matmul",
+        "fast_llm::add_matmul",
         "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN",
         "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_64x2_tn_align8>(Params)",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1",
@@ -31,7 +31,7 @@ NAMES = {
         "triton_tem_fused_mm_3",
     ],
     "attention": [
-        "fast_llm::attention_back",
+        "fast_llm::attention_backward",
         "aten::scaled_dot_product_attention",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128_4x1x1_kernel0_0",
         "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, cutlass::bfloat16_t>>",
@@ -39,7 +39,7 @@ NAMES = {
     ],
     "norms and elementwise": [
         "fast_llm::rms_norm",
-        "fast_llm::swiglu_back",
+        "fast_llm::swiglu_backward",
         "aten::add",
         "triton_per_fused__fused_rms_norm_backward__to_copy_add_5",
         "triton_poi_fused_mul_silu_2",

@@ -105,7 +105,7 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
 def rounding(function: Callable[[list[str]], int], arguments_: list[str]) -> int:
     """With products as a processor with bf16 makes them: all are rounded. One without does not round those that gradients of masters
     in halves add to their sums, and from step 2 on the loss differs by 4e-4 from that of whole ones, whose gradients are rounded."""
-    linear._WIDENED = ()
+    linear._UPCAST_DTYPES = ()
     return function(arguments_)
 
 
