@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fast_llm.model import cudnn
+from fast_llm.kernels import cudnn
 
 SMOL = [
     "model.base_model.vocab_size=49152",

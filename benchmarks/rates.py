@@ -117,7 +117,7 @@ def one_backend(batch: int, length: int, work: float, backend: SDPBackend | None
 
 def documents(batch: int, length: int, work: float) -> None:
     """Through the boundaries of documents, one as long as the sequence."""
-    from fast_llm.model import cudnn
+    from fast_llm.kernels import cudnn
     from fast_llm.model.attention import _varlen_kernel
 
     q, k, v = (

@@ -7,7 +7,7 @@ that whatever else the machine does falls on all. Ours is the product's own step
 weights, gradients and moments. The others clip gradients to norm 1 and use torch.optim.AdamW(fused=True), as ours does.
 
 ours                    bf16 compute
-ours-plain              the same without the kernels of model/native.cpp
+ours-plain              the same without the kernels of kernels/cpu.cpp
 ours-fp32               fp32
 transformers            pure bf16: weights, gradients and moments
 transformers-kept       the same, keeping freed memory as `fast-llm train` does, which anybody could
@@ -38,9 +38,9 @@ import torch
 
 from fast_llm.config.train import BaseModelConfig, GradientScalerConfig, OptimizerConfig
 from fast_llm.data.loader import Batch
-from fast_llm.model import native
-from fast_llm.model.cost import cost
+from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.llama import Llama, init_weights
+from fast_llm.models.llama import cost
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.mesh import Mesh
@@ -73,9 +73,9 @@ def ours(
 ) -> Callable[[], float]:
     """A step that returns its loss."""
     keep_freed_memory()  # as `fast-llm train` does
-    native.take_faster_exact_products()
+    cpu_kernels.take_faster_exact_products()
     if plain:
-        native._Loaded.problem = "not wanted"
+        cpu_kernels._Loaded.problem = "not wanted"
     config = BaseModelConfig.model_validate(SHAPE)
     with torch.device("meta"):
         model = Llama(config)
@@ -202,7 +202,7 @@ def trained(
 
 def products(sequences: int, length: int, dtype: torch.dtype) -> Callable[[], float]:
     """One product of 2,048³, by oneDNN in fp32 as well."""
-    native.take_faster_exact_products()
+    cpu_kernels.take_faster_exact_products()
     # Transposed, as a layer's weights are: the other way PyTorch takes half a minute for it in bf16 where a processor has none.
     left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype).t()
     out = torch.empty_like(left)

@@ -240,7 +240,7 @@ def main() -> None:
         return
 
     from fast_llm.config.train import BaseModelConfig
-    from fast_llm.model.cost import cost
+    from fast_llm.models.llama import cost
 
     versions = {"torch": torch.__version__}
     for package in ("transformers", "liger_kernel", "litgpt", "torchtitan", "triton"):

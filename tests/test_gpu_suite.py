@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fast_llm.checkpoint.llama import architecture, shapes
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
+from fast_llm.models.llama import architecture, shapes
 from tests.gpu import files
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from fast_llm.config.checks import violations
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
-from fast_llm.model.cost import shapes
+from fast_llm.models.llama import shapes
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run_all, settings, weights, write_tokens
 

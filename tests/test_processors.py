@@ -44,6 +44,7 @@ PROCESSORS = {
 }
 # Where numbers are compared: the model, layouts, optimizer, runs, exports.
 NUMERIC = [
+    "tests/kernels",
     "tests/model",
     "tests/parallel",
     "tests/optim",

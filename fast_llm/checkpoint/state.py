@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.llama import read_header
+from fast_llm.checkpoint.huggingface import read_header
 from fast_llm.checkpoint.weights import (
     all_gather_object,
     in_file_order,

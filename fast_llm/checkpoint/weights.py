@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.llama import is_spare, place, weight_files
+from fast_llm.checkpoint.huggingface import weight_files
 from fast_llm.errors import CheckpointError
+from fast_llm.models.llama import is_spare, place
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX = "model.safetensors.index.json"

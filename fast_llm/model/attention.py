@@ -2,8 +2,8 @@
 
 Several documents share a sequence; none sees another. No mask is built, so the work is Σ length², not S²:
 
-a GPU in 16 bits    cuDNN (model/cudnn.py) or PyTorch's variable-length kernel (FlashAttention) takes the boundaries
-a CPU               ours does (model/native.cpp), in fp32 and bf16
+a GPU in 16 bits    cuDNN (kernels/cudnn.py) or PyTorch's variable-length kernel (FlashAttention) takes the boundaries
+a CPU               ours does (kernels/cpu.cpp), in fp32 and bf16
 elsewhere           each document goes through scaled_dot_product_attention by itself; documents of one length that
                     lie side by side go together
 
@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from fast_llm.model import cudnn, native
+from fast_llm.kernels import cpu as cpu_kernels
+from fast_llm.kernels import cudnn
 from fast_llm.model.linear import upcast_to_fp32
 
 # Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
@@ -117,7 +118,7 @@ def attention(
     if upcast_to_fp32(q):
         out = attention(q.float(), k.float(), v.float(), documents, flash).to(q.dtype)
         return out
-    if flash and native.usable(q, products=True) and q.shape[-1] % 2 == 0:
+    if flash and cpu_kernels.usable(q, products=True) and q.shape[-1] % 2 == 0:
         if documents is None or one_per_sequence:
             out = _CpuAttention.apply(q, k, v, _equal_cu_seqlens(q))  # type: ignore[no-untyped-call]
             return out
@@ -175,7 +176,7 @@ torch.library.define(
 @torch.library.impl("fast_llm::attention", "cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     out, log_sums = _empty_results(q, k, v, ends)
-    native.run(
+    cpu_kernels.run(
         "attention", out, log_sums, q, k, v, ends, len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
     )
     return out, log_sums

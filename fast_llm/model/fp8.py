@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import fast_llm.model.linear  # noqa: F401  (what adds to a sum)
-from fast_llm.model import kernels
+from fast_llm.kernels import triton as triton_kernels
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -90,7 +90,9 @@ torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
 def absmax(x: Tensor) -> Tensor:
     """The greatest magnitude, fp32; NaN if there is one."""
     return (
-        kernels.amax(x.contiguous()) if kernels.AVAILABLE and x.is_cuda else x.abs().amax().float()
+        triton_kernels.amax(x.contiguous())
+        if triton_kernels.AVAILABLE and x.is_cuda
+        else x.abs().amax().float()
     )
 
 
@@ -112,9 +114,9 @@ def quantize_fp8(
     x: Tensor, scale: Tensor, dtype: torch.dtype, row_major: bool, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """x [M, N] divided by its scale, in fp8: [M, N] and [N, M], or what is asked for of them."""
-    if kernels.AVAILABLE and x.is_cuda:
+    if triton_kernels.AVAILABLE and x.is_cuda:
         made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, row_major, transposed)
-        kernels.quantize_fp8(x.contiguous(), scale, *made)
+        triton_kernels.quantize_fp8(x.contiguous(), scale, *made)
         return made
     limit = torch.finfo(dtype).max
     wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

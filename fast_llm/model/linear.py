@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fast_llm.model import kernels
+from fast_llm.kernels import triton as triton_kernels
 
 CHUNK_ROWS = 1024  # rows that are accumulated, or cast to fp32, at a time: they stay in the cache
 
@@ -153,8 +153,8 @@ torch.library.define("fast_llm::add", "(Tensor(a!) main_grad, Tensor gradient) -
 
 @torch.library.impl("fast_llm::add", ("cpu", "cuda"))
 def _add_gradient(main_grad: Tensor, gradient: Tensor) -> None:
-    if kernels.AVAILABLE and main_grad.is_cuda and gradient.is_contiguous():
-        kernels.add_(main_grad, gradient)
+    if triton_kernels.AVAILABLE and main_grad.is_cuda and gradient.is_contiguous():
+        triton_kernels.add_(main_grad, gradient)
     else:
         main_grad += gradient
 

@@ -5,7 +5,7 @@
            and of the head, so that the logits of the whole micro-batch never exist (the idea of Liger Kernel,
            Hsu et al. 2024). Costs an fp32 gradient of the head, and a pass over it for each stretch.
 `triton`   as `fused`; one kernel makes loss and gradient of a stretch, in place of its logits. On the CPU `fused` has such a
-           kernel, too (model/native.cpp).
+           kernel, too (kernels/cpu.cpp).
 `auto`     `triton` on a GPU that has Triton, else `fused`.
 
 A head may be cut by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019): each has the logits of its
@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast_llm.errors import ConfigError
-from fast_llm.model import kernels, native
+from fast_llm.kernels import cpu as cpu_kernels
+from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.linear import CHUNK_ROWS, add_matmul_, linear, matmul
 
 IGNORED = -100
@@ -54,7 +55,7 @@ def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> s
 
     Raises ConfigError for `triton` where it can not run.
     """
-    possible = device_type == "cuda" and triton_allowed and kernels.AVAILABLE
+    possible = device_type == "cuda" and triton_allowed and triton_kernels.AVAILABLE
     if name == "auto":
         return "triton" if possible else "fused"
     if name == "triton" and not possible:
@@ -110,8 +111,8 @@ def cross_entropy(
 
 def _kernel(implementation: str, hidden: Tensor) -> Kernel | None:
     if implementation == "triton":
-        return kernels.softmax_cross_entropy_
-    return native.softmax_cross_entropy_ if native.usable(hidden) else None
+        return triton_kernels.softmax_cross_entropy_
+    return cpu_kernels.softmax_cross_entropy_ if cpu_kernels.usable(hidden) else None
 
 
 def chunk_length(device_type: str, tokens: int, vocabulary: int, num_chunks: int | None) -> int:

@@ -1,9 +1,9 @@
 """RMSNorm: x / √(mean x² + ε) · weight (Zhang & Sennrich 2019), all of it in fp32 but the result.
 
 On a GPU the forward pass is PyTorch's, or what its compiler makes of it; the backward pass is a Triton kernel where
-there is Triton (model/kernels.py), since the compiler's takes more than twice the time that memory asks for. On the CPU
+there is Triton (kernels/triton.py), since the compiler's takes more than twice the time that memory asks for. On the CPU
 PyTorch runs it as a dozen operations that keep three fp32 copies of x for the backward pass; here nothing but x and one
-number a token is kept. model/native.cpp has it in one pass; where that can not be built it is a few of PyTorch's operations.
+number a token is kept. kernels/cpu.cpp has it in one pass; where that can not be built it is a few of PyTorch's operations.
 Letters: T tokens, E hidden size.
 """
 
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast_llm.model import kernels, native
+from fast_llm.kernels import cpu as cpu_kernels
+from fast_llm.kernels import triton as triton_kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -26,10 +27,10 @@ def fused_add_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tenso
     """The normalised x, and x itself: for a residual stream, whose two gradients are then added where they are made."""
     normed: Tensor
     if x.device.type == "cpu":
-        function = _CpuRMSNorm if native.usable(x) and weight.dtype == x.dtype else _RMSNorm
+        function = _CpuRMSNorm if cpu_kernels.usable(x) and weight.dtype == x.dtype else _RMSNorm
         normed = function.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         return normed, x
-    if kernels.AVAILABLE and x.is_cuda and weight.dtype == x.dtype:
+    if triton_kernels.AVAILABLE and x.is_cuda and weight.dtype == x.dtype:
         both: tuple[Tensor, Tensor] = _FusedAddRMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         return both
     return F.rms_norm(x, weight.shape, weight, epsilon), x
@@ -93,7 +94,7 @@ def _backward(
         return tensor.contiguous().flatten(0, -2)
 
     along = None if residual_grad is None else rows(residual_grad)
-    grad_x, grad_weight = kernels.rms_norm_backward(
+    grad_x, grad_weight = triton_kernels.rms_norm_backward(
         rows(grad), along, rows(x), weight, inverse.flatten()
     )
     return grad_x.view(x.shape), grad_weight

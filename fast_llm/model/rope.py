@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast_llm.config.train import RotaryConfig
-from fast_llm.model import native
+from fast_llm.kernels import cpu as cpu_kernels
 
 Angles = tuple[Tensor, Tensor]
 
@@ -81,7 +81,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _apply(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    if native.usable(x) and cos.shape[:2] == x.shape[:2]:
+    if cpu_kernels.usable(x) and cos.shape[:2] == x.shape[:2]:
         x = x.contiguous()
         out = torch.empty_like(x)
         torch.ops.fast_llm.rotate(

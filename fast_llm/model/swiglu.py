@@ -1,6 +1,6 @@
 """SwiGLU's elementwise part: silu(gate) · up (Shazeer 2020).
 
-On the CPU it is one pass forward and one backward, and nothing but its two factors is kept (model/native.cpp).
+On the CPU it is one pass forward and one backward, and nothing but its two factors is kept (kernels/cpu.cpp).
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast_llm.model import native
+from fast_llm.kernels import cpu as cpu_kernels
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """[..., F] and [..., F] → [..., F]."""
-    if not native.usable(gate) or up.dtype != gate.dtype:
+    if not cpu_kernels.usable(gate) or up.dtype != gate.dtype:
         return F.silu(gate) * up
     product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return product

@@ -9,7 +9,7 @@ gradient and both moments, which also applies clipping and the loss scale.
 
 λ is `weight_decay` for matrices, embeddings and the output head included; 0 for norms and biases.
 Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones, of which that of squares is rounded by chance, and 2.03 for those of
-8 bits, both rounded by chance (model/rounding.py).
+8 bits, both rounded by chance (kernels/rounding.py).
 """
 
 import math
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fast_llm.config.train import OptimizerConfig
-from fast_llm.model import kernels
-from fast_llm.model.rounding import (
+from fast_llm.kernels import triton as triton_kernels
+from fast_llm.kernels.rounding import (
     dequantize,
     join_master,
     quantize_,
@@ -71,7 +71,7 @@ class Optimizer:
         """`weights` are updated in place; those with two or more dimensions decay.
 
         The number of dimensions is that of the whole weight, which a shard along the first one keeps. They are fp32, or bf16
-        with what is missing in `master_low_bits` (model/rounding.py). `use_kernel`: use ours, which needs Triton.
+        with what is missing in `master_low_bits` (kernels/rounding.py). `use_kernel`: use ours, which needs Triton.
         """
         self.config = config
         self.weights = dict(weights)
@@ -167,7 +167,7 @@ class Optimizer:
         factor: float,
         seed: int,
     ) -> None:
-        kernels.adamw_(
+        triton_kernels.adamw_(
             self.weights[name],
             self.master_low_bits.get(name),
             gradient,

@@ -5,7 +5,7 @@ weight's gradient it is added to the fp32 one and freed, so that low-precision g
 rounding never accumulates over micro-batches. After the update the masters are rounded into the model.
 In fp32 the model's weights are themselves the masters.
 
-On a GPU in bf16 the master is the model's weight and the 16 bits that it lacks (model/rounding.py): the same numbers in two bytes
+On a GPU in bf16 the master is the model's weight and the 16 bits that it lacks (kernels/rounding.py): the same numbers in two bytes
 less. On a CPU, where memory is not what is short, that would be a pass more.
 
 Cost per weight: 2 (model) + 4 or 2 (master) + 4 (gradient) bytes, and the optimizer's moments; 8 in fp32.
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.model.fp8 import Fp8Linear
 from fast_llm.model.linear import linear
 from fast_llm.model.llama import Head
-from fast_llm.model.rounding import join_master, split_master_
 
 
 class SingleWeights:

@@ -16,7 +16,7 @@ from functools import cached_property
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import BaseModelConfig, TrainConfig
-from fast_llm.model.cost import shapes
+from fast_llm.models.llama import shapes
 
 _ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
 STRETCH = {"cuda": 2**29, "cpu": 2**25}  # model/loss.py: logits at once
@@ -24,7 +24,7 @@ _PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
 MOMENT_BYTES = {
     "bf16": 4,
     "int8": 2 * (1 + 2 / 128),
-}  # model/rounding.py: two bytes for each block of 128
+}  # kernels/rounding.py: two bytes for each block of 128
 
 # A CPU that has no products in the dtype that is computed in, and makes them in fp32 (model/linear.py).
 UPCASTING_CPU = "widening cpu"

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.checks import check
 from fast_llm.config.section import (
@@ -37,7 +37,9 @@ from fast_llm.config.train import REFUSED, RENAMED, CheckpointConfig, ExportConf
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import CheckpointError, ConfigError, MissingPackage, UserError
-from fast_llm.model.cost import Cost, cost
+from fast_llm.models import llama
+from fast_llm.models.flops import Cost
+from fast_llm.models.llama import cost
 from fast_llm.planning import history as histories
 from fast_llm.planning.history import History
 
@@ -196,7 +198,7 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
         and checkpoint is None
     )
     if source is not None and from_weights and (local or weights):
-        wrong = attempt(lambda: llama.check_weights(source, model), "pretrained.path") or []
+        wrong = attempt(lambda: huggingface.check_weights(source, model), "pretrained.path") or []
         problems += [
             located(problem, document, TrainConfig, "pretrained.path") for problem in wrong
         ]
@@ -439,10 +441,12 @@ def _pretrained(
     if document.get("pretrained.format", "llama") == "distributed":
         source = Path(path).expanduser()
         kept = source.parent.parent / "pretrained"  # beside the checkpoint's folder
-        config = llama.read_json(kept / "config.json") if (kept / "config.json").exists() else None
+        config = (
+            huggingface.read_json(kept / "config.json") if (kept / "config.json").exists() else None
+        )
         with locating(document, TrainConfig, "pretrained.path"):
             info = checkpoints.verify(source).info
-        small = llama.small_files(kept) if kept.is_dir() else {}
+        small = huggingface.small_files(kept) if kept.is_dir() else {}
         return source, None if config is None else _as_trained(config, info), small
     copy = folder / "pretrained" if folder is not None else None
     gone = not Path(path).expanduser().exists()
@@ -453,10 +457,14 @@ def _pretrained(
         and checkpoints.find(copy.parent / "checkpoint")
     ):
         # The run has its own weights by now; the model it came from may be gone.
-        return copy, llama.read_json(copy / "config.json"), llama.small_files(copy)
+        return copy, huggingface.read_json(copy / "config.json"), huggingface.small_files(copy)
     try:
-        source = llama.fetch(path, weights)
-        return source, llama.read_json(source / "config.json"), llama.small_files(source)
+        source = huggingface.fetch(path, weights)
+        return (
+            source,
+            huggingface.read_json(source / "config.json"),
+            huggingface.small_files(source),
+        )
     except UserError as error:
         raise ConfigError(
             [f"{document.where('pretrained.path')}: pretrained.path: {error}"]
@@ -485,7 +493,7 @@ def _untied(document: Document, source: Path, config: dict[str, Any]) -> dict[st
     ):
         return config
     try:
-        there = llama.HEAD in llama.weight_files(source)
+        there = llama.HEAD in huggingface.weight_files(source)
     except CheckpointError:  # of a model on the Hub, before its weights are fetched
         there = True
     return config | {"tie_word_embeddings": False} if there else config
@@ -500,7 +508,7 @@ def _dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
             and not Path(place).is_absolute()
             and ".." not in Path(place).parts
         ):
-            found = llama.small_files(Path(path).parent / place)
+            found = huggingface.small_files(Path(path).parent / place)
             return {
                 k: v
                 for k, v in found.items()

@@ -17,7 +17,7 @@ from fast_llm.config.checks import check, violations
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError
-from fast_llm.model.cost import cost
+from fast_llm.models.llama import cost
 from fast_llm.planning.memory import (
     MOMENT_BYTES,
     Memory,

@@ -20,7 +20,9 @@ from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
-from fast_llm.model import cudnn, kernels, native
+from fast_llm.kernels import cpu as cpu_kernels
+from fast_llm.kernels import cudnn
+from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.fp8 import apply_fp8
 from fast_llm.model.linear import upcast_to_fp32
 from fast_llm.model.llama import Block, Llama
@@ -99,7 +101,7 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
             interrupt.begin_graceful(lambda: failures.failing or failures.code is not None)
             if mesh.device.type == "cpu":
                 keep_freed_memory()
-                native.take_faster_exact_products()
+                cpu_kernels.take_faster_exact_products()
             with locating, exclusive_lock(spec, mesh):
                 return _run(spec, mesh, interrupt, started)
         except OSError as error:
@@ -163,7 +165,7 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
         for warning in spec.warnings:
             logger.warning(f"{warning}.")
         _tell_memory(spec, mesh, memory)
-        if mesh.device.type == "cpu" and (problem := native.load()):
+        if mesh.device.type == "cpu" and (problem := cpu_kernels.load()):
             logger.warning(
                 f"Training on the CPU without our own kernels, about half as fast: they could not be built ({problem});"
                 " install a C++ compiler (g++ or clang++ with OpenMP), or name one in the environment variable CXX."
@@ -319,7 +321,7 @@ def build_model(
     if not config.run.torch_dynamo_enable:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if not config.run.enable_triton_kernels:
-        kernels.AVAILABLE = False
+        triton_kernels.AVAILABLE = False
     sizes = stage_sizes(config)
     models = []
     for stage in stages_of_rank(
@@ -349,7 +351,9 @@ def build_model(
 
 
 def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
-    return mesh.device.type == "cuda" and config.run.enable_triton_kernels and kernels.AVAILABLE
+    return (
+        mesh.device.type == "cuda" and config.run.enable_triton_kernels and triton_kernels.AVAILABLE
+    )
 
 
 def build_pipeline(

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint import llama, state
+from fast_llm.checkpoint import huggingface, state
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.prepare import ConvertConfig
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
-from fast_llm.model.cost import shapes
+from fast_llm.models import llama
+from fast_llm.models.llama import shapes
 
 logger = logging.getLogger("fast_llm")
 
@@ -39,10 +40,10 @@ def convert(config: ConvertConfig) -> None:
             Path(source.path).expanduser(), output, target.data_type, target.parameters_per_file
         )
     elif target.format == "distributed":
-        _import(llama.fetch(source.path, weights=True), output)
+        _import(huggingface.fetch(source.path, weights=True), output)
     else:
         _copy(
-            llama.fetch(source.path, weights=True),
+            huggingface.fetch(source.path, weights=True),
             output,
             target.data_type,
             target.parameters_per_file,
@@ -66,8 +67,8 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
     weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
     state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
     kept = path.parent.parent / "pretrained"
-    small = llama.small_files(kept) if kept.is_dir() else {}
-    original = llama.read_json(kept / "config.json") if "config.json" in small else None
+    small = huggingface.small_files(kept) if kept.is_dir() else {}
+    original = huggingface.read_json(kept / "config.json") if "config.json" in small else None
     wanted = dtype or trained_in
     length = settings.get("batch", {}).get("sequence_length", 0)
     tokens = info.get("tokens") or _tokens(kept)
@@ -76,7 +77,7 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
         weights,
         config=llama.export_config(original, model, wanted, tokens, length),
         dtype=wanted,
-        files=llama.export_files(small, length),
+        files=huggingface.export_files(small, length),
         parameters_per_file=parameters_per_file,
         step=info["step"],
     )
@@ -92,9 +93,9 @@ def _tokens(folder: Path) -> dict[str, int | None]:
 
 def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
     """The weights of a Hugging Face folder in fp32, which holds every smaller dtype exactly."""
-    original = llama.read_json(path / "config.json")
+    original = huggingface.read_json(path / "config.json")
     model = _model(llama.architecture(original, f"{path}/config.json"), f"{path}/config.json")
-    if problems := llama.check_weights(path, model):
+    if problems := huggingface.check_weights(path, model):
         raise ConfigError(problems)
     weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
     load_weights(weights, path)
@@ -103,8 +104,8 @@ def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[st
 
 def _import(path: Path, output: Path) -> None:
     """A Hugging Face folder → a checkpoint without moments, its small files beside it."""
-    llama.read_json(path / "config.json")
-    small = llama.small_files(path)
+    huggingface.read_json(path / "config.json")
+    small = huggingface.small_files(path)
     kept = output.parent.parent / "pretrained"
     if (kept / "config.json").exists() and (kept / "config.json").read_bytes() != small[
         "config.json"
@@ -114,7 +115,7 @@ def _import(path: Path, output: Path) -> None:
             " below one of its own, as in <folder>/checkpoint/0"
         )
     model, weights, original = _read(path)
-    dtype = llama.stored_dtype(path, original)
+    dtype = huggingface.stored_dtype(path, original)
     info = {
         "step": 0,
         "settings": {
@@ -137,13 +138,13 @@ def _import(path: Path, output: Path) -> None:
 def _copy(path: Path, output: Path, dtype: str | None, parameters_per_file: int) -> None:
     """A Hugging Face folder → another, in another dtype or cut into other files."""
     model, weights, original = _read(path)
-    wanted = dtype or llama.stored_dtype(path, original)
+    wanted = dtype or huggingface.stored_dtype(path, original)
     export_hugging_face(
         output,
         weights,
         config=llama.export_config(original, model, wanted, {}),
         dtype=wanted,
-        files=llama.small_files(path),
+        files=huggingface.small_files(path),
         parameters_per_file=parameters_per_file,
         step=0,
     )

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import TrainingStopped
+from fast_llm.kernels.rounding import INFINITE_LEVEL
 from fast_llm.model.batch import Batch
-from fast_llm.model.rounding import INFINITE_LEVEL
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.step import TrainStep

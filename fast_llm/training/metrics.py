@@ -18,7 +18,7 @@ import torch
 
 from fast_llm.config.batch import BatchSizes
 from fast_llm.config.train import TrainConfig
-from fast_llm.model.cost import Cost
+from fast_llm.models.flops import Cost, peak_flops
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.charts import TensorBoard, Wandb
 from fast_llm.training.run import Run
@@ -171,7 +171,7 @@ class Metrics:
         rate = tokens / step_seconds / self.mesh.size
         model_flops = self.cost.model_flops_per_token * tokens / step_seconds / self.mesh.size
         hardware_flops = self.cost.hardware_flops_per_token * tokens / step_seconds / self.mesh.size
-        peak = self.cost.peak_flops(self.device_name) if self.device_name else None
+        peak = peak_flops(self.device_name) if self.device_name else None
         return {
             "step_time_ms": step_seconds * 1e3,
             "step_time_average_ms": self.train_seconds / (step - self.start_step) * 1e3,

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
-from fast_llm.checkpoint.llama import export_config, export_files
+from fast_llm.checkpoint.huggingface import export_files
 from fast_llm.checkpoint.weights import all_gather_object, export_hugging_face, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import init_weights
+from fast_llm.models.llama import export_config
 from fast_llm.parallel.context import shard_batch
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.data import tokenfile
 from fast_llm.errors import UserError
 from tests.campaigns.hostile import resealed, safetensors, tensor
@@ -40,7 +40,7 @@ def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]
 
     def header(data: bytes) -> None:
         (folder / "m.safetensors").write_bytes(data)
-        llama.read_header(folder / "m.safetensors")
+        huggingface.read_header(folder / "m.safetensors")
 
     write_tokens(folder / "f", 3)
     (folder / "c").mkdir()
@@ -62,7 +62,7 @@ def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]
             manifest,
             str(folders.__file__),
         ),
-        "safetensors header": (good, header, str(llama.__file__)),
+        "safetensors header": (good, header, str(huggingface.__file__)),
     }
 
 

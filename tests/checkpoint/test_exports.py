@@ -14,11 +14,12 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from fast_llm.checkpoint import folder, llama, state, weights
+from fast_llm.checkpoint import folder, huggingface, state, weights
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.errors import CheckpointError
-from fast_llm.model.cost import shapes
 from fast_llm.model.llama import Llama
+from fast_llm.models import llama
+from fast_llm.models.llama import shapes
 from tests.helpers import TINY, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -201,8 +202,8 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
 def test_there_and_back(tmp_path: Path) -> None:
     """A folder → weights → a checkpoint → weights → a folder: the same bytes throughout, also cut otherwise."""
     export(str(tmp_path / "first"), "bf16", FEW)
-    source = llama.read_json(tmp_path / "first" / "config.json")
-    assert llama.check_weights(tmp_path / "first", MODEL) == []
+    source = huggingface.read_json(tmp_path / "first" / "config.json")
+    assert huggingface.check_weights(tmp_path / "first", MODEL) == []
     loaded = {name: torch.full(shape, 9.0) for name, shape in shapes(MODEL).items()}
     weights.load_weights(loaded, tmp_path / "first")
     path = state.save(tmp_path, 1, {f"weight/{name}": t for name, t in loaded.items()}, {})

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fast_llm import cli
-from fast_llm.checkpoint import llama
 from fast_llm.config.section import read
 from fast_llm.errors import UserError
+from fast_llm.models import llama
 from fast_llm.planning.preflight import preflight
 from tests.checkpoint.test_transformers import logits, make
 from tests.training.runs import losses, run, write_tokens

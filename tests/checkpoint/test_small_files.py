@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import export_hugging_face
 from fast_llm.errors import CheckpointError
 from tests import hub
@@ -67,27 +67,27 @@ def write(folder: Path, *further: str) -> Path:
 
 
 def test_everything_but_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert llama.small_files(write(tmp_path, *LARGE, *HIDDEN, *OTHER)) == SMALL
+    assert huggingface.small_files(write(tmp_path, *LARGE, *HIDDEN, *OTHER)) == SMALL
     assert caplog.text == ""
 
 
 def test_what_is_too_large_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(llama, "LARGEST_SMALL", 2**20)
+    monkeypatch.setattr(huggingface, "LARGEST_SMALL", 2**20)
     write(tmp_path)
     for name in ("a.txt", "video.mp4", "tokenizer.json"):
         (tmp_path / name).write_bytes(bytes(2**20 + 1))
     os.mkfifo(tmp_path / "pipe")  # would be waited for
     with caplog.at_level(logging.WARNING):
-        found = llama.small_files(tmp_path)
+        found = huggingface.small_files(tmp_path)
     assert found.keys() == SMALL.keys() and len(found["tokenizer.json"]) > 2**20
     assert (
         f"{tmp_path}: exports will not have a.txt, pipe, video.mp4: larger than 1 MiB, not a file, or"
         in caplog.text
     )
-    monkeypatch.setattr(llama, "LARGEST_TOTAL", 2**20 + 40)
-    assert sum(map(len, llama.small_files(tmp_path).values())) <= 2**20 + 40
+    monkeypatch.setattr(huggingface, "LARGEST_TOTAL", 2**20 + 40)
+    assert sum(map(len, huggingface.small_files(tmp_path).values())) <= 2**20 + 40
 
 
 def test_the_hubs_cache_is_made_of_links(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_hubs_cache_is_made_of_links(tmp_path: Path) -> None:
         (snapshot / name).symlink_to(
             os.path.relpath(blobs / f"{number:040x}", (snapshot / name).parent)
         )
-    assert llama.small_files(snapshot) == SMALL
+    assert huggingface.small_files(snapshot) == SMALL
 
 
 def test_a_folder_of_links_to_a_model(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_a_folder_of_links_to_a_model(tmp_path: Path) -> None:
     shutil.copytree(
         model, tmp_path / "links", copy_function=lambda source, target: os.symlink(source, target)
     )
-    assert llama.small_files(tmp_path / "links") == SMALL
+    assert huggingface.small_files(tmp_path / "links") == SMALL
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_bytes(b"{}")
     (tmp_path / "mine" / "tokenizer.json").symlink_to(model / "tokenizer.json")
     (tmp_path / "linked").symlink_to(model)
-    assert llama.small_files(tmp_path / "mine").keys() == {"config.json", "tokenizer.json"}
-    assert llama.small_files(tmp_path / "linked") == SMALL
+    assert huggingface.small_files(tmp_path / "mine").keys() == {"config.json", "tokenizer.json"}
+    assert huggingface.small_files(tmp_path / "linked") == SMALL
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_links_to_secrets_are_not_followed(
         target = secrets / "config.json"
         link.symlink_to(target if kind == "absolute" else os.path.relpath(target, link.parent))
     with caplog.at_level(logging.WARNING):
-        found = llama.small_files(model)
+        found = huggingface.small_files(model)
     assert b"secret" not in found.values() and link.relative_to(model).as_posix() not in found
     assert "a link out of the folder" in caplog.text or kind == "folder"
 
@@ -156,10 +156,10 @@ def test_from_the_hub(tmp_path: Path) -> None:
         b"second"
     )
     code = (
-        "import sys; from fast_llm.checkpoint import llama\n"
-        "path = llama.fetch('org/name', weights=sys.argv[1] == 'yes')\n"
+        "import sys; from fast_llm.checkpoint import huggingface\n"
+        "path = huggingface.fetch('org/name', weights=sys.argv[1] == 'yes')\n"
         "print(*sorted(str(p.relative_to(path)) for p in path.rglob('*') if p.is_file()), sep='\\n')\n"
-        "print('small:', *sorted(llama.small_files(path)), sep='\\n')"
+        "print('small:', *sorted(huggingface.small_files(path)), sep='\\n')"
     )
 
     def fetched(weights: str, **environment: str) -> tuple[set[str], set[str]]:
@@ -195,7 +195,7 @@ def test_exports_hold_files_in_folders(tmp_path: Path) -> None:
     for name, content in SMALL.items():  # config.json too: it says what it said
         assert (path / name).read_bytes() == content
     assert set(folders.verify(path).files) == {*SMALL, "model.safetensors"}
-    assert llama.small_files(path) == SMALL
+    assert huggingface.small_files(path) == SMALL
     (path / "additional_chat_templates" / "rag.jinja").write_bytes(b"{{ Documents }}")
     with pytest.raises(CheckpointError, match=r"rag\.jinja: its content is not what was saved"):
         folders.verify(path)
@@ -220,6 +220,8 @@ def test_exports_hold_files_in_folders(tmp_path: Path) -> None:
     ],
 )
 def test_the_tokenizers_limit_is_raised_to_what_was_trained(before: str, after: str | None) -> None:
-    found = llama.export_files({"tokenizer_config.json": before.encode(), "LICENSE": b"\xff"}, 4096)
+    found = huggingface.export_files(
+        {"tokenizer_config.json": before.encode(), "LICENSE": b"\xff"}, 4096
+    )
     assert found == {"tokenizer_config.json": (after or before).encode(), "LICENSE": b"\xff"}
-    assert llama.export_files({"LICENSE": b""}, 4096) == {"LICENSE": b""}
+    assert huggingface.export_files({"LICENSE": b""}, 4096) == {"LICENSE": b""}

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint import llama, state
+from fast_llm.checkpoint import huggingface, state
 from fast_llm.errors import CheckpointError
 from tests.helpers import spawn
 
@@ -124,7 +124,7 @@ def test_every_layout_loads_every_other_bit_for_bit(tmp_path: Path) -> None:
         # Tensors in safetensors and one manifest: nothing else, and nothing that is pickled.
         for file in path.iterdir():
             if file.name != folders.MANIFEST:
-                assert file.name.endswith(".safetensors") and llama.read_header(file)
+                assert file.name.endswith(".safetensors") and huggingface.read_header(file)
         assert sorted(folders.read_manifest(path).files) == sorted(
             p.name for p in path.iterdir() if p.name != folders.MANIFEST
         )

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.train import BaseModelConfig
-from fast_llm.model.cost import shapes
 from fast_llm.model.llama import Llama
+from fast_llm.models import llama
+from fast_llm.models.llama import shapes
 
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -62,9 +63,9 @@ def make(folder: Path, changes: dict[str, Any], dtype: torch.dtype, size: str = 
 
 
 def read(folder: Path) -> tuple[BaseModelConfig, dict[str, Tensor], dict[str, Any]]:
-    config = llama.read_json(folder / "config.json")
+    config = huggingface.read_json(folder / "config.json")
     model = BaseModelConfig.model_validate(llama.architecture(config, str(folder)))
-    assert llama.check_weights(folder, model) == []
+    assert huggingface.check_weights(folder, model) == []
     weights = {name: torch.full(shape, float("nan")) for name, shape in shapes(model).items()}
     load_weights(weights, folder)
     return model, weights, config
@@ -137,7 +138,7 @@ def test_fp32_weights_are_rounded_to_the_exports_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_both_spellings_are_read_as_transformers_reads_them(tmp_path: Path, name: str) -> None:
     make(tmp_path, ARCHITECTURES[name], torch.float32)
-    later = llama.read_json(tmp_path / "config.json")
+    later = huggingface.read_json(tmp_path / "config.json")
     assert "rope_parameters" in later and "dtype" in later
     rope = dict(later.pop("rope_parameters"))
     theta = rope.pop("rope_theta")
@@ -148,7 +149,7 @@ def test_both_spellings_are_read_as_transformers_reads_them(tmp_path: Path, name
         "torch_dtype": later.pop("dtype"),
     }
     published.pop("dtype")
-    again = llama.read_json(tmp_path / "config.json")
+    again = huggingface.read_json(tmp_path / "config.json")
     assert llama.architecture(published, "") == llama.architecture(again, "")
     (tmp_path / "config.json").write_text(json.dumps(published))
     read_by_transformers = AutoConfig.from_pretrained(tmp_path).to_dict()

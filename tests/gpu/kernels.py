@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig, OptimizerConfig
-from fast_llm.model import cudnn
+from fast_llm.kernels import cudnn
+from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.model.attention import PackedSequences, attention, varlen_attention
 from fast_llm.model.fp8 import E4M3, E5M2, _scale, apply_fp8
 from fast_llm.model.linear import linear
 from fast_llm.model.llama import Llama, init_weights
 from fast_llm.model.loss import VocabShard, cross_entropy
 from fast_llm.model.norm import fused_add_rms_norm
-from fast_llm.model.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.context import _gathered_index, _varlen_qkv
 from fast_llm.parallel.single import SingleWeights

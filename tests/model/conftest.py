@@ -2,15 +2,15 @@
 
 import pytest
 
-from fast_llm.model import native
+from fast_llm.kernels import cpu as cpu_kernels
 from tests.helpers import needs_compiler
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a compiler."""
-    monkeypatch.setattr(native._Loaded, "library", None)
-    monkeypatch.setattr(native._Loaded, "problem", "switched off by a test")
+    monkeypatch.setattr(cpu_kernels._Loaded, "library", None)
+    monkeypatch.setattr(cpu_kernels._Loaded, "problem", "switched off by a test")
 
 
 @pytest.fixture(params=[pytest.param("native", marks=needs_compiler), "plain"])
@@ -19,4 +19,4 @@ def ways(request: pytest.FixtureRequest) -> None:
     if request.param == "plain":
         request.getfixturevalue("plain")
     else:
-        assert native.load() == ""
+        assert cpu_kernels.load() == ""

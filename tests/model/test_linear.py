@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fast_llm.model import linear
 from fast_llm.model.attention import attention
-from fast_llm.model.linear import Linear, add_matmul_, product
+from fast_llm.model.linear import Linear, add_matmul_, matmul
 from fast_llm.model.loss import cross_entropy
 from tests.model.test_attention import by_hand, documents
 
@@ -36,7 +36,7 @@ SIZES = [(3, 1500, 7), (5, 1024, 1024), (64, 33, 2049), (1, 1, 1), (1025, 65, 2)
 
 @pytest.mark.parametrize(("dtype", "bound"), SHORT)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_product(
+def test_matmul(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, sizes: tuple[int, int, int]
 ) -> None:
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
@@ -48,9 +48,9 @@ def test_product(
     wanted = left.double() @ right.double()
     # Rounding's worst case is half a unit; on average over many results it is a third of that.
     for one, other in ((left, right), (left.t().contiguous().t(), right.t().contiguous().t())):
-        assert distance(product(one, other), wanted) < bound
+        assert distance(matmul(one, other), wanted) < bound
         out = torch.full(wanted.shape, torch.nan, dtype=dtype)
-        assert product(one, other, out=out) is out and distance(out, wanted) < bound
+        assert matmul(one, other, out=out) is out and distance(out, wanted) < bound
     total = torch.randn(wanted.shape)
     for first in (False, True):
         sums = total.clone()

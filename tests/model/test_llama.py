@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fast_llm.checkpoint.llama import architecture
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.attention import PackedSequences
-from fast_llm.model.cost import shapes
 from fast_llm.model.llama import Llama, init_weights
+from fast_llm.models.llama import architecture, shapes
 
 
 def random_llama(seed: int) -> LlamaForCausalLM:

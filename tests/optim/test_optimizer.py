@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fast_llm.config.train import OptimizerConfig
-from fast_llm.model.rounding import join_master, split_master_
+from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 
 

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
-from fast_llm.model import native
+from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
 from fast_llm.model.llama import Block, Llama, init_weights
@@ -28,7 +28,7 @@ def graphs(
     layers: int, steps: int, level: str, tensor: int, context: int, sequence: bool, packed: bool
 ) -> int:
     """How many were made for a model's blocks in `steps` micro-batches and a validation."""
-    native.load()  # as training does before anything is compiled
+    cpu_kernels.load()  # as training does before anything is compiled
     mesh = Mesh(60, 60, tensor=tensor, context=context)
     values = TINY | {"transformer": TINY["transformer"] | {"num_layers": layers}}
     config = validate(BaseModelConfig, Document(values, {}, ""))
@@ -101,9 +101,9 @@ def worst_gradient(
 ) -> float:
     """How far compiled blocks' gradients are from those without the compiler, of each weight: the greatest, relative."""
     if kernels:
-        native.load()
+        cpu_kernels.load()
     else:
-        native._Loaded.problem, native._Loaded.library = "not wanted", None
+        cpu_kernels._Loaded.problem, cpu_kernels._Loaded.library = "not wanted", None
     config = validate(BaseModelConfig, Document(TINY, {}, ""))
     documents = (
         PackedSequences((9, 14, 9), torch.tensor([0, 9, 23, 32], dtype=torch.int32), 14)

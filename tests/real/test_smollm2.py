@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import load_weights
 from fast_llm.config.section import read
 from fast_llm.config.train import BaseModelConfig, DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.llama import Llama
+from fast_llm.models import llama
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.build import train
 from tests.training.runs import records
@@ -71,7 +72,7 @@ def reference(folder: Path) -> Any:
 def ours(folder: Path, tokens: Tensor) -> Tensor:
     """Logits of a folder by this project's own model, in fp32."""
     config = BaseModelConfig.model_validate(
-        llama.architecture(llama.read_json(folder / "config.json"), "")
+        llama.architecture(huggingface.read_json(folder / "config.json"), "")
     )
     model = Llama(config)
     with torch.no_grad():

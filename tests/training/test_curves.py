@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fast_llm.model import native
+from fast_llm.kernels import cpu as cpu_kernels
 from tests.helpers import needs_compiler, spawn
 from tests.training.runs import losses, run_all, settings, write_tokens
 
@@ -30,8 +30,8 @@ WITH_KERNELS = {
 
 
 def without_kernels(every: list[list[str]]) -> list[int]:
-    """Runs without those of model/native.cpp."""
-    native._Loaded.problem = "not wanted"
+    """Runs without those of kernels/cpu.cpp."""
+    cpu_kernels._Loaded.problem = "not wanted"
     return run_all(every)
 
 

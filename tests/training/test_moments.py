@@ -9,7 +9,7 @@ import torch
 from fast_llm.checkpoint import folder, state
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import OptimizerConfig, TrainConfig
-from fast_llm.model.cost import shapes
+from fast_llm.models.llama import shapes
 from fast_llm.optim.optimizer import Optimizer
 from tests.helpers import spawn
 from tests.training.runs import MODEL, losses, run, run_all, settings, write_tokens

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast_llm.model import cudnn
+from fast_llm.kernels import cudnn
 
 
 @pytest.mark.parametrize(

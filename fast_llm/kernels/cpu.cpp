@@ -1,4 +1,4 @@
-// Kernels for the CPU, for what PyTorch does in several passes over memory, and attention; model/native.py builds and calls them.
+// Kernels for the CPU, for what PyTorch does in several passes over memory, and attention; kernels/cpu.py builds and calls them.
 //
 // Each is written for fp32 and bf16, computes in fp32 and rounds once. Loops over numbers side by side are plain: the compiler makes vectors
 // of them. Products of small blocks are oneDNN's, by way of PyTorch's library, in what the processor has: AMX, bf16 pairs, fp32.

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.errors import CheckpointError, UserError
-from fast_llm.model.cost import shapes
-from tests.checkpoint.test_llama import MINIMAL, PUBLISHED
+from fast_llm.models import llama
+from fast_llm.models.llama import shapes
 from tests.helpers import TINY
+from tests.models.test_llama import MINIMAL, PUBLISHED
 
 
 def model_of(values: dict[str, Any]) -> BaseModelConfig:
@@ -64,7 +65,7 @@ def test_transformers_builds_the_model_of_an_export_from_scratch(
     model = model_of({**TINY, "tie_word_embeddings": tied, "transformer": transformer})
     exported = llama.export_config(None, model, "bf16", {"bos": 1, "eos": None})
     (tmp_path / "config.json").write_text(json.dumps(exported))
-    back = model_of(llama.architecture(llama.read_json(tmp_path / "config.json"), ""))
+    back = model_of(llama.architecture(huggingface.read_json(tmp_path / "config.json"), ""))
     if rotary == "llama3":
         assert back == model
     else:  # what only llama3 uses is not written
@@ -152,17 +153,17 @@ def test_any_bytes_changed_in_a_header(
     path.write_bytes(blob[:length] + more)
     with little_memory():
         try:
-            header = llama.read_header(path)
+            header = huggingface.read_header(path)
         except CheckpointError as error:
             assert str(path) in str(error)
             with pytest.raises(CheckpointError):
-                llama.check_weights(folder, MODEL)
+                huggingface.check_weights(folder, MODEL)
             return
         spans = sorted(tensor["data_offsets"] for tensor in header.values())
         assert sum(end - begin for begin, end in spans) == length + len(more) - 8 - int.from_bytes(
             blob[:8], "little"
         )
-        assert llama.check_weights(folder, MODEL), "two tensors are no Llama"
+        assert huggingface.check_weights(folder, MODEL), "two tensors are no Llama"
 
 
 MODEL = model_of(TINY)
@@ -171,7 +172,7 @@ MODEL = model_of(TINY)
 def test_the_good_header_is_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(GOOD)
     assert {
-        name: tensor["shape"] for name, tensor in llama.read_header(tmp_path / "x").items()
+        name: tensor["shape"] for name, tensor in huggingface.read_header(tmp_path / "x").items()
     } == {
         "a": [2, 3],
         "b": [4],
@@ -185,7 +186,7 @@ def test_a_long_header_costs_no_memory(tmp_path: Path) -> None:
         file.write((2**30 - 8).to_bytes(8, "little"))
         file.truncate(2**30)
     with little_memory(), pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        llama.read_header(path)
+        huggingface.read_header(path)
 
 
 def test_the_hub_without_a_network(tmp_path: Path) -> None:
@@ -202,13 +203,13 @@ def test_the_hub_without_a_network(tmp_path: Path) -> None:
     (repository / "refs" / "main").write_text(commit)
     code = """
 import sys
-from fast_llm.checkpoint import llama
+from fast_llm.checkpoint import huggingface
 from fast_llm.errors import CheckpointError
 for name in ("some/model", "some/model@main", "some/model@" + sys.argv[1]):
-    print(llama.fetch(name, weights=False))
+    print(huggingface.fetch(name, weights=False))
 for name in ("some/other", "some/model@nowhere"):
     try:
-        print("fetched", llama.fetch(name, weights=True))
+        print("fetched", huggingface.fetch(name, weights=True))
     except CheckpointError as error:
         print(error)
 assert "torch" not in sys.modules

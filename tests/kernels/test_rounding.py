@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fast_llm.model.rounding import (
+from fast_llm.kernels.rounding import (
     BLOCK,
     MAX_QUANTIZED,
     dequantize,

@@ -1,4 +1,4 @@
-"""The kernels of native.cpp against float64, in sizes that fill neither vectors nor blocks and in ones that several threads share."""
+"""The kernels of cpu.cpp against float64, in sizes that fill neither vectors nor blocks and in ones that several threads share."""
 
 import ctypes
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast_llm.model import native
+from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.attention import attention
 from fast_llm.model.norm import rms_norm
 from fast_llm.model.swiglu import swiglu
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    assert native.load() == ""
+    assert cpu_kernels.load() == ""
     torch.manual_seed(0)
 
 
@@ -52,7 +52,7 @@ def test_swiglu_far_out() -> None:
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-# As tests/model/test_kernels.py, which tests the Triton kernel.
+# As tests/kernels/test_triton.py, which tests the Triton kernel.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("vocabulary", [5, 301, 9001, 128_256])
 def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> None:
@@ -64,14 +64,14 @@ def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> Non
     wanted = torch.where(labels[:, None] == -100, 0, exact.softmax(-1))
     wanted[labels >= 0] -= F.one_hot(labels[labels >= 0], vocabulary)
     before = logits.clone()
-    log_sums, chosen = native.softmax_cross_entropy_(logits, labels, -100, False)
+    log_sums, chosen = cpu_kernels.softmax_cross_entropy_(logits, labels, -100, False)
     assert torch.equal(logits, before)
     assert (log_sums - exact.logsumexp(-1)).abs().max() < 1e-5
     own = exact.gather(1, labels.clamp_min(0)[:, None])[:, 0]
     assert torch.equal(chosen, torch.where(labels < 0, 0, own).float())
-    native.softmax_cross_entropy_(logits, labels, -100, True)
+    cpu_kernels.softmax_cross_entropy_(logits, labels, -100, True)
     assert distance(logits, wanted) < bound
-    native.softmax_cross_entropy_(before, labels, -100, True, log_sums)
+    cpu_kernels.softmax_cross_entropy_(before, labels, -100, True, log_sums)
     assert torch.equal(before, logits)
 
 
@@ -143,10 +143,10 @@ def test_the_same_bits_each_time_and_nan_stays_nan(dtype: torch.dtype) -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native._Loaded, "library", None)
-    monkeypatch.setattr(native._Loaded, "problem", None)
-    assert "no-such-compiler" in native.load()
-    assert not native.usable(torch.ones(1))
+    monkeypatch.setattr(cpu_kernels._Loaded, "library", None)
+    monkeypatch.setattr(cpu_kernels._Loaded, "problem", None)
+    assert "no-such-compiler" in cpu_kernels.load()
+    assert not cpu_kernels.usable(torch.ones(1))
     x = torch.randn(4, 8)
     assert torch.allclose(
         rms_norm(x, torch.ones(8), 0.0), x / x.square().mean(-1, keepdim=True).sqrt(), atol=1e-6
@@ -156,13 +156,13 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And a compiler that fails is quoted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = native._built()
+    path = cpu_kernels._built()
     monkeypatch.setenv("CXX", "false")
-    assert native._built() == path and ctypes.CDLL(str(path)).kernel
+    assert cpu_kernels._built() == path and ctypes.CDLL(str(path)).kernel
     assert sorted((tmp_path / "fast_llm").iterdir()) == [path]
     path.unlink()
-    monkeypatch.setattr(native._Loaded, "problem", None)
-    assert "returned non-zero exit status" in native.load()
+    monkeypatch.setattr(cpu_kernels._Loaded, "problem", None)
+    assert "returned non-zero exit status" in cpu_kernels.load()
 
 
 def _short(x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a product shows that they would not, and where there is AMX, PyTorch's default stays."""
     before = torch.get_float32_matmul_precision()
     try:
-        taken = native.take_faster_exact_products()
+        taken = cpu_kernels.take_faster_exact_products()
         assert (torch.get_float32_matmul_precision() == "medium") == taken
         for rows, inner, columns in ((512, 576, 1536), (1, 33, 7), (300, 2048, 64), (65, 64, 63)):
             left, right = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -185,7 +185,7 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert distance(one @ other, exact) < 1e-6
         torch.set_float32_matmul_precision("highest")
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-        assert not native.take_faster_exact_products()
+        assert not cpu_kernels.take_faster_exact_products()
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         product = Tensor.__matmul__
         monkeypatch.setattr(
@@ -193,7 +193,7 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
             "__matmul__",
             lambda a, b: product(a if a.dtype == torch.double else _short(a), b),
         )
-        assert not native.take_faster_exact_products()
+        assert not cpu_kernels.take_faster_exact_products()
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,8 +1,7 @@
-"""What `format: llama` means: a Hugging Face folder, its config.json ↔ our settings, the headers of its weights.
+"""Model folders in Hugging Face format: fetching them, their small files, and the headers of their weights.
 
-config.json is read in both its spellings, the published one (`rope_theta`, `rope_scaling`, `torch_dtype`) and
-that of transformers 5 (`rope_parameters`, `dtype`), and exported in the one it had. Of the weights only
-headers are read here, by hand and with every length checked, so that mistakes show before torch is loaded.
+Of the weights only headers are read here, by hand and with every length checked, so that mistakes show before torch is
+loaded. What a config.json means is the family's: `models/`.
 """
 
 import json
@@ -10,7 +9,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ import numpy as np
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.errors import CheckpointError, MissingPackage
-from fast_llm.model.cost import shapes
+from fast_llm.models.llama import EMBEDDING, HEAD, TORCH_DTYPES, is_spare, place, shapes
 
 logger = logging.getLogger("fast_llm")
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Weights in any format, what trainers keep with them, archives and unfinished files: no small files.
 _LARGE_FILES = tuple(
     "*." + ending for ending in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5")
@@ -57,7 +55,6 @@ LARGEST_SMALL = 2**26  # bytes of a small file
 LARGEST_TOKENIZER = 2**28  # bytes of tokenizer.json and the like
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 LARGEST_TOTAL = 2**29  # bytes of all small files: every process holds them
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LARGEST_JSON = 2**26  # bytes
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of the dtypes that weights may have
@@ -207,182 +204,6 @@ _LFS_START = b"version https://git-lfs"
 _LFS = "a Git LFS pointer, not the file itself; fetch it with `git lfs install` and `git lfs pull` in its folder"
 
 
-def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The values of `model.base_model` that a config.json stands for.
-
-    Raises CheckpointError for what is no Llama of versions 1 to 3.2.
-    """
-    problems = []
-
-    def refuse(key: str, given: Any, allowed: str) -> None:
-        problems.append(f"{source}: {key}: given {json.dumps(given)[:80]}, must be {allowed}")
-
-    if config.get("model_type") != "llama":
-        refuse(
-            "model_type", config.get("model_type"), '"llama": no other models can be trained here'
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", config["hidden_act"], '"silu"')
-    if config.get("quantization_config"):
-        refuse(
-            "quantization_config",
-            config["quantization_config"],
-            "absent: unquantized weights are trained",
-        )
-    if config.get("auto_map"):
-        refuse("auto_map", config["auto_map"], "absent: no code of a model is run")
-    if config.get("attention_dropout"):
-        refuse("attention_dropout", config["attention_dropout"], "0: there is no dropout")
-    # In transformers, too, rope_scaling goes before rope_parameters, and what these hold before what is beside them.
-    spelling = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(spelling) or {}
-    if not isinstance(rope, dict):
-        refuse(spelling, rope, "an object or null")
-        rope = {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        refuse(f"{spelling}.rope_type", kind, '"default" or "llama3"')
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) not in (1, None):
-        refuse(
-            "partial_rotary_factor",
-            rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
-            "1",
-        )
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    try:
-        rotary: dict[str, Any] = {
-            "type": kind,
-            "theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        }
-        if kind == "llama3":
-            trained = rope.get(
-                "original_max_position_embeddings", config.get("max_position_embeddings", 2048)
-            )
-            rotary |= {
-                "scale_factor": float(rope["factor"]),
-                "low_frequency_factor": float(rope["low_freq_factor"]),
-                "high_frequency_factor": float(rope["high_freq_factor"]),
-                "original_context_length": config.get("original_max_position_embeddings", trained),
-            }
-        heads = config["num_attention_heads"]
-        biases = (bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False)))
-        return {
-            "vocab_size": config["vocab_size"],
-            "max_position_embeddings": config.get("max_position_embeddings", 2048),
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "transformer": {
-                "num_layers": config["num_hidden_layers"],
-                "hidden_size": config["hidden_size"],
-                "num_attention_heads": heads,
-                "head_groups": _given(config, "num_key_value_heads", lambda: heads),
-                "kv_channels": _given(config, "head_dim", lambda: config["hidden_size"] // heads),
-                "ffn_hidden_size": config["intermediate_size"],
-                "gated": True,
-                "activation_type": "silu",
-                "add_linear_biases": {
-                    (False, False): "nowhere",
-                    (True, True): "everywhere",
-                    (True, False): "only_attention",
-                    (False, True): "only_mlp",
-                }[biases],
-                "normalization": {
-                    "type": "rms_norm",
-                    "epsilon": float(config.get("rms_norm_eps", 1e-6)),
-                },
-                "rotary": rotary,
-            },
-        }
-    except KeyError as error:
-        raise CheckpointError(
-            f"{source}: {error.args[0]} is missing; it is not a Llama's configuration"
-        ) from error
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{source}: not a Llama's configuration: {error}") from error
-
-
-def _given(config: Mapping[str, Any], key: str, default: Callable[[], Any]) -> Any:
-    """null is as good as absent."""
-    value = config.get(key)
-    return default() if value is None else value
-
-
-def export_config(
-    source: Mapping[str, Any] | None,
-    model: BaseModelConfig,
-    dtype: str,
-    tokens: Mapping[str, int | None],
-    sequence_length: int = 0,
-) -> dict[str, Any]:
-    """config.json of an export: the source's, key by key, but for what training changed; without a source a complete one.
-
-    `tokens`: ids `bos` and `eos`. `sequence_length`: in tokens, what the model was trained with.
-    """
-    if source is not None:
-        later = (
-            "dtype" if "rope_parameters" in source else "torch_dtype"
-        )  # transformers 5's spelling, or before
-        spellings = [key for key in ("torch_dtype", "dtype") if key in source] or [later]
-        changed = {**source, **dict.fromkeys(spellings, TORCH_DTYPES[dtype])}
-        if bool(source.get("tie_word_embeddings", False)) != model.tie_word_embeddings:
-            changed["tie_word_embeddings"] = model.tie_word_embeddings
-        return with_length(changed, sequence_length)
-    t = model.transformer
-    rotary = t.rotary
-    scaling = None
-    if rotary.type == "llama3":
-        scaling = {
-            "factor": rotary.scale_factor,
-            "low_freq_factor": rotary.low_frequency_factor,
-            "high_freq_factor": rotary.high_frequency_factor,
-            "original_max_position_embeddings": rotary.original_context_length,
-            "rope_type": "llama3",
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": t.add_linear_biases in ("everywhere", "only_attention"),
-        "attention_dropout": 0.0,
-        "bos_token_id": tokens.get("bos"),
-        "eos_token_id": tokens.get("eos"),
-        "head_dim": t.kv_channels,
-        "hidden_act": "silu",
-        "hidden_size": t.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": t.ffn_hidden_size,
-        "max_position_embeddings": max(model.max_position_embeddings, sequence_length),
-        "mlp_bias": t.add_linear_biases in ("everywhere", "only_mlp"),
-        "model_type": "llama",
-        "num_attention_heads": t.num_attention_heads,
-        "num_hidden_layers": t.num_layers,
-        "num_key_value_heads": t.head_groups,
-        "pretraining_tp": 1,
-        "rms_norm_eps": t.normalization.epsilon,
-        "rope_scaling": scaling,
-        "rope_theta": float(rotary.theta),
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "torch_dtype": TORCH_DTYPES[dtype],
-        "use_cache": True,
-        "vocab_size": model.vocab_size,
-    }
-
-
-def with_length(config: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
-    """A config.json that states at least this context length, in tokens. Rotary angles stay what they are."""
-    before = config.get("max_position_embeddings") or 2048
-    if sequence_length <= before:
-        return dict(config)
-    changed = {**config, "max_position_embeddings": sequence_length}
-    for spelling in ("rope_scaling", "rope_parameters"):
-        rope, original = config.get(spelling) or {}, "original_max_position_embeddings"
-        if (
-            rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear")
-            and original not in rope
-        ):
-            # Angles are scaled by this length, which is max_position_embeddings where nothing else is said.
-            changed[spelling] = {**rope, original: config.get(original, before)}
-    return changed
-
-
 def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, bytes]:
     """Small files for an export of a model that was trained with this sequence length, in tokens.
 
@@ -502,21 +323,6 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: {size} bytes, but its tensors need {8 + length + at}; the file is cut off or damaged: fetch it again"
         )
     return header
-
-
-def is_spare(name: str) -> bool:
-    """Whether published folders may hold this tensor besides a model's: frequencies, which are computed, and the head
-    of a tied model, if it repeats the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or name == HEAD
-
-
-def place(name: str, wanted: Container[str], files: Container[str]) -> str:
-    """Under which name a folder holds a weight; `wanted`: all that the model has.
-
-    A shared embedding may be there as the head alone: so safetensors' and accelerate's `save_model` write it.
-    """
-    alone = name == EMBEDDING and HEAD not in wanted and name not in files and HEAD in files
-    return HEAD if alone else name
 
 
 def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is installed with PyTorch for NVIDI
 CHECK = """
 import torch
 import torch.nn.functional as F
-from fast_llm.model.kernels import softmax_cross_entropy_
+from fast_llm.kernels.triton import softmax_cross_entropy_
 from fast_llm.model.loss import cross_entropy
 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
     for vocabulary in (5, 301, 8192, 9001):
@@ -46,7 +46,7 @@ print("equal")
 ADAMW = """
 import torch
 from fast_llm.config.train import OptimizerConfig
-from fast_llm.model.rounding import join_master, split_master_
+from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer
 for moments in ("fp32", "bf16", "int8"):
     for halves in (False, True):
@@ -94,7 +94,7 @@ print("equal")
 
 RMS_NORM = """
 import torch
-from fast_llm.model import kernels
+from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.norm import _FusedAddRMSNorm
 # The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded once, by at most 2^-11; bf16: the
 # interpreter cuts off what does not fit, at most 2^-7, where a GPU rounds (tests/gpu has its bound).
@@ -110,7 +110,7 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.floa
             given = (grad,) if residual_grad is None else (grad, residual_grad)
             wanted = torch.autograd.grad((normed, exact[0] * 1)[: len(given)], exact, [g.double() for g in given], retain_graph=True)
             for found in (
-                kernels.rms_norm_backward(grad, residual_grad, x.detach(), weight.detach(), inverse.float().detach()),
+                triton_kernels.rms_norm_backward(grad, residual_grad, x.detach(), weight.detach(), inverse.float().detach()),
                 torch.autograd.grad(
                     _FusedAddRMSNorm.apply(x.requires_grad_().view(1, rows, width), weight.requires_grad_(), 1e-5)[: len(given)],
                     (x, weight), [g.view(1, rows, width) for g in given],
@@ -126,7 +126,7 @@ print("equal")
 
 ADD = """
 import torch
-from fast_llm.model.kernels import add_
+from fast_llm.kernels.triton import add_
 for shape in ((1,), (3, 4096), (41, 333)):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         total, addend = torch.randn(shape), torch.randn(shape).to(dtype)
@@ -140,7 +140,7 @@ print("equal")
 # (tests/gpu compares those).
 SHORTEN = """
 import torch
-from fast_llm.model import kernels
+from fast_llm.kernels import triton as triton_kernels
 for short, largest in ((torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)):
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in ((1, 5), (64, 128), (65, 130), (200, 48)):
@@ -152,12 +152,12 @@ for short, largest in ((torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)):
             for ways in ((True, True), (True, False), (False, True)):
                 straight, turned = ((torch.zeros(size, dtype=short) if way else torch.empty(0, dtype=short))
                                     for way, size in zip(ways, ((rows, columns), (columns, rows))))
-                assert kernels.amax(given.to(dtype)) == given.abs().max()
-                kernels.quantize_fp8((given / 8).to(dtype), torch.tensor(0.125), straight, turned)
+                assert triton_kernels.amax(given.to(dtype)) == given.abs().max()
+                triton_kernels.quantize_fp8((given / 8).to(dtype), torch.tensor(0.125), straight, turned)
                 for found, wanted in ((straight, codes), (turned, codes.t())):
                     assert not found.numel() or torch.equal(found.float(), wanted), (short, rows)
 for number in (torch.nan, -torch.inf, 0.0, -1e-40, 3.0):
-    assert str(kernels.amax(torch.tensor([0, number] + 40000 * [0.0]))) == str(torch.tensor(number).abs())
+    assert str(triton_kernels.amax(torch.tensor([0, number] + 40000 * [0.0]))) == str(torch.tensor(number).abs())
 print("equal")
 """
 

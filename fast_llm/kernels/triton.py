@@ -7,7 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1), for tests.
 import torch
 from torch import Tensor
 
-from fast_llm.model.rounding import BLOCK, DROPPED_BITS, GOLDEN, MAX_QUANTIZED, MIX
+from fast_llm.kernels.rounding import BLOCK, DROPPED_BITS, GOLDEN, MAX_QUANTIZED, MIX
 
 try:
     import triton
@@ -114,7 +114,7 @@ if AVAILABLE:
         else:
             w = tl.load(weight + place, mask=inside)
         if bits_of_moments == 8:
-            # model/rounding.py has the codes.
+            # kernels/rounding.py has the codes.
             quantized = tl.load(exp_avg + place, mask=inside, other=0).to(tl.int32)
             top = tl.load(block_absmax + row, mask=row * BLOCK < count, other=0).to(tl.int32)[
                 :, None
@@ -306,7 +306,7 @@ def adamw_(
 ) -> None:
     """AdamW's `step`-th update with `factor` times a gradient, in one pass over memory (formula: optim/optimizer.py).
 
-    The weight is fp32, or a split master (model/rounding.py). Moments are fp32, or bf16 with stochastic rounding of the
+    The weight is fp32, or a split master (kernels/rounding.py). Moments are fp32, or bf16 with stochastic rounding of the
     second, or 8 bits with their `block_absmax` and stochastic rounding of both. All tensors are contiguous.
     """
 

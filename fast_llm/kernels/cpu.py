@@ -1,4 +1,4 @@
-"""The kernels of native.cpp: built by the machine's own C++ compiler when they are first needed, and called as operations of PyTorch.
+"""The kernels of cpu.cpp: built by the machine's own C++ compiler when they are first needed, and called as operations of PyTorch.
 
 On the CPU PyTorch's attention reaches a tenth to a third of what the processor can, and everything between the products runs in several
 passes over memory. Without a compiler nothing here is used: the same numbers within rounding, slower. For fp32 and bf16.
@@ -31,7 +31,7 @@ _FLAGS = [
     "-shared",
     "-fPIC",
 ]
-# Operations, so that the compiler of models leaves them alone and a profile names them. Their arguments are those of native.cpp.
+# Operations, so that the compiler of models leaves them alone and a profile names them. Their arguments are those of cpu.cpp.
 _SCHEMAS = {
     "rms_norm": "Tensor(a!) out, Tensor(b!) inverse, Tensor x, Tensor weight, int rows, int width, float epsilon",
     "rms_norm_backward": "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor grad, Tensor x, Tensor weight, Tensor inverse, int rows,"
@@ -93,13 +93,13 @@ def _built() -> Path:
     lib = Path(torch.__file__).parent / "lib"
     key = "\n".join([_SOURCE.read_text(), torch.__version__, str(lib), _processor(), *_FLAGS])
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast_llm"
-    path = cached / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = cached / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         cached.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=cached
         ) as folder:  # many processes may do so at once; the last one wins
-            new = Path(folder) / "native.so"
+            new = Path(folder) / "cpu.so"
             command = [os.environ.get("CXX", "c++"), *_FLAGS, str(_SOURCE), "-o", str(new)]
             command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -142,7 +142,7 @@ for _name, _schema in _SCHEMAS.items():
 def softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.softmax_cross_entropy_`, on the CPU."""
+    """As `triton_kernels.softmax_cross_entropy_`, on the CPU."""
     known = log_sums is not None
     if log_sums is None:
         log_sums = torch.empty(len(labels), dtype=torch.float32)

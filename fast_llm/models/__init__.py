@@ -1,0 +1,29 @@
+"""Families of models. A family is one torch-free file and a row of this table.
+
+The file says what the family's config.json means in our settings, and back; the names and shapes of its parameters; and
+what it costs. `model/` computes what the settings describe.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fast_llm.config.train import BaseModelConfig
+from fast_llm.models import llama
+from fast_llm.models.flops import Cost
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family's file provides."""
+
+    architecture: Callable[[Mapping[str, Any], str], dict[str, Any]]  # config.json → settings
+    export_config: Callable[..., dict[str, Any]]  # settings → config.json
+    shapes: Callable[[BaseModelConfig], dict[str, tuple[int, ...]]]  # of each parameter, by name
+    cost: Callable[[BaseModelConfig, float], Cost]  # at a sequence length, in tokens
+
+
+# `model_type` of a config.json → family
+FAMILIES = {
+    "llama": Family(llama.architecture, llama.export_config, llama.shapes, llama.cost),
+}

@@ -1,0 +1,49 @@
+"""What a model costs, whatever its family: parameters, and floating-point operations (FLOPs) per token.
+
+Counted as "model FLOPs": matmuls alone, a multiplication and an addition each; the backward pass costs twice the
+forward pass; of attention the causal half counts. "Hardware" FLOPs add what flash attention recomputes.
+"""
+
+import re
+from dataclasses import dataclass
+
+# Dense bf16 FLOP/s (fp16 for V100) from the vendors' data sheets, without sparsity. The first line whose words all occur
+# in the device's name counts.
+_PEAKS = (
+    ("B300", 2.25e15),
+    ("GB200", 2.5e15),
+    ("B200", 2.25e15),
+    ("B100", 1.75e15),
+    ("GH200", 989e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("H100 PCIE", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A40", 150e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("V100", 125e12),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one model at one sequence length."""
+
+    parameters: int
+    model_flops_per_token: float  # forward and backward
+    hardware_flops_per_token: float
+
+
+def peak_flops(device: str) -> float | None:
+    """The dense bf16 peak of a device in FLOP/s, if its name (`NVIDIA H100 80GB HBM3`) is known."""
+    words = set(re.split(r"[^A-Z0-9]+", device.upper()))
+    return next((peak for names, peak in _PEAKS if words.issuperset(names.split())), None)
