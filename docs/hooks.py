@@ -41,20 +41,34 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for other, its_page in PAGES.items():
             text = text.replace(f"]({other}", f"]({its_page}")
         files.append(File.generated(config, page, content=text))
-    for path in sorted(path for path in (ROOT / "examples").rglob("*") if path.is_file()):
-        files.append(
-            File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path))
-        )
+    for path in examples():
+        files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    files.append(File.generated(config, "examples/index.md", content=examples_page()))
     for package in packages():
         files.append(File.generated(config, f"api/{name(package)}.md", content=api(package)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to examples/ lead to the copies on the site."""
-    return markdown.replace("](../examples)", "](examples/one-node.sh)").replace(
-        "](../examples/", "](examples/"
-    )
+    """Links to examples/ lead to the copies on the site, and links to its folders to their page."""
+    markdown = markdown.replace("](../examples", "](examples")
+    return re.sub(r"\]\(examples(/train)?\)", "](examples/index.md)", markdown)
+
+
+def examples() -> list[Path]:
+    """The files of examples/, first those at its top."""
+    files = (path for path in (ROOT / "examples").rglob("*") if path.is_file())
+    return sorted(files, key=lambda path: (len(path.parts), path.name))
+
+
+def examples_page() -> str:
+    """Each file of examples/ in a block of its own."""
+    lines = ["# Examples", "", "Ready files, tested with the project. Copy and adapt them."]
+    for path in examples():
+        language = "yaml" if path.suffix == ".yaml" else "bash"
+        lines += ["", f"## {path.relative_to(ROOT / 'examples')}", "", f"```{language}"]
+        lines += [path.read_text().rstrip(), "```"]
+    return "\n".join(lines) + "\n"
 
 
 def api(package: Path) -> str:

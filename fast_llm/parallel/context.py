@@ -2,7 +2,7 @@
 
 Queries stay where they are; keys and values are gathered from all, and their gradients summed and scattered back ("The
 Llama 3 Herd of Models", 2024, §3.3.2). With grouped heads they are a fraction of the activations, documents may lie
-across any cut, and attention itself is the kernel that one device has. docs/decisions.md compares this with a ring.
+across any cut, and attention itself is the kernel that one device has. docs/decisions compares this with a ring.
 
 Under the causal mask the end of a sequence is more work than its beginning. So it is cut in 2n pieces, and process r
 of n holds pieces r and 2n - 1 - r (as in Brandon et al. 2023, "Striped Attention", but in whole pieces).
