@@ -532,7 +532,7 @@ def test_a_full_disk(
 ) -> None:
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
-    )  # type: ignore[attr-defined]
+    )
     wanted = [
         "training.checkpoint.interval=5",
         "training.export.interval=5",

@@ -110,7 +110,7 @@ def fail(rank: int, victim: int, way: str, number: int, root: Path, until: int =
 
         return call
 
-    io.open = builtins.open = opening  # type: ignore[assignment]
+    io.open = builtins.open = opening
     os.write, os.fsync = through(real_write, "write"), through(real_fsync, "fsync")
     sys.addaudithook(hook)
 

@@ -159,7 +159,7 @@ def disturb(
             with (notes / f"decisions_{rank}").open("a") as file:
                 file.write(json.dumps(decision) + "\n")
 
-        step.forward_backward = disturbed  # type: ignore[method-assign]
+        step.forward_backward = disturbed  # type: ignore[method-assign, assignment]
         if notes is not None:
             self.metrics.add = noting  # type: ignore
         if reference is not None:
@@ -196,10 +196,10 @@ def _guide(trainer: Trainer, reference: Course) -> None:
         made = loader(phase, first_sample, steps)
         give, first = made.step, first_sample // BATCH
         if phase == "training":
-            made.step = lambda number: give(reference.batch_of[first + number + 1] - first - 1)  # type: ignore[method-assign]
+            made.step = lambda number: give(reference.batch_of[first + number + 1] - first - 1)  # type: ignore[method-assign, assignment]
         return made
 
-    optimizer.step, trainer.loader = undone, guided  # type: ignore[method-assign]
+    optimizer.step, trainer.loader = undone, guided  # type: ignore[method-assign, assignment]
 
 
 def _note_state(trainer: Trainer, path: Path) -> None:

@@ -151,7 +151,7 @@ def arm(rank: int, case: Case, note: Path) -> None:
 
         return wrapped
 
-    Interrupt._on_signal, Trainer.__init__ = taken, made  # type: ignore[method-assign]
+    Interrupt._on_signal, Trainer.__init__ = taken, made  # type: ignore[method-assign, assignment]
     if case.phase in CALLS:
         module, name = CALLS[case.phase]
         owner = importlib.import_module(module)
@@ -166,7 +166,7 @@ def arm(rank: int, case: Case, note: Path) -> None:
             if phase == case.phase:
                 strike()
 
-        Watchdog.heartbeat = marked  # type: ignore[method-assign]
+        Watchdog.heartbeat = marked  # type: ignore[method-assign, assignment]
 
 
 def arguments(folder: Path, name: str) -> list[str]:

@@ -135,7 +135,7 @@ def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None
     Trainer.steps = steps_  # type: ignore[method-assign]
 
 
-def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:  # type: ignore[type-arg]
+def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:
     """Whether a process grew, by what it used after a warm-up third."""
     step, resident, files, threads, children, seconds = uses[len(uses) // 3 :].T
     assert len(step) > 3, story
@@ -161,7 +161,7 @@ def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:  # typ
     }
 
 
-def _halves(values: np.ndarray, middle: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _halves(values: np.ndarray, middle: int) -> tuple[np.ndarray, np.ndarray]:
     return values[:middle], values[middle:]
 
 

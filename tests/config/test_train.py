@@ -77,7 +77,7 @@ def test_nothing_is_all_defaults() -> None:
 
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load().training.train_iters = 5  # type: ignore[misc]
+        load().training.train_iters = 5
 
 
 @pytest.mark.parametrize(

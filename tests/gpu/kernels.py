@@ -258,7 +258,7 @@ def blocks() -> Rows:
             if fp8:
                 apply_fp8(block)
             if compiled:
-                block.compile()  # type: ignore[no-untyped-call]
+                block.compile()
         weights = SingleWeights(model, dtype, DEVICE, fuse_grad_accumulation=True)
         with weights.masters(changed=True) as tensors:
             init_weights(tensors, config, 0)

@@ -39,7 +39,7 @@ def in_a_step(ranks: tuple[int, ...], fault: Callable[[], None], rank: int) -> N
         if step == 3 and rank in ranks:
             fault()
 
-    Trainer.check_finite = failing  # type: ignore[method-assign]
+    Trainer.check_finite = failing  # type: ignore[method-assign, assignment]
 
 
 def each_its_own(rank: int) -> None:

@@ -113,7 +113,7 @@ def measured(settings: list[str]) -> int:
         if step == 1:
             meter.peak = 0
 
-    Trainer.check_finite = first_is_over  # type: ignore[method-assign]
+    Trainer.check_finite = first_is_over  # type: ignore[method-assign, assignment]
     with meter:
         assert run(settings) == 0
     return meter.peak

@@ -377,7 +377,7 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
     path = str(tmp_path / "a")
     config = TrainConfig(
         data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 1}
-    )  # type: ignore[arg-type]
+    )
     data = open_dataset(config.data, 8, 1234, 2**31)
     history = histories.new_history(config, 1, data)
     used = {token for i in range(5) for token in data.read("training", i).tokens[:-1].tolist()}
@@ -489,7 +489,7 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
     path = numbered(tmp_path / "a", [7] * 60, 0)
     config = TrainConfig(
         data=DataConfig(path=[path], split=[1]), batch={"sequence_length": 8, "batch_size": 4}
-    )  # type: ignore[arg-type]
+    )
     history = histories.new_history(config, 4, open_dataset(config.data, 8, 1234, 2**31))
     data = open_dataset(config.data, 20, 1234, 2**31)
     longer = config.model_copy(

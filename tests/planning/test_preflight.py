@@ -104,7 +104,7 @@ def test_sequences_longer_than_the_model_was_made_for(
 def disk(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, free)
-    )  # type: ignore[attr-defined]
+    )
 
 
 def test_a_disk_that_will_be_full(

@@ -79,7 +79,7 @@ def in_training(trainer: Trainer) -> None:
         self.first_loss += 1e-6
         return loss
 
-    TrainStep.forward_backward = wrong  # type: ignore[method-assign]
+    TrainStep.forward_backward = wrong  # type: ignore[method-assign, assignment]
 
 
 def in_gathered(trainer: Trainer) -> None:
@@ -109,7 +109,7 @@ def flipping(arguments_: list[str], fault: Callable[[Trainer], None], rank: str)
         if step == 3 and os.environ["RANK"] == rank:
             fault(trainer)
 
-    Trainer.check_finite = faulty  # type: ignore[method-assign]
+    Trainer.check_finite = faulty  # type: ignore[method-assign, assignment]
     return cli.main(["train", "gpt", *arguments_])
 
 

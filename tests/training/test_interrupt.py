@@ -96,7 +96,7 @@ def loses_the_other(rank: int) -> None:
         if step == 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Trainer.check_finite = die  # type: ignore[method-assign]
+    Trainer.check_finite = die  # type: ignore[method-assign, assignment]
 
 
 def test_who_loses_another_process_says_so_in_a_line(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def is_slow(folder: str, rank: int) -> None:
             (Path(folder) / f"ready{rank}").touch()
             time.sleep(4)
 
-    Trainer.check_finite = wait  # type: ignore[method-assign]
+    Trainer.check_finite = wait  # type: ignore[method-assign, assignment]
 
 
 _AGAIN = "A second one, 2 s later or more, ends the run at once"

@@ -88,7 +88,7 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
             model.lm_head.total = None
         return made
 
-    build.SingleWeights = in_halves  # type: ignore[misc,assignment]
+    build.SingleWeights = in_halves  # type: ignore[assignment, attr-defined]
     before = build.Optimizer.__init__
 
     def counted(self: build.Optimizer, *args: object) -> None:
@@ -98,7 +98,7 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
             torch.int8,
         )
 
-    build.Optimizer.__init__ = counted  # type: ignore[method-assign,assignment]
+    build.Optimizer.__init__ = counted  # type: ignore[method-assign, assignment, attr-defined]
     return run(arguments_)
 
 
@@ -299,7 +299,7 @@ def told_after_three_steps(arguments_: list[str], number: signal.Signals) -> int
         if step == 3 and os.environ.get("RANK", "1") == "1":
             tell(trainer, number)
 
-    Trainer.check_finite = signalled  # type: ignore[method-assign]
+    Trainer.check_finite = signalled  # type: ignore[method-assign, assignment]
     return run(arguments_)
 
 

@@ -391,7 +391,7 @@ def speaks_late(rank: int) -> None:
         time.sleep(0.5 * (rank == 0))
         return report(error)
 
-    ConfigError.report = late  # type: ignore[method-assign]
+    ConfigError.report = late  # type: ignore[method-assign, assignment]
 
 
 def test_the_first_process_tells_why_although_others_have_ended(tokens: Path) -> None:

@@ -56,8 +56,8 @@ def disturb(
         check(trainer, step)
         after_step(trainer, step)
 
-    state._Writer.write_data = disturbed  # type: ignore[method-assign]
-    Trainer.check_finite = checked  # type: ignore[method-assign]
+    state._Writer.write_data = disturbed  # type: ignore[method-assign, assignment]
+    Trainer.check_finite = checked  # type: ignore[method-assign, assignment]
     saving._PAUSE = saving._LAST_PAUSE = 0.05
 
 

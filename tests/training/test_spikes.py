@@ -99,7 +99,7 @@ def spiking(
         if len(given) == -kill_at:
             tell(self, signal.SIGTERM)
 
-    Loader.step, Trainer.check_finite, TrainStep.forward_backward = told, killed, disturbed  # type: ignore[method-assign]
+    Loader.step, Trainer.check_finite, TrainStep.forward_backward = told, killed, disturbed  # type: ignore[method-assign, assignment]
     try:
         return run(arguments_), given
     except (Kill, TrainingStopped) as error:
@@ -109,7 +109,7 @@ def spiking(
             step,
             check,
             forward_backward,
-        )  # type: ignore[method-assign]
+        )
 
 
 def updates(path: Path) -> int:

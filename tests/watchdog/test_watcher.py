@@ -129,7 +129,7 @@ def nothing(rank: int) -> None:
         if step == 3:
             Path(f"ready_{rank}").touch()
 
-    Trainer.check_finite = say  # type: ignore[method-assign]
+    Trainer.check_finite = say  # type: ignore[method-assign, assignment]
 
 
 def in_the_loader(rank: int) -> None:
@@ -141,7 +141,7 @@ def in_the_loader(rank: int) -> None:
             time.sleep(600)
         return before(loader, step)
 
-    Loader.step = sleepy_read  # type: ignore[method-assign]
+    Loader.step = sleepy_read  # type: ignore[method-assign, assignment]
 
 
 def in_the_first_forward(rank: int) -> None:
@@ -153,7 +153,7 @@ def in_the_first_forward(rank: int) -> None:
             time.sleep(600)
         return before(*args)
 
-    Llama.forward = sleepy_forward  # type: ignore[method-assign]
+    Llama.forward = sleepy_forward  # type: ignore[method-assign, assignment]
 
 
 def in_every_forward(rank: int) -> None:
@@ -164,7 +164,7 @@ def in_every_forward(rank: int) -> None:
         time.sleep(0.8)
         return before(*args)
 
-    Llama.forward = slow_forward  # type: ignore[method-assign]
+    Llama.forward = slow_forward  # type: ignore[method-assign, assignment]
 
 
 def with_pythons_lock(rank: int) -> None:
@@ -178,7 +178,7 @@ def with_pythons_lock(rank: int) -> None:
             )  # no other thread runs Python any more, and no handler of a signal
         return before(loader, step)
 
-    Loader.step = locked_read  # type: ignore[method-assign]
+    Loader.step = locked_read  # type: ignore[method-assign, assignment]
 
 
 def in_no_way_but_unwatched(rank: int) -> None:
@@ -190,7 +190,7 @@ def in_no_way_but_unwatched(rank: int) -> None:
         watcher.kill()
         before(trainer)
 
-    Trainer.restore = restore  # type: ignore[method-assign]
+    Trainer.restore = restore  # type: ignore[method-assign, assignment]
 
 
 def test_a_stopped_process_and_its_group(tmp_path: Path) -> None:
