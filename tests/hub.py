@@ -78,7 +78,7 @@ def serve(folder: Path) -> Iterator[str]:
 
 def _describe(root: Path, asked: re.Match[str], body: bytes) -> Any:
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "type": "file",
             "path": str(path.relative_to(root)),

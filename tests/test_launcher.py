@@ -200,10 +200,9 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
         assert ranks["1"].environ()["TORCHELASTIC_USE_AGENT_STORE"] == "False"
         ranks["1"].kill()
         assert job.wait(60) == 1
-    text = said.read_text()
-    said, _, rest = text.partition("fast-llm train: ")
+    log, _, rest = said.read_text().partition("fast-llm train: ")
     # The log, and the messages of the process that was left and of torchrun.
-    assert all(re.match(r"\[Rank 0\] |\w[\w ]{13}\S", line) for line in said.splitlines()), said
+    assert all(re.match(r"\[Rank 0\] |\w[\w ]{13}\S", line) for line in log.splitlines()), log
     assert rest.splitlines() == [
         f"rank 0 on {socket.gethostname()}: another process of this run has ended without a message: its host's log, or the"
         " launcher, says why. No checkpoint is complete: the same command starts from the beginning.",

@@ -225,7 +225,7 @@ def die_at(number: int, root: Path, disk: Disk) -> None:
         fsync(handle)
         disk.flushed(handle)
 
-    os.fsync = counted_fsync
+    os.fsync = counted_fsync  # type: ignore[assignment]
     sys.addaudithook(hook)
 
 

@@ -88,9 +88,8 @@ class Job:
 
     def codes(self) -> list[int]:
         """Each rank's exit code, as a shell tells it."""
-        found = dict(
-            map(int, line.split()) for line in (self.folder / "codes").read_text().splitlines()
-        )
+        lines = (self.folder / "codes").read_text().splitlines()
+        found = {int(rank): int(code) for rank, code in map(str.split, lines)}
         return [found[rank] for rank in self.ranks]
 
     def said(self) -> str:

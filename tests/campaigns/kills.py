@@ -30,7 +30,7 @@ def slow_disk(rank: int) -> None:
         time.sleep(0.01)
         fsync(handle)
 
-    os.fsync = slow
+    os.fsync = slow  # type: ignore[assignment]
 
 
 def arguments(folder: Path, name: str, *further: str) -> list[str]:

@@ -214,7 +214,7 @@ def _note_state(trainer: Trainer, path: Path) -> None:
             ):
                 place = ""
                 if isinstance(tensor, DTensor):
-                    at = tensor.device_mesh.get_coordinate() or []
+                    at: Sequence[int] = tensor.device_mesh.get_coordinate() or []
                     place = str(
                         [
                             p
@@ -356,7 +356,8 @@ class Bench:
         return self.undisturbed[layout]
 
     def rank(self, layout: str) -> int | None:
-        return self.chance.choice([None, *range(LAYOUTS[layout][0])])
+        ranks: list[int | None] = [None, *range(LAYOUTS[layout][0])]
+        return self.chance.choice(ranks)
 
     def faults(self, batches: Sequence[int], layout: str, spike: bool) -> list[Fault]:
         """Faults of steps: each batch gets one that is not finite, or a spike."""

@@ -39,7 +39,7 @@ _THREADS = (
 )  # of the saver, for the most part: training goes on beside them
 
 # How a phase is recognised: what the watchdog is told, or a function that is called.
-MARKS = (
+MARKS: tuple[str, ...] = (
     "reading weights",
     "data",
     "forward and backward",

@@ -29,7 +29,8 @@ MESSAGE = (
 def tied(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A tied model's folder; its weights."""
     make(folder, {"tie_word_embeddings": True}, dtype)
-    return load_file(folder / "model.safetensors")
+    tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return tensors
 
 
 def save(folder: Path, weights: dict[str, Tensor], sharded: bool = False) -> None:

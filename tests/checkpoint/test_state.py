@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface, state
@@ -62,11 +62,13 @@ def spread(
     if layout == "replicated":
         return {name: tensor.clone() for name, tensor in tensors.items()}
     group = group or dist.group.WORLD
-    mesh, places = DeviceMesh.from_group(group, "cpu"), [[Shard(0)]] * 3
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, "cpu")
+    places: list[list[Placement]] = [[Shard(0)]] * 3
     if layout == "grid":  # rows over one axis; over the other columns, the same rows, or nothing
         mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
         places = [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(0)]]
-    found = {}
+    found: dict[str, Tensor] = {}
     for i, (name, tensor) in enumerate(tensors.items()):
         where = (
             places[i % 3 if tensor.dim() > 1 else 2] if tensor.dim() else [Replicate()] * mesh.ndim
@@ -143,8 +145,8 @@ def train(root: str, start: str | None, steps: int, zero: bool) -> list[Any]:
     torch.manual_seed(0)
     model = Toy()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in (model.one, model.two, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=zero)
+    for module in (model.one, model.two, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=zero)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for parameter in model.parameters():
         optimizer.state[parameter] = {
@@ -312,9 +314,9 @@ def attempt(root: str, failure: str) -> str:
         if failure == "size" and last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         if failure == "digest" and last:
-            folders.digests = fail
+            folders.digests = fail  # type: ignore[assignment]
         if failure == "publish" and dist.get_rank() == 0:
-            folders.publish = fail
+            folders.publish = fail  # type: ignore[assignment]
         if failure == "place" and dist.get_rank() == 0:
             (Path(root) / "file").write_text("")
         state.save(

@@ -95,7 +95,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def logits(model: Any) -> Tensor:
     tokens = torch.arange(3, 3 + 80)[None] % 100
     with torch.no_grad():
-        return model.eval()(tokens).logits
+        found: Tensor = model.eval()(tokens).logits
+    return found
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -203,6 +204,7 @@ def test_the_padding_token_is_trained_as_every_other(tmp_path: Path, tied: bool)
     positions = torch.arange(24).expand(2, -1)
     (ours(tokens, positions, None, labels) / labels.numel()).backward()
     for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
         torch.testing.assert_close(
             parameter.grad, gradients["without padding"][name], rtol=1e-4, atol=1e-6
         )

@@ -116,6 +116,7 @@ def export(path: Path, weights: dict[str, Tensor], **changes: Any) -> None:
 def fill_the_disk(root: str) -> list[str]:
     """Export while the first process may not write: first large files, then folders, then flushes."""
     messages = []
+    assert dist.group.WORLD is not None
     weights = layouts(dist.group.WORLD)["rows"]
     export(Path(root, "1"), weights)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -78,7 +78,8 @@ def test_what_does_not_divide_is_padded(
 def test_pipelines_take_some_micro_batches_at_a_time(
     values: dict[str, int], expected: tuple[int, ...]
 ) -> None:
-    batch = BatchConfig(**{NAMES[name]: value for name, value in values.items()})
+    given = {NAMES[name]: value for name, value in values.items()}
+    batch = BatchConfig.model_validate(given)
     assert derive_batch_sizes(batch, 4, pipeline=True) == BatchSizes(*expected)
 
 

@@ -237,7 +237,7 @@ def test_older_names_do_what_the_new_ones_do(old: str, new: str) -> None:
 
 
 def leaves(kind: type[Any] = TrainConfig, above: str = "") -> list[tuple[str, Any]]:
-    found = []
+    found: list[tuple[str, Any]] = []
     for name, field in kind.model_fields.items():
         inside = nested_sections(field.annotation)
         found += leaves(inside[0], f"{above}{name}.") if inside else [(above + name, field)]

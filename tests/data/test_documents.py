@@ -292,7 +292,7 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     no = SkippedDocument("not_text")
     source = opened(f"{tmp_path}/*.parquet")
     assert rows(source) == ["a", no] * 7 + [no] * 4 + [no] + [no] * 2
-    assert [(Path(table.path).name, table.lacks) for table in source.lacking] == [
+    assert [(Path(table.path).name, table.lacks) for table in source.tables_without_field] == [
         ("a.parquet", "has no column text; it has id, body"),
         ("b.parquet", "holds int64 in column text, must be text"),
     ]
@@ -333,7 +333,10 @@ def test_a_column_that_is_in_no_file(tmp_path: Path) -> None:
     write(tmp_path / "c.jsonl", *([{"body": "x"}] * 200), {"text": "late"})
     source = opened(tmp_path)
     assert [row for row in rows(source) if isinstance(row, str)] == ["late"]
-    assert [Path(table.path).name for table in source.lacking] == ["a.jsonl", "b.jsonl"]
+    assert [Path(table.path).name for table in source.tables_without_field] == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
     assert texts(write(tmp_path / "umlaut.jsonl", '{"te\\u00dft": "x"}'), field="teßt") == ["x"]
     with pytest.raises(DataError, match=r"has no column text; its rows are no JSON objects"):
         opened(write(tmp_path / "strings.jsonl", '"a"', '"b"'))
@@ -493,7 +496,7 @@ _TEXT = st.text(
         " ",
     ]
 )
-_OTHER = (
+_OTHER: st.SearchStrategy[Any] = (
     st.none()
     | st.integers()
     | st.floats()
@@ -600,14 +603,15 @@ def test_text_read_is_text_written(
         source = opened(folder)
         found = rows(source, target=draw.choice([1, 20, 2**20]))
         assert [row for row in found if row is not None] == expected
-        assert len(source) - source.blank == len(expected)
+        assert len(source) - source.blank_rows == len(expected)
         # Any part of the rows is what it is in all of them.
         first, last = sorted((draw.randrange(len(source) + 1), draw.randrange(len(source) + 1)))
         assert rows(source, first, last, draw.choice([1, 20])) == found[first:last]
         if kind.startswith("jsonl"):
             for row in range(len(source)):
                 path, _, line = source.name(row).rpartition(":")
-                pack = {"gz": gzip.open, "zst": zstandard.open}.get(path.rpartition(".")[2], open)
+                packs: dict[str, Any] = {"gz": gzip.open, "zst": zstandard.open}
+                pack = packs.get(path.rpartition(".")[2], open)
                 with pack(path, "rb") as file:
                     content_of = file.read().split(b"\n")[int(line) - 1]
                 value = (

@@ -14,6 +14,7 @@ from fast_llm.config.batch import BatchSizes
 from fast_llm.data.dataset import Dataset
 from fast_llm.data.loader import Loader
 from fast_llm.errors import DataError
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
 from tests.data.test_dataset import described, numbered, opened
 from tests.data.test_tokenfile import write
@@ -81,6 +82,7 @@ def test_labels_positions_and_documents(
         if not isolate:
             assert batch.documents is None
             continue
+        assert isinstance(batch.documents, PackedSequences)
         assert batch.documents.lengths == tuple(runs) and sum(runs) == 2 * length
         assert batch.documents.max_seqlen == max(runs)
         assert batch.documents.cu_seqlens.tolist() == [0, *np.cumsum(runs).tolist()]
@@ -146,7 +148,11 @@ def test_errors_of_threads_surface_and_no_thread_stays(tmp_path: Path) -> None:
 
     failing = loader(dataset, workers=2, steps=20)
     good, read = 3 * 4, dataset.read
-    dataset.read = lambda phase, index: read(phase, index if index < good else "no number")
+
+    def fail(phase: str, index: int) -> Any:
+        return read(phase, index if index < good else "no number")  # type: ignore[arg-type]
+
+    dataset.read = fail  # type: ignore[method-assign]
     done = 0
     with pytest.raises(TypeError), failing:
         for _ in failing:
@@ -223,4 +229,6 @@ def test_a_batch_that_does_not_divide_has_rows_without_targets(
         assert sum(batch.targets for batch in batches) == expected.targets
         for batch in batches:
             assert batch.targets == int((batch.labels != -100).sum())
-            assert batch.documents is None or sum(batch.documents.lengths) == micro * 4
+            if batch.documents is not None:
+                assert isinstance(batch.documents, PackedSequences)
+                assert sum(batch.documents.lengths) == micro * 4

@@ -24,8 +24,9 @@ import zstandard
 
 from fast_llm import cli
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.data import documents, files, reading, tokenizer
+from fast_llm.data import documents, files, tokenizer
 from fast_llm.data import prepare as module
+from fast_llm.data.encode import Encoder
 from fast_llm.data.prepare import prepare
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter, digest
 from fast_llm.errors import DataError, MissingPackage
@@ -461,7 +462,7 @@ def test_disk_that_fails(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
     config = configure(tmp_path / "out", tmp_path / "a.txt", model)
     found = documents.open_documents(files.find(config.dataset), 1)
     monkeypatch.setattr(documents, "open_documents", lambda *_: found)
-    monkeypatch.setattr(reading.os, "stat", stat)
+    monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(
         DataError, match=r"a.txt: can not be read: Input/output error; start the same command again"
     ):
@@ -499,9 +500,9 @@ def test_tokenizer_that_ends_documents_inside(tmp_path: Path) -> None:
 def test_text_on_which_the_tokenizer_fails(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = module.Encoder.encode
+    encode = Encoder.encode
     monkeypatch.setattr(
-        module.Encoder,
+        Encoder,
         "encode",
         lambda self, texts: [
             None if text == "b" else tokens
@@ -1106,15 +1107,16 @@ def test_what_is_missing_or_damaged_is_made_again(
     metadata = prepare(config)
     before = everything(tmp_path)
     last = len(content(metadata)["datasets"]) - 1
-    for damage in (
+    damages: tuple[Callable[[], object], ...] = (
         lambda: (tmp_path / "data" / "shard_0_2.bin").unlink(),
         lambda: (tmp_path / "data" / "shard_0_3.idx").write_bytes(b"MMIDIDX"),
         lambda: (tmp_path / "data" / f"shard_0_{last}.json").unlink(),
-        lambda: [path.unlink() for path in (tmp_path / "data").glob("shard_0_[012].*")],
+        lambda: list(map(os.unlink, (tmp_path / "data").glob("shard_0_[012].*"))),
         lambda: (tmp_path / "data" / "rank_0.json").unlink(),
         metadata.unlink,
         lambda: shutil.rmtree(tmp_path / "data" / "tokenizer"),
-    ):
+    )
+    for damage in damages:
         damage()
         prepare(config)
         assert everything(tmp_path) == before
@@ -1464,7 +1466,7 @@ def test_two_at_once(
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert read(prepare(config)) == tokens(model, ["text"])
     assert "can not be locked (No locks available); never start two at once" in caplog.text
 
@@ -1474,9 +1476,7 @@ def test_room_on_the_disk(tmp_path: Path, model: Path, monkeypatch: pytest.Monke
     needed = 0
     usage = shutil.disk_usage(tmp_path)
     for free, fits in ((10_000, False), (10_000_000, True)):
-        monkeypatch.setattr(
-            module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
-        )
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         if fits:
             metadata = prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
             needed = (tmp_path / "data" / "shard_0_0.bin").stat().st_size
@@ -1487,11 +1487,9 @@ def test_room_on_the_disk(tmp_path: Path, model: Path, monkeypatch: pytest.Monke
             ):
                 prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
     # The estimate is good: a tenth less than what it took is refused, a tenth more is enough.
-    for free, fits in ((0.9 * needed, False), (1.1 * needed, True)):
+    for free, fits in ((int(0.9 * needed), False), (int(1.1 * needed), True)):
         shutil.rmtree(tmp_path / "data")
-        monkeypatch.setattr(
-            module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
-        )
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         if fits:
             prepare(configure(tmp_path / "data", tmp_path / "a.txt", model))
         else:
@@ -1567,7 +1565,7 @@ def test_progress(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = module._Progress(1000)
     now[0] += 4
     progress.advance(100, 90, 50_000)

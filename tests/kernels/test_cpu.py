@@ -26,7 +26,7 @@ def built() -> None:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 # fp32: a few roundings, and an exponential within 2e-7. bf16: the result is rounded once, to 2^-8 at most.
@@ -120,8 +120,8 @@ def test_the_same_bits_each_time_and_nan_stays_nan(dtype: torch.dtype) -> None:
         weight = torch.ones(32, dtype=dtype).requires_grad_()
         q[0, 77, 0, 5] += poison
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        normed = [rms_norm(x, weight, 1e-5) for x in inputs]
-        out = attention(*normed, documents(70, 430), True)
+        q, k, v = (rms_norm(x, weight, 1e-5) for x in inputs)
+        out = attention(q, k, v, documents(70, 430), True)
         return list(torch.autograd.grad(out.float().square().sum(), [*inputs, weight]))
 
     before = torch.get_num_threads()

@@ -117,15 +117,15 @@ def played() -> Iterator[None]:
         assert cu_seqlens_k is None and longest == (5, 5)
         outs = []
         for each in parts(q, k, v, cu_seqlens_q):
-            heads = (x.transpose(0, 1) for x in each)
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            q_, k_, v_ = (x.transpose(0, 1) for x in each)
+            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=True)
             outs.append(out.transpose(0, 1))
         return torch.cat(outs), q.new_zeros(q.shape[:2], dtype=torch.float32)
 
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            return torch.autograd.grad(forward(*leaves, *rest[2:])[0], leaves, grad)
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            return torch.autograd.grad(forward(q, k, v, *rest[2:])[0], (q, k, v), grad)
 
     library = torch.library.Library("fast_llm", "IMPL")
     library.impl("ragged_attention", forward, "CPU")

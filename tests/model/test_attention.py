@@ -68,7 +68,7 @@ class Largest(TorchDispatchMode):
     """The most elements of any tensor that is made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -95,7 +95,7 @@ class Pairs(TorchDispatchMode):
     """How many pairs of query and key the CPU's kernels are given, and in how many calls."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total, self.calls = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from fast_llm.model.fp8 import E4M3, E5M2, _scale, apply_fp8
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    return ((one.double() - other).norm() / other.norm()).item()
+    return float((one.double() - other).norm() / other.norm())
 
 
 def shorten(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 # More columns than are widened at a time, as many, fewer; wide and tall.

@@ -148,7 +148,9 @@ def test_where_the_gradient_was_always_zero_nothing_moves(moments: str) -> None:
     """And nothing becomes infinite or NaN, beside gradients of all sizes in the same block."""
     start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
     weight = {"a": start.clone()}
-    optimizer = Optimizer(weight, OptimizerConfig(moments_dtype=moments, weight_decay=0.0))
+    optimizer = Optimizer(
+        weight, OptimizerConfig.model_validate({"moments_dtype": moments, "weight_decay": 0.0})
+    )
     for step in range(1, 51):
         optimizer.step({"a": steep(step)}, 1e-2, 1.0)
     assert torch.equal(weight["a"][5], start[5]) and not torch.equal(weight["a"][:3], start[:3])
@@ -164,7 +166,9 @@ def test_8_bit_updates_are_near() -> None:
     moved = {}
     for moments in ("fp32", "int8"):
         weight = {"a": start.double().float()}
-        optimizer = Optimizer(weight, OptimizerConfig(moments_dtype=moments, weight_decay=0.0))
+        optimizer = Optimizer(
+            weight, OptimizerConfig.model_validate({"moments_dtype": moments, "weight_decay": 0.0})
+        )
         for step in range(1, 101):
             optimizer.step({"a": steep(step)}, 1e-3, 1.0)
         moved[moments] = (weight["a"] - start)[:3]

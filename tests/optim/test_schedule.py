@@ -1,5 +1,7 @@
 """The learning rate against values of the formula, computed by other means."""
 
+from typing import Any
+
 import pytest
 
 from fast_llm.config.train import LearningRateConfig
@@ -36,7 +38,7 @@ def test_the_recipes_learning_rates(update: int, expected: float) -> None:
         ("linear", 2.0, 0.9375),
     ],
 )
-def test_other_styles(style: str, power: float, expected: float) -> None:
+def test_other_styles(style: Any, power: float, expected: float) -> None:
     config = LearningRateConfig(
         base=1.0,
         minimum=0.0,

@@ -30,7 +30,7 @@ class Counting(TorchDispatchMode):
     """Collectives by kind: how many, and how many bytes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 

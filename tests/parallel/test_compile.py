@@ -127,9 +127,7 @@ def worst_gradient(
         found.append(
             {name: gradient.double() for name, gradient in weights.local_gradients().items()}
         )
-    return max(
-        ((found[1][n] - exact).norm() / exact.norm()).item() for n, exact in found[0].items()
-    )
+    return max(float((found[1][n] - exact).norm() / exact.norm()) for n, exact in found[0].items())
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.attention import PackedSequences
-from fast_llm.model.llama import Llama, init_weights
+from fast_llm.model.llama import Block, Llama, init_weights
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
@@ -42,7 +42,8 @@ def micro_batch(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(255, (SEQUENCES, LENGTH + 1), generator=generator)[first : first + count]
     labels = tokens[:, 1:].clone()
-    positions, lengths = [], []
+    positions: list[torch.Tensor] = []
+    lengths: list[int] = []
     for row in range(count):
         cut = CUTS[first + row]
         positions.append(torch.cat([torch.arange(n) for n in cut]))
@@ -75,6 +76,7 @@ def gradients(
     with torch.device("meta"):
         model = Llama(config, cross_entropy)
     for block in model.model.layers.values():
+        assert isinstance(block, Block)
         apply_recompute(block, recompute)
         if compiled:
             block.compile(backend="aot_eager")
@@ -112,7 +114,8 @@ def gradients(
 
 @functools.cache
 def reference(dtype: torch.dtype, tied: bool) -> dict[str, np.ndarray]:
-    return spawn(1, gradients, 0, 1, dtype, tied)[0]
+    found: dict[str, np.ndarray] = spawn(1, gradients, 0, 1, dtype, tied)[0]
+    return found
 
 
 @functools.cache
@@ -233,9 +236,9 @@ def test_bf16_is_the_same_on_several_processes(world: int, zero_stage: int) -> N
 
 @functools.cache
 def four_micro_batches(tied: bool = False, cross_entropy: str = "fused") -> dict[str, np.ndarray]:
-    return spawn(
-        1, gradients, 0, 4, torch.bfloat16, tied, "none", None, False, False, cross_entropy
-    )[0]
+    given = (0, 4, torch.bfloat16, tied, "none", None, False, False, cross_entropy)
+    found: dict[str, np.ndarray] = spawn(1, gradients, *given)[0]
+    return found
 
 
 @pytest.mark.parametrize("compiled", [False, True])

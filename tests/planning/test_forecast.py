@@ -67,7 +67,7 @@ WIDENS = linear.upcast_to_fp32(
     torch.empty(0, dtype=torch.bfloat16)
 )  # this processor has no products in bf16
 # What is made of other operations, in Python: these are counted, too.
-COMPOSED = {
+COMPOSED: dict[Any, Any] = {
     torch.ops.fast_llm.matmul.default: linear.matmul,
     torch.ops.fast_llm.quantize_fp8.default: fp8.quantize_fp8,
     torch.ops.fast_llm.amax.default: fp8.absmax,
@@ -82,7 +82,7 @@ class Meter(TorchDispatchMode):
     """The most bytes that tensors had at any operation. (PyTorch's profiler does not see what gloo's threads free.)"""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self.peak = 0
 

@@ -101,7 +101,7 @@ def test_sequences_longer_than_the_model_was_made_for(
     assert "given 24, above max_position_embeddings of model/config.json, 16:" in said
 
 
-def disk(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+def disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, free)
     )

@@ -27,7 +27,7 @@ from tests.training.runs import records
 LENGTH, STEPS, SEED = 128, 6, 1234
 pytestmark = pytest.mark.slow
 
-SPLIT = [9, 1, 0]
+SPLIT: list[float] = [9, 1, 0]
 
 
 def settings(model: Path, data: Path, experiment: Path, *further: str) -> list[str]:
@@ -62,7 +62,7 @@ def validation_loss(model: Any, data: Path) -> float:
     ).long()
     with torch.no_grad():
         logits = model.eval()(sequences[:, :-1]).logits.float()
-    return cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).item()
+    return float(cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()))
 
 
 def reference(folder: Path) -> Any:
@@ -77,7 +77,8 @@ def ours(folder: Path, tokens: Tensor) -> Tensor:
     model = Llama(config)
     with torch.no_grad():
         load_weights(dict(model.named_parameters()), folder)
-        return model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape))
+        found: Tensor = model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape))
+    return found
 
 
 def test_ids_are_the_tokenizers(model: Path, documents: Path, data: Path) -> None:

@@ -167,8 +167,14 @@ class Slurm:
 
     def daemon(self, *words: str) -> None:
         with (self.folder / f"{words[0]}.out").open("ab") as output:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            subprocess.Popen(words, env=self.environment, start_new_session=True, **streams)
+            subprocess.Popen(
+                words,
+                env=self.environment,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
 
     def command(self, *words: str, check: bool = True, **options: Any) -> str:
         """Run one of Slurm's commands; what it prints."""
@@ -238,8 +244,8 @@ class Job:
     ):
         """Submit from the folder `place`; `words`: options of sbatch, and the script."""
         self.slurm, self.place = slurm, place
-        given = {"env": slurm.environment | (environment or {}), "cwd": place}
-        self.id = slurm.command("sbatch", "--parsable", *words, **given)
+        environment = slurm.environment | (environment or {})
+        self.id = slurm.command("sbatch", "--parsable", *words, env=environment, cwd=place)
 
     @property
     def facts(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 
 from fast_llm.training import trainer
 from fast_llm.training.profile import CATEGORIES, break_down, category, exclusive_intervals, table
+from fast_llm.training.step import TrainStep
 from tests.helpers import spawn
 from tests.training.runs import losses, records, run, run_all, settings, weights, write_tokens
 
@@ -289,7 +290,7 @@ def test_a_step_that_fails_is_told_and_not_its_profile(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(trainer.TrainStep, "forward_backward", fail)
+    monkeypatch.setattr(TrainStep, "forward_backward", fail)
     with pytest.raises(ZeroDivisionError):
         run(arguments(tmp_path, "run", "training.profiling.interval=1"))
     assert (
@@ -315,9 +316,9 @@ def test_a_profiled_step_counts_as_a_usual_one(
     """Steps take 1 s each and a profiled one 50 s, of which nothing is seen in speed."""
     write_tokens(tmp_path / "tokens")
     clock = Clock()
-    step = trainer.TrainStep.__call__
+    step = TrainStep.__call__
 
-    def timed(self: trainer.TrainStep, *args: Any, **kwargs: Any) -> Any:
+    def timed(self: TrainStep, *args: Any, **kwargs: Any) -> Any:
         clock.now += 1
         return step(self, *args, **kwargs)
 
@@ -332,7 +333,7 @@ def test_a_profiled_step_counts_as_a_usual_one(
             clock.now += 40
 
     monkeypatch.setattr("fast_llm.training.metrics.time.perf_counter", clock)
-    monkeypatch.setattr(trainer.TrainStep, "__call__", timed)
+    monkeypatch.setattr(TrainStep, "__call__", timed)
     monkeypatch.setattr(trainer, "Profile", Slow)
     for every in (1, 3):
         how = (

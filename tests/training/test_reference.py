@@ -87,8 +87,8 @@ def test_fifty_steps_equal_a_plain_loop(tmp_path: Path, tied: bool) -> None:
         optimizer.step()
     found = losses(tmp_path / "run")
     assert found[1] > 4 and found[STEPS] < found[1] - 0.5  # it learns
-    for step, loss in enumerate(expected, start=1):
-        assert abs(found[step] - loss) < 1e-5 * loss, step
+    for number, wanted in enumerate(expected, start=1):
+        assert abs(found[number] - wanted) < 1e-5 * wanted, number
     trained = load_file(tmp_path / "run" / "export" / "llama" / str(STEPS) / "model.safetensors")
     for name, weight in model.state_dict().items():
         if name in trained:

@@ -18,6 +18,7 @@ from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.errors import ConfigError
 from fast_llm.model import linear
 from fast_llm.model.llama import Llama
+from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training import build
 from fast_llm.training.trainer import Trainer
@@ -89,16 +90,16 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
         return made
 
     build.SingleWeights = in_halves  # type: ignore[assignment, attr-defined]
-    before = build.Optimizer.__init__
+    before = Optimizer.__init__
 
-    def counted(self: build.Optimizer, *args: object) -> None:
+    def counted(self: Optimizer, *args: object) -> None:
         before(self, *args)  # type: ignore[arg-type]
         assert self.master_low_bits and self.exp_avg["model.norm.weight"].dtype in (
             torch.bfloat16,
             torch.int8,
         )
 
-    build.Optimizer.__init__ = counted  # type: ignore[method-assign, assignment, attr-defined]
+    Optimizer.__init__ = counted  # type: ignore[method-assign, assignment]
     return run(arguments_)
 
 

@@ -337,6 +337,7 @@ def test_a_log_that_can_not_be_written_is_told_once(
     handler = next(
         h for h in logging.getLogger("fast_llm").handlers if isinstance(h, logging.FileHandler)
     )
+    assert handler.stream is not None
     handler.stream.close()
     handler.stream = Path("/dev/full").open("w")  # noqa: SIM115
     for _ in range(2):
@@ -355,7 +356,7 @@ def dies_while_they_meet(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        dist.new_group = die
+        dist.new_group = die  # type: ignore[assignment]
 
 
 def test_who_is_lost_while_they_meet_is_not_waited_for(tokens: Path) -> None:

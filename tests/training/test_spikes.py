@@ -105,11 +105,8 @@ def spiking(
     except (Kill, TrainingStopped) as error:
         return str(error), given
     finally:
-        Loader.step, Trainer.check_finite, TrainStep.forward_backward = (
-            step,
-            check,
-            forward_backward,
-        )
+        Loader.step, Trainer.check_finite = step, check  # type: ignore[method-assign]
+        TrainStep.forward_backward = forward_backward  # type: ignore[method-assign]
 
 
 def updates(path: Path) -> int:

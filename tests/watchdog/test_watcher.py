@@ -320,7 +320,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
 
 
 def status(rank: int, heartbeats: int, **further: Any) -> Status:
-    values = {
+    values: dict[str, Any] = {
         "step": 7,
         "phase": "data",
         "seconds": 60.0,
