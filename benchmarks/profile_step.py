@@ -48,7 +48,7 @@ def floor(event: dict[str, Any], rate: float, copy: float) -> float:
         ):  # what calls these
             return 0.0
         left, right = shapes[-2:] if "addmm" in name else shapes[:2]
-        return 2 * math.prod(left) * right[-1] / rate * 1e6
+        return float(2 * math.prod(left) * right[-1] / rate * 1e6)
     if title == "attention" and name.startswith("fast_llm::attention"):
         back = name.endswith("back")
         query, ends = (
@@ -56,16 +56,15 @@ def floor(event: dict[str, Any], rate: float, copy: float) -> float:
             shapes[9 if back else 3][0],
         )  # of documents that are alike
         pairs = query[0] * query[1] * (query[0] * query[1] / (ends - 1)) / 2 * query[2] * query[3]
-        return (10 if back else 4) * pairs / rate * 1e6
+        return float((10 if back else 4) * pairs / rate * 1e6)
     if title == "attention" and "scaled_dot_product" in name and len(shapes[0]) == 4:
         back = "backward" in name
         batch, heads, length, width = shapes[0]
-        return (10 if back else 4) * batch * heads * length**2 / 2 * width / rate * 1e6
+        return float((10 if back else 4) * batch * heads * length**2 / 2 * width / rate * 1e6)
     if title == "attention":
         return 0.0
-    return (
-        sum(math.prod(s) * BYTES[kind] for s, kind in zip(shapes, kinds, strict=False)) / copy * 1e6
-    )
+    moved = sum(math.prod(s) * BYTES[kind] for s, kind in zip(shapes, kinds, strict=False))
+    return float(moved / copy * 1e6)
 
 
 def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
@@ -121,7 +120,7 @@ def _least(run: Any) -> float:
 
 def profiled(length: int, steps: int) -> dict[str, Any]:
     """A trace of the step of benchmarks/step_cpu.py."""
-    from step_cpu import ours
+    from benchmarks.step_cpu import ours
 
     step = ours(1, length)
     for _ in range(3):

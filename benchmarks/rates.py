@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -69,9 +70,9 @@ def products() -> None:
             torch.addmm(total, g.t(), x, out_dtype=torch.float32, out=total)
 
         cells = [
-            rate(work, lambda x=x, w=w: x @ w.t()),
-            rate(work, lambda g=g, w=w: g @ w),
-            rate(work, lambda g=g, x=x: g.t() @ x),
+            rate(work, partial(torch.matmul, x, w.t())),
+            rate(work, partial(torch.matmul, g, w)),
+            rate(work, partial(torch.matmul, g.t(), x)),
             rate(work, added),
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -140,9 +141,7 @@ def documents(batch: int, length: int, work: float) -> None:
             rate(work, lambda: _varlen_kernel(q, k, v, ends, ends, length, length)),
             rate(
                 2.5 * work,
-                lambda out=out, grad=grad: torch.autograd.grad(
-                    out, (q, k, v), grad, retain_graph=True
-                ),
+                partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True),
             ),
         ]
         print(f"| {batch} × {length}, by boundaries, {way} | {' | '.join(cells)} |", flush=True)

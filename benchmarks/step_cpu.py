@@ -37,8 +37,8 @@ from typing import Any
 import torch
 
 from fast_llm.config.train import BaseModelConfig, GradientScalerConfig, OptimizerConfig
-from fast_llm.data.loader import Batch
 from fast_llm.kernels import cpu as cpu_kernels
+from fast_llm.model.batch import Batch
 from fast_llm.model.llama import Llama, init_weights
 from fast_llm.models.llama import cost
 from fast_llm.optim.loss_scale import LossScale
@@ -102,7 +102,7 @@ def transformers_model(shape: dict[str, Any]) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     blocks = shape["transformer"]
-    return LlamaForCausalLM(
+    model: torch.nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape["vocab_size"],
             hidden_size=blocks["hidden_size"],
@@ -113,6 +113,7 @@ def transformers_model(shape: dict[str, Any]) -> torch.nn.Module:
             tie_word_embeddings=shape["tie_word_embeddings"],
         )
     )
+    return model
 
 
 def litgpt_model(shape: dict[str, Any], length: int) -> torch.nn.Module:
@@ -121,7 +122,7 @@ def litgpt_model(shape: dict[str, Any], length: int) -> torch.nn.Module:
     from litgpt.model import GPT
 
     blocks = shape["transformer"]
-    model = GPT(
+    model: torch.nn.Module = GPT(
         Config(
             block_size=length,
             n_layer=blocks["num_layers"],
@@ -138,7 +139,7 @@ def litgpt_model(shape: dict[str, Any], length: int) -> torch.nn.Module:
         )
     )
     if shape["tie_word_embeddings"]:
-        model.lm_head.weight = model.transformer.wte.weight
+        model.lm_head.weight = model.transformer.wte.weight  # type: ignore[union-attr]
     return model
 
 
@@ -157,12 +158,13 @@ def transformers(
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            return run(
+            found: torch.Tensor = run(
                 input_ids=data[:, :-1],
                 shift_labels=data[:, 1:],
                 labels=data[:, 1:],
                 use_cache=False,
             ).loss
+        return found
 
     return trained(model, loss)
 

@@ -33,8 +33,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import step_cpu  # beside this file
 import torch
+
+from benchmarks import step_cpu
 
 WARM, STEPS = 3, 9
 SHAPES: dict[
@@ -83,7 +84,8 @@ def transformers(
     def loss() -> torch.Tensor:
         data = _batch(shape, length, sequences)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "autocast"):
-            return run(input_ids=data, labels=data, use_cache=False).loss
+            found: torch.Tensor = run(input_ids=data, labels=data, use_cache=False).loss
+        return found
 
     return step_cpu.trained(model, loss, micro_batches)
 
@@ -102,7 +104,9 @@ def litgpt(size: tuple[Any, ...], dtype: str) -> Callable[[], float]:
     def loss() -> torch.Tensor:
         data = _batch(shape, length + 1, sequences)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "mixed"):
-            return chunked_cross_entropy(run(data[:, :-1]), data[:, 1:].contiguous(), chunk_size=0)
+            logits, labels = run(data[:, :-1]), data[:, 1:].contiguous()
+            found: torch.Tensor = chunked_cross_entropy(logits, labels, chunk_size=0)
+        return found
 
     return step_cpu.trained(model, loss, micro_batches)
 
@@ -143,7 +147,8 @@ def torchtitan(size: tuple[Any, ...]) -> Callable[[], float]:
     def loss() -> torch.Tensor:
         data = _batch(shape, length + 1, sequences)
         with torch.autocast("cuda", torch.bfloat16):
-            return compute(model(data[:, :-1]), data[:, 1:]) / data[:, 1:].numel()  # it sums
+            found: torch.Tensor = compute(model(data[:, :-1]), data[:, 1:])  # type: ignore[no-untyped-call]
+        return found / data[:, 1:].numel()  # it sums
 
     return step_cpu.trained(model, loss, micro_batches)
 
@@ -242,7 +247,7 @@ def main() -> None:
     from fast_llm.config.train import BaseModelConfig
     from fast_llm.models.llama import cost
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for package in ("transformers", "liger_kernel", "litgpt", "torchtitan", "triton"):
         try:
             versions[package] = version(package)

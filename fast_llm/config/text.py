@@ -110,7 +110,7 @@ class YamlReader:
         """What stands in the text (None for nothing), or UNREADABLE."""
         try:
             loader = _Loader(text)
-            node = loader.get_single_node()  # type: ignore[no-untyped-call]
+            node = loader.get_single_node()
             return None if node is None else self._value(node, path, loader)
         except _UnsupportedYaml as error:
             self.not_yaml = isinstance(error, _AnchorFound)
@@ -212,7 +212,7 @@ class YamlReader:
     def _scalar(self, node: yaml.Node, path: str, loader: _Loader) -> Any:
         line = node.start_mark.line + 1
         try:
-            value = loader.construct_object(node)  # type: ignore[no-untyped-call]
+            value = loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, OverflowError):
             self._problem(
                 line,

@@ -87,7 +87,7 @@ class _Attention(torch.autograd.Function):
         return attended
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = torch.ops.fast_llm.ragged_attention_backward(
             grad.contiguous(), *ctx.saved_tensors, *ctx.longest

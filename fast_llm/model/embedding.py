@@ -30,7 +30,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(tokens, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (tokens,) = ctx.saved_tensors
         seen, place = tokens.unique(return_inverse=True)

@@ -53,7 +53,7 @@ class _Fp8Linear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         transposed, scale, weight, weight_scale = ctx.saved_tensors
         grad_scale = _scale(grad, E5M2)

@@ -76,7 +76,7 @@ class _UpcastLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         flat, grad_x, grad_weight = grad.flatten(0, -2), None, None
@@ -123,7 +123,7 @@ class _AccumulatingLinear(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, main_grad = ctx.saved_tensors
         torch.ops.fast_llm.add_matmul(main_grad, grad.flatten(0, -2), x.flatten(0, -2))

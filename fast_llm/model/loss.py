@@ -134,7 +134,7 @@ class _AttachGradient(torch.autograd.Function):
         return torch.zeros((), dtype=torch.float32, device=x.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         gradient = ctx.gradient
         if gradient is None:

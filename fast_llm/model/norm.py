@@ -46,7 +46,7 @@ class _CpuRMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
@@ -66,7 +66,7 @@ class _FusedAddRMSNorm(torch.autograd.Function):
         return normed, x.view_as(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, residual_grad: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
@@ -118,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         normed = (x * inverse).flatten(0, -2)  # fp32 T E

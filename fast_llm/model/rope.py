@@ -74,7 +74,7 @@ class _Rotate(torch.autograd.Function):
         return _apply(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _apply(grad, cos, sin, -1), None, None

@@ -86,7 +86,7 @@ def _varlen_qkv(
     return VarlenQKV.from_lengths(queries, keys, torch.from_numpy(np.concatenate(index)))
 
 
-def _gathered_index(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _gathered_index(tokens: np.ndarray, rows: int, length: int, size: int) -> np.ndarray:
     """Where tokens of the flattened micro-batch are among those gathered: by process, row and place there."""
     row, position = np.divmod(tokens, length)
     number, offset = np.divmod(position, length // (2 * size))
@@ -94,5 +94,5 @@ def _gathered_index(tokens: np.ndarray, rows: int, length: int, size: int) -> np
     process = np.where(back, 2 * size - 1 - number, number)
     places: np.ndarray = (
         (process * rows + row) * (length // size) + back * (length // (2 * size)) + offset
-    )  # type: ignore[type-arg]
+    )
     return places

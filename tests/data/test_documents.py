@@ -292,7 +292,9 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     no = SkippedDocument("not_text")
     source = opened(f"{tmp_path}/*.parquet")
     assert rows(source) == ["a", no] * 7 + [no] * 4 + [no] + [no] * 2
-    assert [(Path(table.path).name, table.lacks) for table in source.tables_without_field] == [
+    assert [
+        (Path(table.path).name, table.missing_field) for table in source.tables_without_field
+    ] == [
         ("a.parquet", "has no column text; it has id, body"),
         ("b.parquet", "holds int64 in column text, must be text"),
     ]

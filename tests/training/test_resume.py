@@ -86,7 +86,7 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
         assert not fuse_grad_accumulation  # not on a CPU
         made = SingleWeights(model, dtype, device, fuse_grad_accumulation=True)
         if rounded:
-            model.lm_head.total = None
+            model.lm_head.main_grad = None
         return made
 
     build.SingleWeights = in_halves  # type: ignore[assignment, attr-defined]
