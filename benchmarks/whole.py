@@ -111,10 +111,10 @@ def one(table: str, settings: list[str]) -> None:
     import torch
 
     from fast_llm.cli import main as command
-    from fast_llm.training import trainer
+    from fast_llm.training.checkpointing import CheckpointManager
     from fast_llm.training.step import TrainStep
 
-    def restore(self: trainer.Trainer) -> None:
+    def restore(self: CheckpointManager) -> None:
         torch.manual_seed(0)
         for weight in self.weights.local().values():
             weight.normal_(std=0.01) if weight.dim() > 1 else weight.fill_(1)
@@ -138,7 +138,7 @@ def one(table: str, settings: list[str]) -> None:
         )
         return result
 
-    trainer.Trainer.restore = restore  # type: ignore[method-assign]
+    CheckpointManager.restore = restore  # type: ignore[method-assign]
     TrainStep.__call__ = watched  # type: ignore[method-assign]
     code = command(["train", "gpt", *settings])
     if code:

@@ -173,7 +173,7 @@ def test_a_crash_is_tried_again(tmp_path: Path, environment: dict[str, str]) -> 
         assert job.wait(90) == 0, said.read_text()
     text = said.read_text()
     assert text.count("another process of this run has ended without a message") == 1, text
-    assert text.count("Going on from ") == 1 and text.endswith(
+    assert text.count("Resuming from ") == 1 and text.endswith(
         "[Rank 0] Training is complete: 40 steps.\n"
     ), text
 

@@ -19,6 +19,7 @@ from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
+from fast_llm.data.loader import Loader
 from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import cudnn
@@ -29,7 +30,7 @@ from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
-from fast_llm.parallel.context import apply_context_parallel
+from fast_llm.parallel.context import apply_context_parallel, shard_batch
 from fast_llm.parallel.failures import Failures
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
@@ -41,7 +42,10 @@ from fast_llm.planning.memory import UPCASTING_CPU, ParallelLayout, Workload, re
 from fast_llm.planning.preflight import RunSpec, describe, format_bytes
 from fast_llm.planning.time import resolve_auto, with_layout
 from fast_llm.training.allocator import keep_freed_memory
+from fast_llm.training.checkpointing import CheckpointManager
+from fast_llm.training.evaluate import Evaluator
 from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.metrics import Metrics
 from fast_llm.training.run import Run, lock, next_run_number, prepare_folder
 from fast_llm.training.saving import describe_saved
 from fast_llm.training.spikes import SpikeDetector
@@ -139,84 +143,38 @@ def exclusive_lock(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
 
 
 def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
+    """Everything that happens in the experiment folder, from its files to the exit code."""
     _check_fp8(spec.config, mesh)
     memory = mesh.broadcast(_memory(mesh))
     spec = decide(spec, mesh, memory)
-    config = spec.config
     number = mesh.broadcast(next_run_number(spec.folder))
     if mesh.rank == 0:
         prepare_folder(spec)
     mesh.barrier()
-    run = Run(spec.folder, mesh.rank, mesh.size, config.run.log_timestamps, number)
-    watchdog = Watchdog(
-        config.model.distributed.timeout,
-        config.training.timeout or _WEEK,
-        run.logs,
-        rank=mesh.rank,
-        processes=mesh.size,
-        broadcast=mesh.broadcast,
-        # The compiler takes its time again for as many shapes (its recompile limit).
-        warm_up=8 if config.model.multi_stage.compile_all else 1,
-    )
-    # Else it would be taken for one that hung, if it was saving for long.
+    run = Run(spec.folder, mesh.rank, mesh.size, spec.config.run.log_timestamps, number)
+    watchdog = build_watchdog(spec.config, mesh, run)
+    # A process that exits during a long save must not be taken for one that hangs.
     interrupt.before_exit = partial(watchdog.heartbeat, ENDED)
     try:
         logger.info("What this run does:\n" + describe(spec))
         for warning in spec.warnings:
             logger.warning(f"{warning}.")
-        _tell_memory(spec, mesh, memory)
-        if mesh.device.type == "cpu" and (problem := cpu_kernels.load()):
-            logger.warning(
-                f"Training on the CPU without our own kernels, about half as fast: they could not be built ({problem});"
-                " install a C++ compiler (g++ or clang++ with OpenMP), or name one in the environment variable CXX."
-            )
-        if (
-            mesh.device.type == "cuda"
-            and _parts_documents(config)
-            and (problem := cudnn.load(mesh.device))
-        ):
-            logger.info(
-                f"Attention within documents goes through PyTorch's kernel, not cuDNN: {problem}."
-            )
-        models, weights = build_model(config, mesh)
-        pipeline = build_pipeline(config, spec.batch, models, mesh)
-        optimizer = Optimizer(
-            weights.local(), config.optimizer, weights.master_low_bits, _has_kernels(config, mesh)
-        )
-        loss_scale = LossScale(
-            config.optimizer.gradient_scaler, config.model.distributed.training_dtype
-        )
-        spikes = SpikeDetector(config.training.spikes)
-        step = TrainStep(
-            models[0],
-            weights,
-            optimizer,
-            loss_scale,
-            mesh,
-            config.optimizer,
-            pipeline,
-            watchdog.heartbeat,
-            spikes,
-        )
-        trainer = Trainer(spec, mesh, run, weights, step, interrupt, watchdog.heartbeat)
+        _log_memory(spec, mesh, memory)
+        _load_kernels(spec.config, mesh)
+        trainer = build_trainer(spec, mesh, run, interrupt, watchdog)
         interrupt.effect = trainer.on_signal
         logger.info(f"Ready on {_device(mesh)} in {time.perf_counter() - started:.1f} s.")
         try:
-            trainer.fit()
+            trainer.train()
         except BaseException as error:
             watchdog.failed(error)
             trainer.metrics.close("crashed")
             raise
         watchdog.heartbeat("closing", slow=True)
         trainer.metrics.close("ended")
-        # Complete all the same: 0. Else the same for all: torchrun takes a node whose processes all return 0 for one that is
-        # done; it would not start again with the others.
-        code = (
-            max(all_gather_object(interrupt.exit_code, mesh.slow_group)) if trainer.stopping else 0
-        )
-        interrupt.agreed_exit_code = code
-        if mesh.rank == 0 and not trainer.stopping and trainer.step >= config.training.train_iters:
-            _note_complete()
+        code = _agree_on_exit_code(trainer, interrupt)
+        if mesh.rank == 0 and not trainer.stopping:
+            _note_complete(trainer)
     finally:
         interrupt.before_exit = lambda: None
         watchdog.close()
@@ -225,9 +183,96 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
     return code
 
 
-def _note_complete() -> None:
-    """Create the file FAST_LLM_COMPLETE_FILE, if a launcher names one: exit code 0 alone may also mean SIGUSR1."""
-    if path := os.environ.get("FAST_LLM_COMPLETE_FILE"):
+def build_watchdog(config: TrainConfig, mesh: Mesh, run: Run) -> Watchdog:
+    """Start hang detection for this process."""
+    return Watchdog(
+        config.model.distributed.timeout,
+        config.training.timeout or _WEEK,
+        run.logs,
+        rank=mesh.rank,
+        processes=mesh.size,
+        broadcast=mesh.broadcast,
+        # The compiler compiles again for as many shapes (its recompile limit).
+        warm_up=8 if config.model.multi_stage.compile_all else 1,
+    )
+
+
+def build_trainer(
+    spec: RunSpec, mesh: Mesh, run: Run, interrupt: Interrupt, watchdog: Watchdog
+) -> Trainer:
+    """Make each part of a run once, in order."""
+    config, heartbeat = spec.config, watchdog.heartbeat
+    models, weights = build_model(config, mesh)
+    pipeline = build_pipeline(config, spec.batch, models, mesh)
+    optimizer = Optimizer(
+        weights.local(), config.optimizer, weights.master_low_bits, _has_kernels(config, mesh)
+    )
+    train_step = TrainStep(
+        models[0],
+        weights,
+        optimizer,
+        LossScale(config.optimizer.gradient_scaler, config.model.distributed.training_dtype),
+        mesh,
+        config.optimizer,
+        pipeline,
+        heartbeat,
+        SpikeDetector(config.training.spikes),
+    )
+    loader = partial(build_loader, spec, mesh)
+    metrics = Metrics(config, run, mesh, spec.batch, spec.cost, spec.completed_steps)
+    checkpoints = CheckpointManager(spec, mesh, run, weights, train_step, heartbeat)
+    evaluator = Evaluator(spec, mesh, train_step, loader, metrics, interrupt, heartbeat)
+    return Trainer(
+        spec,
+        mesh,
+        run,
+        train_step,
+        checkpoints,
+        evaluator,
+        loader,
+        metrics,
+        interrupt,
+        heartbeat,
+    )
+
+
+def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps: int) -> Loader:
+    """This process's micro-batches of `steps` steps, from sequence `first_sample` of a split on."""
+    config = spec.config
+    return Loader(
+        spec.dataset,
+        split,
+        spec.batch,
+        rank=mesh.data.rank,
+        processes=mesh.data.size,
+        vocab_size=config.model.base_model.vocab_size,
+        first_sample=first_sample,
+        steps=steps,
+        isolate=not config.batch.cross_document_attention,
+        workers=config.training.num_workers,
+        prefetch=config.training.prefetch_factor or 2,
+        cut=partial(shard_batch, rank=mesh.context.rank, size=mesh.context.size),
+        pin=mesh.device.type == "cuda",
+        warn_ms=config.data.data_sample_warn_time_ms,
+    )
+
+
+def _agree_on_exit_code(trainer: Trainer, interrupt: Interrupt) -> int:
+    """The exit code of all processes: 0 for a complete run.
+
+    torchrun takes a node whose processes all return 0 for finished: it would not restart it with the others.
+    """
+    code = 0
+    if trainer.stopping:
+        code = max(all_gather_object(interrupt.exit_code, trainer.mesh.slow_group))
+    interrupt.agreed_exit_code = code
+    return code
+
+
+def _note_complete(trainer: Trainer) -> None:
+    """Create the file FAST_LLM_COMPLETE_FILE once all steps are done: exit code 0 alone may also mean SIGUSR1."""
+    complete = trainer.state.step >= trainer.config.train_iters
+    if complete and (path := os.environ.get("FAST_LLM_COMPLETE_FILE")):
         try:
             Path(path).touch()
         except OSError as error:
@@ -236,8 +281,26 @@ def _note_complete() -> None:
             )
 
 
-def _parts_documents(config: TrainConfig) -> bool:
-    """Whether attention has to know where documents begin and end, or a process has a part of a sequence only."""
+def _load_kernels(config: TrainConfig, mesh: Mesh) -> None:
+    """Load the kernels of this device, and log which cannot be used."""
+    if mesh.device.type == "cpu" and (problem := cpu_kernels.load()):
+        logger.warning(
+            "Training on the CPU without Fast-LLM's own kernels, at about half the speed: they could"
+            f" not be built ({problem}); install a C++ compiler (g++ or clang++ with OpenMP), or name"
+            " one in the environment variable CXX."
+        )
+    if (
+        mesh.device.type == "cuda"
+        and _uses_varlen_attention(config)
+        and (problem := cudnn.load(mesh.device))
+    ):
+        logger.info(
+            f"Attention within documents uses PyTorch's kernel instead of cuDNN's: {problem}."
+        )
+
+
+def _uses_varlen_attention(config: TrainConfig) -> bool:
+    """Whether attention is limited to documents, or a process has only a part of each sequence."""
     packed = not config.batch.cross_document_attention and config.data.format != "random"
     parted = packed or config.model.distributed.sequence_data_parallel > 1
     return parted and config.model.base_model.transformer.use_flash_attention
@@ -290,7 +353,7 @@ def _memory(mesh: Mesh) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _tell_memory(spec: RunSpec, mesh: Mesh, memory: float) -> None:
+def _log_memory(spec: RunSpec, mesh: Mesh, memory: float) -> None:
     shape, layout = (
         Workload.of(spec.config, spec.batch.batch_size),
         ParallelLayout.of(spec.config, mesh.size),

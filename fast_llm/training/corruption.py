@@ -239,6 +239,29 @@ def find_nonfinite_state(step: TrainStep) -> list[str]:
     return wrong
 
 
+def check_state_finite(step: TrainStep, mesh: Mesh, number: int, consequence: str = "") -> None:
+    """Raise TrainingStopped on every process if any has non-finite weights or moments: they would be saved and useless.
+
+    `consequence`: a sentence for the message.
+    """
+    reports = all_gather_object((socket.gethostname(), find_nonfinite_state(step)), mesh.slow_group)
+    found = [
+        f"rank {rank} on {host}: {one}"
+        for rank, (host, wrong) in enumerate(reports)
+        for one in wrong
+    ]
+    if not found:
+        return
+    for one in found:
+        logger.error(f"Step {number}: {one}")
+    more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
+    raise TrainingStopped(
+        f"step {number}: {found[0]}{more}. {consequence}No update makes such numbers, unless"
+        " optimizer.learning_rate.base is far too large: a chip or its memory computes or remembers wrongly.",
+        resumable=True,
+    )
+
+
 @torch.no_grad()
 def digest(tensor: Tensor) -> int:
     """A number that any change of one element changes, and others all but surely: Σ bits · (2i + 1) modulo 2^64."""

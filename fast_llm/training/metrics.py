@@ -57,7 +57,7 @@ class Metrics:
         self.average_step_seconds = 0.0  # over the steps of the last record; 0 before it
         self._since = time.perf_counter()
         self._steps: list[StepResult] = []
-        self.skipped_in_a_row = 0
+        self.steps_without_targets = 0  # since this start
         self.global_max_reserved = 0.0
         self.tensorboard: TensorBoard | None = None
         self.wandb: Wandb | None = None
@@ -96,10 +96,8 @@ class Metrics:
     def add(self, step: int, result: StepResult) -> None:
         """Add the result of one step."""
         self._steps.append(result)
-        if result.targets:  # steps without targets are neither finite nor skipped
-            self.skipped_in_a_row = (
-                0 if result.updated or result.spike else self.skipped_in_a_row + 1
-            )
+        if not result.targets:
+            self._warn_no_targets(step)
         if self.run.progress is not None:
             elapsed = self.train_seconds + time.perf_counter() - self._since
             rate = (
@@ -113,6 +111,17 @@ class Metrics:
                 step,
                 self.config.training.train_iters,
                 f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {_duration(left)} left",
+            )
+
+    def _warn_no_targets(self, step: int) -> None:
+        """Warn at the 1st, 2nd, 4th, 8th … step without target tokens."""
+        self.steps_without_targets += 1
+        if self.steps_without_targets & (self.steps_without_targets - 1) == 0:
+            logger.warning(
+                f"Step {step} has no target tokens: its documents have one token each, which has no"
+                " token before it. There is no loss, and the update was skipped (step"
+                f" {self.steps_without_targets} of this kind since the start)."
+                f" `fast-llm why {self.run.folder or '<experiment_dir>'} {step}` shows the documents."
             )
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -28,6 +29,7 @@ from typing import Any, Self
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fast_llm.config.train import ProfilingConfig
 from fast_llm.parallel.mesh import Mesh
 
 logger = logging.getLogger("fast_llm")
@@ -307,3 +309,15 @@ def _parsed(trace: bytes, path: Path) -> dict[str, Any]:
     except ValueError as error:  # the profiler does not say so
         raise OSError(f"{path} could not be written whole; make room") from error
     return parsed
+
+
+@contextmanager
+def profiled(
+    step: int, config: ProfilingConfig, folder: Path, mesh: Mesh, heartbeat: Callable[..., None]
+) -> Iterator[None]:
+    """Profile the step inside on the ranks of `training.profiling.ranks`; the other processes wait for them."""
+    heartbeat("profiling", slow=True)
+    with Profile(step, folder, mesh) if mesh.rank in config.ranks else nullcontext():
+        yield
+        heartbeat("profiling", slow=True)
+    mesh.barrier()

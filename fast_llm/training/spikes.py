@@ -1,27 +1,33 @@
-"""Steps whose loss or gradient norm stands out from those before: which they are, and which data was passed over for them.
+"""Spikes: which steps' loss or gradient norm stands out, and what is done about them (`training.spikes`).
 
 With m the median of the last `window` steps' values y, a step's value is a spike above
 
     m + threshold · max(1.4826 · median |y - m|, 0.01 · |m|)
 
-where 1.4826 makes the median deviation of a normal distribution its standard deviation, and no deviation counts for less than
-a hundredth of the median. Spikes enter the window like all finite values: a median does not heed a few, and a lasting change is
-accepted after half a window. Nothing is judged before the window is full.
+The factor 1.4826 makes the median absolute deviation of a normal distribution its standard deviation. A deviation below
+a hundredth of the median counts as that. Spikes enter the window like all finite values: medians ignore outliers, and a
+lasting change is accepted after half a window. No step is a spike before the window is full.
 
-Every process judges the same sums, so all decide alike; a checkpoint holds the window, so that a run which goes on decides as the
-one that was killed.
+The update of a spike is skipped. The policy then continues (`skip`), returns to a checkpoint and skips the data since
+(`rewind`), or ends the run (`stop`). All processes see the same sums, so all decide alike. A checkpoint holds the window,
+so a resumed run decides as an undisturbed one.
 """
 
+import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fast_llm.config.train import SpikesConfig
+from fast_llm.errors import TrainingStopped
+
+logger = logging.getLogger("fast_llm")
 
 
 class SpikeDetector:
-    """The last steps' numbers, and the judgement of the next."""
+    """Compares each step's loss and gradient norm with those of the steps before."""
 
     def __init__(self, config: SpikesConfig):
         self.config = config
@@ -30,7 +36,7 @@ class SpikeDetector:
         }
 
     def detect(self, loss: float, norm: float) -> str:
-        """What stands out of a step's finite numbers, in words, or nothing; takes note of them."""
+        """Describe the spike of a step, or return "". Adds the two finite numbers to the window."""
         if self.config.policy == "none":
             return ""
         found = []
@@ -42,17 +48,53 @@ class SpikeDetector:
                 )
                 if value > middle + self.config.threshold * deviation:
                     found.append(
-                        f"{name} {value:.4g} is above {middle:.4g} + {self.config.threshold:g} × {deviation:.2g}"
+                        f"{name} {value:.4g} is above {middle:.4g}"
+                        f" + {self.config.threshold:g} × {deviation:.2g}"
                     )
             values.append(value)
         return ", ".join(found)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The window, for a checkpoint."""
         return {name: list(values) for name, values in self.window.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the window from a checkpoint."""
         for name, values in self.window.items():
             values.clear()
             values.extend(state.get(name, ()))
+
+
+def handle_spike(
+    config: SpikesConfig, step: int, spike: str, rewinds: int, newest: Callable[[], Path | None]
+) -> Path | None:
+    """Apply the policy to a step whose update was skipped. Returns the checkpoint to rewind to, if any.
+
+    `spike`: as detected; `rewinds`: of this run so far; `newest`: finds the newest checkpoint. Raises TrainingStopped if
+    the policy is `stop`, or after `max_rewinds`.
+    """
+    text = f"Step {step} is a spike: {spike} (median and deviations of {config.window} steps)"
+    if config.policy == "stop":
+        raise TrainingStopped(
+            f"{text}. Its update was not applied. Look at the step's data with `fast-llm why`, lower"
+            " optimizer.learning_rate.base, or choose another training.spikes.policy.",
+            resumable=True,
+        )
+    if config.policy == "rewind":
+        path = newest()
+        if path is not None and rewinds == config.max_rewinds:
+            raise TrainingStopped(
+                f"{text}. The run was rewound {rewinds} times already (training.spikes.max_rewinds)."
+                " Look at the data of these steps with `fast-llm why`, or lower"
+                " optimizer.learning_rate.base.",
+                resumable=True,
+            )
+        if path is not None:
+            logger.warning(
+                f"{text}: rewinding to checkpoint {path.name}; training continues with the data"
+                " after the spike."
+            )
+            return path
+        text += "; there is no checkpoint to rewind to"
+    logger.warning(f"{text}: its update was skipped.")
+    return None

@@ -115,7 +115,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                         f"{story}: lost, had {known}"
                     )
                 went_on = re.search(
-                    r"Going on from .*, after step (\d+)\.|Starting from (random) weights",
+                    r"Resuming from .*, after step (\d+)\.|Starting from (random) weights",
                     job.said(),
                 )
                 if went_on:

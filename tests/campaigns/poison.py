@@ -121,15 +121,15 @@ def disturb(
 ) -> None:
     """Have the faults happen, and note what this process decides at each step, and what it holds at the end. `reference`: no fault
     happens, but updates are undone and batches given as this says."""
-    start = Trainer.steps
+    start = Trainer.train
 
-    def steps(self: Trainer) -> str:
+    def train(self: Trainer) -> None:
         step, add = self.train_step, self.metrics.add
         parts = {"exp_avg": step.optimizer.exp_avg, "exp_avg_sq": step.optimizer.exp_avg_sq}
         forward_backward = step.forward_backward
 
         def disturbed(batches: Sequence[Batch], seed: float) -> Tensor:
-            batch = self.consumed_samples // self.spec.batch.batch_size + 1
+            batch = self.state.consumed_samples // self.spec.batch.batch_size + 1
             now = [fault for fault in faults if fault.batch == batch]
             mine = [fault for fault in now if fault.rank in (None, rank)]
             for fault in mine:
@@ -148,7 +148,7 @@ def disturb(
         def noting(number: int, result: StepResult) -> None:
             add(number, result)
             decision = [
-                self.consumed_samples // BATCH,
+                self.state.consumed_samples // BATCH,
                 number,
                 result.updated,
                 result.spike,
@@ -164,12 +164,11 @@ def disturb(
             self.metrics.add = noting  # type: ignore
         if reference is not None:
             _guide(self, reference)
-        told = start(self)
+        start(self)
         if notes is not None:
             _note_state(self, notes / f"state_{rank}")
-        return told
 
-    Trainer.steps = steps  # type: ignore[method-assign]
+    Trainer.train = train  # type: ignore[method-assign]
 
 
 def _guide(trainer: Trainer, reference: Course) -> None:
@@ -186,7 +185,7 @@ def _guide(trainer: Trainer, reference: Course) -> None:
         ]
         before = [{name: tensor.clone() for name, tensor in part.items()} for part in local]
         update(*arguments)
-        if reference.batch_of[trainer.step + 1] in reference.left_out:
+        if reference.batch_of[trainer.state.step + 1] in reference.left_out:
             optimizer.updates -= 1
             for part, old in zip(local, before, strict=True):
                 for name, tensor in part.items():

@@ -49,7 +49,7 @@ MARKS: tuple[str, ...] = (
     "validation",
     "test",
 )
-MARKS += ("saving", "exporting", "what is due at the end", "closing")
+MARKS += ("saving", "exporting", "end of training", "closing")
 CALLS = {
     "plan": ("fast_llm.planning.preflight", "preflight"),
     "before the processes meet": ("fast_llm.training.build", "Mesh"),
@@ -60,7 +60,7 @@ CALLS = {
     "copying for a checkpoint": ("fast_llm.checkpoint.state", "stage"),
     "writing a checkpoint": ("fast_llm.checkpoint.state", "save"),
     "publishing": ("fast_llm.checkpoint.folder", "publish"),
-    "writing an export": ("fast_llm.training.trainer", "export_hugging_face"),
+    "writing an export": ("fast_llm.training.checkpointing", "export_hugging_face"),
     "leaving the others": ("fast_llm.parallel.mesh", "Mesh.close"),
 }
 # There is no training yet to be finished: SIGTERM and SIGINT end a process as any other.
@@ -76,7 +76,7 @@ ONCE = {
         "leaving the others",
     ),
 }
-ONCE |= {"what is due at the end"}
+ONCE |= {"end of training"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ def arm(rank: int, case: Case, note: Path) -> None:
         if entered != case.count:
             return
         note.write_text(
-            json.dumps({"done": trainers[0].step if trainers else 0, "time": time.monotonic()})
+            json.dumps(
+                {"done": trainers[0].state.step if trainers else 0, "time": time.monotonic()}
+            )
         )
         launcher = os.getppid()
         ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()

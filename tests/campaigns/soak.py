@@ -97,7 +97,7 @@ def faults(steps: int, world: int, chance: random.Random) -> list[Fault]:
 def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None:
     """Note what this process uses, while it writes no checkpoint."""
     disturb(rank, numbers, None)
-    start, page = Trainer.steps, os.sysconf("SC_PAGESIZE")
+    start, page = Trainer.train, os.sysconf("SC_PAGESIZE")
     seen = np.zeros((steps // SAMPLE + 1, 6))
 
     def look(step: int) -> tuple[float, ...]:
@@ -115,24 +115,23 @@ def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None
             time.process_time(),
         )
 
-    def steps_(self: Trainer) -> str:
+    def train(self: Trainer) -> None:
         add, count = self.metrics.add, 0
 
         def looking(step: int, result: Any) -> None:
             nonlocal count
             add(step, result)
             if (
-                step % SAMPLE == SAMPLE - 1 and not self.saver.busy
+                step % SAMPLE == SAMPLE - 1 and not self.checkpoints.saver.busy
             ):  # else the saver's thread and its files count
                 seen[count] = look(step)
                 count += 1
 
         self.metrics.add = looking  # type: ignore[method-assign]
-        told = start(self)
+        start(self)
         np.save(into / f"uses_{rank}.npy", seen[:count])
-        return told
 
-    Trainer.steps = steps_  # type: ignore[method-assign]
+    Trainer.train = train  # type: ignore[method-assign]
 
 
 def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:

@@ -47,7 +47,7 @@ def flip(tensor: Tensor, bit: int = 3) -> None:
 
 
 def in_weight(trainer: Trainer) -> None:
-    flip(trainer.weights.local()[NORM])
+    flip(trainer.checkpoints.weights.local()[NORM])
 
 
 def in_moment(trainer: Trainer) -> None:
@@ -88,7 +88,7 @@ def in_gathered(trainer: Trainer) -> None:
 
     def wrong(batches: Sequence[Batch]) -> Tensor:
         loss = before(batches)
-        gathered = trainer.weights.models[0].model.layers["1"].mlp.up_proj.weight  # type: ignore
+        gathered = trainer.checkpoints.weights.models[0].model.layers["1"].mlp.up_proj.weight  # type: ignore
         flip(gathered)
         return loss
 
@@ -96,8 +96,8 @@ def in_gathered(trainer: Trainer) -> None:
 
 
 def in_working(trainer: Trainer) -> None:
-    assert not isinstance(trainer.weights, ShardedWeights)
-    flip(trainer.weights.working["lm_head.weight"])
+    assert not isinstance(trainer.checkpoints.weights, ShardedWeights)
+    flip(trainer.checkpoints.weights.working["lm_head.weight"])
 
 
 def flipping(arguments_: list[str], fault: Callable[[Trainer], None], rank: str) -> int:
@@ -295,7 +295,9 @@ def test_what_no_update_makes_is_neither_saved_nor_exported(
         after(self, step)
         if step == 5:
             optimizer = self.train_step.optimizer
-            tensors = self.weights.local() if part == "weight" else getattr(optimizer, part)
+            tensors = (
+                self.checkpoints.weights.local() if part == "weight" else getattr(optimizer, part)
+            )
             tensors["model.norm.weight"][3] = value
 
     monkeypatch.setattr(Trainer, "check_finite", changed)
@@ -327,7 +329,7 @@ def test_steps_that_are_not_finite_tell_whether_the_weights_are_why(
     def changed(self: Trainer, step: int) -> None:
         after(self, step)
         if step == 2:
-            self.weights.local()["model.norm.weight"][3] = float("nan")
+            self.checkpoints.weights.local()["model.norm.weight"][3] = float("nan")
 
     monkeypatch.setattr(Trainer, "check_finite", changed)
     how = arguments(

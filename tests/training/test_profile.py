@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fast_llm.training import trainer
+from fast_llm.training import profile
 from fast_llm.training.profile import CATEGORIES, break_down, category, exclusive_intervals, table
 from fast_llm.training.step import TrainStep
 from tests.helpers import spawn
@@ -334,7 +334,7 @@ def test_a_profiled_step_counts_as_a_usual_one(
 
     monkeypatch.setattr("fast_llm.training.metrics.time.perf_counter", clock)
     monkeypatch.setattr(TrainStep, "__call__", timed)
-    monkeypatch.setattr(trainer, "Profile", Slow)
+    monkeypatch.setattr(profile, "Profile", Slow)
     for every in (1, 3):
         how = (
             "training.profiling.interval=3",

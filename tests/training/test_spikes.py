@@ -92,9 +92,9 @@ def spiking(
 
     def killed(self: Trainer, number: int) -> None:
         check(self, number)
-        given.append(self.consumed_samples // BATCH)
+        given.append(self.state.consumed_samples // BATCH)
         if len(given) == kill_at:
-            self.saver.drain()
+            self.checkpoints.saver.drain()
             raise Kill
         if len(given) == -kill_at:
             tell(self, signal.SIGTERM)
@@ -176,7 +176,10 @@ def test_rewind(tmp_path: Path, world: int) -> None:
         "7",
     ]
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
-    assert "5 steps): back to step 6, and on with the data after the spike's." in said
+    assert (
+        "5 steps): rewinding to checkpoint 6; training continues with the data after the spike."
+        in said
+    )
     # Killed before the first spike, after going back and before a checkpoint, and after one: the same every time.
     # Told to stop at the spike, it leaves without a checkpoint of a step that is to be undone.
     for begin, kill_at, code in ((0, 7, ""), (6, 4, ""), (6, -1, 143), (6, 6, "")):
@@ -225,7 +228,7 @@ def test_stop_and_too_many_rewinds(tmp_path: Path) -> None:
         ),
         (
             "rewind",
-            "The run went back 1 times already (training.spikes.max_rewinds). Look at the data of these steps",
+            "The run was rewound 1 times already (training.spikes.max_rewinds). Look at the data of these steps",
         ),
     ):
         how = arguments(tmp_path, policy, policy, "training.spikes.max_rewinds=1")
@@ -247,7 +250,7 @@ def test_where_there_is_no_checkpoint_the_step_is_skipped(tmp_path: Path) -> Non
     assert spawn(1, spiking, how) == [(0, list(range(1, STEPS + 1)))]
     assert updates(tmp_path / "run" / "checkpoint" / "14") == STEPS - 1
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
-    assert "5 steps); there is no checkpoint to go back to: its update was skipped." in said
+    assert "5 steps); there is no checkpoint to rewind to: its update was skipped." in said
 
 
 def test_where_a_step_begins() -> None:

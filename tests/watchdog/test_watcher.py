@@ -19,6 +19,7 @@ import pytest
 
 from fast_llm.data.loader import Loader
 from fast_llm.model.llama import Llama
+from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.trainer import Trainer
 from fast_llm.watchdog.watcher import Status, diagnose
 from tests import helpers  # noqa: F401
@@ -183,14 +184,14 @@ def with_pythons_lock(rank: int) -> None:
 
 def in_no_way_but_unwatched(rank: int) -> None:
     """Someone kills the watcher."""
-    before = Trainer.restore
+    before = CheckpointManager.restore
 
-    def restore(trainer: Trainer) -> None:
+    def restore(checkpoints: CheckpointManager) -> None:
         (watcher,) = psutil.Process().children()
         watcher.kill()
-        before(trainer)
+        before(checkpoints)
 
-    Trainer.restore = restore  # type: ignore[method-assign, assignment]
+    CheckpointManager.restore = restore  # type: ignore[method-assign, assignment]
 
 
 def test_a_stopped_process_and_its_group(tmp_path: Path) -> None:

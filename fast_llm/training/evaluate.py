@@ -1,0 +1,96 @@
+"""Validation and test losses: the same sequences every time, also of each of `data.validation_sets`."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from fast_llm.data.loader import Loader
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.planning.preflight import RunSpec
+from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.metrics import Metrics
+from fast_llm.training.step import TrainStep
+
+logger = logging.getLogger("fast_llm")
+
+
+class Evaluator:
+    """Measures losses without training. Every process calls each method."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        mesh: Mesh,
+        train_step: TrainStep,
+        loader: Callable[[str, int, int], Loader],
+        metrics: Metrics,
+        interrupt: Interrupt,
+        heartbeat: Callable[..., None],
+    ):
+        """`loader`: batches of a split, from a first sequence on, of so many steps."""
+        self.spec = spec
+        self.config = spec.config.training
+        self.mesh = mesh
+        self.train_step = train_step
+        self.loader = loader
+        self.metrics = metrics
+        self.interrupt = interrupt
+        self.heartbeat = heartbeat
+
+    def validation_due(self, step: int) -> bool:
+        """Whether validation is due after a step: before the first, at the interval, and after the last."""
+        settings = self.config.validation
+        at_ends = step == 0 or step >= self.config.train_iters
+        return settings.interval is not None and (at_ends or settings.due(step))
+
+    def validate(self, step: int) -> bool:
+        """Measure and log the validation losses. Returns False if a signal interrupted it."""
+        names = {f"{name}_loss": name for name in self.spec.dataset.validation_sets}
+        iterations = self.config.validation.iterations or 1
+        return self._evaluate(
+            "validation", step, {"language_model_loss": "validation", **names}, iterations
+        )
+
+    def test(self, step: int) -> bool:
+        """Measure and log the test loss. Returns False if a signal interrupted it."""
+        return self._evaluate("test", step, {"language_model_loss": "test"}, self.config.test_iters)
+
+    def _evaluate(self, phase: str, step: int, splits: dict[str, str], iterations: int) -> bool:
+        """`splits`: the split of each metric."""
+        started = time.perf_counter()
+        losses: dict[str, float | None] = {}
+        tokens = 0
+        for metric, split in splits.items():
+            found = self._loss(phase, step, split, iterations)
+            if found is None:
+                logger.info(f"{phase.capitalize()} at step {step} was interrupted by a signal.")
+                return False
+            total, targets = found
+            losses[metric] = total / targets if targets else None
+            if not targets:
+                logger.warning(
+                    f"{phase.capitalize()} at step {step}: {split} has no target tokens, so there is"
+                    " no loss: each of its documents has one token."
+                )
+            tokens += int(targets)
+        self.metrics.write_evaluation(step, phase, losses, tokens, time.perf_counter() - started)
+        return True
+
+    def _loss(
+        self, phase: str, step: int, split: str, iterations: int
+    ) -> tuple[float, float] | None:
+        """Summed loss and number of target tokens over all processes; None if interrupted."""
+        total = targets = 0.0
+        with self.loader(split, 0, self.spec.evaluation_steps(split, iterations)) as batches:
+            self.heartbeat("data", step=step)
+            for batch in batches:
+                self.heartbeat(phase)
+                own_loss, own_targets = self.train_step.evaluate(batch)
+                loss, count, stops = self.mesh.all_reduce_sum(
+                    own_loss, own_targets, float(self.interrupt.signal != 0)
+                )
+                total, targets = total + loss, targets + count
+                if stops:
+                    return None
+                self.heartbeat("data")
+        return total, targets
