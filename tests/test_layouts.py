@@ -253,7 +253,7 @@ def test_five_steps(root: Path, layout: str) -> None:
         assert other[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=norm_bound)
     (log, *_) = sorted((root / layout / "runs" / "0" / "logs").glob("logs_rank_*.txt"))
     assert (
-        "Double check at step 3: " in log.read_text()
+        "Corruption check at step 3: " in log.read_text()
         and "only the latter are compared" not in log.read_text()
     )
     given = arguments(root, layout, layout)

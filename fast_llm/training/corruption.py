@@ -1,16 +1,16 @@
-"""Silent corruption: a chip or a memory that is wrong and does not say so (`training.double_check`).
+"""Detect silent data corruption: chips or memory that compute or remember wrongly without reporting it (`training.double_check`).
 
-Every so many steps, before the update: the loss of a micro-batch is computed once more and must be the same to the bit, and what
-several processes hold alike must be the same to the bit. Which that is follows from the layout: copies of shards, norms under
-tensor parallelism, tied embeddings at both ends of a pipeline, gathered weights, and all counters. The one that differs is named;
-of two it is not known which is wrong.
+At an interval, before the update, two things must be equal to the bit: the loss of a micro-batch and its recomputation;
+and every value that several processes hold. The layout determines the latter: copies of shards, norms under tensor
+parallelism, tied embeddings at both ends of a pipeline, gathered weights, and all counters. Names and shards of DTensors
+say which values are copies. The process that differs is named; of two processes it is not known which one is wrong.
 
-A pass without gradients takes other kernels than training here and there, under the compiler for one; then two passes without
-gradients are compared. Kernels that sum in any order would be taken for a fault; there are none in a forward pass here.
+A pass without gradients may use other kernels than training, for example under the compiler. Then two passes without
+gradients are compared. Nondeterministic kernels would look like corruption; no forward pass here has any.
 
-Cost: a micro-batch's forward pass (with a pipeline, those of all), and reading what is held alike.
+Cost: the forward pass of one micro-batch (with a pipeline, of all), and one read of the copies.
 
-Before anything is saved or exported, whatever is asked for, `impossible` looks for numbers that no update makes.
+Independently, `check_state_finite` checks weights and moments before each save or export.
 """
 
 import logging
@@ -36,17 +36,17 @@ from fast_llm.training.step import TrainStep
 
 logger = logging.getLogger("fast_llm")
 
-_CHUNK = 2**22  # numbers that are digested at a time
-_INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes
+_CHUNK = 2**22  # elements digested at a time
+_INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # by element size in bytes
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one process found and holds."""
+    """The findings of one process, and its copies of replicated values."""
 
     host: str
-    faults: list[str]  # of its own
-    replicated: dict[str, Any]  # digests and numbers, equal wherever the same name is held
+    faults: list[str]  # that it found alone
+    replicated: dict[str, Any]  # digests and numbers; equal names must have equal values
 
 
 class CorruptionCheck:
@@ -55,15 +55,14 @@ class CorruptionCheck:
     def __init__(self, step: TrainStep, mesh: Mesh):
         self.step = step
         self.mesh = mesh
-        self.last_good = 0  # the step of the last check of this start that found nothing
-        self.comparable: bool | None = (
-            None  # passes with and without gradients; None is not known yet
-        )
+        self.last_good = 0  # the last step of this start whose check passed
+        # Whether passes with and without gradients give equal bits; None until known.
+        self.comparable: bool | None = None
 
     def __call__(self, number: int, batches: Sequence[Batch], counters: Mapping[str, Any]) -> None:
-        """Check step `number`, whose gradients are there; every process calls it. `counters`: what must be equal everywhere.
+        """Check step `number` after its backward pass; every process calls it.
 
-        Raises TrainingStopped, on every process alike.
+        `counters`: values that must be equal on all processes. Raises TrainingStopped on every process.
         """
         started = time.perf_counter()
         faults = self._check_loss(batches) + self._check_rounding()
@@ -77,17 +76,18 @@ class CorruptionCheck:
             self.last_good = number
             seconds = time.perf_counter() - started
             logger.info(
-                f"Double check at step {number}: {len(replicated)} things are as they must be ({seconds:.1f} s)."
+                f"Corruption check at step {number}: {len(replicated)} values are consistent ({seconds:.1f} s)."
             )
             return
         others = f"; and {len(found) - 1} more differences" if len(found) > 1 else ""
         since = f"after step {self.last_good}" if self.last_good else "by this start of the run"
         for one in found:
-            logger.error(f"Double check at step {number}: {one}")
+            logger.error(f"Corruption check at step {number}: {one}")
         raise TrainingStopped(
-            f"step {number}: {found[0]}{others} (training.double_check). A chip or its memory computes or remembers wrongly: take"
-            f" it out of the run. The update was not applied. Checkpoints that were saved {since} may hold what was wrong: move"
-            " them away to go on from one before."
+            f"step {number}: {found[0]}{others} (training.double_check). A chip or its memory computes"
+            " or remembers wrongly: take it out of the run. The update was not applied. Checkpoints"
+            f" that were saved {since} may hold corrupted values: move them away to resume from an"
+            " earlier one."
         )
 
     def _check_loss(self, batches: Sequence[Batch]) -> list[str]:
@@ -97,7 +97,7 @@ class CorruptionCheck:
         if not differ:
             self.comparable = True
             return []
-        # Kernels, or a fault? Every process takes part in another pass.
+        # Other kernels or corruption? Every process takes part in another pass.
         third = self._recompute(batches)
         if not _equal(again, third):
             return [
@@ -111,17 +111,17 @@ class CorruptionCheck:
             )
         if self.comparable is None:
             logger.info(
-                "Double check: passes with and without gradients differ in their bits; only the latter are compared."
+                "Corruption check: passes with and without gradients differ in their bits; only the latter are compared."
             )
         self.comparable = False
         return []
 
     def _recompute(self, batches: Sequence[Batch]) -> float:
-        self.step.heartbeat("double check")
+        self.step.heartbeat("corruption check")
         return self.step.loss(batches if self.step.pipeline is not None else batches[:1]).item()
 
     def _check_rounding(self) -> list[str]:
-        """On one device: are the model's weights the rounded fp32 ones?"""
+        """On one device: check that the model's weights are the rounded fp32 weights."""
         weights = self.step.weights
         if isinstance(weights, ShardedWeights) or not weights.mixed:
             return []
@@ -132,7 +132,7 @@ class CorruptionCheck:
         ]
 
     def _replicated_state(self) -> dict[str, Any]:
-        """The parts of training state that other processes hold as well."""
+        """Digests of the weights and moments of which other processes hold copies."""
         step, tensors = self.step, self.step.weights.tensors
         found: dict[str, Any] = {}
         for name, count in step.replication_factor.items():
@@ -154,7 +154,7 @@ class CorruptionCheck:
         return found
 
     def _gathered_weights(self) -> dict[str, Any]:
-        """The weights that the pass before gathered, in the training dtype; ZeRO 3 keeps few of them."""
+        """Digests of the weights that the last pass gathered, in the training dtype; ZeRO 3 keeps few of them."""
         weights = self.step.weights
         if not isinstance(weights, ShardedWeights):
             return {}
@@ -169,7 +169,7 @@ class CorruptionCheck:
 
 
 def find_differences(reports: Sequence[Report]) -> list[str]:
-    """What is wrong, in words: the processes' own faults, and what is not the same wherever it is held."""
+    """Describe each fault, and each replicated value that differs between processes."""
     found = [
         f"{_format_ranks([rank], reports)}: {fault}"
         for rank, report in enumerate(reports)
@@ -202,9 +202,9 @@ def _format_ranks(ranks: Iterable[int], reports: Sequence[Report]) -> str:
 
 @torch.no_grad()
 def find_nonfinite_state(step: TrainStep) -> list[str]:
-    """What no update makes, in this process's weights and moments: NaN, infinities, and averages of squares below zero.
+    """Describe weights and moments of this process with NaN, infinities or negative second moments.
 
-    A pass over what is here that copies nothing: 10 ms for 20 million fp32 numbers on two cores, where copying them takes 200.
+    No update makes such numbers. One pass without copies: 10 ms for 20 million fp32 numbers on two cores.
     """
     optimizer = step.optimizer
     parts = {
@@ -264,7 +264,7 @@ def check_state_finite(step: TrainStep, mesh: Mesh, number: int, consequence: st
 
 @torch.no_grad()
 def digest(tensor: Tensor) -> int:
-    """A number that any change of one element changes, and others all but surely: Σ bits · (2i + 1) modulo 2^64."""
+    """A checksum, Σ bits · (2i + 1) modulo 2^64: any change of one element changes it, and almost any other change."""
     bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.dtype.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for begin in range(0, len(bits), _CHUNK):
@@ -284,7 +284,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _shard_label(tensor: Tensor) -> str:
-    """Which part of a tensor is here, if it is cut: a number for each axis along which it is."""
+    """The coordinates of a DTensor's local shard, one for each mesh axis that shards it; "" for others."""
     if not isinstance(tensor, DTensor):
         return ""
     place = tensor.device_mesh.get_coordinate()

@@ -1,16 +1,15 @@
-"""SIGTERM, SIGINT and SIGUSR1 (Slurm's, ahead of the end of time): finish the step, save, leave. A second SIGTERM or
-SIGINT leaves at once. SIGUSR1 never does: Slurm may send several, also after the SIGTERM of a preemption.
+"""Signals to stop: SIGTERM, SIGINT, and SIGUSR1, which Slurm sends before the time limit.
 
-torchrun answers Ctrl-C by sending SIGTERM to processes that had their SIGINT from the terminal already, so a
-signal within two seconds of the first counts as the same wish.
+The first signal ends the run after the current step, once it is saved. A second SIGTERM or SIGINT ends the process at once.
+A second SIGUSR1 does not: Slurm may send several, also after the SIGTERM of a preemption. torchrun answers Ctrl-C with
+SIGTERM to processes that had their SIGINT already, so signals within two seconds of the first count as one.
 
-Before the processes have met there is nothing to save and nobody to agree with: SIGTERM and SIGINT end a process as they end
-any other, at once and in whatever it is. SIGUSR1 is noted from the start, for its exit code 0 would not make torchrun end the others.
-A process that had not started when a launcher sent SIGUSR1 finds the file FAST_LLM_STOP_FILE instead.
+Before the process group exists there is nothing to save: SIGTERM and SIGINT end a process as any other. SIGUSR1 is handled
+from the start, because its exit code 0 would not make torchrun end the other processes. A process that starts after a
+launcher sent SIGUSR1 finds the file FAST_LLM_STOP_FILE.
 
-A thread takes the signals: Python's handlers run only between two lines of Python, and who waits for a process that hangs, or for a
-GPU, would not hear of the second one. The thread also tells the user what follows, by one system call and without the log, whose
-locks the other threads may hold.
+A thread handles the signals: Python runs handlers only between two bytecodes of the main thread, which may wait for a
+hanging process or a GPU. The thread prints with one system call, without logging, whose locks other threads may hold.
 """
 
 import atexit
@@ -26,50 +25,50 @@ from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _DEBOUNCE = 2.0  # seconds
-_ACKNOWLEDGE_DELAY = 1.0  # seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, which says why
+# Seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, and that one reports why.
+_ACKNOWLEDGE_DELAY = 1.0
 
 
 class Interrupt:
-    """Whether this process was asked to stop."""
+    """Receives the signals of this process, and remembers the first one."""
 
     def __init__(self) -> None:
         self.signal = 0
         self.signal_time = 0.0
-        self.before_exit: Callable[[], None] = lambda: None  # done before leaving at once
-        # What follows a signal that comes now, and what else a second one does.
+        self.before_exit: Callable[[], None] = lambda: None  # called before exiting at once
+        # Describes what a signal does now, and what a second one costs.
         self.effect: Callable[[], tuple[str, str]] = lambda: (
             "the run ends before its first step",
             "",
         )
-        self.is_failing: Callable[[], bool] = lambda: (
-            False
-        )  # whether the run is about to end by an error, which says why
+        self.is_failing: Callable[[], bool] = lambda: False  # the run is ending by an error
         self.prints = os.environ.get("RANK", "0") == "0"
-        self.acknowledge_at: float | None = None  # when the first signal is to be acknowledged
-        self.agreed_exit_code: int | None = (
-            None  # the exit code of all processes, once there is nothing left but to leave
-        )
+        self.acknowledge_at: float | None = None  # monotonic time
+        self.agreed_exit_code: int | None = None  # of all processes, when the run has ended
         self.previous_handlers: dict[signal.Signals, Any] = {}
-        # Python writes the number of each signal that has a handler into a pipe, as soon as it comes.
+        # Python writes the number of each signal that has a handler to a pipe at once.
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.previous_wakeup_fd = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self.thread.start()
         self._handle(signal.SIGUSR1)
-        # A launcher creates the file first and sends the signal then: one of the two is noticed.
+        # A launcher first creates the file and then sends the signal: one of them is noticed.
         if (stop := os.environ.get("FAST_LLM_STOP_FILE")) and os.path.exists(stop):
             self._on_signal(signal.SIGUSR1)
-            os.write(self.writer, bytes(1))  # the thread looks what is due
+            os.write(self.writer, bytes(1))  # wakes the thread
 
     def begin_graceful(self, is_failing: Callable[[], bool] = lambda: False) -> None:
-        """The processes have met: from here on they leave together. `fails`: whether they are about to by an error."""
+        """Handle SIGTERM and SIGINT as well: the process group exists, and all processes stop together.
+
+        `is_failing`: whether the run is about to end by an error.
+        """
         self.is_failing = is_failing
         self._handle(signal.SIGTERM, signal.SIGINT)
 
     @property
     def exit_code(self) -> int:
-        """That of a run which ends for it."""
+        """The exit code of a run that ended because of the signal."""
         return 0 if self.signal in (0, signal.SIGUSR1) else 128 + self.signal
 
     def _handle(self, *numbers: signal.Signals) -> None:
@@ -102,12 +101,12 @@ class Interrupt:
         elif number != signal.SIGUSR1 and time.monotonic() - self.signal_time > _DEBOUNCE:
             if self.agreed_exit_code is None and not self.is_failing():
                 self._print(f"A second signal ends the run at once{self.effect()[1]}.")
-            # Not sys.exit: whatever is being saved must neither be finished nor cleaned up; it is unpublished.
-            # torchrun ends the others as soon as one has ended, which is no other wish.
+            # Not sys.exit: an unfinished save must neither complete nor be cleaned up; it is not published.
+            # After the agreed exit code, the signal is torchrun's, which ends the others once one has ended.
             self.exit_now(128 + number if self.agreed_exit_code is None else self.agreed_exit_code)
 
     def exit_now(self, exit_code: int) -> None:
-        """End this process at once, in whatever it is."""
+        """End this process at once, whatever it is doing."""
         self.before_exit()
         os._exit(exit_code)
 
@@ -127,12 +126,12 @@ class Interrupt:
 
     def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            # Not where that would wait: for a terminal that is held, or for a program that does not read.
+            # Not if that would block: a paused terminal, or a program that does not read.
             if self.prints and select.select([], [2], [], 0)[1]:
                 os.write(2, (("\r\x1b[K" if os.isatty(2) else "") + text + "\n").encode())
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.previous_wakeup_fd)

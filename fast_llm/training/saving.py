@@ -1,9 +1,8 @@
-"""Checkpoints are written while training goes on: the loop stops for a copy to the host's memory, a thread does the rest.
+"""Write checkpoints in the background: training stops for a copy to host memory, and a thread writes the copy.
 
-At most one is being written. One that can not be written is tried again, from the same copy, until a newer one is due; that
-training ends without its last checkpoint is an error, no failure before is. The threads of all processes agree among
-themselves, in a process group of their own, and so the training threads have nothing to agree on: each looks after its own
-thread at steps that are the same everywhere (a save is due, the end).
+At most one checkpoint is being written. A failed write is retried from the same copy until a newer checkpoint is due. The
+run fails only if its last checkpoint cannot be written. The threads of all processes agree in a process group of their
+own. The training threads therefore need no agreement: each waits for its thread at the same steps (the next save, the end).
 """
 
 import logging
@@ -31,21 +30,21 @@ logger = logging.getLogger("fast_llm")
 
 _PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds between attempts, doubled each time
 _LAST_PAUSE, _LAST_ATTEMPTS = 1.0, 3  # when the process is about to end
-_MEMORY_FRACTION = 0.9  # of the memory that is available; the rest is left to others
+_MEMORY_FRACTION = 0.9  # of the available memory, at most, for the copy
 _CGROUP = Path("/sys/fs/cgroup")
-# How urgent it is that the thread ends.
+# How urgently the thread must end: not, a newer checkpoint is due, the process ends.
 _NOT, _SUPERSEDED, _LAST = 0, 1, 2
 
 
 class Saver:
-    """Writes checkpoints of one run, one at a time."""
+    """Writes the checkpoints of a run, one at a time."""
 
     def __init__(self, group: dist.ProcessGroup | None, background: bool):
-        """`group`: all processes, for the saver alone; `background`: whether training goes on meanwhile, if memory allows."""
+        """`group`: all processes, used by the saver alone; `background`: train while writing, if memory allows."""
         self.group = group
         self.background = background
-        self.last_started = -1  # of the newest checkpoint that is there or being written
-        self.last_saved = -1  # of the newest that is there
+        self.last_started = -1  # the newest step whose checkpoint is complete or being written
+        self.last_saved = -1  # the newest step whose checkpoint is complete
         self.host_copy: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.urgency = _NOT
@@ -67,10 +66,10 @@ class Saver:
         on_saved: Callable[[Path], None],
         last: bool = False,
     ) -> None:
-        """Begin to save a step, as state.save; every process calls it. `then`: what follows, given the folder. `last`: the
-        process is about to end.
+        """Start to save a step, as `state.save` does; every process calls it.
 
-        Waits for the checkpoint before. That one could not be saved is logged, and `step` is then -1.
+        `on_saved`: called with the complete folder, in the thread; `last`: the process is about to end. Waits for the
+        previous checkpoint. Its failure is logged, and `last_started` is -1 then.
         """
         began = time.perf_counter()
         if self.busy:
@@ -83,14 +82,14 @@ class Saver:
         if self.background:
             state.stage(tensors, self.host_copy)
             parts = self.host_copy
-            # Nothing but the copy is needed from now on, and of DTensors how they are spread.
+            # From now on only the copy is needed, and the layout of DTensors.
             tensors = {
                 name: like(t, self.host_copy[name].to("meta"))
                 if isinstance(t, DTensor)
                 else self.host_copy[name]
                 for name, t in tensors.items()
             }
-        still = time.perf_counter() - began
+        stopped = time.perf_counter() - began
 
         def write() -> None:
             path = state.save(root, step, tensors, info, self.group, parts)
@@ -99,7 +98,7 @@ class Saver:
             seconds = time.perf_counter() - began
             logger.info(
                 f"Saved {path} in {seconds:.1f} s"
-                + (f"; training stood still for {still:.1f} s." if parts else ".")
+                + (f"; training paused for {stopped:.1f} s." if parts else ".")
             )
 
         self.last_started, self.error, self.unexpected_error = step, None, None
@@ -113,24 +112,24 @@ class Saver:
             self._join(self.urgency)
 
     def check(self) -> None:
-        """Raise what the thread met, if that was no failure of files but a fault of ours or the loss of a process."""
+        """Raise an error of the thread that is not a failed write: a bug, or a lost process."""
         if self.unexpected_error is not None:
             raise self.unexpected_error
 
     def wait(self) -> None:
-        """Until the newest checkpoint is there. Raises CheckpointError, on every process, if it can not be written."""
+        """Wait until the newest checkpoint is complete. Raises CheckpointError on every process if it cannot be written."""
         self._join(_LAST)
         if self.error is not None:
             raise self.error
 
     def drain(self) -> None:
-        """Until nothing is being written. That it could not be is logged, not raised."""
+        """Wait until nothing is being written. A failed write is logged, not raised."""
         self._join(_SUPERSEDED)
 
     def finish_after_failure(self, seconds: float | None) -> None:
-        """Training ends by an error: so much time for what is being written; None is as long as it takes.
+        """Wait at most so many seconds for the checkpoint that is being written; None: without limit.
 
-        Other processes may be gone. What happens is logged, not raised.
+        For a run that ends by an error. Other processes may be gone, so failures are logged, not raised.
         """
         if self.busy:
             logger.info(
@@ -144,7 +143,7 @@ class Saver:
                 logger.error(f"{self.error}")
 
     def _join(self, urgency: int) -> None:
-        """Until the thread has ended."""
+        """Wait for the thread."""
         if self.thread is not None:
             self.urgency = urgency
             self.wake.set()
@@ -155,13 +154,11 @@ class Saver:
         self.check()
 
     def _check_memory(self, tensors: Mapping[str, Tensor]) -> None:
-        """The first time: whether there is memory for the copy, on all processes alike."""
+        """At the first save: stop saving in the background if any host lacks memory for the copies."""
         if not self.background or self.host_copy:
             return
-        here = int(
-            os.environ.get("LOCAL_WORLD_SIZE", "1")
-        )  # processes on this host, each of which needs as much
-        needed, free = state.staged_bytes(tensors) * here, available_memory()
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed, free = state.staged_bytes(tensors) * local_processes, available_memory()
         short = [
             one
             for one in all_gather_object((needed, free), self.group)
@@ -175,7 +172,7 @@ class Saver:
             self.background = False
 
     def _write_with_retries(self, write: Callable[[], None]) -> None:
-        """The thread: attempts until one succeeds, or it is no longer worth it."""
+        """The thread: write until an attempt succeeds, or a newer checkpoint or the end makes it give up."""
         pause, last_attempts = _PAUSE, 0
         try:
             while True:
@@ -208,12 +205,12 @@ class Saver:
             self.unexpected_error = error
 
     def _max_urgency(self) -> int:
-        """How urgent it is for the process that is furthest."""
+        """The largest urgency of all processes."""
         return max(all_gather_object(self.urgency, self.group))
 
 
 def describe_saved(folder: Path | None) -> str:
-    """A sentence about what the same command finds in an experiment folder after the run has ended."""
+    """Describe what the same command resumes from, after a run has ended."""
     if folder is None:
         return "Nothing was saved: run.experiment_dir is not set."
     try:
@@ -226,9 +223,9 @@ def describe_saved(folder: Path | None) -> str:
 
 
 def available_memory() -> int:
-    """Bytes of memory that this host, or a container with a limit, has left."""
+    """Bytes of memory that this host, or a container with a limit, has available."""
     available = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, StopIteration):  # other kernels, no limit
+    with suppress(OSError, ValueError, StopIteration):  # other operating systems, no limit
         limit, used = (
             int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )

@@ -1,9 +1,10 @@
 """One step: forward and backward over the micro-batches, then one update.
 
-The loss is the mean over all the target tokens of the step, over all processes and micro-batches. How
-many there are is known only when every process has counted its own, so gradients are made as if every
-token were a target, and one factor puts that right: it is multiplied into the update together with
-clipping and the loss scale, at no cost.
+The loss is the mean over all target tokens of the step, over all processes and micro-batches. Their number is known only
+after a sum over the processes. So gradients are computed as if every token were a target, and one factor corrects that. It
+is multiplied into the update together with clipping and the loss scale, at no cost.
+
+The sum over the processes is the only synchronization with the device in a step.
 """
 
 import math
@@ -24,27 +25,29 @@ from fast_llm.parallel.pipeline import TIED_WEIGHT, Pipeline
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.spikes import SpikeDetector
 
-# Gradients of a larger norm count as not finite: fp32 does not hold their squares, and an infinite average of squares would
-# freeze its weight for good.
+# Gradients with a larger norm count as not finite: fp32 does not hold their squares, and an infinite second moment would
+# freeze its weight.
 _LARGEST_NORM = 2.0**63
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every process."""
+    """The result of a step, equal on every process."""
 
     loss: float  # mean over the target tokens, in nats; NaN without any
     gradient_norm: float  # before clipping; NaN without target tokens
     learning_rate: float
-    loss_scale: float  # that the gradients were made with
+    loss_scale: float  # of the gradients
     targets: int
-    updated: bool  # whether the weights moved: not if anything was infinite or NaN, a spike, or nothing a target
-    stop: bool  # whether any process was asked to stop
-    spike: str = ""  # what stood out
+    updated: (
+        bool  # False if loss or gradients were not finite, for a spike, and without target tokens
+    )
+    stop: bool  # whether any process received a signal to stop
+    spike: str = ""  # its description
 
 
 class TrainStep:
-    """The parts that a step needs, put together once."""
+    """Trains on one batch. Holds the parts that a step needs."""
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class TrainStep:
         heartbeat: Callable[[str], None] = lambda phase: None,
         spikes: SpikeDetector | None = None,
     ):
-        """`mark`: is told what comes next."""
+        """`heartbeat`: called at the begin of each phase, as `Watchdog.heartbeat`."""
         self.model = model
         self.weights = weights
         self.optimizer = optimizer
@@ -71,9 +74,9 @@ class TrainStep:
         self.replication_factor = weights.replication_factor()
         if pipeline is not None and pipeline.tied_peer_rank is not None:
             self.replication_factor[TIED_WEIGHT] *= 2
-        # Of this process's first micro-batch in the last step, float64; with a pipeline of all of them.
+        # Loss of this process's first micro-batch in the last step, float64; of all micro-batches with a pipeline.
         self.first_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        # Of the processes that see the same tokens, whether this one's numbers count in sums over all.
+        # Whether this process's losses enter sums over all processes: of several with the same tokens, one does.
         self.contributes = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
 
     def __call__(
@@ -82,17 +85,18 @@ class TrainStep:
         stop: Callable[[], bool] = lambda: False,
         check: Callable[[Sequence[Batch]], None] | None = None,
     ) -> StepResult:
-        """Train on this process's micro-batches of one step; `stop`: whether this process was asked to by the time that all of
-        them agree; `check`: before the update."""
-        # Reduction over data and context averages; their number undoes that.
+        """Train on this process's micro-batches of one step.
+
+        `stop`: whether this process received a signal to stop, asked as late as possible; `check`: called before the update.
+        """
+        # Gradients are averaged over data and context; this factor makes them sums.
         reduction_size = self.mesh.data.size * self.mesh.context.size
         tokens = len(batches) * batches[0].tokens.numel() * reduction_size
         gradient_scale = self.loss_scale.value * reduction_size / tokens
         loss_sum = self.forward_backward(batches, gradient_scale)
         targets = sum(batch.targets for batch in batches)
-        gradients = (
-            self.weights.local_gradients()
-        )  # taken now: PyTorch's pipelines drop them in a pass without gradients
+        # Taken before `check`: PyTorch's pipelines drop gradients in a pass without them.
+        gradients = self.weights.local_gradients()
         if check is not None:
             check(batches)
         self.heartbeat("sum over processes")
@@ -107,7 +111,7 @@ class TrainStep:
             self.loss_scale.value,
             learning_rate(self.optimizer.updates + 1, self.config.learning_rate),
         )
-        if not total_targets:  # an update would be nothing but decay of weights and moments
+        if not total_targets:  # an update would only decay weights and moments
             return StepResult(math.nan, math.nan, rate, scale, 0, False, stops > 0)
         correction = tokens / (total_targets * scale)
         norm = math.sqrt(square) * correction if square >= 0 else math.nan
@@ -126,7 +130,7 @@ class TrainStep:
         )
 
     def forward_backward(self, batches: Sequence[Batch], gradient_scale: float) -> Tensor:
-        """The micro-batches' summed loss, float64; the gradients are those of `seed` times it."""
+        """Return the summed loss of the micro-batches, float64. Gradients are those of the loss times `gradient_scale`."""
         if self.pipeline is not None:
             self.heartbeat("forward and backward")
             self.weights.before_micro_batch(first=True, last=True)
@@ -149,7 +153,7 @@ class TrainStep:
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> Tensor:
-        """The micro-batches' summed loss, float64, without gradients."""
+        """Return the summed loss of the micro-batches, float64, without gradients."""
         if self.pipeline is not None:
             return self.pipeline.forward(batches)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -159,7 +163,7 @@ class TrainStep:
         return loss_sum
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """What this process adds to the sum of losses of one validation batch, and to its target tokens."""
+        """Return this process's part of a validation batch's summed loss and number of target tokens."""
         return self.loss(batches).item() * self.contributes, sum(
             batch.targets for batch in batches
         ) * self.contributes

@@ -201,8 +201,8 @@ def test_what_is_wrong_is_named(
     assert spawn(world, flipping, arguments(tmp_path, "run", *how), fault, rank) == [1] * world
     (log, *_) = sorted((tmp_path / "run" / "runs" / "0" / "logs").glob("logs_rank_*.txt"))
     said = log.read_text()
-    assert "Double check at step 2: " in said and "things are as they must be" in said
-    assert f"Double check at step 4: {told}" in said
+    assert "Corruption check at step 2: " in said and "values are consistent" in said
+    assert f"Corruption check at step 4: {told}" in said
     assert "iteration 4/6" not in said  # the update was not applied
     newest = folder.latest(tmp_path / "run" / "checkpoint")
     assert newest is not None and newest.name == "3"
@@ -218,9 +218,7 @@ def test_it_changes_nothing(tmp_path: Path) -> None:
     one, other = (weights(tmp_path / name / "checkpoint" / "6") for name in ("checked", "plain"))
     assert one == other
     said = (tmp_path / "checked" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
-    assert (
-        said.count("things are as they must be") == 6 and "only the latter are compared" not in said
-    )
+    assert said.count("values are consistent") == 6 and "only the latter are compared" not in said
 
 
 def other_kernels(arguments_: list[str]) -> int:
@@ -234,8 +232,7 @@ def test_passes_that_differ_by_their_kernels_are_no_fault(tmp_path: Path) -> Non
     assert spawn(2, other_kernels, arguments(tmp_path, "run")) == [0, 0]
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_1.txt").read_text()
     assert (
-        said.count("only the latter are compared") == 1
-        and said.count("things are as they must be") == 3
+        said.count("only the latter are compared") == 1 and said.count("values are consistent") == 3
     )
 
 

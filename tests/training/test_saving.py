@@ -113,9 +113,9 @@ def test_training_goes_on_and_bytes_are_the_same(tmp_path: Path, world: int, ran
             < said.index("checkpoint/4 in ")
             < said.index("iteration  8/10")
         )
-        assert "training stood still for" in said
+        assert "training paused for" in said
         plain = (tmp_path / "plain" / "runs" / "0" / "logs" / f"logs_rank_{one}.txt").read_text()
-        assert "Saved " in plain and "stood still" not in plain
+        assert "Saved " in plain and "paused for" not in plain
 
 
 def slow(arguments_: list[str]) -> int:
@@ -216,7 +216,7 @@ def test_without_memory_training_waits(
     assert run(arguments(tmp_path, "run", 8)) == 0
     said = capsys.readouterr().out
     sentence = "Training waits for each checkpoint to be written: a copy in the host's memory would need 329 kB, and 360 kB"
-    assert said.count(sentence) == 1 and said.count("Saved ") == 2 and "stood still" not in said
+    assert said.count(sentence) == 1 and said.count("Saved ") == 2 and "paused for" not in said
 
 
 def test_a_fault_in_the_thread_ends_training(
