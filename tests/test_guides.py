@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fast_llm.demo import RECIPE, SHAPE, write_code
+from fast_llm.demo import RECIPE, SHAPE
+from fast_llm.demo.corpus import write_code
 from tests.training.runs import run
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prose.jsonl").write_text(
         "".join(json.dumps({"text": "text"}) + "\n" for _ in range(3))
     )
-    from fast_llm.demo import train_tokenizer
+    from fast_llm.demo.corpus import train_tokenizer
 
     shutil.copytree(folder / "my-texts", folder / "code")
     train_tokenizer(folder, model)
