@@ -1,6 +1,7 @@
 """The documentation site builds strictly: every link, anchor and API page leads somewhere."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,14 @@ def test_every_decision_is_in_the_index() -> None:
     pages = {path.name for path in (ROOT / "docs" / "decisions").glob("*.md")} - {"index.md"}
     assert len(pages) > 70
     assert all(f"]({page})" in index for page in pages)
+
+
+def test_the_design_pages_name_files_that_exist() -> None:
+    files = {str(path.relative_to(ROOT / "fast_llm")) for path in (ROOT / "fast_llm").rglob("*")}
+    for page in ("how-it-works.md", "architecture.md"):
+        named = re.findall(r"`([a-z_]+/[a-z_]+\.(?:py|cpp))`", (ROOT / "docs" / page).read_text())
+        assert named and set(named) <= files, f"{page} names {sorted(set(named) - files)}"
+    for picture in ("data-path.svg", "step.svg"):
+        text = (ROOT / "docs" / "images" / picture).read_text()
+        named = re.findall(r">([a-z_]+/[a-z_]+\.(?:py|cpp))<", text)
+        assert named and set(named) <= files, f"{picture} names {sorted(set(named) - files)}"
