@@ -9,7 +9,7 @@ import os
 import shutil
 import tomllib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,15 @@ needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None,
     reason="our kernels and PyTorch's compiler for the CPU need a C++ compiler",
 )
+
+slow = pytest.mark.slow  # of `make test-all`: tests/README.md
+
+
+def some_fast(values: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
+    """Parameters of a test, of which `make test` has those that are fast."""
+    rows = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
+    return [value if is_fast(value) else pytest.param(*row, marks=slow) for value, row in rows]
+
 
 TINY: dict[str, Any] = {
     "vocab_size": 256,

@@ -24,6 +24,7 @@ import yaml
 
 from fast_llm.cli import main
 from fast_llm.data.tokenfile import TokenFileWriter
+from tests.helpers import slow
 from tests.training.runs import losses, settings, write_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -254,7 +255,7 @@ def ends(started: list["subprocess.Popen[str]"]) -> list[str]:
     return said
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize(
     "name", ["one-node.sh", "kubernetes-job.yaml", "kubernetes-pytorchjob.yaml"]
 )
@@ -266,7 +267,7 @@ def test_nodes_train_together(tmp_path: Path, name: str) -> None:
     assert f"× {count} processes" in "".join(said)
 
 
-@pytest.mark.slow
+@slow
 def test_nodes_of_two_networks(tmp_path: Path) -> None:
     """Nothing takes a node's own address for that of another."""
     with networks() as hosts:

@@ -23,6 +23,7 @@ import yaml
 
 from fast_llm.demo import RECIPE, SHAPE
 from fast_llm.demo.corpus import write_code
+from tests.helpers import some_fast
 from tests.training.runs import run
 
 ROOT = Path(__file__).parent.parent
@@ -131,13 +132,7 @@ def shrunk(command: str) -> str:
     return command.replace("checkpoint/100000", "checkpoint/4")
 
 
-@pytest.mark.parametrize(
-    "guide",
-    [
-        guide if guide == "docs/quick-start.md" else pytest.param(guide, marks=pytest.mark.slow)
-        for guide in GUIDES
-    ],
-)
+@pytest.mark.parametrize("guide", some_fast(GUIDES, "docs/quick-start.md".__eq__))
 def test_guide(guide: str, place: Path) -> None:
     tools = Path(sys.executable).parent
     environment = os.environ | {

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fast_llm import launcher
-from tests.helpers import install
+from tests.helpers import install, slow
 from tests.training.runs import losses, settings, write_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +69,7 @@ def test_a_mistake_is_one_message_and_is_not_tried_again(
     )
 
 
+@slow
 def test_a_mistake_on_one_of_two_nodes(tmp_path: Path, environment: dict[str, str]) -> None:
     """Its data is elsewhere: one message, on that node; both launchers end at once, without another attempt."""
     write_tokens(tmp_path / "tokens", 400)
@@ -111,6 +112,7 @@ def test_a_mistake_on_one_of_two_nodes(tmp_path: Path, environment: dict[str, st
     assert re.match(rf"fast-llm train: {place}{tmp_path}/nowhere.idx: no such file", line), line
 
 
+@slow
 def test_ctrl_c_in_the_launchers_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
     write_tokens(tmp_path / "tokens", 400)
     command = [
@@ -148,6 +150,7 @@ def test_a_command_that_is_not_there(environment: dict[str, str]) -> None:
     )
 
 
+@slow
 def test_a_crash_is_tried_again(tmp_path: Path, environment: dict[str, str]) -> None:
     """The processes that start again do not take what the first ones left in torchrun's store for their own."""
     write_tokens(tmp_path / "tokens", 400)
@@ -210,6 +213,7 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
     ]
 
 
+@slow
 def test_a_run_prints_its_own_log_and_nothing_else(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

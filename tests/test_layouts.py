@@ -24,7 +24,7 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.demo import RECIPE
 from fast_llm.models.llama import shapes
-from tests.helpers import spawn
+from tests.helpers import slow, some_fast, spawn
 from tests.training.runs import losses, records, run_all, settings, weights, write_tokens
 
 MODEL = {
@@ -138,9 +138,9 @@ LARGE = {
 }
 
 
-def slow(layout: str) -> bool:
-    """Whether only `make test-all` has it."""
-    return int(layout.split()[0]) > 3 and layout not in LARGE
+def is_fast(layout: str) -> bool:
+    """Whether `make test` has it."""
+    return int(layout.split()[0]) <= 3 or layout in LARGE
 
 
 def words(layout: str) -> dict[str, str]:
@@ -216,10 +216,10 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @once
-def trained(root: Path, world: int, of_slow: bool) -> None:
-    """The layouts of `world` processes that are slow, or those that are not."""
+def trained(root: Path, world: int, fast: bool) -> None:
+    """The layouts of `world` processes that are fast, or those that are not."""
     layouts = [
-        layout for layout in LAYOUTS if int(layout.split()[0]) == world and slow(layout) == of_slow
+        layout for layout in LAYOUTS if int(layout.split()[0]) == world and is_fast(layout) == fast
     ]
     if world == 1:
         layouts = sorted({meaning(layout) for layout in LAYOUTS})
@@ -227,14 +227,11 @@ def trained(root: Path, world: int, of_slow: bool) -> None:
     assert spawn(world, run_all, every, timeout=240) == [[0] * len(every)] * world
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(one, marks=pytest.mark.slow) if slow(one) else one for one in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", some_fast(LAYOUTS, is_fast))
 def test_five_steps(root: Path, layout: str) -> None:
     expected = meaning(layout)
-    trained(root, 1, False)
-    trained(root, int(layout.split()[0]), slow(layout))
+    trained(root, 1, True)
+    trained(root, int(layout.split()[0]), is_fast(layout))
     # fp32: sums in another order, 6e-8 an addition, magnified by five updates of Adam: measured 3e-7 and 2e-6.
     # bf16: as above, but 4e-3 a rounding. Micro-batches, cuts of matrices and of sequences are rounded one by one, so
     # sums of rounded parts differ by their rounding: measured 7e-4 (loss), 2e-2 (norm) and 4e-4 (parameters).
@@ -299,13 +296,13 @@ def begun(root: Path) -> None:
 
 
 @once
-def continued(root: Path, of_slow: bool) -> None:
-    """Two more steps from the three: the pairs that are slow, or those that are not."""
+def continued(root: Path, fast: bool) -> None:
+    """Two more steps from the three: the pairs that are fast, or those that are not."""
     begun(root)
     for layout in RESUMED:
         every = []
         for before, after in PAIRS:
-            if after == layout and ((before, after) not in FAST_PAIRS) == of_slow:
+            if after == layout and ((before, after) in FAST_PAIRS) == fast:
                 name = f"{before} then {after}"
                 copytree(root / f"{before} to 3" / "checkpoint", root / name / "checkpoint")
                 every.append([*arguments(root, name, after), "training.export.interval=5"])
@@ -313,12 +310,9 @@ def continued(root: Path, of_slow: bool) -> None:
         assert spawn(world, run_all, every, timeout=240) == [[0] * len(every)] * world
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [pair if pair in FAST_PAIRS else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS],
-)
+@pytest.mark.parametrize(("before", "after"), some_fast(PAIRS, FAST_PAIRS.__contains__))
 def test_resume(root: Path, before: str, after: str) -> None:
-    continued(root, (before, after) not in FAST_PAIRS)
+    continued(root, (before, after) in FAST_PAIRS)
     name = f"{before} then {after}"
     expected, found = losses(root / f"{after} to 5"), losses(root / name)
     assert found.keys() == {4, 5}
@@ -332,7 +326,7 @@ def test_resume(root: Path, before: str, after: str) -> None:
         assert one == other and one
 
 
-@pytest.mark.slow
+@slow
 def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     """Whatever layout exports it, and although its weights lie on other processes."""
     begun(root)
@@ -355,7 +349,7 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
     assert len({tuple(sorted(files.items())) for files in exports.values()}) == 1
 
 
-@pytest.mark.slow
+@slow
 def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
     """A Hugging Face folder is read into every layout, and validation measures the same before and after a step."""
     made = "made"

@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.helpers import slow
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -111,7 +113,7 @@ def run(name: str, arguments: list[str], quiet: bool = False) -> subprocess.Comp
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=quiet, text=True)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_numbers(name: str) -> None:
     if name not in possible():

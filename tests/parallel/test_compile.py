@@ -21,7 +21,7 @@ from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
-from tests.helpers import TINY, spawn
+from tests.helpers import TINY, some_fast, spawn
 
 
 def graphs(
@@ -81,7 +81,10 @@ def many_and_one(*how: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("tensor", "context", "sequence", "packed"),
-    [(1, 1, False, True), (2, 1, False, False), (2, 1, True, True), (1, 2, False, True)],
+    some_fast(
+        [(1, 1, False, True), (2, 1, False, False), (2, 1, True, True), (1, 2, False, True)],
+        lambda one: one == (2, 1, True, True),
+    ),
 )
 def test_blocks_are_compiled_once(tensor: int, context: int, sequence: bool, packed: bool) -> None:
     """With gradients and without, and before and after an attention that is left out."""
@@ -91,7 +94,10 @@ def test_blocks_are_compiled_once(tensor: int, context: int, sequence: bool, pac
         assert many == one >= 2
 
 
-@pytest.mark.parametrize("level", ["none", "activation", "full", "selective", "block"])
+@pytest.mark.parametrize(
+    "level",
+    some_fast(["none", "activation", "full", "selective", "block"], "selective".__eq__),
+)
 def test_recomputed_ones_as_well(level: str) -> None:
     assert spawn(1, graphs, 4, 3, level, 1, 1, False, False) == [2]
 
@@ -131,10 +137,13 @@ def worst_gradient(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("kernels", some_fast([False, True], bool))
 @pytest.mark.parametrize(
     ("dtype", "fuse_grad_accumulation", "bound"),
-    [(torch.float32, False, 2e-6), (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 3e-2)],
+    some_fast(
+        [(torch.float32, False, 2e-6), (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 3e-2)],
+        lambda one: one[:2] != (torch.bfloat16, False),
+    ),
 )
 def test_the_compiler_makes_the_same_gradients(
     dtype: torch.dtype, fuse_grad_accumulation: bool, bound: float, kernels: bool, packed: bool

@@ -23,7 +23,7 @@ from fast_llm.planning.memory import UPCASTING_CPU, Memory, ParallelLayout, Work
 from fast_llm.planning.time import DEVICES, fastest_layouts, forecast, resolve_auto
 from fast_llm.training import build
 from fast_llm.training.trainer import Trainer
-from tests.helpers import spawn
+from tests.helpers import slow, spawn
 from tests.training.runs import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,6 +168,7 @@ def every(several: list[list[str]], widens: bool) -> list[int]:
     return [measured(MODEL + settings) for settings in several]
 
 
+@slow
 @pytest.mark.parametrize("widens", sorted({WIDENS, True}))
 def test_memory_of_one_process(widens: bool) -> None:
     """Every tensor is known: what is left are scalars. As this processor makes products, and as one without bf16 does."""
@@ -178,6 +179,7 @@ def test_memory_of_one_process(widens: bool) -> None:
         assert peaks(settings, 1, widens)[0] == pytest.approx(peak, rel=0.002), settings
 
 
+@slow
 def test_memory_of_fp8_within_a_block() -> None:
     """Where the peak is where a gradient is made: a little too much (found: 1 to 6 %), never too little."""
     small = [BF16, "model.distributed.fp8=yes", SMALL]

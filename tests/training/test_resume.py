@@ -22,7 +22,7 @@ from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training import build
 from fast_llm.training.trainer import Trainer
-from tests.helpers import spawn
+from tests.helpers import some_fast, spawn
 from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
 
 
@@ -44,15 +44,18 @@ def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("world", "zero_stage", "dtype", "moments"),
-    [
-        *(
-            (world, stage, dtype, "auto")
-            for dtype in ("fp32", "bf16")
-            for world, stage in ((1, 1), (2, 1), (2, 2), (2, 3))
-        ),
-        (1, 1, "fp32", "int8"),
-        (3, 3, "bf16", "int8"),
-    ],
+    some_fast(
+        [
+            *(
+                (world, stage, dtype, "auto")
+                for dtype in ("fp32", "bf16")
+                for world, stage in ((1, 1), (2, 1), (2, 2), (2, 3))
+            ),
+            (1, 1, "fp32", "int8"),
+            (3, 3, "bf16", "int8"),
+        ],
+        lambda one: one[0] == 1 or one[:3] == (2, 3, "fp32"),
+    ),
 )
 def test_four_and_four_steps_are_eight(
     tmp_path: Path, world: int, zero_stage: int, dtype: str, moments: str
@@ -260,7 +263,10 @@ def command(arguments: list[str]) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    some_fast([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], signal.SIGTERM.__eq__),
+)
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     write_tokens(tmp_path / "tokens", 400)
     arguments_ = arguments(
