@@ -8,7 +8,8 @@ docs/planning.md has the table.
 
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
-from fast_llm.planning.time import DEVICES, forecast
+from fast_llm.planning.devices import DEVICES
+from fast_llm.planning.search import forecast_config
 
 BASE, T = "model.base_model", "model.base_model.transformer"
 COMPILED, SELECTIVE = (
@@ -188,11 +189,10 @@ def table(points: list[tuple]) -> list[str]:  # type: ignore[type-arg]
             f"batch.batch_size={batch}",
             *further,
         ]
-        one = forecast(
-            validate(TrainConfig, read(None, settings), REFUSED, RENAMED), gpus, DEVICES[device]
-        )
+        config = validate(TrainConfig, read(None, settings), REFUSED, RENAMED)
+        rate = forecast_config(config, gpus, DEVICES[device]).gpu_tokens_per_second
         lines.append(
-            f"| {who} | {gpus} {device.upper()} | {sequence:,} | {given:,} | {one.rate:,.0f} | {one.rate / given:.2f} |"
+            f"| {who} | {gpus} {device.upper()} | {sequence:,} | {given:,} | {rate:,.0f} | {rate / given:.2f} |"
         )
     return lines
 

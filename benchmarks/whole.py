@@ -145,11 +145,12 @@ def one(table: str, settings: list[str]) -> None:
         raise SystemExit(code)
 
     from fast_llm.config.section import read
-    from fast_llm.planning.time import DEVICES, forecast, read_config
+    from fast_llm.planning.devices import DEVICES
+    from fast_llm.planning.search import forecast_config, read_config
 
-    expected = forecast(read_config(read(None, settings), 1), 1, DEVICES["h200"])
+    expected = forecast_config(read_config(read(None, settings), 1), 1, DEVICES["h200"])
     print(
-        f"forecast {expected.peak.bytes / 2**30:.1f} GiB ({expected.peak.name}), {expected.rate:,.0f} tokens/s"
+        f"forecast {expected.peak.bytes / 2**30:.1f} GiB ({expected.peak.name}), {expected.gpu_tokens_per_second:,.0f} tokens/s"
     )
 
 

@@ -151,7 +151,7 @@ def _train(parsed: argparse.Namespace) -> int:
         from fast_llm.config.train import TrainConfig
 
         document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
-        from fast_llm.planning.preflight import describe, preflight
+        from fast_llm.planning.preflight import preflight
         from fast_llm.training.run import EarlyLog
 
         if not parsed.validate:
@@ -165,10 +165,12 @@ def _train(parsed: argparse.Namespace) -> int:
         raise _agreed(error) from error
     if parsed.validate:
         if is_first_process():
-            from fast_llm.planning.time import describe_memory
+            from fast_llm.planning.report import describe_memory, describe_run
 
             warnings = "".join(f"\nWarning       {warning}." for warning in spec.warnings)
-            print(describe(spec) + "\n" + describe_memory(spec.config, spec.processes) + warnings)
+            print(
+                describe_run(spec) + "\n" + describe_memory(spec.config, spec.processes) + warnings
+            )
         return 0
     from fast_llm.config.section import locating
     from fast_llm.training.build import train
@@ -193,9 +195,12 @@ def _plan(parsed: argparse.Namespace) -> int:
     from fast_llm.config.train import TrainConfig
 
     document = _read(parsed, TrainConfig, "fast-llm plan --config train.yaml --gpus 8")
-    from fast_llm.planning.time import DEVICES, describe, read_config
+    from fast_llm.planning.devices import DEVICES
+    from fast_llm.planning.report import describe_layouts
+    from fast_llm.planning.search import read_config
 
-    print(describe(read_config(document, parsed.gpus), parsed.gpus, DEVICES[parsed.device]))
+    config = read_config(document, parsed.gpus)
+    print(describe_layouts(config, parsed.gpus, DEVICES[parsed.device]))
     return 0
 
 

@@ -32,7 +32,7 @@ from fast_llm.errors import (
     TrainingStopped,
     UserError,
 )
-from fast_llm.planning import preflight as checks
+from fast_llm.planning.preflight import preflight
 
 CONFIG = {
     "model_type": "llama",
@@ -432,7 +432,7 @@ def test_mistakes_in_different_things_are_told_together(
     assert problems[3].startswith(f"{model}model: no model.safetensors")
     assert (
         problems[4]
-        == "override run.experiment_dir=file: run.experiment_dir: file can not be a folder: file is a file"
+        == "override run.experiment_dir=file: run.experiment_dir: file cannot be a folder: file is a file"
     )
 
 
@@ -490,7 +490,7 @@ def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) 
     (here / "file").touch()
     for name in ("file", "file/run"):
         assert told(capsys, *SMALL, MODEL, f"run.experiment_dir={name}") == [
-            f"override run.experiment_dir={name}: run.experiment_dir: {name} can not be a folder: file is a file"
+            f"override run.experiment_dir={name}: run.experiment_dir: {name} cannot be a folder: file is a file"
         ]
 
 
@@ -523,7 +523,7 @@ def test_a_folder_that_can_not_be_written_to(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     (here / "run").mkdir()
     assert told(capsys, *SMALL, MODEL, "run.experiment_dir=run") == [
-        "override run.experiment_dir=run: run.experiment_dir: run can not be written to"
+        "override run.experiment_dir=run: run.experiment_dir: run cannot be written to"
     ]
 
 
@@ -553,7 +553,7 @@ def test_a_full_disk(
 @pytest.fixture
 def begun(here: Path) -> Path:
     """A run whose checkpoint of step 10 is there."""
-    made = checks.preflight(read(None, [*SMALL, MODEL, "run.experiment_dir=run"]), 1, weights=False)
+    made = preflight(read(None, [*SMALL, MODEL, "run.experiment_dir=run"]), 1, weights=False)
     final = here / "run" / "checkpoint" / "10"
     partial = checkpoints.begin(final)
     info: dict[str, Any] = {

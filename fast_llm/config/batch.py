@@ -21,14 +21,13 @@ class BatchSizes:
 
 
 def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = False) -> BatchSizes:
-    """One step of `batch` on so many data-parallel processes. What is not given follows from the rest; with neither size
-    given a micro-batch is one sequence.
+    """The sizes of a step on this many data-parallel processes; settings that are not given follow from the others.
 
-    `pipeline`: micro-batches pass through several processes, in depth_first_micro_batches fillings of the pipeline.
-    `auto` is one sequence here: it is decided where the memory is known. Raises ConfigError where the numbers do not fit together.
+    With neither size given, a micro-batch is one sequence. `pipeline`: micro-batches pass through several processes, in
+    depth_first_micro_batches fillings of the pipeline. `auto` must be resolved before. Raises ConfigError if the
+    numbers contradict each other.
     """
-    if batch.micro_batch_size == "auto":
-        return _undecided(batch, processes, pipeline)
+    assert batch.micro_batch_size != "auto", "auto is resolved first"
     sequential = batch.sequential_micro_batches
     depth, breadth = batch.depth_first_micro_batches, batch.breadth_first_micro_batches
     if sequential is not None and depth is not None and (breadth or not pipeline):
@@ -73,7 +72,13 @@ def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = Fals
     return BatchSizes(size, micro, many, micro * many * processes - size)
 
 
-def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchSizes:
+def with_smallest_micro_batch(batch: BatchConfig) -> BatchConfig:
+    """The batch with 1 in place of `micro_batch_size: auto`, to check the least that `auto` may become.
+
+    Raises ConfigError if other settings do not go with `auto`.
+    """
+    if batch.micro_batch_size != "auto":
+        return batch
     if batch.batch_size is None:
         raise ConfigError(["batch.micro_batch_size: given auto, which needs batch_size; give it"])
     for name in (
@@ -83,7 +88,7 @@ def _undecided(batch: BatchConfig, processes: int, pipeline: bool) -> BatchSizes
     ):
         if getattr(batch, name) is not None:
             raise ConfigError([f"batch.{name}: follows from micro_batch_size: auto; leave it out"])
-    return derive_batch_sizes(batch.model_copy(update={"micro_batch_size": 1}), processes, pipeline)
+    return batch.model_copy(update={"micro_batch_size": 1})
 
 
 def _processes(count: int) -> str:

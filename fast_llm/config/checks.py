@@ -9,7 +9,7 @@ settings are wrong in themselves is not told; so all that is wrong with a file c
 import math
 from collections.abc import Iterator
 
-from fast_llm.config.batch import BatchSizes, derive_batch_sizes
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes, with_smallest_micro_batch
 from fast_llm.config.section import Document, Violation
 from fast_llm.config.stages import problems
 from fast_llm.config.train import TrainConfig
@@ -68,16 +68,18 @@ _BATCH = tuple(
 )
 
 
-def _plan(config: TrainConfig, processes: int) -> BatchSizes:
+def _batch_sizes(config: TrainConfig, processes: int) -> BatchSizes:
     distributed = config.model.distributed
     return derive_batch_sizes(
-        config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1
+        with_smallest_micro_batch(config.batch),
+        distributed.data_parallel(processes),
+        distributed.pipeline_parallel > 1,
     )
 
 
 def _batch(config: TrainConfig, processes: int) -> Violations:
     try:
-        _plan(config, processes)
+        _batch_sizes(config, processes)
     except ConfigError as error:
         for problem in error.problems:
             path, _, text = problem.partition(": ")
@@ -167,7 +169,7 @@ def _sequence_data_parallel(config: TrainConfig) -> Violations:
 
 def _pipeline(config: TrainConfig, processes: int) -> Violations:
     try:
-        batch = _plan(config, processes)
+        batch = _batch_sizes(config, processes)
     except ConfigError:
         return  # told by another constraint
     for path, text in problems(config, batch):

@@ -1,618 +1,395 @@
-"""What a layout will need: memory of a process at its worst moment, counted tensor by tensor.
+"""Memory of a process at each phase of a step, counted tensor by tensor.
 
-Nothing is measured or fitted here: each term is a tensor that `model/`, `parallel/`, `optim/` or FSDP2 holds at that moment.
-docs/planning.md has the formulas, and what was measured beside what is forecast. No torch: it answers at once, anywhere.
-
-Letters, all of one process: T tokens of a micro-batch, R those of them between the matrices (fewer with
-sequence_tensor_parallel), E hidden size, A dimensions of its query heads, K of its key heads, F its MLP size, V its rows of
-the vocabulary, w bytes of the dtype that is computed in.
+Nothing is measured or fitted: each term is a tensor that `model/`, `parallel/`, `optim/` or FSDP2 holds in that phase.
+`activations.py` gives the bytes of one block; `ProcessMemory` adds up each phase. docs/planning.md has the formulas
+and a comparison with measured peaks. Only arithmetic: a forecast takes microseconds.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from fast_llm.config.batch import BatchSizes, derive_batch_sizes
-from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
-from fast_llm.config.train import BaseModelConfig, TrainConfig
-from fast_llm.models.llama import shapes
+from fast_llm.planning.activations import (
+    backward_temporaries,
+    loss_backward_tensors,
+    loss_tensors,
+    recomputed_activations,
+    saved_activations,
+    uses_torch_loss,
+)
+from fast_llm.planning.layout import UPCASTING_CPU, LocalSizes, ParallelLayout, Workload
 
-_ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
-STRETCH = {"cuda": 2**29, "cpu": 2**25}  # model/loss.py: logits at once
-_PIECE = 2**26  # model/loss.py: logits in fp32, without a kernel
-MOMENT_BYTES = {
-    "bf16": 4,
-    "int8": 2 * (1 + 2 / 128),
-}  # kernels/rounding.py: two bytes for each block of 128
-
-# A CPU that has no products in the dtype that is computed in, and makes them in fp32 (model/linear.py).
-UPCASTING_CPU = "widening cpu"
-# Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries in a process's memory.
-RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29, UPCASTING_CPU: 2**29}
-FRAGMENTS = 0.03  # of PyTorch's memory, between tensors
+# Bytes that are not tensors': CUDA, cuBLAS and NCCL on a GPU; Python and its libraries on a CPU.
+RUNTIME_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29, UPCASTING_CPU: 2**29}
+FRAGMENTATION = 0.03  # gaps between tensors in PyTorch's memory, as a share of the tensors
 
 Parts = dict[str, float]  # part → bytes
 
 
 @dataclass(frozen=True)
-class ParallelLayout:
-    """How a step is spread over processes, and what each keeps."""
-
-    processes: int
-    micro_batch_size: int
-    micro_batches: int
-    padding: int = 0
-    tensor: int = 1
-    sequence_tensor: bool = False
-    context: int = 1
-    pipeline: int = 1
-    stages: tuple[int, ...] = ()  # layers of each, from first to last
-    schedule: str = "1f1b"
-    in_flight: int = 1
-    zero_stage: int = 1
-    shard_size: int | None = None
-    recompute: str = "none"
-    compiled: bool = False
-
-    @staticmethod
-    def of(config: TrainConfig, processes: int) -> "ParallelLayout":
-        """What a configuration that meets the constraints means on so many processes."""
-        distributed, multi = config.model.distributed, config.model.multi_stage
-        batch: BatchSizes = derive_batch_sizes(
-            config.batch, distributed.data_parallel(processes), distributed.pipeline_parallel > 1
-        )
-        in_flight = micro_batches_in_flight(config, batch)
-        return ParallelLayout(
-            processes=processes,
-            micro_batch_size=batch.micro_batch_size,
-            micro_batches=batch.micro_batches,
-            padding=batch.padding,
-            tensor=distributed.tensor_parallel,
-            sequence_tensor=distributed.sequence_tensor_parallel
-            and distributed.tensor_parallel > 1,
-            context=distributed.sequence_data_parallel,
-            pipeline=distributed.pipeline_parallel,
-            stages=tuple(stage_sizes(config)),
-            schedule=schedule_name(config, in_flight) if distributed.pipeline_parallel > 1 else "",
-            in_flight=in_flight,
-            zero_stage=multi.zero_stage or 1,
-            shard_size=multi.shard_size,
-            recompute=config.model.base_model.transformer.mlp_recompute_level,
-            compiled=multi.compile_all,
-        )
-
-    @property
-    def data(self) -> int:
-        """Processes that the batch is dealt to."""
-        return self.processes // (self.tensor * self.context * self.pipeline)
-
-    @property
-    def sharing(self) -> int:
-        """Processes that hold the training state of the same weights."""
-        return self.data * self.context
-
-    @property
-    def shard(self) -> int:
-        """Over how many of them it is sharded."""
-        return min(self.shard_size or self.sharing, self.sharing)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The model's sizes, and what is the same for every layout of a run."""
-
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head: int
-    ffn: int
-    vocabulary: int
-    tied: bool
-    matrices: int  # weights of a block's matrices
-    vectors: int  # and of its norms and biases
-    sequence: int
-    width: int  # bytes of the dtype that is computed in
-    moments: float  # bytes of both moments of a weight
-    moments_auto: bool  # they may be 4 where 8 do not fit
-    flash: bool
-    loss: str
-    splits: int | None
-    packed: bool  # documents of a sequence are kept apart
-    fp8: bool
-    halves: bool  # one GPU keeps of a weight's master what its bf16 weight lacks
-    batch_size: int
-
-    @staticmethod
-    def of(config: TrainConfig, batch_size: int) -> "Workload":
-        """From a configuration."""
-        base: BaseModelConfig = config.model.base_model
-        t = base.transformer
-        block = [
-            shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")
-        ]
-        return Workload(
-            layers=t.num_layers,
-            hidden=t.hidden_size,
-            heads=t.num_attention_heads,
-            groups=t.head_groups,
-            head=t.kv_channels,
-            ffn=t.ffn_hidden_size,
-            vocabulary=base.vocab_size,
-            tied=base.tie_word_embeddings,
-            matrices=sum(math.prod(shape) for shape in block if len(shape) > 1),
-            vectors=sum(shape[0] for shape in block if len(shape) == 1),
-            sequence=config.batch.sequence_length,
-            width=4 if config.model.distributed.training_dtype == "fp32" else 2,
-            moments=MOMENT_BYTES.get(config.optimizer.moments_dtype, 8),
-            moments_auto=config.optimizer.moments_dtype == "auto",
-            flash=t.use_flash_attention,
-            loss=base.cross_entropy_impl,
-            splits=base.cross_entropy_splits,
-            halves=config.model.distributed.training_dtype == "bf16"
-            and config.run.enable_triton_kernels,
-            fp8=config.model.distributed.fp8,
-            packed=not config.batch.cross_document_attention and config.data.format != "random",
-            batch_size=batch_size,
-        )
-
-
-@dataclass(frozen=True)
 class StepPhase:
-    """What a process holds at one moment of a step."""
+    """What a process holds in one phase of a step."""
 
     name: str
     parts: Parts
 
     @cached_property
     def bytes(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
-class Memory:
-    """Of one process, at one place of the pipeline."""
+def peak_phase(workload: Workload, layout: ParallelLayout, device_kind: str) -> StepPhase:
+    """The phase with the most bytes, of the process that needs most."""
+    peaks = [
+        ProcessMemory(LocalSizes(workload, layout, device_kind, rank)).peak()
+        for rank in range(layout.pipeline)
+    ]
+    return max(peaks, key=lambda phase: phase.bytes)
 
-    def __init__(self, shape: Workload, layout: ParallelLayout, device: str, place: int = 0):
-        """`device`: cuda, cpu or UPCASTING_CPU, whose kernels keep different things; `place` in the pipeline."""
-        self.shape, self.layout, self.cpu, self.place = shape, layout, device != "cuda", place
-        self.T = layout.micro_batch_size * shape.sequence // layout.context
-        self.R = self.T // layout.tensor if layout.sequence_tensor else self.T
-        self.E, self.w = shape.hidden, shape.width
-        self.A = shape.heads * shape.head // layout.tensor
-        self.K = shape.groups * shape.head // layout.tensor
-        self.F = shape.ffn // layout.tensor
-        self.V = shape.vocabulary // layout.tensor
-        self.block = shape.matrices // layout.tensor + shape.vectors  # weights of a block
-        self.sharded = layout.processes > 1
-        self.mixed = shape.width != 4
-        # One GPU's cross entropy adds the head's gradient to its fp32 sum.
-        self.adds = not self.cpu and not self.sharded and shape.halves and shape.loss != "torch"
-        self.widens = device == UPCASTING_CPU and self.mixed
-        per_rank = len(layout.stages) // layout.pipeline or 1
-        self.per_rank = per_rank
-        sizes = layout.stages or (shape.layers,)
-        own = self._own(len(sizes))
-        self.layers = sum(sizes[stage] for stage in own)
-        self.first, self.last = 0 in own, len(sizes) - 1 in own
-        head = self.V * self.E
-        both = self.first and self.last
-        self.outside = head * (self.first + self.last - (both and shape.tied)) + self.E * self.last
-        self.head = (
-            head if self.sharded and self.last and not shape.tied else 0
-        )  # weights of one that is a unit of its own
-        self.parameters = self.block * self.layers + self.outside
 
-    def _own(self, stages: int) -> list[int]:
-        if self.layout.schedule == "zbv_zero_bubble":
-            return [self.place, stages - 1 - self.place]
-        return list(range(self.place, stages, self.layout.pipeline))
+def with_overhead(phase: StepPhase, device_kind: str) -> float:
+    """Bytes of memory that a process needs for a phase: tensors, gaps between them, and the runtime's own."""
+    return phase.bytes * (1 + FRAGMENTATION) + RUNTIME_BYTES[device_kind]
 
-    # Activations.
 
-    def _attention(self) -> tuple[float, float]:
-        """What attention keeps for its backward pass: queries, keys and values; its results."""
-        shape, T, A, K = self.shape, self.T, self.A, self.K
-        w = 4 if self.widens else self.w  # model/attention.py: it is in fp32 then
-        sums = 4 * T * A // shape.head  # log Σ exp
-        if not shape.flash:
-            # Scores before and after softmax, of whole sequences.
-            return (A + 2 * K) * T * w, A * T * w + 2 * T * shape.sequence * (A // shape.head) * 4
-        n = self.layout.context
-        if self.cpu and n > 1:
-            # Stretches go through PyTorch's attention, with a mask for each piece of the sequence but its first.
-            copied = A if shape.groups != shape.heads else K
-            keys = T * n * (1 + 0.5 / n)
-            return w * (A * T + 2 * copied * keys) + T * T * (2 * n + 1), A * T * w + sums
-        keys = self.keys
-        return A * T * w + 2 * K * keys * w, A * T * w + sums
+def required_bytes(workload: Workload, layout: ParallelLayout, device_kind: str) -> float:
+    """Bytes of memory that a process needs for a step."""
+    return with_overhead(peak_phase(workload, layout, device_kind), device_kind)
 
-    def _kept(self, level: str) -> float:
-        """Of one block, its input included, between forward and backward."""
-        T, R, E, A, K, F, w = self.T, self.R, self.E, self.A, self.K, self.F, self.w
-        x = R * E * w
-        fp8, once = self.shape.fp8, self.layout.compiled
-        norm = T * E * w + 4 * R  # what the matrices see, and one number a token
-        inputs, results = self._attention()
-        if level == "block":
-            return x
-        if level == "selective":  # products, and attention's results
-            return 3 * x + (A + 2 * K + 2 * F) * T * w + results
-        rounded = (
-            A * T * w if self.widens else 0.0
-        )  # attention's result, as the next product takes it
-        seen = norm
-        mlp = norm + (3 if once or self.cpu else 4) * F * T * w
-        if fp8:  # each product keeps what it saw; what several saw is one with the compiler
-            rounded = A * T
-            seen = (1 if once else 3) * T * E + 4 * R
-            mlp = (
-                (1 if once else 2) * T * E
-                + 4 * R
-                + (2 if once or self.cpu else 3) * F * T * w
-                + F * T
-            )
-        front = (
-            x + seen + inputs + results + rounded + x
-        )  # and the residual stream between attention and MLP
-        inner = {
-            "none": mlp,
-            "activation": norm + 2 * F * T * w + x,  # the result of the last product, too
-            "activation_and_input": 2 * F * T * w + x,
-            "full": 0.0,
-        }[level]
-        return front + inner
 
-    @property
-    def keys(self) -> float:
-        """Those that attention sees: of the whole sequence up to the later of the two pieces that this process has."""
-        context = self.layout.context
-        return self.T * (context + 0.5) if context > 1 else self.T
+class ProcessMemory:
+    """Memory of one process in each phase of a step."""
 
-    @cached_property
-    def kept(self) -> float:
-        """Of one block with the layout's level of recomputation."""
-        return self._kept(self.layout.recompute)
-
-    @cached_property
-    def again(self) -> float:
-        """What the backward pass of one block makes again, and holds beside what was kept."""
-        level = self.layout.recompute
-        if level == "none":
-            return 0.0
-        T, E, F, w = self.T, self.E, self.F, self.w
-        if level == "activation":
-            return 2 * F * T * w
-        if level == "activation_and_input":
-            return 2 * F * T * w + T * E * w
-        if level == "selective":
-            x, (_, results) = self.R * E * w, self._attention()
-            values = self.K * T * w  # the product's result itself
-            # Widened, results of products are gone as soon as they have been read again.
-            read = (self.A + 2 * self.K) * T * w + 2 * x if self.widens else values
-            return self._kept("none") - x - 2 * F * T * w - results - read
-        return self._kept("none") - self.kept
-
-    @cached_property
-    def passing(self) -> float:
-        """Gradients of activations at the widest place of a block's backward pass, beside the incoming one: the MLP, or attention
-        where a process has the keys of a long sequence."""
-        F, T, E, w = self.F, self.T, self.E, self.w
-        widest: float = max(2 * F * T * w, F * T * w + E * F * w)
-        if not self.cpu and self.shape.flash:
-            # Of the queries and, for each query head, of keys and values in fp32; and the results. The MLP's share is gone.
-            widest = max(
-                widest,
-                4 * self.A * (T + 2 * self.keys)
-                + w * (2 * self.A * T + 2 * self.K * self.keys)
-                - 3 * F * T * w,
-            )
-        if self.shape.fp8:
-            # The gradient and the weight in fp8, and in fp32 on their way where there is no kernel; then both products. What down's
-            # product saw is gone.
-            there, wide = F * T * (2 * w + 1), 4 if self.cpu else 0
-            widest = max(
-                widest,
-                there + wide * F * T,
-                there + E * F * (1 + wide),
-                there + E * F * (1 + w) + T * E * w,
-            )
-        if self.shape.fp8 or not self.widens:
-            return widest
-        return max(
-            widest,
-            F * T * w + _widened(T, E, F),
-            F * T * w + E * F * w + _widened(E, T, F),
-            T * E * w
-            + E * F * w
-            - F * T * w
-            + _widened(F, T, E),  # gate, up and their product are gone
-        )
-
-    # State.
-
-    def _gathered(self, blocks: int) -> float:
-        """Weights of so many blocks, and those outside of blocks, in the dtype that is computed in."""
-        return (self.block * blocks + self.outside) * self.w if self.sharded else 0.0
-
-    @property
-    def state(self) -> Parts:
-        """What is there all the time."""
-        count, shard = self.parameters, self.layout.shard
-        if not self.sharded:
-            masters = (2 if self.shape.halves and not self.cpu else 4) * count if self.mixed else 0
-            gradients = 4 * count if self.mixed else 0
-            return {
-                "weights": self.w * count,
-                "masters": masters,
-                "moments": self.shape.moments * count,
-                "gradients": gradients,
-            }
-        return {
-            "weights": 0.0,
-            "masters": 4 * count / shard,
-            "moments": self.shape.moments * count / shard,
-        }
-
-    def _alive(self) -> tuple[float, int]:
-        """Activations of how many blocks are kept at most, and in how many passes of a stage."""
-        layout = self.layout
-        if layout.pipeline == 1:
-            return self.layers, 1
-        passes = stages_in_flight(layout, self.place)
-        return self.layers / self.per_rank * passes, passes
-
-    def moments(self) -> Iterator[StepPhase]:
-        """Those at which a step can be at its peak."""
-        shape, layout, T, R, E, V, w = (
-            self.shape,
-            self.layout,
-            self.T,
-            self.R,
-            self.E,
-            self.V,
-            self.w,
-        )
+    def __init__(self, sizes: LocalSizes):
+        self.s = sizes
+        layout = sizes.layout
         pipeline = layout.pipeline > 1
-        several = layout.micro_batches > 1
-        alive, passes = self._alive()
-        # Gradients come together over micro-batches, unsharded, if they are reduced at the last one only.
-        full = self.sharded and several and (layout.zero_stage == 1 or pipeline)
-        whole = layout.zero_stage < 3 or pipeline  # weights stay gathered
-        gathered = self._gathered(self.layers if whole else 1)
-        state = self.state
-        gradients = 4 * self.parameters
-        before = state.pop("gradients", 0.0)
-        if not before and several:
-            before = gradients if full or not self.sharded else gradients / layout.shard
-        width = 8 * shape.head * T  # cosines and sines
-        batches = (
-            24 * T * (layout.micro_batches if self.cpu else layout.in_flight if pipeline else 1)
+        self.accumulates = layout.micro_batches > 1
+        # Gradients accumulate unsharded if they are reduced at the last micro-batch only.
+        self.unsharded_gradients = (
+            sizes.sharded and self.accumulates and (layout.zero_stage == 1 or pipeline)
         )
-        activations = alive * self.kept + width * passes
-        handed = 2 * self.per_rank * layout.in_flight * R * E * w if pipeline else 0.0
-        gather_out = self.block * w if self.sharded and layout.shard > 1 else 0.0
-        fixed = state | {"buffers": batches + handed}
-        final = (
-            R * E * w * 2 + 4 * R if self.last else 0.0
-        )  # the last norm: what it had and what it gave
-        synchronised = self.sharded and not (full and several)
-        # FSDP2 keeps the last reduction's input to the next: that of the embedding, from one micro-batch into the next.
-        ends = self.outside - self.head
-        if synchronised and several:
-            fixed["communication"] = 4.0 * ends
-        held = 0.0
-        if self.last:
-            # Gradients of hidden states and head are made with the loss.
-            held = T * E * w + 4 * V * E if shape.loss != "torch" or layout.tensor > 1 else 0.0
-            logits, scratch = self._loss()
-            gathering = 0.0
-            if gather_out and not (whole and several):
-                # What the last unit came in; with zero_stage 3 no block is there.
-                gathering = ((self.head or self.block) - (0 if whole else self.block)) * w
-            yield StepPhase(
-                "in the cross entropy",
-                fixed
-                | {
-                    "gradients": before,
-                    "gathered": gathered + gathering,
-                    "activations": activations + final,
-                    "logits": logits + scratch + held,
-                },
-            )
-            yield StepPhase(
-                "in the cross entropy's backward pass",
-                fixed
-                | {
-                    "gradients": before,
-                    "gathered": gathered,
-                    "activations": activations + final,
-                    "logits": held + T * E * w + self._loss_back(),
-                },
-            )
-        head_gradient = V * E * w if self.last and self.sharded and not self.head else 0.0
-        head_reduced = 0.0
-        if self.head and synchronised:
-            head_reduced = 0.0 if before else 4 * self.head / layout.shard
-            yield StepPhase(
-                "reducing the head",
-                fixed
-                | {
-                    "gradients": before,
-                    "gathered": gathered,
-                    "activations": activations + final,
-                    "passing": T * E * w,
-                    "communication": self.head * (w + 4) + head_reduced,
-                },
-            )
-            fixed["communication"] = 4.0 * self.head
-        if self.head and not (whole and several):
-            gathered -= self.head * w
-        if self.last and self.cpu:
-            yield StepPhase(
-                "in the last norm's backward pass",
-                fixed
-                | {
-                    "gradients": before + head_reduced,
-                    "gathered": gathered,
-                    "activations": activations + final,
-                    "logits": head_gradient,
-                    "passing": 2 * R * E * w,
-                },
-            )
-        for behind in sorted({0, min(1, self.layers - 1), self.layers - 1}):
-            kept = activations - behind * self.kept
-            reduced = 0.0 if full else 4 * self.block * behind / layout.shard
-            if before:
-                reduced = 0.0
-            elif not self.sharded:
-                reduced = 4 * (self.block * behind + V * E * self.last)
-            # The block's own gradients, in the dtype that is computed in, and those of the one behind on their way.
-            own = self.block * w if self.sharded else 0.0
-            sent = 4 * self.block if (synchronised or full) and behind else 0.0
-            if whole:
-                there = gathered - (0.0 if several else self.block * w * behind)
-            else:
-                there = gathered + (gather_out if behind < self.layers - 1 else 0.0)
-            if behind:
-                fixed.pop("communication", None)
-            common = fixed | {
-                "gradients": before + reduced + head_reduced,
-                "gathered": there,
-                "logits": head_gradient,
-            }
-            name = f"in the backward pass of block {self.layers - behind} of {self.layers}"
-            yield StepPhase(
-                name,
-                common
-                | {
-                    "activations": kept,
-                    "recomputed": self.again,
-                    "passing": self.passing + R * E * w,
-                    "communication": sent or fixed.get("communication", 0.0),
-                },
-            )
-            if self.sharded:
-                yield StepPhase(
-                    f"reducing block {self.layers - behind} of {self.layers}",
-                    common
-                    | {
-                        "activations": kept - self.kept,
-                        "passing": R * E * w + own,
-                        "communication": 4 * self.block * (1 + (0 if before else 1 / layout.shard)),
-                    },
-                )
-        if self.sharded:
-            yield StepPhase(
-                "reducing the embedding",
-                fixed
-                | {
-                    "gradients": before
-                    + head_reduced
-                    + (0.0 if before else 4 * self.block * self.layers / layout.shard),
-                    "gathered": gathered
-                    - (0 if whole and several else self.block * w * (self.layers if whole else 1)),
-                    "communication": ends * (w + 4 + (0 if before else 4 / layout.shard)),
-                },
-            )
-        fixed.pop("communication", None)
-        temporary = 0.0
-        if shape.moments < 8 and (self.cpu or not shape.halves):
-            # The fp32 copies of one weight's moments.
-            largest = max(V * E if self.first or self.last else 0, E * self.F)
-            temporary = 8 * largest / (layout.shard if self.sharded else 1)
-        yield StepPhase(
-            "in the optimizer",
-            fixed
-            | {
-                "gradients": 4 * self.parameters / (layout.shard if self.sharded else 1),
-                "gathered": gathered if whole and several else 0.0,
-                "passing": temporary,
-            },
-        )
-        if shape.moments < 4 and not self.cpu and (self.sharded or not shape.halves):
-            yield StepPhase(
-                "copying moments for a checkpoint",  # in bf16; those of one GPU go to the host's memory one by one
-                state
-                | {
-                    "gradients": 4 * self.parameters / (layout.shard if self.sharded else 1),
-                    "passing": 4 * self.parameters / (layout.shard if self.sharded else 1),
-                },
-            )
-
-    def _loss(self) -> tuple[float, float]:
-        """Bytes of logits, and of what is made of them."""
-        shape, T, V = self.shape, self.T, self.V
-        device = "cpu" if self.cpu else "cuda"
-        if shape.loss == "torch" and self.layout.tensor == 1:
-            return (
-                12.0 * T * V,
-                0.0,
-            )  # fp32: probabilities, and gradients before and after the softmax
-        length = stretch(device, T, V, shape.splits)
-        scratch = 0.0
-        if shape.loss == "fused" and not self.cpu:
-            scratch = 4 * V * min(max(1, _PIECE // V), length)
-        if self.widens:
-            scratch += max(_widened(length, self.E, V), _widened(length, V, self.E))
-        elif self.cpu and self.mixed:
-            scratch += (4 + self.w) * min(_ROWS, V) * self.E
-        return length * V * self.w, scratch
-
-    def _loss_back(self) -> float:
-        """The head's gradient and what passes while it is made: some rows in fp32, or the logits' gradient and the product with it."""
-        T, V, E, w = self.T, self.V, self.E, self.w
-        if self.widens and self.shape.loss == "torch" and self.layout.tensor == 1:
-            return V * E * w + T * V * w + _widened(V, T, E)
-        if self.cpu:
-            return V * E * w + 4.0 * min(_ROWS, V) * E
-        return 0.0 if self.adds else V * E * w
+        self.reduces_each_micro_batch = sizes.sharded and not self.unsharded_gradients
+        self.keeps_gathered = layout.zero_stage < 3 or pipeline  # weights, between blocks
+        # They stay from one micro-batch to the next.
+        self.stays_gathered = self.keeps_gathered and self.accumulates
+        self.state_shards = layout.shards if sizes.sharded else 1
+        self.saved = saved_activations(sizes, layout.recompute)
 
     def peak(self) -> StepPhase:
-        """The worst moment."""
-        return max(self.moments(), key=lambda moment: moment.bytes)
+        """The phase with the most bytes."""
+        return max(self.phases(), key=lambda phase: phase.bytes)
+
+    def phases(self) -> Iterator[StepPhase]:
+        """Those phases of a step that can be its peak."""
+        s = self.s
+        if s.has_head:
+            yield self._cross_entropy()
+            yield self._cross_entropy_backward()
+        if s.head_parameters and self.reduces_each_micro_batch:
+            yield self._head_reduction()
+        if s.has_head and s.on_cpu:
+            yield self._final_norm_backward()
+        for done in sorted({0, min(1, s.layers - 1), s.layers - 1}):
+            yield self._block_backward(done)
+            if s.sharded:
+                yield self._block_reduction(done)
+        if s.sharded:
+            yield self._embedding_reduction()
+        yield self._optimizer()
+        copies_on_gpu = not s.on_cpu and (s.sharded or not s.workload.split_masters)
+        if s.workload.moment_bytes < 4 and copies_on_gpu:
+            yield self._moments_copy()
+
+    # What exists in several phases.
+
+    @cached_property
+    def state(self) -> Parts:
+        """Weights, masters and moments: there all the time."""
+        s = self.s
+        count, moment_bytes = s.parameters, s.workload.moment_bytes
+        if s.sharded:
+            shards = s.layout.shards
+            return {
+                "weights": 0.0,
+                "masters": 4 * count / shards,
+                "moments": moment_bytes * count / shards,
+            }
+        master_bytes = 2 if s.workload.split_masters and not s.on_cpu else 4
+        return {
+            "weights": s.dtype_bytes * count,
+            "masters": master_bytes * count if s.mixed_precision else 0,
+            "moments": moment_bytes * count,
+        }
+
+    @cached_property
+    def constant(self) -> Parts:
+        """State, the micro-batches' tokens, and what pipeline stages exchange."""
+        s, layout = self.s, self.s.layout
+        pipeline = layout.pipeline > 1
+        loaded = layout.micro_batches if s.on_cpu else layout.in_flight if pipeline else 1
+        exchanged = 2 * s.stages_per_rank * layout.in_flight * s.stream if pipeline else 0.0
+        return self.state | {"buffers": 24 * s.tokens * loaded + exchanged}
+
+    @cached_property
+    def accumulated(self) -> float:
+        """Gradients that a micro-batch adds to: there from the start of its backward pass."""
+        s = self.s
+        if s.sharded and not self.accumulates:
+            return 0.0
+        if not s.sharded and not s.mixed_precision and not self.accumulates:
+            return 0.0
+        sharded = s.sharded and not self.unsharded_gradients
+        return 4 * s.parameters / s.layout.shards if sharded else 4 * s.parameters
+
+    @cached_property
+    def final_gradients(self) -> float:
+        """Gradients at the end of a step."""
+        return 4 * self.s.parameters / self.state_shards
+
+    @cached_property
+    def activations(self) -> float:
+        """Saved activations of all blocks, and the rotary cosines and sines of each forward pass in flight."""
+        s, layout = self.s, self.s.layout
+        blocks: float = s.layers
+        passes = 1
+        if layout.pipeline > 1:
+            passes = forward_passes_in_flight(layout, s.pipeline_rank)
+            blocks = s.layers / s.stages_per_rank * passes
+        rotary = 8 * s.workload.head_size * s.tokens
+        return blocks * self.saved + rotary * passes
+
+    @cached_property
+    def head_activations(self) -> float:
+        """Input and output of the final norm."""
+        s = self.s
+        return s.stream * 2 + 4 * s.stream_tokens if s.has_head else 0.0
+
+    def gathered(self, blocks: int) -> float:
+        """Gathered weights of this many blocks, and of those outside of blocks, in the compute dtype."""
+        s = self.s
+        count = s.block_parameters * blocks + s.outside_parameters
+        return count * s.dtype_bytes if s.sharded else 0.0
+
+    @cached_property
+    def gathered_for_head(self) -> float:
+        """Gathered weights when the forward pass of the blocks is over."""
+        return self.gathered(self.s.layers if self.keeps_gathered else 1)
+
+    @cached_property
+    def gathered_after_head(self) -> float:
+        """The same without the head, if its backward pass frees it."""
+        freed = 0 if self.stays_gathered else self.s.head_parameters * self.s.dtype_bytes
+        return self.gathered_for_head - freed
+
+    @cached_property
+    def carried_reduction(self) -> Parts:
+        """FSDP2 keeps the input of the last reduction until the next: the embedding's, into the next micro-batch."""
+        if self.reduces_each_micro_batch and self.accumulates:
+            return {"communication": 4.0 * self._embedding_parameters}
+        return {}
+
+    @cached_property
+    def carried_after_head(self) -> Parts:
+        """The same after the head's reduction."""
+        if self.s.head_parameters and self.reduces_each_micro_batch:
+            return {"communication": 4.0 * self.s.head_parameters}
+        return self.carried_reduction
+
+    @property
+    def _embedding_parameters(self) -> int:
+        return self.s.outside_parameters - self.s.head_parameters
+
+    @cached_property
+    def reduced_head_gradient(self) -> float:
+        """The head's gradient after its reduction, where none was accumulated before."""
+        s = self.s
+        if not (s.head_parameters and self.reduces_each_micro_batch) or self.accumulated:
+            return 0.0
+        return 4 * s.head_parameters / s.layout.shards
+
+    @cached_property
+    def own_head_gradient(self) -> float:
+        """The head's gradient until that of the embedding is reduced, if they are one unit of FSDP2."""
+        s = self.s
+        one_unit = s.has_head and s.sharded and not s.head_parameters
+        return s.vocabulary * s.hidden * s.dtype_bytes if one_unit else 0.0
+
+    # The phases.
+
+    @cached_property
+    def _loss_gradients(self) -> float:
+        """Gradients of hidden states and head that are made with the loss."""
+        s = self.s
+        return 0.0 if uses_torch_loss(s) else s.normed + 4 * s.vocabulary * s.hidden
+
+    def _cross_entropy(self) -> StepPhase:
+        s = self.s
+        arriving = 0
+        if s.sharded and s.layout.shards > 1 and not self.stays_gathered:
+            # The buffer in which the last unit was gathered; with zero_stage 3 no block is there.
+            unit = s.head_parameters or s.block_parameters
+            freed = 0 if self.keeps_gathered else s.block_parameters
+            arriving = (unit - freed) * s.dtype_bytes
+        return StepPhase(
+            "in the cross entropy",
+            self.constant
+            | self.carried_reduction
+            | {
+                "gradients": self.accumulated,
+                "gathered weights": self.gathered_for_head + arriving,
+                "activations": self.activations + self.head_activations,
+                "logits": loss_tensors(s) + self._loss_gradients,
+            },
+        )
+
+    def _cross_entropy_backward(self) -> StepPhase:
+        return StepPhase(
+            "in the cross entropy's backward pass",
+            self.constant
+            | self.carried_reduction
+            | {
+                "gradients": self.accumulated,
+                "gathered weights": self.gathered_for_head,
+                "activations": self.activations + self.head_activations,
+                "logits": self._loss_gradients + self.s.normed + loss_backward_tensors(self.s),
+            },
+        )
+
+    def _head_reduction(self) -> StepPhase:
+        s = self.s
+        sent = s.head_parameters * (s.dtype_bytes + 4)
+        return StepPhase(
+            "reducing the head",
+            self.constant
+            | {
+                "communication": sent + self.reduced_head_gradient,
+                "gradients": self.accumulated,
+                "gathered weights": self.gathered_for_head,
+                "activations": self.activations + self.head_activations,
+                "temporaries": s.normed,
+            },
+        )
+
+    def _final_norm_backward(self) -> StepPhase:
+        return StepPhase(
+            "in the last norm's backward pass",
+            self.constant
+            | self.carried_after_head
+            | {
+                "gradients": self.accumulated + self.reduced_head_gradient,
+                "gathered weights": self.gathered_after_head,
+                "activations": self.activations + self.head_activations,
+                "logits": self.own_head_gradient,
+                "temporaries": 2 * self.s.stream,
+            },
+        )
+
+    def _around_block(self, done: int) -> Parts:
+        """What exists while the backward pass works on a block; it is through with `done` blocks of this process."""
+        s = self.s
+        block = s.block_parameters
+        fresh = 0.0  # gradients made in this backward pass, where none were accumulated before
+        if not self.accumulated and s.sharded:
+            fresh = 4 * block * done / s.layout.shards
+        elif not self.accumulated:
+            fresh = 4 * (block * done + s.vocabulary * s.hidden * s.has_head)
+        gathered = self.gathered_after_head
+        if not self.keeps_gathered:
+            prefetches = s.layout.shards > 1 and done < s.layers - 1
+            gathered += block * s.dtype_bytes if s.sharded and prefetches else 0
+        elif not self.stays_gathered and s.sharded:
+            gathered -= block * s.dtype_bytes * done
+        return self.constant | {
+            "gradients": self.accumulated + fresh + self.reduced_head_gradient,
+            "gathered weights": gathered,
+            "logits": self.own_head_gradient,
+        }
+
+    def _block_backward(self, done: int) -> StepPhase:
+        s = self.s
+        # The reduction of the block before goes on meanwhile.
+        carried = self.carried_after_head
+        if done:
+            carried = {"communication": 4 * s.block_parameters if s.sharded else 0.0}
+        return StepPhase(
+            f"in the backward pass of block {s.layers - done} of {s.layers}",
+            self._around_block(done)
+            | {
+                "activations": self.activations - done * self.saved,
+                "recomputed": recomputed_activations(s),
+                "temporaries": backward_temporaries(s) + s.stream,
+            }
+            | carried,
+        )
+
+    def _block_reduction(self, done: int) -> StepPhase:
+        s = self.s
+        reduced = 0 if self.accumulated else 1 / s.layout.shards
+        return StepPhase(
+            f"reducing block {s.layers - done} of {s.layers}",
+            self._around_block(done)
+            | {
+                "activations": self.activations - done * self.saved - self.saved,
+                "temporaries": s.stream + s.block_parameters * s.dtype_bytes,
+                "communication": 4 * s.block_parameters * (1 + reduced),
+            },
+        )
+
+    def _embedding_reduction(self) -> StepPhase:
+        s = self.s
+        blocks = 0.0
+        if not self.accumulated:
+            blocks = 4 * s.block_parameters * s.layers / s.layout.shards
+        freed = 0
+        if not self.stays_gathered:
+            freed = s.block_parameters * s.dtype_bytes * (s.layers if self.keeps_gathered else 1)
+        reduced = 0 if self.accumulated else 4 / s.layout.shards
+        return StepPhase(
+            "reducing the embedding",
+            self.constant
+            | {
+                "communication": self._embedding_parameters * (s.dtype_bytes + 4 + reduced),
+                "gradients": self.accumulated + self.reduced_head_gradient + blocks,
+                "gathered weights": self.gathered_after_head - freed,
+            },
+        )
+
+    def _optimizer(self) -> StepPhase:
+        s = self.s
+        fp32_moments = 0.0
+        if s.workload.moment_bytes < 8 and (s.on_cpu or not s.workload.split_masters):
+            # fp32 copies of the largest weight's moments.
+            outside = s.vocabulary * s.hidden if s.has_embedding or s.has_head else 0
+            fp32_moments = 8 * max(outside, s.hidden * s.ffn) / self.state_shards
+        return StepPhase(
+            "in the optimizer",
+            self.constant
+            | {
+                "gradients": self.final_gradients,
+                "gathered weights": self.gathered_after_head if self.stays_gathered else 0.0,
+                "temporaries": fp32_moments,
+            },
+        )
+
+    def _moments_copy(self) -> StepPhase:
+        # In bf16. One GPU with split masters copies them to host memory one by one instead.
+        copies = 4 * self.s.parameters / self.state_shards
+        parts = {"gradients": self.final_gradients, "temporaries": copies}
+        return StepPhase("copying moments for a checkpoint", self.state | parts)
 
 
-def peak(shape: Workload, layout: ParallelLayout, device: str) -> StepPhase:
-    """The worst moment of the process that needs most."""
-    moments = [Memory(shape, layout, device, place).peak() for place in range(layout.pipeline)]
-    return max(moments, key=lambda moment: moment.bytes)
-
-
-def with_reserve(moment: StepPhase, device: str) -> float:
-    """Bytes of a process's memory that are needed for it."""
-    return moment.bytes * (1 + FRAGMENTS) + RESERVED[device]
-
-
-def required_bytes(shape: Workload, layout: ParallelLayout, device: str) -> float:
-    """Bytes of a process's memory that are needed for all of it."""
-    return with_reserve(peak(shape, layout, device), device)
-
-
-def _widened(rows: int, inner: int, columns: int) -> float:
-    """Bytes in fp32 that a product [rows, inner] · [inner, columns] in 16 bits holds while model/linear.py makes it."""
-    # The left factor as a whole and rows of the right one; or the sum as a whole and rows of both.
-    whole, pieces = sorted((inner, columns))
-    return 4.0 * (rows * whole + (rows + whole) * min(_ROWS, pieces))
-
-
-def stretch(device: str, tokens: int, vocabulary: int, splits: int | None) -> int:
-    """How many tokens have logits at once, as model/loss.py has it."""
-    halves = -(-tokens // (splits or 2))
-    if splits is None:
-        halves = min(halves, STRETCH[device] // vocabulary)
-    return max(1, halves)
-
-
-def stages_in_flight(layout: ParallelLayout, place: int) -> int:
-    """Forward passes of stages that a process holds at most, under a pipeline schedule."""
-    each, many, depth = len(layout.stages) // layout.pipeline, layout.in_flight, layout.pipeline
+def forward_passes_in_flight(layout: ParallelLayout, pipeline_rank: int) -> int:
+    """Forward passes of stages whose activations a process holds at most, under a pipeline schedule."""
+    stages = len(layout.layers_per_stage) // layout.pipeline
+    many, depth = layout.in_flight, layout.pipeline
     if layout.schedule in ("gpipe", "looped_bfs"):
-        return each * many
+        return stages * many
     if layout.schedule == "1f1b":
-        return min(many, depth - place)
+        return min(many, depth - pipeline_rank)
     if layout.schedule == "zbv_zero_bubble":
         return min(2 * many, 2 * depth)
     # Interleaved: all but its last round of stages, and twice its distance from the end (Narayanan et al. 2021).
-    return min(each * many, (each - 1) * depth + 2 * (depth - place - 1) + 1)
+    warm_up = (stages - 1) * depth + 2 * (depth - pipeline_rank - 1) + 1
+    return min(stages * many, warm_up)

@@ -18,6 +18,7 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.data import dataset
 from fast_llm.data.sampling import Mixture, SourceSampler
 from fast_llm.errors import ConfigError, DataError, UserError
+from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.history import (
     History,
     Order,
@@ -26,7 +27,6 @@ from fast_llm.planning.history import (
     read_records,
     reconstruct,
 )
-from fast_llm.planning.preflight import format_bytes
 
 _SHOWN = 60  # characters of a document
 

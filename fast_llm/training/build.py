@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -16,7 +15,7 @@ import torch
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint.weights import all_gather_object
-from fast_llm.config.batch import BatchSizes, derive_batch_sizes
+from fast_llm.config.batch import BatchSizes
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.data.loader import Loader
@@ -38,9 +37,12 @@ from fast_llm.parallel.pipeline import Pipeline, keep_stage, stages_of_rank
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
-from fast_llm.planning.memory import UPCASTING_CPU, ParallelLayout, Workload, required_bytes
-from fast_llm.planning.preflight import RunSpec, describe, format_bytes
-from fast_llm.planning.time import resolve_auto, with_layout
+from fast_llm.planning.disk import format_bytes
+from fast_llm.planning.layout import UPCASTING_CPU, ParallelLayout, Workload
+from fast_llm.planning.memory import required_bytes
+from fast_llm.planning.preflight import RunSpec
+from fast_llm.planning.report import describe_run
+from fast_llm.planning.search import resolve_run
 from fast_llm.training.allocator import keep_freed_memory
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.evaluate import Evaluator
@@ -146,7 +148,7 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
     """Everything that happens in the experiment folder, from its files to the exit code."""
     _check_fp8(spec.config, mesh)
     memory = mesh.broadcast(_memory(mesh))
-    spec = decide(spec, mesh, memory)
+    spec = resolve_run(spec, memory, _kind(spec.config, mesh.device))
     number = mesh.broadcast(next_run_number(spec.folder))
     if mesh.rank == 0:
         prepare_folder(spec)
@@ -156,7 +158,7 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
     # A process that exits during a long save must not be taken for one that hangs.
     interrupt.before_exit = partial(watchdog.heartbeat, ENDED)
     try:
-        logger.info("What this run does:\n" + describe(spec))
+        logger.info("What this run does:\n" + describe_run(spec))
         for warning in spec.warnings:
             logger.warning(f"{warning}.")
         _log_memory(spec, mesh, memory)
@@ -304,22 +306,6 @@ def _uses_varlen_attention(config: TrainConfig) -> bool:
     packed = not config.batch.cross_document_attention and config.data.format != "random"
     parted = packed or config.model.distributed.sequence_data_parallel > 1
     return parted and config.model.base_model.transformer.use_flash_attention
-
-
-def decide(spec: RunSpec, mesh: Mesh, memory: float) -> RunSpec:
-    """Resolve `auto` settings, given each process's `memory` in bytes; a resumed run keeps its moments' dtype."""
-    config = spec.config
-    if spec.checkpoint is not None and config.optimizer.moments_dtype == "auto":
-        before = checkpoints.read_manifest(spec.checkpoint).info["settings"]["optimizer"]
-        config = with_layout(
-            config, {"optimizer.moments_dtype": before.get("moments_dtype", "fp32")}
-        )
-    config = resolve_auto(config, mesh.size, memory, _kind(config, mesh.device))
-    return replace(
-        spec,
-        config=config,
-        batch=derive_batch_sizes(config.batch, mesh.data.size, mesh.pipeline.size > 1),
-    )
 
 
 def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:

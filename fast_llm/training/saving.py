@@ -24,7 +24,7 @@ from fast_llm.checkpoint import state
 from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import CheckpointError
 from fast_llm.parallel.fsdp import like
-from fast_llm.planning.preflight import format_bytes
+from fast_llm.planning.disk import format_bytes
 
 logger = logging.getLogger("fast_llm")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_llm.config.batch import BatchSizes, derive_batch_sizes
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes, with_smallest_micro_batch
 from fast_llm.config.train import BatchConfig
 from fast_llm.errors import ConfigError
 
@@ -19,10 +19,9 @@ NAMES = {
 }
 
 
-def plan(processes: int, **values: Any) -> BatchSizes:
-    return derive_batch_sizes(
-        BatchConfig(**{NAMES[name]: value for name, value in values.items()}), processes
-    )
+def sizes(processes: int, **values: Any) -> BatchSizes:
+    batch = BatchConfig(**{NAMES[name]: value for name, value in values.items()})
+    return derive_batch_sizes(with_smallest_micro_batch(batch), processes)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def plan(processes: int, **values: Any) -> BatchSizes:
 def test_what_is_not_given_follows(
     processes: int, values: dict[str, int], expected: tuple[int, int, int]
 ) -> None:
-    assert plan(processes, **values) == BatchSizes(*expected)
+    assert sizes(processes, **values) == BatchSizes(*expected)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_what_is_not_given_follows(
 def test_what_does_not_divide_is_padded(
     processes: int, values: dict[str, int], expected: tuple[int, ...]
 ) -> None:
-    assert plan(processes, **values) == BatchSizes(*expected)
+    assert sizes(processes, **values) == BatchSizes(*expected)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_pipelines_take_some_micro_batches_at_a_time(
 )
 def test_numbers_that_do_not_fit(processes: int, values: dict[str, int], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(processes, **values)
+        sizes(processes, **values)
     assert caught.value.problems == [problem]
 
 
@@ -128,11 +127,11 @@ number = st.integers(1, 12)
         {}, optional=dict.fromkeys(("size", "micro", "depth", "sequential"), number)
     ),
 )
-def test_a_plan_multiplies_out_and_keeps_what_was_given(
+def test_sizes_multiply_out_and_keeps_what_was_given(
     processes: int, values: dict[str, int]
 ) -> None:
     try:
-        found = plan(processes, **values)
+        found = sizes(processes, **values)
     except ConfigError as error:
         # Then nothing fits: a process has nothing to do, or the number of micro-batches follows and is another.
         assert len(error.problems) == 1
@@ -156,13 +155,13 @@ def test_a_plan_multiplies_out_and_keeps_what_was_given(
     } == {found.micro_batches}
 
 
-def test_auto_is_decided_later() -> None:
-    assert plan(4, size=40, micro="auto") == BatchSizes(40, 1, 10)
+def test_auto_counts_as_one_sequence_until_it_is_resolved() -> None:
+    assert sizes(4, size=40, micro="auto") == BatchSizes(40, 1, 10)
     with pytest.raises(ConfigError, match="given auto, which needs batch_size; give it"):
-        plan(4, micro="auto")
+        sizes(4, micro="auto")
     for name in ("depth", "breadth", "sequential"):
         with pytest.raises(
             ConfigError,
             match=f"batch.{NAMES[name]}: follows from micro_batch_size: auto; leave it out",
         ):
-            plan(4, size=40, micro="auto", **{name: 2})
+            sizes(4, size=40, micro="auto", **{name: 2})

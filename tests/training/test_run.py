@@ -21,7 +21,8 @@ from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, UserError
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.planning.preflight import describe, preflight
+from fast_llm.planning.preflight import preflight
+from fast_llm.planning.report import describe_run
 from fast_llm.training.build import train
 from fast_llm.training.run import Run, lock, next_run_number
 from tests.campaigns.jobs import Job
@@ -48,7 +49,7 @@ def test_the_plan_in_numbers(tokens: Path) -> None:
         "training.checkpoint.interval=5",
         "training.export.interval=5",
     )
-    text = describe(preflight(read(None, arguments), 2, weights=False))
+    text = describe_run(preflight(read(None, arguments), 2, weights=False))
     assert "8 sequences of 24 tokens = 2 a micro-batch × 2 micro-batches × 2 processes" in text
     assert "10 steps of 192 tokens = 1,920 tokens" in text
     assert re.search(r"tokens: \d[\d,]* tokens to train on, 0\.\d+ epochs", text)

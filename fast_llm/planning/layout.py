@@ -1,0 +1,205 @@
+"""What memory and time are computed from: the layout of a step, the workload, and one process's share of them.
+
+`ParallelLayout` says how a step is spread over processes. `Workload` holds what is the same for every layout of a run.
+`LocalSizes` combines both into the sizes that one process has: tokens of a micro-batch, columns of its matrices, its
+parameters. Only arithmetic: no torch, no cost.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fast_llm.config.batch import derive_batch_sizes
+from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
+from fast_llm.config.train import BaseModelConfig, TrainConfig
+from fast_llm.models.llama import shapes
+
+# Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128 (kernels/rounding.py).
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2 * (1 + 2 / 128)}
+# A CPU without matmuls in the compute dtype: they are made in fp32 (model/linear.py).
+UPCASTING_CPU = "upcasting cpu"
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How a step is spread over processes, and what each of them keeps."""
+
+    processes: int
+    micro_batch_size: int
+    micro_batches: int
+    padding: int = 0
+    tensor: int = 1
+    sequence_parallel: bool = False  # the residual stream is split over the tensor group
+    context: int = 1
+    pipeline: int = 1
+    layers_per_stage: tuple[int, ...] = ()  # from the first stage to the last
+    schedule: str = "1f1b"
+    in_flight: int = 1  # micro-batches in the pipeline together
+    zero_stage: int = 1
+    shard_size: int | None = None  # None: all replicas are one sharding group
+    recompute: str = "none"
+    compiled: bool = False
+
+    @staticmethod
+    def of(config: TrainConfig, processes: int) -> "ParallelLayout":
+        """The layout of a valid configuration without `auto` on this many processes."""
+        distributed, multi = config.model.distributed, config.model.multi_stage
+        pipeline = distributed.pipeline_parallel
+        batch = derive_batch_sizes(config.batch, distributed.data_parallel(processes), pipeline > 1)
+        in_flight = micro_batches_in_flight(config, batch)
+        return ParallelLayout(
+            processes=processes,
+            micro_batch_size=batch.micro_batch_size,
+            micro_batches=batch.micro_batches,
+            padding=batch.padding,
+            tensor=distributed.tensor_parallel,
+            sequence_parallel=distributed.sequence_tensor_parallel
+            and distributed.tensor_parallel > 1,
+            context=distributed.sequence_data_parallel,
+            pipeline=pipeline,
+            layers_per_stage=tuple(stage_sizes(config)),
+            schedule=schedule_name(config, in_flight) if pipeline > 1 else "",
+            in_flight=in_flight,
+            zero_stage=multi.zero_stage or 1,
+            shard_size=multi.shard_size,
+            recompute=config.model.base_model.transformer.mlp_recompute_level,
+            compiled=multi.compile_all,
+        )
+
+    @property
+    def data(self) -> int:
+        """Data-parallel processes: the batch is divided among them."""
+        return self.processes // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def replicas(self) -> int:
+        """Processes that need the same weights: data-parallel times context-parallel ones."""
+        return self.data * self.context
+
+    @property
+    def shards(self) -> int:
+        """Processes of one sharding group: each holds this fraction of the training state."""
+        return min(self.shard_size or self.replicas, self.replicas)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The model's sizes, and what is the same for every layout of a run."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    vocabulary: int
+    tied_embeddings: bool
+    matrix_parameters: int  # of a block: weights of its matrices
+    vector_parameters: int  # of a block: weights of its norms, and biases
+    sequence_length: int
+    dtype_bytes: int  # of the compute dtype
+    moment_bytes: float  # of both moments of a weight
+    flash: bool
+    loss: str  # cross_entropy_impl
+    loss_chunks: int | None  # cross_entropy_splits
+    packed: bool  # attention stays within documents
+    fp8: bool
+    split_masters: bool  # one GPU keeps of a master only the bits that its bf16 weight lacks
+    batch_size: int  # sequences a step
+
+    @staticmethod
+    def of(config: TrainConfig, batch_size: int) -> "Workload":
+        """The workload of a valid configuration without `auto`."""
+        base: BaseModelConfig = config.model.base_model
+        t = base.transformer
+        block = [
+            shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")
+        ]
+        return Workload(
+            layers=t.num_layers,
+            hidden=t.hidden_size,
+            heads=t.num_attention_heads,
+            kv_heads=t.head_groups,
+            head_size=t.kv_channels,
+            ffn=t.ffn_hidden_size,
+            vocabulary=base.vocab_size,
+            tied_embeddings=base.tie_word_embeddings,
+            matrix_parameters=sum(math.prod(shape) for shape in block if len(shape) > 1),
+            vector_parameters=sum(shape[0] for shape in block if len(shape) == 1),
+            sequence_length=config.batch.sequence_length,
+            dtype_bytes=4 if config.model.distributed.training_dtype == "fp32" else 2,
+            moment_bytes=MOMENT_BYTES[config.optimizer.moments_dtype],
+            flash=t.use_flash_attention,
+            loss=base.cross_entropy_impl,
+            loss_chunks=base.cross_entropy_splits,
+            packed=not config.batch.cross_document_attention and config.data.format != "random",
+            fp8=config.model.distributed.fp8,
+            split_masters=config.model.distributed.training_dtype == "bf16"
+            and config.run.enable_triton_kernels,
+            batch_size=batch_size,
+        )
+
+
+class LocalSizes:
+    """The sizes of one process's share of a step.
+
+    The letters of docs/planning.md: T `tokens`, R `stream_tokens`, E `hidden`, A `query_size`, K `key_size`, F `ffn`,
+    V `vocabulary`, w `dtype_bytes`. Tensors of a micro-batch are given in bytes: `stream` [R, E], `normed` [T, E],
+    `queries` [T, A], `keys` [T, K] (as many for values), `mlp` [T, F].
+    """
+
+    def __init__(
+        self, workload: Workload, layout: ParallelLayout, device_kind: str, pipeline_rank: int = 0
+    ):
+        """`device_kind`: cuda, cpu or UPCASTING_CPU, whose kernels keep different tensors."""
+        self.workload, self.layout, self.pipeline_rank = workload, layout, pipeline_rank
+        self.on_cpu = device_kind != "cuda"
+        self.dtype_bytes = workload.dtype_bytes
+        self.mixed_precision = workload.dtype_bytes != 4
+        self.upcasts = device_kind == UPCASTING_CPU and self.mixed_precision
+        self.sharded = layout.processes > 1
+        # One GPU's cross entropy adds the head's gradient to its fp32 sum.
+        self.fuses_head_gradient = (
+            not self.on_cpu
+            and not self.sharded
+            and workload.split_masters
+            and workload.loss != "torch"
+        )
+        self.tokens = layout.micro_batch_size * workload.sequence_length // layout.context
+        self.stream_tokens = (
+            self.tokens // layout.tensor if layout.sequence_parallel else self.tokens
+        )
+        self.hidden = workload.hidden
+        self.query_size = workload.heads * workload.head_size // layout.tensor
+        self.key_size = workload.kv_heads * workload.head_size // layout.tensor
+        self.ffn = workload.ffn // layout.tensor
+        self.vocabulary = workload.vocabulary // layout.tensor
+        self.stream = self.stream_tokens * self.hidden * self.dtype_bytes
+        self.normed = self.tokens * self.hidden * self.dtype_bytes
+        self.queries = self.tokens * self.query_size * self.dtype_bytes
+        self.keys = self.tokens * self.key_size * self.dtype_bytes
+        self.mlp = self.tokens * self.ffn * self.dtype_bytes
+        self._count_parameters()
+
+    def _count_parameters(self) -> None:
+        """Parameters of this process's stages: of a block, outside of blocks, of the head if it is a unit of FSDP."""
+        workload, layout = self.workload, self.layout
+        sizes = layout.layers_per_stage or (workload.layers,)
+        self.stages_per_rank = len(layout.layers_per_stage) // layout.pipeline or 1
+        own = self._own_stages(len(sizes))
+        self.layers = sum(sizes[stage] for stage in own)
+        self.has_embedding, self.has_head = 0 in own, len(sizes) - 1 in own
+        self.block_parameters = (
+            workload.matrix_parameters // layout.tensor + workload.vector_parameters
+        )
+        matrix = self.vocabulary * self.hidden
+        shared = self.has_embedding and self.has_head and workload.tied_embeddings
+        matrices = self.has_embedding + self.has_head - shared
+        self.outside_parameters = matrix * matrices + self.hidden * self.has_head
+        own_unit = self.sharded and self.has_head and not workload.tied_embeddings
+        self.head_parameters = matrix if own_unit else 0
+        self.parameters = self.block_parameters * self.layers + self.outside_parameters
+
+    def _own_stages(self, stages: int) -> list[int]:
+        if self.layout.schedule == "zbv_zero_bubble":
+            return [self.pipeline_rank, stages - 1 - self.pipeline_rank]
+        return list(range(self.pipeline_rank, stages, self.layout.pipeline))

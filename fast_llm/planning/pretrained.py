@@ -1,0 +1,138 @@
+"""The pretrained model that a run starts from: its folder, its config.json, and its small files.
+
+Its config.json is laid under the configuration, so that settings of the model need not be repeated. A folder, a model on
+the Hugging Face Hub and a checkpoint of another run can be named; a resumed run may have lost the first two and then
+uses the copy in its experiment folder.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.checkpoint import huggingface
+from fast_llm.config.section import Document, locating, path_text
+from fast_llm.config.train import TrainConfig
+from fast_llm.data import tokenizer
+from fast_llm.data.dataset import Dataset
+from fast_llm.errors import CheckpointError, ConfigError, UserError
+from fast_llm.models import llama
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """What is known of a pretrained model before its weights are read; all of it is empty if there is none."""
+
+    folder: Path | None = None
+    config: dict[str, Any] | None = None  # config.json
+    files: dict[str, bytes] = field(default_factory=dict)  # tokenizer, generation_config.json
+
+
+def experiment_folder(document: Document) -> Path | None:
+    """The experiment folder, if the document names a valid one."""
+    name = document.get("run.experiment_dir")
+    try:
+        return Path(path_text(name)).expanduser() if isinstance(name, str) else None
+    except ValueError:  # reported by validation
+        return None
+
+
+def with_pretrained_model(document: Document, weights: bool) -> tuple[Document, PretrainedModel]:
+    """The document with the settings of the pretrained model's config.json under it, and that model.
+
+    `weights`: also fetch those of a model on the Hub. Raises ConfigError.
+    """
+    model = _find(document, experiment_folder(document), weights)
+    if model.folder is None or model.config is None:
+        return document, model
+    model = replace(model, config=_with_untied_head(document, model.folder, model.config))
+    assert model.config is not None
+    place = f"{model.folder}/config.json"
+    values = {"model": {"base_model": llama.architecture(model.config, place)}}
+    return document.under(values, place), model
+
+
+def _find(document: Document, experiment: Path | None, weights: bool) -> PretrainedModel:
+    path = document.get("pretrained.path")
+    if not isinstance(path, str):
+        return PretrainedModel()
+    try:
+        path_text(path)
+    except ValueError as error:
+        raise _path_error(document, error) from error
+    if document.get("pretrained.format", "llama") == "distributed":
+        return _of_checkpoint(document, Path(path).expanduser())
+    if experiment is not None and not Path(path).expanduser().exists():
+        copy = experiment / "pretrained"
+        if (copy / "config.json").exists() and checkpoints.find(experiment / "checkpoint"):
+            # The run has its own weights by now; the model it came from may be gone.
+            return _read(copy)
+    try:
+        return _read(huggingface.fetch(path, weights))
+    except UserError as error:
+        raise _path_error(document, error) from error
+
+
+def _path_error(document: Document, error: Exception) -> ConfigError:
+    return ConfigError([f"{document.where('pretrained.path')}: pretrained.path: {error}"])
+
+
+def _read(folder: Path) -> PretrainedModel:
+    return PretrainedModel(
+        folder, huggingface.read_json(folder / "config.json"), huggingface.small_files(folder)
+    )
+
+
+def _of_checkpoint(document: Document, checkpoint: Path) -> PretrainedModel:
+    """A checkpoint as pretrained model; its run's folder has the config.json and the small files."""
+    kept = checkpoint.parent.parent / "pretrained"
+    config = (
+        huggingface.read_json(kept / "config.json") if (kept / "config.json").exists() else None
+    )
+    with locating(document, TrainConfig, "pretrained.path"):
+        info = checkpoints.verify(checkpoint).info
+    files = huggingface.small_files(kept) if kept.is_dir() else {}
+    if config is not None:
+        config = _as_trained(config, info)
+    return PretrainedModel(checkpoint, config, files)
+
+
+def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config.json with the head and the sequence length that a checkpoint's manifest records."""
+    settings = info.get("settings") or {}
+    with suppress(KeyError, TypeError):
+        config = config | {
+            "tie_word_embeddings": bool(settings["model"]["base_model"]["tie_word_embeddings"])
+        }
+    with suppress(KeyError, TypeError):
+        config = llama.with_length(config, int(settings["batch"]["sequence_length"]))
+    return config
+
+
+def _with_untied_head(document: Document, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json, with untied embeddings if the user asks for the separate head that the weights have."""
+    asked = document.get("model.base_model.tie_word_embeddings") is False
+    tied = config.get("tie_word_embeddings")
+    if not asked or not tied or document.get("pretrained.format") == "distributed":
+        return config
+    try:
+        has_head = llama.HEAD in huggingface.weight_files(folder)
+    except CheckpointError:  # a model on the Hub, before its weights are fetched
+        has_head = True
+    return config | {"tie_word_embeddings": False} if has_head else config
+
+
+def dataset_tokenizer(dataset: Dataset) -> dict[str, bytes]:
+    """The tokenizer's files that prepared data come with, for a model that has none."""
+    for path, described in dataset.metadata.items():
+        place = described.get("tokenizer", {}).get("path")
+        if not isinstance(place, str) or Path(place).is_absolute() or ".." in Path(place).parts:
+            continue
+        return {
+            name: content
+            for name, content in huggingface.small_files(Path(path).parent / place).items()
+            if name in tokenizer.FILES or name.startswith(tokenizer.TEMPLATES)
+        }
+    return {}

@@ -1,0 +1,223 @@
+"""Which layouts are worth a try, which of those that fit is the fastest, and what `auto` becomes.
+
+`resolve_auto` is the only place where `auto` turns into a value; `ParallelLayout`, `Workload` and the trainer see only
+configurations without it. A search tries a few thousand layouts, in a second or two.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.checks import check, violations
+from fast_llm.config.section import Document, validate
+from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.errors import ConfigError
+from fast_llm.models.llama import cost
+from fast_llm.planning.devices import DEVICES, GPUS_PER_NODE, DeviceSpec
+from fast_llm.planning.layout import MOMENT_BYTES, ParallelLayout, Workload
+from fast_llm.planning.memory import required_bytes
+from fast_llm.planning.preflight import RunSpec
+from fast_llm.planning.pretrained import with_pretrained_model
+from fast_llm.planning.time import Forecast, forecast
+
+Settings = dict[str, Any]  # dotted path → value
+
+RECOMPUTE = "model.base_model.transformer.mlp_recompute_level"
+# From the fastest with the most memory to the slowest with the least.
+RECOMPUTE_LEVELS = ("none", "activation", "activation_and_input", "selective", "full", "block")
+MICRO_BATCH_COUNTS = tuple(
+    f"batch.{name}_micro_batches" for name in ("sequential", "depth_first", "breadth_first")
+)
+_MOMENTS, _MICRO_BATCH_SIZE = "optimizer.moments_dtype", "batch.micro_batch_size"
+
+
+def read_config(document: Document, processes: int) -> TrainConfig:
+    """Validate a configuration for this many processes, without data or weights.
+
+    Raises ConfigError with all of its mistakes.
+    """
+    document = with_pretrained_model(document, weights=False)[0]
+    config = validate(TrainConfig, document, REFUSED, RENAMED)
+    if problems := check(config, document, processes):
+        raise ConfigError(problems)
+    return config
+
+
+def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """Copy a configuration with other values at some dotted paths; nothing is validated."""
+
+    def put(section: Any, path: list[str], value: Any) -> Any:
+        first, *rest = path
+        changed = put(getattr(section, first), rest, value) if rest else value
+        return section.model_copy(update={first: changed})
+
+    for path, value in settings.items():
+        config = put(config, path.split("."), value)
+    return config
+
+
+def is_allowed(config: TrainConfig, processes: int) -> bool:
+    """Whether a configuration keeps all constraints on this many processes."""
+    return next(iter(violations(config, processes)), None) is None
+
+
+def require_batch_size(config: TrainConfig) -> int:
+    """The sequences of a step, which do not change with the layout. Raises ConfigError if they are not given."""
+    if config.batch.batch_size is not None:
+        return config.batch.batch_size
+    raise ConfigError(
+        [
+            "batch.batch_size: missing: without it the batch grows with the number of processes; give it to compare layouts"
+        ]
+    )
+
+
+def model_flops(config: TrainConfig) -> float:
+    """Floating-point operations of a token, forward and backward."""
+    return cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
+
+
+# What `auto` becomes.
+
+
+def resolve_auto(
+    config: TrainConfig, processes: int, memory: float, device_kind: str
+) -> TrainConfig:
+    """Replace `auto` by values, for processes with `memory` bytes each on a device_kind: cuda, cpu or UPCASTING_CPU.
+
+    `moments_dtype` becomes fp32 where that fits without recomputing matmuls, else bf16. `micro_batch_size` becomes the
+    fastest that fits, with more recomputation than `mlp_recompute_level` if needed; 1 where none fits.
+    """
+    any_rows = config.batch.micro_batch_size == "auto"
+    moments = config.optimizer.moments_dtype
+    if not any_rows and moments != "auto":
+        return config
+    dtypes = ("fp32", "bf16") if moments == "auto" else (moments,)
+    for dtype in dtypes:
+        fitting = list(_fitting(config, processes, memory, device_kind, dtype))
+        if fitting:
+            return max(fitting, key=lambda pair: pair[0])[1]
+    smallest: Settings = {_MOMENTS: dtypes[-1]}
+    if any_rows:
+        smallest |= {_MICRO_BATCH_SIZE: 1, RECOMPUTE: RECOMPUTE_LEVELS[-1]}
+    return with_settings(config, smallest)
+
+
+def _fitting(
+    config: TrainConfig, processes: int, memory: float, device_kind: str, moments: str
+) -> Iterator[tuple[float, TrainConfig]]:
+    """For each micro-batch size the configuration with the least recomputation that fits, and its speed.
+
+    The speed is that of an H100: it ranks them on any device.
+    """
+    any_rows, flops = config.batch.micro_batch_size == "auto", model_flops(config)
+    given = RECOMPUTE_LEVELS.index(config.model.base_model.transformer.mlp_recompute_level)
+    levels = RECOMPUTE_LEVELS[given:] if any_rows else RECOMPUTE_LEVELS[given : given + 1]
+    if any_rows and moments == "fp32" and config.optimizer.moments_dtype == "auto":
+        levels = tuple(level for level in levels if level not in ("full", "block"))
+    for rows in (1, 2, 4, 8, 16, 32, 64) if any_rows else (config.batch.micro_batch_size,):
+        for level in levels:
+            settings = {_MICRO_BATCH_SIZE: rows, RECOMPUTE: level, _MOMENTS: moments}
+            changed = with_settings(config, settings)
+            if not is_allowed(changed, processes):
+                continue
+            layout = ParallelLayout.of(changed, processes)
+            workload = Workload.of(changed, config.batch.batch_size or 0)
+            padded = any_rows and layout.padding > 0 and layout.micro_batch_size > 1
+            if not padded and required_bytes(workload, layout, device_kind) <= memory:
+                one = forecast(workload, layout, DEVICES["h100"], flops)
+                yield one.gpu_tokens_per_second, changed
+                break  # the levels that follow are slower
+
+
+def resolve_run(spec: RunSpec, memory: float, device_kind: str) -> RunSpec:
+    """Resolve `auto` for the device that a run starts on; a resumed run keeps the dtype of its moments."""
+    config = spec.config
+    if spec.checkpoint is not None and config.optimizer.moments_dtype == "auto":
+        before = checkpoints.read_manifest(spec.checkpoint).info["settings"]["optimizer"]
+        config = with_settings(config, {_MOMENTS: before.get("moments_dtype", "fp32")})
+    return replace(spec, config=resolve_auto(config, spec.processes, memory, device_kind))
+
+
+def forecast_config(config: TrainConfig, processes: int, device: DeviceSpec) -> Forecast:
+    """Forecast a valid configuration; `auto` is resolved for this GPU."""
+    config = resolve_auto(config, processes, device.memory, "cuda")
+    layout = ParallelLayout.of(config, processes)
+    rows = layout.micro_batch_size * layout.micro_batches * layout.data - layout.padding
+    return forecast(Workload.of(config, rows), layout, device, model_flops(config))
+
+
+# Which layout is the fastest.
+
+
+def candidates(config: TrainConfig, processes: int) -> Iterator[Settings]:
+    """Layouts that are worth a try. The batch stays; how it is divided into micro-batches changes."""
+    sequence, size = config.batch.sequence_length, require_batch_size(config)
+    for tensor, context, pipeline in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
+        data, rest = divmod(processes, tensor * context * pipeline)
+        if data < 1 or rest or (context > 1 and sequence < 4096 * context):
+            continue
+        replicas = data * context
+        stages = (1, 2, 3) if pipeline == 1 and replicas > 1 else (1,)
+        groups: tuple[int | None, ...] = (None,)
+        if replicas > GPUS_PER_NODE // tensor > 1:
+            groups = (None, GPUS_PER_NODE // min(tensor, GPUS_PER_NODE))
+        for zero_stage, group, rows in product(stages, groups, (1, 2, 4, 8, 16)):
+            if rows > 1 and rows * data > size:
+                continue
+            yield {
+                "model.distributed.tensor_parallel": tensor,
+                "model.distributed.sequence_tensor_parallel": tensor > 1,
+                "model.distributed.sequence_data_parallel": context,
+                "model.distributed.pipeline_parallel": pipeline,
+                "model.multi_stage.zero_stage": zero_stage,
+                "model.multi_stage.shard_size": group,
+                "model.multi_stage.layers_per_stage": None,
+                "model.multi_stage.pipeline_schedule": None,
+                _MICRO_BATCH_SIZE: rows,
+                "batch.batch_size": size,
+                **dict.fromkeys(MICRO_BATCH_COUNTS),
+            }
+
+
+def fastest_layouts(
+    config: TrainConfig, processes: int, device: DeviceSpec, count: int = 3
+) -> list[tuple[Settings, Forecast]]:
+    """The fastest layouts that fit, one for each arrangement of processes, the fastest first."""
+    flops, auto_moments = model_flops(config), config.optimizer.moments_dtype == "auto"
+    if auto_moments:
+        config = with_settings(config, {_MOMENTS: "fp32"})
+    found: list[tuple[Settings, Forecast]] = []
+    for settings in candidates(config, processes):
+        changed = with_settings(config, settings)
+        if not is_allowed(changed, processes):
+            continue
+        layout = ParallelLayout.of(changed, processes)
+        workload = Workload.of(changed, config.batch.batch_size or 0)
+        workloads = [workload]
+        if auto_moments:
+            workloads.append(replace(workload, moment_bytes=MOMENT_BYTES["bf16"]))
+        if fitting := _least_recomputation(workloads, layout, device, flops):
+            level = fitting.layout.recompute
+            found.append((settings | {RECOMPUTE: level}, fitting))
+    found.sort(key=lambda pair: (-pair[1].gpu_tokens_per_second, pair[1].memory))
+    arrangements: dict[tuple[int, ...], tuple[Settings, Forecast]] = {}
+    for settings, one in found:
+        layout = one.layout
+        axes = (layout.tensor, layout.context, layout.pipeline)
+        arrangements.setdefault((*axes, layout.zero_stage, layout.shards), (settings, one))
+    return list(arrangements.values())[:count]
+
+
+def _least_recomputation(
+    workloads: list[Workload], layout: ParallelLayout, device: DeviceSpec, flops: float
+) -> Forecast | None:
+    """The forecast with the least recomputation that fits; with each, the first workload that fits."""
+    for level in RECOMPUTE_LEVELS:
+        for workload in workloads:
+            one = forecast(workload, replace(layout, recompute=level), device, flops)
+            if one.fits:
+                return one
+    return None

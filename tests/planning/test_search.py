@@ -1,0 +1,78 @@
+"""The fastest layouts fit and keep all constraints; what `auto` becomes."""
+
+import pytest
+
+from fast_llm.planning.devices import DEVICES
+from fast_llm.planning.layout import LocalSizes, ParallelLayout, Workload
+from fast_llm.planning.memory import ProcessMemory, required_bytes
+from fast_llm.planning.search import fastest_layouts, forecast_config, resolve_auto
+from tests.planning.configs import LEVEL, LLAMA, config
+
+
+def test_the_best_fit_and_keep_the_laws() -> None:
+    for processes in (1, 8, 48, 1024):
+        for choice, one in fastest_layouts(config(LLAMA), processes, DEVICES["h100"]):
+            settings = [
+                f"{path}={'null' if value is None else value}" for path, value in choice.items()
+            ]
+            again = forecast_config(config([*LLAMA, *settings]), processes, DEVICES["h100"])
+            assert again.fits and again.gpu_tokens_per_second == one.gpu_tokens_per_second
+    assert not fastest_layouts(config(LLAMA), 1, DEVICES["h100"])  # 18 bytes a weight
+    fastest = fastest_layouts(config(LLAMA), 8, DEVICES["h100"])[0][1]
+    assert fastest.gpu_tokens_per_second >= (
+        forecast_config(
+            config([*LLAMA, f"{LEVEL}=activation"]), 8, DEVICES["h100"]
+        ).gpu_tokens_per_second
+    )
+
+
+def settled(
+    memory: float, *settings: str, processes: int = 1, kind: str = "cuda"
+) -> tuple[object, str, str]:
+    """What is decided, which fits."""
+    auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
+    found = resolve_auto(config([*LLAMA, *auto, *settings]), processes, memory, kind)
+    shape = Workload.of(found, 256)
+    fits = required_bytes(shape, ParallelLayout.of(found, processes), kind) <= memory
+    level = found.model.base_model.transformer.mlp_recompute_level
+    return (found.batch.micro_batch_size if fits else None), level, found.optimizer.moments_dtype
+
+
+def test_what_is_auto() -> None:
+    """Llama-3.1-8B: 12 bytes a weight do not fit 80 GB; on 8 GPUs there is room for fp32 moments and larger micro-batches."""
+    h100, h200, b200 = (DEVICES[name].memory for name in ("h100", "h200", "b200"))
+    assert settled(h100)[::2] == (None, "bf16")
+    rows, level, moments = settled(h200)
+    assert rows in (1, 2) and level in ("none", "activation", "selective") and moments == "bf16"
+    rows, level, moments = settled(h200, "optimizer.moments_dtype=fp32")
+    assert (
+        rows and level in ("full", "block") and moments == "fp32"
+    )  # as asked for: blocks are computed again instead
+    assert settled(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (
+        2,
+        "activation",
+        "bf16",
+    )
+    # Nobody gets 8 bits who did not ask for them; who does has room for twice the tokens, or for fp8's and long sequences' needs.
+    rows, level, moments = settled(h200, "optimizer.moments_dtype=int8")
+    assert rows and level not in ("full", "block") and moments == "int8"
+    eight = config([*LLAMA, "optimizer.moments_dtype=int8"])
+    state = ProcessMemory(LocalSizes(Workload.of(eight, 256), ParallelLayout.of(eight, 1), "cuda"))
+    assert sum(state.state.values()) + state.accumulated == pytest.approx(10.03 * 8.03e9, rel=1e-3)
+    assert settled(b200)[::2] == (2, "fp32")
+    rows, level, moments = settled(h100, processes=8)
+    assert rows in (2, 4) and moments == "fp32" and level not in ("full", "block")
+    assert settled(h200, "batch.micro_batch_size=2", "batch.batch_size=255", processes=8)[::2] == (
+        2,
+        "fp32",
+    )  # padded
+    # More memory is never slower.
+    rates = []
+    for memory in (60e9, h100, h200, b200):
+        found = resolve_auto(config([*LLAMA, "batch.micro_batch_size=auto"]), 8, memory, "cuda")
+        rates.append(forecast_config(found, 8, DEVICES["h100"]).gpu_tokens_per_second)
+    assert rates == sorted(rates) and rates[0] < rates[-1]
+    small = "model.base_model.transformer.num_layers=1"
+    assert settled(40e9, small, kind="cpu")[2] == "fp32" and settled(40e9, small, kind="cpu")[
+        0
+    ] in (1, 2, 4, 8, 16)
