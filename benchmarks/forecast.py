@@ -1,10 +1,12 @@
-"""What `fast-llm plan` forecasts beside what others have published and what was measured here.
+"""Compare what `fast-llm plan` forecasts with published and with measured speeds.
 
     PYTHONPATH=. python benchmarks/forecast.py            (a second, on any machine)
 
-Each line is our own step with the settings nearest to the published run's; the others' kernels are not modelled.
-docs/planning.md has the table.
+Each row is our own step with the settings nearest to the published run's; other software is not modelled.
+docs/forecasts.md has the tables.
 """
+
+from typing import NamedTuple
 
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
@@ -16,7 +18,7 @@ COMPILED, SELECTIVE = (
     ("model.multi_stage.compile_all=yes",),
     (f"{T}.mlp_recompute_level=selective",),
 )
-WHOLE, EVERYTHING = ("batch.cross_document_attention=yes",), (f"{T}.mlp_recompute_level=block",)
+ONE_DOCUMENT, FULL = ("batch.cross_document_attention=yes",), (f"{T}.mlp_recompute_level=block",)
 
 
 def model(
@@ -42,160 +44,145 @@ LLAMA_1B = model(128256, 16, 2048, 32, 8, 8192, tied=True)
 SMOL = model(49152, 30, 576, 9, 3, 1536, tied=True)
 BLOCKS = model(128256, 8, 4096, 32, 8, 14336)
 
-# Who, model, device, GPUs, sequence, micro-batch, batch, further settings, tokens/s of each GPU
+
+class Run(NamedTuple):
+    """A measured or published run, and our settings for it."""
+
+    name: str
+    model: list[str]
+    gpus: int
+    sequence_length: int
+    micro_batch_size: int
+    batch_size: int
+    settings: tuple[str, ...]
+    rate: int  # tokens/s of each GPU
+
+
+ZERO_3 = ("model.multi_stage.zero_stage=3",)
+SHARDS_OF_8 = ("model.multi_stage.shard_size=8",)
+BOTH = SELECTIVE + COMPILED
 PUBLISHED = [
-    ("Fast-LLM 0.2, Llama-3.1-8B, ZeRO 2", LLAMA_8B, "h100", 32, 4096, 2, 64, COMPILED, 10_100),
-    ("Fast-LLM 0.2, Mistral-7B, ZeRO 2", MISTRAL_7B, "h100", 32, 4096, 2, 64, COMPILED, 10_350),
-    ("torchtitan, Llama-3.1-8B, H100 of 500 W", LLAMA_8B, "h100", 8, 8192, 2, 16, SELECTIVE, 5_762),
-    ("the same, compiled", LLAMA_8B, "h100", 8, 8192, 2, 16, SELECTIVE + COMPILED, 6_667),
-    ("the same, compiled", LLAMA_8B, "h100", 128, 8192, 2, 256, SELECTIVE + COMPILED, 6_514),
-    (
-        "torchao with torchtitan, Llama-3-8B, compiled",
-        LLAMA_8B,
-        "h100",
-        8,
-        8192,
-        1,
-        8,
-        SELECTIVE + COMPILED,
-        6_150,
-    ),
-    (
-        "torchtitan #996, Llama-3-8B, cross entropy in pieces",
-        LLAMA_8B,
-        "h100",
-        8,
-        8192,
-        1,
-        8,
-        SELECTIVE,
-        5_966,
-    ),
-    (
-        "llm.q, Qwen2.5-7B, weights and states in bf16",
+    Run("Fast-LLM 0.2, Llama-3.1-8B, ZeRO 2", LLAMA_8B, 32, 4096, 2, 64, COMPILED, 10_100),
+    Run("Fast-LLM 0.2, Mistral-7B, ZeRO 2", MISTRAL_7B, 32, 4096, 2, 64, COMPILED, 10_350),
+    Run("Fast-LLM 0.2, SmolLM2-135M", SMOL, 8, 1024, 60, 480, COMPILED, 294_000),
+    Run("torchtitan, Llama-3.1-8B (500 W)", LLAMA_8B, 8, 8192, 2, 16, SELECTIVE, 5_762),
+    Run("torchtitan, compiled (500 W)", LLAMA_8B, 8, 8192, 2, 16, BOTH, 6_667),
+    Run("torchtitan, compiled (500 W)", LLAMA_8B, 128, 8192, 2, 256, BOTH, 6_514),
+    Run("torchao + torchtitan, Llama-3-8B, compiled", LLAMA_8B, 8, 8192, 1, 8, BOTH, 6_150),
+    Run("torchtitan #996, Llama-3-8B, chunked loss", LLAMA_8B, 8, 8192, 1, 8, SELECTIVE, 5_966),
+    Run(
+        "llm.q, Qwen2.5-7B, bf16 weights and states",
         QWEN_7B,
-        "h100",
         1,
         1024,
         4,
         512,
-        COMPILED + WHOLE,
+        COMPILED + ONE_DOCUMENT,
         13_850,
     ),
-    ("the same", QWEN_7B, "h100", 8, 1024, 8, 512, COMPILED + WHOLE, 14_000),
-    (
-        "IBM fms-fsdp, Llama-2-7B, compiled, shards of 8",
+    Run(
+        "llm.q, Qwen2.5-7B, bf16 weights and states",
+        QWEN_7B,
+        8,
+        1024,
+        8,
+        512,
+        COMPILED + ONE_DOCUMENT,
+        14_000,
+    ),
+    Run(
+        "fms-fsdp, Llama-2-7B, compiled, shards of 8",
         LLAMA_2_7B,
-        "h100",
         96,
         4096,
         2,
         192,
-        (*COMPILED, "model.multi_stage.shard_size=8"),
+        COMPILED + SHARDS_OF_8,
         9_600,
     ),
-    (
-        "llm-foundry, MPT-7B",
-        MPT_7B,
-        "h100",
-        8,
-        2048,
-        6,
-        48,
-        ("model.multi_stage.zero_stage=3",),
-        10_643,
-    ),
-    (
-        "the same, everything recomputed",
-        MPT_7B,
-        "h100",
-        8,
-        4096,
-        16,
-        128,
-        ("model.multi_stage.zero_stage=3", *EVERYTHING),
-        8_611,
-    ),
-    (
-        "the same, everything recomputed",
-        MPT_7B,
-        "h100",
-        8,
-        8192,
-        8,
-        64,
-        ("model.multi_stage.zero_stage=3", *EVERYTHING),
-        6_935,
-    ),
-    ("nanotron, Llama-3.2-1B", LLAMA_1B, "h100", 8, 4096, 4, 32, (), 42_000),
-    ("Fast-LLM 0.2, SmolLM2-135M", SMOL, "h100", 8, 1024, 60, 480, COMPILED, 294_000),
+    Run("llm-foundry, MPT-7B", MPT_7B, 8, 2048, 6, 48, ZERO_3, 10_643),
+    Run("llm-foundry, MPT-7B, full recomputation", MPT_7B, 8, 4096, 16, 128, ZERO_3 + FULL, 8_611),
+    Run("llm-foundry, MPT-7B, full recomputation", MPT_7B, 8, 8192, 8, 64, ZERO_3 + FULL, 6_935),
+    Run("nanotron, Llama-3.2-1B", LLAMA_1B, 8, 4096, 4, 32, (), 42_000),
 ]
 MEASURED = [  # docs/performance.md
-    ("8 blocks of Llama-3.1-8B", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE, 35_703),
-    ("the same, compiled", BLOCKS, "h200", 1, 4096, 2, 8, WHOLE + COMPILED, 37_895),
-    (
-        "the same, mlp_recompute_level: selective",
+    Run("8 blocks of Llama 3.1 8B", BLOCKS, 1, 4096, 2, 8, ONE_DOCUMENT, 35_703),
+    Run("compiled", BLOCKS, 1, 4096, 2, 8, ONE_DOCUMENT + COMPILED, 37_895),
+    Run(
+        "`mlp_recompute_level: selective`",
         BLOCKS,
-        "h200",
         1,
         4096,
         2,
         8,
-        WHOLE + SELECTIVE,
+        ONE_DOCUMENT + SELECTIVE,
         34_655,
     ),
-    (
-        "the same, mlp_recompute_level: block",
-        BLOCKS,
-        "h200",
-        1,
-        4096,
-        2,
-        8,
-        WHOLE + EVERYTHING,
-        30_286,
-    ),
-    (
-        "the whole of Llama-3.1-8B, compiled",
+    Run("`mlp_recompute_level: block`", BLOCKS, 1, 4096, 2, 8, ONE_DOCUMENT + FULL, 30_286),
+    Run(
+        "all of Llama 3.1 8B, compiled",
         LLAMA_8B,
-        "h200",
         1,
         4096,
         2,
         16,
-        WHOLE + COMPILED,
+        ONE_DOCUMENT + COMPILED,
         12_125,
     ),
-    ("the same", LLAMA_8B, "h200", 1, 8192, 1, 8, WHOLE + COMPILED, 11_162),
-    ("SmolLM2-135M", SMOL, "h200", 1, 1024, 32, 64, WHOLE, 262_573),
-    ("the same, compiled", SMOL, "h200", 1, 1024, 32, 64, WHOLE + COMPILED, 364_780),
+    Run(
+        "all of Llama 3.1 8B, compiled",
+        LLAMA_8B,
+        1,
+        8192,
+        1,
+        8,
+        ONE_DOCUMENT + COMPILED,
+        11_162,
+    ),
+    Run("SmolLM2-135M", SMOL, 1, 1024, 32, 64, ONE_DOCUMENT, 262_573),
+    Run("SmolLM2-135M, compiled", SMOL, 1, 1024, 32, 64, ONE_DOCUMENT + COMPILED, 364_780),
 ]
 
 
-def table(points: list[tuple]) -> list[str]:  # type: ignore[type-arg]
+def forecast_rate(run: Run, device: str) -> float:
+    settings = [
+        *run.model,
+        "data.format=random",
+        "training.train_iters=10",
+        "model.distributed.training_dtype=bf16",
+        "model.multi_stage.zero_stage=2",
+        f"batch.sequence_length={run.sequence_length}",
+        f"batch.micro_batch_size={run.micro_batch_size}",
+        f"batch.batch_size={run.batch_size}",
+        *run.settings,
+    ]
+    config = validate(TrainConfig, read(None, settings), REFUSED, RENAMED)
+    return forecast_config(config, run.gpus, DEVICES[device]).gpu_tokens_per_second
+
+
+def measured_table() -> list[str]:
     lines = [
-        "| | GPUs | sequence | tokens/s a GPU | forecast | ratio |",
+        "| Run on one H200 | Sequence | tokens/s | Forecast | Ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for run in MEASURED:
+        rate = forecast_rate(run, "h200")
+        speeds = f"{run.rate:,} | {rate:,.0f} | {rate / run.rate:.2f}"
+        lines.append(f"| {run.name} | {run.sequence_length:,} | {speeds} |")
+    return lines
+
+
+def published_table() -> list[str]:
+    lines = [
+        "| Published run | GPUs (H100) | Sequence | Published | Forecast | Ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for who, shape, device, gpus, sequence, rows, batch, further, given in points:
-        settings = [
-            *shape,
-            "data.format=random",
-            "training.train_iters=10",
-            "model.distributed.training_dtype=bf16",
-            "model.multi_stage.zero_stage=2",
-            f"batch.sequence_length={sequence}",
-            f"batch.micro_batch_size={rows}",
-            f"batch.batch_size={batch}",
-            *further,
-        ]
-        config = validate(TrainConfig, read(None, settings), REFUSED, RENAMED)
-        rate = forecast_config(config, gpus, DEVICES[device]).gpu_tokens_per_second
-        lines.append(
-            f"| {who} | {gpus} {device.upper()} | {sequence:,} | {given:,} | {rate:,.0f} | {rate / given:.2f} |"
-        )
+    for run in PUBLISHED:
+        rate = forecast_rate(run, "h100")
+        speeds = f"{run.rate:,} | {rate:,.0f} | {rate / run.rate:.2f}"
+        lines.append(f"| {run.name} | {run.gpus} | {run.sequence_length:,} | {speeds} |")
     return lines
 
 
 if __name__ == "__main__":
-    print("\n".join(["Published", "", *table(PUBLISHED), "", "Measured", "", *table(MEASURED)]))
+    print("\n".join(["Measured", "", *measured_table(), "", "Published", "", *published_table()]))

@@ -85,5 +85,5 @@ def test_the_tables_of_the_guide() -> None:
         text=True,
     ).stdout
     rows = [line for line in said.splitlines() if line.startswith("| ")]
-    guide = (ROOT / "docs" / "planning.md").read_text()
+    guide = (ROOT / "docs" / "forecasts.md").read_text()
     assert len(rows) > 20 and all(row in guide for row in rows)
