@@ -255,7 +255,7 @@ def test_unknown_errors_keep_their_report() -> None:
     error = RuntimeError("another torch")
     report(RuntimeError, error, None)
     assert seen == [(RuntimeError, error, None)]
+    stopped = type("SignalException", (Exception,), {"sigval": signal.SIGTERM})()
     with pytest.raises(SystemExit) as left:
-        stopped = type("SignalException", (Exception,), {"sigval": signal.SIGTERM})()
         report(type(stopped), stopped, None)
     assert left.value.code == 143

@@ -244,7 +244,7 @@ class _LogFile(logging.FileHandler):
 
     reported = False
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         error = sys.exc_info()[1]
         if not self.reported:
             self.reported = True

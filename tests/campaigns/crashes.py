@@ -100,7 +100,7 @@ def tokens(root: Path) -> float | None:
 
 
 @dataclass(frozen=True)
-class Path_:
+class Way:
     """A path through the code that writes."""
 
     before: Callable[[Path], Any]
@@ -117,18 +117,18 @@ def _two_saves(root: Path) -> None:
 
 
 PATHS = {
-    "save": Path_(_two_saves, lambda root: save(root, 30, 3), prune, saved, {2, 3}, {"30"}),
-    "save again": Path_(_two_saves, lambda root: save(root, 20, 3), prune, saved, {2, 3}, {"20"}),
-    "first save": Path_(
+    "save": Way(_two_saves, lambda root: save(root, 30, 3), prune, saved, {2, 3}, {"30"}),
+    "save again": Way(_two_saves, lambda root: save(root, 20, 3), prune, saved, {2, 3}, {"20"}),
+    "first save": Way(
         lambda root: None, lambda root: save(root, 5, 3), prune, saved, {None, 3}, {"5"}
     ),
-    "export": Path_(
+    "export": Way(
         lambda root: None, lambda root: export(root, 3), prune, exported, {None, 3}, {"7"}
     ),
-    "export again": Path_(
+    "export again": Way(
         lambda root: export(root, 2), lambda root: export(root, 3), prune, exported, {2, 3}, {"7"}
     ),
-    "token files": Path_(
+    "token files": Way(
         lambda root: write_tokens(root, 2),
         lambda root: write_tokens(root, 3),
         lambda root: None,

@@ -76,7 +76,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("parameters_per_file", [10**9, FEW])
 @pytest.mark.parametrize(
-    "model, dtype", [(MODEL, "bf16"), (TIED, "fp16"), (MODEL, "fp32")], ids=["bf16", "tied", "fp32"]
+    ("model", "dtype"),
+    [(MODEL, "bf16"), (TIED, "fp16"), (MODEL, "fp32")],
+    ids=["bf16", "tied", "fp32"],
 )
 def test_transformers_computes_the_same(
     tmp_path: Path, model: BaseModelConfig, dtype: str, parameters_per_file: int
@@ -185,7 +187,7 @@ def test_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["again", "one", "one-cut", "two", "two-cut"]
 
 
-@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_modes_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:

@@ -41,7 +41,7 @@ def test_transformers_understands_the_same(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rotary", ["default", "llama3"])
 @pytest.mark.parametrize(
-    "biases, tied",
+    ("biases", "tied"),
     [("nowhere", True), ("everywhere", False), ("only_attention", False), ("only_mlp", True)],
 )
 def test_transformers_builds_the_model_of_an_export_from_scratch(

@@ -771,8 +771,8 @@ def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
         "run:\n"
         "  experiment_dir: x\n"
     )
+    constraints: Any = partial(violations, processes=2)
     with pytest.raises(ConfigError) as caught:
-        constraints: Any = partial(violations, processes=2)
         validate(TrainConfig, read(path), REFUSED, RENAMED, constraints=constraints)
     assert [problem.replace(f"{tmp_path}/", "") for problem in caught.value.problems] == [
         'c.yaml:2: training.train_iters: given "many", must be an integer of 0 or more',

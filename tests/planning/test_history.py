@@ -527,6 +527,6 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
         if isolate:
             begins = (tokens[:, 1:] != tokens[:, :-1] + 1) | (tokens[:, 1:] % 7 == 0)
             assert (positions[:, 1:] == np.where(begins, 0, positions[:, :-1] + 1)).all()
+    loader.vocab_size = 300
     with pytest.raises(DataError, match=r"vocab_size is 300"):
-        loader.vocab_size = 300
         list(loader)
