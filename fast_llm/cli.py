@@ -156,7 +156,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
         if not parsed.validate:
             timestamps = document.get("run.log_timestamps", True) is not False
-            early = EarlyLog(int(os.environ.get("RANK", "0")), processes, timestamps)
+            early = EarlyLog(int(os.environ.get("RANK", "0")), timestamps)
         with early:
             spec = preflight(document, processes, weights=not parsed.validate)
     except UserError as error:

@@ -21,20 +21,11 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.models.flops import Cost, peak_flops
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.training.charts import TensorBoard, Wandb
+from fast_llm.training.log_lines import evaluation_lines, short_duration, training_line
 from fast_llm.training.run import Run
 from fast_llm.training.step import StepResult
 
 logger = logging.getLogger("fast_llm")
-
-# Fields of a training record on a GPU, then on a CPU; in MiB.
-_MEMORY = (
-    "allocated",
-    "max_allocated",
-    "reserved",
-    "max_reserved",
-    "global_max_reserved",
-    "resident",
-)
 
 
 class Metrics:
@@ -110,7 +101,7 @@ class Metrics:
             self.run.progress.show(
                 step,
                 self.config.training.train_iters,
-                f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {_duration(left)} left",
+                f"loss {result.loss:.4f}  {rate:,.0f} tokens/s  {short_duration(left)} left",
             )
 
     def _warn_no_targets(self, step: int) -> None:
@@ -163,7 +154,7 @@ class Metrics:
         self.train_seconds_at_last, self.data_seconds_at_last = self.train_seconds, data_seconds
         self.average_step_seconds = step_seconds
         self._send(step, "Training", values)
-        logger.info(training_line(values, self.config.training.spikes.policy != "none"))
+        logger.info(training_line(values, self.mesh.size))
 
     def _header(self, step: int, phase: str) -> dict[str, Any]:
         return {
@@ -210,7 +201,8 @@ class Metrics:
         """
         values = {**self._header(step, phase), **losses, "tokens": tokens, "seconds": seconds}
         self._send(step, phase.capitalize(), values)
-        logger.info(evaluation_line(values, losses))
+        for line in evaluation_lines(values, losses):
+            logger.info(line)
 
     def close(self, status: str) -> None:
         """Flush everything; `status` (ended, crashed) goes into an alert of Weights & Biases, if enabled."""
@@ -259,65 +251,3 @@ def _results(steps: list[StepResult]) -> dict[str, Any]:
         "spikes": sum(bool(result.spike) for result in steps),
         "target_tokens": sum(result.targets for result in steps),
     }
-
-
-def training_line(values: dict[str, Any], spikes: bool) -> str:
-    """The log line of a training record; `spikes`: whether to show their count."""
-    mfu = f" ({100 * values['mfu']:.1f} % MFU)" if values["mfu"] else ""
-    memory = " | ".join(
-        f"{name.replace('_', ' ')} {values[name]:,.2f} MiB" for name in _MEMORY if name in values
-    )
-    parts = [
-        f"Training @ iteration {_iteration(values)}",
-        f"consumed samples: {values['consumed_samples']:,}",
-        f"consumed tokens: {values['consumed_tokens']:,}",
-        f"batch size: {values['batch_size']}",
-        f"step time: {values['step_time_ms']:.2f} ms",
-        f"throughput: {values['model_tflops']:.2f} tflop/s (model)",
-        f"{values['hardware_tflops']:.2f} tflop/s (hardware){mfu}",
-        f"{values['tokens_per_sec_per_gpu']:.2f} tokens/s/gpu",
-        f"waited for data: {values['data_wait_ms']:.2f} ms",
-        f"Memory {memory}",
-        f"learning rate: {values['learning_rate']:.3e}",
-        f"loss scale: {values['loss_scale']:g}",
-        f"grad norm: {values['grad_norm']:.4f}",
-        f"skipped iterations: {values['skipped_iters']}",
-        f"nan iterations: {values['nan_iters']}",
-        *([f"spikes: {values['spikes']}"] if spikes else []),
-        f"average step time {values['step_time_average_ms']:.2f} ms",
-        f"remaining {_duration(values['remaining_time'])}",
-        f"completion {values['completion_time'][:19].replace('T', ' ')} ({values['percent_done']:.2f} %)",
-        f"language model loss: {values['language_model_loss']:.5f}",
-        f"run: {values['run']}",
-    ]
-    return " | ".join(parts)
-
-
-def evaluation_line(values: dict[str, Any], losses: dict[str, float | None]) -> str:
-    """The log line of a validation or test record."""
-    parts = [
-        f"{name.replace('_', ' ')}: "
-        + (
-            "no target tokens"
-            if loss is None
-            else f"{loss:.5f} (perplexity {math.exp(min(loss, 700)):.2f})"
-        )
-        for name, loss in losses.items()
-    ]
-    return " | ".join(
-        [
-            f"{values['phase'].capitalize()} @ iteration {values['step']}/{values['train_iters']}",
-            *parts,
-            f"{values['tokens']:,} tokens in {values['seconds']:.1f} s",
-            f"run: {values['run']}",
-        ]
-    )
-
-
-def _iteration(values: dict[str, Any]) -> str:
-    total = values["train_iters"]
-    return f"{values['step']:{len(str(total))}d}/{total}"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

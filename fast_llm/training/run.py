@@ -30,6 +30,7 @@ from fast_llm.config.section import dump
 from fast_llm.errors import ConfigError, disk_problem
 from fast_llm.planning.history import read_records
 from fast_llm.planning.preflight import RunSpec
+from fast_llm.terminal import RED, YELLOW, style
 
 logger = logging.getLogger("fast_llm")
 
@@ -47,10 +48,9 @@ class Run:
         self._records: int | None = None  # a file descriptor
         self._unwritten = b""
         self._warned = False
-        formatter = _formatter(rank, processes, timestamps)
         handlers: list[logging.Handler] = []
         if self.is_main:
-            handlers.append(_TerminalHandler(self.progress))
+            handlers.append(_TerminalHandler(self.progress, timestamps))
         self.logs = folder / "runs" / str(number) / "logs" if folder is not None else None
         if self.logs is not None:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,7 @@ class Run:
             handlers.append(
                 _LogFile(self.logs / f"logs_rank_{rank:0{width}d}.txt", encoding="utf-8")
             )
-        for handler in handlers:
-            handler.setFormatter(formatter)
+            handlers[-1].setFormatter(_file_formatter(rank, processes, timestamps))
         for old in list(logger.handlers):
             logger.removeHandler(old)
             if isinstance(old, EarlyLog) and self.logs is not None:
@@ -121,19 +120,32 @@ class Run:
             logger.removeHandler(handler)
 
 
-def _formatter(rank: int, processes: int, timestamps: bool) -> logging.Formatter:
+def _file_formatter(rank: int, processes: int, timestamps: bool) -> logging.Formatter:
     prefix = f"[Rank {rank:0{len(str(processes - 1))}d}] " if processes > 1 else ""
     return logging.Formatter(("%(asctime)s " if timestamps else "") + prefix + "%(message)s")
+
+
+class _TerminalFormatter(logging.Formatter):
+    """The time without the year, and no rank: only rank 0 prints. Warnings and errors stand out on a terminal."""
+
+    def __init__(self, timestamps: bool):
+        super().__init__("%(asctime)s %(message)s" if timestamps else None, "%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return style(text, sys.stdout, RED if record.levelno >= logging.ERROR else YELLOW)
 
 
 class EarlyLog(logging.Handler):
     """The log before there is a Run: the first process prints its lines at once; their files get them from the Run."""
 
-    def __init__(self, rank: int, processes: int, timestamps: bool):
+    def __init__(self, rank: int, timestamps: bool):
         super().__init__()
         self.is_main = rank == 0
         self.records: list[logging.LogRecord] = []
-        self.setFormatter(_formatter(rank, processes, timestamps))
+        self.setFormatter(_TerminalFormatter(timestamps))
 
     def __enter__(self) -> "EarlyLog":
         self.before = logger.level, logger.propagate
@@ -258,9 +270,10 @@ class _LogFile(logging.FileHandler):
 class _TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """The log on the terminal, not mixed up with the progress line."""
 
-    def __init__(self, progress: "ProgressLine | None"):
+    def __init__(self, progress: "ProgressLine | None", timestamps: bool):
         super().__init__(sys.stdout)
         self.progress = progress
+        self.setFormatter(_TerminalFormatter(timestamps))
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.progress is not None:

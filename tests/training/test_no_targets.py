@@ -68,8 +68,7 @@ def test_nothing_is_updated_and_no_number_is_made_up(single: Path, world: int) -
         )
     text = log(single / "run")
     assert (
-        "perplexity" not in text
-        and "Validation @ iteration 5/5 | language model loss: no target tokens |" in text
+        "perplexity" not in text and "step 5/5  validation: no target tokens  0 tokens in " in text
     )
     assert "Validation at step 0: validation has no target tokens, so there is no loss" in text
     # Of five such steps the 1st, 2nd and 4th are told.

@@ -1,0 +1,100 @@
+"""The lines of the log for a training step and an evaluation.
+
+A training line fits a terminal of 100 columns behind the time: step, loss, gradient norm, learning rate, tokens/s of all
+processes, memory of this process, time left. What is unusual follows it: skipped updates, losses that are not finite, spikes,
+waiting for data. Everything else is in metrics.jsonl.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_MUCH_WAITING = 0.1  # of a step's time, from which on waiting for data is shown
+
+
+def training_line(values: Mapping[str, Any], processes: int) -> str:
+    """The line of a training record of metrics.jsonl."""
+    memory = values.get("max_reserved", values.get("resident", 0.0)) * 2**20
+    parts = [
+        _position(values),
+        f"loss {_loss(values['language_model_loss'])}",
+        f"grad {_digits(values['grad_norm'])}",
+        f"lr {_power(values['learning_rate'])}",
+        f"{short_count(values['tokens_per_sec_per_gpu'] * processes)} tok/s",
+        f"{memory / 1e9:.{0 if memory >= 1e10 else 1}f}GB",
+        f"{short_duration(values['remaining_time'])} left",
+    ]
+    if values["skipped_iters"]:
+        parts.append(f"{values['skipped_iters']} skipped")
+    if values["nan_iters"]:
+        parts.append(f"{values['nan_iters']} not finite")
+    if values["spikes"]:
+        parts.append(f"{values['spikes']} spike{'s' * (values['spikes'] > 1)}")
+    waiting = values["data_wait_ms"] / values["step_time_ms"]
+    if waiting > _MUCH_WAITING:
+        parts.append(f"{waiting:.0%} waiting for data")
+    return "  ".join(parts)
+
+
+def evaluation_lines(values: Mapping[str, Any], losses: Mapping[str, float | None]) -> list[str]:
+    """A line for each loss of a validation or test record; the first has the tokens and the time of all."""
+    lines: list[str] = []
+    for name, loss in losses.items():
+        of_set = "" if name == "language_model_loss" else f" of {name.removesuffix('_loss')}"
+        parts = [_position(values)]
+        if loss is None:
+            parts.append(f"{values['phase']}{of_set}: no target tokens")
+        else:
+            parts.append(f"{values['phase']}{of_set} loss {_loss(loss)}")
+            parts.append(f"perplexity {_digits(math.exp(min(loss, 700)))}")
+        if not lines:
+            parts.append(f"{values['tokens']:,} tokens in {values['seconds']:.1f} s")
+        lines.append("  ".join(parts))
+    return lines
+
+
+def short_count(count: float) -> str:
+    """Three digits of a count: 987, 12.3k, 1.23M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.0f}" if not unit else f"{count:#.3g}".rstrip(".") + unit
+        count /= 1000
+    return f"{count:.0f}T"
+
+
+def short_duration(seconds: float) -> str:
+    """About three digits: 12d, 14h, 3h12m, 12m, 9m05s, 45s."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m"
+    if seconds < 36_000:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+    if seconds < 172_800:
+        return f"{seconds // 3600}h"
+    return f"{seconds // 86_400}d"
+
+
+def _position(values: Mapping[str, Any]) -> str:
+    total = values["train_iters"]
+    return f"step {values['step']:{len(str(total))}}/{total}"
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.{4 if abs(loss) < 10 else 3 if abs(loss) < 100 else 1}f}"
+
+
+def _digits(number: float) -> str:
+    """Five characters where they are enough."""
+    if not abs(number) < 1000:
+        return f"{number:.3g}"
+    return f"{number:.{3 if abs(number) < 10 else 2 if abs(number) < 100 else 1}f}"
+
+
+def _power(number: float) -> str:
+    """Two digits and the power of ten, without a leading zero: 3.0e-5."""
+    mantissa, _, power = f"{number:.1e}".partition("e")
+    return f"{mantissa}e{int(power)}" if number else "0"
