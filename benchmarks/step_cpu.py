@@ -39,7 +39,7 @@ import torch
 from fast_llm.config.train import BaseModelConfig, GradientScalerConfig, OptimizerConfig
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.batch import Batch
-from fast_llm.model.llama import Llama, init_weights
+from fast_llm.model.decoder import CausalLM, init_weights
 from fast_llm.models.llama import cost
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
@@ -78,7 +78,7 @@ def ours(
         cpu_kernels._Loaded.problem = "not wanted"
     config = BaseModelConfig.model_validate(SHAPE)
     with torch.device("meta"):
-        model = Llama(config)
+        model = CausalLM(config)
     weights = SingleWeights(model, dtype, torch.device("cpu"))
     init_weights(weights.tensors, config, seed=0)
     weights.sync_model_weights()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.rope import frequencies
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def logits(

@@ -23,7 +23,7 @@ from fast_llm.data.dataset import Dataset, PackedSample
 from fast_llm.errors import DataError
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
-from fast_llm.model.loss import IGNORED
+from fast_llm.model.loss import IGNORE_INDEX
 
 logger = logging.getLogger("fast_llm")
 
@@ -119,7 +119,7 @@ class Loader:
         """`count` sequences of the phase from `first` on, and rows without targets up to the micro-batch's size."""
         size, length = self.plan.micro_batch_size, self.dataset.length
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
-        tokens[count:], labels[count:] = 0, IGNORED
+        tokens[count:], labels[count:] = 0, IGNORE_INDEX
         starts = [np.zeros(1, np.int64)] * size
         targets = count * length
         for row in range(count):
@@ -129,7 +129,7 @@ class Loader:
             np.positive(packed.targets, out=labels[row])
             starts[row] = packed.starts
             if self.isolate:
-                labels[row, packed.ends] = IGNORED
+                labels[row, packed.ends] = IGNORE_INDEX
                 targets -= len(packed.ends)
             self._check(packed, first + row)
         documents = None

@@ -47,10 +47,10 @@ def compare_logits(run_folder: Path, step: int, export: Path) -> bool:
     from fast_llm.config.section import read as read_yaml
     from fast_llm.config.section import validate
     from fast_llm.config.train import TrainConfig
-    from fast_llm.model.llama import Llama
+    from fast_llm.model.decoder import CausalLM
 
     config = validate(TrainConfig, read_yaml(run_folder / "config.yaml"))
-    ours = Llama(config.model.base_model)
+    ours = CausalLM(config.model.base_model)
     weights = {f"weight/{name}": parameter.detach() for name, parameter in ours.named_parameters()}
     state.load(run_folder / "checkpoint" / str(step), weights)
     for weight in weights.values():

@@ -30,9 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast_llm.models.sizes import QUANTIZATION_BLOCK
+
 GOLDEN = 0x9E3779B1  # 2^32 / the golden ratio: neighbouring places begin far apart
 MIX = (0x7FEB352D, 0x846CA68B)
-BLOCK = 128  # numbers that share a `block_absmax`
+BLOCK = QUANTIZATION_BLOCK
 DROPPED_BITS = 20  # bits of fp32 that levels leave out
 MAX_QUANTIZED = {torch.int8: 127, torch.uint8: 255}  # what a block's largest number is stored as
 INFINITE_LEVEL = 0x7F800000 >> DROPPED_BITS  # the level of infinities; those of NaN are no smaller

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,18 @@ from fast_llm.model.linear import upcast_to_fp32
 # tokens, 6 heads of 32. So short documents are computed in fp32, long ones padded to a multiple of _STEP.
 _SHORT = 512
 _STEP = 64
+
+
+class SequenceLayout(Protocol):
+    """Where the sequences of a micro-batch begin and end. Only `Attention.core` looks inside."""
+
+    def to(self, device: torch.device) -> "SequenceLayout":
+        """A copy on another device."""
+        ...
+
+    def pin(self) -> "SequenceLayout":
+        """A copy in page-locked memory."""
+        ...
 
 
 @dataclass(frozen=True)

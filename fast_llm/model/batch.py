@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fast_llm.model.attention import PackedSequences, VarlenQKV
+from fast_llm.model.attention import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Batch:
     tokens: Tensor  # int64 B S
     labels: Tensor  # int64 B S, -100 where there is nothing to predict
     positions: Tensor  # int64 B S
-    documents: PackedSequences | VarlenQKV | None  # None: each sequence is one document
+    documents: SequenceLayout | None  # None: each sequence is one document
     targets: int  # labels that are not -100
 
     def to(self, device: torch.device) -> "Batch":

@@ -1,42 +1,36 @@
-"""Matrix products in fp8: half the bytes and, from Hopper on, twice the rate of bf16.
+"""Linear layers whose matmuls run in fp8: half the bytes of bf16, and on GPUs from Hopper on twice the FLOP/s.
 
-Each factor is divided by a scale of its own, so that its greatest number becomes fp8's greatest (Micikevicius et al. 2022, "FP8 Formats for
-Deep Learning"): e4m3 for what comes in and the weights, e5m2 with its wider range for gradients. Scales are made from the numbers at
-hand, each time. Products add up in fp32; results are bf16, and the gradients by weights are summed in fp32 as without fp8.
+Each operand is divided by its own scale, so that its largest magnitude becomes the largest fp8 number (Micikevicius et
+al. 2022, "FP8 Formats for Deep Learning"): e4m3 for activations and weights, e5m2 with its wider range for gradients.
+Scales are computed from the tensor at hand, every time. Matmuls accumulate in fp32; results are bf16, and weight
+gradients are summed in fp32 as they are without fp8.
+
+Letters: E input size, F output size, M and N rows and columns of any matrix.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import fast_llm.model.linear  # noqa: F401  (what adds to a sum)
+import fast_llm.model.linear  # noqa: F401  (defines fast_llm::add)
 from fast_llm.kernels import triton as triton_kernels
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-class Fp8Linear(nn.Linear):
-    """A layer without bias whose three matmuls run in fp8. With `main_grad`, the weight's gradient is added to it."""
+def linear_fp8(x: Tensor, weight: Tensor, main_grad: Tensor | None = None) -> Tensor:
+    """x [..., E] times weight [F, E], transposed → [..., F], forward and backward in fp8.
 
-    main_grad: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., E] → [..., F]."""
-        out: Tensor = _Fp8Linear.apply(x, self.weight, getattr(self, "main_grad", None))  # type: ignore[no-untyped-call]
-        return out
+    With `main_grad`, fp32 [F, E], the weight's gradient is added to it, and the weight gets none.
+    """
+    out: Tensor = _LinearFp8.apply(x, weight, main_grad)  # type: ignore[no-untyped-call]
+    return out
 
 
-def apply_fp8(block: nn.Module) -> None:
-    """Let a block's matrix products be made in fp8; what is stored stays as it is."""
-    for module in block.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:
-            module.__class__ = Fp8Linear
-
-
-class _Fp8Linear(torch.autograd.Function):
-    """The right factor of cuBLAS's fp8 products lies column by column: each number is needed as it is, and transposed."""
+class _LinearFp8(torch.autograd.Function):
+    """cuBLAS wants the right operand of an fp8 matmul column-major, so tensors are quantized in both layouts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -77,18 +71,18 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What numbers are divided by for fp8, fp32."""
+    """The fp32 scalar that x is divided by before it is rounded to an fp8 dtype; never 0."""
     scale: Tensor = torch.ops.fast_llm.amax(x) / torch.finfo(dtype).max
     return scale.clamp_min(torch.finfo(torch.float32).tiny)  # of zeros
 
 
-# Operations, so that numbers are read once for both orders, and that the compiler does not make SwiGLU twice, for its greatest
-# number and for itself.
+# Custom operators: quantize_fp8 reads its input once for both layouts, and the compiler does not compute SwiGLU twice,
+# for its largest magnitude and for itself.
 torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
 
 
 def absmax(x: Tensor) -> Tensor:
-    """The greatest magnitude, fp32; NaN if there is one."""
+    """The largest magnitude in x, an fp32 scalar; NaN if x contains one."""
     return (
         triton_kernels.amax(x.contiguous())
         if triton_kernels.AVAILABLE and x.is_cuda
@@ -113,18 +107,21 @@ torch.library.define(
 def quantize_fp8(
     x: Tensor, scale: Tensor, dtype: torch.dtype, row_major: bool, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """x [M, N] divided by its scale, in fp8: [M, N] and [N, M], or what is asked for of them."""
+    """x [M, N] divided by `scale` and rounded to an fp8 dtype: [M, N] and its transpose [N, M].
+
+    A layout that is not asked for is returned as an empty tensor.
+    """
     if triton_kernels.AVAILABLE and x.is_cuda:
-        made: tuple[Tensor, Tensor] = _empty(x, scale, dtype, row_major, transposed)
-        triton_kernels.quantize_fp8(x.contiguous(), scale, *made)
-        return made
+        results: tuple[Tensor, Tensor] = _empty(x, scale, dtype, row_major, transposed)
+        triton_kernels.quantize_fp8(x.contiguous(), scale, *results)
+        return results
     limit = torch.finfo(dtype).max
     wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     quantized = wide.mul_(scale.reciprocal()).clamp_(-limit, limit).to(dtype)
-    nothing = quantized.new_empty(0)
-    return quantized if row_major else nothing, quantized.t().clone(
+    empty = quantized.new_empty(0)
+    return quantized if row_major else empty, quantized.t().clone(
         memory_format=torch.contiguous_format
-    ) if transposed else nothing
+    ) if transposed else empty
 
 
 torch.library.impl("fast_llm::quantize_fp8", ("cpu", "cuda"), quantize_fp8)

@@ -13,20 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast_llm.kernels import triton as triton_kernels
-
-CHUNK_ROWS = 1024  # rows that are accumulated, or cast to fp32, at a time: they stay in the cache
-
-
-class Linear(nn.Linear):
-    """PyTorch's, fast on every processor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., E] → [..., F]."""
-        return linear(x, self.weight, self.bias)
+from fast_llm.models.sizes import CHUNK_ROWS
 
 
 def linear(

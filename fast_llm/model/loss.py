@@ -1,18 +1,20 @@
-"""The language-model head and its cross entropy together.
+"""The language-model head and its cross entropy in one function.
 
-`torch`    all logits of the micro-batch at once, PyTorch's own cross entropy.
-`fused`    a stretch of tokens at a time: logits, their softmax, and at once the gradients of the hidden states
-           and of the head, so that the logits of the whole micro-batch never exist (the idea of Liger Kernel,
-           Hsu et al. 2024). Costs an fp32 gradient of the head, and a pass over it for each stretch.
-`triton`   as `fused`; one kernel makes loss and gradient of a stretch, in place of its logits. On the CPU `fused` has such a
-           kernel, too (kernels/cpu.cpp).
-`auto`     `triton` on a GPU that has Triton, else `fused`.
+`torch`    computes all logits of the micro-batch, then PyTorch's own cross entropy.
+`fused`    takes a chunk of tokens at a time: logits, their softmax, and at once the gradients of the hidden states and
+           of the head. So the logits of a micro-batch never exist together (the idea of Liger Kernel, Hsu et al. 2024).
+           It costs an fp32 gradient of the head, and a pass over it for each chunk.
+`triton`   is `fused` with one kernel that computes a chunk's loss and replaces its logits by their gradient. On the CPU
+           `fused` has such a kernel too (kernels/cpu.cpp).
+`auto`     is `triton` on a GPU that has Triton, else `fused`.
 
-A head may be cut by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019): each has the logits of its
-shard, and of each token only log Σ exp and the label's logit pass between them. `torch` is `fused` in one stretch then.
+The head may be sharded by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019). Each then has the
+logits of its shard, and exchanges two numbers a token: log Σ exp and the label's logit. `torch` then means `fused` in
+one chunk.
 
-All give Σ -log p(label) over the labels that are not -100, in fp32, with softmax computed in fp32; the
-gradient of the head is summed in fp32 and rounded once, or not at all if it is added to a sum in fp32 (`main_grad`).
+All return Σ -log p(label) over the labels that are not -100, in fp32, with the softmax in fp32. The head's gradient is
+summed in fp32 and rounded once, or, with `main_grad`, added to an fp32 tensor and not rounded.
+
 Letters: T tokens, E hidden size, V vocabulary.
 """
 
@@ -28,32 +30,27 @@ from torch.autograd.function import once_differentiable
 from fast_llm.errors import ConfigError
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import triton as triton_kernels
-from fast_llm.model.linear import CHUNK_ROWS, add_matmul_, linear, matmul
+from fast_llm.model.linear import add_matmul_, linear, matmul
+from fast_llm.models.sizes import CHUNK_ROWS, FP32_LOGITS, chunk_length
 
-IGNORED = -100
+IGNORE_INDEX = -100
+# (logits, labels, ignore_index, gradient, log_sums) → log Σ exp and the label's logit [T]; see kernels/triton.py.
 Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
-# Logits of a stretch. Each stretch costs a pass over the head's gradient (12 bytes a weight), worth 1.5 ms on an
-# H200 for a head of 128,256 × 4,096, whose products take 4 ms per 1,024 tokens: so long stretches on a GPU (a
-# gigabyte of logits; at most as much more at the peak, if nothing else is as large), where the CPU's memory is slow when it is new.
-LOGITS_PER_CHUNK = {"cuda": 2**29, "cpu": 2**25}
-# Logits that are held in fp32.
-FP32_LOGITS_PER_PIECE = {"cuda": 2**26, "cpu": 2**22}
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which part of the vocabulary a head is, and how to learn about the whole."""
+    """Which rows of a vocabulary-sharded head a process has."""
 
-    first: int  # the token of the head's first row
-    combine: Callable[
-        [Tensor, Tensor], tuple[Tensor, Tensor]
-    ]  # log Σ exp and label's logit [T]: part → whole
+    first: int  # the token of the first row
+    # log Σ exp and label's logit, each [T]: of this shard → of the full vocabulary
+    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> str:
     """Which implementation `cross_entropy_impl: name` means on this device.
 
-    Raises ConfigError for `triton` where it can not run.
+    Raises ConfigError for `triton` where it cannot run.
     """
     possible = device_type == "cuda" and triton_allowed and triton_kernels.AVAILABLE
     if name == "auto":
@@ -79,18 +76,18 @@ def cross_entropy(
 ) -> Tensor:
     """The summed loss of hidden states [T, E] under a head [V, E] for labels [T]: an fp32 scalar.
 
-    `implementation` is torch, fused or triton. `num_chunks`: into how many stretches the tokens are cut, by default as
-    few as keep the logits small, and at least two. `part`: `weight` is one of several heads, each on its process.
-    `main_grad`, fp32 [V, E]: the head's gradient is added to it, and the weight gets none; not with torch.
+    `implementation` is torch, fused or triton. `num_chunks`: see `chunk_length`. `shard`: `weight` is one shard of
+    a head that several processes share. With `main_grad`, fp32 [V, E], the head's gradient is added to it and
+    `weight` gets none; `torch` ignores it.
     """
     if implementation == "torch" and shard is not None:
         implementation, num_chunks = "fused", 1
     if implementation == "torch":
         logits = linear(hidden, weight).float()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     length = chunk_length(hidden.device.type, len(labels), weight.shape[0], num_chunks)
-    wanted = torch.is_grad_enabled()
-    needs_hidden, needs_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
+    grad = torch.is_grad_enabled()
+    needs_hidden, needs_weight = grad and hidden.requires_grad, grad and weight.requires_grad
     with torch.no_grad():
         loss, *gradients = _loss_and_gradients(
             hidden,
@@ -102,7 +99,7 @@ def cross_entropy(
             needs_hidden,
             needs_weight,
         )
-    # A branch each: zero-bubble pipelines go back to the hidden states first, and to the weight later.
+    # A node each: zero-bubble pipelines compute the hidden states' gradient first, and the weight's later.
     for x, gradient, into in zip((hidden, weight), gradients, (None, main_grad), strict=True):
         if gradient is not None:
             loss = loss + _AttachGradient.apply(x, gradient, into)  # type: ignore[no-untyped-call]
@@ -115,18 +112,8 @@ def _kernel(implementation: str, hidden: Tensor) -> Kernel | None:
     return cpu_kernels.softmax_cross_entropy_ if cpu_kernels.usable(hidden) else None
 
 
-def chunk_length(device_type: str, tokens: int, vocabulary: int, num_chunks: int | None) -> int:
-    """How many tokens have logits at once."""
-    halves = -(-tokens // (num_chunks or 2))
-    if num_chunks is None:
-        halves = min(
-            halves, LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cuda"]) // vocabulary
-        )
-    return max(1, halves)
-
-
 class _AttachGradient(torch.autograd.Function):
-    """Zero, with the loss's gradient by something, which was made in the forward pass, while the logits were there."""
+    """Zero, whose backward pass returns a gradient that the forward pass computed while the logits were there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -139,9 +126,9 @@ class _AttachGradient(torch.autograd.Function):
         gradient = ctx.gradient
         if gradient is None:
             raise RuntimeError(
-                "the cross entropy's backward pass ran twice; its gradients are gone after the first"
+                "the backward pass of the cross entropy ran twice; its gradients are freed after the first"
             )
-        # Whoever keeps the loss, PyTorch's pipelines for one, would keep it to the end of the step.
+        # PyTorch's pipelines keep the losses to the end of the step, and would keep the gradients with them.
         ctx.gradient = None
         if ctx.main_grad is not None:
             ctx.main_grad.addcmul_(gradient, grad)
@@ -151,7 +138,7 @@ class _AttachGradient(torch.autograd.Function):
         scaled = torch.empty_like(gradient, dtype=ctx.dtype)
         if scaled.is_cuda:
             return torch.mul(gradient, grad, out=scaled), None, None
-        # Piece by piece: product and rounding are one pass over memory.
+        # In chunks that stay in the cache: multiplying and rounding are one pass over memory.
         for rows, target in zip(gradient.split(CHUNK_ROWS), scaled.split(CHUNK_ROWS), strict=True):
             target.copy_(rows * grad)
         return scaled, None, None
@@ -164,19 +151,16 @@ def _loss_and_gradients(
     length: int,
     kernel: Kernel | None,
     shard: VocabShard | None,
-    with_hidden: bool,
-    with_weight: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The summed loss, and where asked for its gradients by hidden states (in their dtype) and head (fp32)."""
+    """The summed loss; its gradient by the hidden states, in their dtype; and by the head, in fp32. None if not needed."""
     vocabulary = weight.shape[0]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    hidden_grad = torch.empty_like(hidden) if with_hidden else None
-    weight_grad = torch.empty_like(weight, dtype=torch.float32) if with_weight else None
+    hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+    weight_grad = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
     buffer = hidden.new_empty(min(length, len(labels)), vocabulary)
-    size = max(
-        1,
-        FP32_LOGITS_PER_PIECE.get(hidden.device.type, FP32_LOGITS_PER_PIECE["cuda"]) // vocabulary,
-    )
+    size = max(1, FP32_LOGITS.get(hidden.device.type, FP32_LOGITS["cuda"]) // vocabulary)
     scratch = (
         None
         if kernel is not None
@@ -185,7 +169,7 @@ def _loss_and_gradients(
     for begin in range(0, len(labels), length):
         rows, targets = hidden[begin : begin + length], labels[begin : begin + length]
         logits = matmul(rows, weight.t(), out=buffer[: len(rows)])  # T V
-        gradient = with_hidden or with_weight
+        gradient = needs_hidden or needs_weight
         if kernel is not None:
             loss += _kernel_softmax_cross_entropy_(kernel, logits, targets, shard, gradient)
         else:
@@ -207,18 +191,20 @@ def _loss_and_gradients(
 def _softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, scratch: Tensor, gradient: bool
 ) -> Tensor:
-    """The summed loss, fp32; with `gradient` the logits [T, V] are replaced by its gradient.
+    """The summed loss, fp32; with `gradient` the logits [T, V] are replaced by the loss's gradient.
 
-    `scratch` fp32 [≥ T, V]. New memory is what costs on the CPU, so all passes run in place.
+    `scratch`, fp32 [≥ T, V], is overwritten: allocating memory is slow on the CPU, so every pass runs in place.
     """
     scores = scratch[: len(logits)].copy_(logits)
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     index = labels.clamp_min(0)[:, None]
     torch.log_softmax(scores, -1, out=scores)
     loss = torch.where(kept, -scores.gather(1, index)[:, 0], 0).sum()
     if gradient:
         scores.exp_().scatter_add_(1, index, scores.new_full((len(logits), 1), -1))
-        if logits.is_cuda or not bool(kept.all()):  # on a GPU to ask costs more than to multiply
+        if logits.is_cuda or not bool(
+            kept.all()
+        ):  # on a GPU a synchronisation costs more than the multiplication
             scores.mul_(kept[:, None])
         logits.copy_(scores)
     return loss
@@ -227,9 +213,9 @@ def _softmax_cross_entropy_(
 def _sharded_softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, scratch: Tensor, shard: VocabShard, gradient: bool
 ) -> Tensor:
-    """As `_softmax_cross_entropy_`, for the logits of a part of the vocabulary: the loss under all of it."""
+    """`_softmax_cross_entropy_` for logits of a vocabulary shard: the loss is that of the full vocabulary."""
     scores = scratch[: len(logits)].copy_(logits)
-    kept, own = labels != IGNORED, _local_labels(labels, shard, logits.shape[1])
+    kept, own = labels != IGNORE_INDEX, _local_labels(labels, shard, logits.shape[1])
     here = own >= 0
     index = own.clamp_min(0)[:, None]
     chosen = torch.where(here, scores.gather(1, index)[:, 0], 0)
@@ -245,18 +231,20 @@ def _sharded_softmax_cross_entropy_(
 def _kernel_softmax_cross_entropy_(
     kernel: Kernel, logits: Tensor, labels: Tensor, shard: VocabShard | None, gradient: bool
 ) -> Tensor:
-    """The same with a kernel: at once, or around the exchange with the other parts."""
+    """The same with a kernel: one call, or with a shard one before and one after the exchange."""
     if shard is None:
-        log_sums, chosen = kernel(logits, labels, IGNORED, gradient, None)
+        log_sums, chosen = kernel(logits, labels, IGNORE_INDEX, gradient, None)
     else:
         own = _local_labels(labels, shard, logits.shape[1])
-        log_sums, chosen = shard.combine(*kernel(logits, own, IGNORED, False, None))
+        log_sums, chosen = shard.combine(*kernel(logits, own, IGNORE_INDEX, False, None))
         if gradient:
-            kernel(logits, own, IGNORED, True, log_sums)
-    return torch.where(labels != IGNORED, log_sums - chosen, 0).sum()
+            kernel(logits, own, IGNORE_INDEX, True, log_sums)
+    return torch.where(labels != IGNORE_INDEX, log_sums - chosen, 0).sum()
 
 
 def _local_labels(labels: Tensor, shard: VocabShard, rows: int) -> Tensor:
-    """Labels as rows of this part; -1 where another part has it, and where ignored, -100."""
+    """Labels as rows of this shard; -1 for labels of other shards, and -100 for ignored ones."""
     own = labels - shard.first
-    return torch.where(labels == IGNORED, IGNORED, torch.where((own >= 0) & (own < rows), own, -1))
+    return torch.where(
+        labels == IGNORE_INDEX, IGNORE_INDEX, torch.where((own >= 0) & (own < rows), own, -1)
+    )

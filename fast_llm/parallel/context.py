@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fast_llm.model.attention import PackedSequences, VarlenQKV, varlen_attention
 from fast_llm.model.batch import Batch
-from fast_llm.model.llama import Block
-from fast_llm.model.loss import IGNORED
+from fast_llm.model.decoder import Block
+from fast_llm.model.loss import IGNORE_INDEX
 from fast_llm.parallel.mesh import Axis
 
 
@@ -50,7 +50,7 @@ def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
     if size == 1:
         return batch
     rows, length = batch.tokens.shape
-    assert not isinstance(batch.documents, VarlenQKV), "cut once"
+    assert batch.documents is None or isinstance(batch.documents, PackedSequences), "cut once"
     piece = length // (2 * size)
     pieces = (rank, 2 * size - 1 - rank)
     own = torch.cat([torch.arange(p * piece, (p + 1) * piece) for p in pieces])
@@ -61,7 +61,7 @@ def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
         labels=labels,
         positions=batch.positions[:, own],
         documents=_varlen_qkv(batch.documents, rows, length, pieces, size),
-        targets=int((labels != IGNORED).sum()),
+        targets=int((labels != IGNORE_INDEX).sum()),
     )
 
 

@@ -24,14 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fast_llm.model.llama import Head, Llama
+from fast_llm.model.decoder import CausalLM, Head
 
 
 class ShardedWeights:
     """The weights of a model, sharded over the processes of a mesh."""
 
     def __init__(
-        self, models: Sequence[Llama], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
+        self, models: Sequence[CausalLM], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
     ):
         """`models`: the model, or this process's stages of it; they may be on the meta device. Shards are allocated here,
         with undefined values."""

@@ -17,7 +17,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor
 
 from fast_llm.model.batch import Batch
-from fast_llm.model.llama import Llama
+from fast_llm.model.decoder import CausalLM
 from fast_llm.parallel.mesh import Axis
 
 SCHEDULES = {
@@ -39,7 +39,7 @@ def stages_of_rank(schedule: str | None, rank: int, processes: int, stages: int)
     return list(range(rank, stages, processes))
 
 
-def keep_stage(model: Llama, sizes: Sequence[int], stage: int) -> None:
+def keep_stage(model: CausalLM, sizes: Sequence[int], stage: int) -> None:
     """Drop all that is not of this stage."""
     first = sum(sizes[:stage])
     for name in list(model.model.layers):
@@ -88,7 +88,7 @@ class Pipeline:
 
     def __init__(
         self,
-        models: dict[int, Llama],
+        models: dict[int, CausalLM],
         stages: int,
         axis: Axis,
         schedule: str,

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fast_llm.model.llama import Block
+from fast_llm.model.decoder import Block
 
 _aten = torch.ops.aten
 _PRODUCTS = {

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_llm.kernels.rounding import join_master, split_master_
-from fast_llm.model.fp8 import Fp8Linear
-from fast_llm.model.linear import linear
-from fast_llm.model.llama import Head
+from fast_llm.model.layers import Linear
 
 
 class SingleWeights:
@@ -116,24 +114,15 @@ class SingleWeights:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
 
     def _fuse(self, model: nn.Module) -> dict[str, Tensor]:
-        """Let the blocks' matrix products and the cross entropy add to the fp32 gradients themselves; these, by their weights' names."""
-        names = {
-            parameter: name for name, parameter in self.working.items()
-        }  # a head that is the embedding has its name
-        totals: dict[str, Tensor] = {}
-        for name, module in model.named_modules():
-            if (
-                isinstance(module, nn.Linear)
-                and module.bias is None
-                and (".layers." in name or isinstance(module, Head))
-            ):
-                total = torch.zeros_like(module.weight, dtype=torch.float32)
-                if not isinstance(module, Fp8Linear | Head):
-                    # Of another class, not with another function: that would be compiled anew for each block.
-                    module.__class__ = _Adding
-                module.register_buffer("main_grad", total, persistent=False)
-                totals[names[module.weight]] = total
-        return totals
+        """Set `main_grad` of linear layers and head: fp32 gradients, returned by their weights' names."""
+        # A tied head has the embedding's name.
+        names = {parameter: name for name, parameter in self.working.items()}
+        main_grads: dict[str, Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, Linear) and module.bias is None:
+                module.main_grad = torch.zeros_like(module.weight, dtype=torch.float32)
+                main_grads[names[module.weight]] = module.main_grad
+        return main_grads
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def accumulate(parameter: Tensor) -> None:
@@ -149,10 +138,3 @@ class SingleWeights:
             parameter.grad = None
 
         return accumulate
-
-
-class _Adding(nn.Linear):
-    main_grad: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, main_grad=self.main_grad)

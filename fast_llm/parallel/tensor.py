@@ -29,9 +29,10 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
+from fast_llm.model.decoder import CausalLM, Head
 from fast_llm.model.embedding import embed
+from fast_llm.model.layers import Attention, Embedding, GatedMLP, RMSNorm
 from fast_llm.model.linear import linear
-from fast_llm.model.llama import Attention, Embedding, GatedMLP, Head, Llama, RMSNorm
 from fast_llm.model.loss import VocabShard, cross_entropy
 from fast_llm.model.norm import fused_add_rms_norm
 from fast_llm.parallel.mesh import Axis
@@ -40,7 +41,7 @@ ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "u
 COLUMNS = ("o_proj", "down_proj")
 
 
-def apply_tensor_parallel(model: Llama, axis: Axis, sequence: bool) -> None:
+def apply_tensor_parallel(model: CausalLM, axis: Axis, sequence: bool) -> None:
     """Cut a model on the meta device; `sequence`: also what lies between the matrices.
 
     config/checks.py sees to it that heads, inner size, vocabulary and sequence divide.

@@ -23,9 +23,9 @@ from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import cudnn
 from fast_llm.kernels import triton as triton_kernels
-from fast_llm.model.fp8 import apply_fp8
+from fast_llm.model.decoder import Block, CausalLM
+from fast_llm.model.layers import enable_fp8
 from fast_llm.model.linear import upcast_to_fp32
-from fast_llm.model.llama import Block, Llama
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
@@ -356,7 +356,7 @@ def _log_memory(spec: RunSpec, mesh: Mesh, memory: float) -> None:
 
 def build_model(
     config: TrainConfig, mesh: Mesh
-) -> tuple[list[Llama], SingleWeights | ShardedWeights]:
+) -> tuple[list[CausalLM], SingleWeights | ShardedWeights]:
     """The model, or this process's stages of it, with weights in place but undefined, spread as the configuration says.
 
     The order: which layers are here, what is recomputed, how sequences and matrices are cut, what is compiled, what is
@@ -377,12 +377,12 @@ def build_model(
         settings.multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)
     ):
         with torch.device("meta"):
-            model = Llama(settings.base_model, implementation)
+            model = CausalLM(settings.base_model, implementation)
         keep_stage(model, sizes, stage)
         for block in model.model.layers.values():
             assert isinstance(block, Block)
             if settings.distributed.fp8:
-                apply_fp8(block)
+                enable_fp8(block)
             apply_recompute(block, settings.base_model.transformer.mlp_recompute_level)
             apply_context_parallel(block, mesh.context)
         apply_tensor_parallel(model, mesh.tensor, settings.distributed.sequence_tensor_parallel)
@@ -406,7 +406,7 @@ def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
 
 
 def build_pipeline(
-    config: TrainConfig, batch: BatchSizes, models: list[Llama], mesh: Mesh
+    config: TrainConfig, batch: BatchSizes, models: list[CausalLM], mesh: Mesh
 ) -> Pipeline | None:
     """What runs the stages, if there are any."""
     if mesh.pipeline.size == 1:

@@ -21,7 +21,7 @@ from fast_llm.checkpoint import state as tensor_files
 from fast_llm.checkpoint.huggingface import export_files
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
-from fast_llm.model.llama import init_weights
+from fast_llm.model.decoder import init_weights
 from fast_llm.models.llama import export_config
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from fast_llm.checkpoint import folder, huggingface, state, weights
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.errors import CheckpointError
-from fast_llm.model.llama import Llama
+from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama
 from fast_llm.models.llama import shapes
 from tests.helpers import TINY, spawn
@@ -96,7 +96,7 @@ def test_transformers_computes_the_same(
     rounded = {
         name: t.to(weights.DTYPES[dtype]).float() for name, t in random_weights(model).items()
     }
-    ours = Llama(model)
+    ours = CausalLM(model)
     ours.load_state_dict(
         rounded
         | ({"lm_head.weight": rounded["model.embed_tokens.weight"]} if model is TIED else {})

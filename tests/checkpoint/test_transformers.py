@@ -14,7 +14,7 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.train import BaseModelConfig
-from fast_llm.model.llama import Llama
+from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama
 from fast_llm.models.llama import shapes
 
@@ -199,7 +199,7 @@ def test_the_padding_token_is_trained_as_every_other(tmp_path: Path, tied: bool)
             reference(tokens).logits.flatten(0, 1), labels.flatten()
         ).backward()
         gradients[name] = {key: p.grad for key, p in reference.named_parameters()}
-    ours = Llama(model)
+    ours = CausalLM(model)
     ours.load_state_dict(weights | ({llama.HEAD: weights[llama.EMBEDDING]} if tied else {}))
     positions = torch.arange(24).expand(2, -1)
     (ours(tokens, positions, None, labels) / labels.numel()).backward()

@@ -19,9 +19,10 @@ from fast_llm.config.train import BaseModelConfig, OptimizerConfig
 from fast_llm.kernels import cudnn
 from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.model.attention import PackedSequences, attention, varlen_attention
-from fast_llm.model.fp8 import E4M3, E5M2, _scale, apply_fp8
+from fast_llm.model.decoder import CausalLM, init_weights
+from fast_llm.model.fp8 import E4M3, E5M2, _scale
+from fast_llm.model.layers import enable_fp8
 from fast_llm.model.linear import linear
-from fast_llm.model.llama import Llama, init_weights
 from fast_llm.model.loss import VocabShard, cross_entropy
 from fast_llm.model.norm import fused_add_rms_norm
 from fast_llm.optim.optimizer import Optimizer
@@ -253,10 +254,10 @@ def blocks() -> Rows:
     ) -> dict[str, Tensor]:
         torch._dynamo.reset()
         with torch.device("meta"):
-            model = Llama(config, "triton")
+            model = CausalLM(config, "triton")
         for block in model.model.layers.values():
             if fp8:
-                apply_fp8(block)
+                enable_fp8(block)
             if compiled:
                 block.compile()
         weights = SingleWeights(model, dtype, DEVICE, fuse_grad_accumulation=True)

@@ -19,7 +19,7 @@ from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.config.section import read
 from fast_llm.data.loader import Loader
 from fast_llm.model.attention import PackedSequences
-from fast_llm.model.loss import IGNORED
+from fast_llm.model.loss import IGNORE_INDEX
 from fast_llm.planning.preflight import preflight
 from tests.gpu.checks import Rows, report
 from tests.gpu.files import BLOCK_PARAMETERS, HEAD_PARAMETERS, write_tutorial
@@ -162,9 +162,9 @@ def loss_by_transformers(
             ):
                 logits = model(input_ids=some[None], use_cache=False).logits[0].float()
                 total += F.cross_entropy(
-                    logits, wanted, ignore_index=IGNORED, reduction="sum"
+                    logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum"
                 ).item()
-                targets += int((wanted != IGNORED).sum())
+                targets += int((wanted != IGNORE_INDEX).sum())
     return total / targets
 
 

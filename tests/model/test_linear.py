@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fast_llm.model import linear
 from fast_llm.model.attention import attention
-from fast_llm.model.linear import Linear, add_matmul_, matmul
+from fast_llm.model.layers import Linear
+from fast_llm.model.linear import add_matmul_, matmul
 from fast_llm.model.loss import cross_entropy
 from tests.model.test_attention import by_hand, documents
 
@@ -61,7 +62,7 @@ def test_matmul(
 @pytest.mark.parametrize(("dtype", "bound"), SHORT)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer(processor: str, dtype: torch.dtype, bound: float, bias: bool) -> None:
-    layer = Linear(40, 1100, bias=bias, dtype=dtype)
+    layer = Linear(40, 1100, bias=bias).to(dtype)
     x = torch.randn(2, 33, 40).to(dtype).requires_grad_()
     cotangent = torch.randn(2, 33, 1100).to(dtype)
     leaves = [x, *layer.parameters()]
@@ -83,7 +84,7 @@ def test_a_layer(processor: str, dtype: torch.dtype, bound: float, bias: bool) -
 
 
 def test_nothing_is_made_that_nobody_wants(processor: str) -> None:
-    layer = Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    layer = Linear(8, 8).bfloat16()
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     layer(x).sum().backward()
     assert x.grad is None and layer.weight.grad is not None
@@ -125,7 +126,7 @@ def test_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     layer, x = (
-        Linear(16, 2050, bias=False, dtype=torch.bfloat16),
+        Linear(16, 2050).bfloat16(),
         torch.randn(4, 16, dtype=torch.bfloat16),
     )
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.attention import PackedSequences
-from fast_llm.model.llama import Llama, init_weights
+from fast_llm.model.decoder import CausalLM, init_weights
 from fast_llm.models.llama import architecture, shapes
 
 
@@ -60,9 +60,9 @@ def random_llama(seed: int) -> LlamaForCausalLM:
     return model
 
 
-def ours(reference: LlamaForCausalLM, cross_entropy: str = "fused") -> Llama:
+def ours(reference: LlamaForCausalLM, cross_entropy: str = "fused") -> CausalLM:
     values = architecture(reference.config.to_dict(), "config.json")
-    model = Llama(validate(BaseModelConfig, Document(values, {}, "")), cross_entropy)
+    model = CausalLM(validate(BaseModelConfig, Document(values, {}, "")), cross_entropy)
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
     assert not missing and not unexpected
     return model
@@ -126,7 +126,7 @@ def test_packed_documents_equal_each_alone() -> None:
 def test_tied_weights_stay_tied_off_the_meta_device() -> None:
     reference = next(m for m in map(random_llama, range(9)) if m.config.tie_word_embeddings)
     with torch.device("meta"):
-        model = Llama(ours(reference).config)
+        model = CausalLM(ours(reference).config)
     model.to_empty(device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -144,7 +144,7 @@ def test_random_weights_follow_the_formula_and_the_seed() -> None:
             "",
         ),
     )
-    one, two, other = Llama(config), Llama(config), Llama(config)
+    one, two, other = CausalLM(config), CausalLM(config), CausalLM(config)
     for model, seed in ((one, 1), (two, 1), (other, 2)):
         init_weights({name: p.detach() for name, p in model.named_parameters()}, config, seed)
     state = one.state_dict()

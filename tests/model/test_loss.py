@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fast_llm.errors import ConfigError
 from fast_llm.model import linear
-from fast_llm.model import loss as losses
-from fast_llm.model.loss import choose_cross_entropy, chunk_length, cross_entropy
+from fast_llm.model.loss import choose_cross_entropy, cross_entropy
+from fast_llm.models.sizes import FP32_LOGITS, LOGITS_PER_CHUNK, chunk_length
 from tests.model.test_attention import Largest
 
 
@@ -62,8 +62,8 @@ def test_loss_and_gradients(
 
 @pytest.mark.usefixtures("ways")
 def test_fused_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 64 * 1000)
-    monkeypatch.setitem(losses.FP32_LOGITS_PER_PIECE, "cpu", 16 * 1000)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 64 * 1000)
+    monkeypatch.setitem(FP32_LOGITS, "cpu", 16 * 1000)
     hidden, weight = (
         torch.randn(640, 8, requires_grad=True),
         torch.randn(1000, 8, requires_grad=True),

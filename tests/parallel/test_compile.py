@@ -14,7 +14,7 @@ from fast_llm.config.train import BaseModelConfig
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
-from fast_llm.model.llama import Block, Llama, init_weights
+from fast_llm.model.decoder import Block, CausalLM, init_weights
 from fast_llm.parallel.context import apply_context_parallel, shard_batch
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
@@ -33,7 +33,7 @@ def graphs(
     values = TINY | {"transformer": TINY["transformer"] | {"num_layers": layers}}
     config = validate(BaseModelConfig, Document(values, {}, ""))
     with torch.device("meta"):
-        model = Llama(config)
+        model = CausalLM(config)
     for block in model.model.layers.values():
         assert isinstance(block, Block)
         apply_recompute(block, level)
@@ -120,7 +120,7 @@ def worst_gradient(
     found = []
     for backend in (None, "aot_eager"):
         with torch.device("meta"):
-            model = Llama(config)
+            model = CausalLM(config)
         if backend is not None:
             for block in model.model.layers.values():
                 block.compile(backend=backend)

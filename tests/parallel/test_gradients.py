@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
 from fast_llm.model.attention import PackedSequences
-from fast_llm.model.llama import Block, Llama, init_weights
+from fast_llm.model.decoder import Block, CausalLM, init_weights
 from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
@@ -74,7 +74,7 @@ def gradients(
     mesh = Mesh(60, 60, shard_size)
     config = model_config(tied, recompute)
     with torch.device("meta"):
-        model = Llama(config, cross_entropy)
+        model = CausalLM(config, cross_entropy)
     for block in model.model.layers.values():
         assert isinstance(block, Block)
         apply_recompute(block, recompute)
@@ -123,7 +123,7 @@ def in_float64(tied: bool) -> dict[str, np.ndarray]:
     """The same two steps."""
     config = model_config(tied, "none")
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in CausalLM(config).named_parameters()}
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     init_weights(weights, config, 0)
     weights = {name: weight.double() for name, weight in weights.items()}

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fast_llm.config.section import Document, validate
 from fast_llm.config.train import BaseModelConfig
-from fast_llm.model.llama import Block
+from fast_llm.model.decoder import Block
 from fast_llm.model.rope import rotary_angles
 from fast_llm.parallel.recompute import apply_recompute
 from tests.helpers import TINY

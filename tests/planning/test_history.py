@@ -23,7 +23,7 @@ from fast_llm.data.loader import Loader
 from fast_llm.data.sampling import SourceSampler, keys, permute, permute_many
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
-from fast_llm.model.loss import IGNORED
+from fast_llm.model.loss import IGNORE_INDEX
 from fast_llm.planning import history as histories
 from fast_llm.planning.history import Batches, History, Order, SourceState, _batches
 from fast_llm.planning.preflight import preflight
@@ -518,7 +518,7 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
         tokens, labels, positions = (
             x.numpy() for x in (batch.tokens, batch.labels, batch.positions)
         )
-        kept = labels != IGNORED
+        kept = labels != IGNORE_INDEX
         assert batch.targets == kept.sum()
         assert (labels[kept] == tokens[kept] + 1).all()
         assert (

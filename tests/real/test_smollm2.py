@@ -18,7 +18,7 @@ from fast_llm.config.section import read
 from fast_llm.config.train import BaseModelConfig, DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
-from fast_llm.model.llama import Llama
+from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.build import train
@@ -74,7 +74,7 @@ def ours(folder: Path, tokens: Tensor) -> Tensor:
     config = BaseModelConfig.model_validate(
         llama.architecture(huggingface.read_json(folder / "config.json"), "")
     )
-    model = Llama(config)
+    model = CausalLM(config)
     with torch.no_grad():
         load_weights(dict(model.named_parameters()), folder)
         found: Tensor = model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape))

@@ -17,7 +17,7 @@ from fast_llm.checkpoint import folder
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.errors import ConfigError
 from fast_llm.model import linear
-from fast_llm.model.llama import Llama
+from fast_llm.model.decoder import CausalLM
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training import build
@@ -84,7 +84,7 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
     """As on a GPU: masters in two halves, moments in bf16 or in 8 bits. `rounded`: the head's gradient is, as with whole masters."""
 
     def in_halves(
-        model: Llama, dtype: torch.dtype, device: torch.device, fuse_grad_accumulation: bool
+        model: CausalLM, dtype: torch.dtype, device: torch.device, fuse_grad_accumulation: bool
     ) -> SingleWeights:
         assert not fuse_grad_accumulation  # not on a CPU
         made = SingleWeights(model, dtype, device, fuse_grad_accumulation=True)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from fast_llm.data.loader import Loader
-from fast_llm.model.llama import Llama
+from fast_llm.model.decoder import CausalLM
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.trainer import Trainer
 from fast_llm.watchdog.watcher import Status, diagnose
@@ -146,7 +146,7 @@ def in_the_loader(rank: int) -> None:
 
 
 def in_the_first_forward(rank: int) -> None:
-    before = Llama.forward
+    before = CausalLM.forward
 
     def sleepy_forward(*args: Any) -> Any:
         if rank == 1:
@@ -154,18 +154,18 @@ def in_the_first_forward(rank: int) -> None:
             time.sleep(600)
         return before(*args)
 
-    Llama.forward = sleepy_forward  # type: ignore[method-assign, assignment]
+    CausalLM.forward = sleepy_forward  # type: ignore[method-assign, assignment]
 
 
 def in_every_forward(rank: int) -> None:
     """Not a hang: the first time may take long, and what took long before may do so again."""
-    before = Llama.forward
+    before = CausalLM.forward
 
     def slow_forward(*args: Any) -> Any:
         time.sleep(0.8)
         return before(*args)
 
-    Llama.forward = slow_forward  # type: ignore[method-assign, assignment]
+    CausalLM.forward = slow_forward  # type: ignore[method-assign, assignment]
 
 
 def with_pythons_lock(rank: int) -> None:
