@@ -1,15 +1,18 @@
-"""Attention within documents by cuDNN, on GPUs from Hopper on: some 1.6 times as fast as PyTorch's variable-length kernel there.
+"""Attention within documents by cuDNN, on GPUs from Hopper on: about 1.6 times as fast there as PyTorch's varlen kernel.
 
-PyTorch takes whole sequences to cuDNN; that documents lie packed in one (cuDNN's "ragged" tensors) can be said through NVIDIA's
-package cudnn-frontend alone (`pip install nvidia-cudnn-frontend`). Without it all is as it was.
+PyTorch gives whole sequences to cuDNN. Documents that are packed in one sequence (cuDNN's "ragged" tensors) can be
+described only through NVIDIA's package cudnn-frontend (`pip install nvidia-cudnn-frontend`). Without it, PyTorch's
+varlen kernel is used.
 
-cuDNN builds a plan for each shape, in a tenth of a second. Micro-batches have ever other documents, so the plans are for round numbers of
-documents, of tokens and of tokens of the longest, and the rest of the documents are empty: a run needs a dozen or two.
+cuDNN builds a plan for each shape, which takes a tenth of a second. Every micro-batch has other documents, so plans
+are built for rounded numbers: of documents, of tokens, and of tokens of the longest document. The documents that fill
+up are empty. A run needs one or two dozen plans.
 
 Letters: T tokens, H query heads, K key and value heads, D head dimensions, N documents.
 """
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import accumulate
@@ -22,19 +25,22 @@ from torch.autograd.function import once_differentiable
 
 
 class _Loaded:
-    """What this machine has. A plain attribute, since the compiler of models would look into a function."""
+    """The library, once loaded. A plain attribute: torch.compile would trace into a function."""
 
     library: ModuleType | None = None
 
 
 def load(device: torch.device) -> str:
-    """Make ready, if that can be; why it can not, or nothing. The kernels are tried on a small example: a wrong one is not used."""
+    """Load cuDNN's attention; returns why it cannot be used, or an empty string.
+
+    The kernels are compared with fp32 on a small example, and not used if they are wrong.
+    """
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "it has no fast kernels for this GPU"
     try:
         _Loaded.library = import_module("cudnn")
-        _try(device)
-    except Exception as error:  # whatever the library does: there is another way
+        _check(device)
+    except Exception as error:  # whichever it raises, PyTorch's kernel is used instead
         _Loaded.library = None
         if isinstance(error, ImportError):
             return "the package nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)"
@@ -43,7 +49,7 @@ def load(device: torch.device) -> str:
 
 
 def usable(q: Tensor) -> bool:
-    """Whether this is for queries [T, H, D] like these."""
+    """Whether cuDNN is loaded and supports queries [T, H, D] of this dtype and size."""
     return (
         _Loaded.library is not None
         and q.is_cuda
@@ -62,17 +68,18 @@ def attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> Tensor:
-    """Causal attention: q [T, H, D], k and v [T', K, D] → [T, H, D]; ends int32 [N + 1], cumulative, from 0.
+    """Causal attention: q [T, H, D], k and v [T', K, D] → [T, H, D].
 
-    A document's last query sees all its keys, the one before all but one, and so on. `cu_seqlens_k`: none are those of the queries.
+    `cu_seqlens_q` and `cu_seqlens_k`, int32 [N + 1], are the documents' cumulative lengths, from 0. None for keys means
+    those of the queries. A document's last query sees all its keys, the one before all but one, and so on.
     """
     out: Tensor = _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Attention(torch.autograd.Function):
-    # Every argument has a parameter: without gradients, Dynamo (PyTorch 2.11 to 2.13) compares their numbers to decide whether
-    # `forward` takes `ctx`, and with `*longest` it dropped q instead.
+    # Each argument has its own parameter. Without gradients, Dynamo (PyTorch 2.11 to 2.13) compares their numbers to
+    # decide whether `forward` takes `ctx`; with `*args` it dropped q instead.
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
@@ -95,24 +102,25 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-# Operations, so that the compiler leaves them alone and recomputation can keep what they make.
-_ENDS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+# Custom operators: opaque to the compiler, and recomputation can keep their results.
+_CU_SEQLENS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 torch.library.define(
-    "fast_llm::ragged_attention", f"(Tensor q, Tensor k, Tensor v, {_ENDS}) -> (Tensor, Tensor)"
+    "fast_llm::ragged_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_CU_SEQLENS}) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "fast_llm::ragged_attention_backward",
-    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, {_ENDS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, {_CU_SEQLENS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("fast_llm::ragged_attention")
-def _nothing_yet(q: Tensor, k: Tensor, v: Tensor, *ends: Any) -> tuple[Tensor, Tensor]:
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, *ends: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("fast_llm::ragged_attention_backward")
-def _no_gradients_yet(
+def _empty_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -120,71 +128,79 @@ def _no_gradients_yet(
 
 @torch.library.impl("fast_llm::ragged_attention", "cuda")
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> tuple[Tensor, Tensor]:
-    documents, rest = _places(
-        q, k, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    )
-    shape = (
-        documents,
-        round_up(max_seqlen_q, 1),
-        round_up(max_seqlen_k, 1),
-        *q.shape[1:],
-        k.shape[1],
-        cu_seqlens_k is None,
-    )
-    out, log_sums = _nothing_yet(q, k, v)
-    _run(
-        _plan(q.device, q.dtype, shape),
-        rest | {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums},
-    )
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    shape, layout = _shape_and_layout(q, k, *ends)
+    out, log_sums = _empty_results(q, k, v)
+    values = layout | {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums}
+    _run(_plan(q.device, q.dtype, shape), values)
     return out, log_sums
 
 
 @torch.library.impl("fast_llm::ragged_attention_backward", "cuda")
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    documents, rest = _places(
-        q, k, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    )
-    shape = (
-        documents,
-        round_up(max_seqlen_q, 1),
-        round_up(max_seqlen_k, 1),
-        *q.shape[1:],
-        k.shape[1],
-        cu_seqlens_k is None,
-    )
-    grad_q, grad_k, grad_v = _no_gradients_yet(grad, q, k, v)
-    known = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums, "grad": grad}
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    shape, layout = _shape_and_layout(q, k, *ends)
+    grad_q, grad_k, grad_v = _empty_gradients(grad, q, k, v)
+    given = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums, "grad": grad}
+    results = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
     plan = _plan(q.device, q.dtype, shape, (round_up(len(q), 8), round_up(len(k), 8)))
-    _run(plan, rest | known | {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v})
+    _run(plan, layout | given | results)
     return grad_q, grad_k, grad_v
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a plan is built for; documents and lengths are rounded up."""
+
+    documents: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    heads: int
+    head_dim: int
+    kv_heads: int
+    self_attention: bool  # queries and keys have the same cumulative lengths
+
+
+def _shape_and_layout(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int,
+) -> tuple[Shape, dict[str, Tensor]]:  # fmt: skip
+    documents, layout = _ragged_layout(
+        q, k, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    )
+    shape = Shape(
+        documents,
+        round_up(max_seqlen_q, 1),
+        round_up(max_seqlen_k, 1),
+        heads=q.shape[1],
+        head_dim=q.shape[2],
+        kv_heads=k.shape[1],
+        self_attention=cu_seqlens_k is None,
+    )
+    return shape, layout
+
+
 def round_up(number: int, parts: int) -> int:
-    """The next power of two, or with more `parts` the next multiple of as small a part of the last power of two."""
+    """The next power of two; with `parts` > 1 the next multiple of 1 / parts of the power of two below."""
     step = max(1, (1 << (number - 1).bit_length() - 1) // parts) if number > 1 else 1
     return -(-number // step) * step
 
 
-def pad(ends: Tensor, documents: int) -> Tensor:
-    """Ends [N + 1] with empty documents behind them: [documents + 1]."""
-    return torch.cat([ends, ends[-1:].expand(documents + 1 - len(ends))])
+def pad(cu_seqlens: Tensor, documents: int) -> Tensor:
+    """Cumulative lengths [N + 1] followed by empty documents: [documents + 1]."""
+    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(documents + 1 - len(cu_seqlens))])
 
 
-def _places(
+def _ragged_layout(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> tuple[int, dict[str, Tensor]]:
-    """The round number of documents, the tokens of each, and where each begins in queries, keys, and sums."""
+    """The rounded number of documents, and by name their lengths and offsets in queries, keys and log sums."""
     documents = round_up(len(cu_seqlens_q) - 1, 1)
     cu_seqlens_q, cu_seqlens_k = pad(cu_seqlens_q, documents), pad(cu_seqlens_k, documents)
     sums = cu_seqlens_q.long() * q.shape[1]
@@ -204,115 +220,133 @@ def _handle(device: torch.device) -> Any:
         return _Loaded.library.create_handle()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A built graph of cuDNN, its tensors by name, and the bytes of its workspace."""
+
+    device: torch.device
+    graph: Any
+    tensors: dict[str, Any]
+    workspace: int
+
+
+class _GraphTensors:
+    """The tensors of a graph, by name. Ragged ones have one of three layouts: queries, keys or log sums."""
+
+    def __init__(self, graph: Any, kinds: Any, kind: Any, shape: Shape):
+        """`kinds`: cuDNN's data types; `kind`: that of queries, keys and values."""
+        self.graph, self.kinds, self.kind = graph, kinds, kind
+        self.by_name: dict[str, Any] = {}
+        for name in ("query_lengths", "key_lengths"):
+            self._add(name, shape.documents, kinds.INT32)
+        for name in ("queries_begin", "keys_begin", "sums_begin"):
+            self._add(name, shape.documents + 1, kinds.INT64)
+        # Dimensions are [N, heads, longest, D]; by the strides the heads of a token are contiguous.
+        n, width = shape.documents, shape.head_dim
+
+        def layout(heads: int, longest: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+            strides = longest * heads * width, width, heads * width, 1
+            return (n, heads, longest, width), strides
+
+        self.layouts = {
+            "queries": layout(shape.heads, shape.max_seqlen_q, width),
+            "keys": layout(shape.kv_heads, shape.max_seqlen_k, width),
+            "sums": layout(shape.heads, shape.max_seqlen_q, 1),
+        }
+
+    def _add(self, name: str, count: int, kind: Any) -> None:
+        self.by_name[name] = self.graph.tensor(
+            name=name, dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind
+        )
+
+    def input(self, name: str, layout: str) -> Any:
+        """A new ragged tensor that is given to the graph."""
+        dim, stride = self.layouts[layout]
+        kind = self.kinds.FLOAT if layout == "sums" else self.kind
+        tensor = self.graph.tensor(name=name, dim=dim, stride=stride, data_type=kind)
+        self.by_name[name] = tensor
+        return tensor.set_ragged_offset(self.by_name[f"{layout}_begin"])
+
+    def output(self, name: str, layout: str, tensor: Any) -> None:
+        """Make a result of the graph a ragged tensor that is returned."""
+        dim, stride = self.layouts[layout]
+        tensor.set_output(True).set_dim(dim).set_stride(stride)
+        tensor.set_ragged_offset(self.by_name[f"{layout}_begin"])
+        kind = self.kinds.FLOAT if layout == "sums" else self.kind
+        self.by_name[name] = tensor.set_data_type(kind)
+
+
 @cache
 def _plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    tokens: tuple[int, int] | None = None,
-) -> tuple[torch.device, Any, dict[str, Any], int]:
-    """cuDNN's graph, its tensors by name, and the bytes that it works in; that of the backward pass with the most `tokens`."""
+    device: torch.device, dtype: torch.dtype, shape: Shape, tokens: tuple[int, int] | None = None
+) -> Plan:
+    """A plan of the forward pass; with `tokens`, at most so many of queries and keys, of the backward pass."""
     library = _Loaded.library
     assert library is not None
     kinds = library.data_type
     kind = kinds.BFLOAT16 if dtype == torch.bfloat16 else kinds.HALF
-    documents, max_seqlen_q, max_seqlen_k, heads, width, groups, same = shape
     graph = library.pygraph(
         io_data_type=kind,
         intermediate_data_type=kinds.FLOAT,
         compute_data_type=kinds.FLOAT,
         handle=_handle(device),
     )
-    tensors: dict[str, Any] = {}
-    for name in ("query_lengths", "key_lengths"):
-        tensors[name] = graph.tensor(
-            name=name, dim=(documents, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT32
-        )
-    for name in ("queries_begin", "keys_begin", "sums_begin"):
-        tensors[name] = graph.tensor(
-            name=name, dim=(documents + 1, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT64
-        )
-    # Dimensions are those of [N, heads, longest, D]; strides say that the heads of a token lie together.
-    queries = (
-        (documents, heads, max_seqlen_q, width),
-        (max_seqlen_q * heads * width, width, heads * width, 1),
-    )
-    keys = (
-        (documents, groups, max_seqlen_k, width),
-        (max_seqlen_k * groups * width, width, groups * width, 1),
-    )
-    sums = (documents, heads, max_seqlen_q, 1), (max_seqlen_q * heads, 1, heads, 1)
-    layouts = {"queries": queries, "keys": keys, "sums": sums}
-
-    def given(name: str, layout: str) -> Any:
-        dim, stride = layouts[layout]
-        kept = kinds.FLOAT if layout == "sums" else kind
-        tensors[name] = graph.tensor(name=name, dim=dim, stride=stride, data_type=kept)
-        return tensors[name].set_ragged_offset(tensors[f"{layout}_begin"])
-
-    def made(name: str, layout: str, tensor: Any) -> None:
-        dim, stride = layouts[layout]
-        tensor.set_output(True).set_dim(dim).set_stride(stride).set_ragged_offset(
-            tensors[f"{layout}_begin"]
-        )
-        tensors[name] = tensor.set_data_type(kinds.FLOAT if layout == "sums" else kind)
-
-    q, k, v = given("q", "queries"), given("k", "keys"), given("v", "keys")
-    how = {
-        "attn_scale": 1 / math.sqrt(width),
+    tensors = _GraphTensors(graph, kinds, kind, shape)
+    q, k, v = (tensors.input(*each) for each in (("q", "queries"), ("k", "keys"), ("v", "keys")))
+    # The alignments are equal for self-attention, but BOTTOM_RIGHT's backward pass takes 1.8 times as long.
+    alignment = "TOP_LEFT" if shape.self_attention else "BOTTOM_RIGHT"
+    options = {
+        "attn_scale": 1 / math.sqrt(shape.head_dim),
         "use_padding_mask": True,
-        "seq_len_q": tensors["query_lengths"],
-        "seq_len_kv": tensors["key_lengths"],
-        # Where queries are keys both are the same, and the backward pass of the former takes 1.8 times as long.
-        "diagonal_alignment": getattr(
-            library.diagonal_alignment, "TOP_LEFT" if same else "BOTTOM_RIGHT"
-        ),
+        "seq_len_q": tensors.by_name["query_lengths"],
+        "seq_len_kv": tensors.by_name["key_lengths"],
+        "diagonal_alignment": getattr(library.diagonal_alignment, alignment),
         "diagonal_band_right_bound": 0,
     }
     if tokens is None:
-        out, log_sums = graph.sdpa(name="attention", q=q, k=k, v=v, generate_stats=True, **how)
-        made("out", "queries", out)
-        made("log_sums", "sums", log_sums)
+        out, log_sums = graph.sdpa(name="attention", q=q, k=k, v=v, generate_stats=True, **options)
+        tensors.output("out", "queries", out)
+        tensors.output("log_sums", "sums", log_sums)
     else:
-        out, grad, log_sums = (
-            given("out", "queries"),
-            given("grad", "queries"),
-            given("log_sums", "sums"),
-        )
+        out, grad = tensors.input("out", "queries"), tensors.input("grad", "queries")
         gradients = graph.sdpa_backward(
-            name="attention_backward", q=q, k=k, v=v, o=out, dO=grad, stats=log_sums,
-            max_total_seq_len_q=tokens[0], max_total_seq_len_kv=tokens[1], **how,
+            name="attention_backward", q=q, k=k, v=v, o=out, dO=grad,
+            stats=tensors.input("log_sums", "sums"),
+            max_total_seq_len_q=tokens[0], max_total_seq_len_kv=tokens[1], **options,
         )  # fmt: skip
-        for name, layout, tensor in zip(
-            ("grad_q", "grad_k", "grad_v"), ("queries", "keys", "keys"), gradients, strict=True
-        ):
-            made(name, layout, tensor)
+        names = ("grad_q", "queries"), ("grad_k", "keys"), ("grad_v", "keys")
+        for (name, layout), tensor in zip(names, gradients, strict=True):
+            tensors.output(name, layout, tensor)
+    _build(graph, library)
+    return Plan(device, graph, tensors.by_name, max(1, graph.get_workspace_size()))
+
+
+def _build(graph: Any, library: ModuleType) -> None:
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([library.heur_mode.A, library.heur_mode.FALLBACK])
     graph.check_support()
     graph.build_plans()
-    return device, graph, tensors, max(1, graph.get_workspace_size())
 
 
-def _run(plan: tuple[torch.device, Any, dict[str, Any], int], values: dict[str, Tensor]) -> None:
-    device, graph, tensors, size = plan
-    assert _Loaded.library is not None
-    handle = _handle(device)
-    _Loaded.library.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    graph.execute(
-        {tensors[name]: value for name, value in values.items()}, workspace, handle=handle
-    )
+def _run(plan: Plan, values: dict[str, Tensor]) -> None:
+    library = _Loaded.library
+    assert library is not None
+    handle = _handle(plan.device)
+    stream = torch.cuda.current_stream(plan.device).cuda_stream
+    library.set_stream(handle=handle, stream=stream)
+    workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=plan.device)
+    by_tensor = {plan.tensors[name]: value for name, value in values.items()}
+    plan.graph.execute(by_tensor, workspace, handle=handle)
 
 
-def _try(device: torch.device) -> None:
-    """Compare both kinds with fp32; raises AssertionError."""
+def _check(device: torch.device) -> None:
+    """Compare both alignments with fp32. Raises AssertionError if cuDNN is off."""
     for kept in ((1, 70, 200), (1, 70, 333)):
-        _try_one(device, (1, 70, 200), kept)
+        _compare(device, (1, 70, 200), kept)
 
 
-def _try_one(device: torch.device, lengths: tuple[int, ...], kept: tuple[int, ...]) -> None:
+def _compare(device: torch.device, lengths: tuple[int, ...], kept: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     ends = [
         torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=device)

@@ -72,114 +72,108 @@ if AVAILABLE:
                 slope = scale * (tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(logits + begin + offsets, slope.to(logits.dtype.element_ty), mask=inside)
 
+    # Global numbers of kernels/rounding.py, as kernels may read them.
+    _GOLDEN, _MIX_1, _MIX_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
+    _DROPPED_BITS = tl.constexpr(DROPPED_BITS)
+    _MAX_INT8 = tl.constexpr(MAX_QUANTIZED[torch.int8])
+    _MAX_UINT8 = tl.constexpr(MAX_QUANTIZED[torch.uint8])
+
     @triton.jit(do_not_specialize=["seed"])
     def _adamw(  # type: ignore[no-untyped-def]
-        weight,
-        low_bits,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
-        block_absmax,
-        absmax_sq,
-        count,
-        rate,
-        keep,
-        beta_1,
-        beta_2,
-        epsilon,
-        root,
-        factor,
-        seed,
-        split_masters: tl.constexpr,
-        bits_of_moments: tl.constexpr,
-        GOLDEN: tl.constexpr,
-        MIX_1: tl.constexpr,
-        MIX_2: tl.constexpr,
-        DROPPED_BITS: tl.constexpr,
-        LARGEST: tl.constexpr,
-        LARGEST_SQ: tl.constexpr,
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One pass: every number is read once and written once, and computed with in fp32."""
+        weight, low_bits, gradient, exp_avg, exp_avg_sq, absmax, absmax_sq, count,
+        rate, keep, beta_1, beta_2, epsilon, root, factor, seed,
+        split_master: tl.constexpr, moment_bits: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One pass over ROWS blocks: each number is read once, computed with in fp32, written once."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         place = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = place < count
         g = tl.load(gradient + place, mask=inside).to(tl.float32) * factor
-        if split_masters:
+        if split_master:
             bits = tl.load(weight + place, mask=inside).to(tl.int32) << 16
-            w = (bits + tl.load(low_bits + place, mask=inside).to(tl.int32)).to(
-                tl.float32, bitcast=True
-            )
+            bits += tl.load(low_bits + place, mask=inside).to(tl.int32)
+            w = bits.to(tl.float32, bitcast=True)
         else:
             w = tl.load(weight + place, mask=inside)
-        if bits_of_moments == 8:
-            # kernels/rounding.py has the codes.
-            quantized = tl.load(exp_avg + place, mask=inside, other=0).to(tl.int32)
-            top = tl.load(block_absmax + row, mask=row * BLOCK < count, other=0).to(tl.int32)[
-                :, None
-            ]
-            level = tl.where(quantized == 0, 0, tl.abs(quantized) + top - LARGEST)
-            m = (level << DROPPED_BITS).to(tl.float32, bitcast=True)
-            m = tl.where(quantized < 0, -m, m)
-            quantized = tl.load(exp_avg_sq + place, mask=inside, other=0).to(tl.int32)
-            top = tl.load(absmax_sq + row, mask=row * BLOCK < count, other=0).to(tl.int32)[:, None]
-            v = (tl.where(quantized == 0, 0, quantized + top - LARGEST_SQ) << DROPPED_BITS).to(
-                tl.float32, bitcast=True
-            )
-        elif bits_of_moments == 16:
-            m = (tl.load(exp_avg + place, mask=inside).to(tl.int32) << 16).to(
-                tl.float32, bitcast=True
-            )
-            v = (tl.load(exp_avg_sq + place, mask=inside).to(tl.int32) << 16).to(
-                tl.float32, bitcast=True
-            )
+        if moment_bits == 8:
+            m = _dequantize_int8(exp_avg + place, absmax + row, inside, row * BLOCK < count)
+            v = _dequantize_uint8(exp_avg_sq + place, absmax_sq + row, inside, row * BLOCK < count)
+        elif moment_bits == 16:
+            m = _load_bf16(exp_avg + place, inside)
+            v = _load_bf16(exp_avg_sq + place, inside)
         else:
             m = tl.load(exp_avg + place, mask=inside)
             v = tl.load(exp_avg_sq + place, mask=inside)
         m += (1 - beta_1) * (g - m)
         v = beta_2 * v + (1 - beta_2) * g * g
         w = w * keep - rate * m / (tl.sqrt(v) * root + epsilon)
-        if split_masters:
+        if split_master:
             bits = w.to(tl.int32, bitcast=True)
             high = (bits + 0x8000) >> 16
             tl.store(weight + place, high.to(tl.int16), mask=inside)
             tl.store(low_bits + place, (bits - (high << 16)).to(tl.int16), mask=inside)
         else:
             tl.store(weight + place, w, mask=inside)
-        if bits_of_moments == 32:
+        if moment_bits == 32:
             tl.store(exp_avg + place, m, mask=inside)
             tl.store(exp_avg_sq + place, v, mask=inside)
         else:
-            x = place.to(tl.uint32) * GOLDEN + seed.to(tl.uint32)  # a large seed comes in 64 bits
-            x = (x ^ (x >> 16)) * MIX_1
-            x = (x ^ (x >> 15)) * MIX_2
-            x = x ^ (x >> 16)
-            chance = (x & 0xFFFF).to(tl.int32)
+            # Each half of the hash is the random number of one moment.
+            random = _hash(place, seed)
+            random_sq = (random & 0xFFFF).to(tl.int32)
             bits, bits_sq = m.to(tl.int32, bitcast=True), v.to(tl.int32, bitcast=True)
-            if bits_of_moments == 16:
-                # To the nearest, ties to even; and by chance.
-                nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            if moment_bits == 16:
+                nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
                 tl.store(exp_avg + place, nearest.to(tl.int16), mask=inside)
-                tl.store(exp_avg_sq + place, ((bits_sq + chance) >> 16).to(tl.int16), mask=inside)
+                rounded = (bits_sq + random_sq) >> 16
+                tl.store(exp_avg_sq + place, rounded.to(tl.int16), mask=inside)
             else:
-                other = (x >> 16).to(tl.int32) << (DROPPED_BITS - 16)
-                level = tl.where(inside, ((bits & 0x7FFFFFFF) + other) >> DROPPED_BITS, 0)
-                top = tl.max(level, 1)
-                quantized = tl.where(level > 0, tl.maximum(level - top[:, None] + LARGEST, 0), 0)
-                tl.store(
-                    exp_avg + place,
-                    tl.where(bits < 0, -quantized, quantized).to(tl.int8),
-                    mask=inside,
-                )
-                tl.store(block_absmax + row, top.to(tl.int16), mask=row * BLOCK < count)
-                level = tl.where(
-                    inside, (bits_sq + (chance << (DROPPED_BITS - 16))) >> DROPPED_BITS, 0
-                )
-                top = tl.max(level, 1)
-                quantized = tl.where(level > 0, tl.maximum(level - top[:, None] + LARGEST_SQ, 1), 0)
+                random = (random >> 16).to(tl.int32)
+                quantized, top = _quantize(bits & 0x7FFFFFFF, random, inside, _MAX_INT8, 0)
+                quantized = tl.where(bits < 0, -quantized, quantized)
+                tl.store(exp_avg + place, quantized.to(tl.int8), mask=inside)
+                tl.store(absmax + row, top.to(tl.int16), mask=row * BLOCK < count)
+                quantized, top = _quantize(bits_sq, random_sq, inside, _MAX_UINT8, 1)
                 tl.store(exp_avg_sq + place, quantized.to(tl.uint8), mask=inside)
                 tl.store(absmax_sq + row, top.to(tl.int16), mask=row * BLOCK < count)
+
+    @triton.jit
+    def _load_bf16(pointers, inside):  # type: ignore[no-untyped-def]
+        return (tl.load(pointers, mask=inside).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _dequantize_int8(pointers, absmax, inside, block_inside):  # type: ignore[no-untyped-def]
+        quantized = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+        top = tl.load(absmax, mask=block_inside, other=0).to(tl.int32)[:, None]
+        level = tl.where(quantized == 0, 0, tl.abs(quantized) + top - _MAX_INT8)
+        number = (level << _DROPPED_BITS).to(tl.float32, bitcast=True)
+        return tl.where(quantized < 0, -number, number)
+
+    @triton.jit
+    def _dequantize_uint8(pointers, absmax, inside, block_inside):  # type: ignore[no-untyped-def]
+        quantized = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+        top = tl.load(absmax, mask=block_inside, other=0).to(tl.int32)[:, None]
+        level = tl.where(quantized == 0, 0, quantized + top - _MAX_UINT8)
+        return (level << _DROPPED_BITS).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _quantize(  # type: ignore[no-untyped-def]
+        bits, random, inside, largest: tl.constexpr, smallest: tl.constexpr
+    ):
+        """Blocks of bits of fp32 without their sign, and 16 random bits → quantized numbers, absmax of each block."""
+        level = tl.where(inside, (bits + (random << (_DROPPED_BITS - 16))) >> _DROPPED_BITS, 0)
+        top = tl.max(level, 1)
+        quantized = tl.maximum(level - top[:, None] + largest, smallest)
+        return tl.where(level > 0, quantized, 0), top
+
+    @triton.jit
+    def _hash(place, seed):  # type: ignore[no-untyped-def]
+        """`_hash` of kernels/rounding.py: 32 bits for each place."""
+        x = place.to(tl.uint32) * _GOLDEN + seed.to(tl.uint32)  # a large seed arrives in 64 bits
+        x = (x ^ (x >> 16)) * _MIX_1
+        x = (x ^ (x >> 15)) * _MIX_2
+        return x ^ (x >> 16)
 
     @triton.jit
     def _rms_norm_backward(  # type: ignore[no-untyped-def]
@@ -319,9 +313,7 @@ def adamw_(
         *((exp_avg, exp_avg_sq) if block_absmax is None else block_absmax), weight.numel(),
         learning_rate / (1 - betas[0] ** step), 1 - learning_rate * weight_decay, betas[0], betas[1], epsilon,
         (1 - betas[1] ** step) ** -0.5, factor, seed,
-        low_bits is not None, 8 * exp_avg.dtype.itemsize, GOLDEN, *MIX, DROPPED_BITS,
-        MAX_QUANTIZED[torch.int8], MAX_QUANTIZED[torch.uint8],
-        ROWS=rows, BLOCK=BLOCK, num_warps=4,
+        low_bits is not None, 8 * exp_avg.dtype.itemsize, ROWS=rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_documents_that_fill_up_are_empty() -> None:
         torch.tensor([0, 1, 4, 9], dtype=torch.int32),
         torch.tensor([0, 1, 7, 14], dtype=torch.int32),
     )
-    documents, places = cudnn._places(q, k, *ends)
+    documents, places = cudnn._ragged_layout(q, k, *ends)
     assert documents == 4
     assert places["query_lengths"].tolist() == [1, 3, 5, 0]
     assert places["key_lengths"].tolist() == [1, 6, 7, 0]
@@ -89,7 +89,7 @@ def test_why_it_is_not_used(
         monkeypatch.setattr(cudnn, "import_module", fails)
     else:
         monkeypatch.setattr(cudnn, "import_module", lambda name: torch)
-        monkeypatch.setattr(cudnn, "_try", fails)
+        monkeypatch.setattr(cudnn, "_check", fails)
     assert cudnn.load(torch.device("cuda", 0)) == told
     assert cudnn._Loaded.library is None
 
