@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/forecast.py            (a second, on any machine)
 
-Each row is our own step with the settings nearest to the published run's; other software is not modelled.
-docs/forecasts.md has the tables.
+Each row is our own step with the settings nearest to the published run's; other software is not
+modelled. docs/forecasts.md has the tables.
 """
 
 from typing import NamedTuple

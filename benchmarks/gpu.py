@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python benchmarks/gpu.py            (five minutes; needs PyTorch for CUDA, Triton, pydantic)
 
-Prints the machine, then times of kernels, then tokens/s from the runs' own metrics.
-Random tokens and weights: no network, no data. Each run warms up over its first log intervals; the median of the rest counts.
+Prints the machine, then times of kernels, then tokens/s from the runs' own metrics. Random tokens
+and weights: no network, no data. Each run warms up over its first log intervals; the median of the
+rest counts.
 """
 
 import json

@@ -4,11 +4,13 @@
 
 A quarter of an hour on two GPUs; needs PyTorch for CUDA, Triton and pydantic.
 
-Faults: a process killed, the launcher told to stop, a process stopped as if it hung; each run is started again, and ends with the
-losses and norms of gradients, to the bit, of one that nothing happened to.
+Faults: a process killed, the launcher told to stop, a process stopped as if it hung; each run is
+started again, and ends with the losses and norms of gradients, to the bit, of one that nothing
+happened to.
 
-A model of SmolLM2's widths and four layers, eight steps on the same random tokens, in fp32 and bf16: the greatest difference of losses and
-norms of gradients from those of one GPU, relative, bound beside. Then tokens/s of eight blocks of Llama-3.1-8B, on one GPU and on all.
+A model of SmolLM2's widths and four layers, eight steps on the same random tokens, in fp32 and
+bf16: the greatest difference of losses and norms of gradients from those of one GPU, relative,
+bound beside. Then tokens/s of eight blocks of Llama-3.1-8B, on one GPU and on all.
 """
 
 import json
@@ -218,7 +220,8 @@ def main() -> None:
 def compare(folder: Path, gpus: int) -> list[str]:
     """Layouts that do not train what one GPU trains."""
     wrong = []
-    # fp32: sums in another order, eight updates long. bf16: sums between processes are rounded to it.
+    # fp32: sums in another order, eight updates long. bf16: sums between processes are rounded to
+    # it.
     for dtype, bound in (("fp32", 1e-4), ("bf16", 2e-2)):
         settings = SMALL | {"model.distributed.training_dtype": dtype}
         one = train(folder / f"{dtype}-one", 1, settings)

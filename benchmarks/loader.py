@@ -2,10 +2,10 @@
 
     python benchmarks/loader.py [--tokens 200_000_000] [--document 400] [--length 4096] [--shards 8]
 
-Writes random token files of int32 to a temporary folder, documents of half to one and a half times `--document`
-tokens, and measures on one core: opening, reading sequences (`Dataset.read`), finding them (the permutation and the
-mixture alone), and whole batches (`Loader`: labels, positions and documents too) in the step itself and in threads.
-Writes a table in Markdown.
+Writes random token files of int32 to a temporary folder, documents of half to one and a half times
+`--document` tokens, and measures on one core: opening, reading sequences (`Dataset.read`), finding
+them (the permutation and the mixture alone), and whole batches (`Loader`: labels, positions and
+documents too) in the step itself and in threads. Writes a table in Markdown.
 """
 
 import argparse

@@ -5,10 +5,11 @@
                                                          (each five to ten minutes, or with the number of
                                                          steps as a further word longer or shorter)
 
-A model of 12 layers of 576 learns Python's library byte by byte, a thousand steps of 16,384 tokens; on a CPU
-one of 3 layers of 192, of 1,024 tokens. Printed: the mean loss of the last 100
-steps, and that of the validation at the end, in nats. What is compared with runs twice, with sums in another
-order, for the size of chance. Moments are compared with products in bf16 on a GPU, in fp32 on a CPU.
+A model of 12 layers of 576 learns Python's library byte by byte, a thousand steps of 16,384 tokens;
+on a CPU one of 3 layers of 192, of 1,024 tokens. Printed: the mean loss of the last 100 steps, and
+that of the validation at the end, in nats. What is compared with runs twice, with sums in another
+order, for the size of chance. Moments are compared with products in bf16 on a GPU, in fp32 on a
+CPU.
 """
 
 import json

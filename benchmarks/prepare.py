@@ -2,9 +2,9 @@
 
     python benchmarks/prepare.py [--megabytes 20] [--vocabulary 32000] [--workers 1 2]
 
-The text is the source of Python's standard library; the tokenizer is trained on it, with Llama 3's way of cutting text.
-End to end: start workers, read, tokenize, write, flush to disk; in wall time, in which other programs on the machine
-count, and in processor time.
+The text is the source of Python's standard library; the tokenizer is trained on it, with Llama 3's
+way of cutting text. End to end: start workers, read, tokenize, write, flush to disk; in wall time,
+in which other programs on the machine count, and in processor time.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python benchmarks/profile_step.py [--trace FILE] [--length 512] [--steps 3] [--rate FLOP/s] [--copy bytes/s]
 
-Without `--trace` it profiles the bf16 step of benchmarks/step_cpu.py on this machine. With one it reads what `training.profiling` or
-`export_chrome_trace` wrote, of the CPU or of a GPU, whose kernels are counted then and not the operations that start them. Parts are
-those of fast_llm/training/profile.py.
-`--rate` and `--copy`: what the device does of 2,048³ bf16 products, and of copying; measured here if they are not given.
+Without `--trace` it profiles the bf16 step of benchmarks/step_cpu.py on this machine. With one it
+reads what `training.profiling` or `export_chrome_trace` wrote, of the CPU or of a GPU, whose
+kernels are counted then and not the operations that start them. Parts are those of
+fast_llm/training/profile.py. `--rate` and `--copy`: what the device does of 2,048³ bf16 products,
+and of copying; measured here if they are not given.
 
 floor      products at the rate, those of attention (the causal half, two forward and five backward) as well; of other parts every tensor
            read or written once at the speed of copying; none where a trace has no shapes

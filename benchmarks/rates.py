@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/rates.py            (about two minutes; needs PyTorch for CUDA)
 
-Matrix products of the six shapes at 8,192 tokens in bf16, forward (x Wᵀ), by input (g W) and by weight (gᵀ x), the last
-also added to an fp32 sum; causal attention with 32 heads in 8 groups of 128, by each backend, forward and backward,
-FLOPs of the causal half; a copy; and products without pause, with clock and power. Median and range of the repeats,
-after a warm-up of 0.3 s each.
+Matrix products of the six shapes at 8,192 tokens in bf16, forward (x Wᵀ), by input (g W) and by
+weight (gᵀ x), the last also added to an fp32 sum; causal attention with 32 heads in 8 groups of
+128, by each backend, forward and backward, FLOPs of the causal half; a copy; and products without
+pause, with clock and power. Median and range of the repeats, after a warm-up of 0.3 s each.
 """
 
 import statistics

@@ -2,7 +2,8 @@
 
     python benchmarks/start.py [--turns 7]
 
-By turns with `import torch`, which is a part of it. Median and range, in Markdown; a first turn warms the disk up and does not count.
+By turns with `import torch`, which is a part of it. Median and range, in Markdown; a first turn
+warms the disk up and does not count.
 """
 
 import argparse

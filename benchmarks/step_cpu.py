@@ -2,9 +2,10 @@
 
     python benchmarks/step_cpu.py [--lengths 512 1024] [--turns 12] [--contenders ours transformers ...] [--json file]
 
-All train a model of SmolLM2-135M's shape on the same random tokens, each in a process of its own; they take turns, one step each, so
-that whatever else the machine does falls on all. Ours is the product's own step (`fast_llm.training.step.Step`) with fp32 master
-weights, gradients and moments. The others clip gradients to norm 1 and use torch.optim.AdamW(fused=True), as ours does.
+All train a model of SmolLM2-135M's shape on the same random tokens, each in a process of its own;
+they take turns, one step each, so that whatever else the machine does falls on all. Ours is the
+product's own step (`fast_llm.training.step.Step`) with fp32 master weights, gradients and moments.
+The others clip gradients to norm 1 and use torch.optim.AdamW(fused=True), as ours does.
 
 ours                    bf16 compute
 ours-plain              the same without the kernels of kernels/cpu.cpp
@@ -17,8 +18,9 @@ transformers-fp32       its default
 litgpt                  pure bf16, if `litgpt` is installed; keeping freed memory
 litgpt-compiled         the same with torch.compile
 
-The share of the matrix rate is of 2,048³ products in the same dtype, a contender that takes its turns, too. FLOP/s count the causal half of
-attention. Writes a table in Markdown, and numbers as JSON.
+The share of the matrix rate is of 2,048³ products in the same dtype, a contender that takes its
+turns, too. FLOP/s count the causal half of attention. Writes a table in Markdown, and numbers as
+JSON.
 """
 
 import argparse
@@ -205,7 +207,8 @@ def trained(
 def products(sequences: int, length: int, dtype: torch.dtype) -> Callable[[], float]:
     """One product of 2,048³, by oneDNN in fp32 as well."""
     cpu_kernels.take_faster_exact_products()
-    # Transposed, as a layer's weights are: the other way PyTorch takes half a minute for it in bf16 where a processor has none.
+    # Transposed, as a layer's weights are: the other way PyTorch takes half a minute for it in bf16
+    # where a processor has none.
     left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype).t()
     out = torch.empty_like(left)
 

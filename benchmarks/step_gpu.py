@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python benchmarks/step_gpu.py [--shape llama-8b-blocks smollm2] [--contenders ours ...] [--json FILE]
 
-Eight blocks of Llama-3.1-8B with its embedding and head, as many as all can train on one card, and SmolLM2-135M. Each contender is a
-process of its own, one after the other; three steps of several micro-batches warm up, nine count. All clip
-gradients to norm 1 and take fused AdamW. Needs PyTorch for CUDA, Triton and pydantic; transformers, liger-kernel, litgpt and torchtitan
-for those that are named after them. One that fails is told and passed over.
+Eight blocks of Llama-3.1-8B with its embedding and head, as many as all can train on one card, and
+SmolLM2-135M. Each contender is a process of its own, one after the other; three steps of several
+micro-batches warm up, nine count. All clip gradients to norm 1 and take fused AdamW. Needs PyTorch
+for CUDA, Triton and pydantic; transformers, liger-kernel, litgpt and torchtitan for those that are
+named after them. One that fails is told and passed over.
 
 ours                       bf16, with fp32 master weights, gradients and moments: `fast-llm train gpt`, compiled
 ours-eager                 the same, not compiled

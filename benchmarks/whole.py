@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python benchmarks/whole.py [OUT [NAME ...]]    (half an hour on an H200; needs PyTorch for CUDA, Triton, pydantic)
 
-Random tokens, and random weights that are made on the GPU. Each setting is a process of its own, by turns in one run; the first
-two steps warm up and compile, the median and range of the other three count. Into OUT go the kernels of one step of each, by time;
-with names only those settings run.
+Random tokens, and random weights that are made on the GPU. Each setting is a process of its own, by
+turns in one run; the first two steps warm up and compile, the median and range of the other three
+count. Into OUT go the kernels of one step of each, by time; with names only those settings run.
 """
 
 import json

@@ -12,4 +12,5 @@ import torch.distributed.tensor  # noqa: F401
 
 import fast_llm.training.build  # noqa: F401
 
-gc.freeze()  # who is forked would look through it all for garbage, and copy the pages that it lies on
+# who is forked would look through it all for garbage, and copy the pages that it lies on
+gc.freeze()

@@ -1,8 +1,9 @@
 """Llama in float64, a second time and plainly: the judge between two computations in fp32.
 
-Two results in fp32 that sum in different orders differ by the rounding of both, and how much that is depends on the
-processor: vector widths and blockings decide the order. So a test that compares two fp32 results compares each with this
-one: ours may be as far from it as the other, times a small factor.
+Two results in fp32 that sum in different orders differ by the rounding of both, and how much that
+is depends on the processor: vector widths and blockings decide the order. So a test that compares
+two fp32 results compares each with this one: ours may be as far from it as the other, times a small
+factor.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ def logits(
 ) -> Tensor:
     """Logits [T, V], float64, of tokens [T] at positions [T] in documents of these lengths.
 
-    `weights` have Hugging Face's names. Rotary angles are fp32 by definition (as in transformers); all else is float64.
+    `weights` have Hugging Face's names. Rotary angles are fp32 by definition (as in transformers);
+    all else is float64.
     """
     transformer = config.transformer
     width, epsilon = transformer.kv_channels, transformer.normalization.epsilon

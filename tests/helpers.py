@@ -1,7 +1,8 @@
 """What the tests share: a tiny architecture, and functions run in several gloo processes.
 
-The processes are forked from a server that has torch loaded and has run nothing with it (forking a process
-whose thread pools have run hangs), so that a start costs a tenth of a second instead of five.
+The processes are forked from a server that has torch loaded and has run nothing with it (forking a
+process whose thread pools have run hangs), so that a start costs a tenth of a second instead of
+five.
 """
 
 import multiprocessing
@@ -50,7 +51,8 @@ def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float =
     """Run `function(*args)` in `world` processes of one gloo group; the results, by rank.
 
     `function` must be importable (at the top of a test module). RANK, WORLD_SIZE, LOCAL_RANK and
-    LOCAL_WORLD_SIZE are set as torchrun sets them. A process that fails ends the others and its traceback is raised here.
+    LOCAL_WORLD_SIZE are set as torchrun sets them. A process that fails ends the others and its
+    traceback is raised here.
     """
     with TemporaryDirectory() as folder:
         results = _context.Queue()

@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub: serves folders to its real clients, from this machine.
 
-`serve(folder)` answers for folder/models/<organisation>/<name> and folder/datasets/<organisation>/<name>; give its
-address to a new process as HF_ENDPOINT.
+`serve(folder)` answers for folder/models/<organisation>/<name> and
+folder/datasets/<organisation>/<name>; give its address to a new process as HF_ENDPOINT.
 """
 
 import contextlib

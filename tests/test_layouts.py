@@ -1,7 +1,7 @@
 """Every layout trains what one process trains: five steps' losses and gradient norms, and every parameter after them.
 
-A layout is the lines that a user adds to the YAML. Each runs as `fast-llm train` does, in processes of its own, and its
-checkpoint is read back whole.
+A layout is the lines that a user adds to the YAML. Each runs as `fast-llm train` does, in processes
+of its own, and its checkpoint is read back whole.
 """
 
 import re
@@ -77,7 +77,8 @@ LAYOUTS = [
     "2 cp=2 recompute=full",
     "4 zero=3 tp=2 sp=yes recompute=selective micro=4",
     "4 pp=2 tp=2 sp=yes recompute=block",
-    # tensor parallelism, with and without sequences cut, with each ZeRO stage and each cross entropy
+    # tensor parallelism, with and without sequences cut, with each ZeRO stage and each cross
+    # entropy
     "2 tp=2 biases=yes micro=4",
     "2 tp=2 sp=yes biases=yes loss=torch micro=8",
     "4 tp=4 sp=yes tied=no micro=8",
@@ -126,7 +127,8 @@ LAYOUTS = [
 ]
 
 
-# Of those of four processes and more, the ones that `make test` has: each dimension with each other.
+# Of those of four processes and more, the ones that `make test` has: each dimension with each
+# other.
 LARGE = {
     "4 zero=2 shard=2",
     "4 zero=3 tp=2 sp=yes recompute=selective micro=4",
@@ -162,7 +164,8 @@ def arguments(root: Path, name: str, layout: str, steps: int = 5) -> list[str]:
         f"training.train_iters={steps}",
         f"training.checkpoint.interval={steps}",
         "optimizer.learning_rate.base=1e-3",
-        # Adam divides by the size of a gradient: where that is rounding alone, updates would be noise.
+        # Adam divides by the size of a gradient: where that is rounding alone, updates would be
+        # noise.
         "optimizer.epsilon=1e-4",
         "optimizer.gradient_norm_clipping=0.5",
         "training.double_check.interval=3",  # what processes must hold alike, they do
@@ -232,11 +235,12 @@ def test_five_steps(root: Path, layout: str) -> None:
     expected = meaning(layout)
     trained(root, 1, True)
     trained(root, int(layout.split()[0]), is_fast(layout))
-    # fp32: sums in another order, 6e-8 an addition, magnified by five updates of Adam: measured 3e-7 and 2e-6.
-    # bf16: as above, but 4e-3 a rounding. Micro-batches, cuts of matrices and of sequences are rounded one by one, so
-    # sums of rounded parts differ by their rounding: measured 7e-4 (loss), 2e-2 (norm) and 4e-4 (parameters).
-    # 8-bit moments: chances go by the place within a shard, 12 % of an update: measured 5e-5 (loss), 3e-4 (norm), 1.6e-3 (parameters, of
-    # the fifth that they move).
+    # fp32: sums in another order, 6e-8 an addition, magnified by five updates of Adam: measured
+    # 3e-7 and 2e-6. bf16: as above, but 4e-3 a rounding. Micro-batches, cuts of matrices and of
+    # sequences are rounded one by one, so sums of rounded parts differ by their rounding: measured
+    # 7e-4 (loss), 2e-2 (norm) and 4e-4 (parameters). 8-bit moments: chances go by the place within
+    # a shard, 12 % of an update: measured 5e-5 (loss), 3e-4 (norm), 1.6e-3 (parameters, of the
+    # fifth that they move).
     bounds = {"bf16": (2e-3, 5e-2, 2e-3), "int8": (2e-4, 1e-3, 5e-3)}
     rounded = next((word for word in bounds if word in layout), "")
     loss_bound, norm_bound, weight_bound = bounds.get(rounded, (1e-5, 1e-5, 1e-5))
@@ -276,7 +280,8 @@ RESUMED = [
 ]
 
 
-# Each with itself and with the next are the twelve pairs of `make test`; `make test-all` has the others too.
+# Each with itself and with the next are the twelve pairs of `make test`; `make test-all` has the
+# others too.
 PAIRS = [(before, after) for before in RESUMED for after in RESUMED]
 FAST_PAIRS = {
     pair for place, one in enumerate(RESUMED) for pair in ((one, one), (RESUMED[place - 1], one))

@@ -1,8 +1,9 @@
 """The numeric tests as on other processors.
 
-A processor decides the order of sums: by the width of its vectors and by the blockings that libraries choose for it. Each
-name below is one that this machine can emulate, in PyTorch, oneDNN, MKL and our own kernels. `make test-all` runs a few
-tests under each; all of them, in some ten minutes a processor:
+A processor decides the order of sums: by the width of its vectors and by the blockings that
+libraries choose for it. Each name below is one that this machine can emulate, in PyTorch, oneDNN,
+MKL and our own kernels. `make test-all` runs a few tests under each; all of them, in some ten
+minutes a processor:
 
     make test-processors
     .venv/bin/python -m tests.test_processors avx2 sse4 -- -x tests/model

@@ -4,10 +4,10 @@
     python -m tests.gpu [PART ...]       on a machine without network: data and packages were brought
                                          (FAST_LLM_GPU_DATA names the data's folder, by default build/gpu-data)
 
-Parts: kernels (against float64), whole (the recipe, all 32 layers), resume (checkpoint, SIGKILL, resume, export,
-transformers), ways (with and without the compiler and cuDNN), settings and layouts (small models, every setting and
-layout). All of them are meant to take ten minutes at most. The exit code is 1 if a row does not hold. A row's
-time is that since the row before it.
+Parts: kernels (against float64), whole (the recipe, all 32 layers), resume (checkpoint, SIGKILL,
+resume, export, transformers), ways (with and without the compiler and cuDNN), settings and layouts
+(small models, every setting and layout). All of them are meant to take ten minutes at most. The
+exit code is 1 if a row does not hold. A row's time is that since the row before it.
 """
 
 import json
@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-# Those of a line run at the same time; what takes a card's memory, and measures its speed, runs alone.
+# Those of a line run at the same time; what takes a card's memory, and measures its speed, runs
+# alone.
 ORDER = [["kernels", "settings", "resume"], ["ways", "layouts"], ["whole"]]
 PARTS = {
     "kernels": ["tests.gpu.kernels"],

@@ -1,6 +1,7 @@
 """Small models on packed documents: every setting that changes what a GPU runs, and on several GPUs every layout.
 
-Each is compared with one GPU in fp32, not compiled, by PyTorch's operations: losses and gradient norms of six steps.
+Each is compared with one GPU in fp32, not compiled, by PyTorch's operations: losses and gradient
+norms of six steps.
 """
 
 import sys
@@ -46,8 +47,8 @@ PLAIN = {
     "run.enable_triton_kernels": "no",
     "model.base_model.transformer.use_flash_attention": "no",
 }
-# fp32: sums in another order, six updates long. bf16 against fp32: 2^-9 a rounding; a gradient's norm differs by some 1e-3
-# and after six updates by more. fp8 has 3 bits.
+# fp32: sums in another order, six updates long. bf16 against fp32: 2^-9 a rounding; a gradient's
+# norm differs by some 1e-3 and after six updates by more. fp8 has 3 bits.
 BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-2, "fp8": 5e-2}
 
 

@@ -1,7 +1,8 @@
 """How a part of the suite reports: each check is a generator of (what, measured, bound); it holds where measured <= bound.
 
-A part is a module with a list of them that runs as a process of its own, so that an error of a kernel, which spoils a
-process's GPU for good, ends one part and not the suite. It prints a line of JSON for each row.
+A part is a module with a list of them that runs as a process of its own, so that an error of a
+kernel, which spoils a process's GPU for good, ends one part and not the suite. It prints a line of
+JSON for each row.
 """
 
 import json

@@ -3,9 +3,9 @@
     pip install --no-deps llama-models tiktoken
     python -m tests.gpu.data OUT                  (a minute; 20 MB)
 
-OUT/code.json and OUT/code/ hold some 2.4 million tokens in hundreds of documents, and with them the tokenizer, made from
-the `tokenizer.model` that Meta's package `llama-models` brings. A GPU machine without network or the packages gets OUT
-copied.
+OUT/code.json and OUT/code/ hold some 2.4 million tokens in hundreds of documents, and with them the
+tokenizer, made from the `tokenizer.model` that Meta's package `llama-models` brings. A GPU machine
+without network or the packages gets OUT copied.
 """
 
 import json

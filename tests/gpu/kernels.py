@@ -1,7 +1,7 @@
 """Every kernel that a GPU runs, against float64: with gradients and under no_grad, compiled and not, documents packed.
 
-Bounds: fp32 sums of some thousand terms, 1e-5; bf16 has 8 bits and fp16 11, so one rounding is 2e-3 and 2.4e-4 at most, and a
-result goes through two or three.
+Bounds: fp32 sums of some thousand terms, 1e-5; bf16 has 8 bits and fp16 11, so one rounding is 2e-3
+and 2.4e-4 at most, and a result goes through two or three.
 """
 
 import math
@@ -293,8 +293,8 @@ def blocks() -> Rows:
                 worst = max(far, key=lambda key: math.inf if far[key] != far[key] else far[key])
                 how = f"{short(dtype)}, {f'packed, {name}' if documents else 'one document each'}"
                 yield f"blocks compiled and not, {how}: {worst}", far[worst], bound
-    # fp8 has 3 bits: another rounding of what is rounded to it moves gradients as far as fp8 itself does. So both are
-    # measured by their distance from those in bf16.
+    # fp8 has 3 bits: another rounding of what is rounded to it moves gradients as far as fp8 itself
+    # does. So both are measured by their distance from those in bf16.
     documents = packed((100, 412, 512))
     with engine(engines(torch.bfloat16)[-1]):
         exact, plain, found = (
@@ -371,8 +371,8 @@ def fp8_rounding() -> Rows:
 def adamw() -> Rows:
     """Twenty updates by the kernel against the same by PyTorch's operations, relative to the way that weights went.
 
-    fp32: twenty roundings of a weight, 6e-8 each of a way of 0.1. bf16: other random numbers of stochastic rounding gave
-    1.5e-3. int8: the same random numbers but for a few.
+    fp32: twenty roundings of a weight, 6e-8 each of a way of 0.1. bf16: other random numbers of
+    stochastic rounding gave 1.5e-3. int8: the same random numbers but for a few.
     """
     start = torch.randn(1000, 333, device=DEVICE)
     gradients = [torch.randn(1000, 333, device=DEVICE) for _ in range(20)]

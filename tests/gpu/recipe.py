@@ -84,7 +84,8 @@ def kill_and_resume() -> Rows:
     """As many full-width layers as the disk holds: a checkpoint, SIGKILL, the same command, an export, transformers."""
     with TemporaryDirectory() as name:
         place = Path(name)
-        # Two checkpoints at a time of 12 bytes a weight, the model and its export of 2; a tenth is left free.
+        # Two checkpoints at a time of 12 bytes a weight, the model and its export of 2; a tenth is
+        # left free.
         weights = 0.9 * shutil.disk_usage(place).free / (2 * 12 + 2 * 2)
         layers = max(1, min(8, int((weights - HEAD_PARAMETERS) / BLOCK_PARAMETERS)))
         config = write_tutorial(place, layers, DATA)
@@ -120,7 +121,8 @@ def kill_and_resume() -> Rows:
         for step, folder in ((0, place / "fast-llm-tutorial" / "pretrained-model"), (6, export)):
             expected = loss_by_transformers(folder, place, config, settings)
             far = abs(validation[step]["language_model_loss"] - expected)
-            # Both compute in bf16, by other kernels; rounding of 65,000 tokens' losses averages out.
+            # Both compute in bf16, by other kernels; rounding of 65,000 tokens' losses averages
+            # out.
             yield f"{what}: validation loss at step {step} less that of transformers", far, 5e-3
         yield (
             f"{what}: characters that a pipeline adds with the export",

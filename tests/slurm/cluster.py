@@ -1,6 +1,7 @@
 """A private Slurm of one node: munged, slurmctld and slurmd, with everything they write in one temporary folder.
 
-It needs no cgroups, no systemd and no configuration of the machine, and does not touch a Slurm that the machine is part of.
+It needs no cgroups, no systemd and no configuration of the machine, and does not touch a Slurm that
+the machine is part of.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ _SEARCHED = (
 )
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
-# The example takes torchrun's port from the number of the job: clusters of one machine count from different numbers.
+# The example takes torchrun's port from the number of the job: clusters of one machine count from
+# different numbers.
 _CONF = """
 ClusterName=fast-llm-test
 SlurmctldHost={host}(127.0.0.1)
@@ -99,7 +101,8 @@ class Slurm:
     """A running cluster. `environment` makes Slurm's commands talk to it."""
 
     def __init__(self) -> None:
-        # Not below pytest's folder, which other users cannot enter: munged and its clients insist. Unix sockets want short names.
+        # Not below pytest's folder, which other users cannot enter: munged and its clients insist.
+        # Unix sockets want short names.
         self.folder = Path(tempfile.mkdtemp(prefix="fast-llm-slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         for name in ("munge", "state", "spool"):
@@ -135,7 +138,8 @@ class Slurm:
         key.chmod(0o400)
         self.controller, self.node = _free_ports(2)
         self.configure()
-        # Any character devices serve as GPUs. CUDA_VISIBLE_DEVICES is not set: the tests run on the CPU.
+        # Any character devices serve as GPUs. CUDA_VISIBLE_DEVICES is not set: the tests run on the
+        # CPU.
         devices = "".join(
             f"Name=gpu File=/dev/{name} Flags=no_gpu_env\n" for name in ("null", "zero")
         )

@@ -1,8 +1,9 @@
 """examples/slurm.sbatch under a real Slurm: the job is queued again exactly when there is something left to do, and ends with
 the same losses and weights as one that nothing happened to.
 
-Debian has Slurm: `apt-get install slurmctld slurmd munge`. Nothing rests on seconds: a run waits after its third step as long
-as there is a file `hold`, unless it is to stop, and every state is waited for.
+Debian has Slurm: `apt-get install slurmctld slurmd munge`. Nothing rests on seconds: a run waits
+after its third step as long as there is a file `hold`, unless it is to stop, and every state is
+waited for.
 """
 
 import contextlib
