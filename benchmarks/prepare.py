@@ -68,7 +68,7 @@ def measure_prepare(texts: list[str], folder: Path, workers: list[int]) -> None:
             file.write(json.dumps({"text": text}) + "\n")
     for count in workers:
         for size in (2**18, 2**20, 2**22):
-            prepare._RANGE = size
+            workers._RANGE_BYTES = size
             output = folder / f"out_{count}_{size}"
             values = {
                 "output_path": str(output),

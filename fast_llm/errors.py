@@ -28,6 +28,13 @@ def disk_problem(error: OSError) -> str | None:
     )
 
 
+def lfs_problem(path: object, start: bytes) -> str | None:
+    """What to do about a file that is a Git LFS pointer; None if its first bytes say that it is not one."""
+    if not start.startswith(b"version https://git-lfs"):
+        return None
+    return f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+
+
 class UserError(Exception):
     """A mistake that the user can fix: where it is, what was given, what is allowed, what to do."""
 

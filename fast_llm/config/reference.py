@@ -62,7 +62,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {
     "data.split": ("exactly three numbers", "What is left out is 0."),
     "optimizer.beta_1": ("1 is allowed", "With 1 nothing is ever learned."),
     "optimizer.beta_2": ("1 is allowed", "With 1 nothing is ever learned."),
-    "optimizer.gradient_norm_clipping": ("can not be turned off", "null turns it off."),
+    "optimizer.gradient_norm_clipping": ("cannot be turned off", "null turns it off."),
     "optimizer.learning_rate.decay_style": (
         "any word, found wrong after the model was made",
         "Like all settings it is checked first.",

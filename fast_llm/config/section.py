@@ -211,7 +211,7 @@ def read(
     Overrides are YAML, with what a command line needs: `*.jsonl` or `@x`, which YAML refuses, is the text that it is,
     `#` begins no comment, and where `kind` wants text, `2024` is text.
 
-    Raises ConfigError for a file that can not be read at all; smaller mistakes travel in the document, so that
+    Raises ConfigError for a file that cannot be read at all; smaller mistakes travel in the document, so that
     `validate` tells them with all the others.
     """
     values: Any = {}
@@ -324,7 +324,7 @@ def _read_text(path: str | Path) -> str:
     except IsADirectoryError as error:
         raise ConfigError([f"{path}: a folder; give the YAML file in it"]) from error
     except OSError as error:
-        raise ConfigError([f"{path}: can not be read: {error.strerror}"]) from error
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
     except ValueError as error:
         raise ConfigError([f"{str(path)!r}: not the name of a file"]) from error
 

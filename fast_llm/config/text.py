@@ -217,7 +217,7 @@ class YamlReader:
             self._problem(
                 line,
                 path,
-                f"{format_value(str(node.value))} can not be read as {node.tag.removeprefix(_TAG)}",
+                f"{format_value(str(node.value))} cannot be read as {node.tag.removeprefix(_TAG)}",
             )
             return UNREADABLE
         if isinstance(value, int) and abs(value) >= 2**63:
@@ -239,7 +239,7 @@ def _is_name(node: yaml.ScalarNode) -> bool:
 
 
 def _why(error: yaml.MarkedYAMLError) -> str:
-    text = error.problem or error.context or "can not be read"
+    text = error.problem or error.context or "cannot be read"
     if "'\\t'" in text:
         text += " (indent with spaces, not tabs)"
     elif "cannot start any token" in text:

@@ -98,7 +98,7 @@ class CallbackConfig(Section):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(
-                    f"{name} can not name an environment variable; use letters, digits and _"
+                    f"{name} cannot name an environment variable; use letters, digits and _"
                 )
             if re.search("token|key|secret|password|credential", name, re.IGNORECASE):
                 raise ValueError(
@@ -364,7 +364,7 @@ class DataConfig(Section):
             taken = ("training", "validation", "test", "language_model")
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in taken:
                 raise ValueError(
-                    f"{name} can not name a set; use letters, digits and _, and none of {', '.join(taken)}"
+                    f"{name} cannot name a set; use letters, digits and _, and none of {', '.join(taken)}"
                 )
         return value
 

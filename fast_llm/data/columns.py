@@ -1,7 +1,7 @@
-"""Parquet and arrow files, of which only the column of the field is read, with pyarrow.
+"""Parquet and arrow files. Only the column of the field is read, with pyarrow.
 
-Opening one costs its metadata. The process that hands rows out decodes them, a few at a time, so that workers need no
-pyarrow and a row group may be larger than memory.
+Opening a file reads its metadata. The parent process decodes rows, a few at a time, and sends them to the workers. So
+workers need no pyarrow, and a row group may be larger than memory.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fast_llm.data.reading import ColumnTask, Task, is_json_column
 from fast_llm.data.tables import BLOCK, ranges_by_size
-from fast_llm.errors import DataError, MissingPackage
+from fast_llm.errors import DataError, MissingPackage, lfs_problem
 
-_BATCH = 1024  # rows of parquet decoded at a time, at most
+_BATCH = 1024  # most rows of parquet decoded at a time
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ArrowTable:
     bytes: int
     missing_field: str | None
     groups: NDArray[np.int64]
-    """Rows before each row group or record batch, and in all."""
+    """[groups + 1]: rows before each row group or record batch, and in all."""
     blank_rows: int = 0
 
     def name(self, row: int) -> str:
@@ -64,7 +64,7 @@ class ArrowTable:
                 )
 
     def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
-        """The column in pieces, each with the number of its first row; those before `first` may be left out."""
+        """The column in pieces, each with the number of its first row. May leave out pieces before `first`."""
         at = first
         try:
             with contextlib.ExitStack() as stack:
@@ -89,7 +89,7 @@ class ArrowTable:
                             break
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.path}, row {at}: can not be read: {_first_line(error)}"
+                f"{self.path}, row {at}: cannot be read: {_first_line(error)}"
             ) from error
 
 
@@ -107,14 +107,14 @@ def _pyarrow(path: str) -> Any:
 
 
 def _open_parquet(stack: contextlib.ExitStack, path: str) -> Any:
-    # Pages are read when they are needed: a row group may be larger than memory.
+    # Read pages when they are needed: a row group may be larger than memory.
     return stack.enter_context(
         _pyarrow(path).parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
     )
 
 
 def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Iterator[Any]:
-    """The record batches of an arrow file with only the column of the field, or with all of them."""
+    """The record batches of an arrow file, with only the column `field` if there is one."""
     pyarrow = _pyarrow(path)
     source = stack.enter_context(pyarrow.memory_map(path))
     options = None
@@ -161,10 +161,8 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
                 schema = schema or pyarrow.schema([])
     except (OSError, ValueError) as error:
         with open(path, "rb") as beginning:
-            if beginning.read(23) == b"version https://git-lfs":
-                raise DataError(
-                    f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-                ) from None
+            if problem := lfs_problem(path, beginning.read(64)):
+                raise DataError(problem) from None
         raise DataError(
             f"{path}: damaged, or not a {'parquet' if parquet else 'arrow'} file: {_first_line(error)}"
         ) from error
@@ -182,7 +180,7 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
 
 
 def explain_missing_field(schema: Any, field: str) -> str | None:
-    """What a schema has instead, if it has no text under a field."""
+    """Why a schema has no text under a field; None if it has."""
     import pyarrow.types as types
 
     if field not in schema.names:
@@ -204,7 +202,7 @@ def explain_missing_field(schema: Any, field: str) -> str | None:
 
 
 def _values_as_bytes(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
-    """Lengths (-1 for null), the bytes of all values, and whether they are JSON."""
+    """[rows] bytes of each value (-1 for null), the bytes of all values, and whether they are JSON."""
     import pyarrow
 
     json_inside = is_json_column(array.type)
@@ -219,7 +217,7 @@ def _values_as_bytes(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
     edges = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     lengths = np.diff(edges)
     null = np.asarray(array.is_null().to_numpy(zero_copy_only=False), bool)
-    # What is under a null may be any bytes.
+    # A null may cover arbitrary bytes.
     if lengths[null].any():
         array = array.fill_null(b"")
         lengths, data, _ = _values_as_bytes(array)

@@ -1,18 +1,18 @@
-"""Where documents come from: files here of which each is one document or a table of them, and the Hugging Face Hub.
+"""The documents of a preparation: rows of local tables, local text files, or a dataset on the Hugging Face Hub.
 
-files.py says which files those are, `open_documents` counts their rows. Local files are read by tables.py and, with
-pyarrow, columns.py. `datasets` reads what is on the Hub, and folders of Dataset.save_to_disk: it maps
-tables into memory, after it has converted them into its cache (HF_HOME) once.
+files.py finds the files and `open_documents` counts their rows. tables.py reads local files; columns.py reads parquet
+and arrow, with pyarrow. `datasets` reads the Hub and folders of Dataset.save_to_disk: it converts a dataset into its
+cache (HF_HOME) once and maps it into memory. Opening costs one pass over JSON files, and the metadata of others.
 
-A document that can not be used does not end a preparation of hours. It is left out, for one of these reasons:
+A document that cannot be used is skipped, so that it does not end a job of hours. The reasons:
 
-    empty          no text, or none that the tokenizer makes tokens of
+    empty          no text, or text of which the tokenizer makes no tokens
     not_text       null, a number, a list; no such column in the row or file
-    not_utf8       text or a file with bytes that are no UTF-8, such as images, or with half of a surrogate pair
-    unreadable     a file that has gone, may not be read, or is compressed and damaged; a row nested thousands of levels deep
+    not_utf8       bytes that are not UTF-8, such as images, or half of a surrogate pair
+    unreadable     a file that is gone, may not be read, or is compressed and damaged; a row nested thousands of levels deep
     too_large      more than dataset.max_document_bytes; tokenizing needs a hundred times that
-    untokenizable  the tokenizer itself fails on it, e.g. on millions of blanks in a row
-    ends_itself    its tokens contain BOS or EOS, although special tokens' spellings are plain text
+    untokenizable  the tokenizer fails on it, e.g. on millions of spaces in a row
+    ends_itself    its tokens contain BOS or EOS, although the spellings of special tokens are encoded as plain text
 
 NUL and all other characters are text. A byte order mark at the start of a file is not.
 """
@@ -41,42 +41,44 @@ from fast_llm.errors import DataError, MissingPackage
 
 logger = logging.getLogger("fast_llm")
 
-REASONS = (
-    "empty",
-    "not_text",
-    "not_utf8",
-    "unreadable",
-    "too_large",
-    "untokenizable",
-    "ends_itself",
-)
+CONTAINS_EOS = "ends_itself"  # the name that dataset.json has had since version 0.1
+# The reasons as records and dataset.json name them, and in words.
+REASONS = {
+    "empty": "empty",
+    "not_text": "not text",
+    "not_utf8": "not UTF-8",
+    "unreadable": "unreadable",
+    "too_large": "too large",
+    "untokenizable": "the tokenizer failed",
+    CONTAINS_EOS: "contains BOS or EOS",
+}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Table = TextFiles | HubTable | JsonLines | JsonValue | ArrowTable
-_COMPRESSION_RATIO = 4  # how much larger compressed text is
+_COMPRESSION_RATIO = 4  # assumed, to estimate the size of compressed text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows of tables, or files. Rows are numbered from 0 in the order of the files; their numbers never change."""
+    """All documents. Rows are numbered from 0 in the order of the files; a file of text is one row."""
 
     parts: list[tuple[Table, int, int]]
-    """Tables, and which rows of them."""
+    """Tables, each with the rows [first, last) that are read of it."""
     starts: NDArray[np.int64]
-    """Rows before each part, and in all."""
+    """[parts + 1]: rows before each part, and the total."""
     reader: Reader
-    """What reads the tasks."""
+    """Reads the rows of a task, in any process."""
     digest: str
-    """Equal if the documents are, as far as can be said without reading them."""
+    """Identifies the documents by what can be known without reading them: names and sizes, or the revision."""
     kind: str
     left_out: list[tuple[str, str]]
-    """Files that are not read, and why."""
+    """Files that are not read, each with the reason."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
     def reading_changed(self) -> bool:
-        """Whether earlier versions made other texts of some: they guessed types of JSON, and did not decompress files."""
+        """Whether version 0.1 read some of them differently: it guessed types in JSON and did not decompress text files."""
         return self.kind == "json" or any(
             path.lower().endswith(COMPRESSED)
             for table, _, _ in self.parts
@@ -86,7 +88,7 @@ class Corpus:
 
     @property
     def tables_without_field(self) -> list[JsonLines | JsonValue | ArrowTable]:
-        """Files that have no text under the field, in any row."""
+        """Files that have no text in the column, in any row."""
         found = {
             id(table): table
             for table, _, _ in self.parts
@@ -96,18 +98,18 @@ class Corpus:
 
     @property
     def blank_rows(self) -> int:
-        """Rows that are none: blank lines."""
+        """Number of rows that are blank lines, which are not documents."""
         return sum(table.blank_rows for table, _, _ in self.parts)
 
     @property
     def bytes(self) -> int:
-        """About how much text there is."""
+        """Estimated bytes of text."""
         return sum(
             table.bytes * (last - first) // max(1, table.rows) for table, first, last in self.parts
         )
 
     def tasks(self, first: int, last: int, target: int) -> Iterator[Task]:
-        """Rows [first, last) in pieces of about `target` bytes of text, in order."""
+        """Rows [first, last) in order, in tasks of about `target` bytes of text."""
         begin = int(np.searchsorted(self.starts, first, "right")) - 1
         for start, (table, before, _), behind in zip(
             self.starts[begin:].tolist(),
@@ -122,7 +124,7 @@ class Corpus:
                 yield from table.tasks(before + one - start, before + end - start, one, target)
 
     def sample(self, count: int) -> Iterator[str]:
-        """Texts of some rows from all over."""
+        """Texts of about `count` rows, evenly spread."""
         for row in np.linspace(0, len(self) - 1, min(len(self), count)).astype(np.int64).tolist():
             part = int(np.searchsorted(self.starts, row, "right")) - 1
             table, before, _ = self.parts[part]
@@ -131,17 +133,17 @@ class Corpus:
                 yield from (text for text in self.reader.texts(task) if isinstance(text, str))
 
     def name(self, row: int) -> str:
-        """Where a row is, for people: `file`, `file:line`, or file and row."""
+        """Where a row is, for messages: `file`, `file:line`, or file and row."""
         part = int(np.searchsorted(self.starts, row, "right")) - 1
         table, before, _ = self.parts[part]
         return table.name(before + row - int(self.starts[part]))
 
 
 def open_documents(source: DatasetFiles, loading_workers: int) -> Corpus:
-    """Open what was found and count its rows.
+    """Open the files that were found and count their rows.
 
-    Raises DataError if it can not be read or has no such column, MissingPackage without what reads it, OSError if the
-    disk is full.
+    Raises DataError if they cannot be read or have no such column, MissingPackage if the package that reads them is
+    missing, OSError if the disk is full.
     """
     config = source.config
     max_bytes = config.max_document_bytes
@@ -191,7 +193,7 @@ def _documents(
 
 
 def _open_tables(source: DatasetFiles, paths: list[str], workers: int) -> dict[str, Table]:
-    """Threads are enough: libraries decompress, and the disk reads, outside Python's lock."""
+    """Open tables in threads: reading and decompressing do not hold Python's lock."""
     config = source.config
     size = sum(source.sizes[path] for path in paths)
     if source.kind == "json" and size > 2**30:
@@ -216,7 +218,7 @@ def _open_tables(source: DatasetFiles, paths: list[str], workers: int) -> dict[s
 def _slice(
     tables: list[Table], first: str | None, last: str | None
 ) -> Iterator[tuple[Table, int, int]]:
-    """Rows [first, last) of tables, one after the other. Bounds are numbers or percents, negative ones count from the end."""
+    """Rows [first, last) of tables laid end to end. Bounds are numbers or percentages; negative ones count from the end."""
     rows = [table.rows - table.blank_rows for table in tables]
     total = sum(rows)
 
@@ -239,7 +241,7 @@ def _slice(
 
 
 def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
-    """A datasets.Dataset that gives Arrow tables of one column, and a digest of it."""
+    """A datasets.Dataset that gives Arrow tables of one column, and its digest."""
     config = source.config
     try:
         import datasets
@@ -248,8 +250,10 @@ def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if source.kind == "hub":
-        logger.info(f"{config.path} is no file or folder here: asking the Hugging Face Hub for it.")
-    with _captured_errors() as said:
+        logger.info(
+            f"{config.path} is not a local file or folder: loading it from the Hugging Face Hub."
+        )
+    with _captured_errors() as logged:
         try:
             rows = _load(datasets, source, workers if workers > 1 else None)
         except Exception as error:
@@ -261,19 +265,19 @@ def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
                     f" {datasets.config.HF_CACHE_HOME}; set HF_HOME to a folder on a larger disk"
                 ) from error
             where = (
-                "no such file or folder here, and not from the Hugging Face Hub: "
+                "no such local file or folder, and not loaded from the Hugging Face Hub: "
                 if source.kind == "hub"
                 else ""
             )
-            # What it logs names the file, what it raises does not.
-            reason = said[-1] if said and source.kind != "hub" else _reason(error)
+            # Its log names the file, its exception does not.
+            reason = logged[-1] if logged and source.kind != "hub" else _reason(error)
             near = similar(Path(config.path)) if source.kind == "hub" else ""
             raise DataError(
                 f"dataset.path: {config.path}: {where}{reason.rstrip('. ')}{near}"
             ) from error
     if (missing_field := explain_missing_field(rows.data.schema, config.field)) is not None:
         raise DataError(f"dataset.field: {config.path} {missing_field}")
-    # The fingerprint follows from the files' revision on the Hub, and is noted by save_to_disk.
+    # The fingerprint depends on the revision on the Hub; save_to_disk stores it.
     digest = hashlib.sha256(f"{rows._fingerprint} {rows.split}".encode()).hexdigest()
     return rows.select_columns([config.field]).with_format("arrow"), digest
 
@@ -304,12 +308,12 @@ def _load(datasets: Any, source: DatasetFiles, processes: int | None) -> Any:
 
 @contextlib.contextmanager
 def _captured_errors() -> Iterator[list[str]]:
-    """Collects the errors that `datasets` logs; it and the Hub's client print theirs once, not twice, and no retries."""
-    said: list[str] = []
+    """The errors that `datasets` logs in the block. Keeps it and the Hub's client from printing them twice."""
+    logged: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage().splitlines()[0])
+            logged.append(record.getMessage().splitlines()[0])
 
     collector = Collector(logging.ERROR)
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
@@ -319,7 +323,7 @@ def _captured_errors() -> Iterator[list[str]]:
         logger.propagate = False
     loggers[1].setLevel(logging.ERROR)
     try:
-        yield said
+        yield logged
     finally:
         loggers[0].removeHandler(collector)
         for logger, (propagate, level) in zip(loggers, before, strict=True):
@@ -328,7 +332,7 @@ def _captured_errors() -> Iterator[list[str]]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it wraps, innermost last."""
+    """An exception and its causes, innermost last."""
     at: BaseException | None = error
     while at is not None:
         yield at
@@ -336,7 +340,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line: `datasets` wraps it, and its processes send it as text."""
+    """The first line of the innermost cause: `datasets` wraps it, and its processes send it as text."""
     for cause in _causes(error):
         name, lines = type(cause).__name__, str(cause).strip().splitlines()
         if name == "RemoteTraceback":

@@ -1,8 +1,9 @@
-"""Which files are read: those that a path, a pattern or a folder names.
+"""Which files `dataset.path` and `dataset.data_files` name.
 
-Paths are paths: a name that exists is that file or folder, whatever characters are in it; only what is left is a
-pattern. A folder is asked for its tables, or for all its files if it has none, and for those of a split; what a setting
-names file by file or by a pattern is taken as it is. What a folder has besides is left out, counted and named.
+A name that exists is that file or folder, whatever characters are in it; anything else is a pattern. Files named one by
+one or by a pattern are all read. Of a folder, only tables are read if it has some, else all files, and only those of
+the requested split. Other files of a folder are left out, counted and named. Nothing is opened: finding costs one walk
+over the folder.
 """
 
 import difflib
@@ -40,27 +41,27 @@ _SLICE = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """What the configuration names, found but not opened."""
+    """The files or dataset that the configuration names, not yet opened."""
 
     config: SourceConfig
     kind: str
-    """`file`: each is a document; `json`, `parquet`, `arrow`: tables; `saved`: a folder of Dataset.save_to_disk; `hub`."""
+    """`file`: each file is a document; `json`, `parquet`, `arrow`: tables; `saved`: a folder of Dataset.save_to_disk; `hub`."""
     files: dict[str, list[str]]
-    """Sorted, by split; empty for `saved` and `hub`."""
+    """Sorted files of each split; empty for `saved` and `hub`."""
     digest: str | None
-    """Of the files' names and sizes; None for what can only be known once it is open."""
+    """Of the names and sizes of the files; None for `saved` and `hub`, which must be opened first."""
     sizes: dict[str, int]
     """Bytes of each file."""
     left_out: list[tuple[str, str]]
-    """Files that are not read, and why."""
+    """Files that are not read, each with the reason (dataset.json lists the first ones)."""
 
 
 def find(config: SourceConfig) -> DatasetFiles:
-    """Look for the documents. Raises DataError if the configuration names nothing, or kinds that do not go together."""
+    """Find the documents. Raises DataError if the configuration names no files, or files of several kinds."""
     place = Path(config.path).expanduser()
     if place.exists() and config.config_name is not None:
         raise DataError(
-            f"dataset.config_name: given {config.config_name}, but {config.path} is here, not on the Hub; leave it out"
+            f"dataset.config_name: given {config.config_name}, but {config.path} is a local path, not on the Hub; leave it out"
         )
     if place.is_dir():
         if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
@@ -88,7 +89,7 @@ def find(config: SourceConfig) -> DatasetFiles:
 
 
 def _is_local(path: str, place: Path) -> bool:
-    """Whether a path that is not there can only have been meant to be here."""
+    """Whether a path that does not exist can only be meant as a local one."""
     return (
         path.startswith((".", "/", "~"))
         or path.endswith("/")
@@ -99,7 +100,7 @@ def _is_local(path: str, place: Path) -> bool:
 
 
 def similar(place: Path) -> str:
-    """What is there under a similar name, for people."""
+    """A hint that names existing files with similar names."""
     folder = place.parent
     while not folder.is_dir() and folder != folder.parent:
         folder, place = folder.parent, folder
@@ -112,7 +113,7 @@ def similar(place: Path) -> str:
 
 
 def _matches(path: Path) -> list[str]:
-    """The file of this name, or the files that match it as a pattern. What exists of it is no pattern."""
+    """The file of this name, or the files that match it as a pattern. Leading folders that exist are taken literally."""
     if path.is_file():
         return [str(path)]
     base, parts = Path(), list(path.parts)
@@ -123,14 +124,14 @@ def _matches(path: Path) -> list[str]:
 
 
 def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The files of a folder, sorted, and what in it is hidden or no file. Links to folders are followed."""
+    """The files of a folder, sorted; and what is hidden or not a file. Follows links to folders."""
     found: list[str] = []
     hidden: list[tuple[str, str]] = []
     above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
 
     def unreadable(error: OSError) -> None:
         hidden.append(
-            (os.path.relpath(str(error.filename), root) + "/", f"can not be read: {error.strerror}")
+            (os.path.relpath(str(error.filename), root) + "/", f"cannot be read: {error.strerror}")
         )
 
     for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
@@ -147,7 +148,7 @@ def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
         paths = {name: os.path.join(folder, name) for name in folders if name[0] != "."}
         for path in paths.values():
             above[path] = (*above[folder], os.path.realpath(path))
-        # A link to a folder around it has no end.
+        # A link to a folder that contains it would never end.
         folders[:] = [name for name, path in paths.items() if above[path][-1] not in above[folder]]
         for name in files:
             path = os.path.join(folder, name)
@@ -190,7 +191,7 @@ def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
             continue
         del kinds[path]
     if any(kind != "file" for kind in kinds.values()):
-        # Next to tables, a folder has a README, a licence and the like.
+        # A folder of tables also has a README, a license and the like.
         left_out += [
             (os.path.relpath(path, root), "no table")
             for path, kind in kinds.items()
@@ -203,7 +204,7 @@ def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
 def _of_files(
     config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]
 ) -> DatasetFiles:
-    """`root` is the folder in which names say which split a file is of."""
+    """The files of the requested splits. `root`: the folder below which names say the split of a file."""
     if not files:
         also = f"; left out: {describe(left_out)}" if left_out else ""
         raise DataError(f"dataset.path: {config.path}: no files there{also}")
@@ -230,7 +231,7 @@ def _of_files(
         raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
     sizes = {path: os.path.getsize(path) for path in files}
     if not any(sizes.values()):
-        raise DataError(f"dataset.path: {config.path}: nothing but empty files")
+        raise DataError(f"dataset.path: {config.path}: all files are empty")
     names = {
         path: os.path.relpath(path, root) if root else os.path.basename(path) for path in files
     }
@@ -260,7 +261,7 @@ def _of_files(
 
 
 def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
-    """Files by split. Those whose names say none are `train`, unless others are; then they stand under "" ."""
+    """Files by split. Files whose names say no split are `train` if no file is; else their split is ""."""
     found: dict[str, list[str]] = {}
     for path, name in names.items():
         found.setdefault(_split_of(name), []).append(path)
@@ -270,7 +271,7 @@ def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _split_of(name: str) -> str:
-    """The split that a folder is named for, or the file itself; "" if none is."""
+    """The split that a folder or the file itself is named for; "" for none."""
     *folders, file = Path(name.lower()).parts
     for folder in folders:
         if folder in _SPLIT_OF:
@@ -283,20 +284,20 @@ def _split_of(name: str) -> str:
 
 
 def parse_split(text: str) -> list[tuple[str, str | None, str | None]]:
-    """Splits and parts of them, as `datasets` writes them: train[:10%]+test[5:20]. Raises DataError."""
+    """Splits and slices of them, written as for `datasets`: train[:10%]+test[5:20]. Raises DataError."""
     found = []
     for part in text.split("+"):
         match = _SLICE.fullmatch(part.strip())
         if match is None:
             raise DataError(
-                f"dataset.split: given {text}, must be a split such as train, or parts of some: train[:1000]+test[50%:]"
+                f"dataset.split: given {text}, must be a split such as train, or slices of splits: train[:1000]+test[50%:]"
             )
         found.append((match[1], match[2], match[3]))
     return found
 
 
 def describe(left_out: list[tuple[str, str]], most: int = 10) -> str:
-    """Files that are left out, counted and named; those first that may have been meant to be read."""
+    """Names of the files that are left out. Those that may be left out by mistake come first."""
     last = ("hidden", "about a dataset", "no table")
     ordered = sorted(left_out, key=lambda each: each[1] in last)
     more = f" and {len(left_out) - most:,} more" if len(left_out) > most else ""
@@ -304,7 +305,7 @@ def describe(left_out: list[tuple[str, str]], most: int = 10) -> str:
 
 
 def _kind(path: str) -> str:
-    """What reads a file; `file` for a document of plain text."""
+    """The format of a file; `file` for a document of plain text."""
     stem, suffix = os.path.splitext(path.lower())
     packed = suffix in COMPRESSED
     if packed:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from fast_llm.config.batch import BatchSizes
-from fast_llm.data.dataset import Dataset, PackedSample
+from fast_llm.data.dataset import Dataset
+from fast_llm.data.source import PackedSample
 from fast_llm.errors import DataError
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
@@ -172,14 +173,14 @@ class Loader:
         place = int(
             packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin()
         )
-        for stretch in self.dataset.locate(self.phase, index):
-            if place < stretch.tokens:
+        for span in self.dataset.locate(self.phase, index):
+            if place < span.tokens:
                 raise DataError(
-                    f"{stretch.prefix}: document {stretch.document} holds token"
-                    f" {largest if largest >= self.vocab_size else smallest} at its place {stretch.begin + place}, but the"
+                    f"{span.prefix}: document {span.document} holds token"
+                    f" {largest if largest >= self.vocab_size else smallest} at its place {span.begin + place}, but the"
                     f" model's vocab_size is {self.vocab_size}; the data was made with another tokenizer or is damaged"
                 )
-            place -= stretch.tokens
+            place -= span.tokens
         raise DataError(
             f"sequence {index:,} of {self.phase}: a target is token {worst}, but the model's vocab_size is"
             f" {self.vocab_size}; the data was made with another tokenizer or is damaged"

@@ -1,10 +1,10 @@
 """What a worker process reads: files of text, lines of JSON, columns of text.
 
-Tasks name some rows and carry what is needed to read them; `Reader.texts` gives one result for each row: the text as it
-was written, an `SkippedDocument` where the row is no usable document, or None for a blank line, which is no row.
+A task names some rows and carries what is needed to read them. `Reader.texts` gives one result per row: the text exactly
+as it was written, a SkippedDocument for a row that cannot be used, or None for a blank line.
 
-Only the field is looked at: what other columns hold, and how other rows are written, never matters. A line that is no
-JSON ends the preparation with its file and line number, since nobody knows what else is wrong with such a file.
+Only the field is looked at. What other columns hold, and how other rows are written, does not matter. A line that is not
+JSON ends the preparation with its file and line number, since the rest of such a file cannot be trusted.
 """
 
 import bz2
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fast_llm.errors import DataError, MissingPackage
+from fast_llm.errors import DataError, MissingPackage, lfs_problem
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _BOM = "\ufeff"
@@ -29,14 +29,14 @@ _BOM = "\ufeff"
 
 @dataclass(frozen=True)
 class SkippedDocument:
-    """Stands where a document can not be used."""
+    """Takes the place of a document that cannot be used."""
 
-    reason: str
+    reason: str  # one of documents.REASONS
 
 
 @dataclass(frozen=True)
 class FilesTask:
-    """Files of which each is a document."""
+    """Files; each is a document."""
 
     first: int
     last: int
@@ -45,38 +45,38 @@ class FilesTask:
 
 @dataclass(frozen=True)
 class LinesTask:
-    """Lines of JSON, one a row: a few of those in a block of a file."""
+    """Lines of JSON, one per row: some lines of a block of a file."""
 
     first: int
     last: int
     path: str
     number: int
-    """Of the block's first line, from 1."""
+    """The number of the block's first line, from 1."""
     skip: int
-    """So many lines of the block come before row `first`."""
+    """Lines of the block before row `first`."""
     offset: int
     size: int
-    """Where the block is in the file, in bytes."""
+    """The block is the bytes [offset, offset + size) of the file."""
     content: bytes | None
-    """The block itself, where a worker cannot reach it: in compressed files."""
+    """The block itself, if the file is compressed: a worker cannot seek in it."""
 
 
 @dataclass(frozen=True)
 class ColumnTask:
-    """A part of a column of text."""
+    """Part of a column of text."""
 
     first: int
     last: int
     lengths: NDArray[np.int64]
-    """Bytes of each row; -1 for what is not text."""
+    """[rows]: bytes of each; -1 if it is not text."""
     data: bytes
     json: bool
-    """Whether each is JSON that may hold text."""
+    """Whether the values are JSON, which may hold text."""
 
 
 @dataclass(frozen=True)
 class ItemsTask:
-    """Values of the field in a file that is one JSON array or object."""
+    """Documents from a file that is one JSON array or object."""
 
     first: int
     last: int
@@ -85,7 +85,7 @@ class ItemsTask:
 
 @dataclass(frozen=True)
 class RowsTask:
-    """Rows of the table that the reader holds."""
+    """Rows of the table in the Reader."""
 
     first: int
     last: int
@@ -98,18 +98,18 @@ Task = FilesTask | LinesTask | ColumnTask | ItemsTask | RowsTask
 
 @dataclass(frozen=True)
 class Reader:
-    """How documents are read; the same in all processes."""
+    """Reads tasks, in the same way in all processes."""
 
     field: str
     max_bytes: int
-    """Bytes of UTF-8; a document with more is left out."""
+    """A document with more bytes of UTF-8 is skipped."""
     table: Any | None = None
     """A datasets.Dataset whose rows come as Arrow tables, or None."""
 
     def texts(self, task: Task) -> Iterator[str | SkippedDocument | None]:
-        """One for each row, in order; None where a line is blank_rows.
+        """The text of each row, in order; None for a blank line.
 
-        Raises DataError for a line that is no JSON, and for disks that fail.
+        Raises DataError for a line that is not JSON, and if the disk fails.
         """
         if isinstance(task, FilesTask):
             for path in task.paths:
@@ -129,7 +129,7 @@ class Reader:
                 yield self._scalar(value, json_inside)
 
     def document(self, content: Any) -> str | SkippedDocument:
-        """What was found in a row, as a document."""
+        """The content of a field as a document."""
         if not isinstance(content, str):
             return SkippedDocument("not_text")
         try:
@@ -141,7 +141,7 @@ class Reader:
         return content or SkippedDocument("empty")
 
     def file(self, path: str) -> str | SkippedDocument:
-        """A file of text; compressed ones by their names."""
+        """A text file as a document. Its name says whether it is compressed."""
         try:
             if not path.lower().endswith(COMPRESSED) and os.stat(path).st_size > self.max_bytes:
                 return SkippedDocument("too_large")
@@ -156,13 +156,15 @@ class Reader:
             return SkippedDocument("not_utf8")
         except (FileNotFoundError, PermissionError, IsADirectoryError, DamagedFile):
             return SkippedDocument("unreadable")
-        except OSError as error:  # of a disk or network: skipping the file would lose what is in it
+        except (
+            OSError
+        ) as error:  # of the disk or network: skipping the file would lose its document
             raise DataError(
-                f"{path}: can not be read: {error.strerror}; start the same command again to go on"
+                f"{path}: cannot be read: {error.strerror}; run the same command again to resume"
             ) from error
 
     def values(self, parsed: Any) -> str | SkippedDocument:
-        """The document in a row of JSON."""
+        """A parsed row of JSON as a document."""
         if isinstance(parsed, SkippedDocument):
             return parsed
         return self.document(parsed.get(self.field) if isinstance(parsed, dict) else None)
@@ -176,13 +178,11 @@ class Reader:
                     content = file.read(task.size)
             except OSError as error:
                 raise DataError(
-                    f"{task.path}: can not be read: {error.strerror}; start the same command again to go on"
+                    f"{task.path}: cannot be read: {error.strerror}; run the same command again to resume"
                 ) from error
         lines = split_lines(content)[task.skip : task.skip + task.last - task.first]
         if len(lines) != task.last - task.first:
-            raise DataError(
-                f"{task.path}: has changed while it was read; start the same command again"
-            )
+            raise DataError(f"{task.path}: changed while it was read; run the same command again")
         for number, line in enumerate(lines, task.number + task.skip):
             yield self.values(parse_line(line, task.path, number)) if line.strip() else None
 
@@ -213,12 +213,12 @@ class Reader:
 
 
 def is_json_column(kind: Any) -> bool:
-    """Whether an Arrow column has values of several kinds, which `datasets` keeps as JSON."""
+    """Whether an Arrow column holds JSON, as `datasets` stores values of several types."""
     return str(getattr(kind, "extension_name", "")) == "arrow.json"
 
 
 def split_lines(block: bytes) -> list[bytes]:
-    """Lines of a block that ends with one, or with the file."""
+    """The lines of a block, which ends with a line or with the file."""
     lines = block.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -226,7 +226,7 @@ def split_lines(block: bytes) -> list[bytes]:
 
 
 def parse_line(line: bytes, path: str, number: int) -> Any:
-    """A line of JSON that is not blank_rows. Bytes that are not UTF-8 become surrogates, so that they only matter in the field.
+    """A non-blank line of JSON. Bytes that are not UTF-8 become surrogates, so that they matter only in the field.
 
     Raises DataError with file and line.
     """
@@ -237,7 +237,7 @@ def parse_line(line: bytes, path: str, number: int) -> Any:
 
 
 def parse(text: str) -> Any:
-    """JSON to values; an SkippedDocument for what is JSON and beyond Python's reader. Raises json.JSONDecodeError."""
+    """JSON to values; a SkippedDocument for JSON that Python cannot read. Raises json.JSONDecodeError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -249,26 +249,24 @@ def parse(text: str) -> Any:
 
 
 def invalid_json(path: str, number: int, error: json.JSONDecodeError, line: bytes) -> DataError:
-    """The error for a line that is no JSON."""
-    if line.startswith(b"version https://git-lfs"):
-        return DataError(
-            f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-        )
+    """The error for a line that is not JSON."""
+    if problem := lfs_problem(path, line):
+        return DataError(problem)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         return DataError(
-            f"{path}: is in UTF-16, must be UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
+            f"{path}: encoded as UTF-16, must be UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
         )
     return DataError(
-        f"{path}:{number}: not JSON: {error.msg}, at character {error.colno} of the line; mend the line or delete it"
+        f"{path}:{number}: not JSON: {error.msg}, at character {error.colno} of the line; fix the line or delete it"
     )
 
 
 class DamagedFile(Exception):
-    """A compressed file that is not what its name says, or is cut off."""
+    """A compressed file is truncated, or is not what its name says."""
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A file, decompressed if its name says it is compressed. Reading it raises DamagedFile where that fails."""
+    """A file, decompressed if its name says that it is compressed. Reading it raises DamagedFile if that fails."""
     suffix = os.path.splitext(path.lower())[1]
     if suffix == ".zst":
         try:
@@ -286,7 +284,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 class _NormalizedErrors(io.RawIOBase):
-    """Each library has errors of its own for damaged files."""
+    """A stream whose library's errors for damaged data become DamagedFile."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -299,7 +297,7 @@ class _NormalizedErrors(io.RawIOBase):
             found: int = self.stream.readinto(buffer)
             return found
         except OSError as error:
-            if error.errno is not None:  # of the disk
+            if error.errno is not None:  # a failure of the disk
                 raise
             raise DamagedFile(str(error)) from error
         except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -311,11 +309,11 @@ class _NormalizedErrors(io.RawIOBase):
 
 
 class _ZstdStream(io.RawIOBase):
-    """Frames one after the other. The library's own reader takes a file that is cut off for a complete one."""
+    """Decompresses all frames of a file. The library's own reader accepts a truncated file as complete."""
 
     def __init__(self, file: BinaryIO, library: Any):
         self.file, self.library = file, library
-        # Files may say that they need more memory than the library allows by default: those of `zstd --long=31` do.
+        # Files of `zstd --long=31` need a larger window than the library allows by default.
         self.decompressor = library.ZstdDecompressor(max_window_size=2**31)
         self.frame: Any | None = None
         self.input = b""
@@ -326,12 +324,11 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.output:
-            self.input = self.input or self.file.read(
-                2**13
-            )  # which may become 10,000 times as much
+            # Small pieces: they may decompress to 10,000 times their size.
+            self.input = self.input or self.file.read(2**13)
             if not self.input:
                 if self.frame is not None:
-                    raise EOFError("it is cut off")
+                    raise EOFError("it is truncated")
                 return 0
             self.frame = self.frame or self.decompressor.decompressobj()
             try:

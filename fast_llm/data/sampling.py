@@ -1,8 +1,8 @@
-"""Which tokens the i-th sequence of a run holds: arithmetic on sizes, seeds and counts alone.
+"""Which tokens sequence i of a run holds: arithmetic on sizes, seeds and counts, without index files or state.
 
 One source. A source of T tokens has T - 1 inputs, each followed by its target. With sequences of L tokens an epoch
 has n = (T - 1) // L of them; number k holds the inputs [k·L, k·L + L). The u-th sequence that a source gives is its
-number π(u mod n) in epoch e = u // n, so that each comes once an epoch, in an order that differs between epochs.
+number π(u mod n) in epoch e = u // n. So each sequence comes once an epoch, in an order that differs between epochs.
 π is a permutation of 0 … n - 1: a Feistel network (Black & Rogaway 2002).
 
     a = ⌈√n⌉,  b = ⌈n / a⌉
@@ -10,24 +10,23 @@ number π(u mod n) in epoch e = u // n, so that each comes once an epoch, in an 
     mix(x)    = the finalizer of splitmix64 (Steele et al. 2014): x ^= x >> 30; x *= 0xBF58476D1CE4E5B9;
                 x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31, in u64
     π(x):  l, r = x // b, x mod b;  for j = 0, 2, 4, 6:  l = (l + mix(r ^ k_j)) mod a;  r = (r + mix(l ^ k_j+1)) mod b
-           y = l·b + r, and if y ≥ n (there are fewer than a such) the same again with x = y
+           y = l·b + r; if y ≥ n (fewer than a values are), repeat with x = y
 
-Mixtures. Several sources with weights share the sequences by halving. With W_s = round(2⁵³ · (the weights of the
-sources before s) / (all weights)), sources lo … hi - 1 and the t-th sequence that goes to any of them (in the
-beginning all of them, and t = i): mid = (lo + hi) // 2, g(t) = ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋; if
-g(t + 1) > g(t) it is the g(t)-th of sources lo … mid - 1, else the (t - g(t))-th of the others. The t that a
-source is left with counts its sequences and takes the place of u above. So of any number of sequences, of each
-single batch too, every source has its share, to within half a sequence a halving; weights may be as small as they like.
+Mixtures. Weighted sources share the sequences by repeated halving. Let W_s = round(2⁵³ · (sum of the weights of the
+sources before s) / (sum of all weights)). For sources lo … hi - 1 and the t-th sequence that goes to any of them (at
+first all of them, and t = i): mid = (lo + hi) // 2, g(t) = ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋. If g(t + 1) > g(t), it
+is the g(t)-th sequence of sources lo … mid - 1, else the (t - g(t))-th of the others. When one source is left, t counts
+its sequences and is its u above. So in any number of sequences, also in a single batch, every source has its share to
+within half a sequence per halving, however small its weight.
 
-Changes. When weights or sources change at sequence i, the mixture starts anew with t = 0 at i, and each source
-continues from its own count. Its key number never changes: that of a run's first sources is their place, from 0;
-a new source takes the next number that no other has had.
+Changes. When weights or sources change at sequence i, the mixture starts again with t = 0 at i, and each source
+continues from its own count. Its key number never changes: the first sources of a run are numbered from 0 by their
+place; a new source takes the next number that no other has had.
 
-When L or the seed changes after c > 0 of the n sequences of an epoch (or of what is left of one), the inputs that
-were not used are put together in ascending order, also those after n·L. Of these M inputs the rest of the epoch
-consists: n' = M // L' sequences, number k of which holds the inputs [k·L', k·L' + L') of what is left, in the order of
-π over n' with the keys of "<seed> <s> <e> <g>"; g: how often the epoch was cut so, this time included. The next epoch
-is cut as any other.
+When L or the seed changes after c > 0 of the n sequences of an epoch (or of what remains of one), the unused inputs are
+joined in ascending order, including those after n·L. These M inputs are the rest of the epoch: n' = M // L' sequences,
+number k of which holds the joined inputs [k·L', k·L' + L'), in the order of π over n' with the keys of
+"<seed> <s> <e> <g>", where g counts how often the epoch was interrupted, this time included. The next epoch is complete.
 """
 
 import functools
@@ -41,11 +40,11 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-UNIT = 2**53  # all weights together
+UNIT = 2**53  # the sum of all weights
 _MASK = 2**64 - 1
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _BLOCK = 512  # sequences that share a count in RemainingStream
-_AT_ONCE = 2**18  # numbers that are permuted together
+_CHUNK = 2**18  # numbers permuted together
 _THREADS = 4
 
 Range = tuple[int, int]  # [begin, end)
@@ -54,14 +53,14 @@ Drawn = tuple[int, int, int]  # L, seed, and how many sequences a source gave wi
 
 @functools.lru_cache(maxsize=256)
 def keys(seed: int, source: int, epoch: int, cut: int = 0) -> tuple[int, ...]:
-    """The keys of a source's permutation in an epoch, after it was cut so many times."""
+    """The keys of a source's permutation in an epoch that was interrupted `cut` times."""
     text = f"{seed} {source} {epoch}" + (f" {cut}" if cut else "")
     data = hashlib.sha512(text.encode()).digest()
     return tuple(int.from_bytes(data[8 * j : 8 * j + 8], "little") for j in range(8))
 
 
 def permute(value: int, count: int, keys: Sequence[int]) -> int:
-    """Where a permutation of 0 … count - 1 puts a value. The formula is at the top."""
+    """π(value) for n = `count`; the formula is at the top."""
     a = math.isqrt(count - 1) + 1
     b = -(-count // a)
     left, right = divmod(value, b)
@@ -80,7 +79,7 @@ def _mix(x: int) -> int:
 
 
 def mix_many(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 for many numbers."""
+    """mix(x) for many numbers."""
     x = x ^ (x >> np.uint64(30))
     x *= np.uint64(_MULTIPLIERS[0])
     x ^= x >> np.uint64(27)
@@ -96,7 +95,7 @@ def permute_many(values: NDArray[np.uint64], count: int, keys: Sequence[int]) ->
     size_a, size_b = np.uint64(a), np.uint64(b)
     left, right = values // size_b, values % size_b
     for j in range(0, len(keys), 2):
-        # Both terms are below the size, so that the sum does not wrap around as one with all 64 bits would.
+        # Both terms are below the size, so the sum does not wrap around, as a sum of two 64-bit numbers could.
         left = (left + mix_many(right ^ np.uint64(keys[j])) % size_a) % size_a
         right = (right + mix_many(left ^ np.uint64(keys[j + 1])) % size_b) % size_b
     images = left * size_b + right
@@ -107,19 +106,19 @@ def permute_many(values: NDArray[np.uint64], count: int, keys: Sequence[int]) ->
 
 
 class Mixture:
-    """How sources share sequences. `edges`: W_0 … W_n of the formula at the top."""
+    """How sources share sequences. `edges`: W_0 … W_n at the top."""
 
     def __init__(self, edges: Sequence[int]):
         self.edges = list(edges)
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> "Mixture":
-        """Sources with these weights, which are above 0."""
+        """The mixture of sources with these weights, all above 0."""
         sums = list(accumulate(weights, initial=0.0))
         return cls([round(before / sums[-1] * UNIT) for before in sums])
 
     def find(self, index: int) -> tuple[int, int]:
-        """The place of sequence `index`'s source, and its number among those of that source."""
+        """The source of sequence `index`, and the number of that sequence among those of the source."""
         low, high, inside = 0, len(self.edges) - 1, index
         while high - low > 1:
             middle = (low + high) // 2
@@ -131,7 +130,7 @@ class Mixture:
         return low, inside
 
     def counts(self, sequences: int) -> list[int]:
-        """How many of the first `sequences` sequences are each source's."""
+        """How many of the first `sequences` sequences each source has."""
         counts = [0] * (len(self.edges) - 1)
         waiting = [(0, len(counts), sequences)]
         while waiting:
@@ -145,14 +144,14 @@ class Mixture:
         return counts
 
     def _left(self, low: int, middle: int, high: int, share: int) -> int:
-        """How many of the first `share` sequences of sources low … high - 1 are of those below middle."""
-        left, whole = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
-        # Weights that round to nothing beside others never get here, but `counts` visits them.
-        return (2 * share * left + whole) // (2 * whole) if whole else share
+        """g(share): how many of the first `share` sequences of sources low … high - 1 go to those below `middle`."""
+        left, total = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
+        # `counts` also visits sources whose weights round to 0, which never get a sequence.
+        return (2 * share * left + total) // (2 * total) if total else share
 
 
 class FullStream:
-    """Every input of a source: what an epoch begins with."""
+    """All inputs of a source: a complete epoch."""
 
     cut = 0
 
@@ -160,15 +159,15 @@ class FullStream:
         self.size = size
 
     def ranges(self, begin: int, end: int) -> list[Range]:
-        """Where in the source the inputs [begin, end) lie."""
+        """The source's inputs that are [begin, end) of this stream."""
         return [(begin, end)]
 
     def open(self) -> None:
-        """Nothing has to be computed first."""
+        """Does nothing: there is nothing to compute."""
 
 
 class RemainingStream:
-    """What is left of a stream of inputs after some of its sequences: a bit for each sequence says whether it is left."""
+    """The inputs that remain of a stream after some of its sequences were used. Keeps one bit per sequence."""
 
     cut: int
     size: int
@@ -176,7 +175,7 @@ class RemainingStream:
     def __init__(
         self, parent: "FullStream | RemainingStream", length: int, used: int, keys: Sequence[int]
     ):
-        """`used`: how many sequences of `length` inputs were taken, in the order of these keys."""
+        """`used`: how many sequences of `length` inputs were used, in the order of `keys`."""
         self.parent, self.length, self.used, self.keys = parent, length, used, keys
         self.sequences = parent.size // length
         self.left = self.sequences - used
@@ -186,29 +185,28 @@ class RemainingStream:
         self._bits: NDArray[np.uint8] | None = None
 
     def open(self) -> None:
-        """Find out which sequences are left: a second for some ten million of them, 1/8 byte each."""
+        """Compute which sequences are left. Takes about a second for ten million of them."""
         self.parent.open()
         with self._lock:
             if self._bits is not None:
                 return
-            few = (
-                self.used <= self.left
-            )  # a bijection: those that are left are the images of the other indices
+            # π is a bijection: the remaining sequences are the images of the other indices. Compute the fewer ones.
+            few = self.used <= self.left
             first, last = (0, self.used) if few else (self.used, self.sequences)
             is_left = np.full(self.sequences, few)
 
             def mark(begin: int) -> None:
-                values = np.arange(begin, min(begin + _AT_ONCE, last), dtype=np.uint64)
+                values = np.arange(begin, min(begin + _CHUNK, last), dtype=np.uint64)
                 is_left[permute_many(values, self.sequences, self.keys)] = not few
 
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(mark, range(first, last, _AT_ONCE)))
+                list(pool.map(mark, range(first, last, _CHUNK)))
             blocks = np.add.reduceat(is_left, np.arange(0, self.sequences, _BLOCK), dtype=np.int64)
             self._before: NDArray[np.int64] = np.concatenate([[0], np.cumsum(blocks)])
             self._bits = np.packbits(is_left)
 
     def _select(self, begin: int, end: int) -> NDArray[np.int64]:
-        """The numbers of those sequences left, in ascending order, from the begin-th to before the end-th."""
+        """The numbers of the begin-th to the (end - 1)-th remaining sequence, in ascending order."""
         first = int(np.searchsorted(self._before, begin, "right")) - 1
         last = int(np.searchsorted(self._before, end, "left"))
         assert self._bits is not None
@@ -217,7 +215,7 @@ class RemainingStream:
         return np.flatnonzero(bits)[offset : offset + end - begin] + first * _BLOCK
 
     def ranges(self, begin: int, end: int) -> list[Range]:
-        """Where in the source the inputs [begin, end) lie: ranges in ascending order, neighbours merged."""
+        """The source's inputs that are [begin, end) of this stream: ascending ranges, adjacent ones merged."""
         self.open()
         length, inside = self.length, self.left * self.length
         places: list[Range] = []
@@ -232,7 +230,7 @@ class RemainingStream:
             ]
             places[0] = (places[0][0] + begin % length, places[0][1])
             places[-1] = (places[-1][0], places[-1][1] - -stop % length)
-        if end > inside:  # behind the last sequence that was cut there
+        if end > inside:  # the inputs after the last sequence of the parent
             shift = self.sequences * length - inside
             places.append((max(begin, inside) + shift, end + shift))
         found: list[Range] = []
@@ -248,24 +246,24 @@ Stream = FullStream | RemainingStream
 
 
 class SourceSampler:
-    """The way of one source through its epochs: which sequence the u-th is, from a point of a run on."""
+    """The order in which one source gives its sequences, from a given point of a run on."""
 
     def __init__(self, inputs: int, length: int, seed: int, key: int, drawn: Sequence[Drawn] = ()):
-        """`inputs`: of the source; `drawn`: what it has given before, the oldest first."""
+        """`inputs`: number of inputs of the source. `key`: its key number. `drawn`: what it gave before, the oldest first."""
         self.length, self.seed, self.key = length, seed, key
         self.drawn = list(drawn)
         self.all = FullStream(inputs)
         before = list(drawn)
-        self.base = 0  # sequences that were drawn with this length and seed just before
+        self.base = 0  # sequences given before with this length and seed
         if before and before[-1][:2] == (length, seed):
             self.base = before.pop()[2]
-        self.epoch = 0  # at the last change of length or seed, as is
+        self.epoch = 0  # at the last change of length or seed
         self.stream: Stream = self.all
         for cut_at, with_seed, count in before:
-            self._pass(cut_at, with_seed, count)
+            self._advance(cut_at, with_seed, count)
 
-    def _pass(self, length: int, seed: int, count: int) -> None:
-        """So many sequences later."""
+    def _advance(self, length: int, seed: int, count: int) -> None:
+        """Move on by `count` sequences of another length or seed."""
         there = self.stream.size // length
         if self.stream is not self.all and count >= there:
             count -= there
@@ -278,7 +276,7 @@ class SourceSampler:
             self.stream = RemainingStream(self.stream, length, count, cut)
 
     def find(self, index: int) -> tuple[Stream, int, int]:
-        """What the index-th sequence is cut from, its number there, and its epoch."""
+        """The stream that the index-th sequence is cut from, its number in that stream, and its epoch."""
         index, stream, epoch = index + self.base, self.stream, self.epoch
         if stream is not self.all:
             there = stream.size // self.length
@@ -292,7 +290,7 @@ class SourceSampler:
         return self.all, permute(place, there, keys(self.seed, self.key, epoch)), epoch
 
     def epochs(self, count: int) -> float:
-        """How often the source was gone through after so many sequences more: epochs and a share of inputs."""
+        """How many epochs of the source are complete after `count` more sequences, with a fraction."""
         if self.stream is self.all:
             return self.epoch + (self.base + count) / (self.all.size // self.length)
         there = self.stream.size // self.length
@@ -304,7 +302,7 @@ class SourceSampler:
 
 
 def add_drawn(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
-    """What a source has given, with what it gave then: one entry as long as length and seed stay the same."""
+    """What a source has given, with one more entry; merged with the last one if length and seed are the same."""
     length, seed, count = more
     found = list(drawn)
     if not count:

@@ -1,15 +1,20 @@
-"""Files of rows, opened to count rows and to hand them out: JSON lines, and files that are one JSON value.
+"""Tables of rows: text files, JSON lines, files that are one JSON value, and tables of `datasets`.
 
-Opening a file costs one pass over it, which counts lines at about a gigabyte a second. Rows of a file are numbered from
-0. In JSON lines a row is a line; blank lines have a number but make no document.
+Opening JSON counts its rows in one pass, at about a gigabyte a second. Rows of a file are numbered from 0. In JSON lines
+a row is a line; a blank line has a number but is not a document.
 
-All tables, those of columns.py too, have `rows`, of which `blank_rows` are none; `bytes`, about how much text there is;
-`missing_field`, what is wrong if no row has text under the field; `name(row)`, where a row is, for people; `near(row)`, a row
-close by that can be read fast; and `tasks(first, last, begin, target)`: rows [first, last) in order, in pieces of about
-`target` bytes, where `begin` is the number of `first` among all documents.
+Every table, also ArrowTable in columns.py, has
 
-Workers read plain JSON lines themselves. Compressed files and JSON that is one value can only be read from their
-beginning: the process that hands tasks out reads them, once, and sends the content.
+    rows, blank_rows                   number of rows, and how many of them are blank lines
+    bytes                              estimated bytes of text
+    missing_field                      why no row has text in the column; None if some may
+    name(row)                          where a row is, for messages
+    nearby_row(row)                    a row close by that can be read fast
+    tasks(first, last, begin, target)  rows [first, last) in tasks of about `target` bytes; row `first` has the number
+                                       `begin` among all documents
+
+Workers read plain JSON lines themselves. Compressed files and single JSON values can only be read from their beginning,
+so the parent process reads them, once, and sends their content.
 """
 
 import contextlib
@@ -40,8 +45,8 @@ from fast_llm.data.reading import (
 )
 from fast_llm.errors import DataError
 
-BLOCK = 2**20  # bytes of JSON lines between two places that are noted
-_LARGEST_JSON = 2**31  # bytes of a file that is one JSON value, which is read at once
+BLOCK = 2**20  # bytes of JSON lines between two recorded offsets
+_LARGEST_JSON = 2**31  # bytes of a file that is one JSON value, all of which is read at once
 _OPENING = b"{"[0]
 _CLOSING = b"}"[0]
 _RETURN, _NEWLINE = b"\r"[0], b"\n"[0]
@@ -49,11 +54,11 @@ _RETURN, _NEWLINE = b"\r"[0], b"\n"[0]
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Files of which each is a document."""
+    """Files; each is a document."""
 
     paths: list[str]
     sizes: NDArray[np.int64]
-    """Bytes of text; a guess for compressed ones."""
+    """[files]: bytes of text, an estimate for compressed files."""
     blank_rows: int = 0
     missing_field: str | None = None
 
@@ -84,7 +89,7 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class HubTable:
-    """A dataset of the Hub or of Dataset.save_to_disk, which `datasets` maps into memory."""
+    """A dataset from the Hub or from Dataset.save_to_disk, mapped into memory by `datasets`."""
 
     table: Any
     field: str
@@ -122,7 +127,7 @@ class HubTable:
             column = pyarrow.chunked_array(
                 [chunk.storage for chunk in column.chunks], pyarrow.string()
             )
-        # From the offsets alone, without touching the text.
+        # Reads only the offsets, not the text.
         lengths = pyarrow.compute.binary_length(column)
         return np.asarray(lengths.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
 
@@ -133,14 +138,14 @@ class JsonLines:
 
     path: str
     rows: int
-    """Lines, blank ones too."""
+    """Lines, including blank ones."""
     blank_rows: int
     bytes: int
     missing_field: str | None
     offsets: NDArray[np.int64]
-    """Where each block begins, in bytes of the decompressed file, and behind the last where it ends."""
+    """[blocks + 1]: where each block begins in the decompressed file, in bytes, and where the last one ends."""
     lines: NDArray[np.int64]
-    """Lines before each block, and in all."""
+    """[blocks + 1]: lines before each block, and the total."""
 
     def name(self, row: int) -> str:
         return f"{self.path}:{row + 1}"
@@ -179,7 +184,7 @@ class JsonLines:
                         )
 
     def line(self, row: int) -> int:
-        """The line of the row of this number, if blank lines are not counted."""
+        """The line of row `row`, not counting blank lines."""
         if not self.blank_rows:
             return row
         before = 0
@@ -193,7 +198,7 @@ class JsonLines:
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """A file in blocks that end with a line, or with the file."""
+    """Blocks of a file, each of complete lines."""
     while block := file.read(BLOCK):
         yield block + file.readline()
 
@@ -202,14 +207,12 @@ def _next(blocks: Iterator[bytes], path: str) -> bytes:
     try:
         return next(blocks)
     except (DamagedFile, StopIteration) as error:
-        raise DataError(
-            f"{path}: has changed while it was read; start the same command again"
-        ) from error
+        raise DataError(f"{path}: changed while it was read; run the same command again") from error
 
 
 @dataclass(frozen=True)
 class JsonValue:
-    """A file that is one JSON array, or objects written over several lines."""
+    """A file that is one JSON array, or objects that span several lines."""
 
     path: str
     field: str
@@ -232,7 +235,7 @@ class JsonValue:
                 continue
             if row >= last:
                 break
-            # A list of texts is a table whose only column is `text`.
+            # A list of texts is read as a table with the single column `text`.
             found = (
                 reader.document(value)
                 if isinstance(value, str) and self.field == "text"
@@ -251,12 +254,12 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _values(path: str) -> Iterator[Any]:
-    """The elements of a file that is an array, or the objects in it. One at a time: values take ten times as much as text."""
+    """The elements of an array, or the objects in a file, one at a time: parsed values take ten times the memory of text."""
     with _readable(path), open_binary(path) as file:
         content = file.read(_LARGEST_JSON + 1)
     if len(content) > _LARGEST_JSON:
         raise DataError(
-            f"{path}: larger than 2 GiB, and not one JSON object a line; convert it to jsonl"
+            f"{path}: larger than 2 GiB, and not one JSON object per line; convert it to jsonl"
         )
     text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     decoder = json.JSONDecoder(parse_int=_integer)
@@ -288,7 +291,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _integer(digits: str) -> float:
-    """Python refuses integers of thousands of digits; nobody asked for their value."""
+    """Python refuses to parse integers of thousands of digits, whose value does not matter here."""
     return int(digits) if len(digits) < 4000 else float(digits)
 
 
@@ -298,14 +301,14 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except DamagedFile as error:
         raise DataError(
-            f"{path}: damaged, or not what its name says: {error}; fetch it again"
+            f"{path}: damaged, or not the format that its name says: {error}; download it again"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: can not be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | JsonValue":
-    """Count the rows of a file. `stop` is an Event that ends it early. Raises DataError for what is no JSON."""
+    """Count the rows of a file. `stop`: an Event that ends it early. Raises DataError if it is not JSON."""
     with _readable(path), open_binary(path) as file:
         blocks = _blocks(file)
         block = next(blocks, b"")
@@ -318,7 +321,7 @@ def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | 
             try:
                 parse_line(lines[number], path, number + 1)
             except DataError as error:
-                # One object over several lines is no JSON lines; if it is no JSON either, then the first line is wrong.
+                # Perhaps one object that spans several lines. If it is not JSON either, report the first line.
                 with contextlib.suppress(DataError):
                     return _open_value(path, field, max_bytes)
                 raise error from None
@@ -345,15 +348,15 @@ def _open_value(path: str, field: str, max_bytes: int) -> JsonValue:
 
 
 def _columns_text(seen: dict[str, None], field: str) -> str:
-    has = f"it has {', '.join(list(seen)[:20])}" if seen else "its rows are no JSON objects"
+    has = f"it has {', '.join(list(seen)[:20])}" if seen else "its rows are not JSON objects"
     return f"has no column {field}; {has}"
 
 
 def _count_lines(
     path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any
 ) -> JsonLines:
-    """Count lines and look at their ends: most lines that are damaged were cut off."""
-    # The name of the field as it may be written.
+    """Count lines, and parse those that do not look like an object: most damaged lines are truncated."""
+    # The name of the field, as JSON may spell it.
     spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
     offsets, lines, blank_rows, has = [0], [0], 0, False
     seen: dict[str, None] = {}
@@ -366,7 +369,7 @@ def _count_lines(
             else:
                 blank_rows += 1
         first = block[: block.find(b"\n") + 1] or block
-        if first.strip():  # a sample for estimates
+        if first.strip():  # a sample, to estimate the bytes of text
             row = parse_line(first, path, lines[-1] + 1)
             seen |= dict.fromkeys(row) if isinstance(row, dict) and len(seen) < 100 else {}
             document = reader.values(row)
@@ -393,9 +396,8 @@ def _suspicious_lines(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
     if content[-1] != _NEWLINE:
         ends = np.append(ends, len(content))
     begins = np.concatenate([[0], ends[:-1] + 1])
-    last = (
-        ends - 1
-    )  # of an empty line at the start this is the last byte of the block, which does no harm
+    # For an empty line at the start this is the last byte of the block, which does no harm.
+    last = ends - 1
     last = last - (content[last] == _RETURN)
     usual = (
         (content[np.minimum(begins, len(content) - 1)] == _OPENING)
@@ -407,7 +409,7 @@ def _suspicious_lines(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
 
 
 def ranges_by_size(sizes: NDArray[np.int64], target: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of about `target` bytes."""
+    """Consecutive ranges [begin, end) of items with these sizes, of about `target` bytes each."""
     total = np.cumsum(sizes)
     at = 0
     while at < len(sizes):

@@ -12,13 +12,13 @@
     34+4N      8·N       i64 first byte of each document in .bin
     34+12N     8·(N+1)   i64 0 … N
 
-Version 2 has one more byte at 17, which says whether spans that are masked in the loss follow the first bytes:
-i32 [N] how many, then i32 [that many, 2]. They are passed over.
+Version 2 has one more byte at offset 17. If it is 1, the ranges that are masked in the loss follow the first bytes, as
+i32 [N] numbers of ranges, then i32 [all of them, 2]. They are ignored.
 
-Every length and offset is checked against the files' sizes before anything is mapped or allocated. Opening reads
-the index once (12 bytes a document) and keeps none of it: it stays mapped, shared by all processes of a machine.
-Tokens are read with `pread`, not through a map, for a file that shrinks or a disk that fails is then an error with
-a name instead of the end of the process (SIGBUS). Two file descriptors a pair; sizes are those of the disk.
+Every length and offset is checked against the sizes of the files before anything is mapped or allocated. Opening reads
+the index once (12 bytes a document) and copies none of it: it is memory-mapped, shared by all processes of a machine.
+Tokens are read with `pread`, not through a map: if a file shrinks or a disk fails, that raises an error that names the
+file instead of killing the process (SIGBUS). A pair uses one file descriptor while it is open.
 """
 
 import bisect
@@ -39,7 +39,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fast_llm.errors import DataError
+from fast_llm.errors import DataError, lfs_problem
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = 34
@@ -52,17 +52,17 @@ TYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 CODES = {np.dtype(kind): code for code, kind in TYPES.items()}
-LONGEST = 2**31 - 1  # tokens of a document
+LONGEST = 2**31 - 1  # tokens of one document
 Tokens = NDArray[Any]
 T = TypeVar("T")
-_STRETCH = 2**20  # documents checked at a time
-_ENDS = 2**20  # bytes of a file's beginning and end that tell it from others
-_MOST_FILES = 2**16  # open at once, if the system lets us
+_CHUNK = 2**20  # documents checked at a time
+_ENDS = 2**20  # bytes at the beginning and end of a file that identify it
+_MAX_OPEN_FILES = 2**16  # if the system allows it
 
 
 @dataclass(frozen=True)
 class TokenFileInfo:
-    """A finished pair of files."""
+    """Sizes and digests of a finished pair of files."""
 
     documents: int
     tokens: int
@@ -71,7 +71,7 @@ class TokenFileInfo:
 
 
 class TokenFileWriter:
-    """Writes a pair of files that is whole or absent: under other names until `close` renames them, .idx last."""
+    """Writes a pair of files that is complete or absent: `close` renames the finished files, .idx last."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix = prefix
@@ -84,24 +84,24 @@ class TokenFileWriter:
         self._file: BinaryIO = _partial(prefix, ".bin").open("wb", buffering=2**20)
 
     def append(self, tokens: Tokens) -> None:
-        """One document."""
+        """Append one document."""
         self.append_many(tokens, np.array([len(tokens)]))
 
     def append_many(self, tokens: Tokens, lengths: NDArray[Any]) -> None:
-        """Several documents, one after the other in `tokens`.
+        """Append several documents, which follow each other in `tokens`.
 
-        Raises DataError for a document that the format can not hold, ValueError for tokens that the type can not.
+        Raises DataError for a document that the format cannot hold, ValueError for tokens that the dtype cannot hold.
         """
         assert lengths.sum() == len(tokens) and (lengths >= 0).all()
         if (lengths > LONGEST).any():
             number = self.documents + int(np.argmax(lengths > LONGEST))
             raise DataError(
                 f"{self.prefix}: document {number} has {int(lengths.max()):,} tokens; a token file holds documents of"
-                f" up to {LONGEST:,}: cut it in pieces"
+                f" up to {LONGEST:,}: split it"
             )
         if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
             smallest, largest, fits = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
-            if smallest < fits.min or largest > fits.max:  # would come back as another token
+            if smallest < fits.min or largest > fits.max:  # would wrap around to another token
                 raise ValueError(f"tokens {smallest} … {largest} do not fit {self.dtype}")
         data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
         self._file.write(data)
@@ -111,7 +111,7 @@ class TokenFileWriter:
         self.documents += len(lengths)
 
     def close(self) -> TokenFileInfo:
-        """Flush to disk and publish."""
+        """Flush to disk and give the files their names."""
         _flush(self._file)
         lengths = np.concatenate([np.zeros(0, "<i4"), *self.lengths])
         starts = np.zeros(self.documents, "<i8")
@@ -131,7 +131,7 @@ class TokenFileWriter:
                 file.write(part)
                 digest.update(part)
             _flush(file)
-        # An older index must at no moment stand beside the new tokens.
+        # An older index must never be next to the new tokens.
         _named(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             _partial(self.prefix, suffix).replace(_named(self.prefix, suffix))
@@ -145,7 +145,7 @@ class TokenFileWriter:
         )
 
     def abandon(self) -> None:
-        """Close and delete what was written."""
+        """Close and delete the partial files."""
         self._file.close()
         for suffix in (".bin", ".idx"):
             _partial(self.prefix, suffix).unlink(missing_ok=True)
@@ -155,7 +155,7 @@ class TokenFile:
     """A pair of files, open for reading from any thread."""
 
     def __init__(self, prefix: Path):
-        """Raises DataError, naming the file and the field that is wrong."""
+        """Open the pair. Raises DataError that names the file and what is wrong with it."""
         self.prefix = prefix
         self.idx, self.bin = _named(prefix, ".idx"), _named(prefix, ".bin")
         with _open(self.idx) as (descriptor, size):
@@ -164,30 +164,48 @@ class TokenFile:
                 raise DataError(
                     f"{self.idx}: not an index of tokens (it begins with {head[:9]!r}, not {MAGIC!r}); prepare the data again"
                 )
-            content = _files(lambda: mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
+            content = _with_file_limit(lambda: mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
+        begin = self._read_header(head, content, size)
+        count = self.documents
+        self.lengths: NDArray[np.int32] = np.frombuffer(content, "<i4", count, begin)
+        """[documents]: tokens of each."""
+        self.starts: NDArray[np.int64] = np.frombuffer(content, "<i8", count, begin + 4 * count)
+        """[documents]: first byte of each in .bin. Not aligned in memory, so NumPy copies it before computing."""
+        self.tokens = self._check_documents()
+        with _open(self.bin) as (descriptor, bin_size):
+            if bin_size != self.tokens * self.dtype.itemsize:
+                raise DataError(
+                    f"{self.bin}: {bin_size} bytes, but its index lists {self.tokens} tokens of {self.dtype.itemsize}"
+                    " bytes; it is truncated, damaged or belongs to another index: prepare the data again"
+                )
+            self._bin = _with_file_limit(lambda: os.dup(descriptor))
+        weakref.finalize(self, os.close, self._bin)
+
+    def _read_header(self, head: bytes, content: mmap.mmap, size: int) -> int:
+        """Set dtype and number of documents; where the lengths begin. `head`: the first bytes of the index."""
         version = int.from_bytes(head[9:17], "little")
         if version not in (1, 2):
-            raise DataError(f"{self.idx}: version {version}; versions 1 and 2 can be read")
-        begin = HEADER + version - 1  # of what follows the header
+            raise DataError(f"{self.idx}: version {version}, must be 1 or 2")
+        begin = HEADER + version - 1  # of the lengths
         if size < begin:
             raise DataError(
-                f"{self.idx}: {size} bytes, cut off inside its header; prepare the data again"
+                f"{self.idx}: {size} bytes, truncated inside its header; prepare the data again"
             )
         code = head[begin - 17]
         if code not in TYPES:
-            raise DataError(f"{self.idx}: token type {code}; known are {sorted(TYPES)}")
+            raise DataError(f"{self.idx}: token type {code}, must be one of {sorted(TYPES)}")
         self.dtype = np.dtype(TYPES[code]).newbyteorder("<")
         count = self.documents = int.from_bytes(head[begin - 16 : begin - 8], "little")
         bounds = int.from_bytes(head[begin - 8 : begin], "little")
         if bounds != count + 1:
             raise DataError(
-                f"{self.idx}: {bounds} document boundaries, must be {count} + 1; documents that are split in sentences"
-                " can not be read"
+                f"{self.idx}: {bounds} document boundaries, must be {count} + 1; documents split into"
+                " sentences cannot be read"
             )
-        ahead = begin + 12 * count  # what must be there before the spans' numbers can be read
+        ahead = begin + 12 * count  # where the masked ranges begin
         if version == 2 and head[17] > 1:
             raise DataError(
-                f"{self.idx}: says {head[17]} of whether there are spans, must be 0 or 1; it is damaged"
+                f"{self.idx}: its flag for masked ranges is {head[17]}, must be 0 or 1; it is damaged"
             )
         spans = 4 * count if version == 2 and head[17] else 0
         if size >= ahead + spans and spans:
@@ -195,52 +213,40 @@ class TokenFile:
             spans += 8 * int(numbers.sum(dtype=np.int64)) if int(numbers.min()) >= 0 else 0
         if size != ahead + spans + 8 * (count + 1):
             raise DataError(
-                f"{self.idx}: {size} bytes, but its {count} documents need {ahead + spans + 8 * (count + 1)}; it is cut"
-                " off or damaged: prepare the data again"
+                f"{self.idx}: {size} bytes, but its {count} documents need {ahead + spans + 8 * (count + 1)}; it is"
+                " truncated or damaged: prepare the data again"
             )
-        self.lengths: NDArray[np.int32] = np.frombuffer(content, "<i4", count, begin)
-        """Tokens of each document."""
-        self.starts: NDArray[np.int64] = np.frombuffer(content, "<i8", count, begin + 4 * count)
-        """First byte of each document in .bin. Not aligned in memory: NumPy copies what it computes with."""
-        self.tokens = self._check_documents()
-        with _open(self.bin) as (descriptor, bin_size):
-            if bin_size != self.tokens * self.dtype.itemsize:
-                raise DataError(
-                    f"{self.bin}: {bin_size} bytes, but its index tells of {self.tokens} tokens of {self.dtype.itemsize}"
-                    " bytes; it is cut off, damaged or another index's: prepare the data again"
-                )
-            self._bin = _files(lambda: os.dup(descriptor))
-        weakref.finalize(self, os.close, self._bin)
+        return begin
 
     def _check_documents(self) -> int:
-        """Documents must lie one behind the other; how many tokens they have."""
+        """The total number of tokens. Raises DataError unless each document begins where the previous one ends."""
         itemsize = self.dtype.itemsize
         expected = 0
-        for first in range(0, self.documents, _STRETCH):  # never the whole of it in memory
-            lengths = self.lengths[first : first + _STRETCH].astype(np.int64)
+        for first in range(0, self.documents, _CHUNK):  # copies only a part of the index
+            lengths = self.lengths[first : first + _CHUNK].astype(np.int64)
             if (lengths < 0).any():
                 wrong = first + int(np.argmax(lengths < 0))
                 raise DataError(
                     f"{self.idx}: document {wrong} has a negative length; it is damaged"
                 )
             ends = expected + np.cumsum(lengths * itemsize)
-            different = self.starts[first : first + _STRETCH] != ends - lengths * itemsize
+            different = self.starts[first : first + _CHUNK] != ends - lengths * itemsize
             if different.any():
                 wrong = first + int(np.argmax(different))
                 raise DataError(
-                    f"{self.idx}: document {wrong} begins at byte {int(self.starts[wrong])}, which is not where the one"
-                    " before it ends; it is damaged"
+                    f"{self.idx}: document {wrong} begins at byte {int(self.starts[wrong])}, which is not where the"
+                    " previous one ends; it is damaged"
                 )
             expected = int(ends[-1])
         return expected // itemsize
 
     @functools.cached_property
     def identity(self) -> tuple[int, int, str, str, str]:
-        """What tells this pair from any other, wherever it lies: sizes, and the first and last mebibyte of both."""
+        """Identifies the content, wherever the files are: sizes, and digests of the first and last mebibyte of both."""
         return (self.documents, self.tokens, self.dtype.str, _ends(self.idx), _ends(self.bin))
 
     def tokens_at(self, begin: int, end: int) -> Tokens:
-        """Tokens [begin, end) of the whole file.
+        """Tokens [begin, end) of the file.
 
         Raises DataError if the file can no longer be read.
         """
@@ -249,29 +255,29 @@ class TokenFile:
         itemsize = self.dtype.itemsize
         place, stop = begin * itemsize, end * itemsize
         parts = []
-        while place < stop:  # one read gives at most 2 GiB, and less than that if it likes
+        while place < stop:  # one call reads at most 2 GiB, possibly less
             try:
                 part = os.pread(self._bin, stop - place, place)
             except OSError as error:
                 raise DataError(
-                    f"{self.bin}: can not be read at byte {place}: {error.strerror}"
+                    f"{self.bin}: cannot be read at byte {place}: {error.strerror}"
                 ) from error
             if not part:
                 raise DataError(
-                    f"{self.bin}: ends at byte {place}; it was cut off after it was opened"
+                    f"{self.bin}: ends at byte {place}; it was truncated after it was opened"
                 )
             parts.append(part)
             place += len(part)
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
 
     def document_at(self, token: int, first: int = 0) -> int:
-        """The number of the document, `first` or a later one, that holds a token."""
-        # Of documents without tokens that begin at the same place, the one that holds it is the last.
-        # (np.searchsorted would copy all of the starts, since they are not aligned.)
+        """The number of the document, `first` or a later one, that contains a token."""
+        # Empty documents begin at the same place as the document after them, which contains the token.
+        # np.searchsorted would copy all starts, since they are not aligned.
         return bisect.bisect_right(self.starts, token * self.dtype.itemsize, lo=first) - 1
 
     def start_of(self, document: int) -> int:
-        """The first token of a document; behind the last one, the number of all tokens."""
+        """The first token of a document; the total number of tokens if there is no such document."""
         return (
             self.tokens
             if document >= self.documents
@@ -280,15 +286,15 @@ class TokenFile:
 
 
 def _ends(path: Path) -> str:
-    """A digest of the beginning and the end of a file."""
+    """The sha256 of the beginning and the end of a file."""
     with path.open("rb") as file:
         head = file.read(_ENDS)
         file.seek(max(0, path.stat().st_size - _ENDS))
         return hashlib.sha256(head + file.read()).hexdigest()
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -309,18 +315,18 @@ def _flush(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[int, int]]:
-    """A descriptor of a file, and its size. What fails while it is open is a DataError, too."""
+    """A descriptor of a file, and its size. An OSError in the block becomes a DataError."""
     try:
-        # A pipe without a writer must not make us wait.
-        descriptor = _files(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        # Without O_NONBLOCK, opening a pipe without a writer would hang.
+        descriptor = _with_file_limit(
+            lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        )
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise DataError(f"{path}: not a file")
-            if os.pread(descriptor, 64, 0).startswith(b"version https://git-lfs"):
-                raise DataError(
-                    f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-                )
+            if problem := lfs_problem(path, os.pread(descriptor, 64, 0)):
+                raise DataError(problem)
             yield descriptor, found.st_size
         finally:
             os.close(descriptor)
@@ -331,16 +337,16 @@ def _open(path: Path) -> Iterator[tuple[int, int]]:
     except OSError as error:
         advice = "; raise the limit with `ulimit -n`, or prepare fewer, larger shards"
         advice = advice if error.errno == errno.EMFILE else ""
-        raise DataError(f"{path}: can not be read: {error.strerror}{advice}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}{advice}") from error
 
 
-def _files(action: Callable[[], T]) -> T:
-    """Do what opens a file; if too many are open, after raising the limit that shells set (1,024, often)."""
+def _with_file_limit(action: Callable[[], T]) -> T:
+    """Call `action`, which opens a file. If too many are open, raise the shell's limit (often 1,024) and retry."""
     try:
         return action()
     except OSError as error:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+        most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
         if error.errno != errno.EMFILE or soft == resource.RLIM_INFINITY or soft >= most:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,11 +1,11 @@
-"""A model's tokenizer: its files, its BOS and EOS, and a fingerprint that tells it from others.
+"""A model's tokenizer: its files, its BOS and EOS tokens, and a fingerprint that identifies it.
 
-Read with `tokenizers` from tokenizer.json; neither transformers nor torch is needed. Whether documents begin with BOS
-is what the tokenizer itself does, hence what the model was trained with: Llama 3's puts BOS in front; SmolLM2's and
-GPT-2's, whose BOS is their EOS, put nothing. Which tokens these are is looked up where a model's folder says it, in
-this order: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json.
+Read with `tokenizers` from tokenizer.json, without transformers or torch. Documents begin with BOS if the tokenizer adds
+one, since the model was trained that way: Llama 3's adds BOS; SmolLM2's and GPT-2's, whose BOS is also their EOS, add
+nothing. The BOS and EOS tokens are those that the model's folder names, looked up in this order: tokenizer_config.json,
+special_tokens_map.json, generation_config.json, config.json.
 
-A tokenizer of 128,000 tokens is read in about a second.
+Loading a tokenizer of 128,000 tokens takes about a second.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fast_llm.errors import DataError, MissingPackage
+from fast_llm.errors import DataError, MissingPackage, lfs_problem
 
 MAIN = "tokenizer.json"
 FILES = (
@@ -39,7 +39,7 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A tokenizer and what goes with it."""
+    """A tokenizer, its special tokens and its files."""
 
     tokenizer: Tokenizer
     """Neither truncates nor pads."""
@@ -48,15 +48,15 @@ class Loaded:
     bos: int | None
     eos: int | None
     adds_bos: bool
-    """Whether the model was trained with BOS in front of each document."""
+    """Whether the tokenizer puts BOS before each document."""
     vocab_size: int
-    """The largest id, and one."""
+    """The largest id + 1."""
     fingerprint: str
     files: list[Path]
-    """All that belongs to it, tokenizer.json first."""
+    """The tokenizer's files, tokenizer.json first."""
 
     def named_files(self) -> list[tuple[str, Path]]:
-        """`files`, each with its path in a copy of the folder."""
+        """`files`, each with its relative path in a copy of the folder."""
         return [
             (MAIN if file == self.path else file.relative_to(self.path.parent).as_posix(), file)
             for file in self.files
@@ -66,7 +66,7 @@ class Loaded:
 def load(path: str) -> Loaded:
     """The tokenizer of a folder, of a tokenizer.json, or of a model on the Hub (`organisation/name`, also `…@revision`).
 
-    Raises DataError if there is none or it can not be read, MissingPackage for the Hub without huggingface_hub.
+    Raises DataError if it is missing or cannot be read, MissingPackage for the Hub without huggingface_hub.
     """
     file = _find(path)
     content = _json(file)
@@ -98,7 +98,7 @@ def load(path: str) -> Loaded:
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 of what decides a tokenizer's tokens; `path` is its folder or its tokenizer.json.
+    """The sha256 of everything that decides a tokenizer's output; `path`: its folder or its tokenizer.json.
 
     Raises DataError as `load` does.
     """
@@ -106,14 +106,14 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Equal for equal tokenizers: of any order and spacing of the file, written by old or new `tokenizers`."""
+    """Equal for equal tokenizers, whatever the order and spacing in the file and the version of `tokenizers`."""
     decisive = {
         key: value
         for key, value in content.items()
         if key not in ("truncation", "padding", "version")
     }
     if isinstance(decisive.get("model"), dict):
-        # Files of before 2024 spell merges "a b" instead of ["a", "b"], and lack settings that came later.
+        # Files from before 2024 spell merges "a b" instead of ["a", "b"], and lack later settings.
         model = {
             key: value
             for key, value in decisive["model"].items()
@@ -142,7 +142,7 @@ def _find(path: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingPackage(
-            "huggingface_hub", f"{path} is no folder here; fetching it from the Hub"
+            "huggingface_hub", f"{path} is not a local folder; loading it from the Hub"
         ) from error
     name, _, revision = path.partition("@")
     try:
@@ -153,8 +153,8 @@ def _find(path: str) -> Path:
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         raise DataError(
-            f"{path}: no folder here, and it could not be fetched from the Hugging Face Hub: {reason.rstrip('. ')}. Without a network,"
-            " give the model's folder; for a model that asks for consent, `hf auth login` first"
+            f"{path}: not a local folder, and downloading it from the Hugging Face Hub failed: {reason.rstrip('. ')}. Without a"
+            " network, give the model's folder; for a gated model, run `hf auth login` first"
         ) from error
     return _in_folder(Path(folder), path)
 
@@ -164,7 +164,7 @@ def _in_folder(folder: Path, path: str) -> Path:
         return folder / MAIN
     if (folder / "tokenizer.model").is_file():
         raise DataError(
-            f"{path}: has only tokenizer.model; make {MAIN} of it once: python -c 'from transformers import AutoTokenizer;"
+            f"{path}: has only tokenizer.model; convert it to {MAIN} once: python -c 'from transformers import AutoTokenizer;"
             f' AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")\''
         )
     raise DataError(f"{path}: no {MAIN} in it; give the model's folder")
@@ -173,17 +173,15 @@ def _in_folder(folder: Path, path: str) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
-            raise DataError(f"{path}: larger than {_LARGEST // 2**20} MiB; this is no tokenizer")
-        if not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: larger than {_LARGEST // 2**20} MiB; this is not a tokenizer")
+        if not path.is_file():  # reading a pipe would block
             raise DataError(f"{path}: not a file")
         data = path.read_bytes()
-        if data.startswith(b"version https://git-lfs"):
-            raise DataError(
-                f"{path}: a Git LFS pointer, not the file itself; fetch it with `git -C {path.parent} lfs pull`"
-            )
+        if problem := lfs_problem(path, data):
+            raise DataError(problem)
         content = json.loads(data)
     except OSError as error:
-        raise DataError(f"{path}: can not be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -196,7 +194,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _special(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
-    """The id of BOS or EOS, from wherever a model's folder says it."""
+    """The id of BOS or EOS (`name`: bos, eos) that the model's folder names."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _optional(folder / file).get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
 
 from fast_llm.config.train import DataConfig, TrainConfig
-from fast_llm.data.dataset import Dataset, RandomSource, Source, Split, open_dataset
+from fast_llm.data.dataset import Dataset, Split, open_dataset
 from fast_llm.data.sampling import UNIT, Mixture, add_drawn
+from fast_llm.data.source import RandomSource, Source
 from fast_llm.errors import DataError, UserError
 
 _GONE = "gone"  # the digest of what can no longer be read
@@ -164,7 +165,7 @@ def new_history(config: TrainConfig, batch_size: int, dataset: Dataset) -> Histo
 def apply_order(phase: Split, order: Order) -> None:
     """Have the training data continue in an order of the history."""
     keys, drawn = [s.key for s in order.sources], [s.drawn for s in order.sources]
-    phase.follow(order.index, order.edges, keys, drawn)
+    phase.continue_from(order.index, order.edges, keys, drawn)
 
 
 def _order(index: int, config: TrainConfig, phase: Split, states: Sequence[SourceState]) -> Order:

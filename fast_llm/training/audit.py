@@ -15,8 +15,10 @@ from tokenizers import Tokenizer
 from fast_llm.checkpoint import folder as folders
 from fast_llm.config.section import locating, read, validate
 from fast_llm.config.train import TrainConfig
-from fast_llm.data import dataset
+from fast_llm.data.dataset import open_dataset
+from fast_llm.data.metadata import verify as verify_dataset
 from fast_llm.data.sampling import Mixture, SourceSampler
+from fast_llm.data.source import RandomSource, Source
 from fast_llm.errors import ConfigError, DataError, UserError
 from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.history import (
@@ -41,7 +43,7 @@ def verify(paths: list[str]) -> list[str]:
     for path in [part for given in paths for part in _parts(Path(given).expanduser())]:
         try:
             if path.is_file():
-                size = dataset.verify(path)
+                size = verify_dataset(path)
                 whole.append(f"{path}: whole, {format_bytes(size)} of token files")
             else:
                 manifest = folders.verify(path)
@@ -156,7 +158,7 @@ def inspect_step(run: str, step: int) -> StepData:
 
 
 def _documents(
-    source: dataset.Source | dataset.RandomSource, number: int, tokenizer: Tokenizer | None
+    source: Source | RandomSource, number: int, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
     """The documents of one sequence, its last target included: file, number in it, tokens, how the text begins."""
     found: list[dict[str, Any]] = []
@@ -176,7 +178,7 @@ def _documents(
     return found
 
 
-def _sources(order: Order, config: TrainConfig) -> dict[str, dataset.Source | dataset.RandomSource]:
+def _sources(order: Order, config: TrainConfig) -> dict[str, Source | RandomSource]:
     """The sources of an order by their digests, from where they were then or are now; without those that are gone."""
     vocabulary = config.model.base_model.vocab_size
     now = config.data.model_dump(mode="json", include={"format", "path", "split"})
@@ -202,7 +204,7 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
     if info is not None and info.get("history") is not None and _is_unchanged(info, config, size):
         # Nothing has changed since: sources that are gone matter only where their sequences are asked for.
         return History.model_validate(info["history"]), _skipped_ranges(folder), ""
-    data = dataset.open_dataset(config.data, config.batch.sequence_length, seed, vocabulary)
+    data = open_dataset(config.data, config.batch.sequence_length, seed, vocabulary)
     if info is None:
         return new_history(config, size, data), _skipped_ranges(folder), ""
     if info.get("history") is not None:

@@ -21,7 +21,8 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.config.section import read, validate
 from fast_llm.config.train import TrainConfig
-from fast_llm.data.dataset import open_dataset, verify
+from fast_llm.data.dataset import open_dataset
+from fast_llm.data.metadata import verify
 from fast_llm.data.prepare import prepare
 from fast_llm.errors import DataError
 from tests.campaigns.jobs import Job, command

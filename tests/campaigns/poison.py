@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.data.dataset import Dataset, PackedSample
+from fast_llm.data.dataset import Dataset
 from fast_llm.data.loader import Loader
+from fast_llm.data.source import PackedSample
 from fast_llm.model.batch import Batch
 from fast_llm.parallel.fsdp import like
 from fast_llm.training.step import StepResult

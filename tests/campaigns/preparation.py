@@ -27,8 +27,8 @@ _COMMAND = """
 import os, pathlib, sys, time
 if __name__ == "__main__":
     from fast_llm import cli
-    from fast_llm.data import prepare
-    prepare._RANGE = 40_000
+    from fast_llm.data import workers
+    workers._RANGE_BYTES = 40_000
     replace, fsync = pathlib.Path.replace, os.fsync
     def slow(call):
         def slowly(*given):

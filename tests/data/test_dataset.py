@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import Dataset, RandomSource, Split, open_dataset, verify
+from fast_llm.data.dataset import Dataset, Split, open_dataset
+from fast_llm.data.metadata import verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
+from fast_llm.data.source import RandomSource
 from fast_llm.errors import DataError
 from tests.data.test_tokenfile import write
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.dataset import Dataset, open_dataset, verify
+from fast_llm.data.dataset import Dataset, open_dataset
+from fast_llm.data.metadata import verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter
@@ -250,9 +251,7 @@ def test_random_data_with_a_validation_set(tmp_path: Path) -> None:
 def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fast_llm.data.tokenfile.LONGEST", 9)
     writer = TokenFileWriter(tmp_path / "x", np.dtype("int32"))
-    with pytest.raises(
-        DataError, match=r"x: document 1 has 10 tokens; .* up to 9: cut it in pieces"
-    ):
+    with pytest.raises(DataError, match=r"x: document 1 has 10 tokens; .* up to 9: split it"):
         writer.append_many(np.arange(13), np.array([3, 10]))
     writer.abandon()
 

@@ -24,11 +24,11 @@ import zstandard
 
 from fast_llm import cli
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.data import documents, files, tokenizer
+from fast_llm.data import documents, files, job, progress, shards, tokenizer, workers
 from fast_llm.data import prepare as module
 from fast_llm.data.encode import Encoder
 from fast_llm.data.prepare import prepare
-from fast_llm.data.tokenfile import TokenFile, TokenFileWriter, digest
+from fast_llm.data.tokenfile import TokenFile, TokenFileWriter, file_digest
 from fast_llm.errors import DataError, MissingPackage
 from tests import hub
 from tests.data import synthetic
@@ -87,7 +87,7 @@ def read(metadata: Path) -> list[list[int]]:
         file = TokenFile(metadata.parent / entry["prefix"])
         assert (file.documents, file.tokens) == (entry["num_documents"], entry["num_tokens"])
         assert str(file.dtype) == entry["dtype"]
-        assert entry["sha256"] == {"bin": digest(file.bin), "idx": digest(file.idx)}
+        assert entry["sha256"] == {"bin": file_digest(file.bin), "idx": file_digest(file.idx)}
         ends = np.cumsum(file.lengths)
         found += [
             file.tokens_at(int(end - n), int(end)).tolist()
@@ -357,7 +357,7 @@ def test_hub_can_not_be_reached(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         DataError,
-        match=r"dataset.path: org/name: no such file or folder here, and not from the Hugging Face Hub: Could",
+        match=r"dataset.path: org/name: no such local file or folder, and not loaded from the Hugging Face Hub: Could",
     ):
         prepare(configure(tmp_path / "out", "org/name", model))
 
@@ -416,8 +416,8 @@ def test_odd_rows(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture)
         [f"{path}:3", "not_text"],
         [f"{path}:4", "not_utf8"],
     ]
-    assert f"Passed over (not_utf8): {path}:4" in caplog.text
-    assert "passed over 1 empty, 1 not_text, 1 not_utf8" in caplog.text
+    assert f"Skipped {path}:4: not UTF-8" in caplog.text
+    assert "skipped 1 empty, 1 not text, 1 not UTF-8" in caplog.text
 
 
 def test_column_of_several_types(tmp_path: Path, model: Path) -> None:
@@ -449,8 +449,8 @@ def test_odd_files(
     assert content(metadata)["skipped"] == {"not_utf8": 12, "unreadable": 1, "too_large": 1}
     assert len(content(metadata)["skipped_examples"]) == 10
     # Ten are named, the others only counted.
-    assert caplog.text.count("Passed over") == 10
-    assert f"{source}/09.bin; further ones are only counted" in caplog.text
+    assert caplog.text.count("Skipped") == 10
+    assert f"{source}/09.bin: not UTF-8; further ones are only counted" in caplog.text
 
 
 def test_disk_that_fails(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,7 +464,7 @@ def test_disk_that_fails(tmp_path: Path, model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(documents, "open_documents", lambda *_: found)
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(
-        DataError, match=r"a.txt: can not be read: Input/output error; start the same command again"
+        DataError, match=r"a.txt: cannot be read: Input/output error; run the same command again"
     ):
         found.reader.file(str(tmp_path / "a.txt"))
 
@@ -548,10 +548,7 @@ def test_lone_surrogates_and_texts_of_any_size(
         [f"{path}:2", "not_utf8"],
         [f"{path}:3", "too_large"],
     ]
-    assert (
-        f"Passed over (too_large, more than dataset.max_document_bytes 4,999): {path}:3"
-        in caplog.text
-    )
+    assert f"Skipped {path}:3: too large, more than dataset.max_document_bytes 4,999" in caplog.text
     metadata = prepare(configure(tmp_path / "2", path, model, dataset__max_document_bytes=5000))
     assert read(metadata) == tokens(model, ["a", "b" * 5000])
 
@@ -559,7 +556,7 @@ def test_lone_surrogates_and_texts_of_any_size(
 def test_a_file_of_millions_of_tokens_is_named(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONG", 5000)
+    monkeypatch.setattr(shards, "_LARGE_DOCUMENT", 5000)
     (tmp_path / "small.txt").write_text(synthetic.text(0, 10))
     (tmp_path / "wiki.txt").write_text(synthetic.text(0, 6000))
     (tmp_path / "rows.jsonl").write_bytes(_jsonl([synthetic.text(0, 6000)]))
@@ -567,7 +564,7 @@ def test_a_file_of_millions_of_tokens_is_named(
         prepare(configure(tmp_path / "1", f"{tmp_path}/*.txt", model))
         prepare(configure(tmp_path / "2", tmp_path / "rows.jsonl", model))
     assert re.findall(
-        r"(\S+) is one document of [\d,]+ tokens, since a file is a document", caplog.text
+        r"(\S+) is one document of [\d,]+ tokens: each text file is a document", caplog.text
     ) == [f"{tmp_path}/wiki.txt"]
 
 
@@ -580,7 +577,7 @@ def test_hint_at_more_workers(
     with caplog.at_level(logging.INFO):
         prepare(configure(tmp_path / "1", tmp_path / "a.txt", model))
         assert hint not in caplog.text
-        monkeypatch.setattr(module, "_MUCH", 1000)
+        monkeypatch.setattr(module, "_LARGE_CORPUS", 1000)
         prepare(configure(tmp_path / "2", tmp_path / "a.txt", model, tokenize_workers=2))
         assert hint not in caplog.text
         prepare(configure(tmp_path / "3", tmp_path / "a.txt", model))
@@ -651,7 +648,10 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
         assert command(setting) == 2
         assert message in capsys.readouterr().err
     assert command("dataset.path=org/name") == 0
-    assert "org/name on the Hugging Face Hub, which is not fetched" in capsys.readouterr().out
+    assert (
+        "org/name on the Hugging Face Hub, which a check does not download"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_line_that_is_no_json_is_said_once(
@@ -660,9 +660,9 @@ def test_a_line_that_is_no_json_is_said_once(
     (tmp_path / "a.jsonl").write_bytes(
         _jsonl(["a"] * 1200) + b'{"text": oops}\n' + _jsonl(["a"] * 1200)
     )
-    for workers in (1, 2):
+    for count in (1, 2):
         process = _start(
-            tmp_path, tmp_path / "out", tmp_path / "a.jsonl", model, f"tokenize_workers={workers}"
+            tmp_path, tmp_path / "out", tmp_path / "a.jsonl", model, f"tokenize_workers={count}"
         )
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 2
@@ -705,7 +705,7 @@ def test_bos_and_eos(tmp_path: Path, model: Path) -> None:
 def test_smallest_integer(vocabulary: int, dtype: str, tmp_path: Path, model: Path) -> None:
     loaded = tokenizer.load(str(model))
     config = configure(tmp_path, "x", model)
-    assert module._dtype(
+    assert job._dtype(
         config, tokenizer.Loaded(**{**vars(loaded), "vocab_size": vocabulary})
     ) == np.dtype(dtype)
 
@@ -731,9 +731,9 @@ def test_number_of_workers_changes_nothing(
     tmp_path: Path, large: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for workers in (1, 3):
-        output = tmp_path / str(workers)
-        metadata = prepare(configure(output / "data", large, model, tokenize_workers=workers))
+    for count in (1, 3):
+        output = tmp_path / str(count)
+        metadata = prepare(configure(output / "data", large, model, tokenize_workers=count))
         results.append(everything(output))
     described = content(metadata)
     assert len(described["datasets"]) > 5
@@ -746,7 +746,7 @@ def test_number_of_workers_changes_nothing(
     assert described["skipped_examples"][1] == [f"{large}/0200.py", "not_utf8"]
     assert results[0] == results[1]
     # Nor does how much a worker is given at a time.
-    monkeypatch.setattr(module, "_RANGE", 5_000)
+    monkeypatch.setattr(workers, "_RANGE_BYTES", 5_000)
     prepare(configure(tmp_path / "4" / "data", large, model, tokenize_workers=2))
     assert everything(tmp_path / "4") == results[0]
     texts = [
@@ -878,7 +878,7 @@ def test_worker_that_is_killed(tmp_path: Path, large: Path, model: Path) -> None
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
     assert (
-        "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)"
+        "a worker process died, most likely because memory ran out; lower tokenize_workers (now 2)"
         in stderr
     )
 
@@ -919,7 +919,7 @@ def test_worker_that_is_killed_in_the_midst_of_an_answer(
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2, stderr
     assert (
-        "a worker process died, most likely for want of memory; lower tokenize_workers (now 2)"
+        "a worker process died, most likely because memory ran out; lower tokenize_workers (now 2)"
         in stderr
     )
     _all_gone(process.pid)
@@ -929,9 +929,9 @@ _WITH_TROUBLE = """
 import multiprocessing, os, resource, signal, sys, threading, time
 from multiprocessing import util
 from fast_llm import cli
-from fast_llm.data import prepare
+from fast_llm.data import shards, workers
 
-prepare._RANGE = 40_000
+workers._RANGE_BYTES = 40_000
 
 def signal_while_starting():
     # To another thread, which Python's handlers never run in.
@@ -955,16 +955,16 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
 def killed_as_they_leave():
-    fill = prepare._write_range
+    fill = shards._write_range
     def filled(*given):
         skipped = fill(*given)
         for worker in multiprocessing.active_children()[:2]:
             os.kill(worker.pid, signal.SIGKILL)
         time.sleep(0.1)
         return skipped
-    prepare._write_range = filled
+    shards._write_range = filled
 
-class Broken(prepare._RangeTokenizer):
+class Broken(workers.RangeTokenizer):
     def __init__(self, *parts):
         raise OSError(5, "the table is gone")
 
@@ -973,12 +973,12 @@ if __name__ == "__main__":
         globals()[sys.argv[-1]]()
     sys.exit(cli.main(sys.argv[1:-1]))
 elif sys.argv[-1] == "unmade":
-    prepare._RangeTokenizer = Broken
+    workers.RangeTokenizer = Broken
 elif sys.argv[-1] == "endless":
     def endless(worker, task):
         open(f"{__file__}.{os.getpid()}", "w").close()
         time.sleep(200)
-    prepare._RangeTokenizer.tokenize = endless
+    workers.RangeTokenizer.tokenize = endless
 """
 
 
@@ -1045,8 +1045,8 @@ import os, sys
 reading, writing = os.pipe()
 os.dup2(writing, 2)
 os.close(reading)
-from fast_llm.data.prepare import _Progress
-progress = _Progress(10)
+from fast_llm.data.progress import Progress
+progress = Progress(10)
 progress._write("half done\\n")
 progress._write("done\\n")
 """
@@ -1088,12 +1088,12 @@ def test_finished_is_left_alone(
     with caplog.at_level(logging.INFO):
         prepare(config)
     assert (
-        f"{tmp_path}/data.json: finished already, nothing to do. To make it anew, delete {tmp_path}/data."
+        f"{tmp_path}/data.json: already finished, nothing to do. To prepare it again, delete {tmp_path}/data."
         in caplog.text
     )
     # Also when the documents have been deleted, but not if they have become others.
     (source / "0300.py").write_text("shorter")
-    with pytest.raises(DataError, match="was begun with other documents than are there now"):
+    with pytest.raises(DataError, match="was started with other documents than are there now"):
         prepare(config)
     shutil.rmtree(source)
     prepare(config)
@@ -1120,11 +1120,11 @@ def test_what_is_missing_or_damaged_is_made_again(
         damage()
         prepare(config)
         assert everything(tmp_path) == before
-    assert "shard_0_2.bin: is missing or damaged; it is made again." in caplog.text
-    assert "shard_0_3.idx: is missing or damaged; it is made again." in caplog.text
+    assert "shard_0_2.bin: missing or damaged; it is written again." in caplog.text
+    assert "shard_0_3.idx: missing or damaged; it is written again." in caplog.text
     (tmp_path / "data" / "shard_0_1.json").write_text("{")
     with pytest.raises(
-        DataError, match=r"shard_0_1.json: damaged: .*; delete it and start the same command again"
+        DataError, match=r"shard_0_1.json: damaged: .*; delete it and run the same command again"
     ):
         prepare(config)
 
@@ -1154,19 +1154,22 @@ def test_other_settings_are_refused(
     for changes, message in (
         (
             {"tokens_per_shard": 200_000},
-            "was begun with tokens_per_shard 100000, now it is 200000; set it back, choose another",
+            "was started with tokens_per_shard 100000, now it is 200000; restore it, choose another",
         ),
-        ({"tokenizer__bos": False}, "was begun with tokenizer.bos 0, now it is null"),
-        ({"tokenizer__eos": False}, "was begun with tokenizer.eos 1, now it is null"),
+        ({"tokenizer__bos": False}, "was started with tokenizer.bos 0, now it is null"),
+        ({"tokenizer__eos": False}, "was started with tokenizer.eos 1, now it is null"),
         (
             {"dataset__data_type": "int32"},
-            'was begun with dataset.data_type "uint16", now it is "int32"',
+            'was started with dataset.data_type "uint16", now it is "int32"',
         ),
-        ({"dataset__field": "content"}, 'was begun with dataset.field "text", now it is "content"'),
-        ({"tokenizer__path": str(other)}, "was begun with another tokenizer; set it back"),
+        (
+            {"dataset__field": "content"},
+            'was started with dataset.field "text", now it is "content"',
+        ),
+        ({"tokenizer__path": str(other)}, "was started with another tokenizer; set it back"),
         (
             {"distributed__world_size": 2, "distributed__rank": 1},
-            "was begun with distributed.world_size 1, now it is 2",
+            "was started with distributed.world_size 1, now it is 2",
         ),
         ({"dataset__data_files": "0*.py"}, None),  # the same files by another name
     ):
@@ -1174,10 +1177,10 @@ def test_other_settings_are_refused(
             with pytest.raises(DataError, match=message):
                 prepare(configure(output, source, model, **changes))
     (source / "more.py").write_text("more")
-    with pytest.raises(DataError, match="was begun with documents 600, now it is 601"):
+    with pytest.raises(DataError, match="was started with documents 600, now it is 601"):
         prepare(configure(output, source, model))
     (source / "0000.py").unlink()
-    with pytest.raises(DataError, match="was begun with other documents than are there now"):
+    with pytest.raises(DataError, match="was started with other documents than are there now"):
         prepare(configure(output, source, model))
     # An emptied folder is begun anew.
     shutil.rmtree(output)
@@ -1217,18 +1220,18 @@ def test_preparations_of_earlier_versions(
     # What is finished is finished.
     prepare(configure(output, path, model))
     assert (
-        "out.json: was made by an earlier version, which could change texts" in caplog.text
+        "out.json: was written by an earlier version, which could change texts" in caplog.text
     ) == (kind == "jsonl")
     assert metadata.read_bytes() == before["out.json"]
     (output / "shard_0_0.json").unlink()
     if kind in ("jsonl", "txt.gz"):
         with pytest.raises(
             DataError,
-            match=r"out: was begun by an earlier version, which read such files differently",
+            match=r"out: was started by an earlier version, which read such files differently",
         ):
             prepare(configure(output, path, model))
         return
-    message = "was begun with dataset.max_document_bytes 67108864, now it is 100000000"
+    message = "was started with dataset.max_document_bytes 67108864, now it is 100000000"
     with pytest.raises(DataError, match=message):
         prepare(configure(output, path, model, dataset__max_document_bytes=10**8))
     prepare(configure(output, path, model))
@@ -1241,7 +1244,7 @@ def test_stale_metadata_goes(tmp_path: Path, model: Path) -> None:
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "b.txt").write_text("")
     (tmp_path / "c.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match=r"has no document to write: 1 empty, 1 not_utf8"):
+    with pytest.raises(DataError, match=r"has no document to write: 1 empty, 1 not UTF-8"):
         prepare(configure(tmp_path / "data", f"{tmp_path}/[bc].txt", model))
     assert not metadata.exists()
     metadata.write_text('{"something": "else"}')
@@ -1270,7 +1273,7 @@ def test_several_nodes(
 
     with caplog.at_level(logging.INFO):
         metadata = node(2)
-    assert f"Rank 2 is done. {metadata} is written when rank 0, 1 is." in caplog.text
+    assert f"Rank 2 has finished. {metadata} is written when rank 0, 1 has too." in caplog.text
     node(0)
     assert not metadata.exists()
     node(1)
@@ -1341,26 +1344,26 @@ def test_rank_of_the_environment(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(tmp_path, "x", model)
-    assert module._rank(config) == (0, 1)
+    assert job._rank_and_world(config) == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert module._rank(config) == (3, 4)
-    assert module._rank(configure(tmp_path, "x", model, distributed__rank=1)) == (1, 4)
+    assert job._rank_and_world(config) == (3, 4)
+    assert job._rank_and_world(configure(tmp_path, "x", model, distributed__rank=1)) == (1, 4)
     with pytest.raises(
         DataError, match=r"distributed.rank: given 3, must be below distributed.world_size 2"
     ):
-        module._rank(configure(tmp_path, "x", model, distributed__world_size=2))
+        job._rank_and_world(configure(tmp_path, "x", model, distributed__world_size=2))
     monkeypatch.delenv("RANK")
     with pytest.raises(
         DataError, match=r"distributed.rank: missing, with distributed.world_size 4; give each node"
     ):
-        module._rank(config)
+        job._rank_and_world(config)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(
         DataError,
-        match=r"distributed.world_size: WORLD_SIZE of the environment is 'many', must be a number",
+        match=r"distributed.world_size: WORLD_SIZE in the environment is 'many', must be a number",
     ):
-        module._rank(config)
+        job._rank_and_world(config)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------
@@ -1389,7 +1392,7 @@ def test_rank_of_the_environment(
         (
             {"a.txt": "x"},
             {"dataset__config_name": "en"},
-            r"dataset.config_name: given en, but .* is here, not on the Hub",
+            r"dataset.config_name: given en, but .* is a local path, not on the Hub",
         ),
         (
             {"a.txt": "x"},
@@ -1407,24 +1410,24 @@ def test_rank_of_the_environment(
             {"dataset__data_files": "*"},
             r"files of several kinds: b.py \(file\), a.jsonl \(json\)",
         ),
-        ({"a.jsonl": ""}, {}, r"nothing but empty files"),
+        ({"a.jsonl": ""}, {}, r"all files are empty"),
         (
             {"a.jsonl": '{"body": "x", "id": 1}'},
             {},
             r"dataset.field: .* has no column text; it has body, id",
         ),
-        ({"a.jsonl": '{"text": [1]}'}, {}, r"has no document to write: 1 not_text"),
+        ({"a.jsonl": '{"text": [1]}'}, {}, r"has no document to write: 1 not text"),
         (
             {"a.jsonl": '{"text": "x"}\n{"text": oops}'},
             {},
-            r"/a.jsonl:2: not JSON: Expecting value, at character 10 of the line; mend the line or delete it",
+            r"/a.jsonl:2: not JSON: Expecting value, at character 10 of the line; fix the line or delete it",
         ),
         (
             {"a.parquet": "nonsense"},
             {},
             r"/a.parquet: damaged, or not a parquet file: .*magic bytes",
         ),
-        ({"a.jsonl": '{"text": null}'}, {}, r"has no document to write: 1 not_text"),
+        ({"a.jsonl": '{"text": null}'}, {}, r"has no document to write: 1 not text"),
     ],
 )
 def test_mistakes(
@@ -1459,7 +1462,8 @@ def test_two_at_once(
     with (tmp_path / "data" / ".lock_0").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(
-            DataError, match=r"data: another process is preparing rank 0 of it; wait for it"
+            DataError,
+            match=r"data: another process is preparing rank 0 in this folder; wait for it",
         ):
             prepare(config)
 
@@ -1468,7 +1472,9 @@ def test_two_at_once(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert read(prepare(config)) == tokens(model, ["text"])
-    assert "can not be locked (No locks available); never start two at once" in caplog.text
+    assert (
+        "cannot be locked (No locks available); never run two preparations at once" in caplog.text
+    )
 
 
 def test_room_on_the_disk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1523,7 +1529,7 @@ def test_disk_that_fills_up(
     config = configure(tmp_path / "other" / "data", large, model)
     with pytest.raises(
         DataError,
-        match=r"data: the disk is full; make room and start the same command again, it goes on",
+        match=r"data: the disk is full; free some space and run the same command again to resume",
     ):
         prepare(config)
     assert not list((tmp_path / "other" / "data").glob("*.partial"))
@@ -1551,11 +1557,9 @@ def test_cache_of_datasets_fills_up(
 
 def test_output_that_can_not_be_written(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(
-        DataError, match=r"output_path: .*a.txt: can not be written to: File exists"
-    ):
+    with pytest.raises(DataError, match=r"output_path: .*a.txt: cannot be written to: File exists"):
         prepare(configure(tmp_path / "a.txt", tmp_path / "a.txt", model))
-    with pytest.raises(DataError, match=r"output_path: .*: can not be written to: Not a directory"):
+    with pytest.raises(DataError, match=r"output_path: .*: cannot be written to: Not a directory"):
         prepare(configure(tmp_path / "a.txt" / "data", tmp_path / "a.txt", model))
 
 
@@ -1566,20 +1570,20 @@ def test_progress(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = module._Progress(1000)
+    shown = progress.Progress(1000)
     now[0] += 4
-    progress.advance(100, 90, 50_000)
+    shown.advance(100, 90, 50_000)
     assert capsys.readouterr().err == ""
     now[0] += 4
-    progress.advance(100, 90, 50_000)
+    shown.advance(100, 90, 50_000)
     assert (
         capsys.readouterr().err
         == "20.0 %, 180 documents, 100,000 tokens, 12,500 tokens/s, 0:00:32 left\n"
     )
     with caplog.at_level(logging.INFO):
-        progress.finish()
+        shown.finish()
     assert "Tokenized 180 documents: 100,000 tokens in 8.0 s, 12,500 tokens/s." in caplog.text
-    progress.terminal = True
+    shown.terminal = True
     now[0] += 1
-    progress.advance(700, 90, 50_000)
+    shown.advance(700, 90, 50_000)
     assert capsys.readouterr().err.startswith("\r\x1b[K90.0 %")

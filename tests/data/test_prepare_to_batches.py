@@ -8,8 +8,9 @@ from fast_llm.config.batch import BatchSizes
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.config.train import DataConfig
 from fast_llm.data import tokenizer
-from fast_llm.data.dataset import open_dataset, verify
+from fast_llm.data.dataset import open_dataset
 from fast_llm.data.loader import Loader
+from fast_llm.data.metadata import verify
 from fast_llm.data.prepare import prepare
 from tests.data import synthetic
 

@@ -136,7 +136,7 @@ def patched(offset: int, value: bytes, data: bytes = IDX) -> bytes:
     [
         (patched(0, b"X"), BIN, "idx", "not an index of tokens"),
         (b"", BIN, "idx", "not an index of tokens"),
-        (IDX[:20], BIN, "idx", "cut off inside its header"),
+        (IDX[:20], BIN, "idx", "truncated inside its header"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", BIN, "idx", "git lfs pull"),
         (patched(9, b"\3"), BIN, "idx", "version 3"),
         (patched(9, b"\0"), BIN, "idx", "version 0"),
@@ -157,7 +157,7 @@ def patched(offset: int, value: bytes, data: bytes = IDX) -> bytes:
         (patched(34, struct.pack("<ii", 2, 3)), BIN, "idx", "document 1 begins at byte"),
         (patched(42, b"\4"), BIN, "idx", "document 0 begins at byte"),
         (patched(50, b"\xff" * 8), BIN, "idx", "document 1 begins at byte"),
-        (IDX[:-1], BIN, "idx", "cut off"),
+        (IDX[:-1], BIN, "idx", "truncated"),
         (IDX + b"\0", BIN, "idx", "damaged"),
         (IDX, BIN[:-1], "bin", "19 bytes"),
         (IDX, BIN + b"\0", "bin", "21 bytes"),
@@ -195,7 +195,7 @@ def test_cut_off_while_open(tmp_path: Path) -> None:
     os.truncate(tmp_path / "x.bin", 8)
     assert file.tokens_at(0, 2).tolist() == [1, 2]
     with pytest.raises(
-        DataError, match=r"x\.bin: ends at byte 8; it was cut off after it was opened"
+        DataError, match=r"x\.bin: ends at byte 8; it was truncated after it was opened"
     ):
         file.tokens_at(0, 5)
 

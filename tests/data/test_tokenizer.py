@@ -175,7 +175,7 @@ def test_hub_can_not_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         DataError,
-        match=r"org/name: no folder here, and it could not be fetched .* Without a network, give",
+        match=r"org/name: not a local folder, and downloading it .* Without a network, give",
     ):
         load("org/name")
 
@@ -183,6 +183,6 @@ def test_hub_can_not_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_hub_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        MissingPackage, match=r"org/name is no folder here.*pip install huggingface_hub"
+        MissingPackage, match=r"org/name is not a local folder.*pip install huggingface_hub"
     ):
         load("org/name")

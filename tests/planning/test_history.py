@@ -18,9 +18,10 @@ from fast_llm.cli import main
 from fast_llm.config.batch import BatchSizes
 from fast_llm.config.section import read
 from fast_llm.config.train import BatchConfig, DataConfig, TrainConfig
-from fast_llm.data.dataset import Dataset, Source, open_dataset
+from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.data.loader import Loader
 from fast_llm.data.sampling import SourceSampler, keys, permute, permute_many
+from fast_llm.data.source import Source
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 from fast_llm.model.loss import IGNORE_INDEX

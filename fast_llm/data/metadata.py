@@ -1,0 +1,158 @@
+"""dataset.json: which token files a dataset has, with their sizes, weights and digests; and the tokenizer they were made with.
+
+    {"format": "fast_llm dataset 1",
+     "split": "hash-1",                              which documents are trained on (split.py)
+     "datasets": [{"prefix": "data/shard_0_0",       relative to the folder of this file
+                   "num_documents": …, "num_tokens": …, "weight": …, "dtype": "uint16",
+                   "sha256": {"bin": "…", "idx": "…"}}, …],
+     "tokenizer": {"fingerprint": "…", "vocab_size": …, "bos": …, "eos": …, "writes_bos": …, "writes_eos": …, "path": …},
+     "max_token_id": …, "num_documents": …, "num_tokens": …,
+     "skipped_documents": …, "skipped": {reason: count}, "skipped_examples": [[where, reason], …],
+     "source": {…},                                  what was prepared
+     "sha256": "…"}                                  of all of the above
+
+Only `datasets` with a `prefix` each is required; what else is given is checked. Reading takes milliseconds; verifying
+reads all token files.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fast_llm.data.tokenfile import TokenFile, file_digest
+from fast_llm.errors import DataError, lfs_problem
+
+FORMAT = "fast_llm dataset 1"
+_LARGEST = 2**30  # bytes
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The content of a dataset.json. Raises DataError for a file that is missing, damaged or not a dataset.json."""
+    data = _read_file(path)
+    if problem := lfs_problem(path, data):
+        raise DataError(problem)
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a dataset.json: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
+    if content.get("sha256", content_digest(content)) != content_digest(content):
+        raise DataError(
+            f"{path}: its sha256 does not match its content: it is damaged, or was edited; if it was edited, delete its"
+            " line `sha256`"
+        )
+    _check_entries(path, content.get("datasets"))
+    tokenizer = content.get("tokenizer", {})
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("fingerprint", ""), str):
+        raise DataError(
+            f"{path}: `tokenizer` must be an object with a fingerprint; given {str(tokenizer)[:80]}"
+        )
+    return content
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise DataError(f"{path}: larger than 1 GiB; this is not a dataset.json")
+        if path.is_dir():
+            raise DataError(f"{path}: a folder; give the dataset.json{_suggestion(path)}")
+        if not path.is_file():  # reading a pipe would block
+            raise DataError(f"{path}: not a file")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such file; `fast-llm prepare` writes it next to its output_path"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _suggestion(folder: Path) -> str:
+    """Where the dataset.json of a folder is: in it, or next to it, where `prepare` writes it."""
+    inside = folder / "dataset.json"
+    if inside.is_file():
+        return f" in it, {inside}"
+    sibling = folder.resolve().with_name(folder.resolve().name + ".json")
+    if sibling.is_file():
+        return f" next to it, {folder.parent / sibling.name if folder.name else sibling}"
+    return " that `fast-llm prepare` wrote, not a folder"
+
+
+def _check_entries(path: Path, entries: Any) -> None:
+    """Raises DataError unless `datasets` lists token files, each once, with numbers that make sense."""
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
+    seen = set()
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
+            raise DataError(
+                f"{path}: `datasets` must list objects with a prefix; given {str(entry)[:80]}"
+            )
+        for key in ("weight", "num_tokens", "num_documents"):
+            value = entry.get(key, 0)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < 2**63:
+                raise DataError(
+                    f"{path}: {key} of {entry['prefix']}: given {str(value)[:80]}, must be a number of 0 or more"
+                )
+        if not isinstance(entry.get("sha256", {}), dict):
+            raise DataError(f"{path}: sha256 of {entry['prefix']}: must have bin and idx")
+        if entry["prefix"] in seen:
+            raise DataError(f"{path}: lists {entry['prefix']} twice; add up the weights")
+        seen.add(entry["prefix"])
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """The sha256 that a dataset.json has of its own content."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def resolve_prefix(path: Path, prefix: str) -> Path:
+    """A prefix in the dataset.json at `path`. Raises DataError if it leads out of that folder."""
+    parts = Path(prefix).parts
+    impossible = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in prefix)  # in a file's name
+    if not parts or Path(prefix).is_absolute() or ".." in parts or impossible:
+        raise DataError(
+            f"{path}: the prefix {prefix!r} must name files inside the folder of the file"
+        )
+    return path.parent / prefix
+
+
+def verify(path: Path) -> int:
+    """Compare all token files of a dataset.json with their digests. Returns how many bytes were read.
+
+    Raises DataError naming every file that is damaged or missing.
+    """
+    read, wrong = 0, []
+    for entry in read_metadata(path)["datasets"]:
+        prefix = resolve_prefix(path, entry["prefix"])
+        try:
+            file = TokenFile(prefix)
+        except DataError as error:
+            wrong.append(str(error))
+            continue
+        for suffix, name in (("bin", file.bin), ("idx", file.idx)):
+            expected = entry.get("sha256", {}).get(suffix)
+            if expected is None:
+                continue
+            read += name.stat().st_size
+            if file_digest(name) != expected:
+                wrong.append(f"{name}: its content is not what was prepared (sha256 differs)")
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return read
+
+
+def size_of(contents: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of the tokens that these dataset.json files list."""
+    return sum(
+        entry.get("num_tokens", 0) * np.dtype(entry.get("dtype", "int64")).itemsize
+        for content in contents
+        for entry in content.get("datasets", [])
+    )
