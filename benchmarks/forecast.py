@@ -8,8 +8,10 @@ modelled. docs/forecasts.md has the tables.
 
 from typing import NamedTuple
 
-from fast_llm.config.section import read, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.document import read
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.planning.devices import DEVICES
 from fast_llm.planning.search import forecast_config
 

@@ -38,7 +38,8 @@ from typing import Any
 
 import torch
 
-from fast_llm.config.train import BaseModelConfig, GradientScalerConfig, OptimizerConfig
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.train import GradientScalerConfig, OptimizerConfig
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import CausalLM, init_weights

@@ -245,7 +245,7 @@ def main() -> None:
         one(options.one, options.shape[0])
         return
 
-    from fast_llm.config.train import BaseModelConfig
+    from fast_llm.config.model import BaseModelConfig
     from fast_llm.models.llama import cost
 
     versions = {"torch": str(torch.__version__)}

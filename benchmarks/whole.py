@@ -144,7 +144,7 @@ def one(table: str, settings: list[str]) -> None:
     if code:
         raise SystemExit(code)
 
-    from fast_llm.config.section import read
+    from fast_llm.config.document import read
     from fast_llm.planning.devices import DEVICES
     from fast_llm.planning.search import forecast_config, read_config
 

@@ -124,7 +124,7 @@ def _only_first_prints() -> Iterator[None]:
 
 def _read(parsed: argparse.Namespace, kind: Any, example: str) -> Any:
     """The Document of the file and the settings. Raises ConfigError if neither is given."""
-    from fast_llm.config.section import read
+    from fast_llm.config.document import read
 
     settings = list(parsed.settings)
     if settings and "=" not in settings[0]:
@@ -172,7 +172,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 describe_run(spec) + "\n" + describe_memory(spec.config, spec.processes) + warnings
             )
         return 0
-    from fast_llm.config.section import locating
+    from fast_llm.config.validate import locating
     from fast_llm.training.build import train
 
     gc.freeze()  # the objects of 2,000 modules live on; each full collection would take 0.2 s for them
@@ -207,8 +207,10 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _prepare(parsed: argparse.Namespace) -> int:
     import logging
 
-    from fast_llm.config.prepare import PREPARE_REFUSED, PrepareConfig
-    from fast_llm.config.section import dump, locating, validate
+    from fast_llm.config.compat import PREPARE_REFUSED
+    from fast_llm.config.prepare import PrepareConfig
+    from fast_llm.config.section import dump
+    from fast_llm.config.validate import locating, validate
 
     document = _read(parsed, PrepareConfig, "fast-llm prepare gpt_memmap --config prepare.yaml")
     config = validate(PrepareConfig, document, PREPARE_REFUSED)
@@ -227,8 +229,10 @@ def _prepare(parsed: argparse.Namespace) -> int:
 
 
 def _convert(parsed: argparse.Namespace) -> int:
-    from fast_llm.config.prepare import CONVERT_REFUSED, ConvertConfig
-    from fast_llm.config.section import dump, locating, validate
+    from fast_llm.config.compat import CONVERT_REFUSED
+    from fast_llm.config.prepare import ConvertConfig
+    from fast_llm.config.section import dump
+    from fast_llm.config.validate import locating, validate
 
     example = "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL"
     document = _read(parsed, ConvertConfig, example)

@@ -275,7 +275,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("fast_llm.config.section.read", fail)
+    monkeypatch.setattr("fast_llm.config.document.read", fail)
     with pytest.raises(RuntimeError, match="ours"):
         cli.main(["train", "a.b=1"])
 
@@ -284,7 +284,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fast_llm.config.section.read", interrupt)
+    monkeypatch.setattr("fast_llm.config.document.read", interrupt)
     assert cli.main(["train", "a.b=1"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -302,12 +302,12 @@ def test_nobody_reads_the_output(command: list[str], code: int) -> None:
     broken = """
 import sys
 from fast_llm import cli
-from fast_llm.config import section
+from fast_llm.config import document
 
 def fail(*_):
     raise BrokenPipeError
 
-section.read = fail
+document.read = fail
 sys.exit(cli.main())
 """
     assert start(*command, code=broken) == (code, "", "")

@@ -18,9 +18,9 @@ import safetensors.numpy
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.document import read
 from fast_llm.config.mistakes import iter_settings
 from fast_llm.config.prepare import ConvertConfig, PrepareConfig
-from fast_llm.config.section import read
 from fast_llm.config.train import TrainConfig
 from fast_llm.data import tokenizer
 from fast_llm.data.tokenfile import TokenFileWriter

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.models.llama import architecture, shapes
 from tests.gpu import files
 

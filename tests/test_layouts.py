@@ -20,8 +20,10 @@ from torch import Tensor
 
 from fast_llm.checkpoint import state
 from fast_llm.config.checks import violations
-from fast_llm.config.section import read, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.document import read
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.demo import RECIPE
 from fast_llm.models.llama import shapes
 from tests.helpers import slow, some_fast, spawn

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fast_llm.checkpoint.folder import MANIFEST
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError, MissingPackage
 from fast_llm.models.llama import EMBEDDING, HEAD, TORCH_DTYPES, is_spare, place, shapes
 

@@ -1,25 +1,30 @@
-"""The constraints across settings, one function each.
+"""The constraints across settings, one function each. Those on the shape of the model are in model_checks.py.
 
-Each gives its violations: the dotted paths that it concerns, the one to point at first, and what is wrong. A constraint whose
-settings are wrong in themselves is not told; so all that is wrong with a file can be said at once:
+Each yields its violations: the dotted paths that it concerns, the one to point at first, and what is wrong. `validate`
+leaves out violations that concern a setting that is wrong itself, so it can report all mistakes of a file at once:
 
     validate(TrainConfig, document, REFUSED, RENAMED, constraints=partial(violations, processes=8))
 """
 
 import math
-from collections.abc import Iterator
 
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes, with_smallest_micro_batch
-from fast_llm.config.section import Document, Violation
+from fast_llm.config.document import Document
+from fast_llm.config.model_checks import (
+    Violations,
+    fp8,
+    heads,
+    initialization,
+    rotary,
+    tensor_parallel,
+)
 from fast_llm.config.stages import problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 
-Violations = Iterator[Violation]
-
 
 def violations(config: TrainConfig, processes: int) -> Violations:
-    """Every violation of a constraint by this configuration on so many processes."""
+    """Every violated constraint of this configuration on `processes` processes."""
     yield from _batch(config, processes)
     yield from _processes(config, processes)
     yield from _shard_size(config, processes)
@@ -27,7 +32,7 @@ def violations(config: TrainConfig, processes: int) -> Violations:
     yield from _pipeline(config, processes)
     for constraint in (
         _micro_sequence,
-        _tensor_parallel,
+        tensor_parallel,
         _sequence_data_parallel,
         _data_path,
         _split,
@@ -38,11 +43,11 @@ def violations(config: TrainConfig, processes: int) -> Violations:
         _spikes,
         _experiment_dir,
         _validation,
-        _heads,
-        _rotary,
-        _initialization,
+        heads,
+        rotary,
+        initialization,
         _pretrained,
-        _fp8,
+        fp8,
         _steps,
     ):
         yield from constraint(config)
@@ -127,23 +132,6 @@ def _profiled_ranks(config: TrainConfig, processes: int) -> Violations:
         )
 
 
-def _tensor_parallel(config: TrainConfig) -> Violations:
-    size, base = config.model.distributed.tensor_parallel, config.model.base_model
-    name, above = "model.distributed.tensor_parallel", "model.base_model"
-    for path, divided in (
-        (f"{above}.transformer.head_groups", base.transformer.head_groups),
-        (f"{above}.transformer.num_attention_heads", base.transformer.num_attention_heads),
-        (f"{above}.transformer.ffn_hidden_size", base.transformer.ffn_hidden_size),
-        (f"{above}.vocab_size", base.vocab_size),
-    ):
-        if divided % size:
-            yield (
-                (name, path),
-                f"given {size}, must divide the model's {path.rpartition('.')[2]} {divided}, e.g. {math.gcd(size, divided)}",
-            )
-            return
-
-
 def _sequence_data_parallel(config: TrainConfig) -> Violations:
     distributed, length = config.model.distributed, config.batch.sequence_length
     size = distributed.sequence_data_parallel
@@ -171,7 +159,7 @@ def _pipeline(config: TrainConfig, processes: int) -> Violations:
     try:
         batch = _batch_sizes(config, processes)
     except ConfigError:
-        return  # told by another constraint
+        return  # reported by _batch
     for path, text in problems(config, batch):
         concerned = (
             "model.multi_stage.layers_per_stage",
@@ -361,69 +349,6 @@ def _validation(config: TrainConfig) -> Violations:
         )
 
 
-def _heads(config: TrainConfig) -> Violations:
-    transformer, above = config.model.base_model.transformer, "model.base_model.transformer"
-    heads, groups = transformer.num_attention_heads, transformer.head_groups
-    names = {
-        name: f"{above}.{name}"
-        for name in ("num_attention_heads", "head_groups", "hidden_size", "kv_channels")
-    }
-    if heads % groups:
-        yield (
-            (names["head_groups"], names["num_attention_heads"]),
-            f"given {groups}, must divide num_attention_heads {heads}",
-        )
-    if "kv_channels" not in transformer.model_fields_set and transformer.hidden_size % heads:
-        yield (
-            (names["num_attention_heads"], names["hidden_size"], names["kv_channels"]),
-            f"given {heads}, must divide hidden_size {transformer.hidden_size}, or kv_channels must be given",
-        )
-    elif transformer.kv_channels % 2:
-        yield (
-            (names["kv_channels"], names["hidden_size"], names["num_attention_heads"]),
-            f"given {transformer.kv_channels}, must be even: rotary embedding turns pairs",
-        )
-
-
-def _rotary(config: TrainConfig) -> Violations:
-    rotary, above = (
-        config.model.base_model.transformer.rotary,
-        "model.base_model.transformer.rotary",
-    )
-    if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
-        yield (
-            (f"{above}.high_frequency_factor", f"{above}.low_frequency_factor", f"{above}.type"),
-            f"given {rotary.high_frequency_factor}, must be above low_frequency_factor {rotary.low_frequency_factor}",
-        )
-
-
-def _initialization(config: TrainConfig) -> Violations:
-    base = config.model.base_model
-    transformer, above = base.transformer, "model.base_model.transformer"
-    lowest, highest = transformer.init_method_min, transformer.init_method_max
-    pairs = [("init_method_min", "init_method_max", lowest, highest, above)]
-    for part in ("qkv", "attn_proj", "mlp_1", "mlp_2", "embed"):
-        section, path = (base, "model.base_model") if part == "embed" else (transformer, above)
-        low, high = (
-            getattr(section, f"init_method_min_{part}"),
-            getattr(section, f"init_method_max_{part}"),
-        )
-        if low is not None or high is not None:
-            low, high = lowest if low is None else low, highest if high is None else high
-            pairs.append((f"init_method_min_{part}", f"init_method_max_{part}", low, high, path))
-    for low_name, high_name, low, high, path in pairs:
-        if low is not None and high is not None and low > high:
-            yield (
-                (
-                    f"{path}.{low_name}",
-                    f"{path}.{high_name}",
-                    f"{above}.init_method_min",
-                    f"{above}.init_method_max",
-                ),
-                f"given {low}, must be at most {high_name} {high}",
-            )
-
-
 def _pretrained(config: TrainConfig) -> Violations:
     pretrained = config.pretrained
     state, style, path = "pretrained.optimizer_state", "pretrained.format", "pretrained.path"
@@ -434,44 +359,6 @@ def _pretrained(config: TrainConfig) -> Violations:
         )
     if pretrained.format == "distributed" and pretrained.path is None:
         yield (path, style), "missing: format: distributed needs the folder of a checkpoint"
-
-
-def _fp8(config: TrainConfig) -> Violations:
-    """What PyTorch's fp8 products can do."""
-    name, distributed, shape = (
-        "model.distributed.fp8",
-        config.model.distributed,
-        config.model.base_model.transformer,
-    )
-    if not distributed.fp8:
-        return
-    if distributed.training_dtype != "bf16":
-        yield (
-            (name, "model.distributed.training_dtype"),
-            f"given yes, which goes with training_dtype: bf16, not {distributed.training_dtype}",
-        )
-    if distributed.tensor_parallel > 1:
-        yield (
-            (name, "model.distributed.tensor_parallel"),
-            f"given yes, which is not offered with tensor_parallel: {distributed.tensor_parallel}; set one of them back",
-        )
-    channels = shape.kv_channels or 0
-    sizes = {
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size or 0,
-        "head_groups × kv_channels": shape.head_groups * channels,
-    }
-    for size, value in sizes.items():
-        if value % 16:
-            yield (
-                (name, f"model.base_model.transformer.{size}"),
-                f"given yes, which needs {size} {value} to be a multiple of 16",
-            )
-    if config.batch.sequence_length // distributed.sequence_data_parallel % 16:
-        yield (
-            (name, "batch.sequence_length"),
-            f"given yes, which needs a process's part of sequence_length {config.batch.sequence_length} to be a multiple of 16",
-        )
 
 
 def _steps(config: TrainConfig) -> Violations:

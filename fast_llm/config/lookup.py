@@ -5,6 +5,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fast_llm.config.compat import (
+    CONVERT_REFUSED,
+    DIFFERENT,
+    PREPARE_REFUSED,
+    REFUSED,
+    RENAMED,
+)
 from fast_llm.config.mistakes import (
     describe_allowed,
     iter_paths,
@@ -12,9 +19,9 @@ from fast_llm.config.mistakes import (
     nearest_setting,
     nested_sections,
 )
-from fast_llm.config.prepare import CONVERT_REFUSED, PREPARE_REFUSED, ConvertConfig, PrepareConfig
-from fast_llm.config.reference import DIFFERENT, default_text, doc_text, meaning, plain
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.prepare import ConvertConfig, PrepareConfig
+from fast_llm.config.reference import default_text, doc_text, meaning, plain
+from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.terminal import BOLD, fields, style, wrap
 

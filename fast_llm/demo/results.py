@@ -44,9 +44,9 @@ def compare_logits(run_folder: Path, step: int, export: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
     from fast_llm.checkpoint import state
-    from fast_llm.config.section import read as read_yaml
-    from fast_llm.config.section import validate
+    from fast_llm.config.document import read as read_yaml
     from fast_llm.config.train import TrainConfig
+    from fast_llm.config.validate import validate
     from fast_llm.model.decoder import CausalLM
 
     config = validate(TrainConfig, read_yaml(run_folder / "config.yaml"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fast_llm.config.train import BaseModelConfig, TransformerConfig
+from fast_llm.config.model import BaseModelConfig, TransformerConfig
 from fast_llm.model.attention import SequenceLayout
 from fast_llm.model.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm
 from fast_llm.model.linear import linear

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast_llm.config.train import RotaryConfig
+from fast_llm.config.model import RotaryConfig
 from fast_llm.kernels import cpu as cpu_kernels
 
 Angles = tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.models import llama
 from fast_llm.models.flops import Cost
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.models.flops import Cost
 

@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 from fast_llm.config.batch import derive_batch_sizes
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
-from fast_llm.config.train import BaseModelConfig, TrainConfig
+from fast_llm.config.train import TrainConfig
 from fast_llm.models.llama import shapes
 
 # Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128 (kernels/rounding.py).

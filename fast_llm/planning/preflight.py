@@ -18,8 +18,10 @@ from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import huggingface
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.checks import check
-from fast_llm.config.section import Document, located, locating, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.document import Document
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import located, locating, validate
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import ConfigError, MissingPackage, UserError

@@ -13,8 +13,10 @@ from typing import Any
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import huggingface
-from fast_llm.config.section import Document, locating, path_text
+from fast_llm.config.document import Document
 from fast_llm.config.train import TrainConfig
+from fast_llm.config.types import path_text
+from fast_llm.config.validate import locating
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError, ConfigError, UserError

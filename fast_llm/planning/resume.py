@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.section import Count, PositiveFloat, format_value
+from fast_llm.config.text import format_value
 from fast_llm.config.train import TrainConfig
+from fast_llm.config.types import Count, PositiveFloat
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError
 from fast_llm.planning.history import History

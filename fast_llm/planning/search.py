@@ -11,8 +11,10 @@ from typing import Any
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.config.checks import check, violations
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.document import Document
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
 from fast_llm.models.llama import cost
 from fast_llm.planning.devices import DEVICES, GPUS_PER_NODE, DeviceSpec

@@ -13,8 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.config.section import locating, read, validate
+from fast_llm.config.document import read
 from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import locating, validate
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.metadata import verify as verify_dataset
 from fast_llm.data.sampling import Mixture, SourceSampler

@@ -13,9 +13,10 @@ import torch
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface, state
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.prepare import ConvertConfig
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
 from fast_llm.models import llama

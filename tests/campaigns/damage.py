@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.checkpoint import folder as folders
+from fast_llm.config.document import read
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.config.section import read, validate
 from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.metadata import verify
 from fast_llm.data.prepare import prepare

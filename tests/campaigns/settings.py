@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from fast_llm import cli
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from tests.campaigns.jobs import command
 from tests.training.runs import settings, write_tokens
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fast_llm.checkpoint import folder, huggingface, state, weights
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fast_llm import cli
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from fast_llm.errors import UserError
 from fast_llm.models import llama
 from fast_llm.planning.preflight import preflight

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fast_llm.checkpoint import huggingface
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError, MissingPackage
 from fast_llm.models.llama import shapes
 from tests.helpers import TINY

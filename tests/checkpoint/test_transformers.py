@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.model import BaseModelConfig
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama
 from fast_llm.models.llama import shapes

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from fast_llm.config import checks
+from fast_llm.config import checks, model_checks
 from fast_llm.config.checks import check, violations
-from fast_llm.config.section import Document, dump, read, validate
-from fast_llm.config.train import DISABLED_BY, REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.disabled import DISABLED_BY
+from fast_llm.config.document import Document, read
+from fast_llm.config.section import dump
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
 
 # The smallest configuration that keeps all constraints; overrides are laid over it.
@@ -732,15 +736,23 @@ def test_layouts_that_can_be(overrides: list[str], processes: int) -> None:
     assert told(overrides, processes) == []
 
 
-def test_every_breach_is_broken_above() -> None:
-    source = Path(checks.__file__).read_text()
-    yields = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Yield)}
-    reached: set[int] = set()
+def test_every_constraint_is_violated_above() -> None:
+    sources = {
+        str(module.__file__): Path(str(module.__file__)) for module in (checks, model_checks)
+    }
+    yields = {
+        (name, node.lineno)
+        for name, path in sources.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Yield)
+    }
+    assert {name for name, _ in yields} == set(sources)
+    reached: set[tuple[str, int]] = set()
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != checks.__file__:
+        if frame.f_code.co_filename not in sources:
             return None
-        reached.add(frame.f_lineno)
+        reached.add((frame.f_code.co_filename, frame.f_lineno))
         return trace
 
     before = sys.gettrace()
@@ -753,7 +765,7 @@ def test_every_breach_is_broken_above() -> None:
     finally:
         sys.settrace(before)
     missed = sorted(yields - reached)
-    assert not missed, [source.splitlines()[line - 1] for line in missed]
+    assert not missed, [sources[name].read_text().splitlines()[line - 1] for name, line in missed]
 
 
 def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:

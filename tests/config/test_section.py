@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from fast_llm.config.section import Interval, Positive, Section, Text, dump, read, validate
+from fast_llm.config.document import read
+from fast_llm.config.section import Interval, Section, dump
+from fast_llm.config.types import Positive, Text
+from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
 
 

@@ -341,7 +341,7 @@ def test_random() -> None:
         ('{"datasets": [{"prefix": "gone"}]}', "no such file"),
         (
             '{"datasets": [{"prefix": "a"}], "sha256": "0"}',
-            "its sha256 does not fit its content: it is damaged, or was edited",
+            "its sha256 does not match its content: it is damaged, or was edited",
         ),
         ("[" * 100_000, "not a dataset.json"),
         ("\xff\xfe", "not a dataset.json"),
@@ -379,7 +379,7 @@ def test_too_little_names_what_to_do(tmp_path: Path) -> None:
         )
     with pytest.raises(
         DataError,
-        match=r"lower training\.validation\.iterations, of which even one needs 5 sequences, and give",
+        match=r"lower training.validation.iterations \(one batch already needs 5 sequences\), and give",
     ):
         dataset.require_sequences(
             "validation", 3, 5, "training.validation.iterations", [0.8, 0.2, 0]
@@ -546,7 +546,7 @@ def test_a_share_without_a_document(tmp_path: Path) -> None:
     dataset = opened(hashed(tmp_path / "d.json", [("a", 1)]), split=(0.9, 0.1, 0))
     with pytest.raises(
         DataError,
-        match=r"leaves 0, for its share is no document; give validation a larger share, or prepare more",
+        match=r"leaves 0, because its share contains no document; give validation a larger share, or prepare more",
     ):
         dataset.require_sequences(
             "validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0]

@@ -168,7 +168,8 @@ def test_slices(tmp_path: Path) -> None:
     ):
         assert "".join(texts(tmp_path, split=split)) == expected, split
     with pytest.raises(
-        DataError, match=r"dataset.split: given train\[1\], must be a split such as train, or parts"
+        DataError,
+        match=r"dataset.split: given train\[1\], must be a split such as train, or slices",
     ):
         opened(tmp_path, split="train[1]")
 
@@ -363,7 +364,7 @@ def test_a_lone_surrogate_is_one_row(tmp_path: Path) -> None:
         (b'{"text": "b', r"a.jsonl:1202: not JSON: Unterminated string"),
         (
             b'{"text": oops}',
-            r"a.jsonl:1202: not JSON: Expecting value, at character 10 of the line; mend",
+            r"a.jsonl:1202: not JSON: Expecting value, at character 10 of the line; fix",
         ),
         (b'{"text": "b"} {"text": "c"}', r"a.jsonl:1202: not JSON: Extra data, at character 15"),
         (b"\0\0\0\0", r"a.jsonl:1202: not JSON: Expecting value"),
@@ -417,7 +418,7 @@ def test_json_of_other_shapes(tmp_path: Path) -> None:
 def test_utf16_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
     with pytest.raises(
-        DataError, match=r"a.jsonl: is in UTF-16, must be UTF-8; convert it with `iconv"
+        DataError, match=r"a.jsonl: encoded as UTF-16, must be UTF-8; convert it with `iconv"
     ):
         opened(tmp_path / "a.jsonl")
 
@@ -456,11 +457,14 @@ def test_compressed(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
     ]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(content)[:-20])
     with pytest.raises(
-        DataError, match=rf"a.jsonl{suffix}: damaged, or not what its name says: .*; fetch it again"
+        DataError,
+        match=rf"a.jsonl{suffix}: damaged, or not the format that its name says: .*; download it again",
     ):
         opened(tmp_path / f"a.jsonl{suffix}")
     (tmp_path / f"a.jsonl{suffix}").write_bytes(b"nothing of the kind")
-    with pytest.raises(DataError, match=rf"a.jsonl{suffix}: damaged, or not what its name says"):
+    with pytest.raises(
+        DataError, match=rf"a.jsonl{suffix}: damaged, or not the format that its name says"
+    ):
         opened(tmp_path / f"a.jsonl{suffix}")
 
 

@@ -218,7 +218,7 @@ def test_a_source_without_validation_is_told(
     assert dataset.tokens("validation") == 10
     (record,) = caplog.records
     assert (
-        "validation less than a sequence of" in record.message
+        "validation less than one sequence of" in record.message
         and "(s2) and 1 more" in record.message
     )
 
@@ -236,8 +236,8 @@ def test_too_little_for_a_validation_set(tmp_path: Path) -> None:
     dataset.require_sequences("old", 1, 24, "batch.batch_size", [1, 0, 0])
     with pytest.raises(
         DataError,
-        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, for its share is no document;"
-        r" lower training\.test_iters, .* and give test",
+        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, because its share contains no document;"
+        r" lower training\.test_iters \(one .*\), and give test",
     ):
         dataset.require_sequences("test", 2, 8, "training.test_iters", [1, 0, 0])
 

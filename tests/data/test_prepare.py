@@ -385,7 +385,7 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
     )
     asked, answer = result.stderr.splitlines()
     assert result.returncode == 2
-    assert asked == "org/name is no file or folder here: asking the Hugging Face Hub for it."
+    assert asked == "org/name is not a local file or folder: loading it from the Hugging Face Hub."
     assert (
         "dataset.path: org/name: no such file or folder here, and not from the Hugging Face Hub: "
         in answer
@@ -1093,7 +1093,7 @@ def test_finished_is_left_alone(
     )
     # Also when the documents have been deleted, but not if they have become others.
     (source / "0300.py").write_text("shorter")
-    with pytest.raises(DataError, match="was started with other documents than are there now"):
+    with pytest.raises(DataError, match="was started with other documents than there are now"):
         prepare(config)
     shutil.rmtree(source)
     prepare(config)
@@ -1166,7 +1166,7 @@ def test_other_settings_are_refused(
             {"dataset__field": "content"},
             'was started with dataset.field "text", now it is "content"',
         ),
-        ({"tokenizer__path": str(other)}, "was started with another tokenizer; set it back"),
+        ({"tokenizer__path": str(other)}, "was started with another tokenizer; restore it"),
         (
             {"distributed__world_size": 2, "distributed__rank": 1},
             "was started with distributed.world_size 1, now it is 2",
@@ -1180,7 +1180,7 @@ def test_other_settings_are_refused(
     with pytest.raises(DataError, match="was started with documents 600, now it is 601"):
         prepare(configure(output, source, model))
     (source / "0000.py").unlink()
-    with pytest.raises(DataError, match="was started with other documents than are there now"):
+    with pytest.raises(DataError, match="was started with other documents than there are now"):
         prepare(configure(output, source, model))
     # An emptied folder is begun anew.
     shutil.rmtree(output)

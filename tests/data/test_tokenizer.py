@@ -102,7 +102,7 @@ def test_fingerprint_is_of_what_decides_tokens(llama: Path) -> None:
         (
             "tokenizer.json",
             "version https://git-lfs.github.com/spec/v1\n",
-            r"tokenizer.json: a Git LFS pointer.*`git -C .* lfs pull`",
+            r"tokenizer.json: a Git LFS pointer.*`git lfs pull`",
         ),
         (
             "tokenizer_config.json",
@@ -124,7 +124,7 @@ def test_damaged_files(llama: Path, name: str, content: str, message: str) -> No
 def test_too_large(llama: Path) -> None:
     with (llama / "tokenizer.json").open("r+b") as file:
         file.truncate(2**28 + 1)  # takes no room on the disk
-    with pytest.raises(DataError, match="larger than 256 MiB; this is no tokenizer"):
+    with pytest.raises(DataError, match="larger than 256 MiB; this is not a tokenizer"):
         load(str(llama))
 
 
@@ -134,7 +134,7 @@ def test_missing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(
         DataError,
-        match=r"has only tokenizer.model; make tokenizer.json .*AutoTokenizer.from_pretrained.*save_pretrained",
+        match=r"has only tokenizer.model; convert it to tokenizer.json .*AutoTokenizer.from_pretrained.*save_pretrained",
     ):
         load(str(tmp_path))
     for path in (str(tmp_path / "nothing"), "./a/b", "gpt2", "a/b/c"):

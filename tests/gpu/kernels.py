@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig, OptimizerConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.validate import validate
 from fast_llm.kernels import cudnn
 from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.model.attention import PackedSequences, attention, varlen_attention

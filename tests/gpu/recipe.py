@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from fast_llm.data.loader import Loader
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.loss import IGNORE_INDEX

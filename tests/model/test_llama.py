@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.decoder import CausalLM, init_weights
 from fast_llm.models.llama import architecture, shapes

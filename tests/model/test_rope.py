@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from fast_llm.config.train import RotaryConfig
+from fast_llm.config.model import RotaryConfig
 from fast_llm.model.rope import frequencies, rotary_angles, rotate
 
 LLAMA_3 = RotaryConfig(type="llama3", theta=500000, scale_factor=8, original_context_length=8192)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import FAMILIES
 

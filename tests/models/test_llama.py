@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fast_llm.config.train import BaseModelConfig, TransformerConfig
+from fast_llm.config.model import BaseModelConfig, TransformerConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.models import llama
 from fast_llm.models.flops import peak_flops

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch

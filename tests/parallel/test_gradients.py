@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.decoder import Block, CausalLM, init_weights
 from fast_llm.parallel.fsdp import ShardedWeights, like

@@ -4,8 +4,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fast_llm.config.section import Document, validate
-from fast_llm.config.train import BaseModelConfig
+from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.validate import validate
 from fast_llm.model.decoder import Block
 from fast_llm.model.rope import rotary_angles
 from fast_llm.parallel.recompute import apply_recompute

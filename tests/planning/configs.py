@@ -1,7 +1,9 @@
 """Settings that the planner's tests have in common."""
 
-from fast_llm.config.section import read, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.document import read
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 
 LEVEL = "model.base_model.transformer.mlp_recompute_level"
 

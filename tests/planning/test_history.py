@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from fast_llm.cli import main
 from fast_llm.config.batch import BatchSizes
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from fast_llm.config.train import BatchConfig, DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.data.loader import Loader

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fast_llm import cli
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from fast_llm.planning.preflight import preflight
 from tests.training.runs import run, settings, write_tokens
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import load_weights
-from fast_llm.config.section import read
-from fast_llm.config.train import BaseModelConfig, DataConfig
+from fast_llm.config.document import read
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.train import DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.decoder import CausalLM

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.planning.preflight import preflight

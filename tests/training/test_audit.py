@@ -10,7 +10,7 @@ import pytest
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.cli import main
-from fast_llm.config.section import read
+from fast_llm.config.document import read
 from fast_llm.planning.preflight import preflight
 from tests.helpers import spawn
 from tests.training import runs

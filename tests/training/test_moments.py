@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fast_llm.checkpoint import folder, state
-from fast_llm.config.section import read, validate
+from fast_llm.config.document import read
 from fast_llm.config.train import OptimizerConfig, TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.models.llama import shapes
 from fast_llm.optim.optimizer import Optimizer
 from tests.helpers import spawn

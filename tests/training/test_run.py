@@ -17,8 +17,10 @@ import torch.distributed as dist
 import yaml
 
 from fast_llm import cli
-from fast_llm.config.section import read, validate
-from fast_llm.config.train import REFUSED, RENAMED, TrainConfig
+from fast_llm.config.compat import REFUSED, RENAMED
+from fast_llm.config.document import read
+from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError, TrainingStopped, UserError
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.planning.preflight import preflight

@@ -1,0 +1,70 @@
+"""Types of settings: what pydantic checks, and in words (`Allowed`) what is allowed."""
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from fast_llm.config.mistakes import Allowed, unsupported
+from fast_llm.config.text import format_value
+
+LARGEST_NUMBER = 10**15  # no count in this project comes near; larger ones would overflow later on
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise ValueError("given empty text; write null, or leave it out, for none")
+    return value
+
+
+def path_text(value: str) -> str:
+    """Text that can name a file or folder. Raises ValueError."""
+    encoded = os.fsencode(value)
+    if any(len(part) > 255 for part in encoded.split(b"/")) or len(encoded) >= 4096:
+        raise ValueError(
+            f"given {format_value(value)}, which is too long for the name of a file or folder"
+        )
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        user = value.partition("/")[0][1:]
+        raise ValueError(f"given {format_value(value)}, but there is no user {user}")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST_NUMBER), Allowed("an integer above 0")]
+Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), Allowed("an integer of 0 or more")]
+PositiveFloat = Annotated[float, Field(gt=0), Allowed("a number above 0")]
+NonNegativeFloat = Annotated[float, Field(ge=0), Allowed("a number of 0 or more")]
+Fraction = Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 to below 1")]
+Seconds = Annotated[float, Field(gt=0, le=10**9), Allowed("a number of seconds above 0")]
+Workers = Annotated[int, Field(ge=0, le=1024), Allowed("an integer from 0 to 1024")]
+Processes = Annotated[int, Field(ge=1, le=1024), Allowed("an integer from 1 to 1024")]
+ParametersPerFile = Annotated[
+    int, Field(ge=2**20, le=2**62), Allowed("an integer of 2^20 (1048576) or more")
+]
+Text = Annotated[str, AfterValidator(_text)]
+PathText = Annotated[Text, AfterValidator(path_text)]
+
+_DTYPES = {
+    spelling: name
+    for name, spellings in {
+        "fp32": ("fp32", "float32", "float"),
+        "bf16": ("bf16", "bfloat16"),
+        "fp16": ("fp16", "float16", "half"),
+        "fp64": ("fp64", "float64", "double"),  # refused below
+    }.items()
+    for spelling in spellings
+}
+
+
+def _short_dtype(value: Any) -> Any:
+    return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+
+
+short_dtype = BeforeValidator(_short_dtype)  # float32 or torch.float32 becomes fp32
+no_fp64 = unsupported({"fp64": "the highest precision is fp32"})
+DType = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    no_fp64,  # pydantic calls validators from the last to the first
+    short_dtype,
+    Allowed("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
+]
