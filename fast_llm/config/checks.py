@@ -1,7 +1,9 @@
-"""The constraints across settings, one function each. Those on the shape of the model are in model_checks.py.
+"""The constraints across settings, one function each. Those on the shape of the model are in
+model_checks.py.
 
-Each yields its violations: the dotted paths that it concerns, the one to point at first, and what is wrong. `validate`
-leaves out violations that concern a setting that is wrong itself, so it can report all mistakes of a file at once:
+Each yields its violations: the dotted paths that it concerns, the one to point at first, and what
+is wrong. `validate` leaves out violations that concern a setting that is wrong itself, so it can
+report all mistakes of a file at once:
 
     validate(TrainConfig, document, REFUSED, RENAMED, constraints=partial(violations, processes=8))
 """
@@ -104,7 +106,8 @@ def _processes(config: TrainConfig, processes: int) -> Violations:
             tuple(
                 f"model.distributed.{name}" for name in sorted(_AXES, key=lambda name: -sizes[name])
             ),
-            f"{given} must divide the number of processes, which is {processes}; start that many with torchrun (to"
+            f"{given} must divide the number of processes, which is {processes}; start that many"
+            " with torchrun (to"
             f" --validate alone, set WORLD_SIZE={product} in the environment)",
         )
 
@@ -128,7 +131,8 @@ def _profiled_ranks(config: TrainConfig, processes: int) -> Violations:
     if profiling.interval is not None and max(profiling.ranks) >= processes:
         yield (
             ("training.profiling.ranks", "training.profiling.interval"),
-            f"given {profiling.ranks}, each must be below the number of processes, which is {processes}",
+            f"given {profiling.ranks}, each must be below the number of processes, which is"
+            f" {processes}",
         )
 
 
@@ -138,7 +142,8 @@ def _sequence_data_parallel(config: TrainConfig) -> Violations:
     if size > 1 and length % (2 * size):
         yield (
             ("batch.sequence_length", "model.distributed.sequence_data_parallel"),
-            f"given {length}, must be a multiple of 2 × sequence_data_parallel {size} = {2 * size}: each process holds a"
+            f"given {length}, must be a multiple of 2 × sequence_data_parallel {size} = {2 * size}:"
+            " each process holds a"
             " stretch from the front and one from the back",
         )
     elif distributed.sequence_tensor_parallel and length // size % distributed.tensor_parallel:
@@ -175,8 +180,10 @@ def _micro_sequence(config: TrainConfig) -> Violations:
     if batch.micro_sequence_length not in (None, batch.sequence_length):
         yield (
             ("batch.micro_sequence_length", "batch.sequence_length"),
-            f"given {batch.micro_sequence_length}, must be sequence_length {batch.sequence_length}: sequences are"
-            " computed whole; leave it out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
+            f"given {batch.micro_sequence_length}, must be sequence_length {batch.sequence_length}:"
+            " sequences are"
+            " computed whole; leave it out, and use micro_batch_size: 1 and mlp_recompute_level:"
+            " full to save memory",
         )
 
 
@@ -189,14 +196,16 @@ def _data_path(config: TrainConfig) -> Violations:
     elif not given:
         yield (
             concerned,
-            f"missing: format: {style} needs it; give the dataset.json of `fast-llm prepare` with format: file, or try"
+            f"missing: format: {style} needs it; give the dataset.json of `fast-llm prepare` with"
+            " format: file, or try"
             " things with format: random",
         )
     elif style == "file":
         if len(given) != 1 or not isinstance(given[0], str) or not given[0]:
             yield (
                 concerned,
-                "format: file needs one path, the dataset.json of `fast-llm prepare`; format: list takes several",
+                "format: file needs one path, the dataset.json of `fast-llm prepare`; format: list"
+                " takes several",
             )
     elif len(given) > 1 or not isinstance(given[0], str) or not given[0]:
         weights, paths = given[::2], given[1::2]
@@ -232,7 +241,8 @@ def _split(config: TrainConfig) -> Violations:
         if wanted and not share:
             yield (
                 ("data.split", "data.format", setting),
-                f"given {shown}, which leaves no documents for {setting}; give them a share, e.g. {example}",
+                f"given {shown}, which leaves no documents for {setting}; give them a share, e.g."
+                f" {example}",
             )
 
 
@@ -254,7 +264,8 @@ def _learning_rate(config: TrainConfig) -> Violations:
     if rate.decay_iterations is not None and rate.warmup_iterations >= rate.decay_iterations:
         yield (
             (warmup, end),
-            f"given {rate.warmup_iterations}, must be below decay_iterations {rate.decay_iterations}, which counts"
+            f"given {rate.warmup_iterations}, must be below decay_iterations"
+            f" {rate.decay_iterations}, which counts"
             " from the start and includes the warmup",
         )
     if rate.minimum > rate.base:
@@ -278,14 +289,17 @@ def _sub_intervals(config: TrainConfig) -> Violations:
     if not training.shutdown.within(training.checkpoint):
         yield (
             ("training.shutdown.interval", "training.shutdown.offset", "training.checkpoint"),
-            f"given {training.shutdown.interval}, must be a multiple of training.checkpoint.interval"
-            f" ({_number(training.checkpoint.interval)}) with the same offset: a run can only stop where it saves",
+            f"given {training.shutdown.interval}, must be a multiple of"
+            " training.checkpoint.interval"
+            f" ({_number(training.checkpoint.interval)}) with the same offset: a run can only stop"
+            " where it saves",
         )
     if training.wandb is not None and not training.wandb.alert.within(training.logs):
         yield (
             ("training.wandb.alert.interval", "training.wandb.alert.offset", "training.logs"),
             f"given {training.wandb.alert.interval}, must be a multiple of training.logs.interval"
-            f" ({_number(training.logs.interval)}) with the same offset: an alert posts what is logged",
+            f" ({_number(training.logs.interval)}) with the same offset: an alert posts what is"
+            " logged",
         )
 
 
@@ -301,7 +315,8 @@ def _keep_every(config: TrainConfig) -> Violations:
         if saved.keep_every is not None and saved.interval is None:
             yield (
                 (f"training.{name}.keep_every", f"training.{name}.interval"),
-                f"given {saved.keep_every}, but nothing is saved: set training.{name}.interval, or leave it out",
+                f"given {saved.keep_every}, but nothing is saved: set training.{name}.interval, or"
+                " leave it out",
             )
 
 
@@ -309,7 +324,8 @@ def _spikes(config: TrainConfig) -> Violations:
     if config.training.spikes.policy == "rewind" and config.training.checkpoint.interval is None:
         yield (
             ("training.spikes.policy", "training.checkpoint.interval"),
-            "given rewind, but nothing is saved to go back to: set training.checkpoint.interval, or use skip or stop",
+            "given rewind, but nothing is saved to go back to: set training.checkpoint.interval, or"
+            " use skip or stop",
         )
 
 
@@ -339,13 +355,15 @@ def _validation(config: TrainConfig) -> Violations:
     if validation.iterations is not None and validation.interval is None:
         yield (
             (every, many),
-            "missing: training.validation.iterations needs it: every how many steps, e.g. 1000, or null",
+            "missing: training.validation.iterations needs it: every how many steps, e.g. 1000, or"
+            " null",
         )
     never = validation.interval is None and "interval" in validation.model_fields_set
     if config.data.validation_sets and validation.interval is None and not never:
         yield (
             (every, "data.validation_sets"),
-            "missing: data.validation_sets are measured every so many steps, e.g. 1000, or null for never",
+            "missing: data.validation_sets are measured every so many steps, e.g. 1000, or null for"
+            " never",
         )
 
 
@@ -379,5 +397,6 @@ def _steps(config: TrainConfig) -> Violations:
                 "training.export",
                 "training.checkpoint",
             ),
-            "is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to measure or save)",
+            "is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to"
+            " measure or save)",
         )

@@ -1,6 +1,7 @@
-"""Settings of Fast-LLM 0.2: what is renamed, what is refused with what to use instead, and what means something different.
+"""Settings of Fast-LLM 0.2: renamed, refused (with what to use instead), and different in meaning.
 
-Single values that are refused stand at their settings (`unsupported`). docs/settings.md lists everything here.
+Single values that are refused are at their settings (`unsupported`). docs/settings.md lists all of
+this.
 """
 
 OTHER_MODELS = ("starcoder2", "mistral", "mixtral", "qwen2")  # models that Fast-LLM 0.2 supports
@@ -25,20 +26,25 @@ def _all(section: str, names: str, advice: str) -> dict[str, str]:
 
 _DEBUGGING = "a debugging aid of Fast-LLM 0.2; use a debugger, or torch.profiler"
 
-# Refused setting of `train` → what to do instead. The advice of a section also serves settings in it that have none.
+# Refused setting of `train` → what to do instead. The advice of a section also serves settings in
+# it that have none.
 REFUSED: dict[str, str] = {
     "batch.num_micro_sequences": "sequences are not split into parts; leave it out",
-    "data.fim": "fill-in-the-middle is not applied during training; apply it to the documents before `fast-llm prepare`",
+    "data.fim": "fill-in-the-middle is not applied during training; apply it to the documents"
+    " before `fast-llm prepare`",
     "data.datasets": "describe the data with data.format and data.path (and data.validation_sets)",
     "data.sampling": "model.distributed.seed decides the order of the data; leave it out",
     "data.use_loss_masking_spans": "every token of a document is a target; leave it out",
     "data.multiprocessing_context": "threads prepare batches (training.num_workers); leave it out",
     "data.tokenizer.format": "tokenizers are read from tokenizer.json; leave it out",
-    "optimizer.learning_rate.schedule": "use decay_style, decay_iterations, warmup_iterations and minimum",
+    "optimizer.learning_rate.schedule": "use decay_style, decay_iterations, warmup_iterations and"
+    " minimum",
     "pretrained.timeout": "use training.timeout, which applies to reading of weights",
     f"{_BASE}.use_position_embeddings": "positions are rotary (transformer.rotary); leave it out",
-    f"{_BASE}.use_absolute_position_embeddings": "positions are rotary (transformer.rotary); leave it out",
-    f"{_BASE}.parallel_embeddings": "model.multi_stage.zero_stage and tensor_parallel shard embeddings; leave it out",
+    f"{_BASE}.use_absolute_position_embeddings": "positions are rotary (transformer.rotary); leave"
+    " it out",
+    f"{_BASE}.parallel_embeddings": "model.multi_stage.zero_stage and tensor_parallel shard"
+    " embeddings; leave it out",
     f"{_BASE}.sequence_first": "the batch is the first dimension of activations; leave it out",
     f"{_BASE}.logit_z_loss": "the loss is the cross entropy alone; leave it out",
     f"{_BASE}.logits_scale_factor": "logits are not scaled; leave it out",
@@ -50,8 +56,10 @@ REFUSED: dict[str, str] = {
     ),
     **_all(
         _TRANSFORMER,
-        "num_experts num_shared_experts num_experts_per_token expert_routing_type expert_auxiliary_loss_coefficient"
-        " expert_z_loss_coefficient moe_jitter_eps dropless_moe dropless_dynamic_shape router_lr_scale",
+        "num_experts num_shared_experts num_experts_per_token expert_routing_type"
+        " expert_auxiliary_loss_coefficient"
+        " expert_z_loss_coefficient moe_jitter_eps dropless_moe dropless_dynamic_shape"
+        " router_lr_scale",
         "only dense models are supported; leave it out",
     ),
     **_all(
@@ -59,7 +67,8 @@ REFUSED: dict[str, str] = {
         "mlp_lr_scale attention_lr_scale",
         "all parameters have the same learning rate; use optimizer.default_learning_rate_scale",
     ),
-    f"{_TRANSFORMER}.attention_softmax_scale_power": "Llama models scale attention by kv_channels^-0.5; leave it out",
+    f"{_TRANSFORMER}.attention_softmax_scale_power": "Llama models scale attention by"
+    " kv_channels^-0.5; leave it out",
     **_all(
         _TRANSFORMER,
         "window_size max_window_layers",
@@ -70,10 +79,12 @@ REFUSED: dict[str, str] = {
         "attention_dropout hidden_dropout",
         "Llama models are trained without dropout; use optimizer.weight_decay",
     ),
-    f"{_TRANSFORMER}.full_precision_residual": "the residual stream has model.distributed.training_dtype; fp32 is more"
-    " precise",
-    f"{_TRANSFORMER}.use_rotary_embeddings": "Llama models always have them; choose transformer.rotary.type",
-    f"{_TRANSFORMER}.rotary_embedding_scale": "set transformer.rotary.theta to exp(-rotary_embedding_scale)",
+    f"{_TRANSFORMER}.full_precision_residual": "the residual stream has"
+    " model.distributed.training_dtype; fp32 is more precise",
+    f"{_TRANSFORMER}.use_rotary_embeddings": "Llama models always have them; choose"
+    " transformer.rotary.type",
+    f"{_TRANSFORMER}.rotary_embedding_scale": "set transformer.rotary.theta to"
+    " exp(-rotary_embedding_scale)",
     f"{_TRANSFORMER}.triton_rotary": "rotary embedding runs in PyTorch; leave it out",
     **_all(_TRANSFORMER, "debug_transformer debug_transformer_memory random_bias_init", _DEBUGGING),
     **_all(
@@ -97,11 +108,14 @@ REFUSED: dict[str, str] = {
         "num_grad_buffers num_weight_buffers pipeline_delay",
         "FSDP2 manages its buffers; choose zero_stage",
     ),
-    "model.multi_stage.stages_per_pipeline_stage": "layers_per_stage decides the number of stages; leave it out",
-    "model.multi_stage.full_precision_gradients": "gradients are always reduced and summed in fp32; leave it out",
+    "model.multi_stage.stages_per_pipeline_stage": "layers_per_stage decides the number of stages;"
+    " leave it out",
+    "model.multi_stage.full_precision_gradients": "gradients are always reduced and summed in"
+    " fp32; leave it out",
     **_all(
         "model.multi_stage",
-        "debug_layer_outputs debug_layer_gradients debug_param_init debug_param_gradients debug_all_param_gradients"
+        "debug_layer_outputs debug_layer_gradients debug_param_init debug_param_gradients"
+        " debug_all_param_gradients"
         " debug_param_update debug_global_tensors debug_activation_memory debug_tensor_parallel",
         _DEBUGGING,
     ),
@@ -110,19 +124,23 @@ REFUSED: dict[str, str] = {
         "world_size rank local_world_size",
         "torchrun sets them; start with `torchrun --nproc_per_node N --no-python fast-llm …`",
     ),
-    "model.distributed.pipeline_first": "the order of ranks is fixed: tensor, context, data, pipeline; leave it out",
+    "model.distributed.pipeline_first": "the order of ranks is fixed: tensor, context, data,"
+    " pipeline; leave it out",
     **_all(
         "model.distributed",
-        "dp_seed_shift pp_seed_shift pp_gen_init_seed_shift tp_seed_shift tp_gen_init_seed_shift sample_seed_shift"
+        "dp_seed_shift pp_seed_shift pp_gen_init_seed_shift tp_seed_shift tp_gen_init_seed_shift"
+        " sample_seed_shift"
         " train_seed_shift valid_seed_shift test_seed_shift pp_gen_seed_shift tp_gen_seed_shift",
         "model.distributed.seed decides everything random; leave it out",
     ),
-    "run.structured_logs": "logs are always written to runs/<k>/logs and metrics to metrics.jsonl; leave it out",
+    "run.structured_logs": "logs are always written to runs/<k>/logs and metrics to metrics.jsonl;"
+    " leave it out",
     "run.enable_all_loggers": "the log holds only this project's messages; leave it out",
     "run.tensor_logs": "tensors are not logged; see metrics.jsonl, or use a debugger",
     "run.triton_linear_kernels": "PyTorch computes matrix multiplications; leave it out",
     "schedule": "PyTorch schedules the work of a step; leave the section out",
-    "schedule.pipeline_overlap": "pipeline stages send while they compute; choose model.multi_stage.pipeline_schedule",
+    "schedule.pipeline_overlap": "pipeline stages send while they compute; choose"
+    " model.multi_stage.pipeline_schedule",
     "schedule.data_overlap": "PyTorch overlaps communication and computation; leave it out",
     "schedule.data_batch_warn_time_ms": "use data.data_sample_warn_time_ms",
     **_all(
@@ -133,8 +151,10 @@ REFUSED: dict[str, str] = {
     **_all("schedule", "debug_schedule debug_send_recv", _DEBUGGING),
     "schedule.profile_schedule": "set training.profiling.interval, and see the traces",
     "schedule.estimate_critical_batch": "Fast-LLM 0.2 does not implement it either; leave it out",
-    "schedule.skip_step": "to measure the loss without updates, set training.train_iters: 0 and training.validation",
-    "profiling": "use training.profiling, which profiles one step every training.profiling.interval steps",
+    "schedule.skip_step": "to measure the loss without updates, set training.train_iters: 0 and"
+    " training.validation",
+    "profiling": "use training.profiling, which profiles one step every"
+    " training.profiling.interval steps",
     **_all(
         "profiling",
         "cpu cuda",
@@ -150,7 +170,8 @@ REFUSED: dict[str, str] = {
     **_all(
         "profiling",
         "averages trace table_width log export",
-        "set training.profiling.interval: it writes a table and a trace to profile/ in run.experiment_dir",
+        "set training.profiling.interval: it writes a table and a trace to profile/ in"
+        " run.experiment_dir",
     ),
 }
 
@@ -165,12 +186,15 @@ PREPARE_REFUSED: dict[str, str] = {
 # The same for `convert`.
 CONVERT_REFUSED: dict[str, str] = {
     "use_cpu": "conversion always runs on the CPU; leave it out",
-    "layers_per_step": "all weights are converted at once, which takes 4 bytes of memory a parameter; leave it out",
+    "layers_per_step": "all weights are converted at once, which takes 4 bytes of memory a"
+    " parameter; leave it out",
     "input.model_weights": "weights are always converted; leave it out",
-    "input.optimizer_state": "optimizer state is not converted; copy the checkpoint's folder to keep it",
+    "input.optimizer_state": "optimizer state is not converted; copy the checkpoint's folder to"
+    " keep it",
     "input.load_config": "the shape of the model comes from its configuration; leave it out",
     "output.model_weights": "weights are always converted; leave it out",
-    "output.optimizer_state": "optimizer state is not converted; copy the checkpoint's folder to keep it",
+    "output.optimizer_state": "optimizer state is not converted; copy the checkpoint's folder to"
+    " keep it",
 }
 
 # Setting of `train` → what it does in Fast-LLM 0.2, and what it does here.

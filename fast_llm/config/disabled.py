@@ -1,10 +1,11 @@
-"""Features that one setting turns off, so that the settings of the feature need not be removed from the file."""
+"""Features that one setting turns off, so that the settings of the feature need not be removed from
+the file."""
 
 from typing import Any
 
-# A feature is turned off by one setting, whatever else the file says about it. (setting, value that turns the feature
-# off, settings that are then ignored). The value must be given: the default turns nothing off, so that a missing setting
-# that others require is a mistake.
+# A feature is turned off by one setting, whatever else the file says about it. (setting, value that
+# turns the feature off, settings that are then ignored). The value must be given: the default turns
+# nothing off, so that a missing setting that others require is a mistake.
 DISABLED_BY: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("training.validation.interval", None, ("training.validation.iterations",)),
     ("training.checkpoint.interval", None, ("training.checkpoint.keep_every", "training.shutdown")),
@@ -36,7 +37,8 @@ DISABLED_BY: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 
 
 def without_disabled(values: Any) -> Any:
-    """The values of a file without the settings that DISABLED_BY says to ignore. Does not change `values`."""
+    """The values of a file without the settings that DISABLED_BY says to ignore. Does not change
+    `values`."""
 
     def at(path: str) -> Any:
         here = values

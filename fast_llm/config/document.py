@@ -31,8 +31,9 @@ class Document:
         problems: Sequence[str] = (),
         broken: Iterable[str] = (),
     ):
-        """`places`: dotted path → where it was written. `source`: the name of the file. `problems`: mistakes, which
-        `validate` reports with its own. `broken`: paths of values that could not be read and are not in `values`."""
+        """`places`: dotted path → where it was written. `source`: the name of the file. `problems`:
+        mistakes, which `validate` reports with its own. `broken`: paths of values that could not be
+        read and are not in `values`."""
         self.values = values
         self.places = places
         self.source = source
@@ -40,7 +41,8 @@ class Document:
         self.broken = frozenset(broken)
 
     def where(self, path: str) -> str:
-        """`file:line` of a dotted path, or of the nearest section around it, or of the first setting inside it."""
+        """`file:line` of a dotted path, or of the nearest section around it, or of the first
+        setting inside it."""
         around = path
         while around:
             if around in self.places:
@@ -80,7 +82,8 @@ class Document:
                     places[here] = source
                 elif not _same(key, merged[key], value):
                     problems.append(
-                        f"{self.where(here)}: {here}: given {format_value(merged[key])}, but {source} says"
+                        f"{self.where(here)}: {here}: given {format_value(merged[key])}, but"
+                        f" {source} says"
                         f" {format_value(value)}; leave it out, the pretrained model decides"
                     )
             return merged
@@ -102,11 +105,11 @@ def read(
 ) -> Document:
     """Read a YAML file (or none) and apply overrides `a.b=c`; the last override of a path wins.
 
-    Overrides are YAML, made easier for the command line: text that YAML refuses (`*.jsonl`, `@x`) is text, `#` begins
-    no comment, and `2024` is text where `kind` wants text.
+    Overrides are YAML, made easier for the command line: text that YAML refuses (`*.jsonl`, `@x`)
+    is text, `#` begins no comment, and `2024` is text where `kind` wants text.
 
-    Raises ConfigError for a file that cannot be read. Smaller mistakes stay in the document, and `validate` reports them
-    with all others.
+    Raises ConfigError for a file that cannot be read. Smaller mistakes stay in the document, and
+    `validate` reports them with all others.
     """
     document = _read_file(path)
     values, places = document.values, document.places

@@ -1,4 +1,5 @@
-"""What is wrong with a value, in words: what was given, what is allowed, and the name that was probably meant."""
+"""What is wrong with a value, in words: what was given, what is allowed, and the name that was
+probably meant."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +12,13 @@ from pydantic.fields import FieldInfo
 
 from fast_llm.config.text import format_value
 
-MAX_PROBLEMS = 100  # mistakes of one file that are told; looking for the name that was meant takes milliseconds
+MAX_PROBLEMS = 100  # reported for one file; finding the nearest name takes milliseconds each
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Stands in an annotation and says in words what is allowed, for error messages and docs/settings.md."""
+    """Stands in an annotation and says in words what is allowed, for error messages and
+    docs/settings.md."""
 
     text: str
 
@@ -97,7 +99,8 @@ def _at(values: Any, path: str, otherwise: Any) -> Any:
 
 
 def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
-    """A setting that is missing, or those of a missing section that have no default; what each must be."""
+    """A setting that is missing, or those of a missing section that have no default; what each must
+    be."""
     inside = nested_sections(field.annotation) if field is not None else []
     if not inside:
         yield path, describe_allowed(field)
@@ -110,7 +113,8 @@ def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
 def _locate(
     kind: type[BaseModel], loc: tuple[int | str, ...]
 ) -> tuple[str, FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
-    """The dotted path of the setting that an error is about, its field, what is left inside it, its section."""
+    """The dotted path of the setting that an error is about, its field, what is left inside it, its
+    section."""
     section, field, path = kind, None, ""
     for position, part in enumerate(loc):
         below = nested_sections(field.annotation) if field is not None else [section]
@@ -133,7 +137,8 @@ def describe_allowed(field: FieldInfo | None) -> str:
 
 
 def refused_values(field: FieldInfo) -> dict[str, str]:
-    """The values of a setting that are refused by name, as they stand in YAML: value → what to do instead."""
+    """The values of a setting that are refused by name, as they stand in YAML: value → what to do
+    instead."""
     found: dict[str, str] = {}
     for item in _metadata(field.annotation, field.metadata):
         if isinstance(item, BeforeValidator) and isinstance(item.func, _Unsupported):
@@ -284,7 +289,8 @@ def _unknown_setting(kind: type[BaseModel], section: type[BaseModel], path: str)
 def nearest_setting(
     path: str, name: str, above: str, siblings: list[str], known: list[str]
 ) -> str | None:
-    """The setting that was probably meant: a sibling, one with the name elsewhere, or one that reads much the same."""
+    """The setting that was probably meant: a sibling, one with the name elsewhere, or one that
+    reads much the same."""
     sibling = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if sibling:
         return f"{above}.{sibling[0]}" if above else sibling[0]
@@ -301,7 +307,8 @@ def nearest_setting(
 
 
 def _similarity(one: str, other: str) -> float:
-    """How much two dotted paths read the same, from 0 to 1: all of them, or their last names with a little less weight."""
+    """How much two dotted paths read the same, from 0 to 1: all of them, or their last names with a
+    little less weight."""
 
     def ratio(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()

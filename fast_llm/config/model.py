@@ -1,4 +1,5 @@
-"""The sections `model` and `pretrained` of the YAML file: shape, initialization, parallelism and number formats.
+"""The sections `model` and `pretrained` of the YAML file: shape, initialization, parallelism and
+number formats.
 
 As in train.py, the text under a setting is its documentation.
 """
@@ -39,12 +40,13 @@ class RotaryConfig(Section):
         Literal["default", "llama3"],
         unsupported(
             {
-                "none": "Llama models have rotary positions: use default, or llama3 with Llama 3.1's scaling",
+                "none": "Llama models have rotary positions: use default, or llama3 (Llama 3.1)",
                 "yarn": "no Llama model up to 3.2 uses it; use llama3",
             }
         ),
     ] = "default"
-    """`default`: no scaling. `llama3`: the frequency scaling of Llama 3.1, with the settings below."""
+    """`default`: no scaling. `llama3`: the frequency scaling of Llama 3.1, with the settings
+    below."""
     theta: PositiveFloat = 10000
     """Base of the frequencies."""
     scale_factor: PositiveFloat = 8.0
@@ -65,7 +67,8 @@ Std = Annotated[float, Field(ge=0), Allowed("a number of 0 or more")] | None
 
 
 class TransformerConfig(Section):
-    """The transformer blocks. With `pretrained.path` their shape comes from the model's config.json: leave it out."""
+    """The transformer blocks. With `pretrained.path` their shape comes from the model's
+    config.json: leave it out."""
 
     num_layers: Annotated[int, Field(gt=0, le=10_000), Allowed("an integer from 1 to 10000")] = 12
     """Number of blocks."""
@@ -98,9 +101,7 @@ class TransformerConfig(Section):
         Literal["nowhere", "everywhere", "only_attention", "only_mlp"],
         BeforeValidator(_biases),
         unsupported(
-            {
-                "only_attn_qkv": "attention has biases in all of its layers (only_attention) or in none"
-            }
+            {"only_attn_qkv": "attention has biases in all its layers (only_attention) or in none"}
         ),
         Allowed("yes, no, or one of nowhere, everywhere, only_attention, only_mlp"),
     ] = "nowhere"
@@ -108,14 +109,15 @@ class TransformerConfig(Section):
     normalization: NormalizationConfig = NormalizationConfig()
     rotary: RotaryConfig = RotaryConfig()
     use_flash_attention: bool = True
-    """Use attention kernels that never store the scores of a document, in any dtype. `no` uses plain matrix
-    multiplications."""
+    """Use attention kernels that never store the scores of a document, in any dtype. `no` uses
+    plain matrix multiplications."""
     mlp_recompute_level: Literal[
         "none", "activation", "activation_and_input", "full", "selective", "block"
     ] = "none"
-    """Activation checkpointing: what the backward pass recomputes instead of storing. `activation`: the activation of
-    the MLP. `activation_and_input`: also the normalized input of the MLP. `full`: the entire MLP. `selective`:
-    everything in a block except matrix multiplications and attention. `block`: the entire block."""
+    """Activation checkpointing: what the backward pass recomputes instead of storing. `activation`:
+    the activation of the MLP. `activation_and_input`: also the normalized input of the MLP. `full`:
+    the entire MLP. `selective`: everything in a block except matrix multiplications and attention.
+    `block`: the entire block."""
     init_method_std: Std = None
     """Standard deviation of random weight matrices. null means hidden_size^-0.5."""
     init_method_min: float | None = None
@@ -129,7 +131,8 @@ class TransformerConfig(Section):
     init_method_max_qkv: float | None = None
     """Upper limit for the query, key and value projections. null means init_method_max."""
     init_method_std_attn_proj: Std = None
-    """Standard deviation for the output projection of attention. null means init_method_std / √(2 num_layers)."""
+    """Standard deviation for the output projection of attention. null means init_method_std / √(2
+    num_layers)."""
     init_method_min_attn_proj: float | None = None
     """Lower limit for the output projection of attention. null means init_method_min."""
     init_method_max_attn_proj: float | None = None
@@ -149,21 +152,24 @@ class TransformerConfig(Section):
 
 
 class BaseModelConfig(Section):
-    """The model. With `pretrained.path` its shape comes from the model's config.json: leave it out."""
+    """The model. With `pretrained.path` its shape comes from the model's config.json: leave it
+    out."""
 
     vocab_size: Positive = 49152
     """Number of rows of the embedding."""
     max_position_embeddings: Positive = 2048
     """Context length in the config.json of exports, unless batch.sequence_length is larger."""
     tie_word_embeddings: bool = True
-    """Share one matrix between embedding and head. `no` trains the separate head that a pretrained folder has although
-    its config.json says `tie_word_embeddings: true`."""
+    """Share one matrix between embedding and head. `no` trains the separate head that a pretrained
+    folder has although its config.json says `tie_word_embeddings: true`."""
     transformer: TransformerConfig = TransformerConfig()
     cross_entropy_impl: Literal["auto", "torch", "fused", "triton"] = "auto"
-    """`torch`: computes all logits at once. `fused`: computes the logits of a few tokens at a time and never stores all of
-    them. `triton`: like fused, with a GPU kernel. `auto`: triton where it runs, else fused."""
+    """`torch`: computes all logits at once. `fused`: computes the logits of a few tokens at a time
+    and never stores all of them. `triton`: like fused, with a GPU kernel. `auto`: triton where it
+    runs, else fused."""
     cross_entropy_splits: Positive | None = None
-    """Number of chunks into which fused and triton divide the tokens of a micro-batch. null chooses by size."""
+    """Number of chunks into which fused and triton divide the tokens of a micro-batch. null chooses
+    by size."""
     init_method_std_embed: Std = None
     """Standard deviation for embedding and head. null means transformer.init_method_std."""
     init_method_min_embed: float | None = None
@@ -176,12 +182,14 @@ class MultiStageConfig(Section):
     """How processes share the training state, and pipeline stages."""
 
     zero_stage: Annotated[int, Field(ge=1, le=3), Allowed("1, 2 or 3")] | None = None
-    """ZeRO stage: what is sharded over processes. 1: optimizer state, fp32 weights and reduced gradients. 2: also full
-    gradients. 3: also the weights used for computation. null means 1. A single process shards nothing."""
+    """ZeRO stage: what is sharded over processes. 1: optimizer state, fp32 weights and reduced
+    gradients. 2: also full gradients. 3: also the weights used for computation. null means 1. A
+    single process shards nothing."""
     shard_size: Positive | None = None
-    """Number of adjacent processes that share one copy of the training state (hybrid sharding). Further groups hold
-    copies, and exchange only sharded gradients. Use the processes of a node if there are many nodes or the network is
-    slow. null, or a number above the number of processes, means all processes."""
+    """Number of adjacent processes that share one copy of the training state (hybrid sharding).
+    Further groups hold copies, and exchange only sharded gradients. Use the processes of a node if
+    there are many nodes or the network is slow. null, or a number above the number of processes,
+    means all processes."""
     pipeline_schedule: (
         Literal[
             "gpipe",
@@ -193,11 +201,11 @@ class MultiStageConfig(Section):
         ]
         | None
     ) = None
-    """Pipeline schedule, as PyTorch names them. With one stage per process: `gpipe` (all forward passes, then all
-    backward passes) or `1f1b` (fewest micro-batches in flight). With several: `looped_bfs` (breadth first),
-    `interleaved_1f1b`, or `interleaved_zero_bubble`, which fills gaps with weight gradients. `zbv_zero_bubble` requires
-    two stages per process, one from the front and one from the back. null means 1f1b, or interleaved_1f1b with several
-    stages per process."""
+    """Pipeline schedule, as PyTorch names them. With one stage per process: `gpipe` (all forward
+    passes, then all backward passes) or `1f1b` (fewest micro-batches in flight). With several:
+    `looped_bfs` (breadth first), `interleaved_1f1b`, or `interleaved_zero_bubble`, which fills gaps
+    with weight gradients. `zbv_zero_bubble` requires two stages per process, one from the front and
+    one from the back. null means 1f1b, or interleaved_1f1b with several stages per process."""
     layers_per_stage: (
         Annotated[
             int | list[Annotated[int, Field(ge=0)]],
@@ -205,9 +213,10 @@ class MultiStageConfig(Section):
         ]
         | None
     ) = None
-    """Layers in a pipeline stage: one number for all, or a list from the first stage to the last. A number below
-    num_layers / pipeline_parallel gives each process several stages. null means one stage per process, divided as
-    evenly as possible; the first and last stages have fewer layers, to make up for embedding and head."""
+    """Layers in a pipeline stage: one number for all, or a list from the first stage to the last. A
+    number below num_layers / pipeline_parallel gives each process several stages. null means one
+    stage per process, divided as evenly as possible; the first and last stages have fewer layers,
+    to make up for embedding and head."""
     compile_all: bool = False
     """Compile each block with torch.compile."""
 
@@ -223,24 +232,28 @@ class DistributedConfig(Section):
         short_dtype,
         Allowed("fp32; optimizer.moments_dtype: bf16 or int8 saves memory"),
     ] = "fp32"
-    """Only fp32 is allowed: the optimizer computes in fp32. To save memory, set optimizer.moments_dtype."""
+    """Only fp32 is allowed: the optimizer computes in fp32. To save memory, set
+    optimizer.moments_dtype."""
     fp8: bool = False
-    """Compute the matrix multiplications of the blocks in fp8, on Hopper (or Ada) and later GPUs. Weights, sums and
-    everything else keep their dtype. For speed, set `multi_stage.compile_all: yes` too. Check the effect on the loss."""
+    """Compute the matrix multiplications of the blocks in fp8, on Hopper (or Ada) and later GPUs.
+    Weights, sums and everything else keep their dtype. For speed, set `multi_stage.compile_all:
+    yes` too. Check the effect on the loss."""
     tensor_parallel: Positive = 1
-    """Tensor parallelism: number of adjacent processes that share each matrix. Must divide the heads, the intermediate
-    size of the MLP and the vocabulary. Use it within a node, for models too large or batches too small for ZeRO alone."""
+    """Tensor parallelism: number of adjacent processes that share each matrix. Must divide the
+    heads, the intermediate size of the MLP and the vocabulary. Use it within a node, for models too
+    large or batches too small for ZeRO alone."""
     sequence_tensor_parallel: bool = False
-    """With tensor_parallel: also shard norms and the residual stream, along the sequence (sequence parallelism). Saves
-    memory at the same amount of communication."""
+    """With tensor_parallel: also shard norms and the residual stream, along the sequence (sequence
+    parallelism). Saves memory at the same amount of communication."""
     sequence_data_parallel: Positive = 1
-    """Context parallelism: number of processes that share each sequence, for sequences too long for one process. Each
-    holds one chunk from the front and one from the back, so that causal attention is equal work for all."""
+    """Context parallelism: number of processes that share each sequence, for sequences too long for
+    one process. Each holds one chunk from the front and one from the back, so that causal attention
+    is equal work for all."""
     pipeline_parallel: Positive = 1
     """Pipeline parallelism: number of groups of processes that share the layers."""
     timeout: Seconds = 60
-    """Seconds that a process waits for others within a step. training.timeout applies to saves, exports and reading of
-    weights."""
+    """Seconds that a process waits for others within a step. training.timeout applies to saves,
+    exports and reading of weights."""
     seed: Annotated[int, Field(ge=0, lt=2**63), Allowed("an integer from 0 to 2^63 - 1")] = 1234
     """Seed of random weights and of the order of the data."""
     reproducible_init: Annotated[
@@ -267,7 +280,8 @@ class PretrainedConfig(Section):
     """The model to start from."""
 
     path: PathText | None = None
-    """A folder, or a model on the Hugging Face Hub (`meta-llama/Llama-3.1-8B`). null starts from random weights."""
+    """A folder, or a model on the Hugging Face Hub (`meta-llama/Llama-3.1-8B`). null starts from
+    random weights."""
     format: Annotated[
         Literal["llama", "distributed"],
         BeforeValidator(lambda value: "llama" if value == "auto" else value),
@@ -281,7 +295,8 @@ class PretrainedConfig(Section):
     ] = "llama"
     """`llama` (or `auto`): a Hugging Face folder. `distributed`: a checkpoint of this project."""
     model_weights: bool = True
-    """Start from the weights of that model. `no` uses only its shape and starts from random weights."""
+    """Start from the weights of that model. `no` uses only its shape and starts from random
+    weights."""
     optimizer_state: bool = False
     """Start from its optimizer state too, which only a checkpoint (`format: distributed`) has."""
     load_config: Annotated[
@@ -294,5 +309,5 @@ class PretrainedConfig(Section):
             }
         ),
     ] = "architecture"
-    """Only `architecture` is allowed: the shape of the model comes from its configuration, everything else from this
-    file."""
+    """Only `architecture` is allowed: the shape of the model comes from its configuration,
+    everything else from this file."""

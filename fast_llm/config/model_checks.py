@@ -1,4 +1,5 @@
-"""The constraints on the shape of the model: what must divide what, initialization, and what fp8 supports."""
+"""The constraints on the shape of the model: what must divide what, initialization, and what fp8
+supports."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ def tensor_parallel(config: TrainConfig) -> Violations:
         if divided % size:
             yield (
                 (name, path),
-                f"given {size}, must divide the model's {path.rpartition('.')[2]} {divided}, e.g. {math.gcd(size, divided)}",
+                f"given {size}, must divide the model's {path.rpartition('.')[2]} {divided}, e.g."
+                f" {math.gcd(size, divided)}",
             )
             return
 
@@ -41,7 +43,8 @@ def heads(config: TrainConfig) -> Violations:
     if "kv_channels" not in transformer.model_fields_set and transformer.hidden_size % heads:
         yield (
             (names["num_attention_heads"], names["hidden_size"], names["kv_channels"]),
-            f"given {heads}, must divide hidden_size {transformer.hidden_size}, or kv_channels must be given",
+            f"given {heads}, must divide hidden_size {transformer.hidden_size}, or kv_channels must"
+            " be given",
         )
     elif transformer.kv_channels % 2:
         yield (
@@ -58,7 +61,8 @@ def rotary(config: TrainConfig) -> Violations:
     if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
         yield (
             (f"{above}.high_frequency_factor", f"{above}.low_frequency_factor", f"{above}.type"),
-            f"given {rotary.high_frequency_factor}, must be above low_frequency_factor {rotary.low_frequency_factor}",
+            f"given {rotary.high_frequency_factor}, must be above low_frequency_factor"
+            f" {rotary.low_frequency_factor}",
         )
 
 
@@ -106,7 +110,8 @@ def fp8(config: TrainConfig) -> Violations:
     if distributed.tensor_parallel > 1:
         yield (
             (name, "model.distributed.tensor_parallel"),
-            f"given yes, which is not offered with tensor_parallel: {distributed.tensor_parallel}; set one of them back",
+            f"given yes, which is not offered with tensor_parallel: {distributed.tensor_parallel};"
+            " set one of them back",
         )
     channels = shape.kv_channels or 0
     sizes = {
@@ -123,5 +128,6 @@ def fp8(config: TrainConfig) -> Violations:
     if config.batch.sequence_length // distributed.sequence_data_parallel % 16:
         yield (
             (name, "batch.sequence_length"),
-            f"given yes, which needs a process's part of sequence_length {config.batch.sequence_length} to be a multiple of 16",
+            "given yes, which needs a process's part of sequence_length"
+            f" {config.batch.sequence_length} to be a multiple of 16",
         )

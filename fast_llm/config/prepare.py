@@ -1,6 +1,7 @@
 """The YAML files of `fast-llm prepare` and `fast-llm convert`.
 
-As in train.py, the text under a setting is its documentation. What Fast-LLM 0.2 had is in compat.py.
+As in train.py, the text under a setting is its documentation. What Fast-LLM 0.2 had is in
+compat.py.
 """
 
 from typing import Annotated, Any, Literal
@@ -24,9 +25,9 @@ class SourceConfig(Section):
     """The documents: local files, or a dataset on the Hugging Face Hub."""
 
     path: PathText
-    """A local file, folder or pattern, or a dataset on the Hub (`hf://datasets/NAME` if a local folder has the same
-    name). Formats: parquet, jsonl, json, arrow, and plain text and source files, each of which is a document; JSON and
-    text also compressed as .gz, .zst, .bz2 or .xz."""
+    """A local file, folder or pattern, or a dataset on the Hub (`hf://datasets/NAME` if a local
+    folder has the same name). Formats: parquet, jsonl, json, arrow, and plain text and source
+    files, each of which is a document; JSON and text also compressed as .gz, .zst, .bz2 or .xz."""
     config_name: Text | None = None
     """Configuration of a Hub dataset."""
     data_directory: Text | None = None
@@ -42,8 +43,8 @@ class SourceConfig(Section):
     max_document_bytes: Annotated[
         int, Field(ge=1, le=2**40), Allowed("a number of bytes above 0")
     ] = 2**26
-    """Maximum size of a document in bytes (default 64 MiB). Larger ones are skipped and counted. Tokenizing takes 110
-    times the size of a text in memory, in each worker."""
+    """Maximum size of a document in bytes (default 64 MiB). Larger ones are skipped and counted.
+    Tokenizing takes 110 times the size of a text in memory, in each worker."""
     data_type: Literal["uint8", "uint16", "int16", "int32", "int64"] | None = None
     """Integer type of the stored tokens. null means the smallest one that holds the vocabulary."""
     trust_remote_code: Annotated[
@@ -52,7 +53,8 @@ class SourceConfig(Section):
             {True: "`datasets` no longer runs code from datasets; convert the dataset to parquet"}
         ),
     ] = False
-    """Only no is allowed: `datasets` no longer runs code from datasets. Convert such a dataset to parquet."""
+    """Only no is allowed: `datasets` no longer runs code from datasets. Convert such a dataset to
+    parquet."""
     disable_disk_space_check: bool = False
     """Start even if the token files will probably not fit on the disk."""
 
@@ -70,7 +72,8 @@ class TokenizerConfig(Section):
     path: PathText
     """A folder with tokenizer.json, that file, or a model on the Hub."""
     bos: Choice = "auto"
-    """Begin each document with the BOS token. `auto`: if the tokenizer does, because the model was trained that way."""
+    """Begin each document with the BOS token. `auto`: if the tokenizer does, because the model was
+    trained that way."""
     eos: Choice = "auto"
     """End each document with the EOS token, which separates documents. `auto` means yes."""
 
@@ -100,7 +103,8 @@ class PrepareConfig(Section):
     output_path: PathText
     """Folder of the token files. Their metadata is written next to it, to `<output_path>.json`."""
     loading_workers: Processes = 1
-    """Number of threads that count the rows of local files, or of processes that read a Hub dataset."""
+    """Number of threads that count the rows of local files, or of processes that read a Hub
+    dataset."""
     tokenize_workers: Processes = 1
     """Number of processes that tokenize."""
     tokens_per_shard: Annotated[
@@ -118,19 +122,21 @@ class ConvertInput(Section):
     format: Literal["llama", "distributed"] = "distributed"
     """`distributed`: a checkpoint of this project. `llama`: a Hugging Face folder."""
     path: PathText
-    """Folder of the checkpoint (`<experiment_dir>/checkpoint/<step>`) or of the model, which may also be on the Hub."""
+    """Folder of the checkpoint (`<experiment_dir>/checkpoint/<step>`) or of the model, which may
+    also be on the Hub."""
 
 
 class ConvertOutput(Section):
     """The converted weights."""
 
     format: Literal["llama", "distributed"] = "llama"
-    """`llama`: a Hugging Face folder. `distributed`: a checkpoint without optimizer state, to start training from."""
+    """`llama`: a Hugging Face folder. `distributed`: a checkpoint without optimizer state, to start
+    training from."""
     path: PathText
     """Folder to write."""
     data_type: DType | None = None
-    """Dtype of the weights of a Hugging Face folder. null means the training dtype of a checkpoint, or the dtype of the
-    input weights of a model."""
+    """Dtype of the weights of a Hugging Face folder. null means the training dtype of a checkpoint,
+    or the dtype of the input weights of a model."""
     parameters_per_file: ParametersPerFile = 2**32
     """Maximum number of parameters in one file of a Hugging Face folder."""
 

@@ -1,7 +1,8 @@
-"""Generates docs/settings.md from the configuration: `python -m fast_llm.config.reference > docs/settings.md`.
+"""Generates docs/settings.md from the configuration: `python -m fast_llm.config.reference >
+docs/settings.md`.
 
-A setting's text is its docstring in train.py, model.py and prepare.py; what Fast-LLM 0.2 had is in compat.py. A test
-compares the page with what this generates.
+A setting's text is its docstring in train.py, model.py and prepare.py; what Fast-LLM 0.2 had is in
+compat.py. A test compares the page with what this generates.
 """
 
 import ast
@@ -36,13 +37,14 @@ Generated from the source by `python -m fast_llm.config.reference`; do not edit.
 
 ## How to give settings
 
-Give settings in the YAML file, or on the command line as `section.setting=value`, which takes precedence. All settings
-are optional unless their default is *required*. Each item below lists a setting, what is allowed, its default, and what
-it does.
+Give settings in the YAML file, or on the command line as `section.setting=value`, which takes
+precedence. All settings are optional unless their default is *required*. Each item below lists a
+setting, what is allowed, its default, and what it does.
 
-YAML is version 1.1, so `100_000` is a number and `yes` is true; `1e-4` is a number too. On the command line, text is
-taken literally (`dataset.data_files=*.jsonl`) and `#` begins no comment. Unknown settings, settings given twice and
-values that are not allowed are errors; all errors of a file are reported at once.
+YAML is version 1.1, so `100_000` is a number and `yes` is true; `1e-4` is a number too. On the
+command line, text is taken literally (`dataset.data_files=*.jsonl`) and `#` begins no comment.
+Unknown settings, settings given twice and values that are not allowed are errors; all errors of a
+file are reported at once.
 
 One setting turns off a feature, whatever else the file says about it:
 
@@ -67,7 +69,7 @@ Contents:
 
 def page() -> str:
     """The page, in Markdown."""
-    blocks = [_wrap_paragraphs(_INTRODUCTION)]
+    blocks = [_INTRODUCTION.rstrip()]
     for title, kind in (
         ("train", TrainConfig),
         ("prepare", PrepareConfig),
@@ -79,7 +81,8 @@ def page() -> str:
     blocks += [
         "## What differs from Fast-LLM 0.2",
         _list(
-            f"**`{path}`** (default {_default_at(TrainConfig, path)}). Fast-LLM 0.2: {before}. Here: {here}"
+            f"**`{path}`** (default {_default_at(TrainConfig, path)}). Fast-LLM 0.2: {before}."
+            f" Here: {here}"
             for path, (before, here) in DIFFERENT.items()
         ),
         "## What is refused, and what to use instead",
@@ -136,7 +139,8 @@ def _default_at(kind: type[BaseModel], path: str) -> str:
 
 
 def _refused(kind: type[BaseModel], refused: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Refused settings, then refused values, each with its advice. One item for all of a section with the same advice."""
+    """Refused settings, then refused values, each with its advice. One item for all of a section
+    with the same advice."""
     items: dict[tuple[str, str], list[str]] = {}
     for path, advice in refused.items():
         items.setdefault((path.rpartition(".")[0], advice), []).append(f"`{path}`")
@@ -200,15 +204,6 @@ def _fill(text: str, first: str = "", rest: str = "") -> str:
 
 def _list(items: Iterator[str] | list[str]) -> str:
     return "\n".join(_fill(item, "- ", "  ") for item in items)
-
-
-def _wrap_paragraphs(text: str) -> str:
-    """Markdown with its paragraphs wrapped; headings and lists stay as they are."""
-    blocks = text.strip().split("\n\n")
-    return "\n\n".join(
-        block if block[0] in "#-1" else _fill(block)  # a heading, or a list
-        for block in blocks
-    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_means_default(cls, values: Any) -> Any:
-        """An empty section means all defaults; null means the default for a setting that is derived from others."""
+        """An empty section means all defaults; null means the default for a setting that is derived
+        from others."""
         if values is None:
             return {}
         if not isinstance(values, dict):
@@ -42,7 +43,8 @@ class Interval(Section):
     interval: Positive | None = None
     """Do it every this many steps. null means never."""
     offset: Count = 0
-    """Shift these steps: do it after steps whose number minus `offset` is a multiple of `interval`."""
+    """Shift these steps: do it after steps whose number minus `offset` is a multiple of
+    `interval`."""
 
     def due(self, step: int) -> bool:
         """Whether it happens after this step."""

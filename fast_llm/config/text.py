@@ -1,8 +1,9 @@
 """YAML text ↔ values, with the line of every one.
 
-YAML has its 1.1 meanings (`100_000` is a number, `yes` is true) with two repairs: `1e-4` is a number too, and
-a key that stands twice is refused. Anchors are refused: a file of a kilobyte could unfold to gigabytes.
-Dates stay text. Reading costs two seconds for 100 KiB; the files meant here have one or two.
+YAML has its 1.1 meanings (`100_000` is a number, `yes` is true) with two repairs: `1e-4` is a
+number too, and a key that stands twice is refused. Anchors are refused: a file of a kilobyte could
+unfold to gigabytes. Dates stay text. Reading costs two seconds for 100 KiB; the files meant here
+have one or two.
 """
 
 import json
@@ -40,7 +41,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            text = "anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *"
+            text = (
+                "anchors (&) and aliases (*) are not supported; write it out, or quote text that begins"
+                " with & or *"
+            )
             raise _AnchorFound(text, event.start_mark)
         self.depth += 1
         if self.depth > DEEPEST:
@@ -60,7 +64,8 @@ class _AnchorFound(_UnsupportedYaml):
     pass
 
 
-# Which plain words are no text. Dates, `=` and `<<` are text here; numbers with an exponent need no dot and no sign.
+# Which plain words are no text. Dates, `=` and `<<` are text here; numbers with an exponent need no
+# dot and no sign.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -131,8 +136,8 @@ class YamlReader:
     def override(self, text: str, path: str) -> Any:
         """As `values`, of a word of the command line: what only looks like YAML is text.
 
-        `*.jsonl`, `@x`, `%x`, `!x`, `a: b: c` are no YAML, and `run #2` would lose its end as a comment. What begins as a
-        list, a mapping or a quotation is YAML, and its mistakes are told.
+        `*.jsonl`, `@x`, `%x`, `!x`, `a: b: c` are no YAML, and `run #2` would lose its end as a
+        comment. What begins as a list, a mapping or a quotation is YAML, and its mistakes are told.
         """
         plain = text.strip()
         value = self.values(text, path)
@@ -172,7 +177,8 @@ class YamlReader:
             self._problem(
                 line,
                 path,
-                f"the tag {tag} is not supported; write plain values, or quote text that begins with !",
+                f"the tag {tag} is not supported; write plain values, or quote text that begins"
+                " with !",
             )
             return UNREADABLE
         return self._scalar(node, path, loader)

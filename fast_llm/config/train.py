@@ -1,7 +1,8 @@
-"""The YAML file of `fast-llm train`, section by section, in its order; the sections `model` and `pretrained` are in model.py.
+"""The YAML file of `fast-llm train`, section by section, in its order; the sections `model` and
+`pretrained` are in model.py.
 
-The text under a setting is its documentation: the command's help and docs/settings.md show it. Constraints across
-sections are in checks.py; what Fast-LLM 0.2 had is in compat.py.
+The text under a setting is its documentation: the command's help and docs/settings.md show it.
+Constraints across sections are in checks.py; what Fast-LLM 0.2 had is in compat.py.
 """
 
 import re
@@ -37,26 +38,30 @@ class LogsConfig(Interval):
     """When training metrics are logged."""
 
     interval: Positive | None = 100
-    """Log one line and write one record to metrics.jsonl every this many steps. null turns it off."""
+    """Log one line and write one record to metrics.jsonl every this many steps. null turns it
+    off."""
 
 
 class ValidationConfig(Interval):
-    """When the validation loss is measured: before the first step, every `interval` steps, and after the last step.
-    The same sequences are used each time, so the losses can be compared."""
+    """When the validation loss is measured: before the first step, every `interval` steps, and
+    after the last step. The same sequences are used each time, so the losses can be compared."""
 
     iterations: Positive | None = None
-    """Number of batches (of `batch.batch_size` sequences) that one validation measures. Required with `interval`."""
+    """Number of batches (of `batch.batch_size` sequences) that one validation measures. Required
+    with `interval`."""
 
 
 class CallbackConfig(Section):
-    """A program that the first process starts after something was saved. Training does not wait for it."""
+    """A program that the first process starts after something was saved. Training does not wait for
+    it."""
 
     script: Annotated[str | list[str], Allowed("a command, or a list of its words")] | None = None
-    """The command, as a line for a shell or as a list of words. The environment variable FAST_LLM_SAVED holds the
-    folder that was written. null starts nothing."""
+    """The command, as a line for a shell or as a list of words. The environment variable
+    FAST_LLM_SAVED holds the folder that was written. null starts nothing."""
     environment: dict[str, str] = {}
-    """Further environment variables for the command. They are written to config.yaml and to checkpoints, so do not put
-    secrets here: set those where training is started; the command inherits them."""
+    """Further environment variables for the command. They are written to config.yaml and to
+    checkpoints, so do not put secrets here: set those where training is started; the command
+    inherits them."""
 
     @field_validator("script")
     @classmethod
@@ -77,11 +82,13 @@ class CallbackConfig(Section):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(
-                    f"{name} cannot be the name of an environment variable; use letters, digits and _"
+                    f"{name} cannot be the name of an environment variable; use letters, digits and"
+                    " _"
                 )
             if re.search("token|key|secret|password|credential", name, re.IGNORECASE):
                 raise ValueError(
-                    f"{name} looks like a secret, which would be written to config.yaml; set it in the environment that"
+                    f"{name} looks like a secret, which would be written to config.yaml; set it in"
+                    " the environment that"
                     " training is started in"
                 )
         return value
@@ -91,9 +98,9 @@ class SavedConfig(Interval):
     """When something is saved, and how many of the saved folders are kept."""
 
     keep_every: Positive | None = None
-    """Keep one in this many saved folders permanently, in addition to `keep`: those of steps that are multiples of
-    `keep_every` × `interval`, counted from `offset`. With `interval: 1000` and `keep_every: 10` these are the steps
-    10000, 20000, …"""
+    """Keep one in this many saved folders permanently, in addition to `keep`: those of steps that
+    are multiples of `keep_every` × `interval`, counted from `offset`. With `interval: 1000` and
+    `keep_every: 10` these are the steps 10000, 20000, …"""
     callback: CallbackConfig = CallbackConfig()
 
     def is_permanent(self, step: int) -> bool:
@@ -104,20 +111,21 @@ class SavedConfig(Interval):
 
 
 class CheckpointConfig(SavedConfig):
-    """Checkpoints, from which the same command resumes: fp32 weights and optimizer state, 12 bytes a parameter. With
-    `interval` set, one is also saved after the last step, and when training is interrupted."""
+    """Checkpoints, from which the same command resumes: fp32 weights and optimizer state, 12 bytes
+    a parameter. With `interval` set, one is also saved after the last step, and when training is
+    interrupted."""
 
     keep: Positive | None = 5
     """Number of newest checkpoints to keep. null keeps all."""
     background: bool = True
-    """Write checkpoints in the background while training continues. This copies the training state to the memory of
-    the host: 12 bytes a parameter, once for each copy of it (`model.multi_stage.shard_size`). If the memory is too
-    small, training waits instead."""
+    """Write checkpoints in the background while training continues. This copies the training state
+    to the memory of the host: 12 bytes a parameter, once for each copy of it
+    (`model.multi_stage.shard_size`). If the memory is too small, training waits instead."""
 
 
 class ExportConfig(SavedConfig):
-    """Exports: Hugging Face folders with weights, configuration and tokenizer, in `export/<format>/<step>/`. With
-    `interval` set, one is also written after the last step."""
+    """Exports: Hugging Face folders with weights, configuration and tokenizer, in
+    `export/<format>/<step>/`. With `interval` set, one is also written after the last step."""
 
     keep: Positive | None = None
     """Number of newest exports to keep. null keeps all."""
@@ -125,12 +133,12 @@ class ExportConfig(SavedConfig):
         Literal["llama"],
         unsupported(
             {
-                "distributed": "checkpoints are written by training.checkpoint; exports have format llama",
-                "fast_llm": "checkpoints are written by training.checkpoint; exports have format llama",
-                "auto": "exports have format llama",
+                "distributed": "training.checkpoint writes checkpoints; exports are llama",
+                "fast_llm": "training.checkpoint writes checkpoints; exports are llama",
+                "auto": "exports are llama",
                 **dict.fromkeys(
                     OTHER_MODELS,
-                    "only Llama models are supported; exports have format llama",
+                    "only Llama models are supported; exports are llama",
                 ),
             }
         ),
@@ -155,20 +163,22 @@ class ExportConfig(SavedConfig):
 
 
 class ShutdownConfig(Interval):
-    """Stop after these steps, for queues with a time limit. The process saves a checkpoint and exits with code 0; the
-    same command resumes."""
+    """Stop after these steps, for queues with a time limit. The process saves a checkpoint and
+    exits with code 0; the same command resumes."""
 
 
 class DoubleCheckConfig(Interval):
-    """Checks for silent data corruption: chips or memory that compute or store wrong values without an error. Before
-    the update of such a step, the loss of one micro-batch is computed again, and tensors that several processes hold
-    are compared bit for bit. A difference is reported with rank, host and tensor, and training stops with exit code 1.
-    A check costs one forward pass of a micro-batch (of all micro-batches with pipeline parallelism)."""
+    """Checks for silent data corruption: chips or memory that compute or store wrong values without
+    an error. Before the update of such a step, the loss of one micro-batch is computed again, and
+    tensors that several processes hold are compared bit for bit. A difference is reported with
+    rank, host and tensor, and training stops with exit code 1. A check costs one forward pass of a
+    micro-batch (of all micro-batches with pipeline parallelism)."""
 
 
 class ProfilingConfig(Interval):
-    """Profile single steps with PyTorch's profiler. Each writes a table of the time by part and by operation, and a
-    trace for Perfetto, to `<experiment_dir>/profile`. The step trains as usual, but is left out of the speed metrics."""
+    """Profile single steps with PyTorch's profiler. Each writes a table of the time by part and by
+    operation, and a trace for Perfetto, to `<experiment_dir>/profile`. The step trains as usual,
+    but is left out of the speed metrics."""
 
     ranks: Annotated[
         list[Count], Field(min_length=1), Allowed("a list of one or more ranks, each 0 or more")
@@ -177,17 +187,18 @@ class ProfilingConfig(Interval):
 
 
 class SpikesConfig(Section):
-    """What to do about spikes: steps whose loss or gradient norm is far above those of the previous steps. With y the
-    values of the last `window` steps and m their median, a spike is a value above
-    m + `threshold` × max(1.4826 × median |y - m|, 0.01 × |m|). The update of such a step is not applied.
-    `optimizer.max_nonfinite_steps` handles infinite and NaN gradients."""
+    """What to do about spikes: steps whose loss or gradient norm is far above those of the previous
+    steps. With y the values of the last `window` steps and m their median, a spike is a value above
+    m + `threshold` × max(1.4826 × median |y - m|, 0.01 × |m|). The update of such a step is not
+    applied. `optimizer.max_nonfinite_steps` handles infinite and NaN gradients."""
 
     policy: Annotated[
         Literal["none", "skip", "rewind", "stop"],
         unsupported({False: "to ignore spikes, set policy: none"}),
     ] = "none"
-    """`none`: do not look for spikes. `skip`: continue with the next step. `rewind`: go back to the newest checkpoint and
-    continue with the data after the spike. `stop`: end training with exit code 1."""
+    """`none`: do not look for spikes. `skip`: continue with the next step. `rewind`: go back to the
+    newest checkpoint and continue with the data after the spike. `stop`: end training with exit
+    code 1."""
     window: Annotated[int, Field(ge=4, le=10_000), Allowed("an integer from 4 to 10000")] = 128
     """Number of previous steps to compare with. No spike is detected before there are as many."""
     threshold: PositiveFloat = 6.0
@@ -200,12 +211,13 @@ class AlertConfig(Interval):
     """When losses are posted as Weights & Biases alerts."""
 
     status_updates: bool | None = None
-    """Also post an alert when the run starts, ends or fails. null means yes if `interval` is set."""
+    """Also post an alert when the run starts, ends or fails. null means yes if `interval` is
+    set."""
 
 
 class WandbConfig(Section):
-    """Weights & Biases. Giving any of these settings turns it on; `training.wandb: null` turns it off. Without a login
-    or a network, the run is recorded offline."""
+    """Weights & Biases. Giving any of these settings turns it on; `training.wandb: null` turns it
+    off. Without a login or a network, the run is recorded offline."""
 
     entity_name: Text | None = None
     """User or team. null means your default entity."""
@@ -220,9 +232,11 @@ class TrainingConfig(Section):
     """How long to train, and what else happens during training."""
 
     train_iters: Count = 0
-    """Number of training steps. 0 only measures the validation loss and exports, if those are set."""
+    """Number of training steps. 0 only measures the validation loss and exports, if those are
+    set."""
     test_iters: Count = 0
-    """Number of batches of the test split whose loss is measured after the last step. 0 measures none."""
+    """Number of batches of the test split whose loss is measured after the last step. 0 measures
+    none."""
     num_workers: Workers = 2
     """Number of threads that prepare batches in advance. 0 prepares them between steps."""
     prefetch_factor: (
@@ -230,7 +244,8 @@ class TrainingConfig(Section):
     ) = None
     """Number of steps whose batches each of these threads keeps ready. null means 2."""
     timeout: Seconds | None = 3600
-    """Seconds that processes wait for each other during saves, exports and reading of weights. null means a week."""
+    """Seconds that processes wait for each other during saves, exports and reading of weights. null
+    means a week."""
     logs: LogsConfig = LogsConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -245,42 +260,47 @@ class TrainingConfig(Section):
 
 
 class BatchConfig(Section):
-    """Number of sequences in a step, and how processes share them. What is left out is derived from the rest:
-    batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes, where the number of
-    data-parallel processes is the number of processes / (tensor_parallel × pipeline_parallel × sequence_data_parallel)."""
+    """Number of sequences in a step, and how processes share them. What is left out is derived from
+    the rest: batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes,
+    where the number of data-parallel processes is the number of processes / (tensor_parallel ×
+    pipeline_parallel × sequence_data_parallel)."""
 
     micro_batch_size: Annotated[
         Positive | Literal["auto"] | None, Allowed("an integer above 0, auto or null")
     ] = None
-    """Sequences in one forward and backward pass of a process. null derives it from the rest, or means 1. `auto` chooses
-    the fastest size that is predicted to fit in memory, if necessary with more recomputation than
-    `mlp_recompute_level` asks for; it requires batch_size."""
+    """Sequences in one forward and backward pass of a process. null derives it from the rest, or
+    means 1. `auto` chooses the fastest size that is predicted to fit in memory, if necessary with
+    more recomputation than `mlp_recompute_level` asks for; it requires batch_size."""
     batch_size: Positive | None = None
-    """Sequences in one step, over all processes and micro-batches. null derives it from the rest."""
+    """Sequences in one step, over all processes and micro-batches. null derives it from the
+    rest."""
     depth_first_micro_batches: Positive | None = None
-    """Micro-batches that a process computes one after another (gradient accumulation). With pipeline parallelism: how
-    often the pipeline is filled and drained in a step. null derives it from the rest."""
-    breadth_first_micro_batches: Positive | None = None
-    """Micro-batches that are in the pipeline at the same time; 1 without pipeline parallelism. null derives it from the
-    rest: all micro-batches with pipeline parallelism."""
-    sequential_micro_batches: Positive | None = None
-    """Micro-batches of a process in a step: depth_first_micro_batches × breadth_first_micro_batches. null derives it
+    """Micro-batches that a process computes one after another (gradient accumulation). With
+    pipeline parallelism: how often the pipeline is filled and drained in a step. null derives it
     from the rest."""
+    breadth_first_micro_batches: Positive | None = None
+    """Micro-batches that are in the pipeline at the same time; 1 without pipeline parallelism. null
+    derives it from the rest: all micro-batches with pipeline parallelism."""
+    sequential_micro_batches: Positive | None = None
+    """Micro-batches of a process in a step: depth_first_micro_batches ×
+    breadth_first_micro_batches. null derives it from the rest."""
     sequence_length: Positive = 2048
     """Tokens in a sequence."""
     micro_sequence_length: Positive | None = None
     """Only the value of sequence_length is allowed: sequences are not split into parts."""
     cross_document_attention: bool = False
-    """Let tokens attend to earlier documents of their sequence, as Fast-LLM 0.2 does. By default documents are kept
-    apart, as in the pretraining of Llama 3.1: attention stays within a document, positions start at 0 in each, and the
-    first token of a document is not predicted from the previous one."""
+    """Let tokens attend to earlier documents of their sequence, as Fast-LLM 0.2 does. By default
+    documents are kept apart, as in the pretraining of Llama 3.1: attention stays within a document,
+    positions start at 0 in each, and the first token of a document is not predicted from the
+    previous one."""
 
 
 class TokenizerConfig(Section):
     """The tokenizer of data that names none itself."""
 
     path: PathText | None = None
-    """Folder or tokenizer.json of the tokenizer that the data was made with. It must equal the model's."""
+    """Folder or tokenizer.json of the tokenizer that the data was made with. It must equal the
+    model's."""
 
 
 def _weights_and_paths(value: Any) -> Any:
@@ -303,9 +323,9 @@ class DataConfig(Section):
         Literal["file", "list", "random"],
         unsupported({"sample": "use random, which also generates tokens"}),
     ] = "list"
-    """`file`: a dataset.json written by `fast-llm prepare`. `list`: prefixes of token files or dataset.json files; either
-    one, or alternately weights and paths (`[0.9, code/dataset.json, 0.1, prose/dataset.json]`). `random`: random tokens,
-    to try things out."""
+    """`file`: a dataset.json written by `fast-llm prepare`. `list`: prefixes of token files or
+    dataset.json files; either one, or alternately weights and paths (`[0.9, code/dataset.json, 0.1,
+    prose/dataset.json]`). `random`: random tokens, to try things out."""
     path: Annotated[
         list[Any],  # text and numbers, which checks.py examines
         BeforeValidator(_weights_and_paths),
@@ -317,14 +337,15 @@ class DataConfig(Section):
         Field(min_length=1, max_length=3),
         Allowed("a list of one to three numbers of 0 or more"),
     ] = [969, 30, 1]
-    """Shares of the documents for training, validation and test. A share that is left out is 0. A hash of a document's
-    number in the dataset decides its split. For data whose dataset.json has no `split`, the order in each token file
-    decides, from front to back."""
+    """Shares of the documents for training, validation and test. A share that is left out is 0. A
+    hash of a document's number in the dataset decides its split. For data whose dataset.json has no
+    `split`, the order in each token file decides, from front to back."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_sets: dict[str, PathText] = {}
-    """Further datasets whose loss is measured at every validation: name → dataset.json or prefix. The loss is logged as
-    `<name>_loss`. Of data that is also trained on (recognized by content, wherever it is), only validation's share is
-    used; of other data, all documents. Add data of the old domain to see what the model forgets."""
+    """Further datasets whose loss is measured at every validation: name → dataset.json or prefix.
+    The loss is logged as `<name>_loss`. Of data that is also trained on (recognized by content,
+    wherever it is), only validation's share is used; of other data, all documents. Add data of the
+    old domain to see what the model forgets."""
     data_sample_warn_time_ms: PositiveFloat = 1000
     """Warn if preparing the batches of one step takes longer than this, in milliseconds."""
 
@@ -347,7 +368,8 @@ class DataConfig(Section):
             taken = ("training", "validation", "test", "language_model")
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in taken:
                 raise ValueError(
-                    f"{name} cannot be the name of a set; use letters, digits and _, and none of {', '.join(taken)}"
+                    f"{name} cannot be the name of a set; use letters, digits and _, and none of"
+                    f" {', '.join(taken)}"
                 )
         return value
 
@@ -360,11 +382,11 @@ class LearningRateConfig(Section):
     minimum: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay and after it."""
     decay_style: Literal["constant", "linear", "power", "cosine"] = "constant"
-    """How the rate falls from base to minimum. `constant`: not at all. `linear` and `power`: the same, a straight line
-    (or a power, with decay_power). `cosine`: half a cosine."""
+    """How the rate falls from base to minimum. `constant`: not at all. `linear` and `power`: the
+    same, a straight line (or a power, with decay_power). `cosine`: half a cosine."""
     decay_iterations: Positive | None = None
-    """Step at which the decay ends, counted from the start of training, so it includes the warmup. Required unless
-    decay_style is constant."""
+    """Step at which the decay ends, counted from the start of training, so it includes the warmup.
+    Required unless decay_style is constant."""
     decay_power: PositiveFloat = 1.0
     """Exponent of the fraction of the decay that is done."""
     warmup_iterations: Count = 0
@@ -375,7 +397,8 @@ class GradientScalerConfig(Section):
     """Loss scaling against underflow of fp16 gradients."""
 
     constant: PositiveFloat | None = None
-    """A fixed loss scale, with any dtype. null means a dynamic scale for fp16 and none otherwise."""
+    """A fixed loss scale, with any dtype. null means a dynamic scale for fp16 and none
+    otherwise."""
     initial: PositiveFloat = 65536
     """Dynamic loss scale at the start."""
     minimum: PositiveFloat = 1.0
@@ -387,7 +410,8 @@ class GradientScalerConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. Weight decay applies to all matrices, including embedding and head, but not to norms and biases."""
+    """AdamW. Weight decay applies to all matrices, including embedding and head, but not to norms
+    and biases."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay: each update subtracts learning rate × weight_decay × weight."""
@@ -409,11 +433,13 @@ class OptimizerConfig(Section):
         short_dtype,
         Allowed("auto, fp32, bf16 or int8 (float32, bfloat16)"),
     ] = "auto"
-    """Dtype of both moments. `bf16` saves 4 bytes a parameter. `int8` saves 6, with one exponent per 128 adjacent
-    values; meant for long sequences. `auto` is fp32, or bf16 on a GPU whose memory is too small, never int8; a resumed
-    run with auto keeps its dtype. A run may resume with any other."""
+    """Dtype of both moments. `bf16` saves 4 bytes a parameter. `int8` saves 6, with one exponent
+    per 128 adjacent values; meant for long sequences. `auto` is fp32, or bf16 on a GPU whose memory
+    is too small, never int8; a resumed run with auto keeps its dtype. A run may resume with any
+    other."""
     max_nonfinite_steps: Positive = 5
-    """Consecutive steps with infinite or NaN gradients after which training stops. Such steps never change the weights."""
+    """Consecutive steps with infinite or NaN gradients after which training stops. Such steps never
+    change the weights."""
 
 
 class RunConfig(Section):
@@ -430,9 +456,9 @@ class RunConfig(Section):
     enable_triton_kernels: bool = True
     """Allow this project's Triton kernels."""
     accept_changes: list[Text] = []
-    """Settings that may differ from those of the checkpoint although they change what is trained, for example
-    `data.path`, `batch.batch_size`, `batch.sequence_length` or `model.distributed.seed`. Each data source continues
-    from its own count."""
+    """Settings that may differ from those of the checkpoint although they change what is trained,
+    for example `data.path`, `batch.batch_size`, `batch.sequence_length` or
+    `model.distributed.seed`. Each data source continues from its own count."""
 
 
 class TrainConfig(Section):

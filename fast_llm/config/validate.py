@@ -1,7 +1,8 @@
 """From a Document to a Section: `validate` reports every mistake at once.
 
-Each mistake says where it is, what was given, what is allowed, and the nearest name. Validation is repeated without the
-settings that are wrong, so that constraints across the other settings are checked too.
+Each mistake says where it is, what was given, what is allowed, and the nearest name. Validation is
+repeated without the settings that are wrong, so that constraints across the other settings are
+checked too.
 """
 
 import re
@@ -18,7 +19,8 @@ from fast_llm.config.section import Section
 from fast_llm.errors import ConfigError, UserError
 
 Kind = TypeVar("Kind", bound=Section)
-# A violated constraint across settings: the dotted paths that it concerns (the one to point at first), and what is wrong.
+# A violated constraint across settings: the dotted paths that it concerns (the one to point at
+# first), and what is wrong.
 Violation = tuple[tuple[str, ...], str]
 
 
@@ -31,9 +33,9 @@ def validate(
 ) -> Kind:
     """The Section that a Document describes.
 
-    `refused`: dotted path → what to use instead. `renamed`: older dotted path → current one. `constraints`: the
-    violations across settings; those that concern a setting that is wrong itself are not reported.
-    Raises ConfigError with every mistake, in the order of the file.
+    `refused`: dotted path → what to use instead. `renamed`: older dotted path → current one.
+    `constraints`: the violations across settings; those that concern a setting that is wrong itself
+    are not reported. Raises ConfigError with every mistake, in the order of the file.
     """
     problems = list(document.problems)
     broken = set(document.broken)
@@ -77,9 +79,11 @@ _PATHS = re.compile(r"(.*\.)?(path|experiment_dir|output_path|validation_sets)")
 
 
 def located(problem: str, document: Document, kind: type[Section], default: str = "") -> str:
-    """A problem that was found after validation, preceded by its place and setting as those of `validate` are.
+    """A problem that was found after validation, preceded by its place and setting as those of
+    `validate` are.
 
-    The setting is the one that the problem begins with, else the one whose file or folder it begins with, else `default`.
+    The setting is the one that the problem begins with, else the one whose file or folder it begins
+    with, else `default`.
     """
     if problem.startswith(("override ", f"{document.source}:")):
         return problem
@@ -152,7 +156,8 @@ def _with_new_names(
         values = _without(values, {old})
         if present.get(new, _ABSENT) is not _ABSENT:
             problems.append(
-                f"{present.where(old)}: {old}: an older name of {new}, which is given too ({present.where(new)});"
+                f"{present.where(old)}: {old}: an older name of {new}, which is given too"
+                f" ({present.where(new)});"
                 " keep that one"
             )
             broken.add(new)
@@ -184,8 +189,8 @@ def _without(values: Values, paths: Iterable[str]) -> Values:
 
 
 def _without_refused(document: Document, refused: Mapping[str, str], problems: list[str]) -> Values:
-    """The values without refused settings, one problem for each. A section's advice serves settings in it without their
-    own."""
+    """The values without refused settings, one problem for each. A section's advice serves settings
+    in it without their own."""
     found: set[str] = set()
 
     def look(value: Any, path: str, advice: str | None) -> None:

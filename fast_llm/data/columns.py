@@ -1,7 +1,7 @@
 """Parquet and arrow files. Only the column of the field is read, with pyarrow.
 
-Opening a file reads its metadata. The parent process decodes rows, a few at a time, and sends them to the workers. So
-workers need no pyarrow, and a row group may be larger than memory.
+Opening a file reads its metadata. The parent process decodes rows, a few at a time, and sends them
+to the workers. So workers need no pyarrow, and a row group may be larger than memory.
 """
 
 import contextlib
@@ -64,7 +64,8 @@ class ArrowTable:
                 )
 
     def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
-        """The column in pieces, each with the number of its first row. May leave out pieces before `first`."""
+        """The column in pieces, each with the number of its first row. May leave out pieces before
+        `first`."""
         at = first
         try:
             with contextlib.ExitStack() as stack:
@@ -137,7 +138,8 @@ def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Itera
 
 
 def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
-    """Read the metadata of a file. Raises DataError if it is damaged, MissingPackage without pyarrow."""
+    """Read the metadata of a file. Raises DataError if it is damaged, MissingPackage without
+    pyarrow."""
     pyarrow = _pyarrow(path)
     try:
         with contextlib.ExitStack() as stack:
@@ -164,7 +166,8 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
             if problem := lfs_problem(path, beginning.read(64)):
                 raise DataError(problem) from None
         raise DataError(
-            f"{path}: damaged, or not a {'parquet' if parquet else 'arrow'} file: {_first_line(error)}"
+            f"{path}: damaged, or not a {'parquet' if parquet else 'arrow'} file:"
+            f" {_first_line(error)}"
         ) from error
     edges = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
     rows = int(edges[-1])
@@ -202,7 +205,8 @@ def explain_missing_field(schema: Any, field: str) -> str | None:
 
 
 def _values_as_bytes(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
-    """[rows] bytes of each value (-1 for null), the bytes of all values, and whether they are JSON."""
+    """[rows] bytes of each value (-1 for null), the bytes of all values, and whether they are
+    JSON."""
     import pyarrow
 
     json_inside = is_json_column(array.type)

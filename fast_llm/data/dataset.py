@@ -1,8 +1,9 @@
 """A run's data: "sequence i of training" from token files, found by arithmetic.
 
-A dataset has splits (training, validation, test, and further validation sets). A split draws sequences from weighted
-sources (source.py), in the order of sampling.py. split.py decides which documents each split has. Opening reads the
-index files once (12 bytes a document) and stores nothing, so nothing can be out of date.
+A dataset has splits (training, validation, test, and further validation sets). A split draws
+sequences from weighted sources (source.py), in the order of sampling.py. split.py decides which
+documents each split has. Opening reads the index files once (12 bytes a document) and stores
+nothing, so nothing can be out of date.
 """
 
 import bisect
@@ -62,7 +63,8 @@ class Split:
     ) -> None:
         """Continue the order of a run whose settings changed at sequence `first`.
 
-        `edges`: of the mixture. `keys` and `drawn`: for each source, its key number and what it had given by then.
+        `edges`: of the mixture. `keys` and `drawn`: for each source, its key number and what it had
+        given by then.
         """
         self.mixture, self.first = Mixture(edges), first
         self.samplers = [
@@ -102,7 +104,8 @@ class Split:
 
 
 class Dataset:
-    """All splits of a run's data. `metadata`: path of each dataset → its dataset.json ({} for a bare prefix)."""
+    """All splits of a run's data. `metadata`: path of each dataset → its dataset.json ({} for a
+    bare prefix)."""
 
     def __init__(self, splits: dict[str, Split], metadata: Metadata, length: int, seed: int):
         self.splits = splits
@@ -112,7 +115,8 @@ class Dataset:
         self.validation_sets = [name for name in splits if name not in SPLITS]
 
     def read(self, split: str, index: int) -> PackedSample:
-        """Sequence `index` of a split, L + 1 tokens. Raises DataError for a file that can no longer be read."""
+        """Sequence `index` of a split, L + 1 tokens. Raises DataError for a file that can no longer
+        be read."""
         source, number, _ = self.splits[split].find(index)
         return source.read(number)
 
@@ -161,24 +165,28 @@ class Dataset:
         else:
             advice = ""
         needs = (
-            f"needs {iterations} batches × {batch_size} sequences = {needed:,} sequences of {self.length} tokens"
+            f"needs {iterations} batches × {batch_size} sequences = {needed:,} sequences of"
+            f" {self.length} tokens"
             if iterations > 1
             else f"needs one batch of {batch_size} sequences of {self.length} tokens"
         )
         if split in self.validation_sets:
             raise DataError(
-                f"data.validation_sets.{split}: {needs}, but it has {available:,}; {advice}prepare more of it, or leave it"
+                f"data.validation_sets.{split}: {needs}, but it has {available:,}; {advice}prepare"
+                " more of it, or leave it"
                 " out"
             )
         shown = ", ".join(f"{share:g}" for share in shares)
         none = "" if self.documents(split) else ", because its share contains no document"
         raise DataError(
-            f"data.split: {split} {needs}, but [{shown}] of the documents leaves {available:,}{none}; {advice}give"
+            f"data.split: {split} {needs}, but [{shown}] of the documents leaves"
+            f" {available:,}{none}; {advice}give"
             f" {split} a larger share, or prepare more data"
         )
 
     def check_vocabulary(self, vocab_size: int, model_tokenizer: str | None) -> None:
-        """Raises DataError for data made with another tokenizer, or with tokens that the model does not have.
+        """Raises DataError for data made with another tokenizer, or with tokens that the model does
+        not have.
 
         `model_tokenizer`: the fingerprint of the model's tokenizer.
         """
@@ -186,21 +194,25 @@ class Dataset:
             fingerprint = metadata.get("tokenizer", {}).get("fingerprint")
             if fingerprint and model_tokenizer and fingerprint != model_tokenizer:
                 raise DataError(
-                    f"{path}: made with another tokenizer than the model's (fingerprint {fingerprint[:12]}…, the model's"
-                    f" is {model_tokenizer[:12]}…); prepare the data again with tokenizer.path set to the model's folder"
+                    f"{path}: made with another tokenizer than the model's (fingerprint"
+                    f" {fingerprint[:12]}…, the model's"
+                    f" is {model_tokenizer[:12]}…); prepare the data again with tokenizer.path set"
+                    " to the model's folder"
                 )
             largest = metadata.get("max_token_id")
             if isinstance(largest, int) and largest >= vocab_size:
                 raise DataError(
-                    f"{path}: holds token {largest}, but the model's vocab_size is {vocab_size}; prepare the data"
+                    f"{path}: holds token {largest}, but the model's vocab_size is {vocab_size};"
+                    " prepare the data"
                     " with the model's own tokenizer"
                 )
 
     def check_digests(self, max_bytes: int = 2**30) -> None:
-        """Compare the token files with the digests in their dataset.json, unless they are larger than `max_bytes`.
+        """Compare the token files with the digests in their dataset.json, unless they are larger
+        than `max_bytes`.
 
-        That takes about a second a gigabyte. `fast-llm verify` does it for data of any size. Raises DataError naming
-        every damaged file.
+        That takes about a second a gigabyte. `fast-llm verify` does it for data of any size. Raises
+        DataError naming every damaged file.
         """
         if size_of(list(self.metadata.values())) <= max_bytes:
             for path, metadata in self.metadata.items():
@@ -208,10 +220,12 @@ class Dataset:
                     verify(Path(path))
 
     def fingerprint(self) -> str:
-        """What may not change when a run resumes: the training documents, their order, and their shares.
+        """What may not change when a run resumes: the training documents, their order, and their
+        shares.
 
-        Of each token file its sizes and its first and last mebibyte: enough to tell it from any other file, not to
-        find every damaged byte (`verify` does). Where the files are does not matter.
+        Of each token file its sizes and its first and last mebibyte: enough to tell it from any
+        other file, not to find every damaged byte (`verify` does). Where the files are does not
+        matter.
         """
         training = self.splits.get("training")
         content: list[Any] = [self.length, self.seed]
@@ -275,13 +289,15 @@ def _without_empty(
         first = empty[0]
         raise DataError(
             f"{first.name}: {first.tokens:,} tokens for training, fewer than one"
-            f" sequence of {first.length} + 1; lower batch.sequence_length, prepare more data, or leave it out"
+            f" sequence of {first.length} + 1; lower batch.sequence_length, prepare more data, or"
+            " leave it out"
         )
     if empty and len(empty) < len(sources):
         names = ", ".join(source.name for source in empty[:3])
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
         logger.warning(
-            f"data.split leaves {split} less than one sequence of {names}{more}; its loss is measured without them."
+            f"data.split leaves {split} less than one sequence of {names}{more}; its loss is"
+            " measured without them."
         )
     return [(weight, source) for weight, source in sources if source.sequences]
 
@@ -301,7 +317,8 @@ def _split_documents(
     if version not in VERSIONS:
         raise DataError(
             f"{path}: its `split` is {json.dumps(version)[:80]}, which this version does not know"
-            f" ({', '.join(VERSIONS)}); use the version of Fast-LLM that prepared it, or a later one"
+            f" ({', '.join(VERSIONS)}); use the version of Fast-LLM that prepared it, or a later"
+            " one"
         )
     return dict(zip(files, split_by_hash(files, shares), strict=True))
 
@@ -313,7 +330,8 @@ def _open_validation_set(
     shares: Sequence[float],
     length: int,
 ) -> Source:
-    """A further validation set. Of token files that are also trained on, it has validation's documents only."""
+    """A further validation set. Of token files that are also trained on, it has validation's
+    documents only."""
     by_size: dict[tuple[int, int], list[TokenFile]] = {}
     for file in training:
         by_size.setdefault((file.documents, file.tokens), []).append(file)
@@ -332,23 +350,29 @@ def _open_validation_set(
         return source
     if not shared:
         raise DataError(
-            f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} + 1"
+            f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} +"
+            " 1"
         )
     shown = ", ".join(f"{share:g}" for share in shares)
     raise DataError(
-        f"{setting}: {path} is trained on (data.path), so its loss can only be measured on validation's share of it;"
-        f" data.split [{shown}] leaves that {source.documents:,} documents with {source.tokens:,} tokens, fewer than one"
-        f" sequence of {length} + 1; give validation a larger share (data.split=[99,1,0]), or leave the set out"
+        f"{setting}: {path} is trained on (data.path), so its loss can only be measured on"
+        " validation's share of it;"
+        f" data.split [{shown}] leaves that {source.documents:,} documents with {source.tokens:,}"
+        " tokens, fewer than one"
+        f" sequence of {length} + 1; give validation a larger share (data.split=[99,1,0]), or leave"
+        " the set out"
     )
 
 
 def _open_path(
     path: str, is_metadata: bool, metadata: Metadata
 ) -> tuple[list[tuple[float, str, list[TokenFile]]], list[TokenFile]]:
-    """The sources of a dataset (share of the dataset, name, token files), and all its token files in order.
+    """The sources of a dataset (share of the dataset, name, token files), and all its token files
+    in order.
 
-    Token files weighted by their number of tokens, as `prepare` does it, form one source; those with other weights form
-    others. `is_metadata`: the path is a dataset.json, whatever its name. Adds its content to `metadata`.
+    Token files weighted by their number of tokens, as `prepare` does it, form one source; those
+    with other weights form others. `is_metadata`: the path is a dataset.json, whatever its name.
+    Adds its content to `metadata`.
     """
     place = Path(path).expanduser()
     if not is_metadata and place.suffix != ".json":
@@ -380,7 +404,8 @@ def _open_path(
 
 
 def _open_entry(path: Path, entry: Mapping[str, Any]) -> TokenFile:
-    """A token file of the dataset.json at `path`. Raises DataError if its sizes are not those listed."""
+    """A token file of the dataset.json at `path`. Raises DataError if its sizes are not those
+    listed."""
     file = TokenFile(resolve_prefix(path, entry["prefix"]))
     for key, found in (
         ("num_tokens", file.tokens),
@@ -389,7 +414,8 @@ def _open_entry(path: Path, entry: Mapping[str, Any]) -> TokenFile:
     ):
         if entry.get(key, found) != found:
             raise DataError(
-                f"{file.prefix}: its {key} is {found}, but {path} says {entry[key]}; it was replaced or belongs to"
+                f"{file.prefix}: its {key} is {found}, but {path} says {entry[key]}; it was"
+                " replaced or belongs to"
                 " another dataset: prepare the data again"
             )
     return file

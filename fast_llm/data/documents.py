@@ -1,18 +1,22 @@
-"""The documents of a preparation: rows of local tables, local text files, or a dataset on the Hugging Face Hub.
+"""The documents of a preparation: rows of local tables, local text files, or a dataset on the
+Hugging Face Hub.
 
-files.py finds the files and `open_documents` counts their rows. tables.py reads local files; columns.py reads parquet
-and arrow, with pyarrow. `datasets` reads the Hub and folders of Dataset.save_to_disk: it converts a dataset into its
-cache (HF_HOME) once and maps it into memory. Opening costs one pass over JSON files, and the metadata of others.
+files.py finds the files and `open_documents` counts their rows. tables.py reads local files;
+columns.py reads parquet and arrow, with pyarrow. `datasets` reads the Hub and folders of
+Dataset.save_to_disk: it converts a dataset into its cache (HF_HOME) once and maps it into memory.
+Opening costs one pass over JSON files, and the metadata of others.
 
 A document that cannot be used is skipped, so that it does not end a job of hours. The reasons:
 
     empty          no text, or text of which the tokenizer makes no tokens
     not_text       null, a number, a list; no such column in the row or file
     not_utf8       bytes that are not UTF-8, such as images, or half of a surrogate pair
-    unreadable     a file that is gone, may not be read, or is compressed and damaged; a row nested thousands of levels deep
+    unreadable     a file that is gone, may not be read, or is compressed and damaged; a row nested
+                   thousands of levels deep
     too_large      more than dataset.max_document_bytes; tokenizing needs a hundred times that
     untokenizable  the tokenizer fails on it, e.g. on millions of spaces in a row
-    ends_itself    its tokens contain BOS or EOS, although the spellings of special tokens are encoded as plain text
+    ends_itself    its tokens contain BOS or EOS, although the spellings of special tokens are
+                   encoded as plain text
 
 NUL and all other characters are text. A byte order mark at the start of a file is not.
 """
@@ -59,7 +63,8 @@ _COMPRESSION_RATIO = 4  # assumed, to estimate the size of compressed text
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents. Rows are numbered from 0 in the order of the files; a file of text is one row."""
+    """All documents. Rows are numbered from 0 in the order of the files; a file of text is one
+    row."""
 
     parts: list[tuple[Table, int, int]]
     """Tables, each with the rows [first, last) that are read of it."""
@@ -68,7 +73,8 @@ class Corpus:
     reader: Reader
     """Reads the rows of a task, in any process."""
     digest: str
-    """Identifies the documents by what can be known without reading them: names and sizes, or the revision."""
+    """Identifies the documents by what can be known without reading them: names and sizes, or the
+    revision."""
     kind: str
     left_out: list[tuple[str, str]]
     """Files that are not read, each with the reason."""
@@ -78,7 +84,8 @@ class Corpus:
 
     @property
     def reading_changed(self) -> bool:
-        """Whether version 0.1 read some of them differently: it guessed types in JSON and did not decompress text files."""
+        """Whether version 0.1 read some of them differently: it guessed types in JSON and did not
+        decompress text files."""
         return self.kind == "json" or any(
             path.lower().endswith(COMPRESSED)
             for table, _, _ in self.parts
@@ -142,8 +149,8 @@ class Corpus:
 def open_documents(source: DatasetFiles, loading_workers: int) -> Corpus:
     """Open the files that were found and count their rows.
 
-    Raises DataError if they cannot be read or have no such column, MissingPackage if the package that reads them is
-    missing, OSError if the disk is full.
+    Raises DataError if they cannot be read or have no such column, MissingPackage if the package
+    that reads them is missing, OSError if the disk is full.
     """
     config = source.config
     max_bytes = config.max_document_bytes
@@ -218,7 +225,8 @@ def _open_tables(source: DatasetFiles, paths: list[str], workers: int) -> dict[s
 def _slice(
     tables: list[Table], first: str | None, last: str | None
 ) -> Iterator[tuple[Table, int, int]]:
-    """Rows [first, last) of tables laid end to end. Bounds are numbers or percentages; negative ones count from the end."""
+    """Rows [first, last) of tables laid end to end. Bounds are numbers or percentages; negative
+    ones count from the end."""
     rows = [table.rows - table.blank_rows for table in tables]
     total = sum(rows)
 
@@ -308,7 +316,8 @@ def _load(datasets: Any, source: DatasetFiles, processes: int | None) -> Any:
 
 @contextlib.contextmanager
 def _captured_errors() -> Iterator[list[str]]:
-    """The errors that `datasets` logs in the block. Keeps it and the Hub's client from printing them twice."""
+    """The errors that `datasets` logs in the block. Keeps it and the Hub's client from printing
+    them twice."""
     logged: list[str] = []
 
     class Collector(logging.Handler):
@@ -340,7 +349,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause: `datasets` wraps it, and its processes send it as text."""
+    """The first line of the innermost cause: `datasets` wraps it, and its processes send it as
+    text."""
     for cause in _causes(error):
         name, lines = type(cause).__name__, str(cause).strip().splitlines()
         if name == "RemoteTraceback":

@@ -1,7 +1,8 @@
 """Text to tokens with `tokenizers`, one thread per worker process.
 
-The spelling of a special token inside a text (`<|end_of_text|>` in a program about tokenizers) is encoded as plain text,
-so it never ends the document. Encoding takes about 110 times the size of a text in memory.
+The spelling of a special token inside a text (`<|end_of_text|>` in a program about tokenizers) is
+encoded as plain text, so it never ends the document. Encoding takes about 110 times the size of a
+text in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ class Encoder:
     """Encodes texts without special tokens. One per process."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]):
-        """Changes `tokenizer`: it no longer produces special tokens. `dtype` must hold the vocabulary."""
+        """Changes `tokenizer`: it no longer produces special tokens. `dtype` must hold the
+        vocabulary."""
         self.tokenizer = tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -33,7 +35,8 @@ class Encoder:
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, self.dtype).tobytes() for encoding in encodings]
         except BaseException as error:
-            # The regular expressions of `tokenizers` fail on some texts with a panic, which is not an Exception.
+            # The regular expressions of `tokenizers` fail on some texts with a panic, which is not
+            # an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             if len(texts) == 1:

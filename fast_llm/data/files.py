@@ -1,9 +1,9 @@
 """Which files `dataset.path` and `dataset.data_files` name.
 
-A name that exists is that file or folder, whatever characters are in it; anything else is a pattern. Files named one by
-one or by a pattern are all read. Of a folder, only tables are read if it has some, else all files, and only those of
-the requested split. Other files of a folder are left out, counted and named. Nothing is opened: finding costs one walk
-over the folder.
+A name that exists is that file or folder, whatever characters are in it; anything else is a
+pattern. Files named one by one or by a pattern are all read. Of a folder, only tables are read if
+it has some, else all files, and only those of the requested split. Other files of a folder are left
+out, counted and named. Nothing is opened: finding costs one walk over the folder.
 """
 
 import difflib
@@ -45,11 +45,13 @@ class DatasetFiles:
 
     config: SourceConfig
     kind: str
-    """`file`: each file is a document; `json`, `parquet`, `arrow`: tables; `saved`: a folder of Dataset.save_to_disk; `hub`."""
+    """`file`: each file is a document; `json`, `parquet`, `arrow`: tables; `saved`: a folder of
+    Dataset.save_to_disk; `hub`."""
     files: dict[str, list[str]]
     """Sorted files of each split; empty for `saved` and `hub`."""
     digest: str | None
-    """Of the names and sizes of the files; None for `saved` and `hub`, which must be opened first."""
+    """Of the names and sizes of the files; None for `saved` and `hub`, which must be opened
+    first."""
     sizes: dict[str, int]
     """Bytes of each file."""
     left_out: list[tuple[str, str]]
@@ -57,24 +59,28 @@ class DatasetFiles:
 
 
 def find(config: SourceConfig) -> DatasetFiles:
-    """Find the documents. Raises DataError if the configuration names no files, or files of several kinds."""
+    """Find the documents. Raises DataError if the configuration names no files, or files of several
+    kinds."""
     place = Path(config.path).expanduser()
     if place.exists() and config.config_name is not None:
         raise DataError(
-            f"dataset.config_name: given {config.config_name}, but {config.path} is a local path, not on the Hub; leave it out"
+            f"dataset.config_name: given {config.config_name}, but {config.path} is a local path,"
+            " not on the Hub; leave it out"
         )
     if place.is_dir():
         if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
             if config.data_files is not None or config.data_directory is not None:
                 raise DataError(
-                    f"dataset.data_files: {config.path} is a saved dataset; leave data_files and data_directory out"
+                    f"dataset.data_files: {config.path} is a saved dataset; leave data_files and"
+                    " data_directory out"
                 )
             return DatasetFiles(config, "saved", {}, None, {}, [])
         return _in_folder(config, place)
     if place.is_file() or any(sign in config.path for sign in "*?["):
         if config.data_files is not None or config.data_directory is not None:
             raise DataError(
-                f"dataset.data_files: dataset.path {config.path} names files already; give the folder there, or leave"
+                f"dataset.data_files: dataset.path {config.path} names files already; give the"
+                " folder there, or leave"
                 " data_files and data_directory out"
             )
         return _of_files(config, _matches(place), None, [])
@@ -82,7 +88,8 @@ def find(config: SourceConfig) -> DatasetFiles:
         raise DataError(f"dataset.path: {config.path}: no such file or folder{similar(place)}")
     if "/" not in config.path and (near := similar(place)):
         raise DataError(
-            f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub give"
+            f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub"
+            " give"
             f" {HUB}{config.path}"
         )
     return DatasetFiles(config, "hub", {}, None, {}, [])
@@ -113,7 +120,8 @@ def similar(place: Path) -> str:
 
 
 def _matches(path: Path) -> list[str]:
-    """The file of this name, or the files that match it as a pattern. Leading folders that exist are taken literally."""
+    """The file of this name, or the files that match it as a pattern. Leading folders that exist
+    are taken literally."""
     if path.is_file():
         return [str(path)]
     base, parts = Path(), list(path.parts)
@@ -174,7 +182,8 @@ def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
         for pattern, found in matches.items():
             if not found:
                 raise DataError(
-                    f"dataset.path: {config.path} with dataset.data_files {pattern}: no files there{similar(root / pattern)}"
+                    f"dataset.path: {config.path} with dataset.data_files {pattern}: no files"
+                    f" there{similar(root / pattern)}"
                 )
         return _of_files(
             config, sorted({path for found in matches.values() for path in found}), root, []
@@ -204,7 +213,8 @@ def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
 def _of_files(
     config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]
 ) -> DatasetFiles:
-    """The files of the requested splits. `root`: the folder below which names say the split of a file."""
+    """The files of the requested splits. `root`: the folder below which names say the split of a
+    file."""
     if not files:
         also = f"; left out: {describe(left_out)}" if left_out else ""
         raise DataError(f"dataset.path: {config.path}: no files there{also}")
@@ -216,7 +226,8 @@ def _of_files(
             f"{os.path.basename(path)} ({kind})" for kind, path in sorted(kinds.items())
         )
         raise DataError(
-            f"dataset.path: {config.path} has files of several kinds: {examples}; choose some with dataset.data_files"
+            f"dataset.path: {config.path} has files of several kinds: {examples}; choose some with"
+            " dataset.data_files"
         )
     (kind,) = kinds
     if kind == "csv":
@@ -249,8 +260,8 @@ def _of_files(
         if name not in splits or not name:
             has = ", ".join(split for split in splits if split)
             raise DataError(
-                f'dataset.split: Unknown split "{name}": {config.path} has {has}; a split is a folder, or files'
-                " named for it: train.jsonl, train-00000-of-00002.parquet"
+                f'dataset.split: Unknown split "{name}": {config.path} has {has}; a split is a'
+                " folder, or files named for it: train.jsonl, train-00000-of-00002.parquet"
             )
     for split, some in splits.items():
         if split not in wanted:
@@ -261,7 +272,8 @@ def _of_files(
 
 
 def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
-    """Files by split. Files whose names say no split are `train` if no file is; else their split is ""."""
+    """Files by split. Files whose names say no split are `train` if no file is; else their split is
+    ""."""
     found: dict[str, list[str]] = {}
     for path, name in names.items():
         found.setdefault(_split_of(name), []).append(path)
@@ -284,13 +296,15 @@ def _split_of(name: str) -> str:
 
 
 def parse_split(text: str) -> list[tuple[str, str | None, str | None]]:
-    """Splits and slices of them, written as for `datasets`: train[:10%]+test[5:20]. Raises DataError."""
+    """Splits and slices of them, written as for `datasets`: train[:10%]+test[5:20]. Raises
+    DataError."""
     found = []
     for part in text.split("+"):
         match = _SLICE.fullmatch(part.strip())
         if match is None:
             raise DataError(
-                f"dataset.split: given {text}, must be a split such as train, or slices of splits: train[:1000]+test[50%:]"
+                f"dataset.split: given {text}, must be a split such as train, or slices of splits:"
+                " train[:1000]+test[50%:]"
             )
         found.append((match[1], match[2], match[3]))
     return found

@@ -31,7 +31,8 @@ class Job:
     bos: int | None  # written before each document
     eos: int | None  # written after each document
     settings: dict[str, Any]
-    """Everything that decides the bytes of the token files; the identity of the documents is added once they are open."""
+    """Everything that decides the bytes of the token files; the identity of the documents is added
+    once they are open."""
 
     @property
     def metadata(self) -> Path:
@@ -91,13 +92,15 @@ def _rank_and_world(config: PrepareConfig) -> tuple[int, int]:
         text = os.environ.get(name.upper(), "")
         if given is None and text and not text.isdecimal():
             raise DataError(
-                f"distributed.{name}: {name.upper()} in the environment is {text!r}, must be a number"
+                f"distributed.{name}: {name.upper()} in the environment is {text!r}, must be a"
+                " number"
             )
         found[name] = given if given is not None else int(text) if text else default
     rank, world = found["rank"], found["world_size"] or 1
     if rank is None and world > 1:
         raise DataError(
-            f"distributed.rank: missing, with distributed.world_size {world}; give each node its own, from 0 to {world - 1}"
+            f"distributed.rank: missing, with distributed.world_size {world}; give each node its"
+            f" own, from 0 to {world - 1}"
         )
     if (rank or 0) >= world:
         raise DataError(
@@ -115,7 +118,8 @@ def _dtype(config: PrepareConfig, loaded: tokenizer.Loaded) -> np.dtype[Any]:
     wanted = config.dataset.data_type or smallest
     if largest > np.iinfo(wanted).max:
         raise DataError(
-            f"dataset.data_type: given {wanted}, which holds numbers up to {np.iinfo(wanted).max}, but the tokenizer's"
+            f"dataset.data_type: given {wanted}, which holds numbers up to {np.iinfo(wanted).max},"
+            " but the tokenizer's"
             f" largest token is {largest}; {smallest} holds it"
         )
     return np.dtype(wanted)
@@ -126,12 +130,14 @@ def _bos_and_eos(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int |
     wanted, folder = config.tokenizer, loaded.path.parent
     if wanted.bos == "yes" and loaded.bos is None:
         raise DataError(
-            f"tokenizer.bos: given yes, but {folder} names no BOS token; add bos_token to its tokenizer_config.json, or"
+            f"tokenizer.bos: given yes, but {folder} names no BOS token; add bos_token to its"
+            " tokenizer_config.json, or"
             " set tokenizer.bos: no"
         )
     if wanted.eos != "no" and loaded.eos is None:
         raise DataError(
-            f"tokenizer.eos: {folder} names no EOS token, without which documents run together; add eos_token to its"
+            f"tokenizer.eos: {folder} names no EOS token, without which documents run together; add"
+            " eos_token to its"
             " tokenizer_config.json, or set tokenizer.eos: no"
         )
     writes_bos = wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos)
@@ -166,10 +172,12 @@ def exclusive_lock(job: Job) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(
-                f"{job.output}: another process is preparing rank {job.rank} in this folder; wait for it"
+                f"{job.output}: another process is preparing rank {job.rank} in this folder; wait"
+                " for it"
             ) from error
         except OSError as error:  # some network file systems have no locks
             logger.warning(
-                f"{job.output}: cannot be locked ({error.strerror}); never run two preparations at once."
+                f"{job.output}: cannot be locked ({error.strerror}); never run two preparations at"
+                " once."
             )
         yield

@@ -1,10 +1,10 @@
 """This process's micro-batches, from any sequence of the run on.
 
-With b sequences a micro-batch and P processes, micro-batch m of process r in a step that begins at sequence s
-holds sequences s + (m·P + r)·b … + b, those of them that are still of this step. Threads read ahead (NumPy copies
-without holding Python's lock); an error in one of them is raised where the batch is taken. Resuming is a matter of
-another s.
-Letters: B sequences of a micro-batch, S tokens of a sequence.
+With b sequences a micro-batch and P processes, micro-batch m of process r in a step that begins at
+sequence s holds sequences s + (m·P + r)·b … + b, those of them that are still of this step. Threads
+read ahead (NumPy copies without holding Python's lock); an error in one of them is raised where the
+batch is taken. Resuming is a matter of another s. Letters: B sequences of a micro-batch, S tokens
+of a sequence.
 """
 
 import functools
@@ -50,9 +50,9 @@ class Loader:
         pin: bool = False,
         warn_ms: float = 1000,
     ):
-        """`first_sample`: the sequence with which the first step begins; `workers`: threads; `prefetch`: steps ahead
-        for each of them; `isolate`: keep documents apart; `cut`: what of a micro-batch this process has; `warn_ms`: warn
-        when a step's batches take longer."""
+        """`first_sample`: the sequence with which the first step begins; `workers`: threads;
+        `prefetch`: steps ahead for each of them; `isolate`: keep documents apart; `cut`: what of a
+        micro-batch this process has; `warn_ms`: warn when a step's batches take longer."""
         self.dataset, self.phase, self.plan = dataset, phase, plan
         self.rank, self.processes = rank, processes
         self.vocab_size = vocab_size
@@ -111,13 +111,15 @@ class Loader:
         milliseconds = (time.perf_counter() - started) * 1e3
         if milliseconds > self.warn_ms:
             logger.warning(
-                f"Making one step's {len(batches)} batches took {milliseconds:.0f} ms (sequences from {begin} on);"
+                f"Making one step's {len(batches)} batches took {milliseconds:.0f} ms (sequences"
+                f" from {begin} on);"
                 " is the storage slow?"
             )
         return batches
 
     def micro_batch(self, first: int, count: int) -> Batch:
-        """`count` sequences of the phase from `first` on, and rows without targets up to the micro-batch's size."""
+        """`count` sequences of the phase from `first` on, and rows without targets up to the
+        micro-batch's size."""
         size, length = self.plan.micro_batch_size, self.dataset.length
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
         tokens[count:], labels[count:] = 0, IGNORE_INDEX
@@ -125,7 +127,8 @@ class Loader:
         targets = count * length
         for row in range(count):
             packed = self.dataset.read(self.phase, first + row)
-            # Not an assignment: the C library's copy of some tens of kB takes seven times as long on some processors (Zen 3).
+            # Not an assignment: the C library's copy of some tens of kB takes seven times as long
+            # on some processors (Zen 3).
             np.positive(packed.tokens[:-1], out=tokens[row])
             np.positive(packed.targets, out=labels[row])
             starts[row] = packed.starts
@@ -177,11 +180,14 @@ class Loader:
             if place < span.tokens:
                 raise DataError(
                     f"{span.prefix}: document {span.document} holds token"
-                    f" {largest if largest >= self.vocab_size else smallest} at its place {span.begin + place}, but the"
-                    f" model's vocab_size is {self.vocab_size}; the data was made with another tokenizer or is damaged"
+                    f" {largest if largest >= self.vocab_size else smallest} at its place"
+                    f" {span.begin + place}, but the"
+                    f" model's vocab_size is {self.vocab_size}; the data was made with another"
+                    " tokenizer or is damaged"
                 )
             place -= span.tokens
         raise DataError(
-            f"sequence {index:,} of {self.phase}: a target is token {worst}, but the model's vocab_size is"
+            f"sequence {index:,} of {self.phase}: a target is token {worst}, but the model's"
+            " vocab_size is"
             f" {self.vocab_size}; the data was made with another tokenizer or is damaged"
         )

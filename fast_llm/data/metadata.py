@@ -1,18 +1,20 @@
-"""dataset.json: which token files a dataset has, with their sizes, weights and digests; and the tokenizer they were made with.
+"""dataset.json: which token files a dataset has, with their sizes, weights and digests; and the
+tokenizer they were made with.
 
     {"format": "fast_llm dataset 1",
      "split": "hash-1",                              which documents are trained on (split.py)
      "datasets": [{"prefix": "data/shard_0_0",       relative to the folder of this file
                    "num_documents": …, "num_tokens": …, "weight": …, "dtype": "uint16",
                    "sha256": {"bin": "…", "idx": "…"}}, …],
-     "tokenizer": {"fingerprint": "…", "vocab_size": …, "bos": …, "eos": …, "writes_bos": …, "writes_eos": …, "path": …},
+     "tokenizer": {"fingerprint": "…", "vocab_size": …, "bos": …, "eos": …,
+                   "writes_bos": …, "writes_eos": …, "path": …},
      "max_token_id": …, "num_documents": …, "num_tokens": …,
      "skipped_documents": …, "skipped": {reason: count}, "skipped_examples": [[where, reason], …],
      "source": {…},                                  what was prepared
      "sha256": "…"}                                  of all of the above
 
-Only `datasets` with a `prefix` each is required; what else is given is checked. Reading takes milliseconds; verifying
-reads all token files.
+Only `datasets` with a `prefix` each is required; what else is given is checked. Reading takes
+milliseconds; verifying reads all token files.
 """
 
 import hashlib
@@ -31,7 +33,8 @@ _LARGEST = 2**30  # bytes
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The content of a dataset.json. Raises DataError for a file that is missing, damaged or not a dataset.json."""
+    """The content of a dataset.json. Raises DataError for a file that is missing, damaged or not a
+    dataset.json."""
     data = _read_file(path)
     if problem := lfs_problem(path, data):
         raise DataError(problem)
@@ -43,7 +46,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
     if content.get("sha256", content_digest(content)) != content_digest(content):
         raise DataError(
-            f"{path}: its sha256 does not match its content: it is damaged, or was edited; if it was edited, delete its"
+            f"{path}: its sha256 does not match its content: it is damaged, or was edited; if it"
+            " was edited, delete its"
             " line `sha256`"
         )
     _check_entries(path, content.get("datasets"))
@@ -84,7 +88,8 @@ def _suggestion(folder: Path) -> str:
 
 
 def _check_entries(path: Path, entries: Any) -> None:
-    """Raises DataError unless `datasets` lists token files, each once, with numbers that make sense."""
+    """Raises DataError unless `datasets` lists token files, each once, with numbers that make
+    sense."""
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
     seen = set()
@@ -98,7 +103,8 @@ def _check_entries(path: Path, entries: Any) -> None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < 2**63:
                 raise DataError(
-                    f"{path}: {key} of {entry['prefix']}: given {str(value)[:80]}, must be a number of 0 or more"
+                    f"{path}: {key} of {entry['prefix']}: given {str(value)[:80]}, must be a number"
+                    " of 0 or more"
                 )
         if not isinstance(entry.get("sha256", {}), dict):
             raise DataError(f"{path}: sha256 of {entry['prefix']}: must have bin and idx")
@@ -125,7 +131,8 @@ def resolve_prefix(path: Path, prefix: str) -> Path:
 
 
 def verify(path: Path) -> int:
-    """Compare all token files of a dataset.json with their digests. Returns how many bytes were read.
+    """Compare all token files of a dataset.json with their digests. Returns how many bytes were
+    read.
 
     Raises DataError naming every file that is damaged or missing.
     """

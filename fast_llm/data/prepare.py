@@ -3,18 +3,20 @@
 `output_path: X` gives
 
     X/shard_<rank>_<i>.bin, .idx   tokens (tokenfile.py)
-    X/shard_<rank>_<i>.json        record: which rows, how many tokens, digests, settings (shards.py)
+    X/shard_<rank>_<i>.json        record: rows, number of tokens, digests, settings (shards.py)
     X/rank_<rank>.json             record: this rank has finished
     X/tokenizer/                   the tokenizer's files
-    X.json                         the dataset.json that training reads; the last rank to finish writes it, last
+    X.json                         the dataset.json that training reads; written last, by the last
+                                   rank to finish
 
-Rows are cut into ranges of about a megabyte of text. Worker processes read and tokenize them (workers.py); this process
-writes the results in the order of the rows (shards.py). So the bytes depend on documents, tokenizer and settings, not
-on the number of workers, and an interrupted job resumes with the token files that have no record. Several nodes each
-take a contiguous part of the rows and share only the folder.
+Rows are cut into ranges of about a megabyte of text. Worker processes read and tokenize them
+(workers.py); this process writes the results in the order of the rows (shards.py). So the bytes
+depend on documents, tokenizer and settings, not on the number of workers, and an interrupted job
+resumes with the token files that have no record. Several nodes each take a contiguous part of the
+rows and share only the folder.
 
-A document is [BOS] text [EOS]. Text inside a document never becomes BOS or EOS. A document that cannot be used is
-skipped and counted; documents.py lists the reasons.
+A document is [BOS] text [EOS]. Text inside a document never becomes BOS or EOS. A document that
+cannot be used is skipped and counted; documents.py lists the reasons.
 
 It costs what tokenizing costs (encode.py).
 """
@@ -57,10 +59,12 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EE
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Write token files and, if this is the last rank to finish, their dataset.json, whose path is returned.
+    """Write token files and, if this is the last rank to finish, their dataset.json, whose path is
+    returned.
 
-    Called again after an interruption, it resumes. Raises DataError for documents, tokenizers, disks and folders that
-    cannot be used, MissingPackage if `datasets` or huggingface_hub is needed and missing.
+    Called again after an interruption, it resumes. Raises DataError for documents, tokenizers,
+    disks and folders that cannot be used, MissingPackage if `datasets` or huggingface_hub is needed
+    and missing.
     """
     job = make_job(config)
     try:
@@ -68,7 +72,8 @@ def prepare(config: PrepareConfig) -> Path:
             remove_partial_files(job)
             if _is_finished(job):
                 logger.info(
-                    f"{job.metadata}: already finished, nothing to do. To prepare it again, delete {job.output}."
+                    f"{job.metadata}: already finished, nothing to do. To prepare it again, delete"
+                    f" {job.output}."
                 )
                 return job.metadata
             corpus = documents.open_documents(files.find(config.dataset), config.loading_workers)
@@ -85,7 +90,8 @@ def prepare(config: PrepareConfig) -> Path:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise DataError(
-                f"{job.output}: the disk is full; free some space and run the same command again to resume"
+                f"{job.output}: the disk is full; free some space and run the same command again to"
+                " resume"
             ) from error
         if error.errno in _NOT_WRITABLE:
             raise DataError(
@@ -155,12 +161,14 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
 
 
 def _is_finished(job: Job) -> bool:
-    """Whether there is nothing left to do. Raises DataError if it was finished with other settings."""
+    """Whether there is nothing left to do. Raises DataError if it was finished with other
+    settings."""
     if not job.metadata.exists():
         return False
     if read_json(job.metadata).get("format") != FORMAT:
         raise DataError(
-            f"output_path: {job.output}: its metadata would overwrite {job.metadata}; choose another output_path"
+            f"output_path: {job.output}: its metadata would overwrite {job.metadata}; choose"
+            " another output_path"
         )
     if not (job.output / "tokenizer").is_dir() or not all(
         job.rank_record(rank).exists() for rank in range(job.world)
@@ -174,7 +182,8 @@ def _is_finished(job: Job) -> bool:
         record = read_json(job.rank_record(job.rank))
         if found.kind == "json" and "reading" not in record["settings"]:
             logger.warning(
-                f"{job.metadata}: was written by an earlier version, which could change texts that look like dates or"
+                f"{job.metadata}: was written by an earlier version, which could change texts that"
+                " look like dates or"
                 " numbers, and could leave files out because of their names (CHANGELOG.md)."
             )
     for rank in range(job.world):
@@ -188,7 +197,8 @@ def _report(job: Job, corpus: Corpus) -> None:
         logger.warning(f"{job.config.dataset.path}: left out {_files(corpus.left_out)}.")
     for table in corpus.tables_without_field[:EXAMPLES]:
         logger.warning(
-            f"{table.path} {table.missing_field}: its {table.rows - table.blank_rows:,} rows are left out."
+            f"{table.path} {table.missing_field}: its {table.rows - table.blank_rows:,} rows are"
+            " left out."
         )
     if (more := len(corpus.tables_without_field) - EXAMPLES) > 0:
         logger.warning(f"The rows of {more:,} more such files are left out too.")
@@ -197,7 +207,8 @@ def _report(job: Job, corpus: Corpus) -> None:
     )
     if job.config.tokenize_workers == 1 and cores > 1 and corpus.bytes >= _LARGE_CORPUS:
         logger.info(
-            f"tokenize_workers is 1, and this machine has {cores} cores: tokenize_workers={cores} is up to {cores} times"
+            f"tokenize_workers is 1, and this machine has {cores} cores: tokenize_workers={cores}"
+            f" is up to {cores} times"
             " as fast."
         )
 
@@ -229,8 +240,10 @@ def _check_space(job: Job, corpus: Corpus, encoder: Encoder) -> None:
     free = shutil.disk_usage(job.output).free
     if total - written > free:
         raise DataError(
-            f"output_path: {job.output}: the token files will need about {(total - written) / 1e9:.3g} GB more, but"
-            f" {free / 1e9:.3g} GB are free; make room, or set dataset.disable_disk_space_check: yes"
+            f"output_path: {job.output}: the token files will need about"
+            f" {(total - written) / 1e9:.3g} GB more, but"
+            f" {free / 1e9:.3g} GB are free; make room, or set dataset.disable_disk_space_check:"
+            " yes"
         )
 
 
@@ -264,13 +277,15 @@ def _finish(job: Job, corpus: Corpus) -> None:
         for rank in range(job.world):  # so that the next start begins anew
             job.rank_record(rank).unlink(missing_ok=True)
         raise DataError(
-            f"dataset.path: {job.config.dataset.path} has no document to write: {summary or 'there are none'}"
+            f"dataset.path: {job.config.dataset.path} has no document to write:"
+            f" {summary or 'there are none'}"
         )
     _copy_tokenizer(job)
     content = _metadata(job, corpus, shards, records, skipped)
     write_json(job.metadata, job.rank, {**content, "sha256": content_digest(content)})
     logger.info(
-        f"{job.metadata}: {content['num_documents']:,} documents, {content['num_tokens']:,} tokens as {job.dtype} in"
+        f"{job.metadata}: {content['num_documents']:,} documents, {content['num_tokens']:,} tokens"
+        f" as {job.dtype} in"
         f" {len(shards):,} token file{'s' if len(shards) > 1 else ''}"
         + (f"; skipped {summary}" if summary else "")
     )
@@ -283,7 +298,8 @@ def _metadata(
     records: list[dict[str, Any]],
     skipped: dict[str, int],
 ) -> dict[str, Any]:
-    """The content of the dataset.json. `shards`: the records of token files, by name; `records`: those of ranks too."""
+    """The content of the dataset.json. `shards`: the records of token files, by name; `records`:
+    those of ranks too."""
     config = job.config.dataset
     tokens = sum(record["tokens"] for _, record in shards)
     examples = [example for record in records for example in record["examples"]]

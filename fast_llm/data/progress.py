@@ -1,4 +1,5 @@
-"""What `fast-llm prepare` shows while it runs: rows done, speed, time left, and the documents it skips."""
+"""What `fast-llm prepare` shows while it runs: rows done, speed, time left, and the documents it
+skips."""
 
 import logging
 import os
@@ -38,7 +39,8 @@ class Progress:
         self.large += 1
         if self.large <= _NAMED:
             logger.info(
-                f"{where} is one document of {tokens:,} tokens: each text file is a document. If it holds several,"
+                f"{where} is one document of {tokens:,} tokens: each text file is a document. If it"
+                " holds several,"
                 " write each to a file of its own, or to a line of jsonl."
             )
 
@@ -53,8 +55,10 @@ class Progress:
         self.shown, seconds = now, now - self.started
         left = seconds / self.done * (self.rows - self.done)
         line = (
-            f"{100 * self.done / self.rows:.1f} %, {self.documents:,} documents, {self.tokens:,} tokens,"
-            f" {self.tokens / seconds:,.0f} tokens/s, {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
+            f"{100 * self.done / self.rows:.1f} %, {self.documents:,} documents, {self.tokens:,}"
+            " tokens,"
+            f" {self.tokens / seconds:,.0f} tokens/s,"
+            f" {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
         )
         self._write(f"\r\x1b[K{line}" if self.terminal else line + "\n")
 

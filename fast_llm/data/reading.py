@@ -1,10 +1,12 @@
 """What a worker process reads: files of text, lines of JSON, columns of text.
 
-A task names some rows and carries what is needed to read them. `Reader.texts` gives one result per row: the text exactly
-as it was written, a SkippedDocument for a row that cannot be used, or None for a blank line.
+A task names some rows and carries what is needed to read them. `Reader.texts` gives one result per
+row: the text exactly as it was written, a SkippedDocument for a row that cannot be used, or None
+for a blank line.
 
-Only the field is looked at. What other columns hold, and how other rows are written, does not matter. A line that is not
-JSON ends the preparation with its file and line number, since the rest of such a file cannot be trusted.
+Only the field is looked at. What other columns hold, and how other rows are written, does not
+matter. A line that is not JSON ends the preparation with its file and line number, since the rest
+of such a file cannot be trusted.
 """
 
 import bz2
@@ -178,7 +180,8 @@ class Reader:
                     content = file.read(task.size)
             except OSError as error:
                 raise DataError(
-                    f"{task.path}: cannot be read: {error.strerror}; run the same command again to resume"
+                    f"{task.path}: cannot be read: {error.strerror}; run the same command again to"
+                    " resume"
                 ) from error
         lines = split_lines(content)[task.skip : task.skip + task.last - task.first]
         if len(lines) != task.last - task.first:
@@ -226,7 +229,8 @@ def split_lines(block: bytes) -> list[bytes]:
 
 
 def parse_line(line: bytes, path: str, number: int) -> Any:
-    """A non-blank line of JSON. Bytes that are not UTF-8 become surrogates, so that they matter only in the field.
+    """A non-blank line of JSON. Bytes that are not UTF-8 become surrogates, so that they matter
+    only in the field.
 
     Raises DataError with file and line.
     """
@@ -237,7 +241,8 @@ def parse_line(line: bytes, path: str, number: int) -> Any:
 
 
 def parse(text: str) -> Any:
-    """JSON to values; a SkippedDocument for JSON that Python cannot read. Raises json.JSONDecodeError."""
+    """JSON to values; a SkippedDocument for JSON that Python cannot read. Raises
+    json.JSONDecodeError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -257,7 +262,8 @@ def invalid_json(path: str, number: int, error: json.JSONDecodeError, line: byte
             f"{path}: encoded as UTF-16, must be UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
         )
     return DataError(
-        f"{path}:{number}: not JSON: {error.msg}, at character {error.colno} of the line; fix the line or delete it"
+        f"{path}:{number}: not JSON: {error.msg}, at character {error.colno} of the line; fix the"
+        " line or delete it"
     )
 
 
@@ -266,7 +272,8 @@ class DamagedFile(Exception):
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A file, decompressed if its name says that it is compressed. Reading it raises DamagedFile if that fails."""
+    """A file, decompressed if its name says that it is compressed. Reading it raises DamagedFile if
+    that fails."""
     suffix = os.path.splitext(path.lower())[1]
     if suffix == ".zst":
         try:
@@ -309,7 +316,8 @@ class _NormalizedErrors(io.RawIOBase):
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompresses all frames of a file. The library's own reader accepts a truncated file as complete."""
+    """Decompresses all frames of a file. The library's own reader accepts a truncated file as
+    complete."""
 
     def __init__(self, file: BinaryIO, library: Any):
         self.file, self.library = file, library

@@ -1,32 +1,38 @@
-"""Which tokens sequence i of a run holds: arithmetic on sizes, seeds and counts, without index files or state.
+"""Which tokens sequence i of a run holds: arithmetic on sizes, seeds and counts, without index
+files or state.
 
-One source. A source of T tokens has T - 1 inputs, each followed by its target. With sequences of L tokens an epoch
-has n = (T - 1) // L of them; number k holds the inputs [k·L, k·L + L). The u-th sequence that a source gives is its
-number π(u mod n) in epoch e = u // n. So each sequence comes once an epoch, in an order that differs between epochs.
-π is a permutation of 0 … n - 1: a Feistel network (Black & Rogaway 2002).
+One source. A source of T tokens has T - 1 inputs, each followed by its target. With sequences of L
+tokens an epoch has n = (T - 1) // L of them; number k holds the inputs [k·L, k·L + L). The u-th
+sequence that a source gives is its number π(u mod n) in epoch e = u // n. So each sequence comes
+once an epoch, in an order that differs between epochs. π is a permutation of 0 … n - 1: a Feistel
+network (Black & Rogaway 2002).
 
     a = ⌈√n⌉,  b = ⌈n / a⌉
-    k_0 … k_7 = the 64 bytes of sha512("<seed> <s> <e>") as u64, little endian; s: the source's key number
-    mix(x)    = the finalizer of splitmix64 (Steele et al. 2014): x ^= x >> 30; x *= 0xBF58476D1CE4E5B9;
-                x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31, in u64
-    π(x):  l, r = x // b, x mod b;  for j = 0, 2, 4, 6:  l = (l + mix(r ^ k_j)) mod a;  r = (r + mix(l ^ k_j+1)) mod b
+    k_0 … k_7 = the 64 bytes of sha512("<seed> <s> <e>") as u64, little endian;
+                s: the source's key number
+    mix(x)    = the finalizer of splitmix64 (Steele et al. 2014), in u64: x ^= x >> 30;
+                x *= 0xBF58476D1CE4E5B9; x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31
+    π(x):  l, r = x // b, x mod b
+           for j = 0, 2, 4, 6:  l = (l + mix(r ^ k_j)) mod a;  r = (r + mix(l ^ k_j+1)) mod b
            y = l·b + r; if y ≥ n (fewer than a values are), repeat with x = y
 
-Mixtures. Weighted sources share the sequences by repeated halving. Let W_s = round(2⁵³ · (sum of the weights of the
-sources before s) / (sum of all weights)). For sources lo … hi - 1 and the t-th sequence that goes to any of them (at
-first all of them, and t = i): mid = (lo + hi) // 2, g(t) = ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋. If g(t + 1) > g(t), it
-is the g(t)-th sequence of sources lo … mid - 1, else the (t - g(t))-th of the others. When one source is left, t counts
-its sequences and is its u above. So in any number of sequences, also in a single batch, every source has its share to
+Mixtures. Weighted sources share the sequences by repeated halving. Let W_s = round(2⁵³ · (sum of
+the weights of the sources before s) / (sum of all weights)). For sources lo … hi - 1 and the t-th
+sequence that goes to any of them (at first all of them, and t = i): mid = (lo + hi) // 2, g(t) =
+⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋. If g(t + 1) > g(t), it is the g(t)-th sequence of sources lo …
+mid - 1, else the (t - g(t))-th of the others. When one source is left, t counts its sequences and
+is its u above. So in any number of sequences, also in a single batch, every source has its share to
 within half a sequence per halving, however small its weight.
 
-Changes. When weights or sources change at sequence i, the mixture starts again with t = 0 at i, and each source
-continues from its own count. Its key number never changes: the first sources of a run are numbered from 0 by their
-place; a new source takes the next number that no other has had.
+Changes. When weights or sources change at sequence i, the mixture starts again with t = 0 at i, and
+each source continues from its own count. Its key number never changes: the first sources of a run
+are numbered from 0 by their place; a new source takes the next number that no other has had.
 
-When L or the seed changes after c > 0 of the n sequences of an epoch (or of what remains of one), the unused inputs are
-joined in ascending order, including those after n·L. These M inputs are the rest of the epoch: n' = M // L' sequences,
-number k of which holds the joined inputs [k·L', k·L' + L'), in the order of π over n' with the keys of
-"<seed> <s> <e> <g>", where g counts how often the epoch was interrupted, this time included. The next epoch is complete.
+When L or the seed changes after c > 0 of the n sequences of an epoch (or of what remains of one),
+the unused inputs are joined in ascending order, including those after n·L. These M inputs are the
+rest of the epoch: n' = M // L' sequences, number k of which holds the joined inputs [k·L', k·L' +
+L'), in the order of π over n' with the keys of "<seed> <s> <e> <g>", where g counts how often the
+epoch was interrupted, this time included. The next epoch is complete.
 """
 
 import functools
@@ -95,7 +101,8 @@ def permute_many(values: NDArray[np.uint64], count: int, keys: Sequence[int]) ->
     size_a, size_b = np.uint64(a), np.uint64(b)
     left, right = values // size_b, values % size_b
     for j in range(0, len(keys), 2):
-        # Both terms are below the size, so the sum does not wrap around, as a sum of two 64-bit numbers could.
+        # Both terms are below the size, so the sum does not wrap around, as a sum of two 64-bit
+        # numbers could.
         left = (left + mix_many(right ^ np.uint64(keys[j])) % size_a) % size_a
         right = (right + mix_many(left ^ np.uint64(keys[j + 1])) % size_b) % size_b
     images = left * size_b + right
@@ -118,7 +125,8 @@ class Mixture:
         return cls([round(before / sums[-1] * UNIT) for before in sums])
 
     def find(self, index: int) -> tuple[int, int]:
-        """The source of sequence `index`, and the number of that sequence among those of the source."""
+        """The source of sequence `index`, and the number of that sequence among those of the
+        source."""
         low, high, inside = 0, len(self.edges) - 1, index
         while high - low > 1:
             middle = (low + high) // 2
@@ -144,7 +152,8 @@ class Mixture:
         return counts
 
     def _left(self, low: int, middle: int, high: int, share: int) -> int:
-        """g(share): how many of the first `share` sequences of sources low … high - 1 go to those below `middle`."""
+        """g(share): how many of the first `share` sequences of sources low … high - 1 go to those
+        below `middle`."""
         left, total = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
         # `counts` also visits sources whose weights round to 0, which never get a sequence.
         return (2 * share * left + total) // (2 * total) if total else share
@@ -167,7 +176,8 @@ class FullStream:
 
 
 class RemainingStream:
-    """The inputs that remain of a stream after some of its sequences were used. Keeps one bit per sequence."""
+    """The inputs that remain of a stream after some of its sequences were used. Keeps one bit per
+    sequence."""
 
     cut: int
     size: int
@@ -190,7 +200,8 @@ class RemainingStream:
         with self._lock:
             if self._bits is not None:
                 return
-            # π is a bijection: the remaining sequences are the images of the other indices. Compute the fewer ones.
+            # π is a bijection: the remaining sequences are the images of the other indices. Compute
+            # the fewer ones.
             few = self.used <= self.left
             first, last = (0, self.used) if few else (self.used, self.sequences)
             is_left = np.full(self.sequences, few)
@@ -206,7 +217,8 @@ class RemainingStream:
             self._bits = np.packbits(is_left)
 
     def _select(self, begin: int, end: int) -> NDArray[np.int64]:
-        """The numbers of the begin-th to the (end - 1)-th remaining sequence, in ascending order."""
+        """The numbers of the begin-th to the (end - 1)-th remaining sequence, in ascending
+        order."""
         first = int(np.searchsorted(self._before, begin, "right")) - 1
         last = int(np.searchsorted(self._before, end, "left"))
         assert self._bits is not None
@@ -215,7 +227,8 @@ class RemainingStream:
         return np.flatnonzero(bits)[offset : offset + end - begin] + first * _BLOCK
 
     def ranges(self, begin: int, end: int) -> list[Range]:
-        """The source's inputs that are [begin, end) of this stream: ascending ranges, adjacent ones merged."""
+        """The source's inputs that are [begin, end) of this stream: ascending ranges, adjacent ones
+        merged."""
         self.open()
         length, inside = self.length, self.left * self.length
         places: list[Range] = []
@@ -249,7 +262,8 @@ class SourceSampler:
     """The order in which one source gives its sequences, from a given point of a run on."""
 
     def __init__(self, inputs: int, length: int, seed: int, key: int, drawn: Sequence[Drawn] = ()):
-        """`inputs`: number of inputs of the source. `key`: its key number. `drawn`: what it gave before, the oldest first."""
+        """`inputs`: number of inputs of the source. `key`: its key number. `drawn`: what it gave
+        before, the oldest first."""
         self.length, self.seed, self.key = length, seed, key
         self.drawn = list(drawn)
         self.all = FullStream(inputs)
@@ -276,7 +290,8 @@ class SourceSampler:
             self.stream = RemainingStream(self.stream, length, count, cut)
 
     def find(self, index: int) -> tuple[Stream, int, int]:
-        """The stream that the index-th sequence is cut from, its number in that stream, and its epoch."""
+        """The stream that the index-th sequence is cut from, its number in that stream, and its
+        epoch."""
         index, stream, epoch = index + self.base, self.stream, self.epoch
         if stream is not self.all:
             there = stream.size // self.length
@@ -290,7 +305,8 @@ class SourceSampler:
         return self.all, permute(place, there, keys(self.seed, self.key, epoch)), epoch
 
     def epochs(self, count: int) -> float:
-        """How many epochs of the source are complete after `count` more sequences, with a fraction."""
+        """How many epochs of the source are complete after `count` more sequences, with a
+        fraction."""
         if self.stream is self.all:
             return self.epoch + (self.base + count) / (self.all.size // self.length)
         there = self.stream.size // self.length
@@ -302,7 +318,8 @@ class SourceSampler:
 
 
 def add_drawn(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
-    """What a source has given, with one more entry; merged with the last one if length and seed are the same."""
+    """What a source has given, with one more entry; merged with the last one if length and seed are
+    the same."""
     length, seed, count = more
     found = list(drawn)
     if not count:

@@ -1,11 +1,14 @@
-"""The output folder of a preparation: token files, their records, and how an interrupted job resumes.
+"""The output folder of a preparation: token files, their records, and how an interrupted job
+resumes.
 
-Rank r writes its rows into shard_<r>_0, shard_<r>_1, …, in order. A token file ends with the document that brings it
-to `tokens_per_shard`. Its record (shard_<r>_<i>.json) is written after it: which rows it holds, how many tokens, its
-digests, and the settings. A started job trusts every record whose token file has the right size, and tokenizes only
-the rows between them. So an interrupted preparation ends with the same bytes as an undisturbed one.
+Rank r writes its rows into shard_<r>_0, shard_<r>_1, …, in order. A token file ends with the
+document that brings it to `tokens_per_shard`. Its record (shard_<r>_<i>.json) is written after it:
+which rows it holds, how many tokens, its digests, and the settings. A started job trusts every
+record whose token file has the right size, and tokenizes only the rows between them. So an
+interrupted preparation ends with the same bytes as an undisturbed one.
 
-Memory is that of one token file's document lengths (4 bytes each) and of the results that workers send.
+Memory is that of one token file's document lengths (4 bytes each) and of the results that workers
+send.
 """
 
 import contextlib
@@ -85,11 +88,13 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
             )
         elif name == "reading":
             raise DataError(
-                f"{path.parent}: was started by an earlier version, which read such files differently; choose another"
+                f"{path.parent}: was started by an earlier version, which read such files"
+                " differently; choose another"
                 f" output_path, or delete {path.parent}"
             )
         raise DataError(
-            f"{path.parent}: was started with {difference}; restore it, choose another output_path, or delete"
+            f"{path.parent}: was started with {difference}; restore it, choose another output_path,"
+            " or delete"
             f" {path.parent}"
         )
 
@@ -122,7 +127,8 @@ def _intact_record(job: Job, rank: int, number: int) -> dict[str, Any] | None:
 
 
 def _missing_ranges(job: Job, first: int, last: int) -> list[tuple[int, int, int]]:
-    """What is left to do of rows [first, last): number of the first token file, first row, end of the rows."""
+    """What is left to do of rows [first, last): number of the first token file, first row, end of
+    the rows."""
     missing: list[tuple[int, int, int]] = []
     numbers = sorted(int(path.stem.rpartition("_")[2]) for path in job.records())
     number, row = 0, first

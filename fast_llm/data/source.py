@@ -1,7 +1,9 @@
-"""A source of training data: the documents of several token files, one after the other, cut into sequences.
+"""A source of training data: the documents of several token files, one after the other, cut into
+sequences.
 
-T tokens make n = (T - 1) // L sequences of L tokens. Sequence k holds tokens [k·L, k·L + L]; the last one is only
-a target. Nothing is indexed or cached. Reading a sequence takes some 50 µs, whatever the size of the data.
+T tokens make n = (T - 1) // L sequences of L tokens. Sequence k holds tokens [k·L, k·L + L]; the
+last one is only a target. Nothing is indexed or cached. Reading a sequence takes some 50 µs,
+whatever the size of the data.
 """
 
 import bisect
@@ -51,8 +53,8 @@ class Source:
         self.subsets = [subset for subset in subsets if len(subset.begins)]
         self.length = length
         self.documents = sum(subset.documents for subset in subsets)
-        # Runs of adjacent documents: the token of its file at which each begins, and the token of this source at which
-        # each ends.
+        # Runs of adjacent documents: the token of its file at which each begins, and the token of
+        # this source at which each ends.
         empty = np.zeros(0, np.int64)
         self.begins = np.concatenate([empty, *(subset.begins for subset in self.subsets)])
         sizes = [subset.ends - subset.begins for subset in self.subsets]
@@ -101,7 +103,8 @@ class Source:
             begin, run = stop, run + 1
 
     def read(self, number: int) -> PackedSample:
-        """Sequence `number`, below `sequences`. Raises DataError for a file that can no longer be read."""
+        """Sequence `number`, below `sequences`. Raises DataError for a file that can no longer be
+        read."""
         ranges = self.input_ranges(number)
         if len(ranges) == 1:
             tokens, starts = self._read(ranges[0][0], ranges[0][1] + 1)
@@ -119,7 +122,8 @@ class Source:
         return PackedSample(tokens, np.concatenate(all_starts), targets, np.concatenate(all_ends))
 
     def _read(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source's tokens [begin, end), and the indices at which documents begin in them, 0 included."""
+        """The source's tokens [begin, end), and the indices at which documents begin in them, 0
+        included."""
         tokens = np.empty(end - begin, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
@@ -137,7 +141,8 @@ class Source:
         return tokens, found if different.all() else found[np.append(True, different)]
 
     def locate(self, number: int) -> list[DocumentSpan]:
-        """The parts of documents that make up sequence `number` and its last target: L + 1 tokens."""
+        """The parts of documents that make up sequence `number` and its last target: L + 1
+        tokens."""
         ranges = self.input_ranges(number)
         ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
         spans = []
@@ -153,7 +158,8 @@ class Source:
 
 
 class RandomSource:
-    """Random tokens that depend only on a seed and the number of the sequence. For trying things out."""
+    """Random tokens that depend only on a seed and the number of the sequence. For trying things
+    out."""
 
     name = "random"
     tokens = documents = 0
@@ -165,7 +171,8 @@ class RandomSource:
         self.digest = f"random {length} {vocab_size} {seed}"
 
     def with_stream(self, stream: Stream) -> "RandomSource":
-        """This source: another length or seed makes another source, so nothing of it ever remains."""
+        """This source: another length or seed makes another source, so nothing of it ever
+        remains."""
         return self
 
     def read(self, number: int) -> PackedSample:

@@ -1,13 +1,14 @@
 """Which documents are trained on, and which ones validation and test have.
 
-By hash (`"split": "hash-1"` in dataset.json): documents d = 0 … N - 1 are numbered through all token files in the order
-of dataset.json and ranked by h(d) = mix(d + KEY mod 2^64), with mix of sampling.py. The lowest round(share · N) belong
-to training's share, the next ones to validation's, the rest to test's. h is a bijection of 64-bit numbers, so no two
-documents are equal. Every split has documents from everywhere and its exact share of them, and keeps its documents when
-its share grows.
+By hash (`"split": "hash-1"` in dataset.json): documents d = 0 … N - 1 are numbered through all
+token files in the order of dataset.json and ranked by h(d) = mix(d + KEY mod 2^64), with mix of
+sampling.py. The lowest round(share · N) belong to training's share, the next ones to validation's,
+the rest to test's. h is a bijection of 64-bit numbers, so no two documents are equal. Every split
+has documents from everywhere and its exact share of them, and keeps its documents when its share
+grows.
 
-By position (token files without dataset.json, and those that version 0.1 prepared): of each token file the first
-documents are trained on, the next ones are validation's, the last ones test's.
+By position (token files without dataset.json, and those that version 0.1 prepared): of each token
+file the first documents are trained on, the next ones are validation's, the last ones test's.
 
 Hashing takes a few seconds for 100 million documents, in blocks of a million.
 """
@@ -30,7 +31,8 @@ _BUCKETS = 2**16
 
 
 class FileSubset:
-    """The documents of a token file that belong to one split: runs of adjacent documents, as ranges of tokens."""
+    """The documents of a token file that belong to one split: runs of adjacent documents, as ranges
+    of tokens."""
 
     def __init__(
         self,
@@ -40,8 +42,8 @@ class FileSubset:
         ends: NDArray[np.int64],
         identity: Sequence[Any],
     ):
-        """`begins`, `ends`: the tokens [begin, end) of each run. `identity`: what tells this subset from others of the
-        file, for fingerprints."""
+        """`begins`, `ends`: the tokens [begin, end) of each run. `identity`: what tells this subset
+        from others of the file, for fingerprints."""
         nonempty = ends > begins
         self.file, self.documents, self.identity = file, documents, tuple(identity)
         self.begins, self.ends = begins[nonempty], ends[nonempty]
@@ -112,10 +114,11 @@ def _hash_blocks(count: int) -> Iterator[NDArray[np.uint64]]:
 
 
 def _hashes_of_ranks(count: int, ranks: Sequence[int]) -> NDArray[np.uint64]:
-    """The hashes that have these ranks among `count` documents; the largest 64-bit number for rank `count`.
+    """The hashes that have these ranks among `count` documents; the largest 64-bit number for rank
+    `count`.
 
-    Sorting all of them would take gigabytes. They are counted by their first 16 bits, and only the buckets that hold a
-    wanted rank are sorted.
+    Sorting all of them would take gigabytes. They are counted by their first 16 bits, and only the
+    buckets that hold a wanted rank are sorted.
     """
     shift = np.uint64(64 - 16)
     histogram = np.zeros(_BUCKETS, np.int64)

@@ -1,7 +1,7 @@
 """Tables of rows: text files, JSON lines, files that are one JSON value, and tables of `datasets`.
 
-Opening JSON counts its rows in one pass, at about a gigabyte a second. Rows of a file are numbered from 0. In JSON lines
-a row is a line; a blank line has a number but is not a document.
+Opening JSON counts its rows in one pass, at about a gigabyte a second. Rows of a file are numbered
+from 0. In JSON lines a row is a line; a blank line has a number but is not a document.
 
 Every table, also ArrowTable in columns.py, has
 
@@ -10,11 +10,11 @@ Every table, also ArrowTable in columns.py, has
     missing_field                      why no row has text in the column; None if some may
     name(row)                          where a row is, for messages
     nearby_row(row)                    a row close by that can be read fast
-    tasks(first, last, begin, target)  rows [first, last) in tasks of about `target` bytes; row `first` has the number
-                                       `begin` among all documents
+    tasks(first, last, begin, target)  rows [first, last) in tasks of about `target` bytes; row
+                                       `first` has the number `begin` among all documents
 
-Workers read plain JSON lines themselves. Compressed files and single JSON values can only be read from their beginning,
-so the parent process reads them, once, and sends their content.
+Workers read plain JSON lines themselves. Compressed files and single JSON values can only be read
+from their beginning, so the parent process reads them, once, and sends their content.
 """
 
 import contextlib
@@ -143,7 +143,8 @@ class JsonLines:
     bytes: int
     missing_field: str | None
     offsets: NDArray[np.int64]
-    """[blocks + 1]: where each block begins in the decompressed file, in bytes, and where the last one ends."""
+    """[blocks + 1]: where each block begins in the decompressed file, in bytes, and where the last
+    one ends."""
     lines: NDArray[np.int64]
     """[blocks + 1]: lines before each block, and the total."""
 
@@ -254,7 +255,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _values(path: str) -> Iterator[Any]:
-    """The elements of an array, or the objects in a file, one at a time: parsed values take ten times the memory of text."""
+    """The elements of an array, or the objects in a file, one at a time: parsed values take ten
+    times the memory of text."""
     with _readable(path), open_binary(path) as file:
         content = file.read(_LARGEST_JSON + 1)
     if len(content) > _LARGEST_JSON:
@@ -308,7 +310,8 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | JsonValue":
-    """Count the rows of a file. `stop`: an Event that ends it early. Raises DataError if it is not JSON."""
+    """Count the rows of a file. `stop`: an Event that ends it early. Raises DataError if it is not
+    JSON."""
     with _readable(path), open_binary(path) as file:
         blocks = _blocks(file)
         block = next(blocks, b"")
@@ -321,7 +324,8 @@ def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | 
             try:
                 parse_line(lines[number], path, number + 1)
             except DataError as error:
-                # Perhaps one object that spans several lines. If it is not JSON either, report the first line.
+                # Perhaps one object that spans several lines. If it is not JSON either, report the
+                # first line.
                 with contextlib.suppress(DataError):
                     return _open_value(path, field, max_bytes)
                 raise error from None
@@ -355,7 +359,8 @@ def _columns_text(seen: dict[str, None], field: str) -> str:
 def _count_lines(
     path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any
 ) -> JsonLines:
-    """Count lines, and parse those that do not look like an object: most damaged lines are truncated."""
+    """Count lines, and parse those that do not look like an object: most damaged lines are
+    truncated."""
     # The name of the field, as JSON may spell it.
     spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
     offsets, lines, blank_rows, has = [0], [0], 0, False

@@ -1,6 +1,7 @@
 """Tokens of many documents on disk: the `.bin`/`.idx` pair of Megatron-LM and Fast-LLM.
 
-<prefix>.bin holds the tokens of all documents one after the other, nothing else. <prefix>.idx, little endian:
+<prefix>.bin holds the tokens of all documents one after the other, nothing else. <prefix>.idx,
+little endian:
 
     offset     size      content
     0          9         b"MMIDIDX\\0\\0"
@@ -12,13 +13,14 @@
     34+4N      8·N       i64 first byte of each document in .bin
     34+12N     8·(N+1)   i64 0 … N
 
-Version 2 has one more byte at offset 17. If it is 1, the ranges that are masked in the loss follow the first bytes, as
-i32 [N] numbers of ranges, then i32 [all of them, 2]. They are ignored.
+Version 2 has one more byte at offset 17. If it is 1, the ranges that are masked in the loss follow
+the first bytes, as i32 [N] numbers of ranges, then i32 [all of them, 2]. They are ignored.
 
-Every length and offset is checked against the sizes of the files before anything is mapped or allocated. Opening reads
-the index once (12 bytes a document) and copies none of it: it is memory-mapped, shared by all processes of a machine.
-Tokens are read with `pread`, not through a map: if a file shrinks or a disk fails, that raises an error that names the
-file instead of killing the process (SIGBUS). A pair uses one file descriptor while it is open.
+Every length and offset is checked against the sizes of the files before anything is mapped or
+allocated. Opening reads the index once (12 bytes a document) and copies none of it: it is
+memory-mapped, shared by all processes of a machine. Tokens are read with `pread`, not through a
+map: if a file shrinks or a disk fails, that raises an error that names the file instead of killing
+the process (SIGBUS). A pair uses one file descriptor while it is open.
 """
 
 import bisect
@@ -71,7 +73,8 @@ class TokenFileInfo:
 
 
 class TokenFileWriter:
-    """Writes a pair of files that is complete or absent: `close` renames the finished files, .idx last."""
+    """Writes a pair of files that is complete or absent: `close` renames the finished files, .idx
+    last."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix = prefix
@@ -90,13 +93,15 @@ class TokenFileWriter:
     def append_many(self, tokens: Tokens, lengths: NDArray[Any]) -> None:
         """Append several documents, which follow each other in `tokens`.
 
-        Raises DataError for a document that the format cannot hold, ValueError for tokens that the dtype cannot hold.
+        Raises DataError for a document that the format cannot hold, ValueError for tokens that the
+        dtype cannot hold.
         """
         assert lengths.sum() == len(tokens) and (lengths >= 0).all()
         if (lengths > LONGEST).any():
             number = self.documents + int(np.argmax(lengths > LONGEST))
             raise DataError(
-                f"{self.prefix}: document {number} has {int(lengths.max()):,} tokens; a token file holds documents of"
+                f"{self.prefix}: document {number} has {int(lengths.max()):,} tokens; a token file"
+                " holds documents of"
                 f" up to {LONGEST:,}: split it"
             )
         if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
@@ -162,7 +167,8 @@ class TokenFile:
             head = os.pread(descriptor, HEADER + 1, 0)
             if not head.startswith(MAGIC):
                 raise DataError(
-                    f"{self.idx}: not an index of tokens (it begins with {head[:9]!r}, not {MAGIC!r}); prepare the data again"
+                    f"{self.idx}: not an index of tokens (it begins with {head[:9]!r}, not"
+                    f" {MAGIC!r}); prepare the data again"
                 )
             content = _with_file_limit(lambda: mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
         begin = self._read_header(head, content, size)
@@ -170,19 +176,23 @@ class TokenFile:
         self.lengths: NDArray[np.int32] = np.frombuffer(content, "<i4", count, begin)
         """[documents]: tokens of each."""
         self.starts: NDArray[np.int64] = np.frombuffer(content, "<i8", count, begin + 4 * count)
-        """[documents]: first byte of each in .bin. Not aligned in memory, so NumPy copies it before computing."""
+        """[documents]: first byte of each in .bin. Not aligned in memory, so NumPy copies it before
+        computing."""
         self.tokens = self._check_documents()
         with _open(self.bin) as (descriptor, bin_size):
             if bin_size != self.tokens * self.dtype.itemsize:
                 raise DataError(
-                    f"{self.bin}: {bin_size} bytes, but its index lists {self.tokens} tokens of {self.dtype.itemsize}"
-                    " bytes; it is truncated, damaged or belongs to another index: prepare the data again"
+                    f"{self.bin}: {bin_size} bytes, but its index lists {self.tokens} tokens of"
+                    f" {self.dtype.itemsize}"
+                    " bytes; it is truncated, damaged or belongs to another index: prepare the data"
+                    " again"
                 )
             self._bin = _with_file_limit(lambda: os.dup(descriptor))
         weakref.finalize(self, os.close, self._bin)
 
     def _read_header(self, head: bytes, content: mmap.mmap, size: int) -> int:
-        """Set dtype and number of documents; where the lengths begin. `head`: the first bytes of the index."""
+        """Set dtype and number of documents; where the lengths begin. `head`: the first bytes of
+        the index."""
         version = int.from_bytes(head[9:17], "little")
         if version not in (1, 2):
             raise DataError(f"{self.idx}: version {version}, must be 1 or 2")
@@ -199,13 +209,15 @@ class TokenFile:
         bounds = int.from_bytes(head[begin - 8 : begin], "little")
         if bounds != count + 1:
             raise DataError(
-                f"{self.idx}: {bounds} document boundaries, must be {count} + 1; documents split into"
+                f"{self.idx}: {bounds} document boundaries, must be {count} + 1; documents split"
+                " into"
                 " sentences cannot be read"
             )
         ahead = begin + 12 * count  # where the masked ranges begin
         if version == 2 and head[17] > 1:
             raise DataError(
-                f"{self.idx}: its flag for masked ranges is {head[17]}, must be 0 or 1; it is damaged"
+                f"{self.idx}: its flag for masked ranges is {head[17]}, must be 0 or 1; it is"
+                " damaged"
             )
         spans = 4 * count if version == 2 and head[17] else 0
         if size >= ahead + spans and spans:
@@ -213,13 +225,15 @@ class TokenFile:
             spans += 8 * int(numbers.sum(dtype=np.int64)) if int(numbers.min()) >= 0 else 0
         if size != ahead + spans + 8 * (count + 1):
             raise DataError(
-                f"{self.idx}: {size} bytes, but its {count} documents need {ahead + spans + 8 * (count + 1)}; it is"
+                f"{self.idx}: {size} bytes, but its {count} documents need"
+                f" {ahead + spans + 8 * (count + 1)}; it is"
                 " truncated or damaged: prepare the data again"
             )
         return begin
 
     def _check_documents(self) -> int:
-        """The total number of tokens. Raises DataError unless each document begins where the previous one ends."""
+        """The total number of tokens. Raises DataError unless each document begins where the
+        previous one ends."""
         itemsize = self.dtype.itemsize
         expected = 0
         for first in range(0, self.documents, _CHUNK):  # copies only a part of the index
@@ -234,7 +248,8 @@ class TokenFile:
             if different.any():
                 wrong = first + int(np.argmax(different))
                 raise DataError(
-                    f"{self.idx}: document {wrong} begins at byte {int(self.starts[wrong])}, which is not where the"
+                    f"{self.idx}: document {wrong} begins at byte {int(self.starts[wrong])}, which"
+                    " is not where the"
                     " previous one ends; it is damaged"
                 )
             expected = int(ends[-1])
@@ -242,7 +257,8 @@ class TokenFile:
 
     @functools.cached_property
     def identity(self) -> tuple[int, int, str, str, str]:
-        """Identifies the content, wherever the files are: sizes, and digests of the first and last mebibyte of both."""
+        """Identifies the content, wherever the files are: sizes, and digests of the first and last
+        mebibyte of both."""
         return (self.documents, self.tokens, self.dtype.str, _ends(self.idx), _ends(self.bin))
 
     def tokens_at(self, begin: int, end: int) -> Tokens:
@@ -272,12 +288,13 @@ class TokenFile:
 
     def document_at(self, token: int, first: int = 0) -> int:
         """The number of the document, `first` or a later one, that contains a token."""
-        # Empty documents begin at the same place as the document after them, which contains the token.
-        # np.searchsorted would copy all starts, since they are not aligned.
+        # Empty documents begin at the same place as the document after them, which contains the
+        # token. np.searchsorted would copy all starts, since they are not aligned.
         return bisect.bisect_right(self.starts, token * self.dtype.itemsize, lo=first) - 1
 
     def start_of(self, document: int) -> int:
-        """The first token of a document; the total number of tokens if there is no such document."""
+        """The first token of a document; the total number of tokens if there is no such
+        document."""
         return (
             self.tokens
             if document >= self.documents
@@ -341,7 +358,8 @@ def _open(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _with_file_limit(action: Callable[[], T]) -> T:
-    """Call `action`, which opens a file. If too many are open, raise the shell's limit (often 1,024) and retry."""
+    """Call `action`, which opens a file. If too many are open, raise the shell's limit (often
+    1,024) and retry."""
     try:
         return action()
     except OSError as error:

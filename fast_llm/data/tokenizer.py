@@ -1,9 +1,10 @@
 """A model's tokenizer: its files, its BOS and EOS tokens, and a fingerprint that identifies it.
 
-Read with `tokenizers` from tokenizer.json, without transformers or torch. Documents begin with BOS if the tokenizer adds
-one, since the model was trained that way: Llama 3's adds BOS; SmolLM2's and GPT-2's, whose BOS is also their EOS, add
-nothing. The BOS and EOS tokens are those that the model's folder names, looked up in this order: tokenizer_config.json,
-special_tokens_map.json, generation_config.json, config.json.
+Read with `tokenizers` from tokenizer.json, without transformers or torch. Documents begin with BOS
+if the tokenizer adds one, since the model was trained that way: Llama 3's adds BOS; SmolLM2's and
+GPT-2's, whose BOS is also their EOS, add nothing. The BOS and EOS tokens are those that the model's
+folder names, looked up in this order: tokenizer_config.json, special_tokens_map.json,
+generation_config.json, config.json.
 
 Loading a tokenizer of 128,000 tokens takes about a second.
 """
@@ -64,9 +65,11 @@ class Loaded:
 
 
 def load(path: str) -> Loaded:
-    """The tokenizer of a folder, of a tokenizer.json, or of a model on the Hub (`organisation/name`, also `…@revision`).
+    """The tokenizer of a folder, of a tokenizer.json, or of a model on the Hub
+    (`organisation/name`, also `…@revision`).
 
-    Raises DataError if it is missing or cannot be read, MissingPackage for the Hub without huggingface_hub.
+    Raises DataError if it is missing or cannot be read, MissingPackage for the Hub without
+    huggingface_hub.
     """
     file = _find(path)
     content = _json(file)
@@ -98,7 +101,8 @@ def load(path: str) -> Loaded:
 
 
 def fingerprint(path: str | Path) -> str:
-    """The sha256 of everything that decides a tokenizer's output; `path`: its folder or its tokenizer.json.
+    """The sha256 of everything that decides a tokenizer's output; `path`: its folder or its
+    tokenizer.json.
 
     Raises DataError as `load` does.
     """
@@ -106,7 +110,8 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Equal for equal tokenizers, whatever the order and spacing in the file and the version of `tokenizers`."""
+    """Equal for equal tokenizers, whatever the order and spacing in the file and the version of
+    `tokenizers`."""
     decisive = {
         key: value
         for key, value in content.items()
@@ -136,7 +141,8 @@ def _find(path: str) -> Path:
         return _in_folder(place, path)
     if not _HUB.fullmatch(path) or path.startswith("."):
         raise DataError(
-            f"{path}: no such file or folder, and not a model on the Hugging Face Hub (organisation/name)"
+            f"{path}: no such file or folder, and not a model on the Hugging Face Hub"
+            " (organisation/name)"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -153,7 +159,8 @@ def _find(path: str) -> Path:
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         raise DataError(
-            f"{path}: not a local folder, and downloading it from the Hugging Face Hub failed: {reason.rstrip('. ')}. Without a"
+            f"{path}: not a local folder, and downloading it from the Hugging Face Hub failed:"
+            f" {reason.rstrip('. ')}. Without a"
             " network, give the model's folder; for a gated model, run `hf auth login` first"
         ) from error
     return _in_folder(Path(folder), path)
@@ -164,7 +171,8 @@ def _in_folder(folder: Path, path: str) -> Path:
         return folder / MAIN
     if (folder / "tokenizer.model").is_file():
         raise DataError(
-            f"{path}: has only tokenizer.model; convert it to {MAIN} once: python -c 'from transformers import AutoTokenizer;"
+            f"{path}: has only tokenizer.model; convert it to {MAIN} once: python -c 'from"
+            " transformers import AutoTokenizer;"
             f' AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")\''
         )
     raise DataError(f"{path}: no {MAIN} in it; give the model's folder")

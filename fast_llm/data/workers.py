@@ -1,10 +1,12 @@
 """Worker processes that read and tokenize ranges of rows.
 
-The parent process sends each worker a task (some rows, about a megabyte of text) and receives their tokens. Results
-come back in the order of the rows, whatever the number of workers. Each worker has a pipe of its own and ends when
-its pipe or its parent is gone, so that a killed process never leaves another one waiting.
+The parent process sends each worker a task (some rows, about a megabyte of text) and receives their
+tokens. Results come back in the order of the rows, whatever the number of workers. Each worker has
+a pipe of its own and ends when its pipe or its parent is gone, so that a killed process never
+leaves another one waiting.
 
-A task costs what tokenizing costs (encode.py). Up to three results per worker are held in memory, some MB each.
+A task costs what tokenizing costs (encode.py). Up to three results per worker are held in memory,
+some MB each.
 """
 
 import contextlib
@@ -59,7 +61,8 @@ class RangeTokenizer:
         bos: int | None,
         eos: int | None,
     ):
-        """`bos` and `eos`: the tokens written before and after each document; None writes nothing."""
+        """`bos` and `eos`: the tokens written before and after each document; None writes
+        nothing."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
         self.arguments = (reader, loaded, dtype, bos, eos)
         self.reader = reader
@@ -120,7 +123,8 @@ def tokenize_pool(
 ) -> Iterator[Callable[[int, int], Iterator[TokenizedRange]]]:
     """A function that tokenizes rows [first, last) range by range, in order.
 
-    With one worker it runs in this process. Raises DataError if a worker cannot be started or is killed.
+    With one worker it runs in this process. Raises DataError if a worker cannot be started or is
+    killed.
     """
     if workers == 1:
         yield lambda first, last: map(
@@ -129,12 +133,14 @@ def tokenize_pool(
         return
     pool = _Pool(corpus, range_tokenizer, workers)
     try:
-        # Python's own helper process. Starting it unblocks signals, so it starts before the workers do.
+        # Python's own helper process. Starting it unblocks signals, so it starts before the workers
+        # do.
         resource_tracker.ensure_running()
         yield pool.tokenize
     except _WorkerDied:
         raise DataError(
-            "tokenize_workers: a worker process died, most likely because memory ran out; lower tokenize_workers"
+            "tokenize_workers: a worker process died, most likely because memory ran out; lower"
+            " tokenize_workers"
             f" (now {workers}) and run the same command again to resume"
         ) from None
     finally:
@@ -146,11 +152,13 @@ class _WorkerDied(Exception):
 
 
 class _Pool:
-    """Worker processes, each with its own pipe, and a thread per task in flight that waits for the answer.
+    """Worker processes, each with its own pipe, and a thread per task in flight that waits for the
+    answer.
 
-    ProcessPoolExecutor hangs when a process is killed while it holds the lock of the shared queue, or after it sent
-    half an answer through a pipe that other processes keep open. Workers are killed in practice: by the
-    out-of-memory killer. Processes are spawned, since forked ones inherit the locks of other threads.
+    ProcessPoolExecutor hangs when a process is killed while it holds the lock of the shared queue,
+    or after it sent half an answer through a pipe that other processes keep open. Workers are
+    killed in practice: by the out-of-memory killer. Processes are spawned, since forked ones
+    inherit the locks of other threads.
     """
 
     def __init__(self, corpus: Corpus, range_tokenizer: RangeTokenizer, workers: int):
@@ -186,7 +194,8 @@ class _Pool:
             raise _WorkerDied from None
         except (OSError, RuntimeError) as error:  # no more files, processes or threads
             raise DataError(
-                f"tokenize_workers: only {len(self.processes)} of {self.workers} worker processes could be started:"
+                f"tokenize_workers: only {len(self.processes)} of {self.workers} worker processes"
+                " could be started:"
                 f" {error}; lower tokenize_workers"
             ) from None
 
@@ -223,7 +232,8 @@ class _Pool:
 
 
 def _worker_main(connection: Connection) -> None:
-    """A worker process: receives the arguments of its RangeTokenizer, then tasks until the pipe closes."""
+    """A worker process: receives the arguments of its RangeTokenizer, then tasks until the pipe
+    closes."""
     threading.Thread(
         target=_exit_with_parent, args=(multiprocessing.parent_process(),), daemon=True
     ).start()
@@ -251,13 +261,15 @@ def _exit_with_parent(parent: Any) -> None:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM until the end of the block; processes started in it ignore them for good."""
+    """Delay SIGINT and SIGTERM until the end of the block; processes started in it ignore them for
+    good."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     received: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # which child processes inherit
     handlers: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        # Another thread may receive the signal; Python then calls the handler in this one all the same.
+        # Another thread may receive the signal; Python then calls the handler in this one all the
+        # same.
         handlers = {
             each: signal.signal(each, lambda number, frame: received.append(number))
             for each in numbers
