@@ -237,7 +237,7 @@ def test_all_mistakes_of_file_and_settings(
         f"  {path}:4: batch.seq_len: no such setting; did you mean batch.sequence_length? (allowed: micro_batch_size,"
         " batch_size, depth_first_micro_batches, breadth_first_micro_batches, sequential_micro_batches, sequence_length,"
         " micro_sequence_length, cross_document_attention)",
-        f"  {path}:6: profiling.cuda: not offered: set training.profiling.interval: the CPU is profiled, and the GPU if there is one",
+        f"  {path}:6: profiling.cuda: not supported: set training.profiling.interval: it profiles the CPU, and the GPU if there is one",
         "  override optimizer.beta_1=2: optimizer.beta_1: given 2, must be a number from 0 to below 1",
     ]
 

@@ -342,7 +342,7 @@ def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture
         (["data.path=tokens.bin"], "data.path: given tokens.bin, must be without .bin: tokens"),
         (
             ["data.path=none.json"],
-            "none.json: no such file; `fast-llm prepare` writes it beside its output_path",
+            "none.json: no such file; `fast-llm prepare` writes it next to its output_path",
         ),
         (
             ["batch.sequence_length=1000"],

@@ -124,7 +124,7 @@ def test_one_mistake_is_one_block() -> None:
          {"fix": "did you mean d.yaml?"}),
         ('c.yaml:3: a.b: given "x; y", must be an integer; write 1', "a.b",
          {"where": "c.yaml:3", "given": '"x; y"', "allowed": "an integer", "fix": "write 1"}),
-        ("override a.b={c: 1}: a.b: not offered: set d", "a.b: not offered: set d",
+        ("override a.b={c: 1}: a.b: not supported: set d", "a.b: not supported: set d",
          {"where": "override a.b={c: 1}"}),
         ("c.yaml: dataset.path: is missing; it must be text", "dataset.path: is missing",
          {"where": "c.yaml", "allowed": "text"}),

@@ -107,8 +107,7 @@ def _processes(config: TrainConfig, processes: int) -> Violations:
                 f"model.distributed.{name}" for name in sorted(_AXES, key=lambda name: -sizes[name])
             ),
             f"{given} must divide the number of processes, which is {processes}; start that many"
-            " with torchrun (to"
-            f" --validate alone, set WORLD_SIZE={product} in the environment)",
+            f" with torchrun (to --validate alone, set WORLD_SIZE={product} in the environment)",
         )
 
 
@@ -143,8 +142,7 @@ def _sequence_data_parallel(config: TrainConfig) -> Violations:
         yield (
             ("batch.sequence_length", "model.distributed.sequence_data_parallel"),
             f"given {length}, must be a multiple of 2 × sequence_data_parallel {size} = {2 * size}:"
-            " each process holds a"
-            " stretch from the front and one from the back",
+            " each process holds a chunk from the front and one from the back",
         )
     elif distributed.sequence_tensor_parallel and length // size % distributed.tensor_parallel:
         factor = size * distributed.tensor_parallel
@@ -181,9 +179,8 @@ def _micro_sequence(config: TrainConfig) -> Violations:
         yield (
             ("batch.micro_sequence_length", "batch.sequence_length"),
             f"given {batch.micro_sequence_length}, must be sequence_length {batch.sequence_length}:"
-            " sequences are"
-            " computed whole; leave it out, and use micro_batch_size: 1 and mlp_recompute_level:"
-            " full to save memory",
+            " sequences are not split into parts; leave it out, and use micro_batch_size: 1 and"
+            " mlp_recompute_level: full to save memory",
         )
 
 
@@ -197,8 +194,7 @@ def _data_path(config: TrainConfig) -> Violations:
         yield (
             concerned,
             f"missing: format: {style} needs it; give the dataset.json of `fast-llm prepare` with"
-            " format: file, or try"
-            " things with format: random",
+            " format: file, or try things with format: random",
         )
     elif style == "file":
         if len(given) != 1 or not isinstance(given[0], str) or not given[0]:
@@ -216,8 +212,8 @@ def _data_path(config: TrainConfig) -> Violations:
         ):
             yield (
                 concerned,
-                "format: list needs one path, or weights above 0 and paths in turn:"
-                " [0.9, code/dataset.json, 0.1, prose/dataset.json]",
+                "format: list needs one path, or weights above 0 and paths in turn: [0.9,"
+                " code/dataset.json, 0.1, prose/dataset.json]",
             )
         elif twice := next((path for path in paths if paths.count(path) > 1), None):
             yield concerned, f"names {twice} twice; name it once, with the sum of its weights"
@@ -258,15 +254,14 @@ def _learning_rate(config: TrainConfig) -> Violations:
     if rate.decay_iterations is None:
         yield (
             (end, style),
-            f"missing: decay_style {rate.decay_style} needs the step at which it ends,"
-            f" e.g. {config.training.train_iters or 100_000}",
+            f"missing: decay_style {rate.decay_style} needs the step at which it ends, e.g."
+            f" {config.training.train_iters or 100_000}",
         )
     if rate.decay_iterations is not None and rate.warmup_iterations >= rate.decay_iterations:
         yield (
             (warmup, end),
             f"given {rate.warmup_iterations}, must be below decay_iterations"
-            f" {rate.decay_iterations}, which counts"
-            " from the start and includes the warmup",
+            f" {rate.decay_iterations}, which counts from the start and includes the warmup",
         )
     if rate.minimum > rate.base:
         yield (
@@ -290,9 +285,8 @@ def _sub_intervals(config: TrainConfig) -> Violations:
         yield (
             ("training.shutdown.interval", "training.shutdown.offset", "training.checkpoint"),
             f"given {training.shutdown.interval}, must be a multiple of"
-            " training.checkpoint.interval"
-            f" ({_number(training.checkpoint.interval)}) with the same offset: a run can only stop"
-            " where it saves",
+            f" training.checkpoint.interval ({_number(training.checkpoint.interval)}) with the same"
+            " offset: a run can only stop where it saves",
         )
     if training.wandb is not None and not training.wandb.alert.within(training.logs):
         yield (
@@ -324,8 +318,9 @@ def _spikes(config: TrainConfig) -> Violations:
     if config.training.spikes.policy == "rewind" and config.training.checkpoint.interval is None:
         yield (
             ("training.spikes.policy", "training.checkpoint.interval"),
-            "given rewind, but nothing is saved to go back to: set training.checkpoint.interval, or"
-            " use skip or stop",
+            "given rewind, but no checkpoint is saved to go back to: set"
+            " training.checkpoint.interval,"
+            " or use skip or stop",
         )
 
 
@@ -350,20 +345,20 @@ def _validation(config: TrainConfig) -> Violations:
     if validation.interval is not None and validation.iterations is None:
         yield (
             (many, every),
-            "missing: training.validation.interval needs it: on how many batches, e.g. 25",
+            "missing: training.validation.interval requires it (number of batches, e.g. 25)",
         )
     if validation.iterations is not None and validation.interval is None:
         yield (
             (every, many),
-            "missing: training.validation.iterations needs it: every how many steps, e.g. 1000, or"
-            " null",
+            "missing: training.validation.iterations requires it (number of steps, e.g. 1000, or"
+            " null)",
         )
     never = validation.interval is None and "interval" in validation.model_fields_set
     if config.data.validation_sets and validation.interval is None and not never:
         yield (
             (every, "data.validation_sets"),
-            "missing: data.validation_sets are measured every so many steps, e.g. 1000, or null for"
-            " never",
+            "missing: data.validation_sets requires it (number of steps, e.g. 1000, or null for"
+            " never)",
         )
 
 
@@ -373,7 +368,8 @@ def _pretrained(config: TrainConfig) -> Violations:
     if pretrained.optimizer_state and pretrained.format != "distributed":
         yield (
             (state, style),
-            "given yes, but a Hugging Face folder has no moments; only format: distributed has",
+            "given yes, but a Hugging Face folder has no optimizer state; only format: distributed"
+            " has",
         )
     if pretrained.format == "distributed" and pretrained.path is None:
         yield (path, style), "missing: format: distributed needs the folder of a checkpoint"
@@ -397,6 +393,5 @@ def _steps(config: TrainConfig) -> Violations:
                 "training.export",
                 "training.checkpoint",
             ),
-            "is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to"
-            " measure or save)",
+            "is 0, and nothing is measured or saved either: set the number of steps, e.g. 100_000",
         )

@@ -57,9 +57,8 @@ REFUSED: dict[str, str] = {
     **_all(
         _TRANSFORMER,
         "num_experts num_shared_experts num_experts_per_token expert_routing_type"
-        " expert_auxiliary_loss_coefficient"
-        " expert_z_loss_coefficient moe_jitter_eps dropless_moe dropless_dynamic_shape"
-        " router_lr_scale",
+        " expert_auxiliary_loss_coefficient expert_z_loss_coefficient moe_jitter_eps dropless_moe"
+        " dropless_dynamic_shape router_lr_scale",
         "only dense models are supported; leave it out",
     ),
     **_all(
@@ -115,8 +114,8 @@ REFUSED: dict[str, str] = {
     **_all(
         "model.multi_stage",
         "debug_layer_outputs debug_layer_gradients debug_param_init debug_param_gradients"
-        " debug_all_param_gradients"
-        " debug_param_update debug_global_tensors debug_activation_memory debug_tensor_parallel",
+        " debug_all_param_gradients debug_param_update debug_global_tensors"
+        " debug_activation_memory debug_tensor_parallel",
         _DEBUGGING,
     ),
     **_all(
@@ -129,8 +128,8 @@ REFUSED: dict[str, str] = {
     **_all(
         "model.distributed",
         "dp_seed_shift pp_seed_shift pp_gen_init_seed_shift tp_seed_shift tp_gen_init_seed_shift"
-        " sample_seed_shift"
-        " train_seed_shift valid_seed_shift test_seed_shift pp_gen_seed_shift tp_gen_seed_shift",
+        " sample_seed_shift train_seed_shift valid_seed_shift test_seed_shift pp_gen_seed_shift"
+        " tp_gen_seed_shift",
         "model.distributed.seed decides everything random; leave it out",
     ),
     "run.structured_logs": "logs are always written to runs/<k>/logs and metrics to metrics.jsonl;"

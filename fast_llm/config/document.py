@@ -83,8 +83,8 @@ class Document:
                 elif not _same(key, merged[key], value):
                     problems.append(
                         f"{self.where(here)}: {here}: given {format_value(merged[key])}, but"
-                        f" {source} says"
-                        f" {format_value(value)}; leave it out, the pretrained model decides"
+                        f" {source} says {format_value(value)}; leave it out, the pretrained model"
+                        " decides"
                     )
             return merged
 

@@ -104,7 +104,7 @@ def _unknown(path: str) -> str:
         return f"an older name; see `fast-llm settings {RENAMED[path]}`"
     for refused in (REFUSED, PREPARE_REFUSED, CONVERT_REFUSED):
         if path in refused:
-            return f"not offered: {refused[path]}"
+            return f"not supported: {refused[path]}"
     above, _, name = path.rpartition(".")
     for kind in _COMMANDS.values():
         known = list(iter_paths(kind))

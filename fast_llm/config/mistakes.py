@@ -1,5 +1,7 @@
-"""What is wrong with a value, in words: what was given, what is allowed, and the name that was
-probably meant."""
+"""Messages for wrong settings: what was given, what is allowed, and the nearest name.
+
+Pydantic's errors say what is wrong; these messages add the words of the setting (`Allowed`).
+"""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +19,7 @@ MAX_PROBLEMS = 100  # reported for one file; finding the nearest name takes mill
 
 @dataclass(frozen=True)
 class Allowed:
-    """Stands in an annotation and says in words what is allowed, for error messages and
-    docs/settings.md."""
+    """In an annotation: what is allowed, in words, for error messages and docs/settings.md."""
 
     text: str
 
@@ -30,12 +31,12 @@ class _Unsupported:
     def __call__(self, value: Any) -> Any:
         for refused, sentence in self.sentences.items():
             if type(value) is type(refused) and value == refused:
-                raise ValueError(f"given {format_value(value)}, which is not offered: {sentence}")
+                raise ValueError(f"given {format_value(value)}, which is not supported: {sentence}")
         return value
 
 
 def unsupported(sentences: Mapping[Any, str]) -> BeforeValidator:
-    """Stands in an annotation and refuses single values by name: value → what to do instead."""
+    """In an annotation: single values that are refused. `advice`: value → what to do instead."""
 
     return BeforeValidator(_Unsupported(sentences))
 
@@ -43,7 +44,7 @@ def unsupported(sentences: Mapping[Any, str]) -> BeforeValidator:
 def explain(
     kind: type[BaseModel], values: Mapping[str, Any], error: ValidationError
 ) -> list[tuple[str, str, str]]:
-    """(where to point, the setting it belongs to, what is wrong) for each mistake."""
+    """Each mistake as (path to point at, path of the setting, what is wrong)."""
     result: dict[tuple[str, str], tuple[str, str, str]] = {}
     for detail in error.errors(include_url=False)[:MAX_PROBLEMS]:
         if detail["type"] == "default_factory_not_called":
@@ -71,7 +72,7 @@ def explain(
                 and get_origin(field.annotation) is dict
                 and inner
             ):
-                # an entry of a dictionary, whose names are the user's
+                # an entry of a dictionary, whose name the user chose
                 point, wanted = f"{path}.{inner[0]}", _describe_dict_value(field.annotation)
                 given = given.get(str(inner[0]), detail["input"])
             hint = _hint_inside(inner_kind[0], path, given) if inner_kind else ""
@@ -99,8 +100,7 @@ def _at(values: Any, path: str, otherwise: Any) -> Any:
 
 
 def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
-    """A setting that is missing, or those of a missing section that have no default; what each must
-    be."""
+    """A missing setting, or the required ones of a missing section; and what each must be."""
     inside = nested_sections(field.annotation) if field is not None else []
     if not inside:
         yield path, describe_allowed(field)
@@ -113,7 +113,7 @@ def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
 def _locate(
     kind: type[BaseModel], loc: tuple[int | str, ...]
 ) -> tuple[str, FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
-    """The dotted path of the setting that an error is about, its field, what is left inside it, its
+    """What an error is about: path of the setting, its field, the location inside it, its
     section."""
     section, field, path = kind, None, ""
     for position, part in enumerate(loc):
@@ -129,7 +129,7 @@ def _locate(
 
 
 def describe_allowed(field: FieldInfo | None) -> str:
-    """What a setting may be."""
+    """What a setting may be, in words."""
     if field is None:
         return "something else"
     marked = next((item.text for item in field.metadata if isinstance(item, Allowed)), None)
@@ -137,8 +137,7 @@ def describe_allowed(field: FieldInfo | None) -> str:
 
 
 def refused_values(field: FieldInfo) -> dict[str, str]:
-    """The values of a setting that are refused by name, as they stand in YAML: value → what to do
-    instead."""
+    """The refused values of a setting, as written in YAML: value → what to do instead."""
     found: dict[str, str] = {}
     for item in _metadata(field.annotation, field.metadata):
         if isinstance(item, BeforeValidator) and isinstance(item.func, _Unsupported):
@@ -184,7 +183,7 @@ def _describe_annotation(annotation: Any) -> str:
 
 
 def _describe_dict_value(annotation: Any) -> str:
-    """What the values of a dictionary may be."""
+    """What the values of a dictionary may be, in words."""
     arguments = get_args(annotation)
     return (
         _describe_annotation(arguments[1])
@@ -194,7 +193,7 @@ def _describe_dict_value(annotation: Any) -> str:
 
 
 def _hint_inside(section: type[BaseModel], path: str, given: Any) -> str:
-    """Which setting of a section someone may have meant who gave it a plain value."""
+    """The setting that was probably meant when a section was given a plain value."""
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         return ""
     likely = ("path", "type", "format") if isinstance(given, str) else ("base", "interval")
@@ -205,7 +204,7 @@ def _hint_inside(section: type[BaseModel], path: str, given: Any) -> str:
 
 
 def iter_paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Every dotted path of a configuration, sections included."""
+    """The dotted paths of all settings and sections."""
     for name, field in kind.model_fields.items():
         here = f"{above}.{name}" if above else name
         yield here
@@ -214,7 +213,7 @@ def iter_paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def iter_settings(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting that is no section, by its dotted path."""
+    """All settings that are not sections, with their dotted paths."""
     for name, field in kind.model_fields.items():
         inner = nested_sections(field.annotation)
         if not inner:
@@ -224,13 +223,13 @@ def iter_settings(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def nested_sections(annotation: Any) -> list[type[BaseModel]]:
-    """The Sections that an annotation names."""
+    """The Section classes in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [kind for part in get_args(annotation) for kind in nested_sections(part)]
 
 
-# What other trainers call it.
+# Names that other trainers use.
 _OTHER_TRAINERS = {
     "lr": "optimizer.learning_rate.base",
     "learning_rate": "optimizer.learning_rate.base",
@@ -271,7 +270,7 @@ _OTHER_TRAINERS = {
 
 
 def _unknown_setting(kind: type[BaseModel], section: type[BaseModel], path: str) -> str:
-    """That there is no such setting, the nearest one, and those that there are."""
+    """The message for an unknown setting: the nearest one, and those that exist."""
     known = list(iter_paths(kind))
     above, _, name = path.rpartition(".")
     siblings = list(section.model_fields)
@@ -289,8 +288,8 @@ def _unknown_setting(kind: type[BaseModel], section: type[BaseModel], path: str)
 def nearest_setting(
     path: str, name: str, above: str, siblings: list[str], known: list[str]
 ) -> str | None:
-    """The setting that was probably meant: a sibling, one with the name elsewhere, or one that
-    reads much the same."""
+    """The setting that was probably meant: one with a similar name in the section, one with this
+    name elsewhere, or one whose path is similar."""
     sibling = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if sibling:
         return f"{above}.{sibling[0]}" if above else sibling[0]
@@ -307,14 +306,14 @@ def nearest_setting(
 
 
 def _similarity(one: str, other: str) -> float:
-    """How much two dotted paths read the same, from 0 to 1: all of them, or their last names with a
-    little less weight."""
+    """Similarity of two dotted paths, from 0 to 1: of the complete paths, or (weighing a little
+    less) of their last names."""
 
     def ratio(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()
 
-    whole = ratio(one.replace(".", "_"), other.replace(".", "_"))
-    return max(whole, 0.95 * ratio(one.rpartition(".")[2], other.rpartition(".")[2]))
+    complete = ratio(one.replace(".", "_"), other.replace(".", "_"))
+    return max(complete, 0.95 * ratio(one.rpartition(".")[2], other.rpartition(".")[2]))
 
 
 def _listed(names: list[str]) -> str:

@@ -110,8 +110,8 @@ def fp8(config: TrainConfig) -> Violations:
     if distributed.tensor_parallel > 1:
         yield (
             (name, "model.distributed.tensor_parallel"),
-            f"given yes, which is not offered with tensor_parallel: {distributed.tensor_parallel};"
-            " set one of them back",
+            "given yes, which is not supported with tensor_parallel:"
+            f" {distributed.tensor_parallel}; set one of them back",
         )
     channels = shape.kv_channels or 0
     sizes = {

@@ -159,7 +159,8 @@ def doc_text(section: type[BaseModel]) -> str:
 
 
 def meaning(section: type[BaseModel], name: str) -> str:
-    """The docstring of a setting. Read from the source here: pydantic would take 40 ms at each start."""
+    """The docstring of a setting. Read from the source here: pydantic would take 40 ms at each
+    start."""
     for kind in section.__mro__[: section.__mro__.index(BaseModel)]:
         found = _docstrings(kind.__module__).get(kind.__name__, {})
         if name in found:

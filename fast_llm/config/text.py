@@ -1,9 +1,8 @@
-"""YAML text ↔ values, with the line of every one.
+"""YAML text to values, with the line of each, and back.
 
-YAML has its 1.1 meanings (`100_000` is a number, `yes` is true) with two repairs: `1e-4` is a
-number too, and a key that stands twice is refused. Anchors are refused: a file of a kilobyte could
-unfold to gigabytes. Dates stay text. Reading costs two seconds for 100 KiB; the files meant here
-have one or two.
+YAML is version 1.1 (`100_000` is a number, `yes` is true) with two changes: `1e-4` is a number too,
+and a key that is given twice is refused. Anchors are refused, since a file of a kilobyte could
+expand to gigabytes. Dates stay text.
 """
 
 import json
@@ -16,7 +15,7 @@ DEEPEST = 50  # levels of nesting
 
 
 def format_value(value: Any) -> str:
-    """A value as it would stand in YAML, shortened."""
+    """A value as YAML, on one line and shortened."""
     if isinstance(value, str):
         text = json.dumps(value, ensure_ascii=not value.isprintable())
     else:
@@ -34,7 +33,7 @@ _PLAIN_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the repairs; no anchors, no nesting without end."""
+    """YAML 1.1 with these changes; without anchors, and with limited nesting."""
 
     depth = 0
 
@@ -42,8 +41,8 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             text = (
-                "anchors (&) and aliases (*) are not supported; write it out, or quote text that begins"
-                " with & or *"
+                "anchors (&) and aliases (*) are not supported; write it out, or quote text that"
+                " begins with & or *"
             )
             raise _AnchorFound(text, event.start_mark)
         self.depth += 1
@@ -64,8 +63,8 @@ class _AnchorFound(_UnsupportedYaml):
     pass
 
 
-# Which plain words are no text. Dates, `=` and `<<` are text here; numbers with an exponent need no
-# dot and no sign.
+# Plain words that are not text. Dates, `=` and `<<` are text; numbers with an exponent need neither
+# a dot nor a sign.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -78,14 +77,14 @@ _Loader.add_implicit_resolver(
 
 
 class _Flow(yaml.SafeDumper):
-    """SafeDumper that writes what _Loader reads back."""
+    """A SafeDumper whose output _Loader reads back."""
 
 
 _Flow.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 class Dumper(_Flow):
-    """One whose lists of plain values stand in one line."""
+    """Writes lists of plain values on one line."""
 
 
 def _one_line(dumper: Dumper, value: list[Any]) -> yaml.Node:
@@ -95,15 +94,15 @@ def _one_line(dumper: Dumper, value: list[Any]) -> yaml.Node:
 
 Dumper.add_representer(list, _one_line)
 
-UNREADABLE = object()  # in place of a value that could not be read
+UNREADABLE = object()  # takes the place of a value that could not be read
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 class YamlReader:
-    """One YAML text on its way to values: collects places and problems."""
+    """Reads one YAML text; collects the places of its values, and problems."""
 
     def __init__(self, name: str, numbered: bool):
-        """`numbered`: whether lines are told, which an override has none of."""
+        """`numbered`: give line numbers, which overrides do not have."""
         self.name = name
         self.numbered = numbered
         self.places: dict[str, str] = {}
@@ -112,7 +111,7 @@ class YamlReader:
         self.not_yaml = False
 
     def values(self, text: str, path: str = "") -> Any:
-        """What stands in the text (None for nothing), or UNREADABLE."""
+        """The values of the text (None if it is empty), or UNREADABLE."""
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -129,7 +128,7 @@ class YamlReader:
             self._problem(
                 line, "", f"not YAML: the character {_character(error)} may not stand here"
             )
-        except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML stumbles
+        except (ValueError, OverflowError):  # an escape like "\UFFFFFFFF", on which PyYAML fails
             self._problem(None, "", "not YAML: an escape (\\) that is no character")
         return UNREADABLE
 
@@ -206,7 +205,7 @@ class YamlReader:
                     f"no dots in the names of a file; write `{above}:` and `{below}:` below it",
                 )
             elif key in lines:
-                self._problem(line, here, f"stands twice, first in line {lines[key]}; keep one")
+                self._problem(line, here, f"given twice, first in line {lines[key]}; keep one")
             else:
                 lines[key] = line
                 value = self._value(value_node, here, loader)

@@ -88,8 +88,7 @@ class CallbackConfig(Section):
             if re.search("token|key|secret|password|credential", name, re.IGNORECASE):
                 raise ValueError(
                     f"{name} looks like a secret, which would be written to config.yaml; set it in"
-                    " the environment that"
-                    " training is started in"
+                    " the environment that training is started in"
                 )
         return value
 

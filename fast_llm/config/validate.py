@@ -157,8 +157,7 @@ def _with_new_names(
         if present.get(new, _ABSENT) is not _ABSENT:
             problems.append(
                 f"{present.where(old)}: {old}: an older name of {new}, which is given too"
-                f" ({present.where(new)});"
-                " keep that one"
+                f" ({present.where(new)}); keep that one"
             )
             broken.add(new)
         else:
@@ -199,7 +198,7 @@ def _without_refused(document: Document, refused: Mapping[str, str], problems: l
             for key, below in value.items():
                 look(below, f"{path}.{key}", advice)
         elif advice is not None:
-            problems.append(f"{document.where(path)}: {path}: not offered: {advice}")
+            problems.append(f"{document.where(path)}: {path}: not supported: {advice}")
         if path in refused:
             found.add(path)
 

@@ -173,15 +173,13 @@ class Dataset:
         if split in self.validation_sets:
             raise DataError(
                 f"data.validation_sets.{split}: {needs}, but it has {available:,}; {advice}prepare"
-                " more of it, or leave it"
-                " out"
+                " more of it, or leave it out"
             )
         shown = ", ".join(f"{share:g}" for share in shares)
         none = "" if self.documents(split) else ", because its share contains no document"
         raise DataError(
             f"data.split: {split} {needs}, but [{shown}] of the documents leaves"
-            f" {available:,}{none}; {advice}give"
-            f" {split} a larger share, or prepare more data"
+            f" {available:,}{none}; {advice}give {split} a larger share, or prepare more data"
         )
 
     def check_vocabulary(self, vocab_size: int, model_tokenizer: str | None) -> None:
@@ -195,16 +193,14 @@ class Dataset:
             if fingerprint and model_tokenizer and fingerprint != model_tokenizer:
                 raise DataError(
                     f"{path}: made with another tokenizer than the model's (fingerprint"
-                    f" {fingerprint[:12]}…, the model's"
-                    f" is {model_tokenizer[:12]}…); prepare the data again with tokenizer.path set"
-                    " to the model's folder"
+                    f" {fingerprint[:12]}…, the model's is {model_tokenizer[:12]}…); prepare the"
+                    " data again with tokenizer.path set to the model's folder"
                 )
             largest = metadata.get("max_token_id")
             if isinstance(largest, int) and largest >= vocab_size:
                 raise DataError(
                     f"{path}: holds token {largest}, but the model's vocab_size is {vocab_size};"
-                    " prepare the data"
-                    " with the model's own tokenizer"
+                    " prepare the data with the model's own tokenizer"
                 )
 
     def check_digests(self, max_bytes: int = 2**30) -> None:
@@ -288,9 +284,8 @@ def _without_empty(
     if empty and split == "training":
         first = empty[0]
         raise DataError(
-            f"{first.name}: {first.tokens:,} tokens for training, fewer than one"
-            f" sequence of {first.length} + 1; lower batch.sequence_length, prepare more data, or"
-            " leave it out"
+            f"{first.name}: {first.tokens:,} tokens for training, fewer than one sequence of"
+            f" {first.length} + 1; lower batch.sequence_length, prepare more data, or leave it out"
         )
     if empty and len(empty) < len(sources):
         names = ", ".join(source.name for source in empty[:3])
@@ -356,11 +351,9 @@ def _open_validation_set(
     shown = ", ".join(f"{share:g}" for share in shares)
     raise DataError(
         f"{setting}: {path} is trained on (data.path), so its loss can only be measured on"
-        " validation's share of it;"
-        f" data.split [{shown}] leaves that {source.documents:,} documents with {source.tokens:,}"
-        " tokens, fewer than one"
-        f" sequence of {length} + 1; give validation a larger share (data.split=[99,1,0]), or leave"
-        " the set out"
+        f" validation's share of it; data.split [{shown}] leaves that {source.documents:,}"
+        f" documents with {source.tokens:,} tokens, fewer than one sequence of {length} + 1; give"
+        " validation a larger share (data.split=[99,1,0]), or leave the set out"
     )
 
 
@@ -415,8 +408,7 @@ def _open_entry(path: Path, entry: Mapping[str, Any]) -> TokenFile:
         if entry.get(key, found) != found:
             raise DataError(
                 f"{file.prefix}: its {key} is {found}, but {path} says {entry[key]}; it was"
-                " replaced or belongs to"
-                " another dataset: prepare the data again"
+                " replaced or belongs to another dataset: prepare the data again"
             )
     return file
 

@@ -80,8 +80,7 @@ def find(config: SourceConfig) -> DatasetFiles:
         if config.data_files is not None or config.data_directory is not None:
             raise DataError(
                 f"dataset.data_files: dataset.path {config.path} names files already; give the"
-                " folder there, or leave"
-                " data_files and data_directory out"
+                " folder there, or leave data_files and data_directory out"
             )
         return _of_files(config, _matches(place), None, [])
     if not config.path.startswith(HUB) and _is_local(config.path, place):
@@ -89,8 +88,7 @@ def find(config: SourceConfig) -> DatasetFiles:
     if "/" not in config.path and (near := similar(place)):
         raise DataError(
             f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub"
-            " give"
-            f" {HUB}{config.path}"
+            f" give {HUB}{config.path}"
         )
     return DatasetFiles(config, "hub", {}, None, {}, [])
 

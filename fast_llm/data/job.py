@@ -119,8 +119,7 @@ def _dtype(config: PrepareConfig, loaded: tokenizer.Loaded) -> np.dtype[Any]:
     if largest > np.iinfo(wanted).max:
         raise DataError(
             f"dataset.data_type: given {wanted}, which holds numbers up to {np.iinfo(wanted).max},"
-            " but the tokenizer's"
-            f" largest token is {largest}; {smallest} holds it"
+            f" but the tokenizer's largest token is {largest}; {smallest} holds it"
         )
     return np.dtype(wanted)
 
@@ -131,14 +130,12 @@ def _bos_and_eos(config: PrepareConfig, loaded: tokenizer.Loaded) -> tuple[int |
     if wanted.bos == "yes" and loaded.bos is None:
         raise DataError(
             f"tokenizer.bos: given yes, but {folder} names no BOS token; add bos_token to its"
-            " tokenizer_config.json, or"
-            " set tokenizer.bos: no"
+            " tokenizer_config.json, or set tokenizer.bos: no"
         )
     if wanted.eos != "no" and loaded.eos is None:
         raise DataError(
             f"tokenizer.eos: {folder} names no EOS token, without which documents run together; add"
-            " eos_token to its"
-            " tokenizer_config.json, or set tokenizer.eos: no"
+            " eos_token to its tokenizer_config.json, or set tokenizer.eos: no"
         )
     writes_bos = wanted.bos == "yes" or (wanted.bos == "auto" and loaded.adds_bos)
     return loaded.bos if writes_bos else None, None if wanted.eos == "no" else loaded.eos

@@ -112,8 +112,7 @@ class Loader:
         if milliseconds > self.warn_ms:
             logger.warning(
                 f"Making one step's {len(batches)} batches took {milliseconds:.0f} ms (sequences"
-                f" from {begin} on);"
-                " is the storage slow?"
+                f" from {begin} on); is the storage slow?"
             )
         return batches
 
@@ -181,13 +180,12 @@ class Loader:
                 raise DataError(
                     f"{span.prefix}: document {span.document} holds token"
                     f" {largest if largest >= self.vocab_size else smallest} at its place"
-                    f" {span.begin + place}, but the"
-                    f" model's vocab_size is {self.vocab_size}; the data was made with another"
-                    " tokenizer or is damaged"
+                    f" {span.begin + place}, but the model's vocab_size is {self.vocab_size}; the"
+                    " data was made with another tokenizer or is damaged"
                 )
             place -= span.tokens
         raise DataError(
             f"sequence {index:,} of {self.phase}: a target is token {worst}, but the model's"
-            " vocab_size is"
-            f" {self.vocab_size}; the data was made with another tokenizer or is damaged"
+            f" vocab_size is {self.vocab_size}; the data was made with another tokenizer or is"
+            " damaged"
         )

@@ -47,8 +47,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if content.get("sha256", content_digest(content)) != content_digest(content):
         raise DataError(
             f"{path}: its sha256 does not match its content: it is damaged, or was edited; if it"
-            " was edited, delete its"
-            " line `sha256`"
+            " was edited, delete its line `sha256`"
         )
     _check_entries(path, content.get("datasets"))
     tokenizer = content.get("tokenizer", {})

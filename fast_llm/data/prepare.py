@@ -183,8 +183,8 @@ def _is_finished(job: Job) -> bool:
         if found.kind == "json" and "reading" not in record["settings"]:
             logger.warning(
                 f"{job.metadata}: was written by an earlier version, which could change texts that"
-                " look like dates or"
-                " numbers, and could leave files out because of their names (CHANGELOG.md)."
+                " look like dates or numbers, and could leave files out because of their names"
+                " (CHANGELOG.md)."
             )
     for rank in range(job.world):
         check_settings(job.rank_record(rank), settings)
@@ -208,8 +208,7 @@ def _report(job: Job, corpus: Corpus) -> None:
     if job.config.tokenize_workers == 1 and cores > 1 and corpus.bytes >= _LARGE_CORPUS:
         logger.info(
             f"tokenize_workers is 1, and this machine has {cores} cores: tokenize_workers={cores}"
-            f" is up to {cores} times"
-            " as fast."
+            f" is up to {cores} times as fast."
         )
 
 
@@ -241,9 +240,8 @@ def _check_space(job: Job, corpus: Corpus, encoder: Encoder) -> None:
     if total - written > free:
         raise DataError(
             f"output_path: {job.output}: the token files will need about"
-            f" {(total - written) / 1e9:.3g} GB more, but"
-            f" {free / 1e9:.3g} GB are free; make room, or set dataset.disable_disk_space_check:"
-            " yes"
+            f" {(total - written) / 1e9:.3g} GB more, but {free / 1e9:.3g} GB are free; make room,"
+            " or set dataset.disable_disk_space_check: yes"
         )
 
 
@@ -285,8 +283,7 @@ def _finish(job: Job, corpus: Corpus) -> None:
     write_json(job.metadata, job.rank, {**content, "sha256": content_digest(content)})
     logger.info(
         f"{job.metadata}: {content['num_documents']:,} documents, {content['num_tokens']:,} tokens"
-        f" as {job.dtype} in"
-        f" {len(shards):,} token file{'s' if len(shards) > 1 else ''}"
+        f" as {job.dtype} in {len(shards):,} token file{'s' if len(shards) > 1 else ''}"
         + (f"; skipped {summary}" if summary else "")
     )
 

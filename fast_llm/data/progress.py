@@ -40,8 +40,7 @@ class Progress:
         if self.large <= _NAMED:
             logger.info(
                 f"{where} is one document of {tokens:,} tokens: each text file is a document. If it"
-                " holds several,"
-                " write each to a file of its own, or to a line of jsonl."
+                " holds several, write each to a file of its own, or to a line of jsonl."
             )
 
     def advance(self, rows: int, documents: int, tokens: int) -> None:
@@ -56,8 +55,7 @@ class Progress:
         left = seconds / self.done * (self.rows - self.done)
         line = (
             f"{100 * self.done / self.rows:.1f} %, {self.documents:,} documents, {self.tokens:,}"
-            " tokens,"
-            f" {self.tokens / seconds:,.0f} tokens/s,"
+            f" tokens, {self.tokens / seconds:,.0f} tokens/s,"
             f" {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
         )
         self._write(f"\r\x1b[K{line}" if self.terminal else line + "\n")

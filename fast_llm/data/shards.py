@@ -89,13 +89,11 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
         elif name == "reading":
             raise DataError(
                 f"{path.parent}: was started by an earlier version, which read such files"
-                " differently; choose another"
-                f" output_path, or delete {path.parent}"
+                f" differently; choose another output_path, or delete {path.parent}"
             )
         raise DataError(
             f"{path.parent}: was started with {difference}; restore it, choose another output_path,"
-            " or delete"
-            f" {path.parent}"
+            f" or delete {path.parent}"
         )
 
 

@@ -101,8 +101,7 @@ class TokenFileWriter:
             number = self.documents + int(np.argmax(lengths > LONGEST))
             raise DataError(
                 f"{self.prefix}: document {number} has {int(lengths.max()):,} tokens; a token file"
-                " holds documents of"
-                f" up to {LONGEST:,}: split it"
+                f" holds documents of up to {LONGEST:,}: split it"
             )
         if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
             smallest, largest, fits = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
@@ -183,9 +182,8 @@ class TokenFile:
             if bin_size != self.tokens * self.dtype.itemsize:
                 raise DataError(
                     f"{self.bin}: {bin_size} bytes, but its index lists {self.tokens} tokens of"
-                    f" {self.dtype.itemsize}"
-                    " bytes; it is truncated, damaged or belongs to another index: prepare the data"
-                    " again"
+                    f" {self.dtype.itemsize} bytes; it is truncated, damaged or belongs to another"
+                    " index: prepare the data again"
                 )
             self._bin = _with_file_limit(lambda: os.dup(descriptor))
         weakref.finalize(self, os.close, self._bin)
@@ -210,8 +208,7 @@ class TokenFile:
         if bounds != count + 1:
             raise DataError(
                 f"{self.idx}: {bounds} document boundaries, must be {count} + 1; documents split"
-                " into"
-                " sentences cannot be read"
+                " into sentences cannot be read"
             )
         ahead = begin + 12 * count  # where the masked ranges begin
         if version == 2 and head[17] > 1:
@@ -226,8 +223,8 @@ class TokenFile:
         if size != ahead + spans + 8 * (count + 1):
             raise DataError(
                 f"{self.idx}: {size} bytes, but its {count} documents need"
-                f" {ahead + spans + 8 * (count + 1)}; it is"
-                " truncated or damaged: prepare the data again"
+                f" {ahead + spans + 8 * (count + 1)}; it is truncated or damaged: prepare the data"
+                " again"
             )
         return begin
 
@@ -249,8 +246,7 @@ class TokenFile:
                 wrong = first + int(np.argmax(different))
                 raise DataError(
                     f"{self.idx}: document {wrong} begins at byte {int(self.starts[wrong])}, which"
-                    " is not where the"
-                    " previous one ends; it is damaged"
+                    " is not where the previous one ends; it is damaged"
                 )
             expected = int(ends[-1])
         return expected // itemsize

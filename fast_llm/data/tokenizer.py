@@ -160,8 +160,8 @@ def _find(path: str) -> Path:
         reason = text.splitlines()[0] if text else type(error).__name__
         raise DataError(
             f"{path}: not a local folder, and downloading it from the Hugging Face Hub failed:"
-            f" {reason.rstrip('. ')}. Without a"
-            " network, give the model's folder; for a gated model, run `hf auth login` first"
+            f" {reason.rstrip('. ')}. Without a network, give the model's folder; for a gated"
+            " model, run `hf auth login` first"
         ) from error
     return _in_folder(Path(folder), path)
 

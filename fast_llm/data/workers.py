@@ -140,8 +140,7 @@ def tokenize_pool(
     except _WorkerDied:
         raise DataError(
             "tokenize_workers: a worker process died, most likely because memory ran out; lower"
-            " tokenize_workers"
-            f" (now {workers}) and run the same command again to resume"
+            f" tokenize_workers (now {workers}) and run the same command again to resume"
         ) from None
     finally:
         pool.close()
@@ -195,8 +194,7 @@ class _Pool:
         except (OSError, RuntimeError) as error:  # no more files, processes or threads
             raise DataError(
                 f"tokenize_workers: only {len(self.processes)} of {self.workers} worker processes"
-                " could be started:"
-                f" {error}; lower tokenize_workers"
+                f" could be started: {error}; lower tokenize_workers"
             ) from None
 
     def _send_arguments(self, connection: Connection) -> None:

@@ -50,8 +50,8 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "batch.micro_sequence_length=512"],
-        "batch.micro_sequence_length: given 512, must be sequence_length 2048: sequences are computed whole; leave it"
-        " out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
+        "batch.micro_sequence_length: given 512, must be sequence_length 2048: sequences are not"
+        " split into parts; leave it out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
     ),
     (
         [*GOOD, "data.path=x"],
@@ -59,13 +59,13 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         ["training.train_iters=10"],
-        "data.path: missing: format: list needs it; give the dataset.json of `fast-llm prepare` with format: file, or"
-        " try things with format: random",
+        "data.path: missing: format: list needs it; give the dataset.json of `fast-llm prepare`"
+        " with format: file, or try things with format: random",
     ),
     (
         ["training.train_iters=10", "data.format=file"],
-        "data.path: missing: format: file needs it; give the dataset.json of `fast-llm prepare` with format: file, or"
-        " try things with format: random",
+        "data.path: missing: format: file needs it; give the dataset.json of `fast-llm prepare`"
+        " with format: file, or try things with format: random",
     ),
     *(
         (
@@ -77,8 +77,8 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             ["training.train_iters=10", f"data.path={path}"],
-            "data.path: format: list needs one path, or weights above 0 and paths in turn:"
-            " [0.9, code/dataset.json, 0.1, prose/dataset.json]",
+            "data.path: format: list needs one path, or weights above 0 and paths in turn: [0.9,"
+            " code/dataset.json, 0.1, prose/dataset.json]",
         )
         for path in (
             "[0.5]",
@@ -103,8 +103,8 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*FILES, "data.split=[0, 1, 0]"],
-        "data.split: given [0, 1, 0], which leaves no documents for training.train_iters; give them a share,"
-        " e.g. [99, 1, 0]",
+        "data.split: given [0, 1, 0], which leaves no documents for training.train_iters; give"
+        " them a share, e.g. [99, 1, 0]",
     ),
     (
         [
@@ -113,13 +113,13 @@ BROKEN: list[tuple[list[str], str]] = [
             "training.validation.interval=1",
             "training.validation.iterations=1",
         ],
-        "data.split: given [0.5, 0, 0], which leaves no documents for training.validation.interval; give them a share,"
-        " e.g. [99, 1, 0]",
+        "data.split: given [0.5, 0, 0], which leaves no documents for"
+        " training.validation.interval; give them a share, e.g. [99, 1, 0]",
     ),
     (
         [*FILES, "data.split=[9, 1, 0]", "training.test_iters=1"],
-        "data.split: given [9, 1, 0], which leaves no documents for training.test_iters; give them a share,"
-        " e.g. [98, 1, 1]",
+        "data.split: given [9, 1, 0], which leaves no documents for training.test_iters; give them"
+        " a share, e.g. [98, 1, 1]",
     ),
     *(
         (
@@ -135,8 +135,8 @@ BROKEN: list[tuple[list[str], str]] = [
             f"{RATE}.decay_iterations=10",
             f"{RATE}.warmup_iterations=10",
         ],
-        f"{RATE}.warmup_iterations: given 10, must be below decay_iterations 10, which counts from the start and"
-        " includes the warmup",
+        f"{RATE}.warmup_iterations: given 10, must be below decay_iterations 10, which counts from"
+        " the start and includes the warmup",
     ),
     (
         [
@@ -154,8 +154,9 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             [*GOOD, "run.experiment_dir=x", "training.shutdown.interval=30", *further],
-            f"training.shutdown.interval: given 30, must be a multiple of training.checkpoint.interval ({given}) with"
-            " the same offset: a run can only stop where it saves",
+            "training.shutdown.interval: given 30, must be a multiple of"
+            f" training.checkpoint.interval ({given}) with the same offset: a run can only stop"
+            " where it saves",
         )
         for given, further in (
             ("null", []),
@@ -171,8 +172,8 @@ BROKEN: list[tuple[list[str], str]] = [
                 f"training.logs.interval={given}",
                 *further,
             ],
-            f"training.wandb.alert.interval: given 30, must be a multiple of training.logs.interval ({given}) with the"
-            " same offset: an alert posts what is logged",
+            "training.wandb.alert.interval: given 30, must be a multiple of training.logs.interval"
+            f" ({given}) with the same offset: an alert posts what is logged",
         )
         for given, further in (("20", []), ("10", ["training.wandb.alert.offset=5"]))
     ),
@@ -185,8 +186,8 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "training.spikes.policy=rewind"],
-        "training.spikes.policy: given rewind, but nothing is saved to go back to: set training.checkpoint.interval, or use"
-        " skip or stop",
+        "training.spikes.policy: given rewind, but no checkpoint is saved to go back to: set"
+        " training.checkpoint.interval, or use skip or stop",
     ),
     *(
         ([*GOOD, f"{name}={value}"], f"{name}: needs a folder to write to: set run.experiment_dir")
@@ -199,15 +200,15 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "training.validation.interval=5"],
-        "training.validation.iterations: missing: training.validation.interval needs it: on how many batches, e.g. 25",
+        "training.validation.iterations: missing: training.validation.interval requires it (number of batches, e.g. 25)",
     ),
     (
         [*GOOD, "training.validation.iterations=5"],
-        "training.validation.interval: missing: training.validation.iterations needs it: every how many steps, e.g. 1000, or null",
+        "training.validation.interval: missing: training.validation.iterations requires it (number of steps, e.g. 1000, or null)",
     ),
     (
         [*GOOD, "data.validation_sets.prose=prose.json"],
-        "training.validation.interval: missing: data.validation_sets are measured every so many steps, e.g. 1000, or null for never",
+        "training.validation.interval: missing: data.validation_sets requires it (number of steps, e.g. 1000, or null for never)",
     ),
     (
         [*GOOD, f"{TRANSFORMER}.head_groups=3"],
@@ -249,7 +250,7 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "pretrained.optimizer_state=yes", "pretrained.path=x"],
-        "pretrained.optimizer_state: given yes, but a Hugging Face folder has no moments; only format: distributed has",
+        "pretrained.optimizer_state: given yes, but a Hugging Face folder has no optimizer state; only format: distributed has",
     ),
     (
         [*GOOD, "pretrained.format=distributed"],
@@ -269,8 +270,7 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         ["data.format=random"],
-        "training.train_iters: is 0, which does nothing: say how many steps to train, e.g. 100_000 (or what to"
-        " measure or save)",
+        "training.train_iters: is 0, and nothing is measured or saved either: set the number of steps, e.g. 100_000",
     ),
 ]
 
@@ -567,14 +567,16 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_data_parallel=2"],
         4,
-        f"{AXES}.tensor_parallel: tensor_parallel 4 × sequence_data_parallel 2 = 8 must divide the number of processes,"
-        " which is 4; start that many with torchrun (to --validate alone, set WORLD_SIZE=8 in the environment)",
+        f"{AXES}.tensor_parallel: tensor_parallel 4 × sequence_data_parallel 2 = 8 must divide the"
+        " number of processes, which is 4; start that many with torchrun (to --validate alone, set"
+        " WORLD_SIZE=8 in the environment)",
     ),
     (
         [*SHAPE, f"{AXES}.pipeline_parallel=2"],
         1,
-        f"{AXES}.pipeline_parallel: pipeline_parallel 2 must divide the number of processes, which is 1; start that many"
-        " with torchrun (to --validate alone, set WORLD_SIZE=2 in the environment)",
+        f"{AXES}.pipeline_parallel: pipeline_parallel 2 must divide the number of processes, which"
+        " is 1; start that many with torchrun (to --validate alone, set WORLD_SIZE=2 in the"
+        " environment)",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", "model.multi_stage.shard_size=2"],
@@ -584,7 +586,7 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", *FP8],
         2,
-        f"{AXES}.fp8: given yes, which is not offered with tensor_parallel: 2; set one of them back",
+        f"{AXES}.fp8: given yes, which is not supported with tensor_parallel: 2; set one of them back",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=8"],
@@ -599,8 +601,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*SHAPE, f"{AXES}.sequence_data_parallel=2", "batch.sequence_length=1002"],
         2,
-        "batch.sequence_length: given 1002, must be a multiple of 2 × sequence_data_parallel 2 = 4: each process holds a"
-        " stretch from the front and one from the back",
+        "batch.sequence_length: given 1002, must be a multiple of 2 × sequence_data_parallel 2 ="
+        " 4: each process holds a chunk from the front and one from the back",
     ),
     (
         [
@@ -621,8 +623,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
             "batch.sequence_length=1002",
         ],
         12,
-        "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 × sequence_data_parallel 3 = 12 with"
-        " sequence_tensor_parallel",
+        "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 ×"
+        " sequence_data_parallel 3 = 12 with sequence_tensor_parallel",
     ),
     (
         [*SHAPE, f"{STAGES}=2"],
@@ -637,8 +639,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*SHAPE, "batch.breadth_first_micro_batches=2"],
         1,
-        "batch.breadth_first_micro_batches: given 2, but model.distributed.pipeline_parallel is 1; use"
-        " depth_first_micro_batches",
+        "batch.breadth_first_micro_batches: given 2, but model.distributed.pipeline_parallel is 1;"
+        " use depth_first_micro_batches",
     ),
     ([*PIPELINE, f"{STAGES}=0"], 2, f"{STAGES}: given 0, must be 1 or more"),
     ([*PIPELINE, f"{STAGES}=[4,3]"], 2, f"{STAGES}: given [4, 3], must add up to num_layers 8"),
@@ -680,8 +682,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=interleaved_1f1b", "batch.batch_size=5"],
         2,
-        f"{SCHEDULE}: interleaved_1f1b takes a multiple of pipeline_parallel 2 micro-batches, not 5; choose a batch_size"
-        " with 4 or 6, or looped_bfs",
+        f"{SCHEDULE}: interleaved_1f1b takes a multiple of pipeline_parallel 2 micro-batches, not"
+        " 5; choose a batch_size with 4 or 6, or looped_bfs",
     ),
     (
         [
@@ -691,14 +693,14 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
             "model.multi_stage.zero_stage=3",
         ],
         2,
-        f"{SCHEDULE}: given interleaved_zero_bubble, but with zero_stage: 3 it loses gradients: weights are freed before"
-        " theirs are made; use zero_stage: 2 or another schedule",
+        f"{SCHEDULE}: given interleaved_zero_bubble, but with zero_stage: 3 it loses gradients:"
+        " weights are freed before theirs are made; use zero_stage: 2 or another schedule",
     ),
     (
         [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=zbv_zero_bubble"],
         2,
-        f"{SCHEDULE}: given zbv_zero_bubble, which puts embedding and head on one process as two weights, but"
-        " tie_word_embeddings makes them one; use interleaved_zero_bubble",
+        f"{SCHEDULE}: given zbv_zero_bubble, which puts embedding and head on one process as two"
+        " weights, but tie_word_embeddings makes them one; use interleaved_zero_bubble",
     ),
 ]
 
@@ -771,29 +773,21 @@ def test_every_constraint_is_violated_above() -> None:
 def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
-        "training:\n"
-        "  train_iters: many\n"
-        "  shutdown: {interval: 5}\n"
-        "data:\n"
-        "  format: file\n"
-        "  splitt: [1]\n"
-        "batch:\n"
-        "  batch_size: 1\n"
-        "  micro_batch_size: 2\n"
-        "run:\n"
-        "  experiment_dir: x\n"
+        "training:\n  train_iters: many\n  shutdown: {interval: 5}\ndata:\n  format: file\n "
+        " splitt: [1]\nbatch:\n  batch_size: 1\n  micro_batch_size: 2\nrun:\n  experiment_dir: x\n"
     )
     constraints: Any = partial(violations, processes=2)
     with pytest.raises(ConfigError) as caught:
         validate(TrainConfig, read(path), REFUSED, RENAMED, constraints=constraints)
     assert [problem.replace(f"{tmp_path}/", "") for problem in caught.value.problems] == [
         'c.yaml:2: training.train_iters: given "many", must be an integer of 0 or more',
-        "c.yaml:3: training.shutdown.interval: given 5, must be a multiple of training.checkpoint.interval (null) with"
-        " the same offset: a run can only stop where it saves",
-        "c.yaml:4: data.path: missing: format: file needs it; give the dataset.json of `fast-llm prepare` with format:"
-        " file, or try things with format: random",
-        "c.yaml:6: data.splitt: no such setting; did you mean data.split? (allowed: format, path, split, tokenizer,"
-        " validation_sets, data_sample_warn_time_ms)",
-        "c.yaml:8: batch.batch_size: batch_size 1 / micro_batch_size 2 = 1 micro-batch for 2 processes: 1 would have"
-        " nothing to do; raise it, lower micro_batch_size or start fewer",
+        "c.yaml:3: training.shutdown.interval: given 5, must be a multiple of"
+        " training.checkpoint.interval (null) with the same offset: a run can only stop where it"
+        " saves",
+        "c.yaml:4: data.path: missing: format: file needs it; give the dataset.json of `fast-llm"
+        " prepare` with format: file, or try things with format: random",
+        "c.yaml:6: data.splitt: no such setting; did you mean data.split? (allowed: format, path,"
+        " split, tokenizer, validation_sets, data_sample_warn_time_ms)",
+        "c.yaml:8: batch.batch_size: batch_size 1 / micro_batch_size 2 = 1 micro-batch for 2"
+        " processes: 1 would have nothing to do; raise it, lower micro_batch_size or start fewer",
     ]

@@ -125,7 +125,7 @@ def test_an_empty_section_is_all_defaults(yaml: Any) -> None:
     assert validate(Outer, yaml("inner:\nother: {}\n")) == Outer()
 
 
-# What can not be read at all.
+# What cannot be read at all.
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         ("trian.yaml", f"no such file; did you mean {tmp_path}/train.yaml?"),
         ("else", "no such file"),
         ("no/such.yaml", "no such file"),
-        ("train.yaml/x", "can not be read: Not a directory"),
-        ("x" * 300, "can not be read: File name too long"),
+        ("train.yaml/x", "cannot be read: Not a directory"),
+        ("x" * 300, "cannot be read: File name too long"),
         (".", "a folder; give the YAML file in it"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -197,7 +197,7 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
-    with pytest.raises(ConfigError, match=r"c\.yaml: can not be read: Permission denied"):
+    with pytest.raises(ConfigError, match=r"c\.yaml: cannot be read: Permission denied"):
         read(tmp_path / "c.yaml")
 
 
@@ -207,14 +207,14 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("inner:\n  size: 1\n  size: 2\n", "c.yaml:3: inner.size: stands twice, first in line 2; keep one"),
-        ("inner: {}\ninner:\n  size: 2\n", "c.yaml:2: inner: stands twice, first in line 1; keep one"),
+        ("inner:\n  size: 1\n  size: 2\n", "c.yaml:3: inner.size: given twice, first in line 2; keep one"),
+        ("inner: {}\ninner:\n  size: 2\n", "c.yaml:2: inner: given twice, first in line 1; keep one"),
         ("inner:\n  1: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not "1"'),
         ("inner:\n  yes: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not "yes"'),
         ("inner:\n  [a]: 2\n", "c.yaml:2: inner: the name of a setting must be a plain word"),
         ("inner:\n  '': 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not ""'),
         ("inner.size: 2\n", "c.yaml:1: inner.size: no dots in the names of a file; write `inner:` and `size:` below it"),
-        ("inner:\n  size: !!int x\n", 'c.yaml:2: inner.size: "x" can not be read as int'),
+        ("inner:\n  size: !!int x\n", 'c.yaml:2: inner.size: "x" cannot be read as int'),
         ("inner:\n  size: 0b\n", 'c.yaml:2: inner.size: given "0b", must be an integer above 0'),
         (f"inner:\n  size: {2**63}\n", "c.yaml:2: inner.size: the number 9223372036854775808… is too large"),
         ("inner:\n  name: !x y\n", "c.yaml:2: inner.name: the tag !x is not supported; write plain values, or" + QUOTE_TAG),
@@ -224,7 +224,7 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
         ("inner:\n  name: !!binary aGk=\n", "c.yaml:2: inner.name: the tag !!binary is not supported; write plain values, or" + QUOTE_TAG),
         ('inner:\n  name: "\\x07"\n', "c.yaml:2: inner.name: the character '\\x07' is not supported in text"),
-        ("inner:\n  name: ''\n", "c.yaml:2: inner.name: given nothing between the quotes; write null, or leave it out, for none"),
+        ("inner:\n  name: ''\n", "c.yaml:2: inner.name: given empty text; write null, or leave it out, for none"),
         ("inner:\n  names: [a, 1]\n", "c.yaml:2: inner.names: given [a, 1], must be a list, each of it text (numbers and dates in quotes)"),
         ("inner:\n  names: a\n", 'c.yaml:2: inner.names: given "a", must be a list, each of it text (numbers and dates in quotes)'),
         ("inner:\n  active: 1\n", "c.yaml:2: inner.active: given 1, must be yes or no"),
@@ -273,7 +273,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(yaml: Any) -> No
         'c.yaml:3: inner.share: given "x", must be a number',
         "c.yaml:4: inner.size: given 0, must be an integer above 0",
         'c.yaml:5: inner.active: given "maybe", must be yes or no',
-        "c.yaml:6: inner.active: stands twice, first in line 5; keep one",
+        "c.yaml:6: inner.active: given twice, first in line 5; keep one",
         "c.yaml:7: other: given 5, must be a section of settings with size, name, share, active or names",
         "c.yaml:8: more: no such setting (allowed: inner, other)",
         "override x: must have the form section.setting=value, e.g. training.train_iters=1000",
@@ -338,7 +338,7 @@ def test_a_value_may_hold_an_equals_sign_and_colons() -> None:
         ("inner.size=&a 1", 'inner.size: given "&a 1", must be an integer above 0'),
         ("inner.size=*a", 'inner.size: given "*a", must be an integer above 0'),
         ("inner.size=1 # one", 'inner.size: given "1 # one", must be an integer above 0'),
-        ("inner={size: 1, size: 2}", "inner.size: stands twice, first in line 1; keep one"),
+        ("inner={size: 1, size: 2}", "inner.size: given twice, first in line 1; keep one"),
         ("inner.size=0", "inner.size: given 0, must be an integer above 0"),
         ("inner.siz=1", "inner.siz: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)"),
         ("inner.size.x=1", 'inner.size: given {x: 1}, must be an integer above 0'),
@@ -438,15 +438,15 @@ def test_refused_names_say_what_to_use(yaml: Any) -> None:
     }
     text = "inner:\n  rank: 0\n  size: 0\nold:\n  a: 1\n  b: 2\n"
     assert wrong(yaml, text, refused=refused) == [
-        "c.yaml:2: inner.rank: not offered: torchrun knows; leave it out",
+        "c.yaml:2: inner.rank: not supported: torchrun knows; leave it out",
         "c.yaml:3: inner.size: given 0, must be an integer above 0",
-        "c.yaml:5: old.a: not offered: is gone",
-        "c.yaml:6: old.b: not offered: use inner.size",
+        "c.yaml:5: old.a: not supported: is gone",
+        "c.yaml:6: old.b: not supported: use inner.size",
     ]
     for empty in ("old:\n", "old: {}\n", "old: 3\n"):
-        assert wrong(yaml, empty, refused=refused) == ["c.yaml:1: old: not offered: is gone"]
+        assert wrong(yaml, empty, refused=refused) == ["c.yaml:1: old: not supported: is gone"]
     assert wrong(yaml, "inner:\n  size: 1\n", "old.b=1", refused=refused) == [
-        "override old.b=1: old.b: not offered: use inner.size"
+        "override old.b=1: old.b: not supported: use inner.size"
     ]
 
 

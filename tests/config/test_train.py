@@ -202,7 +202,7 @@ def test_every_name_of_fast_llm_is_known(name: str) -> None:
     else:
         said = sentence(name)
         assert said is not None, f"{name} would be told to be a typing error"
-        assert wrong(f"{name}=1") == [f"{name}: not offered: {said}"]
+        assert wrong(f"{name}=1") == [f"{name}: not supported: {said}"]
 
 
 def test_refusals_are_sentences_and_not_settings() -> None:
@@ -282,7 +282,9 @@ def test_every_setting_says_what_it_must_be(path: str, field: Any) -> None:
 def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
     for value, said in refused_values(field).items():
         shown = value if value in ("true", "false") else f'"{value}"'
-        assert wrong(f"{path}={value}") == [f"{path}: given {shown}, which is not offered: {said}"]
+        assert wrong(f"{path}={value}") == [
+            f"{path}: given {shown}, which is not supported: {said}"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -301,18 +303,18 @@ def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
         ("training.export.parameters_per_file=5", "given 5, must be an integer of 2^20 (1048576) or more"),
         (
             "training.checkpoint.callback.script=echo 'a",
-            "given echo 'a, which is no command line: no closing quotation",
+            "given echo 'a, which is not a valid command line: no closing quotation",
         ),
-        ("training.checkpoint.callback.script=[]", "given no word, must begin with a program; leave it out for none"),
+        ("training.checkpoint.callback.script=[]", "given no words, must begin with a program; leave it out for none"),
         ("training.checkpoint.callback.script=5", "given 5, must be a command, or a list of its words or null"),
         (
             "training.export.callback.environment={WANDB_API_KEY: x}",
-            "WANDB_API_KEY looks like a secret, which would be written into config.yaml; set it in the environment that"
+            "WANDB_API_KEY looks like a secret, which would be written to config.yaml; set it in the environment that"
             " training is started in",
         ),
         (
             "training.export.callback.environment={A B: x}",
-            "A B can not name an environment variable; use letters, digits and _",
+            "A B cannot be the name of an environment variable; use letters, digits and _",
         ),
         ("data.split=[0, 0]", "given [0.0, 0.0], at least one share must be above 0"),
         ("data.split=[1, 2, 3, 4]", "given [1, 2, 3, 4], must be a list of one to three numbers of 0 or more"),
@@ -320,7 +322,7 @@ def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
         ("data.split=[1, -1]", "given [1, -1], must be a list of one to three numbers of 0 or more"),
         (
             "data.validation_sets={test: x}",
-            "test can not name a set; use letters, digits and _, and none of training, validation, test, language_model",
+            "test cannot be the name of a set; use letters, digits and _, and none of training, validation, test, language_model",
         ),
         ("data.path=5", "given 5, must be a path, or a list of weights and paths in turn"),
         ("optimizer.beta_1=1", "given 1, must be a number from 0 to below 1"),
@@ -337,10 +339,10 @@ def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
             "pretrained=model",
             'given "model", must be a section of settings; did you mean pretrained.path?',
         ),
-        ("pretrained.path=''", "given nothing between the quotes; write null, or leave it out, for none"),
+        ("pretrained.path=''", "given empty text; write null, or leave it out, for none"),
         ("model.multi_stage.zero_stage=0", "given 0, must be 1, 2 or 3 or null"),
         ("model.distributed.training_dtype=float8", 'given "float8", must be one of fp32, bf16, fp16 (or float32, bfloat16, float16)'),
-        ("model.distributed.training_dtype=float64", 'given "fp64", which is not offered: the highest precision is fp32'),
+        ("model.distributed.training_dtype=float64", 'given "fp64", which is not supported: the highest precision is fp32'),
         ("optimizer.moments_dtype=int4", 'given "int4", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
         ("optimizer.moments_dtype=fp16", 'given "fp16", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
         ("model.distributed.tensor_parallel=0", "given 0, must be an integer above 0"),
@@ -414,7 +416,7 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
                 "tokenizer.bos=maybe",
             ],
             [
-                "saving_workers: not offered: token files are written while tokenizing; set tokenize_workers",
+                "saving_workers: not supported: token files are written while tokenizing; set tokenize_workers",
                 "output_path: is missing; it must be text (numbers and dates in quotes)",
                 "tokens_per_shard: given 5, must be an integer of 100000 or more",
                 "dataset.path: is missing; it must be text (numbers and dates in quotes)",
@@ -428,8 +430,8 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
             PREPARE_REFUSED,
             ["output_path=x", "dataset={path: y, trust_remote_code: yes}", "tokenizer.path=z"],
             [
-                "dataset.trust_remote_code: given true, which is not offered: `datasets` runs no code from datasets any"
-                " more; convert such a dataset to parquet"
+                "dataset.trust_remote_code: given true, which is not supported: `datasets` no longer runs code"
+                " from datasets; convert the dataset to parquet"
             ],
         ),
         (
@@ -447,7 +449,7 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
             CONVERT_REFUSED,
             ["use_cpu=yes"],
             [
-                "use_cpu: not offered: conversion always runs on the CPU; leave it out",
+                "use_cpu: not supported: conversion always runs on the CPU; leave it out",
                 "input.path: is missing; it must be text (numbers and dates in quotes)",
                 "output.path: is missing; it must be text (numbers and dates in quotes)",
             ],
@@ -456,7 +458,7 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
             ConvertConfig,
             CONVERT_REFUSED,
             ["input.path=a", "output={path: b, format: distributed}"],
-            ["output: format: distributed of a checkpoint is what it is already; copy the folder"],
+            ["output: the input is already in distributed format; copy the folder"],
         ),
         (
             ConvertConfig,

@@ -61,7 +61,7 @@ def test_permutation_is_a_bijection(count: int) -> None:
 
 @given(st.integers(1, 2**40), st.integers(0, 2**32), st.data())
 def test_permutation_of_many(count: int, seed: int, data: st.DataObject) -> None:
-    """For counts that can not be gone through: it stays inside and no two collide."""
+    """For counts that cannot be gone through: it stays inside and no two collide."""
     values = data.draw(st.lists(st.integers(0, count - 1), unique=True, max_size=20))
     images = [permute(value, count, _keys(seed, 0, 0)) for value in values]
     assert len(set(images)) == len(values) and all(0 <= image < count for image in images)

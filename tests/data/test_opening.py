@@ -130,7 +130,7 @@ def test_a_prefix_that_no_file_can_have(tmp_path: Path) -> None:
 
 
 def test_more_files_than_the_shell_allows(tmp_path: Path) -> None:
-    """40 pairs with a limit of 64 files: the limit is raised; if it can not be, it is named."""
+    """40 pairs with a limit of 64 files: the limit is raised; if it cannot be, it is named."""
     made(tmp_path / "d", shards=40, documents=1)
     program = (
         "import resource, sys; from fast_llm.config.train import DataConfig;"

@@ -482,7 +482,7 @@ def test_spelled_special_tokens_end_nothing(tmp_path: Path, model: Path) -> None
 
 
 def test_tokenizer_that_ends_documents_inside(tmp_path: Path) -> None:
-    """One that finds EOS among its ordinary words can not be asked not to."""
+    """One that finds EOS among its ordinary words cannot be asked not to."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
