@@ -341,7 +341,7 @@ def test_a_column_that_is_in_no_file(tmp_path: Path) -> None:
         "b.jsonl",
     ]
     assert texts(write(tmp_path / "umlaut.jsonl", '{"te\\u00dft": "x"}'), field="teßt") == ["x"]
-    with pytest.raises(DataError, match=r"has no column text; its rows are no JSON objects"):
+    with pytest.raises(DataError, match=r"has no column text; its rows are not JSON objects"):
         opened(write(tmp_path / "strings.jsonl", '"a"', '"b"'))
 
 
