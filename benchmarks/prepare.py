@@ -19,7 +19,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from fast_llm.config.prepare import PrepareConfig
-from fast_llm.data import prepare
+from fast_llm.data import workers
+from fast_llm.data.prepare import prepare
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -61,12 +62,12 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
 
 
-def measure_prepare(texts: list[str], folder: Path, workers: list[int]) -> None:
+def measure_prepare(texts: list[str], folder: Path, counts: list[int]) -> None:
     """End to end, from a jsonl that `datasets` has converted before."""
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
-    for count in workers:
+    for count in counts:
         for size in (2**18, 2**20, 2**22):
             workers._RANGE_BYTES = size
             output = folder / f"out_{count}_{size}"
@@ -78,7 +79,7 @@ def measure_prepare(texts: list[str], folder: Path, workers: list[int]) -> None:
             }
             config = PrepareConfig.model_validate(values)
             started, busy = time.perf_counter(), _processor_time()
-            metadata = prepare.prepare(config)
+            metadata = prepare(config)
             seconds, busy = time.perf_counter() - started, _processor_time() - busy
             tokens = json.loads(metadata.read_text())["num_tokens"]
             name = f"{count} workers, {size // 1024} KiB each"

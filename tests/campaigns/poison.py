@@ -232,9 +232,9 @@ def misread(rank: int, sequence: int, place: int, token: int) -> None:
     """Whoever reads this sequence reads a token that is not in the vocabulary."""
     read = Dataset.read
 
-    def wrong(self: Dataset, phase: str, index: int) -> PackedSample:
-        packed = read(self, phase, index)
-        if phase == "training" and index == sequence:
+    def wrong(self: Dataset, split: str, index: int) -> PackedSample:
+        packed = read(self, split, index)
+        if split == "training" and index == sequence:
             packed.tokens[place % len(packed.tokens)] = token
         return packed
 

@@ -149,8 +149,8 @@ def test_errors_of_threads_surface_and_no_thread_stays(tmp_path: Path) -> None:
     failing = loader(dataset, workers=2, steps=20)
     good, read = 3 * 4, dataset.read
 
-    def fail(phase: str, index: int) -> Any:
-        return read(phase, index if index < good else "no number")  # type: ignore[arg-type]
+    def fail(split: str, index: int) -> Any:
+        return read(split, index if index < good else "no number")  # type: ignore[arg-type]
 
     dataset.read = fail  # type: ignore[method-assign]
     done = 0
