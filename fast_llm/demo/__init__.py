@@ -1,9 +1,10 @@
 """`fast-llm demo`: everything once, on this machine, without a network.
 
-The demo trains a tokenizer on text that every Python installation contains, prepares prose and code, pretrains a small
-Llama on prose, and continues it on code with the recipe's YAML; only sizes and paths differ. Then it shows what the
-model learned and forgot, and checks two things exactly: transformers computes the same with the export, and a killed run
-ends on the same bits. It takes a few minutes on two cores.
+The demo trains a tokenizer on text that every Python installation contains, prepares prose and
+code, pretrains a small Llama on prose, and continues it on code with the recipe's YAML; only sizes
+and paths differ. Then it shows what the model learned and forgot, and checks two things exactly:
+transformers computes the same with the export, and a killed run ends on the same bits. It takes a
+few minutes on two cores.
 """
 
 import json
@@ -106,7 +107,8 @@ def demo(name: str) -> None:
     suggest(folder, pretrained, recipe)
     if not all(checks):
         raise UserError(
-            "the demo found a difference where there must be none; please report it with the output above"
+            "the demo found a difference where there must be none; please report it with the"
+            " output above"
         )
 
 
@@ -123,7 +125,10 @@ def create_folder(folder: Path) -> None:
 
 
 def make_data(folder: Path) -> Path:
-    """Write prose and code as token files. Returns the folder of the model's shape and tokenizer."""
+    """Write prose and code as token files.
+
+    Returns the folder of the model's shape and tokenizer.
+    """
     title("Text from this Python installation: its documentation as prose, its library as code")
     prose, code = write_prose(folder / "prose.jsonl"), write_code(folder / "code")
     print(

@@ -31,7 +31,7 @@ def run(*arguments: str) -> None:
 
 
 def run_and_kill(arguments: list[str], metrics: Path, step: int) -> int:
-    """Start a command and kill it once its metrics have reached a step; the step that they had reached."""
+    """Start a command and kill it at a step. Returns the step that it had logged."""
     print("$ " + " ".join(words(arguments)), flush=True)
     with subprocess.Popen(
         command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

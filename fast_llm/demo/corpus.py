@@ -1,4 +1,4 @@
-"""The demo's text and tokenizer, from what every Python installation contains; nothing is downloaded."""
+"""The demo's text and tokenizer, made from files of the Python installation."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ VOCABULARY = 4096
 
 
 def write_prose(path: Path) -> int:
-    """The language reference and the docstrings of the standard library, as JSON lines; how many bytes."""
+    """Write Python's reference and the library's docstrings as JSON lines. Returns the bytes."""
     documents = list(pydoc_data.topics.topics.values())
     for source in sources():
         try:
@@ -32,7 +32,7 @@ def write_prose(path: Path) -> int:
 
 
 def write_code(folder: Path) -> int:
-    """The sources of the standard library, a file each; how many bytes."""
+    """Copy the source files of the standard library. Returns the bytes."""
     folder.mkdir()
     size = 0
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -44,7 +44,7 @@ def write_code(folder: Path) -> int:
 
 
 def sources() -> Iterator[Path]:
-    """Source files of the standard library, its tests and what was installed left out."""
+    """Source files of the standard library, without its tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     unwanted = {
         "site-packages",
@@ -63,7 +63,7 @@ def sources() -> Iterator[Path]:
 
 
 def train_tokenizer(folder: Path, model: Path) -> None:
-    """A byte-level BPE that puts BOS in front, as Llama 3's does."""
+    """Train a byte-level BPE that prepends BOS, as Llama 3's tokenizer does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""The demo's results: losses as a table and a picture, generated text, and two exact comparisons."""
+"""The demo's results: losses, a picture, generated text and two exact comparisons."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ PROMPTS = {"prose": "The function returns a list of", "code": "def __init__(self
 
 
 def show_losses(metrics: Path, steps: int) -> None:
-    """Validation losses before and after, on what was learned and on what could be forgotten."""
+    """Print validation losses before and after, on the new data (code) and the old (prose)."""
     found = {record["step"]: record for record in read(metrics) if record["phase"] == "validation"}
     print(f"{'validation loss':18} {'before':>8} {'after':>8}")
     for label, key in (
@@ -23,7 +23,7 @@ def show_losses(metrics: Path, steps: int) -> None:
 
 
 def show_samples(before: Path, after: Path) -> None:
-    """What both models write, through transformers' pipeline."""
+    """Print text that both models generate, through transformers' pipeline."""
     from transformers import pipeline
     from transformers.utils import logging
 
@@ -39,7 +39,7 @@ def show_samples(before: Path, after: Path) -> None:
 
 
 def compare_logits(run_folder: Path, step: int, export: Path) -> bool:
-    """Whether transformers computes with the export what this project computes with the checkpoint."""
+    """Whether transformers' logits with the export equal ours with the checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -62,13 +62,14 @@ def compare_logits(run_folder: Path, step: int, export: Path) -> bool:
     difference = ((mine - other).norm() / other.norm()).item()
     right: bool = difference < 1e-5
     print(
-        f"\n{'✓' if right else '✗'} logits of the export in transformers differ from the trained model's by {difference:.1e}"
+        f"\n{'✓' if right else '✗'} logits of the export in transformers differ from the trained"
+        f" model's by {difference:.1e}"
     )
     return right
 
 
 def compare_runs(whole: Path, broken: Path, steps: int) -> bool:
-    """Whether the killed run ended on the same bits as the one that was left alone."""
+    """Whether the killed run ended on the same bits as the undisturbed one."""
 
     def digests(folder: Path) -> list[str]:
         files = sorted((folder / "checkpoint" / str(steps)).glob("*.safetensors"))
@@ -84,13 +85,14 @@ def compare_runs(whole: Path, broken: Path, steps: int) -> bool:
 
     right = digests(whole) == digests(broken) and losses(whole) == losses(broken)
     print(
-        f"{'✓' if right else '✗'} the killed run ends on the same losses, weights and moments, bit for bit"
+        f"{'✓' if right else '✗'} the killed run ends on the same losses, weights and moments, bit"
+        " for bit"
     )
     return right
 
 
 def curves(base: Path, whole: Path) -> dict[str, list[tuple[float, float]]]:
-    """What the picture shows: loss against step over both runs."""
+    """The curves of the picture: loss against step, over both runs."""
     first = read(base / "metrics.jsonl")
     second = read(whole / "metrics.jsonl")
     offset = max(r["step"] for r in first)

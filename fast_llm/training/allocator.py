@@ -1,7 +1,8 @@
 """Keep freed host memory in the process, in large pages.
 
-The C library returns large freed blocks to the kernel. Each step then pays for its activations page by page (4 KiB each,
-zeroed): a tenth to a fifth of a step on the CPU. PyTorch's GPU allocator keeps its memory anyway.
+The C library returns large freed blocks to the kernel. Each step then pays for its activations page
+by page (4 KiB each, zeroed): a tenth to a fifth of a step on the CPU. PyTorch's GPU allocator keeps
+its memory anyway.
 """
 
 import ctypes

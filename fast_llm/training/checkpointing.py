@@ -1,7 +1,8 @@
-"""What a run writes and resumes from: restore, save, rewind and export; what is due, and how it is done.
+"""Restore, save, rewind and export a run: what is due, and how it is done.
 
-A checkpoint holds the fp32 weights, both moments and the counters of `TrainState`. Data order and learning rate are
-functions of these counters. Checkpoints are written by a thread (saving.py); exports by all processes together.
+A checkpoint holds the fp32 weights, both moments and the counters of `TrainState`. Data order and
+learning rate are functions of these counters. Checkpoints are written by a thread (saving.py);
+exports by all processes together.
 """
 
 import logging
@@ -101,7 +102,7 @@ class CheckpointManager:
     # Restore.
 
     def restore(self) -> None:
-        """Resume from the newest complete checkpoint, else start from the pretrained model or random weights."""
+        """Resume from the newest checkpoint, or start from the pretrained or random weights."""
         self.heartbeat("reading weights", slow=True)
         with self.weights.masters(changed=True) as tensors:
             self.init_or_load(tensors)
@@ -191,9 +192,10 @@ class CheckpointManager:
     # Save and export.
 
     def save(self, last: bool = False) -> None:
-        """Start to write a checkpoint, unless this step has one; then delete those that are not kept.
+        """Start to write a checkpoint, unless this step has one.
 
-        `last`: the process is about to end. Raises TrainingStopped if weights or moments are not finite.
+        `last`: the process is about to end. Raises TrainingStopped if weights or moments are not
+        finite.
         """
         step = self.state.step
         if self.saver.last_started == step:
@@ -264,7 +266,10 @@ class CheckpointManager:
 
 
 def _named(tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by their names in it. Moments are local; they are sharded as their weights are."""
+    """A checkpoint's tensors by their names in it.
+
+    Moments are local; they are sharded as their weights are.
+    """
     return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
         f"{moment}/{name}": like(tensors[name], local)
         for moment, locals_ in zip(("exp_avg", "exp_avg_sq"), moments, strict=False)

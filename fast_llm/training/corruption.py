@@ -1,12 +1,15 @@
-"""Detect silent data corruption: chips or memory that compute or remember wrongly without reporting it (`training.double_check`).
+"""Detect silent data corruption: chips or memory that fail without an error
+(`training.double_check`).
 
-At an interval, before the update, two things must be equal to the bit: the loss of a micro-batch and its recomputation;
-and every value that several processes hold. The layout determines the latter: copies of shards, norms under tensor
-parallelism, tied embeddings at both ends of a pipeline, gathered weights, and all counters. Names and shards of DTensors
-say which values are copies. The process that differs is named; of two processes it is not known which one is wrong.
+At an interval, before the update, two things must be equal to the bit: the loss of a micro-batch
+and its recomputation; and every value that several processes hold. The layout determines the
+latter: copies of shards, norms under tensor parallelism, tied embeddings at both ends of a
+pipeline, gathered weights, and all counters. Names and shards of DTensors say which values are
+copies. The process that differs is named; of two processes it is not known which one is wrong.
 
-A pass without gradients may use other kernels than training, for example under the compiler. Then two passes without
-gradients are compared. Nondeterministic kernels would look like corruption; no forward pass here has any.
+A pass without gradients may use other kernels than training, for example under the compiler. Then
+two passes without gradients are compared. Nondeterministic kernels would look like corruption; no
+forward pass here has any.
 
 Cost: the forward pass of one micro-batch (with a pipeline, of all), and one read of the copies.
 
@@ -62,7 +65,8 @@ class CorruptionCheck:
     def __call__(self, number: int, batches: Sequence[Batch], counters: Mapping[str, Any]) -> None:
         """Check step `number` after its backward pass; every process calls it.
 
-        `counters`: values that must be equal on all processes. Raises TrainingStopped on every process.
+        `counters`: values that must be equal on all processes. Raises TrainingStopped on every
+        process.
         """
         started = time.perf_counter()
         faults = self._check_loss(batches) + self._check_rounding()
@@ -76,7 +80,8 @@ class CorruptionCheck:
             self.last_good = number
             seconds = time.perf_counter() - started
             logger.info(
-                f"Corruption check at step {number}: {len(replicated)} values are consistent ({seconds:.1f} s)."
+                f"Corruption check at step {number}: {len(replicated)} values are consistent"
+                f" ({seconds:.1f} s)."
             )
             return
         others = f"; and {len(found) - 1} more differences" if len(found) > 1 else ""
@@ -84,7 +89,8 @@ class CorruptionCheck:
         for one in found:
             logger.error(f"Corruption check at step {number}: {one}")
         raise TrainingStopped(
-            f"step {number}: {found[0]}{others} (training.double_check). A chip or its memory computes"
+            f"step {number}: {found[0]}{others} (training.double_check). A chip or its memory"
+            " computes"
             " or remembers wrongly: take it out of the run. The update was not applied. Checkpoints"
             f" that were saved {since} may hold corrupted values: move them away to resume from an"
             " earlier one."
@@ -101,7 +107,8 @@ class CorruptionCheck:
         third = self._recompute(batches)
         if not _equal(again, third):
             return [
-                f"the loss of the same micro-batch was computed twice and is {again!r} and {third!r}"
+                f"the loss of the same micro-batch was computed twice and is {again!r} and"
+                f" {third!r}"
             ]
         if self.comparable:
             return (
@@ -111,7 +118,8 @@ class CorruptionCheck:
             )
         if self.comparable is None:
             logger.info(
-                "Corruption check: passes with and without gradients differ in their bits; only the latter are compared."
+                "Corruption check: passes with and without gradients differ in their bits; only"
+                " the latter are compared."
             )
         self.comparable = False
         return []
@@ -154,7 +162,7 @@ class CorruptionCheck:
         return found
 
     def _gathered_weights(self) -> dict[str, Any]:
-        """Digests of the weights that the last pass gathered, in the training dtype; ZeRO 3 keeps few of them."""
+        """Digests of the weights that the last pass gathered; ZeRO 3 keeps few of them."""
         weights = self.step.weights
         if not isinstance(weights, ShardedWeights):
             return {}
@@ -204,7 +212,8 @@ def _format_ranks(ranks: Iterable[int], reports: Sequence[Report]) -> str:
 def find_nonfinite_state(step: TrainStep) -> list[str]:
     """Describe weights and moments of this process with NaN, infinities or negative second moments.
 
-    No update makes such numbers. One pass without copies: 10 ms for 20 million fp32 numbers on two cores.
+    No update makes such numbers. One pass without copies: 10 ms for 20 million fp32 numbers on two
+    cores.
     """
     optimizer = step.optimizer
     parts = {
@@ -240,7 +249,7 @@ def find_nonfinite_state(step: TrainStep) -> list[str]:
 
 
 def check_state_finite(step: TrainStep, mesh: Mesh, number: int, consequence: str = "") -> None:
-    """Raise TrainingStopped on every process if any has non-finite weights or moments: they would be saved and useless.
+    """Raise TrainingStopped on every process if any has non-finite weights or moments.
 
     `consequence`: a sentence for the message.
     """
@@ -257,14 +266,15 @@ def check_state_finite(step: TrainStep, mesh: Mesh, number: int, consequence: st
     more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
     raise TrainingStopped(
         f"step {number}: {found[0]}{more}. {consequence}No update makes such numbers, unless"
-        " optimizer.learning_rate.base is far too large: a chip or its memory computes or remembers wrongly.",
+        " optimizer.learning_rate.base is far too large: a chip or its memory computes or"
+        " remembers wrongly.",
         resumable=True,
     )
 
 
 @torch.no_grad()
 def digest(tensor: Tensor) -> int:
-    """A checksum, Σ bits · (2i + 1) modulo 2^64: any change of one element changes it, and almost any other change."""
+    """Compute a checksum, Σ bits · (2i + 1) modulo 2^64, which any one changed element changes."""
     bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.dtype.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for begin in range(0, len(bits), _CHUNK):
@@ -284,7 +294,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _shard_label(tensor: Tensor) -> str:
-    """The coordinates of a DTensor's local shard, one for each mesh axis that shards it; "" for others."""
+    """The coordinates of a DTensor's local shard along the mesh axes that shard it."""
     if not isinstance(tensor, DTensor):
         return ""
     place = tensor.device_mesh.get_coordinate()

@@ -1,4 +1,8 @@
-"""Validation and test losses: the same sequences every time, also of each of `data.validation_sets`."""
+"""Validation and test losses.
+
+Each evaluation uses the same sequences: of the validation or test split, and of each of
+`data.validation_sets`.
+"""
 
 import logging
 import time
@@ -38,7 +42,7 @@ class Evaluator:
         self.heartbeat = heartbeat
 
     def validation_due(self, step: int) -> bool:
-        """Whether validation is due after a step: before the first, at the interval, and after the last."""
+        """Whether validation is due: before the first step, at the interval, and at the end."""
         settings = self.config.validation
         at_ends = step == 0 or step >= self.config.train_iters
         return settings.interval is not None and (at_ends or settings.due(step))
@@ -69,7 +73,8 @@ class Evaluator:
             losses[metric] = total / targets if targets else None
             if not targets:
                 logger.warning(
-                    f"{phase.capitalize()} at step {step}: {split} has no target tokens, so there is"
+                    f"{phase.capitalize()} at step {step}: {split} has no target tokens, so there"
+                    " is"
                     " no loss: each of its documents has one token."
                 )
             tokens += int(targets)

@@ -1,15 +1,18 @@
 """Signals to stop: SIGTERM, SIGINT, and SIGUSR1, which Slurm sends before the time limit.
 
-The first signal ends the run after the current step, once it is saved. A second SIGTERM or SIGINT ends the process at once.
-A second SIGUSR1 does not: Slurm may send several, also after the SIGTERM of a preemption. torchrun answers Ctrl-C with
-SIGTERM to processes that had their SIGINT already, so signals within two seconds of the first count as one.
+The first signal ends the run after the current step, once it is saved. A second SIGTERM or SIGINT
+ends the process at once. A second SIGUSR1 does not: Slurm may send several, also after the SIGTERM
+of a preemption. torchrun answers Ctrl-C with SIGTERM to processes that had their SIGINT already, so
+signals within two seconds of the first count as one.
 
-Before the process group exists there is nothing to save: SIGTERM and SIGINT end a process as any other. SIGUSR1 is handled
-from the start, because its exit code 0 would not make torchrun end the other processes. A process that starts after a
-launcher sent SIGUSR1 finds the file FAST_LLM_STOP_FILE.
+Before the process group exists there is nothing to save: SIGTERM and SIGINT end a process as any
+other. SIGUSR1 is handled from the start, because its exit code 0 would not make torchrun end the
+other processes. A process that starts after a launcher sent SIGUSR1 finds the file
+FAST_LLM_STOP_FILE.
 
-A thread handles the signals: Python runs handlers only between two bytecodes of the main thread, which may wait for a
-hanging process or a GPU. The thread prints with one system call, without logging, whose locks other threads may hold.
+A thread handles the signals: Python runs handlers only between two bytecodes of the main thread,
+which may wait for a hanging process or a GPU. The thread prints with one system call, without
+logging, whose locks other threads may hold.
 """
 
 import atexit
@@ -25,7 +28,8 @@ from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _DEBOUNCE = 2.0  # seconds
-# Seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, and that one reports why.
+# Seconds before SIGTERM is acknowledged: torchrun also sends it when a process has failed, and that
+# one reports why.
 _ACKNOWLEDGE_DELAY = 1.0
 
 
@@ -59,7 +63,7 @@ class Interrupt:
             os.write(self.writer, bytes(1))  # wakes the thread
 
     def begin_graceful(self, is_failing: Callable[[], bool] = lambda: False) -> None:
-        """Handle SIGTERM and SIGINT as well: the process group exists, and all processes stop together.
+        """Handle SIGTERM and SIGINT too: the process group exists, so all can stop together.
 
         `is_failing`: whether the run is about to end by an error.
         """
@@ -101,8 +105,9 @@ class Interrupt:
         elif number != signal.SIGUSR1 and time.monotonic() - self.signal_time > _DEBOUNCE:
             if self.agreed_exit_code is None and not self.is_failing():
                 self._print(f"A second signal ends the run at once{self.effect()[1]}.")
-            # Not sys.exit: an unfinished save must neither complete nor be cleaned up; it is not published.
-            # After the agreed exit code, the signal is torchrun's, which ends the others once one has ended.
+            # Not sys.exit: an unfinished save must neither complete nor be cleaned up; it is not
+            # published. After the agreed exit code, the signal is torchrun's, which ends the others
+            # once one has ended.
             self.exit_now(128 + number if self.agreed_exit_code is None else self.agreed_exit_code)
 
     def exit_now(self, exit_code: int) -> None:
@@ -117,11 +122,13 @@ class Interrupt:
         effect, further = self.effect()
         limit = ""
         if self.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ:
-            limit = f" torchrun waits {os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '30')} s for this."
+            seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            limit = f" torchrun waits {seconds} s for this."
         name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
         second = "SIGTERM or Ctrl-C" if self.signal == signal.SIGUSR1 else "A second one"
         self._print(
-            f"{name}: {effect}.{limit} {second}, {_DEBOUNCE:g} s later or more, ends the run at once{further}."
+            f"{name}: {effect}.{limit} {second}, {_DEBOUNCE:g} s later or more, ends the run at"
+            f" once{further}."
         )
 
     def _print(self, text: str) -> None:
@@ -154,8 +161,9 @@ class StopSignal(KeyboardInterrupt):
 def stop_signals(training: bool, own_process: bool) -> Iterator[None]:
     """SIGTERM and SIGINT raise StopSignal inside; a second one ends the process at once.
 
-    With `training` they end the process immediately, also inside C code, until an Interrupt takes over. With `own_process`
-    they are ignored once the command is done: a signal that meets the interpreter while it exits would change the exit code.
+    With `training` they end the process immediately, also inside C code, until an Interrupt takes
+    over. With `own_process` they are ignored once the command is done: a signal that meets the
+    interpreter while it exits would change the exit code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -179,7 +187,8 @@ def stop_signals(training: bool, own_process: bool) -> Iterator[None]:
     }
     before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
     if own_process:
-        # Python restores the default handlers before it has exited: a late signal would then end the process.
+        # Python restores the default handlers before it has exited: a late signal would then end
+        # the process.
         atexit.register(ignore)
     try:
         yield

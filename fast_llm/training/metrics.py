@@ -1,8 +1,9 @@
 """Metrics: average the results of steps, and write records and log lines.
 
-Every record goes to the log and metrics.jsonl and, if enabled, to TensorBoard and Weights & Biases, under the same names.
-Speed covers training alone: validation, saving and exporting are excluded. Model FLOP/s count the causal half of
-attention. MFU divides them by the device's dense bf16 peak, and is left out where the peak is not known.
+Every record goes to the log and metrics.jsonl and, if enabled, to TensorBoard and Weights & Biases,
+under the same names. Speed covers training alone: validation, saving and exporting are excluded.
+Model FLOP/s count the causal half of attention. MFU divides them by the device's dense bf16 peak,
+and is left out where the peak is not known.
 """
 
 import logging
@@ -70,8 +71,8 @@ class Metrics:
     def count_as_average_step(self) -> Iterator[None]:
         """Count the step inside, which profiling slows down, as an average step.
 
-        The average is over the steps since the last record, else over those of the last record. The first step of a
-        start counts with its own time.
+        The average is over the steps since the last record, else over those of the last record. The
+        first step of a start counts with its own time.
         """
         with self.exclude_from_speed():
             before, began = self.train_seconds, time.perf_counter()
@@ -112,11 +113,12 @@ class Metrics:
                 f"Step {step} has no target tokens: its documents have one token each, which has no"
                 " token before it. There is no loss, and the update was skipped (step"
                 f" {self.steps_without_targets} of this kind since the start)."
-                f" `fast-llm why {self.run.folder or '<experiment_dir>'} {step}` shows the documents."
+                f" `fast-llm why {self.run.folder or '<experiment_dir>'} {step}` shows the"
+                " documents."
             )
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
-        """Continue counting from an earlier step; `record`: the skipped range, for metrics.jsonl."""
+        """Continue from an earlier step; `record`: the skipped range, for metrics.jsonl."""
         self.run.record({"run": self.run.number, "step": step, "phase": "rewind", **record})
         self.start_step = step
         self.train_seconds = self.train_seconds_at_last = self.data_seconds_at_last = 0.0
@@ -130,7 +132,8 @@ class Metrics:
     ) -> None:
         """Write a training record for the steps since the last one.
 
-        `consumed_samples`, `consumed_tokens`: by the run; `data_seconds`: waited for data since this start.
+        `consumed_samples`, `consumed_tokens`: by the run; `data_seconds`: waited for data since
+        this start.
         """
         now = time.perf_counter()
         self.train_seconds += now - self._since
@@ -197,7 +200,8 @@ class Metrics:
     ) -> None:
         """Write the losses of a `validation` or `test`.
 
-        `losses`: `language_model_loss`, and one for each further set; None for a set without target tokens.
+        `losses`: `language_model_loss`, and one for each further set; None for a set without target
+        tokens.
         """
         values = {**self._header(step, phase), **losses, "tokens": tokens, "seconds": seconds}
         self._send(step, phase.capitalize(), values)
@@ -205,7 +209,7 @@ class Metrics:
             logger.info(line)
 
     def close(self, status: str) -> None:
-        """Flush everything; `status` (ended, crashed) goes into an alert of Weights & Biases, if enabled."""
+        """Flush everything; `status` (ended, crashed) is for an alert of Weights & Biases."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:

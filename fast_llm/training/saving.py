@@ -1,8 +1,9 @@
-"""Write checkpoints in the background: training stops for a copy to host memory, and a thread writes the copy.
+"""Write checkpoints in the background: copy to host memory, then write in a thread.
 
-At most one checkpoint is being written. A failed write is retried from the same copy until a newer checkpoint is due. The
-run fails only if its last checkpoint cannot be written. The threads of all processes agree in a process group of their
-own. The training threads therefore need no agreement: each waits for its thread at the same steps (the next save, the end).
+At most one checkpoint is being written. A failed write is retried from the same copy until a newer
+checkpoint is due. The run fails only if its last checkpoint cannot be written. The threads of all
+processes agree in a process group of their own. The training threads therefore need no agreement:
+each waits for its thread at the same steps (the next save, the end).
 """
 
 import logging
@@ -40,7 +41,7 @@ class Saver:
     """Writes the checkpoints of a run, one at a time."""
 
     def __init__(self, group: dist.ProcessGroup | None, background: bool):
-        """`group`: all processes, used by the saver alone; `background`: train while writing, if memory allows."""
+        """`group`: for the saver alone; `background`: train while writing, if memory allows."""
         self.group = group
         self.background = background
         self.last_started = -1  # the newest step whose checkpoint is complete or being written
@@ -68,13 +69,15 @@ class Saver:
     ) -> None:
         """Start to save a step, as `state.save` does; every process calls it.
 
-        `on_saved`: called with the complete folder, in the thread; `last`: the process is about to end. Waits for the
-        previous checkpoint. Its failure is logged, and `last_started` is -1 then.
+        `on_saved`: called with the complete folder, in the thread; `last`: the process is about to
+        end. Waits for the previous checkpoint. Its failure is logged, and `last_started` is -1
+        then.
         """
         began = time.perf_counter()
         if self.busy:
             logger.info(
-                f"Training waits: the checkpoint of step {self.last_started} is still being written."
+                f"Training waits: the checkpoint of step {self.last_started} is still being"
+                " written."
             )
         self._join(_SUPERSEDED)
         self._check_memory(tensors)
@@ -117,7 +120,10 @@ class Saver:
             raise self.unexpected_error
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is complete. Raises CheckpointError on every process if it cannot be written."""
+        """Wait until the newest checkpoint is complete.
+
+        Raises CheckpointError on every process if it cannot be written.
+        """
         self._join(_LAST)
         if self.error is not None:
             raise self.error
@@ -127,13 +133,15 @@ class Saver:
         self._join(_SUPERSEDED)
 
     def finish_after_failure(self, seconds: float | None) -> None:
-        """Wait at most so many seconds for the checkpoint that is being written; None: without limit.
+        """Wait for the checkpoint that is being written, at most `seconds`.
 
-        For a run that ends by an error. Other processes may be gone, so failures are logged, not raised.
+        For a run that ends by an error. Other processes may be gone, so failures are logged, not
+        raised.
         """
         if self.busy:
             logger.info(
-                f"Training has failed; the checkpoint of step {self.last_started} is being finished."
+                f"Training has failed; the checkpoint of step {self.last_started} is being"
+                " finished."
             )
             self.urgency = _LAST
             self.wake.set()
@@ -154,7 +162,7 @@ class Saver:
         self.check()
 
     def _check_memory(self, tensors: Mapping[str, Tensor]) -> None:
-        """At the first save: stop saving in the background if any host lacks memory for the copies."""
+        """At the first save: turn `background` off if a host lacks memory for the copies."""
         if not self.background or self.host_copy:
             return
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -166,13 +174,14 @@ class Saver:
         ]
         if short:
             logger.warning(
-                "Training waits for each checkpoint to be written: a copy in the host's memory would need"
+                "Training waits for each checkpoint to be written: a copy in the host's memory"
+                " would need"
                 f" {format_bytes(short[0][0])}, and {format_bytes(short[0][1])} are available."
             )
             self.background = False
 
     def _write_with_retries(self, write: Callable[[], None]) -> None:
-        """The thread: write until an attempt succeeds, or a newer checkpoint or the end makes it give up."""
+        """The thread: retry until a write succeeds, a newer checkpoint is due, or the run ends."""
         pause, last_attempts = _PAUSE, 0
         try:
             while True:

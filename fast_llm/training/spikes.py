@@ -1,16 +1,17 @@
-"""Spikes: which steps' loss or gradient norm stands out, and what is done about them (`training.spikes`).
+"""Spikes of loss or gradient norm: detect them, and apply `training.spikes.policy`.
 
 With m the median of the last `window` steps' values y, a step's value is a spike above
 
     m + threshold · max(1.4826 · median |y - m|, 0.01 · |m|)
 
-The factor 1.4826 makes the median absolute deviation of a normal distribution its standard deviation. A deviation below
-a hundredth of the median counts as that. Spikes enter the window like all finite values: medians ignore outliers, and a
-lasting change is accepted after half a window. No step is a spike before the window is full.
+The factor 1.4826 makes the median absolute deviation of a normal distribution its standard
+deviation. A deviation below a hundredth of the median counts as that. Spikes enter the window like
+all finite values: medians ignore outliers, and a lasting change is accepted after half a window. No
+step is a spike before the window is full.
 
-The update of a spike is skipped. The policy then continues (`skip`), returns to a checkpoint and skips the data since
-(`rewind`), or ends the run (`stop`). All processes see the same sums, so all decide alike. A checkpoint holds the window,
-so a resumed run decides as an undisturbed one.
+The update of a spike is skipped. The policy then continues (`skip`), returns to a checkpoint and
+skips the data since (`rewind`), or ends the run (`stop`). All processes see the same sums, so all
+decide alike. A checkpoint holds the window, so a resumed run decides as an undisturbed one.
 """
 
 import logging
@@ -68,15 +69,18 @@ class SpikeDetector:
 def handle_spike(
     config: SpikesConfig, step: int, spike: str, rewinds: int, newest: Callable[[], Path | None]
 ) -> Path | None:
-    """Apply the policy to a step whose update was skipped. Returns the checkpoint to rewind to, if any.
+    """Apply the policy to a step whose update was skipped.
 
-    `spike`: as detected; `rewinds`: of this run so far; `newest`: finds the newest checkpoint. Raises TrainingStopped if
-    the policy is `stop`, or after `max_rewinds`.
+    Returns the checkpoint to rewind to, if any.
+
+    `spike`: as detected; `rewinds`: of this run so far; `newest`: finds the newest checkpoint.
+    Raises TrainingStopped if the policy is `stop`, or after `max_rewinds`.
     """
     text = f"Step {step} is a spike: {spike} (median and deviations of {config.window} steps)"
     if config.policy == "stop":
         raise TrainingStopped(
-            f"{text}. Its update was not applied. Look at the step's data with `fast-llm why`, lower"
+            f"{text}. Its update was not applied. Look at the step's data with `fast-llm why`,"
+            " lower"
             " optimizer.learning_rate.base, or choose another training.spikes.policy.",
             resumable=True,
         )
@@ -84,7 +88,8 @@ def handle_spike(
         path = newest()
         if path is not None and rewinds == config.max_rewinds:
             raise TrainingStopped(
-                f"{text}. The run was rewound {rewinds} times already (training.spikes.max_rewinds)."
+                f"{text}. The run was rewound {rewinds} times already"
+                " (training.spikes.max_rewinds)."
                 " Look at the data of these steps with `fast-llm why`, or lower"
                 " optimizer.learning_rate.base.",
                 resumable=True,

@@ -1,8 +1,9 @@
 """One step: forward and backward over the micro-batches, then one update.
 
-The loss is the mean over all target tokens of the step, over all processes and micro-batches. Their number is known only
-after a sum over the processes. So gradients are computed as if every token were a target, and one factor corrects that. It
-is multiplied into the update together with clipping and the loss scale, at no cost.
+The loss is the mean over all target tokens of the step, over all processes and micro-batches. Their
+number is known only after a sum over the processes. So gradients are computed as if every token
+were a target, and one factor corrects that. It is multiplied into the update together with clipping
+and the loss scale, at no cost.
 
 The sum over the processes is the only synchronization with the device in a step.
 """
@@ -25,8 +26,8 @@ from fast_llm.parallel.pipeline import TIED_WEIGHT, Pipeline
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.spikes import SpikeDetector
 
-# Gradients with a larger norm count as not finite: fp32 does not hold their squares, and an infinite second moment would
-# freeze its weight.
+# Gradients with a larger norm count as not finite: fp32 does not hold their squares, and an
+# infinite second moment would freeze its weight.
 _LARGEST_NORM = 2.0**63
 
 
@@ -74,9 +75,11 @@ class TrainStep:
         self.replication_factor = weights.replication_factor()
         if pipeline is not None and pipeline.tied_peer_rank is not None:
             self.replication_factor[TIED_WEIGHT] *= 2
-        # Loss of this process's first micro-batch in the last step, float64; of all micro-batches with a pipeline.
+        # Loss of this process's first micro-batch in the last step, float64; of all micro-batches
+        # with a pipeline.
         self.first_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        # Whether this process's losses enter sums over all processes: of several with the same tokens, one does.
+        # Whether this process's losses enter sums over all processes: of several with the same
+        # tokens, one does.
         self.contributes = mesh.tensor.rank == 0 and (pipeline is None or pipeline.has_loss)
 
     def __call__(
@@ -87,7 +90,8 @@ class TrainStep:
     ) -> StepResult:
         """Train on this process's micro-batches of one step.
 
-        `stop`: whether this process received a signal to stop, asked as late as possible; `check`: called before the update.
+        `stop`: whether this process received a signal to stop, asked as late as possible; `check`:
+        called before the update.
         """
         # Gradients are averaged over data and context; this factor makes them sums.
         reduction_size = self.mesh.data.size * self.mesh.context.size
@@ -130,7 +134,10 @@ class TrainStep:
         )
 
     def forward_backward(self, batches: Sequence[Batch], gradient_scale: float) -> Tensor:
-        """Return the summed loss of the micro-batches, float64. Gradients are those of the loss times `gradient_scale`."""
+        """Return the summed loss of the micro-batches, float64.
+
+        Gradients are those of the loss times `gradient_scale`.
+        """
         if self.pipeline is not None:
             self.heartbeat("forward and backward")
             self.weights.before_micro_batch(first=True, last=True)
@@ -163,7 +170,7 @@ class TrainStep:
         return loss_sum
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return this process's part of a validation batch's summed loss and number of target tokens."""
+        """Return this process's summed loss and number of target tokens, for validation."""
         return self.loss(batches).item() * self.contributes, sum(
             batch.targets for batch in batches
         ) * self.contributes

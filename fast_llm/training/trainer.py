@@ -1,7 +1,7 @@
 """The training loop: load, then step, log, validate, save, export, stop.
 
-What happens at a step is written here and nowhere else. How it is done: step.py, metrics.py, evaluate.py,
-checkpointing.py, spikes.py.
+What happens at a step is written here and nowhere else. How it is done: step.py, metrics.py,
+evaluate.py, checkpointing.py, spikes.py.
 """
 
 import logging
@@ -38,7 +38,10 @@ _ON_SIGNAL = {
 
 
 class Trainer:
-    """Trains until `train_iters`, from the newest checkpoint if there is one. Every process calls each method."""
+    """Trains until `train_iters`, from the newest checkpoint if there is one.
+
+    Every process calls each method.
+    """
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class Trainer:
         interrupt: Interrupt,
         heartbeat: Callable[..., None],
     ):
-        """`loader`: batches of a split, from a first sequence on, of so many steps; `heartbeat`: begins a phase."""
+        """`loader`: opens batches by split, first sequence and steps; `heartbeat`: begins a phase."""
         self.spec = spec
         self.config = spec.config.training
         self.mesh = mesh
@@ -71,7 +74,10 @@ class Trainer:
         self.lifecycle = "start"  # a key of _ON_SIGNAL
 
     def train(self) -> None:
-        """Train until everything is on disk. An error is raised once a checkpoint that is being written is complete."""
+        """Train until everything is on disk.
+
+        An error is raised once a checkpoint that is being written is complete.
+        """
         try:
             ending = self.load() or self.train_steps() or self.finish()
             self.heartbeat("saving", step=self.state.step, slow=True)
@@ -116,7 +122,10 @@ class Trainer:
                     with self.metrics.exclude_from_speed():
                         self.run_due(state.step, shutdown)
                     if shutdown:
-                        return f"Stopping after step {state.step}, as training.shutdown asks{self.resume_hint}."
+                        return (
+                            f"Stopping after step {state.step}, as training.shutdown asks"
+                            f"{self.resume_hint}."
+                        )
                     if self.stopping:
                         break
                     self.heartbeat("data", step=state.step + 1)
@@ -167,7 +176,7 @@ class Trainer:
             self.checkpoints.export()
 
     def run_pending(self) -> None:
-        """Validate before the first step, and validate and export what was due at the step that is resumed from."""
+        """Do what is due at the step that is resumed from, and validate before the first step."""
         step = self.state.step
         if step > 0 and step >= self.config.train_iters:
             return  # finish does it
@@ -177,7 +186,10 @@ class Trainer:
             self.checkpoints.export()
 
     def finish(self) -> str:
-        """What is due after the last step and missing. A finished run that is started again comes here at once."""
+        """What is due after the last step and missing.
+
+        A finished run that is started again comes here at once.
+        """
         self.lifecycle = "end"
         step = self.state.step
         self.heartbeat("end of training", step=step, slow=True)
@@ -225,13 +237,14 @@ class Trainer:
         return True
 
     def check_finite(self, step: int) -> None:
-        """Raise TrainingStopped after several steps in a row whose loss or gradients are not finite."""
+        """Raise TrainingStopped after `max_nonfinite_steps` steps that are not finite."""
         limit = self.spec.config.optimizer.max_nonfinite_steps
         if self.state.nonfinite_steps >= limit and self.train_step.loss_scale.exhausted:
             check_state_finite(self.train_step, self.mesh, step)
             raise TrainingStopped(
                 f"step {step}: loss or gradients were not finite {limit} times in a row"
-                " (optimizer.max_nonfinite_steps). The weights were not touched by these steps. Look at"
+                " (optimizer.max_nonfinite_steps). The weights were not touched by these steps."
+                " Look at"
                 " the data of these steps, lower optimizer.learning_rate.base, or continue from an"
                 " earlier checkpoint.",
                 resumable=True,
@@ -265,11 +278,15 @@ class Trainer:
         return "; the same command continues"
 
     def on_signal(self) -> tuple[str, str]:
-        """Describe what a signal to stop does now, and what a second one costs. Called from another thread."""
+        """Describe what a signal to stop does now, and what a second one costs.
+
+        Called from another thread.
+        """
         effect = _ON_SIGNAL[self.lifecycle]
         if self.run.folder is None:
             return (
-                "the run ends after the current step. Nothing is saved: run.experiment_dir is not set",
+                "the run ends after the current step. Nothing is saved: run.experiment_dir is not"
+                " set",
                 "",
             )
         if self.lifecycle == "start":

@@ -1,7 +1,8 @@
-"""Hang detection, the training process's side: heartbeats in shared memory, and the watcher that reads them.
+"""Hang detection, the training process's side: heartbeats in shared memory.
 
-Each process of a run starts a watcher (watcher.py): a small program without torch, which keeps working when its process
-is stopped or holds Python's lock forever. The process records its current phase in memory that both share.
+Each process of a run starts a watcher (watcher.py): a small program without torch, which keeps
+working when its process is stopped or holds Python's lock forever. The process records its current
+phase in memory that both share.
 
 Cost: a microsecond a heartbeat; no thread.
 """
@@ -49,8 +50,9 @@ class Watchdog:
     ):
         """Start the watcher.
 
-        `timeout`: seconds that a phase may take; `slow_timeout`: seconds for slow phases, and for every phase the first
-        `warm_up` times; `logs`: the folder for stack traces; `broadcast`: returns rank 0's value on every process.
+        `timeout`: seconds that a phase may take; `slow_timeout`: seconds for slow phases, and for
+        every phase the first `warm_up` times; `logs`: the folder for stack traces; `broadcast`:
+        returns rank 0's value on every process.
         """
         self.timeout, self.slow_timeout, self.warm_up = timeout, slow_timeout, warm_up
         self.heartbeats = self.step = 0
@@ -96,8 +98,8 @@ class Watchdog:
             [sys.executable, "-SP", watcher.__file__],
             stdin=subprocess.PIPE,  # its end tells the watcher that this process has ended
             stdout=subprocess.DEVNULL,
-            # A signal that stops a rank's process group must not stop the watcher. Without torchrun the watcher stays in
-            # the group: Ctrl-Z stops both, and nothing hangs.
+            # A signal that stops a rank's process group must not stop the watcher. Without torchrun
+            # the watcher stays in the group: Ctrl-Z stops both, and nothing hangs.
             process_group=0 if settings["processes"] > 1 else None,
             pass_fds=files,
         )
@@ -106,7 +108,10 @@ class Watchdog:
         self.watcher.stdin.flush()
 
     def heartbeat(self, phase: str, step: int | None = None, slow: bool = False) -> None:
-        """Begin a phase, which has `timeout` seconds to end. All processes go through the same phases."""
+        """Begin a phase, which has `timeout` seconds to end.
+
+        All processes go through the same phases.
+        """
         now = time.monotonic()
         self.seconds[self.phase] = now - self.phase_start
         last = self.seconds.get(phase, 0.0)
@@ -163,7 +168,7 @@ def _bind() -> socket.socket:
 
 
 def _address() -> str:
-    """This host's address for other hosts: the one it uses towards MASTER_ADDR, or MASTER_ADDR itself."""
+    """This host's address for others: the one it uses towards MASTER_ADDR, else MASTER_ADDR."""
     master = os.environ.get("MASTER_ADDR", "localhost")
     with contextlib.suppress(OSError):
         family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]

@@ -1,11 +1,12 @@
 """Hang detection, the watcher: find a process that hangs, name it, and end the run.
 
-Each process of a run has a watcher, which polls the process's heartbeat (process.py) five times a second and reports to
-the watcher of rank 0, over UDP, about once a second.
+Each process of a run has a watcher, which polls the process's heartbeat (process.py) five times a
+second and reports to the watcher of rank 0, over UDP, about once a second.
 
-When a process has made no progress for too long, all watchers collect stack traces. The watcher of rank 0 compares the
-progress of all processes: the others wait for the one with the fewest heartbeats. It reports that one, and every watcher
-kills its process: a stopped process responds to nothing weaker, and torchrun alone waits 30 s before it does the same.
+When a process has made no progress for too long, all watchers collect stack traces. The watcher of
+rank 0 compares the progress of all processes: the others wait for the one with the fewest
+heartbeats. It reports that one, and every watcher kills its process: a stopped process responds to
+nothing weaker, and torchrun alone waits 30 s before it does the same.
 
 This file is run as a program, by its path: it imports only the standard library.
 """
@@ -225,7 +226,7 @@ class Watcher:
                 self.socket.sendto(json.dumps({"token": self.token, **message}).encode(), address)
 
     def handle_hang(self) -> None:
-        """Find the stalled process and end the run, within two to three seconds even if others do not answer."""
+        """Find the stalled process and end the run, within three seconds."""
         if self.rank == 0:
             self.broadcast(None)  # first, so that all request stacks at the same time
         if self.is_waiting is None:
@@ -261,7 +262,11 @@ class Watcher:
             self.send({"diagnosis": diagnosis}, address)
 
     def terminate(self, stalled: list[int], text: str, to_terminal: bool) -> None:
-        """Report, and kill the process: stalled ones first, so that torchrun names them as the first to fail."""
+        """Report, and kill the process.
+
+        Stalled processes are killed first, so that torchrun names them as the first to fail.
+
+        """
         writer = threading.Thread(target=self.write_report, args=(text, to_terminal), daemon=True)
         writer.start()
         writer.join(1.5)  # the folder's disk may be what hangs
@@ -309,7 +314,10 @@ def diagnose(statuses: Iterable[Status], settings: dict[str, Any]) -> tuple[list
     if processes == 1:
         text = f"This run hung and was killed: {named}."
     elif len(stalled) == processes or (missing and all(status.is_waiting for status in stalled)):
-        text = f"This run hung and was killed. The stalled rank is not certain; least progress: {named}."
+        text = (
+            "This run hung and was killed. The stalled rank is not certain; least progress:"
+            f" {named}."
+        )
     else:
         text = f"This run hung and was killed. Stalled: {named}."
         if furthest not in stalled:
@@ -330,7 +338,8 @@ def diagnose(statuses: Iterable[Status], settings: dict[str, Any]) -> tuple[list
 def _describe(status: Status, processes: int) -> str:
     rank = f"rank {status.rank}, " if processes > 1 else ""
     return (
-        f"{rank}process {status.process} on {status.host}, {STATES[status.state]}in {status.location},"
+        f"{rank}process {status.process} on {status.host}, {STATES[status.state]}in"
+        f" {status.location},"
         f" for {status.seconds:.0f} s"
     )
 
@@ -370,7 +379,8 @@ def _is_waiting(stacks: str) -> bool:
 
 
 if __name__ == "__main__":
-    # Ctrl-C, torchrun and Slurm signal every process of a group or job; the watcher ends with its process.
+    # Ctrl-C, torchrun and Slurm signal every process of a group or job; the watcher ends with its
+    # process.
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(_number, signal.SIG_IGN)
     if _settings := os.read(0, 65536):  # nothing: the process ended at once
