@@ -221,7 +221,7 @@ def test_a_mistake_that_all_processes_see_is_told_by_the_first(
 
 def test_a_folder_that_is_no_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, "model", command="demo") == [
-        "model: is there already and not from an earlier demo; give another folder"
+        "model: exists already and is not from an earlier demo; give another folder"
     ]
     assert (here / "model" / "config.json").exists()  # and nothing was deleted
 

@@ -1,6 +1,6 @@
-"""Questions to ask afterwards: is everything whole (`verify`), and what was in a batch (`why`).
+"""`fast-llm verify` and `why`: compare files with their digests, show a step's documents.
 
-Neither imports torch.
+This module never imports torch.
 """
 
 import json
@@ -35,10 +35,10 @@ _SHOWN = 60  # characters of a document
 
 
 def verify(paths: list[str]) -> list[str]:
-    """Read everything under each path and compare it with its digests; a sentence for each thing that is whole.
+    """Read every file under each path and compare it with its digest. Returns a sentence for each.
 
-    A path is a dataset.json, a checkpoint, an export, or an experiment folder with all it holds. Raises ConfigError that
-    names everything damaged, after all of it was read.
+    A path is a dataset.json, a checkpoint, an export, or an experiment folder with all of these.
+    Raises ConfigError that names everything damaged, after reading all.
     """
     whole, wrong = [], []
     for path in [part for given in paths for part in _parts(Path(given).expanduser())]:
@@ -60,7 +60,7 @@ def verify(paths: list[str]) -> list[str]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """What is verified under a path. Raises DataError if there is nothing to verify."""
+    """The datasets, checkpoints and exports under a path. Raises DataError if there are none."""
     if path.is_file() or (path / folders.MANIFEST).is_file():
         return [path]
     every = [*path.glob(f"*/*/{folders.MANIFEST}"), *path.glob(f"*/*/*/{folders.MANIFEST}")]
@@ -70,27 +70,28 @@ def _parts(path: Path) -> list[Path]:
     found = sorted(published, key=lambda part: (part.parent, len(part.name), part.name))  # by step
     if not found:
         raise DataError(
-            f"{path}: nothing to verify; give a dataset.json, a checkpoint, an export, or an experiment folder with some"
+            f"{path}: nothing to verify; give a dataset.json, a checkpoint, an export, or an"
+            " experiment folder with some"
         )
     return found
 
 
 @dataclass(frozen=True)
 class StepData:
-    """What a training step was made of."""
+    """The sequences of a training step."""
 
     step: int
     length: int
     sequences: list[dict[str, Any]]
-    rewinds: list[dict[str, int]]  # each time that the run went back behind this step
-    note: str  # what is not known for sure
+    rewinds: list[dict[str, int]]  # those that undid this step
+    note: str  # on what is not certain
 
     def as_json(self) -> str:
         """Step and sequences, for programs."""
         return json.dumps({"step": self.step, "sequences": self.sequences}, ensure_ascii=False)
 
     def as_text(self) -> list[str]:
-        """For people: the shares of token files, then a line for each document in each sequence."""
+        """For people: each token file's share, then a line for each document of each sequence."""
         lines, counts = [], Counter[str]()
         for sequence in self.sequences:
             lines.append(f"sequence {sequence['index']:,}")
@@ -107,7 +108,9 @@ class StepData:
             f"  {name}: {100 * n / total:.1f} % of the tokens" for name, n in counts.most_common()
         ]
         rewinds = [
-            f"  (from step {one['after'] + 1} to the spike at step {one['spike']} the run was undone, and went on with later data)"
+            f"  (steps {one['after'] + 1} to {one['spike']}, a spike, were undone; the run"
+            " continued with"
+            " later data)"
             for one in self.rewinds
         ]
         first = f"step {self.step}: {len(self.sequences)} sequences of {self.length:,} + 1 tokens"
@@ -115,9 +118,10 @@ class StepData:
 
 
 def inspect_step(run: str, step: int) -> StepData:
-    """What a training step was made of, by the settings that were in force then.
+    """Find the sequences and documents of a training step, by the settings of that time.
 
-    Raises DataError or ConfigError for a folder that is no run's, a step that it does not have, or data that is gone.
+    Raises DataError or ConfigError if the folder is not a run's, the run has no such step, or its
+    data is missing.
     """
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
@@ -143,8 +147,9 @@ def inspect_step(run: str, step: int) -> StepData:
         source = sources.get(state.digest)
         if source is None:
             raise DataError(
-                f"step {step}: sequence {index:,} is of {state.name}, whose files are gone or are no longer those that the"
-                " run was trained on; put them back where they were"
+                f"step {step}: sequence {index:,} is of {state.name}, whose files are missing or"
+                " are not"
+                " those that the run was trained on; restore them"
             )
         sampler = SourceSampler(
             source.inputs, order.sequence_length, order.seed, state.key, state.drawn
@@ -161,7 +166,7 @@ def inspect_step(run: str, step: int) -> StepData:
 def _documents(
     source: Source | RandomSource, number: int, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
-    """The documents of one sequence, its last target included: file, number in it, tokens, how the text begins."""
+    """The documents of a sequence, its last target included: file, number, tokens, first words."""
     found: list[dict[str, Any]] = []
     tokens, at = source.read(number).tokens, 0
     for part in source.locate(number):
@@ -180,7 +185,7 @@ def _documents(
 
 
 def _sources(order: Order, config: TrainConfig) -> dict[str, Source | RandomSource]:
-    """The sources of an order by their digests, from where they were then or are now; without those that are gone."""
+    """The existing sources of an order by their digests, at their old paths or the current ones."""
     vocabulary = config.model.base_model.vocab_size
     now = config.data.model_dump(mode="json", include={"format", "path", "split"})
     found = open_sources(order.data, order, vocabulary)
@@ -190,9 +195,9 @@ def _sources(order: Order, config: TrainConfig) -> dict[str, Source | RandomSour
 
 
 def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str, int]], str]:
-    """The run's history until now, when it went back, and what is not known for sure.
+    """The run's history, its skipped ranges, and a note on what is not certain.
 
-    The newest checkpoint has the history up to its step; what came later is in config.yaml.
+    The newest checkpoint has the history up to its step; config.yaml has the later settings.
     """
     saved = folders.find(folder / "checkpoint", "checkpoint")
     seed, vocabulary = config.model.distributed.seed, config.model.base_model.vocab_size
@@ -203,7 +208,7 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
         raise DataError(f"{folder}: no step in its metrics.jsonl; training has not begun")
     info = folders.read_manifest(saved[-1][1]).info if saved else None
     if info is not None and info.get("history") is not None and _is_unchanged(info, config, size):
-        # Nothing has changed since: sources that are gone matter only where their sequences are asked for.
+        # Nothing changed since: missing sources matter only to steps with their sequences.
         return History.model_validate(info["history"]), _skipped_ranges(folder), ""
     data = open_dataset(config.data, config.batch.sequence_length, seed, vocabulary)
     if info is None:
@@ -213,7 +218,8 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
     else:
         history, notes = reconstruct(info, folder, data, vocabulary)
         notes.append(
-            "version 0.1 did not record changes of data: steps before one are shown as if it had been then"
+            "version 0.1 did not record changes of data: steps before a change are shown with the"
+            " data after it"
         )
     history = history.with_batches(info["step"], info["samples"], size)
     history = history.with_data(info["samples"], config, data.splits["training"])
@@ -221,7 +227,7 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
 
 
 def _is_unchanged(info: Mapping[str, Any], config: TrainConfig, size: int) -> bool:
-    """Whether the settings that decide the order are still those of a checkpoint."""
+    """Whether the settings that determine the data order equal those of a checkpoint."""
     now, then = config.model_dump(mode="json"), info["settings"]
     data = all(now["data"][name] == then["data"][name] for name in ("format", "path", "split"))
     seeds = (now["model"]["distributed"]["seed"], then["model"]["distributed"]["seed"])
@@ -231,7 +237,7 @@ def _is_unchanged(info: Mapping[str, Any], config: TrainConfig, size: int) -> bo
 
 
 def _skipped_ranges(folder: Path) -> list[dict[str, int]]:
-    """The times that a run went back: as its newest checkpoint has them, and those since, as the newest start recorded them."""
+    """The skipped ranges of the newest checkpoint, and those that the newest start logged since."""
     saved = folders.find(folder / "checkpoint", "checkpoint")
     if not saved:
         return []

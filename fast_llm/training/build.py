@@ -1,4 +1,4 @@
-"""From a RunSpec to a run: every part made once, in order."""
+"""Build a run from its RunSpec: each part once, in order; then train."""
 
 import logging
 import os
@@ -67,10 +67,10 @@ def train(
     interrupt: Interrupt | None = None,
     locating: AbstractContextManager[None] | None = None,
 ) -> int:
-    """Train as planned; the exit code: 0, or 128 and the signal that ended the run early (but for SIGUSR1), here or elsewhere.
+    """Train. Returns the exit code: 0, or 128 + n if signal n (not SIGUSR1) stopped any process.
 
-    `interrupt`: of a process that ends after this; others get their signals back. `locating`: adds the place of a setting to
-    mistakes. Raises UserError for what training itself meets.
+    `interrupt`: of a process that exits after this; without it, signal handlers are restored.
+    `locating`: adds the place of a setting to error messages. Raises UserError.
     """
     locating = locating or nullcontext()
     if interrupt is not None:
@@ -84,7 +84,7 @@ def train(
 
 def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager[None]) -> int:
     started = time.perf_counter()
-    # What torch.distributed warns of follows from the layout that the user chose: DCP with one process, gathers of DTensors …
+    # torch.distributed warns about the chosen layout: DCP with one process, gathers of DTensors …
     warnings.filterwarnings("ignore", module=r"torch\.distributed\b")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     if "TORCH_LOGS" not in os.environ:
@@ -118,20 +118,22 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
 
 @contextmanager
 def exclusive_lock(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
-    """No other run in this experiment folder. Raises ConfigError, on every process, if there is one."""
+    """Exclude other runs from the experiment folder. Raises ConfigError on every process."""
     held: TextIO | None = None
     refused: list[str] = []
     if spec.folder is not None and mesh.rank == 0:
         try:
             held = lock(spec.folder)
             root = spec.folder / "checkpoint"
-            # The preflight ran before the lock was ours. Sizes are compared first: digests take their time.
+            # The preflight ran before the lock was held. Sizes are compared first: digests are
+            # slow.
             if (
                 checkpoints.latest(root, content=False, quiet=True) != spec.checkpoint
                 and checkpoints.latest(root, quiet=True) != spec.checkpoint
             ):
                 refused = [
-                    f"run.experiment_dir: another run saved to {spec.folder} just now; start the same command again"
+                    f"run.experiment_dir: another run saved to {spec.folder} just now; start the"
+                    " same command again"
                 ]
         except ConfigError as error:
             refused = error.problems
@@ -145,7 +147,7 @@ def exclusive_lock(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
 
 
 def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
-    """Everything that happens in the experiment folder, from its files to the exit code."""
+    """Set up the experiment folder, train, and return the exit code."""
     _check_fp8(spec.config, mesh)
     memory = mesh.broadcast(_memory(mesh))
     spec = resolve_run(spec, memory, _kind(spec.config, mesh.device))
@@ -262,7 +264,8 @@ def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps
 def _agree_on_exit_code(trainer: Trainer, interrupt: Interrupt) -> int:
     """The exit code of all processes: 0 for a complete run.
 
-    torchrun takes a node whose processes all return 0 for finished: it would not restart it with the others.
+    torchrun takes a node whose processes all return 0 for finished: it would not restart it with
+    the others.
     """
     code = 0
     if trainer.stopping:
@@ -272,14 +275,15 @@ def _agree_on_exit_code(trainer: Trainer, interrupt: Interrupt) -> int:
 
 
 def _note_complete(trainer: Trainer) -> None:
-    """Create the file FAST_LLM_COMPLETE_FILE once all steps are done: exit code 0 alone may also mean SIGUSR1."""
+    """Create FAST_LLM_COMPLETE_FILE once all steps are done: exit code 0 may also mean SIGUSR1."""
     complete = trainer.state.step >= trainer.config.train_iters
     if complete and (path := os.environ.get("FAST_LLM_COMPLETE_FILE")):
         try:
             Path(path).touch()
         except OSError as error:
             logger.warning(
-                f"FAST_LLM_COMPLETE_FILE: {path}: {error.strerror}; the launcher may start this run again."
+                f"FAST_LLM_COMPLETE_FILE: {path}: {error.strerror}; the launcher may start this"
+                " run again."
             )
 
 
@@ -287,8 +291,10 @@ def _load_kernels(config: TrainConfig, mesh: Mesh) -> None:
     """Load the kernels of this device, and log which cannot be used."""
     if mesh.device.type == "cpu" and (problem := cpu_kernels.load()):
         logger.warning(
-            "Training on the CPU without Fast-LLM's own kernels, at about half the speed: they could"
-            f" not be built ({problem}); install a C++ compiler (g++ or clang++ with OpenMP), or name"
+            "Training on the CPU without Fast-LLM's own kernels, at about half the speed: they"
+            " could"
+            f" not be built ({problem}); install a C++ compiler (g++ or clang++ with OpenMP), or"
+            " name"
             " one in the environment variable CXX."
         )
     if (
@@ -317,13 +323,15 @@ def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:
         name = torch.cuda.get_device_name()
         raise ConfigError(
             [
-                f"model.distributed.fp8: given yes, which {name} can not do: leave it out, or take a newer GPU"
+                f"model.distributed.fp8: given yes, which {name} does not support: leave it out,"
+                " or use"
+                " a newer GPU"
             ]
         )
 
 
 def _kind(config: TrainConfig, device: torch.device) -> str:
-    """What the device is to the forecast."""
+    """The kind of device, for the forecast."""
     dtype = DTYPES[config.model.distributed.training_dtype]
     return (
         UPCASTING_CPU
@@ -333,7 +341,7 @@ def _kind(config: TrainConfig, device: torch.device) -> str:
 
 
 def _memory(mesh: Mesh) -> float:
-    """Bytes that this process can have."""
+    """Bytes of memory available to this process."""
     if mesh.device.type == "cuda":
         return float(torch.cuda.get_device_properties(mesh.device).total_memory)
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -350,7 +358,8 @@ def _log_memory(spec: RunSpec, mesh: Mesh, memory: float) -> None:
         logger.info(f"{words}.")
     else:
         logger.warning(
-            f"{words}: expect it to run out. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
+            f"{words}: it will probably not fit. batch.micro_batch_size: auto, or `fast-llm plan`,"
+            " finds what fits."
         )
 
 
@@ -359,8 +368,8 @@ def build_model(
 ) -> tuple[list[CausalLM], SingleWeights | ShardedWeights]:
     """The model, or this process's stages of it, with weights in place but undefined, spread as the configuration says.
 
-    The order: which layers are here, what is recomputed, how sequences and matrices are cut, what is compiled, what is
-    sharded.
+    The order: which layers are here, what is recomputed, how sequences and matrices are cut, what
+    is compiled, what is sharded.
     """
     settings = config.model
     implementation = choose_cross_entropy(
@@ -432,4 +441,5 @@ def _device(mesh: Mesh) -> str:
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
         return f"{mesh.size} × {name}" if mesh.size > 1 else name
-    return f"the CPU ({mesh.size} process{'es' if mesh.size > 1 else ''} × {torch.get_num_threads()} threads)"
+    processes = "1 process" if mesh.size == 1 else f"{mesh.size} processes"
+    return f"the CPU ({processes} × {torch.get_num_threads()} threads)"

@@ -1,7 +1,8 @@
-"""Charts in TensorBoard and Weights & Biases, for whoever asks for them. Neither ever ends or delays training.
+"""Charts in TensorBoard and Weights & Biases. Neither can end or delay training.
 
-A run that starts again, or goes back to a checkpoint, makes some steps twice. TensorBoard is told where the curve
-continues and drops what lay behind (`purge_step`). Weights & Biases gets every record, with `iteration` as its axis.
+A run that resumes or rewinds logs some steps twice. TensorBoard drops the old points after the step
+where a curve continues (`purge_step`). Weights & Biases gets every record, with `iteration` as its
+axis.
 """
 
 import json
@@ -31,19 +32,19 @@ from fast_llm.training.run import Run, write_whole
 logger = logging.getLogger("fast_llm")
 
 Numbers = dict[str, int | float]
-_UPLOAD_SECONDS = 30.0  # that the end of a run waits for Weights & Biases
-_MOST_WAITING = 100_000  # lines of about a kilobyte
+_UPLOAD_SECONDS = 30.0  # that a run waits at its end for the upload
+_MAX_QUEUED = 100_000  # lines of about a kilobyte
 
 
 class TensorBoard:
     """Event files in `<experiment_dir>/tensorboard`."""
 
     def __init__(self, folder: Path, first: int):
-        """`first`: the step that this start continues from."""
+        """`first`: the step from which this start of the run continues."""
         self.folder = folder
         self.broken = False
         self.writer: Any = None
-        threading.excepthook = partial(_without_tensorboards, threading.excepthook)
+        threading.excepthook = partial(_ignore_tensorboard_threads, threading.excepthook)
         self._open(first + 1 if first else 0)
 
     def _open(self, purge_step: int) -> None:
@@ -86,27 +87,28 @@ class TensorBoard:
             return
         self.broken = True
         logger.warning(
-            f"TensorBoard's files in {self.folder} cannot be written: {error.strerror or error}. They end here until the next"
+            f"TensorBoard's files in {self.folder} cannot be written: {error.strerror or error}."
+            " They end here until the next"
             " start; metrics.jsonl has everything."
         )
 
 
-def _without_tensorboards(others: Callable[[Any], Any], failure: Any) -> None:
-    """What its writing thread meets is raised, and logged, at the next point; no traceback is needed."""
+def _ignore_tensorboard_threads(default: Callable[[Any], Any], failure: Any) -> None:
+    """Suppress the traceback of TensorBoard's thread: the next point raises its error."""
     if not type(failure.thread).__module__.startswith("tensorboard."):
-        others(failure)
+        default(failure)
 
 
 class Wandb(logging.Handler):
-    """A run in Weights & Biases, through a process of its own (wandb_process.py). Also takes the lines of the log."""
+    """A run in Weights & Biases, through a separate process; log lines go there too."""
 
     def __init__(self, settings: WandbConfig, config: TrainConfig, run: Run):
         super().__init__()
         self.settings = settings
         self.folder = str(config.run.experiment_dir)
-        self.recorded_in = ""
+        self.offline_folder = ""
         self.warned = self.exchanging = False
-        self.waiting: deque[bytes] = deque()  # lines that are not being sent yet
+        self.queue: deque[bytes] = deque()  # lines to send
         self.sending = self.received = b""
         self.process: subprocess.Popen[bytes] | None = None
         try:
@@ -116,7 +118,7 @@ class Wandb(logging.Handler):
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
-                    start_new_session=True,  # Ctrl-C in a terminal is for training alone, and no login is asked for
+                    start_new_session=True,  # no Ctrl-C from the terminal, no login prompt
                 )
         except OSError as error:
             logger.warning(
@@ -127,29 +129,29 @@ class Wandb(logging.Handler):
         self.inlet, self.outlet = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.inlet, False)
         os.set_blocking(self.outlet, False)
-        self._tell(_arguments(settings, config, run))
+        self._queue(_arguments(settings, config, run))
         if logger.handlers:
             self.setFormatter(logger.handlers[0].formatter)
         logger.addHandler(self)
 
     def send(self, phase: str, step: int, numbers: Numbers) -> None:
-        """Add a point to each curve, and post them where an alert is due."""
-        self._tell({"log": {phase: numbers, "iteration": step}})
+        """Add a point to each curve, and post an alert if one is due."""
+        self._queue({"log": {phase: numbers, "iteration": step}})
         if self.settings.alert.due(step):
             text = "\n".join(f"{name}: {value:.6g}" for name, value in numbers.items())
-            self._tell({"alert": {"title": f"{phase} results", "text": text}})
+            self._queue({"alert": {"title": f"{phase} results", "text": text}})
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a line of the log."""
-        self._tell({"text": self.format(record)})
+        self._queue({"text": self.format(record)})
 
     def finish(self, status: str) -> None:
-        """Post `status` (ended, crashed) if that is wanted; wait until everything is uploaded, but not for long."""
+        """Post `status` (ended, crashed) if enabled, and wait a while for the upload."""
         logger.removeHandler(self)
         alert = self.settings.alert
         if alert.status_updates if alert.status_updates is not None else alert.interval is not None:
-            self._tell({"alert": {"title": f"Run {status}!", "text": self.folder}})
-        self._tell({"finish": int(status == "crashed")})
+            self._queue({"alert": {"title": f"Run {status}!", "text": self.folder}})
+        self._queue({"finish": int(status == "crashed")})
         until = time.monotonic() + _UPLOAD_SECONDS
         while self.process is not None and (left := until - time.monotonic()) > 0:
             select.select([self.outlet], [self.inlet] if self.sending else [], [], left)
@@ -157,18 +159,18 @@ class Wandb(logging.Handler):
         if self.process is not None:
             self._end(f"has not taken all records within {_UPLOAD_SECONDS:g} s")
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _queue(self, message: dict[str, Any]) -> None:
         if self.process is None:
             return
-        self.waiting.append(json.dumps(message).encode() + b"\n")
+        self.queue.append(json.dumps(message).encode() + b"\n")
         self._exchange()
-        if self.process is not None and len(self.waiting) > _MOST_WAITING:
+        if self.process is not None and len(self.queue) > _MAX_QUEUED:
             self._end("takes no records")
 
     def _exchange(self, finishing: bool = False) -> None:
-        """Send as much as is taken without waiting, and log what is said.
+        """Send what the process accepts without blocking, and log its messages.
 
-        Lines of the log come from several threads, from signal handlers, and from here.
+        Log lines come from several threads, from signal handlers, and from this method.
         """
         with self.lock or nullcontext():
             if self.exchanging or self.process is None:
@@ -181,10 +183,10 @@ class Wandb(logging.Handler):
                 self.exchanging = False
 
     def _send(self) -> bool:
-        """Whether somebody reads."""
+        """Returns whether the process still reads."""
         try:
-            while self.sending or self.waiting:
-                self.sending = self.sending or self.waiting.popleft()
+            while self.sending or self.queue:
+                self.sending = self.sending or self.queue.popleft()
                 self.sending = self.sending[os.write(self.inlet, self.sending) :]
         except BlockingIOError:
             pass
@@ -194,7 +196,7 @@ class Wandb(logging.Handler):
         return True
 
     def _receive(self) -> bool:
-        """Whether more may be said."""
+        """Returns whether the process may still send messages."""
         more = True
         try:
             while data := os.read(self.outlet, 2**16):
@@ -205,7 +207,7 @@ class Wandb(logging.Handler):
         *lines, self.received = self.received.split(b"\n")
         for message in map(json.loads, lines):
             if "folder" in message:
-                self.recorded_in = message["folder"]
+                self.offline_folder = message["folder"]
             else:
                 self.warned |= message["level"] == "warning"
                 logger.log(
@@ -214,7 +216,7 @@ class Wandb(logging.Handler):
         return more
 
     def _end(self, why: str) -> None:
-        """Send no more; without `why` all has been sent."""
+        """Stop sending. `why`: the reason, or "" if everything was sent."""
         assert self.process is not None
         process, self.process = self.process, None
         with suppress(ProcessLookupError):
@@ -224,17 +226,18 @@ class Wandb(logging.Handler):
             pass
         if not self.warned and (why or process.returncode):
             upload = (
-                f" `wandb sync {self.recorded_in}` uploads what it took;"
-                if self.recorded_in
+                f" `wandb sync {self.offline_folder}` uploads what it took;"
+                if self.offline_folder
                 else ""
             )
             logger.warning(
-                f"Weights & Biases {why or 'has failed'}: training continues without it;{upload} metrics.jsonl has everything."
+                f"Weights & Biases {why or 'has failed'}: training continues without it;{upload}"
+                " metrics.jsonl has everything."
             )
 
 
 def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str, Any]:
-    """Of `wandb.init`; an experiment that was started before continues its chart."""
+    """The arguments of `wandb.init`. A resumed experiment continues its chart."""
     identity = run.folder / "wandb_config.yaml" if run.folder is not None else None
     known = None
     if identity is not None and identity.exists():
@@ -260,7 +263,8 @@ def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str
             write_whole(identity, yaml.safe_dump(named))
         except OSError as error:
             logger.warning(
-                f"{identity} cannot be written: {error.strerror}. The next start begins another chart."
+                f"{identity} cannot be written: {error.strerror}. The next start begins another"
+                " chart."
             )
     return {
         **named,

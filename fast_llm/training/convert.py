@@ -1,7 +1,7 @@
-"""`convert`: a checkpoint of any layout → a Hugging Face folder, and the reverse, on one process.
+"""`fast-llm convert`: a checkpoint of any layout → a Hugging Face folder, and back, on one process.
 
-Host memory holds the fp32 weights once. A checkpoint made from a Hugging Face folder has no moments; it serves
-as `pretrained` with `format: distributed`.
+Host memory holds the fp32 weights once. A checkpoint made from a Hugging Face folder has no
+moments; use it as `pretrained` with `format: distributed`.
 """
 
 import logging
@@ -26,15 +26,15 @@ logger = logging.getLogger("fast_llm")
 
 
 def convert(config: ConvertConfig) -> None:
-    """Write `output.path`. Raises CheckpointError for what can not be read or is there already."""
+    """Write `output.path`. Raises CheckpointError if the input is damaged or the output exists."""
     source, target = config.input, config.output
     output = Path(target.path).expanduser()
     if output.exists() and (config.exist_ok and folders.is_complete(output)):
-        logger.info(f"{output} is there already.")
+        logger.info(f"{output} exists already.")
         return
     if output.exists():
         raise CheckpointError(
-            f"{output}: is there already; choose another output.path (or exist_ok=yes to keep it)"
+            f"{output}: exists already; choose another output.path (or exist_ok=yes to keep it)"
         )
     if source.format == "distributed":
         _export(
@@ -64,7 +64,7 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
         model = _model(settings["model"]["base_model"], str(path))
         trained_in = settings["model"]["distributed"]["training_dtype"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its manifest does not say which model it is of") from error
+        raise CheckpointError(f"{path}: its manifest does not describe a model") from error
     weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
     state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
     kept = path.parent.parent / "pretrained"
@@ -85,7 +85,7 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
 
 
 def _tokens(folder: Path) -> dict[str, int | None]:
-    """Ids of BOS and EOS by a run's tokenizer, for checkpoints whose manifest does not have them."""
+    """Ids of BOS and EOS of a run's tokenizer, for checkpoints whose manifest lacks them."""
     if not (folder / tokenizer.MAIN).is_file():
         return {}
     loaded = tokenizer.load(str(folder))
@@ -93,7 +93,7 @@ def _tokens(folder: Path) -> dict[str, int | None]:
 
 
 def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights of a Hugging Face folder in fp32, which holds every smaller dtype exactly."""
+    """Read the weights of a Hugging Face folder in fp32, which is exact for smaller dtypes."""
     original = huggingface.read_json(path / "config.json")
     model = _model(llama.architecture(original, f"{path}/config.json"), f"{path}/config.json")
     if problems := huggingface.check_weights(path, model):
@@ -104,7 +104,7 @@ def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[st
 
 
 def _import(path: Path, output: Path) -> None:
-    """A Hugging Face folder → a checkpoint without moments, its small files beside it."""
+    """A Hugging Face folder → a checkpoint without moments, and its small files in `pretrained`."""
     huggingface.read_json(path / "config.json")
     small = huggingface.small_files(path)
     kept = output.parent.parent / "pretrained"
@@ -112,8 +112,8 @@ def _import(path: Path, output: Path) -> None:
         "config.json"
     ]:
         raise CheckpointError(
-            f"{kept}: holds the files of another model, which this one's would replace; choose an output.path two folders"
-            " below one of its own, as in <folder>/checkpoint/0"
+            f"{kept}: has the files of another model, which this one's would replace; choose an"
+            " output.path in a folder of its own, as in <folder>/checkpoint/0"
         )
     model, weights, original = _read(path)
     dtype = huggingface.stored_dtype(path, original)
@@ -137,7 +137,7 @@ def _import(path: Path, output: Path) -> None:
 
 
 def _copy(path: Path, output: Path, dtype: str | None, parameters_per_file: int) -> None:
-    """A Hugging Face folder → another, in another dtype or cut into other files."""
+    """A Hugging Face folder → another, with another dtype or file size."""
     model, weights, original = _read(path)
     wanted = dtype or huggingface.stored_dtype(path, original)
     export_hugging_face(

@@ -1,14 +1,16 @@
-"""Where the time of a step goes: a step under torch.profiler, every so many (`training.profiling`).
+"""Profile a step with torch.profiler, at an interval (`training.profiling`).
 
 <experiment_dir>/profile/
-├── step_<n>_rank_<r>.txt        the parts of the step, and the operations that took longest
+├── step_<n>_rank_<r>.txt        time by category, and the longest operations
 └── step_<n>_rank_<r>.json.gz    the trace, for Perfetto (ui.perfetto.dev) or chrome://tracing
 
-Of a GPU kernels and copies count, of a CPU operations: each without those inside it, which count themselves. What is around them,
-Python and autograd's own functions, counts as none: it may as well wait for another process. So idle is when nothing ran.
+On a GPU, kernels and copies count; on a CPU, operations, each without its nested ones. Python and
+autograd's own functions do not count: they may wait for another process. When nothing counted runs,
+the step is idle.
 
-Streams and threads run side by side. The time of a part is that of all of them together, its share is not: each moment counts once,
-and communication and copies to the device are told only where nothing else ran. So shares are what could be won, and add up to the step.
+Streams and threads run in parallel. The time of a category adds them up. Its share of the step
+counts each moment once, and communication and copies to the device only where nothing else ran. So
+shares say what an optimization can gain, and add up to the step.
 """
 
 import gzip
@@ -40,19 +42,22 @@ COPIES, COMMUNICATION, OTHER, IDLE = (
     "everything else",
     "idle",
 )
-# The first part of which a word occurs in the name of an operation or kernel. Products that the compiler makes are templates, and the
-# own time of its code for the CPU is that of its kernels, which have no names.
+# An operation or kernel is of the first category of which a pattern occurs in its name. The
+# compiler's matmuls are templates. Its CPU kernels have no names: their time is that of the code
+# around them.
 CATEGORIES = {
     COMMUNICATION: "nccl|gloo|c10d::",
     COPIES: "memcpy htod",
     "attention": "attention|attn|flash|fmha|sdpa",
     "cross entropy": "cross_entropy|log_?softmax|nll_loss",
     "optimizer": "adam|foreach|multi_tensor|lpnorm|linalg_vector_norm",
-    "products": "::(add|b|baddb)?mm|matmul|::linear|scaled_mm|gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem",
+    "matmuls": "::(add|b|baddb)?mm|matmul|::linear|scaled_mm|gemm|gemv|nvjet|cutlass|xmma|splitk"
+    "|triton_tem",
     OTHER: "copy_kernel|fillfunctor",
-    "norms and elementwise": "norm|gammabeta|rotate|swiglu|silu|triton_|elementwise|compiledfxgraph|aten::(add|sub|mul|div|neg)",
+    "norms and elementwise": "norm|gammabeta|rotate|swiglu|silu|triton_|elementwise"
+    "|compiledfxgraph|aten::(add|sub|mul|div|neg)",
 }
-# Of several that run at once the first has the moment.
+# Of several categories that run at the same time, the first gets the time.
 _ORDER = [
     *(title for title in CATEGORIES if title not in (OTHER, COPIES, COMMUNICATION)),
     OTHER,
@@ -62,14 +67,13 @@ _ORDER = [
 _SHOWN = 30  # operations
 _WIDTH = 110  # characters of a kernel's name
 
-Event = dict[
-    str, Any
-]  # of a trace: name and category, begin and duration in microseconds, thread or stream
+# Of a trace: name and category, begin and duration in microseconds, thread or stream.
+Event = dict[str, Any]
 
 
 @cache
 def category(name: str) -> str:
-    """Which part of a step an operation or kernel belongs to."""
+    """The category of an operation or kernel."""
     return next(
         (title for title, words in CATEGORIES.items() if re.search(words, name.lower())), OTHER
     )
@@ -77,28 +81,28 @@ def category(name: str) -> str:
 
 @dataclass
 class TimeSpent:
-    """What a part took, in microseconds."""
+    """The time of a category or operation, in microseconds."""
 
     calls: int = 0
-    own: float = 0.0  # on all threads or streams together
-    once: float = 0.0  # each moment of the step counted once
+    own: float = 0.0  # summed over threads or streams
+    once: float = 0.0  # of the step, each moment counted once
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """A trace taken apart."""
+    """The time of a step by category and operation."""
 
     total: float  # microseconds
-    categories: dict[str, TimeSpent]  # the longest first; idle is one
+    categories: dict[str, TimeSpent]  # the longest first; includes idle
     operations: dict[str, TimeSpent]  # by name, the longest first, without `once`
 
     def share(self, title: str) -> float:
-        """Of the step, from 0 to 1; those of all parts add up to 1."""
+        """A category's share of the step, from 0 to 1; all shares add up to 1."""
         return self.categories[title].once / self.total
 
 
 def timed_events(trace: dict[str, Any]) -> list[Event]:
-    """What ran: kernels and copies if there was a GPU, else operations."""
+    """The events that count: kernels and copies if there was a GPU, else CPU operations."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X" and "dur" in event]
     kernels = [
         event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
@@ -108,15 +112,13 @@ def timed_events(trace: dict[str, Any]) -> list[Event]:
 
 def _is_operation(event: Event) -> bool:
     name: str = event["name"]
-    if (
-        event.get("cat") == "user_annotation"
-    ):  # gloo's threads, and code of the compiler's for the CPU
+    if event.get("cat") == "user_annotation":  # gloo's threads, and the compiler's code for the CPU
         return name.startswith(("gloo:", "## Call CompiledFxGraph"))
     return event.get("cat") == "cpu_op" and "::" in name and "autograd::" not in name
 
 
 def exclusive_intervals(events: Iterable[Event]) -> Iterator[tuple[float, float, Event]]:
-    """The time of one thread or stream, cut up: each moment is that of the event that began last and has not ended."""
+    """Divide the time of one thread or stream: each moment is of the innermost running event."""
     begun: list[Event] = []
     now = 0.0
 
@@ -138,9 +140,10 @@ def exclusive_intervals(events: Iterable[Event]) -> Iterator[tuple[float, float,
 
 
 def break_down(trace: dict[str, Any]) -> Breakdown:
-    """Take apart what `export_chrome_trace` wrote: of one step if it was made by `Profile`, else from the first operation on to the last.
+    """Break down a trace of `export_chrome_trace`.
 
-    Raises ValueError if nothing ran.
+    A trace of `Profile` is broken down over its step, others from the first operation to the last.
+    Raises ValueError if no operation ran.
     """
     events = timed_events(trace)
     if not events:
@@ -179,7 +182,7 @@ def break_down(trace: dict[str, Any]) -> Breakdown:
 
 
 def _attribute(busy: Iterable[tuple[float, float, str]]) -> dict[str, float]:
-    """How long each part ran, where several did only the first of them."""
+    """The time of each category, where each moment counts for one category."""
     changes = sorted(
         (moment, change, _ORDER.index(title))
         for since, until, title in busy
@@ -200,7 +203,7 @@ def _percent(share: float) -> str:
 
 
 def table(found: Breakdown, title: str) -> str:
-    """What is found, as text under a title."""
+    """Format a breakdown as text under a title."""
     lines = [title, "", f"{'part':24}{'calls':>9}{'ms':>12}{'of the step':>14}"]
     for name, spent in found.categories.items():
         calls = f"{spent.calls:,}" if spent.calls else ""
@@ -211,8 +214,10 @@ def table(found: Breakdown, title: str) -> str:
     lines += [
         f"{'the step':24}{calls:>9}{found.total / 1e3:>12,.2f}{_percent(1):>14}",
         "",
-        "ms: of all threads or streams together. of the step: each moment counts once, and communication and copies to the",
-        "device only where nothing else ran. idle: no operation ran, but Python, or a device that waits.",
+        "ms: of all threads or streams together. of the step: each moment counts once, and"
+        " communication and copies to the",
+        "device only where nothing else ran. idle: no operation ran, but Python, or a device that"
+        " waits.",
         "",
         f"{'calls':>9}{'ms':>12}  {'part':24}what took longest, without what it calls",
     ]
@@ -226,21 +231,19 @@ _STEP = "training step "
 
 
 class Profile:
-    """Entered before a step and left after it: records the step, and writes what is found.
+    """A context around a step: records it, and writes the trace and its breakdown.
 
-    What goes wrong with that is a warning: no run ends for a profile.
+    Errors are logged as warnings: a profile never ends a run.
     """
 
     def __init__(self, step: int, folder: Path, mesh: Mesh):
-        """`folder`: that of profiles, which is made if need be."""
+        """`folder`: for profiles; created if missing."""
         self.step, self.folder, self.mesh = step, folder, mesh
         self.annotation = record_function(f"{_STEP}{step}")
         self.profiler: profile | None = None  # while it records
 
     def __enter__(self) -> Self:
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "6"
-        )  # else it tells on the terminal that it begins and ends
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it prints on the terminal
         try:
             gpu = [ProfilerActivity.CUDA] if self.mesh.device.type == "cuda" else []
             profiler = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
@@ -271,7 +274,7 @@ class Profile:
             self._warn(wrong)
 
     def _settle(self) -> None:
-        """So that kernels of the step before are none of this one, and its own are all there."""
+        """Wait for the device: the trace has the step's kernels, and no others."""
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
 
@@ -298,16 +301,14 @@ class Profile:
         logger.info(f"Profile of step {self.step}: {largest}; see {self.folder / name}.txt")
 
     def _warn(self, error: Exception) -> None:
-        logger.warning(
-            f"Step {self.step} could not be profiled, which changes nothing else: {error!r}"
-        )
+        logger.warning(f"Step {self.step} could not be profiled; training continues: {error!r}")
 
 
 def _parsed(trace: bytes, path: Path) -> dict[str, Any]:
     try:
         parsed: dict[str, Any] = json.loads(trace)
-    except ValueError as error:  # the profiler does not say so
-        raise OSError(f"{path} could not be written whole; make room") from error
+    except ValueError as error:  # the profiler does not report a full disk
+        raise OSError(f"{path} could not be written completely; free space on the disk") from error
     return parsed
 
 
@@ -315,7 +316,7 @@ def _parsed(trace: bytes, path: Path) -> dict[str, Any]:
 def profiled(
     step: int, config: ProfilingConfig, folder: Path, mesh: Mesh, heartbeat: Callable[..., None]
 ) -> Iterator[None]:
-    """Profile the step inside on the ranks of `training.profiling.ranks`; the other processes wait for them."""
+    """Profile the step inside on `training.profiling.ranks`; the other processes wait."""
     heartbeat("profiling", slow=True)
     with Profile(step, folder, mesh) if mesh.rank in config.ranks else nullcontext():
         yield

@@ -1,16 +1,16 @@
-"""The experiment folder, and what is written to it and to the terminal while a run goes on.
+"""The experiment folder of a run, and its logs there and on the terminal.
 
 <experiment_dir>/
 ├── config.yaml              the resolved configuration, itself valid input
 ├── metrics.jsonl            one record a line, appended across restarts
-├── pretrained/              config.json and tokenizer of the model that was loaded; exports copy them
+├── pretrained/              config.json and tokenizer of the pretrained model, for exports
 ├── runs/<k>/logs/           logs_rank_<r>.txt of the k-th start; stacks_rank_<r>.txt if it hung
 ├── tensorboard/             with `training.tensorboard`
 ├── profile/                 with `training.profiling`
 ├── checkpoint/<step>/       training state
 └── export/llama/<step>/     Hugging Face folders
 
-Without `run.experiment_dir` nothing is written and the log goes to the terminal alone.
+Without `run.experiment_dir` nothing is written, and the log goes only to the terminal.
 """
 
 import contextlib
@@ -81,7 +81,10 @@ class Run:
         self._write_records(self.folder / "metrics.jsonl")
 
     def _write_records(self, path: Path) -> None:
-        """What can not be written, to a full disk say, is written with the next record: no step is lost for it."""
+        """Append the unwritten records.
+
+        After an error, for example a full disk, they stay for the next call.
+        """
         try:
             if self._records is None:
                 _truncate_partial_line(path)
@@ -94,7 +97,9 @@ class Run:
             if not self._warned:
                 self._warned = True
                 logger.warning(
-                    f"{path}: can not be written: {error.strerror}; make room. Its records are kept until they can be."
+                    f"{path}: cannot be written: {error.strerror}; free space on the disk. Its"
+                    " records"
+                    " are kept in memory until they can be written."
                 )
 
     def recorded(self) -> list[dict[str, Any]]:
@@ -109,7 +114,8 @@ class Run:
             self._write_records(self.folder / "metrics.jsonl")
             if lost := self._unwritten.count(b"\n"):
                 logger.error(
-                    f"{self.folder / 'metrics.jsonl'}: {lost} records could not be written and are lost."
+                    f"{self.folder / 'metrics.jsonl'}: {lost} records could not be written and are"
+                    " lost."
                 )
         if self._records is not None:
             os.close(self._records)
@@ -139,7 +145,10 @@ class _TerminalFormatter(logging.Formatter):
 
 
 class EarlyLog(logging.Handler):
-    """The log before there is a Run: the first process prints its lines at once; their files get them from the Run."""
+    """The log before a Run exists.
+
+    The first process prints each line at once; a Run writes them to the log files later.
+    """
 
     def __init__(self, rank: int, timestamps: bool):
         super().__init__()
@@ -176,9 +185,10 @@ def next_run_number(folder: Path | None) -> int:
 
 
 def lock(folder: Path) -> TextIO:
-    """Keep other runs out of an experiment folder until the file that is returned is closed or this process ends.
+    """Lock an experiment folder until the returned file is closed or this process ends.
 
-    Raises ConfigError that names the process which holds it. The kernel keeps the lock, so a crash leaves none behind.
+    Raises ConfigError that names the process with the lock. The kernel releases the lock after a
+    crash.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,29 +203,32 @@ def lock(folder: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        holder = file.read().strip() or "a process that does not say which it is"
+        holder = file.read().strip() or "an unknown process"
         file.close()
         raise ConfigError(
             [
-                f"run.experiment_dir: another run writes to {folder}: {holder}; wait for it, stop it, or choose another"
+                f"run.experiment_dir: another run writes to {folder}: {holder}; wait for it, stop"
+                " it, or choose another"
                 " run.experiment_dir"
             ]
         ) from error
     except OSError as error:  # a file system without locks
         logger.warning(
-            f"{folder} can not be locked ({error.strerror}): make sure that no other run writes to it."
+            f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes to"
+            " it."
         )
         return file
     file.truncate(0)
     file.write(
-        f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        f"process {os.getpid()} on {socket.gethostname()} since"
+        f" {datetime.now():%Y-%m-%d %H:%M:%S}\n"
     )
     file.flush()
     return file
 
 
 def prepare_folder(spec: RunSpec) -> None:
-    """Write what an experiment folder holds before the first step; on the first process."""
+    """Write the files of an experiment folder that exist before the first step; on rank 0."""
     folder = spec.folder
     if folder is None:
         return
@@ -231,7 +244,7 @@ def prepare_folder(spec: RunSpec) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
+    """Write a file atomically: readers see the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -241,7 +254,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _truncate_partial_line(path: Path) -> None:
-    """A crash can leave half a line at the end, to which the next record would be glued."""
+    """Remove an incomplete last line, which a crash leaves and the next record would continue."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb+") as file:
@@ -252,7 +265,7 @@ def _truncate_partial_line(path: Path) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose loss ends no run, and is told once."""
+    """A log file whose write errors end no run, and are reported once."""
 
     reported = False
 
@@ -262,13 +275,13 @@ class _LogFile(logging.FileHandler):
             self.reported = True
             why = error.strerror if isinstance(error, OSError) else error
             print(
-                f"{self.baseFilename}: can not be written: {why}; the log goes on here.",
+                f"{self.baseFilename}: cannot be written: {why}; the log continues here.",
                 file=sys.stderr,
             )
 
 
 class _TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """The log on the terminal, not mixed up with the progress line."""
+    """The log on the terminal. It clears the progress line before each record."""
 
     def __init__(self, progress: "ProgressLine | None", timestamps: bool):
         super().__init__(sys.stdout)
@@ -282,14 +295,14 @@ class _TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class ProgressLine:
-    """One line at the bottom of a terminal, rewritten a few times a second."""
+    """A progress bar at the bottom of a terminal, redrawn at most five times a second."""
 
     def __init__(self, stream: Any):
         self.stream = stream
         self.shown = 0.0
 
     def show(self, done: int, total: int, text: str) -> None:
-        """A bar of `done` out of `total`, and `text` behind it."""
+        """Draw a bar for `done` of `total`, followed by `text`."""
         now = time.monotonic()
         if now - self.shown < 0.2 and done != total:
             return
@@ -300,7 +313,7 @@ class ProgressLine:
         self.stream.flush()
 
     def clear(self) -> None:
-        """Make room for a log line."""
+        """Remove the bar, before a log line."""
         if self.shown:
             self.stream.write("\r\x1b[K")
             self.stream.flush()

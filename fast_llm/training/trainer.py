@@ -56,7 +56,7 @@ class Trainer:
         interrupt: Interrupt,
         heartbeat: Callable[..., None],
     ):
-        """`loader`: opens batches by split, first sequence and steps; `heartbeat`: begins a phase."""
+        """`loader`: opens a split from a sequence on, for so many steps; `heartbeat`: begins a phase."""
         self.spec = spec
         self.config = spec.config.training
         self.mesh = mesh

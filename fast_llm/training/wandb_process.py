@@ -1,10 +1,11 @@
-"""The process that talks to Weights & Biases: settings and records come in as lines of JSON, messages go out.
+"""The process that sends records to Weights & Biases. It reads and writes lines of JSON.
 
-A process of its own, so that nothing that Weights & Biases does, or fails to do, ends or delays training: a prompt for a
-login, retries without a network, a crash of its service, output on the terminal, hooks at exit.
+It is separate so that nothing in Weights & Biases ends or delays training: a prompt for a login,
+retries without a network, a crash of its service, output on the terminal, hooks at exit.
 
-In, the first line: the arguments of `wandb.init`. Then: {"log": {…}}, {"alert": {…}}, {"text": "a line of the log"}, and
-{"finish": exit code}. Out: {"level": "info" or "warning", "text": …}, and {"folder": where the run is recorded}.
+Input: the arguments of `wandb.init`, then {"log": {…}}, {"alert": {…}}, {"text": "a line of the
+log"} and {"finish": exit code}. Output: {"level": "info" or "warning", "text": …} and {"folder":
+where the run is recorded}.
 """
 
 import json
@@ -20,13 +21,13 @@ def say(**message: Any) -> None:
 
 
 def begin(arguments: dict[str, Any]) -> Any:
-    """The run, online if that is possible, else offline."""
+    """Start the run, online if possible, else offline."""
     import wandb
 
     parent = arguments.pop("process")
 
     def init(**more: Any) -> Any:
-        # The training process is the one whose memory and processor time are shown.
+        # Charts of memory and processor time are those of the training process.
         settings = wandb.Settings(silent=True, console="off", x_stats_pid=parent, **more)
         return wandb.init(**arguments, settings=settings)
 
@@ -35,10 +36,13 @@ def begin(arguments: dict[str, Any]) -> Any:
     except Exception as error:
         problem = first_line(error)
         if "api_key" in problem or "API key" in problem:
-            problem = "there is no login on this machine (`wandb login`, or WANDB_API_KEY in the environment)"
-        wandb.teardown()  # its service keeps the failed run
+            problem = (
+                "there is no login on this machine (`wandb login`, or WANDB_API_KEY in the"
+                " environment)"
+            )
+        wandb.teardown()  # otherwise its service keeps the failed run
         run = init(mode="offline")
-    # Steps repeat when a run goes back to a checkpoint: W&B's own count of records would not allow it.
+    # Steps repeat when a run rewinds, which W&B's own step counter does not allow.
     run.define_metric("iteration")
     for phase in PHASES:
         run.define_metric(f"{phase}.*", step_metric="iteration")
@@ -47,7 +51,8 @@ def begin(arguments: dict[str, Any]) -> Any:
     if problem:
         say(
             level="warning",
-            text=f"Weights & Biases: {problem}. The run is recorded offline; upload it with `wandb sync {folder}`.",
+            text=f"Weights & Biases: {problem}. The run is recorded offline; upload it with"
+            f" `wandb sync {folder}`.",
         )
     elif run.disabled:
         say(level="info", text="Weights & Biases is switched off by WANDB_MODE.")
@@ -62,7 +67,7 @@ def begin(arguments: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Until the training process says `finish`, or ends."""
+    """Run until the training process sends `finish`, or ends."""
     lines = iter(sys.stdin.readline, "")
     run = begin(json.loads(next(lines)))
     for line in lines:
@@ -76,11 +81,11 @@ def main() -> None:
         else:
             run.finish(exit_code=message["finish"])
             return
-    run.finish(exit_code=1)  # it was killed
+    run.finish(exit_code=1)  # the training process was killed
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -90,7 +95,7 @@ if __name__ == "__main__":
     except Exception as error:
         say(
             level="warning",
-            text=f"Weights & Biases records nothing from here on: {first_line(error)}. Training continues; metrics.jsonl has"
-            " everything.",
+            text=f"Weights & Biases records nothing from here on: {first_line(error)}. Training"
+            " continues; metrics.jsonl has everything.",
         )
         raise

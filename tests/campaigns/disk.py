@@ -208,7 +208,7 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
         for step, path in folders.find(run / "checkpoint"):
             assert folders.verify(path).step == step, story
         lost = "could not be written and are lost" in said or (
-            code != 0 and "metrics.jsonl: can not be written" in said
+            code != 0 and "metrics.jsonl: cannot be written" in said
         )
         figures["metrics lost, and told"] += lost
         with Job(folder, arguments(folder, "run"), world) as job:

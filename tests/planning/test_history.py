@@ -362,8 +362,7 @@ def test_a_life_with_changes(
     out, error = capsys.readouterr()
     assert (
         out == ""
-        and "is of c, whose files are gone or are no longer those that the run was trained on"
-        in error
+        and "is of c, whose files are missing or are not those that the run was trained on" in error
     )
 
 
@@ -450,7 +449,7 @@ def test_a_run_of_version_0_1_changes_by_consent(
         inputs |= set(mine)
     if gone:
         with pytest.raises(
-            DataError, match=r"step 3: sequence \d+ is of b\.json, whose files are gone"
+            DataError, match=r"step 3: sequence \d+ is of b\.json, whose files are missing"
         ):
             inspect_step("run", 3)
     else:

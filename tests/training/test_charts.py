@@ -312,7 +312,7 @@ def test_what_becomes_of_wandb_ends_nothing(
         write(self, step, *counts)
         if step == 2:
             assert self.wandb is not None and self.wandb.process is not None
-            while not self.wandb.recorded_in:
+            while not self.wandb.offline_folder:
                 time.sleep(0.1)
                 self.wandb._exchange()
             process = psutil.Process(self.wandb.process.pid)
@@ -338,7 +338,7 @@ def test_a_wandb_that_takes_nothing_is_given_up(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(charts, "_MOST_WAITING", 20)
+    monkeypatch.setattr(charts, "_MAX_QUEUED", 20)
     write = Metrics.write
 
     def disturbed(self: Metrics, step: int, *counts: Any) -> None:

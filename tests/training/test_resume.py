@@ -204,7 +204,7 @@ def test_too_little_memory_is_told(tmp_path: Path) -> None:
         path.read_text() for path in (tmp_path / "run" / "runs").rglob("*") if path.is_file()
     )
     assert (
-        "of 1 MB a process: expect it to run out. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
+        "of 1 MB a process: it will probably not fit. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
         in text
     )
 

@@ -308,7 +308,7 @@ def test_records_are_kept_while_the_disk_is_full(
             run.record({"step": step})
     assert (
         capsys.readouterr().out.count(
-            "metrics.jsonl: can not be written: No space left on device; make room."
+            "metrics.jsonl: cannot be written: No space left on device; free space on the disk."
         )
         == 1
     )
@@ -343,7 +343,7 @@ def test_a_log_that_can_not_be_written_is_told_once(
     assert out.count("on the terminal") == 2
     assert (
         err
-        == f"{tmp_path}/runs/0/logs/logs_rank_0.txt: can not be written: No space left on device; the log goes on here.\n"
+        == f"{tmp_path}/runs/0/logs/logs_rank_0.txt: cannot be written: No space left on device; the log continues here.\n"
     )
 
 
