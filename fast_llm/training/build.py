@@ -324,8 +324,7 @@ def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:
         raise ConfigError(
             [
                 f"model.distributed.fp8: given yes, which {name} does not support: leave it out,"
-                " or use"
-                " a newer GPU"
+                " or use a newer GPU"
             ]
         )
 
