@@ -1,5 +1,5 @@
-"""What the documentation site has besides docs/*.md: README.md as its home page, CHANGELOG.md, the
-files of examples/, and one API page per package, made from its docstrings by mkdocstrings.
+"""What the documentation site has besides docs/*.md: README.md as its home page, the changelog, the
+pages for contributors, the files of examples/, and one API page per package from its docstrings.
 
 These are added while MkDocs builds, so that each text exists once in the repository. Links are
 rewritten, because README.md and the site have different roots.
@@ -14,7 +14,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fast_llm"
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "tests/README.md": "tests.md",
+}
 
 
 def packages() -> list[Path]:
@@ -37,10 +42,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages and files from outside docs/."""
     for source, page in PAGES.items():
-        text = re.sub(r"\]\((docs/)", "](", (ROOT / source).read_text())
+        text = re.sub(r"\]\((\.\./)?docs/", "](", (ROOT / source).read_text())
         for other, its_page in PAGES.items():
             text = text.replace(f"]({other}", f"]({its_page}")
         files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "LICENSE", abs_src_path=str(ROOT / "LICENSE")))
     for path in examples():
         files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
     files.append(File.generated(config, "examples/index.md", content=examples_page()))
