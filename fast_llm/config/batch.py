@@ -1,7 +1,7 @@
-"""How a batch is dealt to processes and micro-batches: arithmetic that explains itself where it does not come out.
+"""Division of a batch into micro-batches and processes.
 
-The batch is the user's and stays, however many processes there are: a run may go on with other nodes than it began with.
-Where it does not divide, micro-batches have rows without targets, so that all processes do the same.
+The batch size stays as given on any number of processes, so that a run can resume on other nodes. Where it does not
+divide evenly, micro-batches are padded with rows without targets: all processes do the same work. Only arithmetic.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from fast_llm.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """One step: `batch_size` + `padding` = `micro_batch_size` × `micro_batches` × data-parallel processes."""
+    """Sizes of a step: `batch_size` + `padding` = `micro_batch_size` × `micro_batches` × data-parallel processes."""
 
     batch_size: int  # sequences a step, over all processes
     micro_batch_size: int  # rows a forward pass
     micro_batches: int  # forward passes a step, on each process
-    padding: int = 0  # rows a step that hold no sequence
+    padding: int = 0  # empty rows a step
 
 
 def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = False) -> BatchSizes:

@@ -20,7 +20,7 @@ from fast_llm.config.model_checks import (
     rotary,
     tensor_parallel,
 )
-from fast_llm.config.stages import problems
+from fast_llm.config.stages import pipeline_problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 
@@ -163,7 +163,7 @@ def _pipeline(config: TrainConfig, processes: int) -> Violations:
         batch = _batch_sizes(config, processes)
     except ConfigError:
         return  # reported by _batch
-    for path, text in problems(config, batch):
+    for path, text in pipeline_problems(config, batch):
         concerned = (
             "model.multi_stage.layers_per_stage",
             "model.multi_stage.pipeline_schedule",
