@@ -1,7 +1,8 @@
 """Division of a batch into micro-batches and processes.
 
-The batch size stays as given on any number of processes, so that a run can resume on other nodes. Where it does not
-divide evenly, micro-batches are padded with rows without targets: all processes do the same work. Only arithmetic.
+The batch size stays as given on any number of processes, so that a run can resume on other nodes.
+Where it does not divide evenly, micro-batches are padded with rows without targets: all processes
+do the same work. Only arithmetic.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from fast_llm.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes of a step: `batch_size` + `padding` = `micro_batch_size` × `micro_batches` × data-parallel processes."""
+    """Sizes of a step.
+
+    `batch_size` + `padding` = `micro_batch_size` × `micro_batches` × data-parallel processes
+    """
 
     batch_size: int  # sequences a step, over all processes
     micro_batch_size: int  # rows a forward pass
@@ -21,11 +25,12 @@ class BatchSizes:
 
 
 def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = False) -> BatchSizes:
-    """The sizes of a step on this many data-parallel processes; settings that are not given follow from the others.
+    """Derive the sizes of a step on this many data-parallel processes.
 
-    With neither size given, a micro-batch is one sequence. `pipeline`: micro-batches pass through several processes, in
-    depth_first_micro_batches fillings of the pipeline. `auto` must be resolved before. Raises ConfigError if the
-    numbers contradict each other.
+    Settings that are not given follow from the others. With neither size given, a micro-batch is
+    one sequence. `pipeline`: micro-batches pass through several processes, in
+    depth_first_micro_batches fillings of the pipeline. `auto` must be resolved before. Raises
+    ConfigError if the numbers contradict each other.
     """
     assert batch.micro_batch_size != "auto", "auto is resolved first"
     sequential = batch.sequential_micro_batches
@@ -35,8 +40,10 @@ def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = Fals
         if sequential != product:
             raise ConfigError(
                 [
-                    f"batch.sequential_micro_batches: given {sequential}, must be depth_first_micro_batches"
-                    f" {depth} × breadth_first_micro_batches {breadth or 1} = {product}; leave it out"
+                    f"batch.sequential_micro_batches: given {sequential}, must be"
+                    " depth_first_micro_batches"
+                    f" {depth} × breadth_first_micro_batches {breadth or 1} = {product}; leave it"
+                    " out"
                 ]
             )
     size, micro = batch.batch_size, batch.micro_batch_size
@@ -57,15 +64,18 @@ def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = Fals
     if rows < processes and (micro == batch.micro_batch_size or size < processes):
         raise ConfigError(
             [
-                f"batch.batch_size: batch_size {size} / micro_batch_size {micro} = {rows} micro-batch{'es' * (rows > 1)} for"
-                f" {_processes(processes)}: {processes - rows} would have nothing to do; raise it, lower micro_batch_size"
+                f"batch.batch_size: batch_size {size} / micro_batch_size {micro} = {rows}"
+                f" micro-batch{'es' * (rows > 1)} for"
+                f" {_processes(processes)}: {processes - rows} would have nothing to do; raise it,"
+                " lower micro_batch_size"
                 " or start fewer"
             ]
         )
     if given is not None and given != many:
         raise ConfigError(
             [
-                f"batch.{name}_micro_batches: given {given}, but batch_size {size} / (micro_batch_size {micro} ×"
+                f"batch.{name}_micro_batches: given {given}, but batch_size {size} /"
+                f" (micro_batch_size {micro} ×"
                 f" {_processes(processes)}) = {many}; leave it out"
             ]
         )
@@ -73,7 +83,7 @@ def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = Fals
 
 
 def with_smallest_micro_batch(batch: BatchConfig) -> BatchConfig:
-    """The batch with 1 in place of `micro_batch_size: auto`, to check the least that `auto` may become.
+    """The batch with 1 in place of `micro_batch_size: auto`, the least that it may become.
 
     Raises ConfigError if other settings do not go with `auto`.
     """

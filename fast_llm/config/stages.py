@@ -1,6 +1,7 @@
-"""Division of a pipeline: layers into stages, and the micro-batches of a step into fillings of the pipeline.
+"""Division of a pipeline: layers into stages, micro-batches into fillings of the pipeline.
 
-A filling is a group of micro-batches that are in the pipeline together. Only arithmetic, without torch.
+A filling is a group of micro-batches that are in the pipeline together. Only arithmetic, without
+torch.
 """
 
 from fast_llm.config.batch import BatchSizes
@@ -40,7 +41,7 @@ def schedule_name(config: TrainConfig, in_flight: int) -> str:
 
 
 def micro_batches_in_flight(config: TrainConfig, batch: BatchSizes) -> int:
-    """Micro-batches of one filling. A step fills the pipeline `batch.micro_batches` / this times."""
+    """Micro-batches of one filling; a step has `batch.micro_batches` / this fillings."""
     breadth = config.batch.breadth_first_micro_batches
     depth = config.batch.depth_first_micro_batches
     if breadth is not None:
@@ -51,7 +52,8 @@ def micro_batches_in_flight(config: TrainConfig, batch: BatchSizes) -> int:
 def pipeline_problems(config: TrainConfig, batch: BatchSizes) -> list[tuple[str, str]]:
     """Settings of the pipeline that contradict each other: the setting at fault, and why.
 
-    Without a pipeline all of its settings are at fault; with one, the first contradiction is reported.
+    Without a pipeline all of its settings are at fault; with one, the first contradiction is
+    reported.
     """
     if config.model.distributed.pipeline_parallel == 1:
         return _without_pipeline(config)
@@ -97,7 +99,8 @@ def _stage_problem(config: TrainConfig, batch: BatchSizes) -> tuple[str, str] | 
     if len(sizes) % processes:
         return (
             _PER_STAGE,
-            f"given {wanted}, which makes {len(sizes)} stages of {layers} layers; their number must be a multiple of"
+            f"given {wanted}, which makes {len(sizes)} stages of {layers} layers; their number must"
+            " be a multiple of"
             f" pipeline_parallel {processes}",
         )
     return None
@@ -128,31 +131,36 @@ def _schedule_problem(config: TrainConfig, batch: BatchSizes) -> tuple[str, str]
         wanted = f"{needed} stages" if needed > 1 else "one stage"
         return (
             _SCHEDULE,
-            f"given {name}, which needs {wanted} a process, but there {'are' if each > 1 else 'is'} {each}; set"
+            f"given {name}, which needs {wanted} a process, but there {'are' if each > 1 else 'is'}"
+            f" {each}; set"
             f" layers_per_stage to {max(1, layers // (processes * needed))}",
         )
     if name == "1f1b" and in_flight < processes:
         return (
             _SCHEDULE,
-            f"given 1f1b, which needs at least {processes} micro-batches, not {in_flight}; use gpipe",
+            f"given 1f1b, which needs at least {processes} micro-batches, not {in_flight}; use"
+            " gpipe",
         )
     if name in _INTERLEAVED and in_flight % max(1, in_flight // processes):
         near = in_flight // processes * processes
         return (
             _SCHEDULE,
-            f"{name} takes a multiple of pipeline_parallel {processes} micro-batches, not {in_flight}; choose a"
+            f"{name} takes a multiple of pipeline_parallel {processes} micro-batches, not"
+            f" {in_flight}; choose a"
             f" batch_size with {near} or {near + processes}, or looped_bfs",
         )
     if name.endswith("zero_bubble") and config.model.multi_stage.zero_stage == 3:
         return (
             _SCHEDULE,
-            f"given {name}, but with zero_stage: 3 it loses gradients: weights are freed before theirs are made; use"
+            f"given {name}, but with zero_stage: 3 it loses gradients: weights are freed before"
+            " theirs are made; use"
             " zero_stage: 2 or another schedule",
         )
     if name == "zbv_zero_bubble" and config.model.base_model.tie_word_embeddings:
         return (
             _SCHEDULE,
-            "given zbv_zero_bubble, which puts embedding and head on one process as two weights, but"
+            "given zbv_zero_bubble, which puts embedding and head on one process as two weights,"
+            " but"
             " tie_word_embeddings makes them one; use interleaved_zero_bubble",
         )
     return None

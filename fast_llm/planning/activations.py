@@ -1,7 +1,7 @@
 """Activations of a block and tensors of the cross entropy, in bytes.
 
-One function a group of tensors that `model/` holds at the same time; sizes are of one process and micro-batch
-(`LocalSizes`). docs/planning.md has the formulas. Only arithmetic.
+One function a group of tensors that `model/` holds at the same time; sizes are of one process and
+micro-batch (`LocalSizes`). docs/planning.md has the formulas. Only arithmetic.
 """
 
 from fast_llm.planning.layout import LocalSizes
@@ -12,7 +12,10 @@ _MAX_FP32_LOGITS = 2**26  # model/loss.py: logits in fp32 at once, without a ker
 
 
 def attended_keys(s: LocalSizes) -> float:
-    """Keys that attention reads: with context parallelism, all up to the later of this process's two chunks."""
+    """Keys that attention reads.
+
+    With context parallelism these are all keys up to the later of this process's two chunks.
+    """
     context = s.layout.context
     return s.tokens * (context + 0.5) if context > 1 else s.tokens
 
@@ -86,14 +89,17 @@ def recomputed_activations(s: LocalSizes) -> float:
     everything = saved_activations(s, "none")
     if level == "selective":
         results = attention_tensors(s)[1]
-        # An upcasting CPU frees results of matmuls as soon as they are read again; else values are that result itself.
+        # An upcasting CPU frees results of matmuls as soon as they are read again; else values are
+        # that result itself.
         read = s.queries + 2 * s.keys + 2 * s.stream if s.upcasts else s.keys
         return everything - s.stream - 2 * s.mlp - results - read
     return everything - saved_activations(s, level)
 
 
 def backward_temporaries(s: LocalSizes) -> float:
-    """Bytes of activation gradients at the widest place of a block's backward pass, without the incoming one.
+    """Bytes of activation gradients at the widest place of a block's backward pass.
+
+    The incoming gradient is not included.
 
     That place is the MLP, or attention where a process has the keys of a long sequence.
     """
@@ -102,14 +108,14 @@ def backward_temporaries(s: LocalSizes) -> float:
     widest: float = max(2 * s.mlp, s.mlp + weight * w)
     if not s.on_cpu and s.workload.flash:
         attended = attended_keys(s)
-        # Gradients of queries and, for each query head, of keys and values in fp32; then in the compute dtype. The MLP's
-        # activations are freed.
+        # Gradients of queries and, for each query head, of keys and values in fp32; then in the
+        # compute dtype. The MLP's activations are freed.
         fp32 = 4 * s.query_size * (tokens + 2 * attended)
         results = w * (2 * s.query_size * tokens + 2 * s.key_size * attended)
         widest = max(widest, fp32 + results - 3 * s.mlp)
     if s.workload.fp8:
-        # Gradient and weight in fp8, and in fp32 before where there is no kernel; then both matmuls' results. The input of
-        # the down projection is freed.
+        # Gradient and weight in fp8, and in fp32 before where there is no kernel; then both
+        # matmuls' results. The input of the down projection is freed.
         both, fp32_bytes = ffn * tokens * (2 * w + 1), 4 if s.on_cpu else 0
         return max(
             widest,
@@ -129,8 +135,12 @@ def backward_temporaries(s: LocalSizes) -> float:
 
 
 def upcast_matmul_bytes(rows: int, inner: int, columns: int) -> float:
-    """Bytes in fp32 that a 16-bit matmul [rows, inner] · [inner, columns] holds on an UPCASTING_CPU (model/linear.py)."""
-    # The left factor in one piece and rows of the right one; or the sum in one piece and rows of both.
+    """Bytes in fp32 that a 16-bit matmul holds on an UPCASTING_CPU (model/linear.py).
+
+    The factors are [rows, inner] and [inner, columns].
+    """
+    # The left factor in one piece and rows of the right one; or the sum in one piece and rows of
+    # both.
     longer, shorter = sorted((inner, columns))
     return 4.0 * (rows * longer + (rows + longer) * min(_MATMUL_ROWS, shorter))
 
@@ -174,7 +184,10 @@ def loss_tensors(s: LocalSizes) -> float:
 
 
 def loss_backward_tensors(s: LocalSizes) -> float:
-    """Bytes of the head's gradient and of what exists while it is made: some rows in fp32, or the logits' gradient."""
+    """Bytes of the head's gradient, and of temporaries while it is computed.
+
+    Temporaries are some rows in fp32, or the logits' gradient.
+    """
     gradient = s.vocabulary * s.hidden * s.dtype_bytes
     if s.upcasts and uses_torch_loss(s):
         logits = s.tokens * s.vocabulary * s.dtype_bytes

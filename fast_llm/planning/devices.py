@@ -1,12 +1,14 @@
 """What GPUs sustain: the rates and sizes from which time is computed.
 
-An H200 was measured (docs/performance.md); the other GPUs have the same share of what is published for them.
+An H200 was measured (docs/performance.md); the other GPUs have the same share of what is published
+for them.
 """
 
 from dataclasses import dataclass
 
 GPUS_PER_NODE = 8
-# Seconds from one process to the next in a ring, within a node and between nodes (NCCL's own tables, tuning.cc).
+# Seconds from one process to the next in a ring, within a node and between nodes (NCCL's own
+# tables, tuning.cc).
 HOP_SECONDS, NODE_HOP_SECONDS = 3.4e-6, 14e-6
 
 
@@ -39,11 +41,12 @@ def _scaled_from_h200(
     peak_flops: float,
     attention: float = 1.0,
 ) -> DeviceSpec:
-    """From published numbers: the best rate of bf16 matmuls (ml-engineering's MAMF table), and data sheets.
+    """From published numbers: best bf16 matmuls (ml-engineering's MAMF table), and data sheets.
 
-    Of these an H200 sustains 660 of 794.5 TFLOP/s and 4.25 of 4.8 TB/s; its attention reaches 591 and 475 TFLOP/s in
-    sequences, 264 and 263 in documents. NCCL reaches 0.8 of NVLink's rate, and between nodes half of the adapters'
-    (all-gather over 256 GPUs, NVIDIA/nccl issue 1218). `attention`: rate in sequences relative to an H200's.
+    Of these an H200 sustains 660 of 794.5 TFLOP/s and 4.25 of 4.8 TB/s; its attention reaches 591
+    and 475 TFLOP/s in sequences, 264 and 263 in documents. NCCL reaches 0.8 of NVLink's rate, and
+    between nodes half of the adapters' (all-gather over 256 GPUs, NVIDIA/nccl issue 1218).
+    `attention`: rate in sequences relative to an H200's.
     """
     share = best_matmul_flops / 794.5e12
     return DeviceSpec(
@@ -63,7 +66,8 @@ def _scaled_from_h200(
 DEVICES = {
     device.name: device
     for device in (
-        # Memory as nvidia-smi shows it. GPUs before Hopper have only the flash kernel, at its rate within documents.
+        # Memory as nvidia-smi shows it. GPUs before Hopper have only the flash kernel, at its rate
+        # within documents.
         _scaled_from_h200(
             "a100",
             memory_gib=79.3,

@@ -1,4 +1,7 @@
-"""Disk space of a run: sizes of checkpoints and exports, how many there will be at most, and whether they fit."""
+"""Disk space of a run: sizes and largest number of checkpoints and exports, and whether they fit.
+
+It lists folders and reads the free space of the disk; no file is opened.
+"""
 
 import os
 import shutil
@@ -25,7 +28,10 @@ def export_bytes(config: TrainConfig, parameters: int) -> int:
 def disk_use(
     config: TrainConfig, folder: Path, parameters: int, completed_steps: int
 ) -> dict[str, tuple[int, int]]:
-    """What a run adds to the disk at its fullest: of checkpoints and exports, how many more and the bytes of one."""
+    """The most that a run adds to the disk.
+
+    For checkpoints and for exports: how many more than now, and the bytes of one.
+    """
     training = config.training
     exports = folder / "export" / training.export.format
     last = training.train_iters
@@ -77,7 +83,7 @@ def _due_steps(interval: int, offset: int, completed_steps: int, last: int) -> r
 def disk_problems(
     folder: Path, config: TrainConfig, parameters: int, completed_steps: int
 ) -> list[str]:
-    """Problems unless the folder can be written to and has room for one more checkpoint and export."""
+    """Problems with writing to the folder, and with room for one more checkpoint and export."""
     existing = _nearest_existing(folder)
     if not os.access(existing, os.W_OK):
         return [f"run.experiment_dir: {existing} cannot be written to"]
@@ -91,7 +97,8 @@ def disk_problems(
     if sum(parts.values()) > free_bytes(folder):
         what = " and ".join(f"{'an' if name[0] == 'e' else 'a'} {name[:-1]}" for name in parts)
         return [
-            f"run.experiment_dir: {what} need{'s' * (len(parts) == 1)} {format_bytes(sum(parts.values()))}, but"
+            f"run.experiment_dir: {what} need{'s' * (len(parts) == 1)}"
+            f" {format_bytes(sum(parts.values()))}, but"
             f" {existing} has {format_bytes(free_bytes(folder))} free"
         ]
     return []
@@ -113,8 +120,10 @@ def disk_warning(
         if count
     )
     return (
-        f"run.experiment_dir: the disk will be full before this run ends: it keeps {what}, {format_bytes(total)} at"
-        f" most, and {format_bytes(free)} are free. Lower training.checkpoint.keep or set training.export.keep, raise the"
+        f"run.experiment_dir: the disk will be full before this run ends: it keeps {what},"
+        f" {format_bytes(total)} at"
+        f" most, and {format_bytes(free)} are free. Lower training.checkpoint.keep or set"
+        " training.export.keep, raise the"
         " intervals, or make room"
     )
 

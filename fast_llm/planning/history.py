@@ -1,8 +1,9 @@
 """What was in force at each step of a run's life: batch sizes by step, and orders of data by sequence.
 
-Sequences are numbered from 0 over the life of a run, those that were passed over after spikes included. A change by
-consent (`run.accept_changes`) adds an entry; nothing of the past is ever rewritten. Each checkpoint's manifest has the
-history up to it, so that a run continues, and `fast-llm why` answers, from what was in force then.
+Sequences are numbered from 0 over the life of a run, those that were passed over after spikes
+included. A change by consent (`run.accept_changes`) adds an entry; nothing of the past is ever
+rewritten. Each checkpoint's manifest has the history up to it, so that a run continues, and
+`fast-llm why` answers, from what was in force then.
 """
 
 import json
@@ -88,8 +89,9 @@ class History(BaseModel):
     def first_sequence(self, step: int, skipped_ranges: Iterable[Mapping[str, int]]) -> int:
         """The sequence with which a step begins.
 
-        `passed_over`: for each time that a run went back, the step `after` which it continued, and how many
-        `sequences` it left out there. Raises DataError for a step of which that is not known.
+        `passed_over`: for each time that a run went back, the step `after` which it continued, and
+        how many `sequences` it left out there. Raises DataError for a step of which that is not
+        known.
         """
         entry = self.at_step(step)
         later = (o["sequences"] for o in skipped_ranges if entry.after <= o["after"] < step)
@@ -100,7 +102,8 @@ class History(BaseModel):
         found = [entry for entry in self.batches if entry.after < step]
         if not found:
             raise DataError(
-                f"step {step}: the batch size changed before checkpoints recorded it, and metrics.jsonl does not say"
+                f"step {step}: the batch size changed before checkpoints recorded it, and"
+                " metrics.jsonl does not say"
                 f" when; what steps were made of is known from step {self.batches[0].after + 1} on"
             )
         return found[-1]
@@ -229,7 +232,8 @@ def reconstruct(
 ) -> tuple[History, list[str]]:
     """The history of a run that was begun by version 0.1, which kept none; and what is not known of it.
 
-    `info`: of a checkpoint's manifest; `folder`: of the experiment; `dataset`: that of the configuration as it is now.
+    `info`: of a checkpoint's manifest; `folder`: of the experiment; `dataset`: that of the
+    configuration as it is now.
     """
     identity, notes = info["identity"], []
     length, seed = identity["batch.sequence_length"], identity["model.distributed.seed"]
@@ -249,7 +253,8 @@ def reconstruct(
     else:
         edges, pairs = _by_path(data, length, seed, vocab_size)
         notes.append(
-            "the data of the checkpoint is gone or was changed, and version 0.1 did not record the content of each source:"
+            "the data of the checkpoint is gone or was changed, and version 0.1 did not record the"
+            " content of each source:"
             " those at the same path are taken to be what they were"
         )
     sources = [
@@ -261,7 +266,8 @@ def reconstruct(
     batches = _batches(info, read_records(folder))
     if batches[0].after:
         notes.append(
-            f"batch.batch_size changed in version 0.1, which did not record when; `fast-llm why` can answer from step"
+            "batch.batch_size changed in version 0.1, which did not record when; `fast-llm why`"
+            " can answer from step"
             f" {batches[0].after + 1} on"
         )
     return History(batches=batches, orders=[order]), notes
@@ -318,7 +324,8 @@ def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> l
         if step == 0:
             continue
         history = found[-1]
-        # The step after which the size changed is the one with which the numbers of sequences come out.
+        # The step after which the size changed is the one with which the numbers of sequences come
+        # out.
         changes = range(history.after, step) if size != history.batch_size else [history.after]
         for change in changes:
             begun = sum(

@@ -1,8 +1,8 @@
-"""What memory and time are computed from: the layout of a step, the workload, and one process's share of them.
+"""Inputs of the forecasts: the layout of a step, the workload, and one process's share of them.
 
-`ParallelLayout` says how a step is spread over processes. `Workload` holds what is the same for every layout of a run.
-`LocalSizes` combines both into the sizes that one process has: tokens of a micro-batch, columns of its matrices, its
-parameters. Only arithmetic: no torch, no cost.
+`ParallelLayout` says how a step is spread over processes. `Workload` holds what is the same for
+every layout of a run. `LocalSizes` combines both into the sizes that one process has: tokens of a
+micro-batch, columns of its matrices, its parameters. Only arithmetic: no torch, no cost.
 """
 
 import math
@@ -14,7 +14,8 @@ from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage
 from fast_llm.config.train import TrainConfig
 from fast_llm.models.llama import shapes
 
-# Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128 (kernels/rounding.py).
+# Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128
+# (kernels/rounding.py).
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2 * (1 + 2 / 128)}
 # A CPU without matmuls in the compute dtype: they are made in fp32 (model/linear.py).
 UPCASTING_CPU = "upcasting cpu"
@@ -143,9 +144,10 @@ class Workload:
 class LocalSizes:
     """The sizes of one process's share of a step.
 
-    The letters of docs/planning.md: T `tokens`, R `stream_tokens`, E `hidden`, A `query_size`, K `key_size`, F `ffn`,
-    V `vocabulary`, w `dtype_bytes`. Tensors of a micro-batch are given in bytes: `stream` [R, E], `normed` [T, E],
-    `queries` [T, A], `keys` [T, K] (as many for values), `mlp` [T, F].
+    The letters of docs/planning.md: T `tokens`, R `stream_tokens`, E `hidden`, A `query_size`, K
+    `key_size`, F `ffn`, V `vocabulary`, w `dtype_bytes`. Tensors of a micro-batch are given in
+    bytes: `stream` [R, E], `normed` [T, E], `queries` [T, A], `keys` [T, K] (as many for values),
+    `mlp` [T, F].
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class LocalSizes:
         self._count_parameters()
 
     def _count_parameters(self) -> None:
-        """Parameters of this process's stages: of a block, outside of blocks, of the head if it is a unit of FSDP."""
+        """Count this process's parameters: of a block, outside of blocks, of a separate head."""
         workload, layout = self.workload, self.layout
         sizes = layout.layers_per_stage or (workload.layers,)
         self.stages_per_rank = len(layout.layers_per_stage) // layout.pipeline or 1

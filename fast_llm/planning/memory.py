@@ -1,8 +1,9 @@
 """Memory of a process at each phase of a step, counted tensor by tensor.
 
-Nothing is measured or fitted: each term is a tensor that `model/`, `parallel/`, `optim/` or FSDP2 holds in that phase.
-`activations.py` gives the bytes of one block; `ProcessMemory` adds up each phase. docs/planning.md has the formulas
-and a comparison with measured peaks. Only arithmetic: a forecast takes microseconds.
+Nothing is measured or fitted: each term is a tensor that `model/`, `parallel/`, `optim/` or FSDP2
+holds in that phase. `activations.py` gives the bytes of one block; `ProcessMemory` adds up each
+phase. docs/planning.md has the formulas and a comparison with measured peaks. Only arithmetic: a
+forecast takes microseconds.
 """
 
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def peak_phase(workload: Workload, layout: ParallelLayout, device_kind: str) -> 
 
 
 def with_overhead(phase: StepPhase, device_kind: str) -> float:
-    """Bytes of memory that a process needs for a phase: tensors, gaps between them, and the runtime's own."""
+    """Bytes of memory that a process needs for a phase: tensors, fragmentation and the runtime."""
     return phase.bytes * (1 + FRAGMENTATION) + RUNTIME_BYTES[device_kind]
 
 
@@ -82,7 +83,7 @@ class ProcessMemory:
         return max(self.phases(), key=lambda phase: phase.bytes)
 
     def phases(self) -> Iterator[StepPhase]:
-        """Those phases of a step that can be its peak."""
+        """The phases of a step that can be its peak."""
         s = self.s
         if s.has_head:
             yield self._cross_entropy()
@@ -150,7 +151,7 @@ class ProcessMemory:
 
     @cached_property
     def activations(self) -> float:
-        """Saved activations of all blocks, and the rotary cosines and sines of each forward pass in flight."""
+        """Saved activations of all blocks, and rotary cosines and sines of passes in flight."""
         s, layout = self.s, self.s.layout
         blocks: float = s.layers
         passes = 1
@@ -167,7 +168,7 @@ class ProcessMemory:
         return s.stream * 2 + 4 * s.stream_tokens if s.has_head else 0.0
 
     def gathered(self, blocks: int) -> float:
-        """Gathered weights of this many blocks, and of those outside of blocks, in the compute dtype."""
+        """Gathered weights of this many blocks and outside of blocks, in the compute dtype."""
         s = self.s
         count = s.block_parameters * blocks + s.outside_parameters
         return count * s.dtype_bytes if s.sharded else 0.0
@@ -185,14 +186,17 @@ class ProcessMemory:
 
     @cached_property
     def carried_reduction(self) -> Parts:
-        """FSDP2 keeps the input of the last reduction until the next: the embedding's, into the next micro-batch."""
+        """The input of the last reduction, which FSDP2 keeps until the next.
+
+        The embedding's is kept into the next micro-batch.
+        """
         if self.reduces_each_micro_batch and self.accumulates:
             return {"communication": 4.0 * self._embedding_parameters}
         return {}
 
     @cached_property
     def carried_after_head(self) -> Parts:
-        """The same after the head's reduction."""
+        """The input of the last reduction, after the head's."""
         if self.s.head_parameters and self.reduces_each_micro_batch:
             return {"communication": 4.0 * self.s.head_parameters}
         return self.carried_reduction
@@ -211,7 +215,7 @@ class ProcessMemory:
 
     @cached_property
     def own_head_gradient(self) -> float:
-        """The head's gradient until that of the embedding is reduced, if they are one unit of FSDP2."""
+        """The head's gradient until the embedding's is reduced, if both are one FSDP2 unit."""
         s = self.s
         one_unit = s.has_head and s.sharded and not s.head_parameters
         return s.vocabulary * s.hidden * s.dtype_bytes if one_unit else 0.0
@@ -287,7 +291,7 @@ class ProcessMemory:
         )
 
     def _around_block(self, done: int) -> Parts:
-        """What exists while the backward pass works on a block; it is through with `done` blocks of this process."""
+        """What exists during a block's backward pass, after those of `done` blocks."""
         s = self.s
         block = s.block_parameters
         fresh = 0.0  # gradients made in this backward pass, where none were accumulated before
@@ -381,7 +385,7 @@ class ProcessMemory:
 
 
 def forward_passes_in_flight(layout: ParallelLayout, pipeline_rank: int) -> int:
-    """Forward passes of stages whose activations a process holds at most, under a pipeline schedule."""
+    """The most forward passes of stages whose activations a process holds at once."""
     stages = len(layout.layers_per_stage) // layout.pipeline
     many, depth = layout.in_flight, layout.pipeline
     if layout.schedule in ("gpipe", "looped_bfs"):
@@ -390,6 +394,7 @@ def forward_passes_in_flight(layout: ParallelLayout, pipeline_rank: int) -> int:
         return min(many, depth - pipeline_rank)
     if layout.schedule == "zbv_zero_bubble":
         return min(2 * many, 2 * depth)
-    # Interleaved: all but its last round of stages, and twice its distance from the end (Narayanan et al. 2021).
+    # Interleaved: all but its last round of stages, and twice its distance from the end (Narayanan
+    # et al. 2021).
     warm_up = (stages - 1) * depth + 2 * (depth - pipeline_rank - 1) + 1
     return min(stages * many, warm_up)

@@ -1,9 +1,9 @@
 """Every check that is made before torch is loaded: what a run will do, and what prevents it.
 
-`preflight` completes the configuration by the pretrained model's config.json and validates it. It then compares it with
-the data, the tokenizer, the headers of the weights, the optional packages, the disk, and the checkpoint from which the
-run would resume. All mistakes are collected into one error. `--validate` prints the resulting `RunSpec` and stops;
-training continues with it.
+`preflight` completes the configuration by the pretrained model's config.json and validates it. It
+then compares it with the data, the tokenizer, the headers of the weights, the optional packages,
+the disk, and the checkpoint from which the run would resume. All mistakes are collected into one
+error. `--validate` prints the resulting `RunSpec` and stops; training continues with it.
 """
 
 import importlib.util
@@ -60,7 +60,7 @@ class RunSpec:
     identity: dict[str, Any]  # what may not change on resume
     history: History | None  # of batch sizes and data orders; None without training data
     changes: list[str]  # settings that changed since the checkpoint
-    warnings: list[str]  # what is allowed and probably not meant
+    warnings: list[str]  # about settings that are allowed and probably not intended
 
     @property
     def folder(self) -> Path | None:
@@ -79,7 +79,7 @@ class RunSpec:
         return _batch_sizes(self.config, self.processes)
 
     def evaluation_steps(self, split: str, iterations: int) -> int:
-        """How many batches of a split are evaluated: `iterations`, of an additional set at most all of its batches."""
+        """The batches of a split to evaluate: at most all that an additional set has."""
         if split in ("validation", "test"):
             return iterations
         return min(iterations, self.dataset.sequences(split) // self.batch_size)
@@ -157,7 +157,10 @@ class _Problems:
         self.found: list[str] = []
 
     def attempt(self, action: Callable[[], T], setting: str = "data.path") -> T | None:
-        """The action's result, or None after a UserError. `setting`: what to change, if the error names no setting."""
+        """Return the action's result, or None after a UserError.
+
+        `setting`: the one at fault if the error names none.
+        """
         try:
             with locating(self.document, TrainConfig, setting):
                 return action()
@@ -222,7 +225,7 @@ def _check_dataset(
     loaded: tokenizer.Loaded | None,
     problems: _Problems,
 ) -> None:
-    """Compare the data with vocabulary and tokenizer, and its splits with what they are used for."""
+    """Check the data's vocabulary and tokenizer, and that each split has enough sequences."""
     training = config.training
     fingerprint = None if loaded is None else loaded.fingerprint
     vocabulary = config.model.base_model.vocab_size
@@ -251,7 +254,10 @@ def _check_dataset(
 def _model_files(
     pretrained: PretrainedModel, dataset: Dataset, loaded: tokenizer.Loaded | None
 ) -> tuple[dict[str, bytes], SpecialTokens]:
-    """The files that exports get, and the ids of BOS and EOS: the pretrained model's, else those of the data."""
+    """The files that exports get, and the ids of BOS and EOS.
+
+    They are the pretrained model's, else those of the prepared data.
+    """
     tokens: SpecialTokens = {"bos": None, "eos": None}
     own: dict[str, bytes] = {}
     if loaded is not None:
@@ -279,8 +285,10 @@ def _find_checkpoint(folder: Path | None, problems: _Problems) -> Path | None:
     if checkpoint is None and (unusable := checkpoints.unusable(root)):
         problems.add(
             [
-                f"run.experiment_dir: no checkpoint in {root} is whole (of {len(unusable)}; `fast-llm verify` says what"
-                " is wrong), and the run would begin anew; repair them, move them away, or choose another folder"
+                f"run.experiment_dir: no checkpoint in {root} is whole (of {len(unusable)};"
+                " `fast-llm verify` says what"
+                " is wrong), and the run would begin anew; repair them, move them away, or choose"
+                " another folder"
             ]
         )
     return checkpoint
@@ -324,7 +332,8 @@ def _resume(
     if manifest.step > config.training.train_iters:
         problems.add(
             [
-                f"training.train_iters: given {config.training.train_iters}, but {checkpoint} has {manifest.step} steps"
+                f"training.train_iters: given {config.training.train_iters}, but {checkpoint} has"
+                f" {manifest.step} steps"
                 " behind it; raise it, or choose another run.experiment_dir"
             ]
         )
@@ -338,7 +347,9 @@ def _continue_history(
     batch_size: int,
     dataset: Dataset,
 ) -> tuple[History | None, list[str]]:
-    """Bring the history up to the current settings, and have the data follow it; what changes for the data, in words.
+    """Bring the history up to the current settings, and apply it to the data.
+
+    Returns it with descriptions of what changes for the data.
 
     `info`: of the checkpoint's manifest.
     """
@@ -373,7 +384,7 @@ def _warnings(
     parameters: int,
     resumed: _Resumed,
 ) -> list[str]:
-    """What is allowed and probably not meant, one line each."""
+    """Warnings about settings that are allowed and probably not intended, one line each."""
     folder = experiment_folder(document)
     about_settings = (
         _long_sequences(config, pretrained.folder),
@@ -394,7 +405,11 @@ def _nothing_saved(config: TrainConfig) -> str:
     if training.checkpoint.interval is None and training.export.interval is None:
         return f"Nothing that is trained will be saved: set {state} or {model}"
     if training.checkpoint.interval is None:
-        return "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to save its state"
+        return (
+            "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to"
+            " save"
+            " its state"
+        )
     return ""
 
 
@@ -406,6 +421,7 @@ def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> str:
     if pretrained_folder is not None:
         where = f"max_position_embeddings of {pretrained_folder}/config.json"
     return (
-        f"batch.sequence_length: given {length}, above {where}, {most}: positions from {most} on are new to the model,"
+        f"batch.sequence_length: given {length}, above {where}, {most}: positions from {most} on"
+        " are new to the model,"
         " and other programs may refuse them. Lower it, or raise the other"
     )

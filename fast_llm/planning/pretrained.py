@@ -1,8 +1,8 @@
 """The pretrained model that a run starts from: its folder, its config.json, and its small files.
 
-Its config.json is laid under the configuration, so that settings of the model need not be repeated. A folder, a model on
-the Hugging Face Hub and a checkpoint of another run can be named; a resumed run may have lost the first two and then
-uses the copy in its experiment folder.
+Its config.json is laid under the configuration, so that settings of the model need not be repeated.
+A folder, a model on the Hugging Face Hub and a checkpoint of another run can be named; a resumed
+run may have lost the first two and then uses the copy in its experiment folder.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from fast_llm.models import llama
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """What is known of a pretrained model before its weights are read; all of it is empty if there is none."""
+    """What is known of a pretrained model before its weights are read; empty if there is none."""
 
     folder: Path | None = None
     config: dict[str, Any] | None = None  # config.json
@@ -42,7 +42,9 @@ def experiment_folder(document: Document) -> Path | None:
 
 
 def with_pretrained_model(document: Document, weights: bool) -> tuple[Document, PretrainedModel]:
-    """The document with the settings of the pretrained model's config.json under it, and that model.
+    """Complete the document by the settings of the pretrained model's config.json.
+
+    Returns both the document and the model.
 
     `weights`: also fetch those of a model on the Hub. Raises ConfigError.
     """
@@ -88,7 +90,7 @@ def _read(folder: Path) -> PretrainedModel:
 
 
 def _of_checkpoint(document: Document, checkpoint: Path) -> PretrainedModel:
-    """A checkpoint as pretrained model; its run's folder has the config.json and the small files."""
+    """A checkpoint as pretrained model, with config.json and small files of its run's folder."""
     kept = checkpoint.parent.parent / "pretrained"
     config = (
         huggingface.read_json(kept / "config.json") if (kept / "config.json").exists() else None
@@ -102,7 +104,7 @@ def _of_checkpoint(document: Document, checkpoint: Path) -> PretrainedModel:
 
 
 def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config.json with the head and the sequence length that a checkpoint's manifest records."""
+    """A run's config.json with the head and sequence length that a checkpoint records."""
     settings = info.get("settings") or {}
     with suppress(KeyError, TypeError):
         config = config | {
@@ -114,7 +116,7 @@ def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, An
 
 
 def _with_untied_head(document: Document, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json, with untied embeddings if the user asks for the separate head that the weights have."""
+    """The config.json, untied if the user asks for the separate head that the weights have."""
     asked = document.get("model.base_model.tie_word_embeddings") is False
     tied = config.get("tie_word_embeddings")
     if not asked or not tied or document.get("pretrained.format") == "distributed":

@@ -1,6 +1,7 @@
 """What a person reads before a run: the run, its memory on several GPUs, and layouts compared.
 
-The functions that end in `_rows` return labels and texts, for any presentation; the others lay them out as text.
+The functions that end in `_rows` return labels and texts, for any presentation; the others lay them
+out as text.
 """
 
 from collections.abc import Iterable
@@ -59,21 +60,25 @@ def run_rows(spec: RunSpec) -> Rows:
     rows = [
         (
             "Model",
-            f"{spec.cost.parameters:,} parameters: {transformer.num_layers} layers of {transformer.hidden_size},"
-            f" {transformer.num_attention_heads} heads in {transformer.head_groups} groups, vocabulary"
+            f"{spec.cost.parameters:,} parameters: {transformer.num_layers} layers of"
+            f" {transformer.hidden_size},"
+            f" {transformer.num_attention_heads} heads in {transformer.head_groups} groups,"
+            " vocabulary"
             f" {config.model.base_model.vocab_size:,}",
         ),
         ("Start", _start(spec)),
         (
             "Precision",
-            f"computes in {config.model.distributed.training_dtype}{fp8}; fp32 weights and gradients,"
+            f"computes in {config.model.distributed.training_dtype}{fp8}; fp32 weights and"
+            " gradients,"
             f" {_MOMENTS[config.optimizer.moments_dtype]} moments",
         ),
         ("Processes", _processes(spec)),
         ("Batch", _batch(spec)),
         (
             "Training",
-            f"{training.train_iters:,} steps of {tokens:,} tokens = {training.train_iters * tokens:,} tokens,"
+            f"{training.train_iters:,} steps of {tokens:,} tokens ="
+            f" {training.train_iters * tokens:,} tokens,"
             f" {flops:.3g} floating-point operations",
         ),
     ]
@@ -164,7 +169,8 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
         rows.append(
             (
                 "Validation",
-                f"at the start, every {training.validation.interval:,} steps and at the end, on the same"
+                f"at the start, every {training.validation.interval:,} steps and at the end, on the"
+                " same"
                 f" {measured:,} of {dataset.tokens('validation'):,} tokens"
                 + "".join(f"; {name}" for name in dataset.validation_sets),
             )
@@ -195,7 +201,8 @@ def _saving_rows(spec: RunSpec) -> Rows:
         rows.append(
             (
                 "Exports",
-                f"every {export.interval:,} steps, {format_bytes(size)} each, {format_bytes(size * count)} in all",
+                f"every {export.interval:,} steps, {format_bytes(size)} each,"
+                f" {format_bytes(size * count)} in all",
             )
         )
     if spec.folder is not None:
@@ -204,14 +211,15 @@ def _saving_rows(spec: RunSpec) -> Rows:
         rows.append(
             (
                 "Disk",
-                f"{format_bytes(free_bytes(spec.folder))} free at {spec.folder}, this run takes {total} at most",
+                f"{format_bytes(free_bytes(spec.folder))} free at {spec.folder}, this run takes"
+                f" {total} at most",
             )
         )
     return rows
 
 
 def _background(spec: RunSpec, checkpoint_size: int) -> str:
-    """Whether training waits for checkpoints, else the host memory that writing in the background takes."""
+    """Whether training waits for checkpoints, or the host memory that background saving takes."""
     if not spec.config.training.checkpoint.background:
         return "; training waits for them"
     distributed = spec.config.model.distributed
@@ -226,12 +234,12 @@ def _background(spec: RunSpec, checkpoint_size: int) -> str:
 
 
 def describe_memory(config: TrainConfig, processes: int) -> str:
-    """What a process needs of several GPUs' memory, as text."""
+    """The memory that a process needs on several GPUs, as text."""
     return "\n".join(_lay_out(memory_rows(config, processes), 14))
 
 
 def memory_rows(config: TrainConfig, processes: int) -> Rows:
-    """What a process needs of several GPUs' memory, and which micro-batch would be the fastest on each."""
+    """The memory that a process needs on several GPUs, and the fastest micro-batch on each."""
     rows: Rows = []
     for name, gigabytes in _MEMORY_CLASSES.items():
         device = DEVICES[name]
@@ -282,7 +290,10 @@ class LayoutReport:
 
 
 def compare_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> LayoutReport:
-    """Forecast the configured layout, and search for faster ones. Raises ConfigError without batch_size."""
+    """Forecast the configured layout, and search for faster ones.
+
+    Raises ConfigError if batch_size is not given.
+    """
     require_batch_size(config)
     config = resolve_auto(config, processes, device.memory, "cuda")
     fastest = fastest_layouts(config, processes, device)
@@ -312,7 +323,8 @@ def describe_layouts(config: TrainConfig, processes: int, device: DeviceSpec) ->
             lines.append("  nothing to change")
     else:
         lines.append(
-            "None: the batch has too few sequences for so many, or the model is too large for so few."
+            "None: the batch has too few sequences for so many, or the model is too large for so"
+            " few."
         )
     lines += ["", "By number of GPUs", "", *_table(report.by_gpus)]
     return "\n".join(lines)
@@ -362,7 +374,8 @@ def forecast_rows(one: Forecast) -> Rows:
         (
             "Layout",
             f"{layout.processes} × {one.device.name.upper()}: {_arrangement(layout)};"
-            f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute {layout.recompute},"
+            f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute"
+            f" {layout.recompute},"
             f" {_MOMENTS_OF[one.workload.moment_bytes]} moments",
         ),
         (
@@ -372,7 +385,8 @@ def forecast_rows(one: Forecast) -> Rows:
         ("", f"most {one.peak.name}: {held}"),
         (
             "Step",
-            f"{one.seconds:.3g} s for {one.workload.batch_size * one.workload.sequence_length:,} tokens:"
+            f"{one.seconds:.3g} s for {one.workload.batch_size * one.workload.sequence_length:,}"
+            " tokens:"
             f" {one.gpu_tokens_per_second:,.0f} tokens/s a GPU, MFU {one.mfu:.1%}",
         ),
         ("", spent),

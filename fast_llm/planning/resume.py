@@ -1,7 +1,7 @@
-"""Resuming from a checkpoint: is its manifest training's own, and what changed since it was written?
+"""Resuming: whether a checkpoint was written by training, and which settings changed since.
 
-Settings that decide what is trained may change only by consent (`run.accept_changes`), the model's shape never. All other
-changes are listed. It reads one manifest, no tensors.
+Settings that decide what is trained may change only by consent (`run.accept_changes`), the model's
+shape never. All other changes are listed. It reads one manifest, no tensors.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _MODEL = "model.base_model"
 
 
 def run_identity(config: TrainConfig, batch_size: int, dataset: Dataset) -> dict[str, Any]:
-    """What decides what is trained, by name: fixed settings, the data's content, the model's shape."""
+    """All that decides what is trained: fixed settings, the data's content, the model's shape."""
     values = config.model_dump(mode="json")
     identity = {name: _value_at(values, name) for name in _FIXED}
     identity["batch.batch_size"] = batch_size
@@ -89,7 +89,10 @@ class _Info(BaseModel):
 
 
 def check_info(path: Path, manifest: checkpoints.Manifest) -> bool:
-    """Raise CheckpointError if training did not write this manifest: a file may have a valid digest and any content."""
+    """Raise CheckpointError if training did not write this manifest.
+
+    A valid digest alone does not prove that.
+    """
     try:
         info = _Info.model_validate(manifest.info)
         problem = ""
@@ -100,7 +103,8 @@ def check_info(path: Path, manifest: checkpoints.Manifest) -> bool:
         problem = f"{'.'.join(map(str, ('info', *first['loc'])))}: {first['msg'].lower()}"
     if problem:
         raise CheckpointError(
-            f"{path / checkpoints.MANIFEST}: {problem}; training did not write this: delete {path}, or take another"
+            f"{path / checkpoints.MANIFEST}: {problem}; training did not write this: delete {path},"
+            " or take another"
         )
     return True
 
@@ -108,14 +112,18 @@ def check_info(path: Path, manifest: checkpoints.Manifest) -> bool:
 def compare(
     info: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any], checkpoint: Path
 ) -> tuple[list[str], list[str]]:
-    """Compare a run's settings with those in a checkpoint's manifest: changes without consent, and all changes."""
+    """Compare a run's settings with those in a checkpoint's manifest.
+
+    Returns problems, which are changes without consent, and all changes.
+    """
     problems, changes = [], []
     for name, value in identity.items():
         before = info["identity"].get(name)
         if before == value:
             continue
-        changes.append(f"{name}: {format_value(before)} → {format_value(value)}")
-        wrong = f"{name}: given {format_value(value)}, but {checkpoint} was trained with {format_value(before)}"
+        given, trained = format_value(value), format_value(before)
+        changes.append(f"{name}: {trained} → {given}")
+        wrong = f"{name}: given {given}, but {checkpoint} was trained with {trained}"
         if name.startswith(_MODEL):
             problems.append(f"{wrong}; a model cannot change its shape")
         elif not _is_accepted(name, config.run.accept_changes):

@@ -1,7 +1,8 @@
 """Which layouts are worth a try, which of those that fit is the fastest, and what `auto` becomes.
 
-`resolve_auto` is the only place where `auto` turns into a value; `ParallelLayout`, `Workload` and the trainer see only
-configurations without it. A search tries a few thousand layouts, in a second or two.
+`resolve_auto` is the only place where `auto` turns into a value; `ParallelLayout`, `Workload` and
+the trainer see only configurations without it. A search tries a few thousand layouts, in a second
+or two.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,12 +67,16 @@ def is_allowed(config: TrainConfig, processes: int) -> bool:
 
 
 def require_batch_size(config: TrainConfig) -> int:
-    """The sequences of a step, which do not change with the layout. Raises ConfigError if they are not given."""
+    """The sequences of a step, which do not change with the layout.
+
+    Raises ConfigError if batch_size is not given.
+    """
     if config.batch.batch_size is not None:
         return config.batch.batch_size
     raise ConfigError(
         [
-            "batch.batch_size: missing: without it the batch grows with the number of processes; give it to compare layouts"
+            "batch.batch_size: missing: without it the batch grows with the number of processes;"
+            " give it to compare layouts"
         ]
     )
 
@@ -87,10 +92,13 @@ def model_flops(config: TrainConfig) -> float:
 def resolve_auto(
     config: TrainConfig, processes: int, memory: float, device_kind: str
 ) -> TrainConfig:
-    """Replace `auto` by values, for processes with `memory` bytes each on a device_kind: cuda, cpu or UPCASTING_CPU.
+    """Replace `auto` by values, for processes with `memory` bytes each.
 
-    `moments_dtype` becomes fp32 where that fits without recomputing matmuls, else bf16. `micro_batch_size` becomes the
-    fastest that fits, with more recomputation than `mlp_recompute_level` if needed; 1 where none fits.
+    `device_kind`: cuda, cpu or UPCASTING_CPU.
+
+    `moments_dtype` becomes fp32 where that fits without recomputing matmuls, else bf16.
+    `micro_batch_size` becomes the fastest that fits, with more recomputation than
+    `mlp_recompute_level` if needed; 1 where none fits.
     """
     any_rows = config.batch.micro_batch_size == "auto"
     moments = config.optimizer.moments_dtype
@@ -110,7 +118,9 @@ def resolve_auto(
 def _fitting(
     config: TrainConfig, processes: int, memory: float, device_kind: str, moments: str
 ) -> Iterator[tuple[float, TrainConfig]]:
-    """For each micro-batch size the configuration with the least recomputation that fits, and its speed.
+    """For each micro-batch size, the configuration with the least recomputation that fits.
+
+    Yields its speed and the configuration.
 
     The speed is that of an H100: it ranks them on any device.
     """
@@ -135,7 +145,7 @@ def _fitting(
 
 
 def resolve_run(spec: RunSpec, memory: float, device_kind: str) -> RunSpec:
-    """Resolve `auto` for the device that a run starts on; a resumed run keeps the dtype of its moments."""
+    """Resolve `auto` on the device of a run; a resumed run keeps the dtype of its moments."""
     config = spec.config
     if spec.checkpoint is not None and config.optimizer.moments_dtype == "auto":
         before = checkpoints.read_manifest(spec.checkpoint).info["settings"]["optimizer"]
@@ -155,7 +165,7 @@ def forecast_config(config: TrainConfig, processes: int, device: DeviceSpec) -> 
 
 
 def candidates(config: TrainConfig, processes: int) -> Iterator[Settings]:
-    """Layouts that are worth a try. The batch stays; how it is divided into micro-batches changes."""
+    """Layouts that are worth a try. Each keeps the batch and divides it differently."""
     sequence, size = config.batch.sequence_length, require_batch_size(config)
     for tensor, context, pipeline in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
         data, rest = divmod(processes, tensor * context * pipeline)
@@ -216,7 +226,7 @@ def fastest_layouts(
 def _least_recomputation(
     workloads: list[Workload], layout: ParallelLayout, device: DeviceSpec, flops: float
 ) -> Forecast | None:
-    """The forecast with the least recomputation that fits; with each, the first workload that fits."""
+    """The forecast with the least recomputation, and then the first workload, that fits."""
     for level in RECOMPUTE_LEVELS:
         for workload in workloads:
             one = forecast(workload, replace(layout, recompute=level), device, flops)

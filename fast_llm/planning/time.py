@@ -1,9 +1,10 @@
 """Time of a step on a kind of GPU, computed before there is a cluster.
 
-A step's seconds are a sum: floating-point operations of matmuls and of attention at the rates that a GPU sustains, bytes
-that everything else moves in its memory, bytes sent between GPUs that nothing overlaps, and the pipeline bubble.
-docs/planning.md has the formulas with their sources, and a comparison with measured and published speeds. Nothing is
-fitted to them. Only arithmetic: a forecast takes microseconds.
+A step's seconds are a sum: floating-point operations of matmuls and of attention at the rates that
+a GPU sustains, bytes that everything else moves in its memory, bytes sent between GPUs that nothing
+overlaps, and the pipeline bubble. docs/planning.md has the formulas with their sources, and a
+comparison with measured and published speeds. Nothing is fitted to them. Only arithmetic: a
+forecast takes microseconds.
 """
 
 from collections import defaultdict
@@ -62,7 +63,7 @@ class Forecast:
 
     @property
     def limit(self) -> str:
-        """The part that takes most of a step, and the largest other part that another layout could avoid."""
+        """The largest part of a step, and the largest other part that a layout could avoid."""
         first, *others = sorted(self.parts, key=lambda part: -self.parts[part])
         avoidable = (part for part in others if part not in ("attention", "matmuls"))
         shown = [first, *[part for part in (next(avoidable, None),) if part is not None]]
@@ -72,7 +73,10 @@ class Forecast:
 def forecast(
     workload: Workload, layout: ParallelLayout, device: DeviceSpec, model_flops: float
 ) -> Forecast:
-    """Forecast a step: the pipeline rank with the most work gives the time, the one with the most memory the peak."""
+    """Forecast a step.
+
+    The pipeline rank with the most work gives the time, the one with the most memory the peak.
+    """
     ranks = range(layout.pipeline)
     steps = [StepTime(LocalSizes(workload, layout, "cuda", rank), device).parts() for rank in ranks]
     slowest = max(steps, key=lambda parts: sum(parts.values()))
@@ -120,8 +124,8 @@ class StepTime:
                 10 * s.vocabulary * s.hidden + 4 * s.stream
             )
         if s.mixed_precision or s.sharded:
-            # Low-precision gradients into fp32 sums, or towards their reduction. One GPU's matmuls and cross entropy
-            # accumulate in fp32 themselves: they read and write the sums.
+            # Low-precision gradients into fp32 sums, or towards their reduction. One GPU's matmuls
+            # and cross entropy accumulate in fp32 themselves: they read and write the sums.
             fused = 0
             if not s.sharded and self.workload.split_masters:
                 fused = s.parameters - s.outside_parameters
@@ -138,7 +142,7 @@ class StepTime:
     # On the GPU itself.
 
     def matmul(self, rows: int, columns: int, inner: int, fp8: bool = False) -> float:
-        """Seconds of a matmul [rows, inner] · [inner, columns], with reading its factors and writing its result."""
+        """Seconds of a matmul [rows, inner] · [inner, columns], including its memory traffic."""
         s, device = self.s, self.device
         rate = device.fp32_flops if s.dtype_bytes == 4 else device.matmul_flops * (1 + fp8)
         factors = (1 if fp8 else s.dtype_bytes) * (rows * inner + inner * columns)
@@ -146,7 +150,7 @@ class StepTime:
         return 2 * rows * columns * inner / rate + moved / device.memory_bandwidth
 
     def memory_traffic(self, size: float) -> float:
-        """Seconds to read and write `size` bytes in all."""
+        """Seconds to read and write `size` bytes in total."""
         return size / self.device.memory_bandwidth
 
     @cached_property
@@ -168,8 +172,8 @@ class StepTime:
     def fp8_quantization(self) -> tuple[float, float]:
         """Quantization for a block's fp8 matmuls, forward and backward.
 
-        Bytes a number: 2 for the absolute maximum; 2 read and 2 written in both orders, of weights 2 and 1 in one
-        order. Gradients of weights pass through bf16.
+        Bytes a number: 2 for the absolute maximum; 2 read and 2 written in both orders, of weights
+        2 and 1 in one order. Gradients of weights pass through bf16.
         """
         s = self.s
         if not self.workload.fp8:
@@ -197,7 +201,7 @@ class StepTime:
 
     @cached_property
     def elementwise(self) -> dict[str, tuple[float, float]]:
-        """Norms with residuals, rotary embedding and gate of a block, forward and backward: bytes of each kernel."""
+        """Norms with residuals, rotary embedding and gate of a block, forward and backward."""
         s, w = self.s, self.s.dtype_bytes
         rotated = s.tokens * (s.query_size + s.key_size)
         if self.layout.compiled:
@@ -249,7 +253,7 @@ class StepTime:
 
     @cached_property
     def head(self) -> Seconds:
-        """Head and cross entropy of a micro-batch: three matmuls, bytes of the logits and of the head's gradient."""
+        """Head and cross entropy of a micro-batch: three matmuls, traffic of logits and gradient."""
         s = self.s
         logits, weights = s.tokens * s.vocabulary, s.vocabulary * s.hidden
         logit_bytes = {"torch": 26, "fused": 34}.get(self.workload.loss, 3 * s.dtype_bytes)
@@ -265,7 +269,7 @@ class StepTime:
 
     @cached_property
     def optimizer(self) -> float:
-        """Gradient norm and update: gradients are read twice, masters and moments read and written."""
+        """Norm and update: gradients are read twice, masters and moments read and written."""
         s = self.s
         weight_bytes = 16.0 + 2 * self.workload.moment_bytes
         if not s.sharded and s.mixed_precision and not self.workload.split_masters:
@@ -276,7 +280,7 @@ class StepTime:
     # Communication.
 
     def ring(self, size: float, members: int, stride: int, times: float = 1) -> float:
-        """Seconds of an all-gather of `size` bytes in all, or a reduce-scatter of them, in a ring.
+        """Seconds of an all-gather, or a reduce-scatter, of `size` bytes in total in a ring.
 
         `stride`: ranks from one member to the next. `times`: how many of these collectives.
         """
@@ -304,7 +308,10 @@ class StepTime:
 
     @cached_property
     def block_communication(self) -> float:
-        """Tensor and context parallelism's collectives of a block and micro-batch; nothing is computed meanwhile."""
+        """Collectives of tensor and context parallelism, of a block and micro-batch.
+
+        Nothing is computed meanwhile.
+        """
         s, layout = self.s, self.layout
         tensor = self.ring(s.normed, layout.tensor, 1, 8)
         all_keys = 2 * s.keys * layout.context
@@ -328,7 +335,7 @@ class StepTime:
         return self.ring(size, copies, self.strides["copies"], 2)
 
     def sharding_communication(self, forward: float, backward: float) -> float:
-        """Seconds of a step by which gathering weights and reducing gradients exceed what is computed meanwhile.
+        """Seconds of a step that gathers of weights and reductions of gradients are exposed.
 
         `forward`, `backward`: seconds of a block's computation.
         """
@@ -346,7 +353,8 @@ class StepTime:
                 + s.layers * self._sum_over_copies(block)
                 + self._sum_over_copies(outside)
             )
-        # The embedding is gathered before anything is computed, and reduced when nothing is left to compute.
+        # The embedding is gathered before anything is computed, and reduced when nothing is left to
+        # compute.
         embedding = outside - s.head_parameters
         head_gather = max(0.0, gather(s.head_parameters) - forward)
         head_reduce = max(0.0, reduce(s.head_parameters) - backward)
@@ -364,7 +372,7 @@ class StepTime:
         return layout.micro_batches * (gathers + again) + copies
 
     def _exposed_sum_over_copies(self, backward: float) -> float:
-        """What summing gradients over sharding groups adds to the last micro-batch's backward pass."""
+        """Seconds that summing gradients over sharding groups adds to the last backward pass."""
         s, layout = self.s, self.layout
         if layout.replicas == layout.shards:
             return 0.0
@@ -378,8 +386,8 @@ class StepTime:
     def bubble_micro_batches(self) -> float:
         """Micro-batches for whose time a process of a pipeline waits in a step.
 
-        (p - 1) / v for p processes with v stages each (Narayanan et al. 2021), a third of it with zero-bubble
-        schedules (Qi et al. 2023), each time that the pipeline is filled.
+        (p - 1) / v for p processes with v stages each (Narayanan et al. 2021), a third of it with
+        zero-bubble schedules (Qi et al. 2023), each time that the pipeline is filled.
         """
         layout = self.layout
         if layout.pipeline == 1:
