@@ -1,7 +1,7 @@
 """Activations of a block and tensors of the cross entropy, in bytes.
 
 One function a group of tensors that `model/` holds at the same time; sizes are of one process and
-micro-batch (`LocalSizes`). docs/planning.md has the formulas. Only arithmetic.
+micro-batch (`LocalSizes`). docs/forecasts.md has the formulas. Only arithmetic.
 """
 
 from fast_llm.planning.layout import LocalSizes

@@ -144,7 +144,7 @@ class Workload:
 class LocalSizes:
     """The sizes of one process's share of a step.
 
-    The letters of docs/planning.md: T `tokens`, R `stream_tokens`, E `hidden`, A `query_size`, K
+    The letters of docs/forecasts.md: T `tokens`, R `stream_tokens`, E `hidden`, A `query_size`, K
     `key_size`, F `ffn`, V `vocabulary`, w `dtype_bytes`. Tensors of a micro-batch are given in
     bytes: `stream` [R, E], `normed` [T, E], `queries` [T, A], `keys` [T, K] (as many for values),
     `mlp` [T, F].

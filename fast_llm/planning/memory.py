@@ -2,7 +2,7 @@
 
 Nothing is measured or fitted: each term is a tensor that `model/`, `parallel/`, `optim/` or FSDP2
 holds in that phase. `activations.py` gives the bytes of one block; `ProcessMemory` adds up each
-phase. docs/planning.md has the formulas and a comparison with measured peaks. Only arithmetic: a
+phase. docs/forecasts.md has the formulas and a comparison with measured peaks. Only arithmetic: a
 forecast takes microseconds.
 """
 

@@ -2,7 +2,7 @@
 
 A step's seconds are a sum: floating-point operations of matmuls and of attention at the rates that
 a GPU sustains, bytes that everything else moves in its memory, bytes sent between GPUs that nothing
-overlaps, and the pipeline bubble. docs/planning.md has the formulas with their sources, and a
+overlaps, and the pipeline bubble. docs/forecasts.md has the formulas with their sources, and a
 comparison with measured and published speeds. Nothing is fitted to them. Only arithmetic: a
 forecast takes microseconds.
 """
