@@ -1,9 +1,9 @@
-"""Compare what `fast-llm plan` forecasts with published and with measured speeds.
+"""Compare the forecasts of `fast-llm plan` with published and measured speeds.
 
     PYTHONPATH=. python benchmarks/forecast.py            (a second, on any machine)
 
-Each row is our own step with the settings nearest to the published run's; other software is not
-modelled. docs/forecasts.md has the tables.
+Each row forecasts our step with the settings nearest to those of the published run. Other software
+is not modelled. docs/forecasts.md has the tables.
 """
 
 from typing import NamedTuple

@@ -1,10 +1,11 @@
-"""One GPU: how fast its kernels and training are. (That they are right is what `python -m tests.gpu` shows.)
+"""Speed of kernels and of training on one GPU.
 
-    PYTHONPATH=. python benchmarks/gpu.py            (five minutes; needs PyTorch for CUDA, Triton, pydantic)
+    PYTHONPATH=. python benchmarks/gpu.py
 
-Prints the machine, then times of kernels, then tokens/s from the runs' own metrics. Random tokens
-and weights: no network, no data. Each run warms up over its first log intervals; the median of the
-rest counts.
+Takes five minutes; needs PyTorch for CUDA, Triton and pydantic. Prints the machine, the times of
+kernels, then tokens/s from the runs' own metrics. Tokens and weights are random: no network, no
+data. The first log intervals of each run are warm-up; the median of the others counts.
+`python -m tests.gpu` tests correctness.
 """
 
 import json
@@ -69,7 +70,7 @@ def library(prefix: Path) -> None:
 
 
 def packed(folder: Path) -> None:
-    """Documents that change with every micro-batch, compiled and not: the blocks are compiled for all of them at once."""
+    """Train on documents that differ in each micro-batch, compiled (once for all) and not."""
     library(folder / "library")
     shape = [
         *SMOL,
@@ -85,7 +86,8 @@ def packed(folder: Path) -> None:
         )
         found[compiled] = statistics.median(r["tokens_per_sec_per_gpu"] for r in records[5:])
         print(
-            f"packed documents, compile_all {compiled}: {found[compiled]:,.0f} tokens/s, loss {records[-1]['language_model_loss']:.4f}"
+            f"packed documents, compile_all {compiled}: {found[compiled]:,.0f} tokens/s, loss"
+            f" {records[-1]['language_model_loss']:.4f}"
         )
     assert found["yes"] > 1.1 * found["no"]
 
@@ -134,13 +136,15 @@ def speed(folder: Path) -> None:
         rates = [r["tokens_per_sec_per_gpu"] for r in records[4:]]
         last = records[-1]
         print(
-            f"{name}: {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}),"
-            f" {last['model_tflops']:.0f} TFLOP/s, MFU {100 * (last['mfu'] or 0):.1f} %, peak {last['global_max_reserved'] / 1024:.1f} GiB"
+            f"{name}: {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to"
+            f" {max(rates):,.0f}),"
+            f" {last['model_tflops']:.0f} TFLOP/s, MFU {100 * (last['mfu'] or 0):.1f} %, peak"
+            f" {last['global_max_reserved'] / 1024:.1f} GiB"
         )
 
 
 def long_context() -> None:
-    """131,072 tokens over 8 processes, one document, the heads of Llama-3.1-8B: what the first and the last have to do."""
+    """Attention of the first and last of 8 processes: one document of 131,072 tokens, 8B heads."""
     from fast_llm.model.attention import varlen_attention
     from fast_llm.parallel.context import _varlen_qkv
 
@@ -182,7 +186,8 @@ def long_context() -> None:
             f"{name} {statistics.median(found[1:]):.1f} ms" for name, found in times.items()
         )
         print(
-            f"131,072 tokens over 8, process {rank}: {shown}; keys and values gathered: {both.nbytes / 1e6:.0f} MB"
+            f"131,072 tokens over 8, process {rank}: {shown}; keys and values gathered:"
+            f" {both.nbytes / 1e6:.0f} MB"
         )
 
 
@@ -220,7 +225,8 @@ def norms() -> None:
                 "; ".join(f"{name} {time:.0f}" for name, time in one if time > 2) for one in took
             ]
             print(
-                f"RMSNorm and residual, {tokens} x {width} in {dtype}: us, forward and backward: ours {named[0]};"
+                f"RMSNorm and residual, {tokens} x {width} in {dtype}: us, forward and backward:"
+                f" ours {named[0]};"
                 f" the compiler's {named[1]}; four passes of memory: {4 * x.nbytes / 4.2e6:.0f} us"
             )
 
@@ -239,8 +245,10 @@ def factors() -> None:
             )
             largest = triton_time(partial(torch.ops.fast_llm.amax, x))
             print(
-                f"{size} to {dtype} in both orders {1e3 * both:.0f} us, transposed alone {1e3 * one:.0f}, the greatest"
-                f" {1e3 * largest:.0f}; by memory {', '.join(f'{n * x.numel() / 4.2e6:.0f}' for n in (4, 3, 2))}"
+                f"{size} to {dtype} in both orders {1e3 * both:.0f} us, transposed alone"
+                f" {1e3 * one:.0f}, the greatest"
+                f" {1e3 * largest:.0f}; by memory"
+                f" {', '.join(f'{n * x.numel() / 4.2e6:.0f}' for n in (4, 3, 2))}"
             )
 
 

@@ -1,16 +1,16 @@
-"""Several GPUs of one host: that every kind of layout trains what one GPU trains, that runs survive faults, and how fast.
+"""Several GPUs of one host: correctness of layouts, recovery from faults, and speed.
 
     PYTHONPATH=. python benchmarks/gpus.py [faults layouts speed]
 
-A quarter of an hour on two GPUs; needs PyTorch for CUDA, Triton and pydantic.
+Takes a quarter of an hour on two GPUs. Needs PyTorch for CUDA, Triton and pydantic.
 
-Faults: a process killed, the launcher told to stop, a process stopped as if it hung; each run is
-started again, and ends with the losses and norms of gradients, to the bit, of one that nothing
-happened to.
-
-A model of SmolLM2's widths and four layers, eight steps on the same random tokens, in fp32 and
-bf16: the greatest difference of losses and norms of gradients from those of one GPU, relative,
-bound beside. Then tokens/s of eight blocks of Llama-3.1-8B, on one GPU and on all.
+faults   A process is killed, the launcher is told to stop, or a process is stopped as if it hung.
+         Each run is started again and must end with the bits (losses, gradient norms) of an
+         undisturbed run.
+layouts  A model of SmolLM2's widths and four layers takes eight steps on the same random tokens, in
+         fp32 and bf16. The table has the largest relative difference of losses and gradient norms
+         from one GPU, and its bound.
+speed    Tokens/s of eight blocks of Llama-3.1-8B, on one GPU and on all.
 """
 
 import json
@@ -190,7 +190,8 @@ def faults(folder: Path, gpus: int) -> list[str]:
             line for line in said.splitlines() if "This run hung" in line or "stopped by" in line
         ]
         print(
-            f"{name}: exit code {run.returncode} after {seconds:.1f} s and {done} of 300 steps; {'; '.join(told[:2])};"
+            f"{name}: exit code {run.returncode} after {seconds:.1f} s and {done} of 300 steps;"
+            f" {'; '.join(told[:2])};"
             f" started again it ends {'with the same bits' if same else 'OTHERWISE'}",
             flush=True,
         )
@@ -203,7 +204,8 @@ def main() -> None:
     """Compare, then measure."""
     gpus = torch.cuda.device_count()
     print(
-        f"{gpus} x {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, NCCL {torch.cuda.nccl.version()}",
+        f"{gpus} x {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, NCCL"
+        f" {torch.cuda.nccl.version()}",
         flush=True,
     )
     wanted = sys.argv[1:] or ["faults", "layouts", "speed"]
@@ -276,7 +278,8 @@ def speed(folder: Path, gpus: int) -> None:
             print(
                 f"8 blocks of Llama-3.1-8B, {name}: {statistics.median(rates):,.0f} tokens/s a GPU"
                 f" ({min(rates):,.0f} to {max(rates):,.0f}),"
-                f" MFU {100 * (found[-1]['mfu'] or 0):.1f} %, peak {found[-1]['global_max_reserved'] / 1024:.1f} GiB",
+                f" MFU {100 * (found[-1]['mfu'] or 0):.1f} %, peak"
+                f" {found[-1]['global_max_reserved'] / 1024:.1f} GiB",
                 flush=True,
             )
 

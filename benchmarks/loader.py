@@ -1,11 +1,11 @@
-"""How fast sequences and batches come from token files that the system has in memory.
+"""Speed of reading sequences and batches from token files in the page cache.
 
     python benchmarks/loader.py [--tokens 200_000_000] [--document 400] [--length 4096] [--shards 8]
 
-Writes random token files of int32 to a temporary folder, documents of half to one and a half times
-`--document` tokens, and measures on one core: opening, reading sequences (`Dataset.read`), finding
-them (the permutation and the mixture alone), and whole batches (`Loader`: labels, positions and
-documents too) in the step itself and in threads. Writes a table in Markdown.
+Writes random int32 token files to a temporary folder, with documents of 0.5 to 1.5 times
+`--document` tokens. Measures on one core: opening, reading sequences (`Dataset.read`), finding them
+(permutation and mixture only), and complete batches (`Loader`: also labels, positions and
+documents), in the step itself and in threads. Prints a table in Markdown.
 """
 
 import argparse
@@ -111,11 +111,13 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}: {wanted.tokens:,} tokens in"
+        f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}:"
+        f" {wanted.tokens:,} tokens in"
         f" {wanted.shards} files, documents of {wanted.document}, sequences of {wanted.length}\n"
     )
     print(
-        "| sources | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2, M tokens/s |"
+        "| sources | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2, M"
+        " tokens/s |"
     )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +129,8 @@ def main() -> None:
             rate, finding = read_rate(dataset, wanted.length)
             batches = [batch_rate(dataset, wanted.length, workers) for workers in (0, 1, 2)]
             print(
-                f"| {len(dataset.splits['training'].sources)} | {opening * 1e3:.1f} | {finding * 1e6:.1f} | {rate / 1e6:.0f} | "
+                f"| {len(dataset.splits['training'].sources)} | {opening * 1e3:.1f} |"
+                f" {finding * 1e6:.1f} | {rate / 1e6:.0f} | "
                 + " | ".join(f"{batch / 1e6:.0f}" for batch in batches)
                 + " |"
             )

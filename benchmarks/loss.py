@@ -1,15 +1,15 @@
-"""What fewer bits do to the loss: the same model, data and steps in each format, on one GPU, or a smaller model on a CPU.
+"""Effect of low-precision formats on the loss: same model, data and steps in each format.
 
-    PYTHONPATH=. python benchmarks/loss.py fp8           products in fp8 (a GPU has to be an H100, an L40 or newer)
-    PYTHONPATH=. python benchmarks/loss.py moments       moments in fp32, bf16 and 8 bits
-                                                         (each five to ten minutes, or with the number of
-                                                         steps as a further word longer or shorter)
+    PYTHONPATH=. python benchmarks/loss.py fp8        matmuls in fp8 (H100, L40 or newer, or a CPU)
+    PYTHONPATH=. python benchmarks/loss.py moments    moments in fp32, bf16 and 8 bits
 
-A model of 12 layers of 576 learns Python's library byte by byte, a thousand steps of 16,384 tokens;
-on a CPU one of 3 layers of 192, of 1,024 tokens. Printed: the mean loss of the last 100 steps, and
-that of the validation at the end, in nats. What is compared with runs twice, with sums in another
-order, for the size of chance. Moments are compared with products in bf16 on a GPU, in fp32 on a
-CPU.
+Each takes five to ten minutes; a further argument is the number of steps. On a GPU the model has 12
+layers of width 576 and learns Python's library byte by byte, for 1,000 steps of 16,384 tokens. On a
+CPU it has 3 layers of width 192, and steps of 1,024 tokens.
+
+Prints the mean loss of the last 100 steps and the final validation loss, in nats. The reference
+runs twice, with sums in another order, to show the size of random differences. Moments are compared
+with bf16 matmuls on a GPU and fp32 ones on a CPU.
 """
 
 import json
@@ -80,7 +80,8 @@ def main() -> None:
         ]
         rate = statistics.median(r["tokens_per_sec_per_gpu"] for r in records[50:])
         print(
-            f"{name}: last hundred steps {last:.4f}, validation {evaluations[-1]:.4f}, {rate:,.0f} tokens/s",
+            f"{name}: last hundred steps {last:.4f}, validation {evaluations[-1]:.4f}, {rate:,.0f}"
+            " tokens/s",
             flush=True,
         )
 

@@ -1,10 +1,10 @@
-"""How fast `prepare` is, in tokens per second and core.
+"""Speed of `prepare`, in tokens per second and core.
 
     python benchmarks/prepare.py [--megabytes 20] [--vocabulary 32000] [--workers 1 2]
 
-The text is the source of Python's standard library; the tokenizer is trained on it, with Llama 3's
-way of cutting text. End to end: start workers, read, tokenize, write, flush to disk; in wall time,
-in which other programs on the machine count, and in processor time.
+The text is the source of Python's standard library. The tokenizer is trained on it, with Llama 3's
+pre-tokenization. Times include starting workers, reading, tokenizing, writing and flushing to disk.
+Wall time, which other programs affect, and processor time are both given.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def measure_prepare(texts: list[str], folder: Path, counts: list[int]) -> None:
             name = f"{count} workers, {size // 1024} KiB each"
             rate, each = tokens / seconds / 1e6, tokens / busy / 1e6
             print(
-                f"{name:32} {rate:8.2f} million tokens/s, {each:.2f} for each second of processor time; {seconds:.1f} s"
+                f"{name:32} {rate:8.2f} million tokens/s, {each:.2f} for each second of processor"
+                f" time; {seconds:.1f} s"
             )
 
 
@@ -112,7 +113,8 @@ def main() -> None:
         train_tokenizer(texts, arguments.vocabulary, folder)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         print(
-            f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters, {arguments.vocabulary} tokens"
+            f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters,"
+            f" {arguments.vocabulary} tokens"
         )
         measure_prepare(texts, folder, arguments.workers)
 

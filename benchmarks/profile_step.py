@@ -1,17 +1,19 @@
-"""Where the time of a step goes, and what it must take: a trace of torch.profiler as a table of floor, measured and gap, part by part.
+"""Compare the time of each part of a step with the least it could take.
 
-    PYTHONPATH=. python benchmarks/profile_step.py [--trace FILE] [--length 512] [--steps 3] [--rate FLOP/s] [--copy bytes/s]
+    PYTHONPATH=. python benchmarks/profile_step.py [--trace FILE] [--length 512] [--steps 3]
+                                                   [--rate FLOP/s] [--copy bytes/s]
 
-Without `--trace` it profiles the bf16 step of benchmarks/step_cpu.py on this machine. With one it
-reads what `training.profiling` or `export_chrome_trace` wrote, of the CPU or of a GPU, whose
-kernels are counted then and not the operations that start them. Parts are those of
-fast_llm/training/profile.py. `--rate` and `--copy`: what the device does of 2,048³ bf16 products,
-and of copying; measured here if they are not given.
+Without `--trace` it profiles the bf16 step of benchmarks/step_cpu.py on this machine. With it, it
+reads a trace that `training.profiling` or `export_chrome_trace` wrote, of a CPU or a GPU. Of a GPU
+kernels count, not the operations that launch them. Parts are those of fast_llm/training/profile.py.
+`--rate` and `--copy` are the device's speed of 2,048³ bf16 matmuls and of copying; by default they
+are measured here.
 
-floor      products at the rate, those of attention (the causal half, two forward and five backward) as well; of other parts every tensor
-           read or written once at the speed of copying; none where a trace has no shapes
-gap        what is measured beyond the floor, in percent of the step
-idle       time in which no operation ran: Python, and a GPU that waits
+floor      matmuls at the rate, including those of attention (causal half, two forward and five
+           backward); for other parts, every tensor read or written once at the speed of copying;
+           empty where a trace has no shapes
+gap        measured time beyond the floor, in percent of the step
+idle       time in which no operation ran: Python, or a GPU that waits
 """
 
 import argparse
@@ -90,7 +92,8 @@ def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
         gap = f"{(spent.once - floors[title]) / found.total:.1%}"
         shown = f"{least:.1f}" if least else "–"
         lines.append(
-            f"| {title} | {spent.calls // steps} | {shown} | {took:.1f} | {found.share(title):.1%} | {gap} |"
+            f"| {title} | {spent.calls // steps} | {shown} | {took:.1f} | {found.share(title):.1%}"
+            f" | {gap} |"
         )
     total, calls = (
         sum(floors.values()) / steps / 1e3,
@@ -101,7 +104,7 @@ def table(trace: dict[str, Any], steps: int, rate: float, copy: float) -> str:
 
 
 def rates() -> tuple[float, float]:
-    """What this CPU does of bf16 products in FLOP/s, and of copying in bytes/s, read and written."""
+    """This CPU's rate of bf16 matmuls, in FLOP/s, and of copying, in bytes/s read and written."""
     one, other = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     product, source = torch.empty_like(one), torch.ones(2**24)
     copied = torch.zeros_like(source)

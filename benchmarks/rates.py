@@ -1,11 +1,14 @@
-"""What one GPU can do in the parts of Llama-3.1-8B's training step: the rates that bound the whole.
+"""Measure the rates of one GPU that bound the training step of Llama-3.1-8B.
 
     PYTHONPATH=. python benchmarks/rates.py            (about two minutes; needs PyTorch for CUDA)
 
-Matrix products of the six shapes at 8,192 tokens in bf16, forward (x Wᵀ), by input (g W) and by
-weight (gᵀ x), the last also added to an fp32 sum; causal attention with 32 heads in 8 groups of
-128, by each backend, forward and backward, FLOPs of the causal half; a copy; and products without
-pause, with clock and power. Median and range of the repeats, after a warm-up of 0.3 s each.
+matmuls    the six shapes at 8,192 tokens in bf16: forward (x Wᵀ), gradient of the input (g W)
+           and of the weight (gᵀ x), the last also accumulated in fp32
+attention  causal, 32 heads in 8 groups of 128, each backend, forward and backward; FLOPs of the
+           causal half
+others     a copy; matmuls without pause, with clock and power
+
+Prints median and range of the repeats, after a warm-up of 0.3 s each.
 """
 
 import statistics
@@ -52,12 +55,16 @@ def rate(work: float, function: Callable[[], object]) -> str:
         times = seconds(function)
     except (RuntimeError, TypeError) as error:
         return f"not here: {str(error).splitlines()[0][:60]}"
-    return f"{work / statistics.median(times) / 1e12:.0f} ({work / max(times) / 1e12:.0f}–{work / min(times) / 1e12:.0f})"
+    return (
+        f"{work / statistics.median(times) / 1e12:.0f}"
+        f" ({work / max(times) / 1e12:.0f}–{work / min(times) / 1e12:.0f})"
+    )
 
 
 def products() -> None:
     print(
-        "\n| TFLOP/s | forward | by input | by weight | by weight, added in fp32 |\n|---|---|---|---|---|"
+        "\n| TFLOP/s | forward | by input | by weight | by weight, added in fp32"
+        " |\n|---|---|---|---|---|"
     )
     for name, (inputs, outputs) in SHAPES.items():
         x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16)
@@ -86,7 +93,8 @@ def attention() -> None:
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, None):
             name = "PyTorch's choice" if backend is None else backend.name.lower()
             print(
-                f"| {batch} × {length}, {name} | {' | '.join(one_backend(batch, length, work, backend))} |",
+                f"| {batch} × {length}, {name} |"
+                f" {' | '.join(one_backend(batch, length, work, backend))} |",
                 flush=True,
             )
         documents(batch, length, work)
@@ -169,7 +177,8 @@ def sustained(length: float = 20.0) -> None:
 def main() -> None:
     """Measure and print."""
     print(
-        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN"
+        f" {torch.backends.cudnn.version()}"
     )
     products()
     attention()

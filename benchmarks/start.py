@@ -1,9 +1,10 @@
-"""How long `fast-llm train` takes to its first step, and to its end, for a model of a few thousand weights and three steps.
+"""Time from the command `fast-llm train` to its first step and to its end.
 
     python benchmarks/start.py [--turns 7]
 
-By turns with `import torch`, which is a part of it. Median and range, in Markdown; a first turn
-warms the disk up and does not count.
+The model has a few thousand weights and takes three steps. Runs alternate with `import torch`,
+which is part of a start. Prints median and range in Markdown; the first turn only warms the disk
+cache.
 """
 
 import argparse

@@ -1,26 +1,26 @@
-"""The training step on the CPU, side by side with others.
+"""The training step on the CPU, compared with other implementations.
 
-    python benchmarks/step_cpu.py [--lengths 512 1024] [--turns 12] [--contenders ours transformers ...] [--json file]
+    PYTHONPATH=. python benchmarks/step_cpu.py [--lengths 512 1024] [--turns 12]
+                                               [--contenders ours transformers ...] [--json file]
 
-All train a model of SmolLM2-135M's shape on the same random tokens, each in a process of its own;
-they take turns, one step each, so that whatever else the machine does falls on all. Ours is the
-product's own step (`fast_llm.training.step.Step`) with fp32 master weights, gradients and moments.
-The others clip gradients to norm 1 and use torch.optim.AdamW(fused=True), as ours does.
+All train a model of SmolLM2-135M's shape on the same random tokens, each in its own process. They
+take turns, one step each, so that other load on the machine affects all of them alike. Ours is
+`fast_llm.training.step.TrainStep` with fp32 master weights, gradients and moments. The others clip
+gradients to norm 1 and use torch.optim.AdamW(fused=True), as ours does.
 
 ours                    bf16 compute
 ours-plain              the same without the kernels of kernels/cpu.cpp
 ours-fp32               fp32
 transformers            pure bf16: weights, gradients and moments
-transformers-kept       the same, keeping freed memory as `fast-llm train` does, which anybody could
+transformers-kept       the same, keeping freed memory as `fast-llm train` does
 transformers-compiled   the same with torch.compile, and keeping freed memory
 transformers-autocast   fp32 weights, computing in bf16
 transformers-fp32       its default
 litgpt                  pure bf16, if `litgpt` is installed; keeping freed memory
 litgpt-compiled         the same with torch.compile
 
-The share of the matrix rate is of 2,048³ products in the same dtype, a contender that takes its
-turns, too. FLOP/s count the causal half of attention. Writes a table in Markdown, and numbers as
-JSON.
+The share of the matrix rate refers to 2,048³ matmuls in the same dtype, measured in turns with the
+contenders. FLOP/s count the causal half of attention. Prints a table in Markdown and writes JSON.
 """
 
 import argparse
@@ -241,7 +241,7 @@ CONTENDERS: dict[str, Callable[[int, int], Callable[[], float]]] = {
 
 
 def contender(name: str, pipe: Connection, threads: int, *size: int) -> None:
-    """Take a step and send its seconds, loss and peak memory in MiB whenever something is received; None ends."""
+    """At each message take a step; send its seconds, loss and peak memory in MiB. None ends it."""
     torch.set_num_threads(threads)
     step = CONTENDERS[name](*size)
     pipe.send("ready")
@@ -296,10 +296,12 @@ def main() -> None:
     first = options.contenders[0]
     names = [*dict.fromkeys(options.contenders), "products-bf16", "products-fp32"]
     print(
-        f"{_processor()}, {options.threads} threads, torch {torch.__version__}; {options.turns} turns\n"
+        f"{_processor()}, {options.threads} threads, torch {torch.__version__}; {options.turns}"
+        " turns\n"
     )
     print(
-        f"| tokens | | median s (quartiles) | tokens/s | GFLOP/s | of the matrix rate | peak MiB | its time / {first}'s |"
+        "| tokens | | median s (quartiles) | tokens/s | GFLOP/s | of the matrix rate | peak MiB |"
+        f" its time / {first}'s |"
     )
     print("|---|---|---|---|---|---|---|---|")
     rows = []
@@ -323,7 +325,8 @@ def main() -> None:
             peak = peaks["fp32"] if name.endswith("fp32") else max(peaks.values())
             rate = flops / middle
             print(
-                f"| {options.sequences} × {length} | {name} | {middle:.3f} ({low:.3f}–{high:.3f}) | {count / middle:.0f}"
+                f"| {options.sequences} × {length} | {name} | {middle:.3f} ({low:.3f}–{high:.3f})"
+                f" | {count / middle:.0f}"
                 f" | {rate / 1e9:.0f} | {rate / peak:.0%} | {max(memory):.0f}"
                 f" | {times[1]:.2f} ({times[0]:.2f}–{times[2]:.2f}) |",
                 flush=True,
@@ -338,7 +341,8 @@ def main() -> None:
                 }
             )
         print(
-            f"\nProducts: {peaks['bf16'] / 1e9:.0f} GFLOP/s in bf16, {peaks['fp32'] / 1e9:.0f} in fp32\n"
+            f"\nProducts: {peaks['bf16'] / 1e9:.0f} GFLOP/s in bf16, {peaks['fp32'] / 1e9:.0f} in"
+            " fp32\n"
         )
     if options.json:
         Path(options.json).write_text(

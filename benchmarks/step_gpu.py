@@ -1,24 +1,29 @@
-"""The training step on one GPU, beside others.
+"""The training step on one GPU, compared with other implementations.
 
-    PYTHONPATH=. python benchmarks/step_gpu.py [--shape llama-8b-blocks smollm2] [--contenders ours ...] [--json FILE]
+    PYTHONPATH=. python benchmarks/step_gpu.py [--shape llama-8b-blocks smollm2]
+                                               [--contenders ours ...] [--json FILE]
 
-Eight blocks of Llama-3.1-8B with its embedding and head, as many as all can train on one card, and
-SmolLM2-135M. Each contender is a process of its own, one after the other; three steps of several
-micro-batches warm up, nine count. All clip gradients to norm 1 and take fused AdamW. Needs PyTorch
-for CUDA, Triton and pydantic; transformers, liger-kernel, litgpt and torchtitan for those that are
-named after them. One that fails is told and passed over.
+The models are eight blocks of Llama-3.1-8B with embedding and head, the most that every contender
+can train on one card, and SmolLM2-135M. Each contender runs in its own process, one after the
+other: three warm-up steps of several micro-batches, then nine that count. All clip gradients to
+norm 1 and use fused AdamW. A contender that fails is reported and skipped. Needs PyTorch for CUDA,
+Triton and pydantic; transformers, liger-kernel, litgpt and torchtitan for their contenders.
 
-ours                       bf16, with fp32 master weights, gradients and moments: `fast-llm train gpt`, compiled
-ours-eager                 the same, not compiled
-ours-fp8                   compiled, products of the blocks in fp8
-transformers-autocast      fp32 weights and moments, computing in bf16; the same fidelity as ours
-transformers-autocast-compiled
-liger-autocast             the same with Liger's kernels (fused linear cross entropy, SwiGLU, RMSNorm, RoPE)
-torchtitan                 its model, compiled block by block as it does, under autocast as it trains on one device; its compiled loss
-litgpt-mixed-compiled      its bf16-mixed
-transformers-bf16-compiled, liger-bf16, litgpt-bf16-compiled      all of it in bf16, master weights too: less than ours
+ours                            `fast-llm train gpt`: bf16, compiled; fp32 master weights, gradients
+                                and moments
+ours-eager                      the same, not compiled
+ours-fp8                        compiled, the blocks' matmuls in fp8
+transformers-autocast           fp32 weights and moments, computing in bf16: the precision of ours
+transformers-autocast-compiled  the same with torch.compile
+liger-autocast                  the same with Liger's kernels (fused linear cross entropy, SwiGLU,
+                                RMSNorm, RoPE)
+torchtitan                      its model and loss, compiled block by block as it does, under
+                                autocast as it trains on one device
+litgpt-mixed-compiled           its bf16-mixed
+transformers-bf16-compiled, liger-bf16, litgpt-bf16-compiled
+                                all in bf16, including master weights: less precise than ours
 
-FLOP/s count the causal half of attention, and the share is of 989 TFLOP/s.
+FLOP/s count the causal half of attention; the share refers to 989 TFLOP/s.
 """
 
 import argparse
@@ -261,7 +266,8 @@ def main() -> None:
         tokens = length * sequences * micro_batches
         flops = cost(BaseModelConfig.model_validate(layers), length).model_flops_per_token * tokens
         print(
-            f"\n| {shape}: {micro_batches} × {sequences} × {length} tokens | tokens/s, median (range) | MFU",
+            f"\n| {shape}: {micro_batches} × {sequences} × {length} tokens | tokens/s, median"
+            " (range) | MFU",
             end="",
         )
         print(" | its time / the first's | GiB | loss |\n|---|---|---|---|---|---|", flush=True)
@@ -270,17 +276,16 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", name, "--shape", shape]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(
-                    f"| {name} | failed: {' '.join(done.stderr.splitlines()[-1:])[-400:]} | | | | |",
-                    flush=True,
-                )
+                reason = " ".join(done.stderr.splitlines()[-1:])[-400:]
+                print(f"| {name} | failed: {reason} | | | | |", flush=True)
                 continue
             run = json.loads(done.stdout.splitlines()[-1])
             middle = statistics.median(run["seconds"])
             first = first or middle
             slow, fast = tokens / max(run["seconds"]), tokens / min(run["seconds"])
             print(
-                f"| {name} | {tokens / middle:,.0f} ({slow:,.0f} to {fast:,.0f}) | {flops / middle / 989e12:.1%}"
+                f"| {name} | {tokens / middle:,.0f} ({slow:,.0f} to {fast:,.0f}) |"
+                f" {flops / middle / 989e12:.1%}"
                 f" | {middle / first:.2f} | {run['peak']:.1f} | {run['loss']:.3f} |",
                 flush=True,
             )

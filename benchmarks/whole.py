@@ -1,10 +1,12 @@
-"""The whole of Llama-3.1-8B on one GPU, nothing offloaded: tokens/s, peak memory beside the forecast, where the time goes.
+"""Llama-3.1-8B on one GPU without offloading: tokens/s, peak memory, time of each part.
 
-    PYTHONPATH=. python benchmarks/whole.py [OUT [NAME ...]]    (half an hour on an H200; needs PyTorch for CUDA, Triton, pydantic)
+    PYTHONPATH=. python benchmarks/whole.py [OUT [NAME ...]]
 
-Random tokens, and random weights that are made on the GPU. Each setting is a process of its own, by
-turns in one run; the first two steps warm up and compile, the median and range of the other three
-count. Into OUT go the kernels of one step of each, by time; with names only those settings run.
+Takes half an hour on an H200; needs PyTorch for CUDA, Triton and pydantic. Tokens are random, and
+so are the weights, which are made on the GPU. Each setting runs in its own process. Two steps warm
+up and compile; the median and range of the next three count. Peak memory is compared with the
+forecast. OUT receives the kernels of one step of each setting, sorted by time. With NAMEs only
+these settings run.
 """
 
 import json
@@ -98,9 +100,11 @@ def main() -> None:
         records = records[WARM:]
         rates = [r["tokens_per_sec_per_gpu"] for r in records]
         print(
-            f"{name}: {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}),"
+            f"{name}: {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to"
+            f" {max(rates):,.0f}),"
             f" MFU {100 * records[-1]['mfu']:.1f} %, loss {records[-1]['language_model_loss']:.3f};"
-            f" peak {records[0]['max_allocated'] / 1024:.1f} GiB of tensors, {records[0]['max_reserved'] / 1024:.1f} reserved;"
+            f" peak {records[0]['max_allocated'] / 1024:.1f} GiB of tensors,"
+            f" {records[0]['max_reserved'] / 1024:.1f} reserved;"
             f" {done.stdout.splitlines()[-1]}",
             flush=True,
         )
@@ -150,7 +154,8 @@ def one(table: str, settings: list[str]) -> None:
 
     expected = forecast_config(read_config(read(None, settings), 1), 1, DEVICES["h200"])
     print(
-        f"forecast {expected.peak.bytes / 2**30:.1f} GiB ({expected.peak.name}), {expected.gpu_tokens_per_second:,.0f} tokens/s"
+        f"forecast {expected.peak.bytes / 2**30:.1f} GiB ({expected.peak.name}),"
+        f" {expected.gpu_tokens_per_second:,.0f} tokens/s"
     )
 
 

@@ -1,6 +1,7 @@
-"""Imported once by the server that test processes are forked from: load, but run nothing.
+"""Imported once by the server that test processes are forked from.
 
-All that a run imports, and what DTensors import late: 0.6 s a process.
+It loads the modules of a run, and those that DTensor imports late, which saves 0.6 s a process. It
+must not compute with torch.
 """
 
 import gc
@@ -12,5 +13,5 @@ import torch.distributed.tensor  # noqa: F401
 
 import fast_llm.training.build  # noqa: F401
 
-# who is forked would look through it all for garbage, and copy the pages that it lies on
+# Otherwise each fork would collect garbage among these objects, and copy their pages.
 gc.freeze()

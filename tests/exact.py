@@ -1,9 +1,8 @@
-"""Llama in float64, a second time and plainly: the judge between two computations in fp32.
+"""A plain float64 implementation of Llama: the reference for two computations in fp32.
 
-Two results in fp32 that sum in different orders differ by the rounding of both, and how much that
-is depends on the processor: vector widths and blockings decide the order. So a test that compares
-two fp32 results compares each with this one: ours may be as far from it as the other, times a small
-factor.
+Two fp32 results with sums in different orders differ by the rounding of both. How much depends on
+the processor, whose vector width and blocking decide the order. So tests compare each of the two
+with float64: our error may be that of the other, times a small factor.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""What the tests share: a tiny architecture, and functions run in several gloo processes.
+"""Shared by the tests: a tiny model, marks, and functions run in several gloo processes.
 
-The processes are forked from a server that has torch loaded and has run nothing with it (forking a
-process whose thread pools have run hangs), so that a start costs a tenth of a second instead of
-five.
+The processes are forked from a server that has loaded torch but not used it: a fork of a process
+whose thread pools have started hangs. A start takes a tenth of a second instead of five.
 """
 
 import multiprocessing
@@ -110,7 +109,7 @@ def _worker(
 
 
 def install(folder: Path) -> None:
-    """Make `folder`, on PYTHONPATH, give Python the entry points of pyproject.toml, whatever is installed here."""
+    """Write pyproject.toml's entry points to `folder`, for PYTHONPATH, whatever is installed."""
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     points = tomllib.loads(text)["project"]["entry-points"]
     metadata = folder / "fast_llm-0.dist-info"

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub: serves folders to its real clients, from this machine.
+"""A local server that answers the real clients of the Hugging Face Hub from folders.
 
 `serve(folder)` answers for folder/models/<organisation>/<name> and
 folder/datasets/<organisation>/<name>; give its address to a new process as HF_ENDPOINT.

@@ -83,7 +83,7 @@ def test_training_configurations(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As they are, but for the paths of data and model, and the share of validation in little data."""
+    """Only paths, and the share of validation in little data, are overridden."""
     processes, config = TRAIN[name]
     given = []
     if config is None:
@@ -170,7 +170,7 @@ def nodes(
     head: str = "localhost",
     hosts: list[list[str]] | None = None,
 ) -> list["subprocess.Popen[str]"]:
-    """Start an example's line on so many nodes. `hosts`: what to write before a command to run it on each."""
+    """Start an example's line on `count` nodes; `hosts` has the prefix of a command for each."""
     write_tokens(place / "tokens", 400)
     nested: dict[str, Any] = {}
     for override in settings(place, "batch.micro_batch_size=1", *overrides):
@@ -213,7 +213,7 @@ def nodes(
 
 @contextmanager
 def networks() -> Iterator[list[list[str]]]:
-    """Two hosts, as far as the kernel can make them: networks of their own with a cable between them, and their own names."""
+    """Two network namespaces with a virtual cable between them, each with a host name."""
     names = [f"fast-llm-{os.getpid()}-{number}" for number in (1, 2)]
     first, second = names
     commands = [f"netns add {first}", f"netns add {second}"]

@@ -1,4 +1,4 @@
-"""What of the GPU suite can be tested without a GPU: that it says so, and that its model is Llama-3.1-8B's."""
+"""What can be tested of the GPU suite without a GPU: its message, and its model's shape."""
 
 import math
 import subprocess

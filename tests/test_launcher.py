@@ -1,4 +1,4 @@
-"""What a user sees when torchrun starts fast-llm: the complete output of real launchers and processes."""
+"""The complete output of torchrun and fast-llm, from real launchers and processes."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def torchrun(processes: int, *further: str) -> list[str]:
-    """The command; `-m fast_llm.cli` stands for `--no-python fast-llm`, which may not be on the path here."""
+    """The command; `-m fast_llm.cli` replaces `--no-python fast-llm`, which needs the PATH."""
     launch = [
         sys.executable,
         "-m",
@@ -66,13 +66,14 @@ def test_a_mistake_is_one_message_and_is_not_tried_again(
     command = [*torchrun(2, "--max-restarts", "3"), *settings(tmp_path, "training.train_iters=x")]
     assert output(command, environment) == (
         2,
-        'fast-llm train: override training.train_iters=x: training.train_iters: given "x", must be an integer of 0 or more\n',
+        'fast-llm train: override training.train_iters=x: training.train_iters: given "x", must be'
+        " an integer of 0 or more\n",
     )
 
 
 @slow
 def test_a_mistake_on_one_of_two_nodes(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Its data is elsewhere: one message, on that node; both launchers end at once, without another attempt."""
+    """One message, on the node without the data; both launchers end at once, without a retry."""
     write_tokens(tmp_path / "tokens", 400)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -134,7 +135,10 @@ def test_ctrl_c_in_the_launchers_terminal(tmp_path: Path, environment: dict[str,
         os.killpg(job.pid, signal.SIGINT)  # as a terminal does
         assert job.wait(60) == 128 + signal.SIGINT
     text = said.read_text()
-    line = "Ctrl-C: the current step is finished and saved, then the run ends. torchrun waits 30 s for this. A second one, 2 s"
+    line = (
+        "Ctrl-C: the current step is finished and saved, then the run ends. torchrun waits 30 s"
+        " for this. A second one, 2 s"
+    )
     assert text.count(line) == 1, text
     last = re.search(
         r"\nStopped by a signal after step (\d+); the same command continues.\n$", text
@@ -147,13 +151,14 @@ def test_a_command_that_is_not_there(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "./fast-llm", "train"]
     assert output(command, environment) == (
         2,
-        "torchrun: ./fast-llm: no such command: activate the environment that fast-llm is installed in, or give its path\n",
+        "torchrun: ./fast-llm: no such command: activate the environment that fast-llm is"
+        " installed in, or give its path\n",
     )
 
 
 @slow
 def test_a_crash_is_tried_again(tmp_path: Path, environment: dict[str, str]) -> None:
-    """The processes that start again do not take what the first ones left in torchrun's store for their own."""
+    """Restarted processes ignore what the first ones left in torchrun's store."""
     write_tokens(tmp_path / "tokens", 400)
     command = [*torchrun(2, "--standalone", "--max-restarts", "1")]
     command += settings(
@@ -208,9 +213,12 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
     # The log, and the messages of the process that was left and of torchrun.
     assert all(re.match(rf"{TIME}|\w[\w ]{{13}}\S", line) for line in log.splitlines()), log
     assert rest.splitlines() == [
-        f"rank 0 on {socket.gethostname()}: another process of this run has ended without a message: its host's log, or the"
-        " launcher, says why. No checkpoint is complete: the same command starts from the beginning.",
-        f"torchrun: rank 1 on {socket.gethostname()} was killed by SIGKILL (process {ranks['1'].pid})",
+        f"rank 0 on {socket.gethostname()}: another process of this run has ended without a"
+        " message: its host's log, or the"
+        " launcher, says why. No checkpoint is complete: the same command starts from the"
+        " beginning.",
+        f"torchrun: rank 1 on {socket.gethostname()} was killed by SIGKILL (process"
+        f" {ranks['1'].pid})",
     ]
 
 

@@ -1,7 +1,8 @@
-"""Every layout trains what one process trains: five steps' losses and gradient norms, and every parameter after them.
+"""Every layout trains what one process trains.
 
-A layout is the lines that a user adds to the YAML. Each runs as `fast-llm train` does, in processes
-of its own, and its checkpoint is read back whole.
+Compared are the losses and gradient norms of five steps, and every parameter after them. A layout
+is the lines that a user adds to the YAML. Each runs as `fast-llm train` does, in its own processes;
+its checkpoint is then read by one process.
 """
 
 import re
@@ -358,7 +359,7 @@ def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
 
 @slow
 def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
-    """A Hugging Face folder is read into every layout, and validation measures the same before and after a step."""
+    """Every layout starts from a Hugging Face folder, with equal validation losses."""
     made = "made"
     assert spawn(1, run_all, [[*arguments(root, made, "1", 1), "training.export.interval=1"]]) == [
         [0]
@@ -384,7 +385,7 @@ def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
 
 
 def test_the_layouts_of_the_guide_are_valid() -> None:
-    """Each YAML block of docs/layouts.md, laid over the recipe with the shape of Llama-3.1-8B, on as many processes as it says."""
+    """Each YAML block of docs/layouts.md, over the recipe, on its number of processes."""
     guide = (Path(__file__).parent.parent / "docs" / "layouts.md").read_text()
     blocks = re.findall(r"^```yaml\n# processes: (\d+)\n(.*?)^```", guide, flags=re.M | re.S)
     assert len(blocks) == guide.count("```yaml") == 3

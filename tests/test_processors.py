@@ -68,10 +68,14 @@ FEW = [
     "tests/parallel/test_gradients.py::test_tied_embeddings",
     "tests/parallel/test_gradients.py::test_a_cross_entropy_that_adds_in_fp32",
 ]
-SEEN = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.ops.mkldnn._is_mkldnn_bf16_supported())"
+SEEN = (
+    "import torch; print(torch.backends.cpu.get_cpu_capability(),"
+    " torch.ops.mkldnn._is_mkldnn_bf16_supported())"
+)
 COMPILER = """#!{python}
 import os, sys
-arguments = ["-march={target}" if argument == "-march=native" else argument for argument in sys.argv[1:]]
+native = {{"-march=native": "-march={target}"}}
+arguments = [native.get(argument, argument) for argument in sys.argv[1:]]
 os.execvp("{compiler}", ["{compiler}", *arguments])
 """
 
@@ -88,7 +92,7 @@ def possible() -> list[str]:
 
 @contextmanager
 def emulated(name: str) -> Iterator[dict[str, str]]:
-    """The environment of a process that computes as on this processor. Our kernels are built anew for it."""
+    """The environment of a process that emulates a processor; our kernels are built for it."""
     processor = PROCESSORS[name]
     with TemporaryDirectory() as folder:
         compiler = Path(folder) / "c++"
@@ -134,7 +138,7 @@ def test_numbers(name: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`[NAME …] [-- ARGUMENTS OF PYTEST]`; by default every possible processor, and all numeric tests."""
+    """`[NAME …] [-- ARGUMENTS OF PYTEST]`; by default each processor and all numeric tests."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     names, given = arguments[:split] or possible(), arguments[split + 1 :] or NUMERIC
     if unknown := set(names) - set(possible()):

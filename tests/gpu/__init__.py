@@ -1,1 +1,1 @@
-"""The recipe and every kernel on real GPUs; `python -m tests.gpu` prints one table (see __main__.py)."""
+"""The recipe and every kernel on real GPUs: `python -m tests.gpu` (see __main__.py)."""

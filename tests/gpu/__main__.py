@@ -1,13 +1,18 @@
-"""Everything that a GPU runs, on this machine's GPUs, in one table.
+"""Test everything that runs on a GPU, on the GPUs of this machine; print one table.
 
-    make test-gpu                        makes the data first (network and packages), then the same
-    python -m tests.gpu [PART ...]       on a machine without network: data and packages were brought
-                                         (FAST_LLM_GPU_DATA names the data's folder, by default build/gpu-data)
+    make test-gpu                     make the data (network and packages), then run the suite
+    python -m tests.gpu [PART ...]    run it on a machine without network, with data copied there
+                                      (folder FAST_LLM_GPU_DATA, by default build/gpu-data)
 
-Parts: kernels (against float64), whole (the recipe, all 32 layers), resume (checkpoint, SIGKILL,
-resume, export, transformers), ways (with and without the compiler and cuDNN), settings and layouts
-(small models, every setting and layout). All of them are meant to take ten minutes at most. The
-exit code is 1 if a row does not hold. A row's time is that since the row before it.
+kernels   each kernel against float64
+whole     the recipe with all 32 layers
+resume    checkpoint, SIGKILL, resume, export, transformers
+ways      with and without the compiler and cuDNN
+settings  small models, every setting
+layouts   small models, every layout
+
+All parts should take at most ten minutes. The exit code is 1 if a row fails. The time of a row
+counts from the row before it.
 """
 
 import json
@@ -97,7 +102,10 @@ def show(row: dict[str, Any]) -> str:
         f"{row['measured']:.3g}" if isinstance(row["measured"], float) else f"{row['measured']}"
     )
     bound = "" if row["bound"] is None else f"{row['bound']:.0e}" if row["bound"] else "0"
-    return f"| {row['what']} | {measured} | {bound} | {'' if row['holds'] else 'FAILED'} | {row['seconds']:.0f} |"
+    return (
+        f"| {row['what']} | {measured} | {bound} | {'' if row['holds'] else 'FAILED'} |"
+        f" {row['seconds']:.0f} |"
+    )
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""Small models on packed documents: every setting that changes what a GPU runs, and on several GPUs every layout.
+"""Small models on packed documents: every setting that changes GPU code, and every layout.
 
 Each is compared with one GPU in fp32, not compiled, by PyTorch's operations: losses and gradient
-norms of six steps.
+norms of six steps. Layouts need several GPUs.
 """
 
 import sys

@@ -1,8 +1,9 @@
-"""How a part of the suite reports: each check is a generator of (what, measured, bound); it holds where measured <= bound.
+"""How the parts of the suite report.
 
-A part is a module with a list of them that runs as a process of its own, so that an error of a
-kernel, which spoils a process's GPU for good, ends one part and not the suite. It prints a line of
-JSON for each row.
+A check is a generator of (what, measured, bound); a row passes if measured <= bound. A part is a
+module with a list of checks. It runs in its own process, because an illegal access in a kernel
+makes the GPU unusable for its process: such an error ends one part, not the suite. A part prints a
+line of JSON for each row.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Makes what the suite trains on: Llama 3's tokenizer, and Python's library as tokens.
+"""Make the suite's training data: Llama 3's tokenizer, and Python's library as tokens.
 
     pip install --no-deps llama-models tiktoken
     python -m tests.gpu.data OUT                  (a minute; 20 MB)
 
-OUT/code.json and OUT/code/ hold some 2.4 million tokens in hundreds of documents, and with them the
-tokenizer, made from the `tokenizer.model` that Meta's package `llama-models` brings. A GPU machine
-without network or the packages gets OUT copied.
+OUT/code.json and OUT/code/ hold about 2.4 million tokens in hundreds of documents, and the
+tokenizer. It is converted from `tokenizer.model` of Meta's package `llama-models`. Copy OUT to a
+GPU machine that has no network or packages.
 """
 
 import json
@@ -22,7 +22,7 @@ BYTES = 10_500_000  # of text
 
 
 def tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json of Llama 3.1. Raises SystemExit without the packages."""
+    """Write Llama 3.1's tokenizer.json and tokenizer_config.json, or exit without the packages."""
     found = find_spec("llama_models")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("pip install --no-deps llama-models tiktoken")
@@ -66,7 +66,7 @@ def documents(folder: Path) -> None:
 
 
 def main(out: Path) -> int:
-    """All of it."""
+    """Write OUT/code.json and OUT/code/; return the exit code of `fast-llm prepare`."""
     from fast_llm.cli import main as fast_llm
 
     with TemporaryDirectory() as folder:

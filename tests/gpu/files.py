@@ -1,4 +1,4 @@
-"""Folders for the suite: Llama-3.1-8B's shape with random weights, and the recipe's files where its YAML looks for them."""
+"""Input files of the suite: the recipe, and a model of Llama-3.1-8B's shape with random weights."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
 
 
 def write_model(folder: Path, layers: int, tokenizer: Path) -> None:
-    """A Hugging Face folder with random weights in bf16; four files are written at a time."""
+    """Write a Hugging Face folder with random weights in bf16, four files at a time."""
     shutil.copytree(tokenizer, folder)
     (folder / "config.json").write_text(
         json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2) + "\n"
@@ -118,7 +118,7 @@ def write_model(folder: Path, layers: int, tokenizer: Path) -> None:
 
 
 def write_tutorial(place: Path, layers: int, data: Path) -> Path:
-    """The recipe's YAML in `place`, and what it names: the model and the data. The YAML's path."""
+    """Write the recipe's YAML, model and data to `place`; return the YAML's path."""
     root = Path(__file__).parent.parent.parent
     tutorial = place / "fast-llm-tutorial"
     tutorial.mkdir(parents=True)

@@ -1,7 +1,9 @@
-"""Every kernel that a GPU runs, against float64: with gradients and under no_grad, compiled and not, documents packed.
+"""Every kernel that a GPU runs, against float64, on packed documents.
 
-Bounds: fp32 sums of some thousand terms, 1e-5; bf16 has 8 bits and fp16 11, so one rounding is 2e-3
-and 2.4e-4 at most, and a result goes through two or three.
+With gradients and under no_grad; compiled and not.
+
+Bounds: 1e-5 for fp32 sums of some thousand terms. bf16 has 8 bits and fp16 11, so that a rounding
+is at most 2e-3 and 2.4e-4; a result is rounded two or three times.
 """
 
 import math
@@ -43,7 +45,7 @@ def short(dtype: torch.dtype) -> str:
 
 @contextmanager
 def engine(name: str) -> Iterator[None]:
-    """PackedSample attention by `cuDNN` or by `PyTorch`. Raises AssertionError if cuDNN cannot be had."""
+    """Packed attention by `cuDNN` or `PyTorch`; AssertionError if cuDNN is not available."""
     problem = cudnn.load(DEVICE) if name == "cuDNN" else ""
     assert not problem, f"cuDNN: {problem}"
     try:
@@ -200,7 +202,7 @@ def cross_entropies() -> Rows:
 
 
 def cross_entropy_in_two() -> Rows:
-    """A head that two processes share: both halves on this GPU, with one another's sums from float64."""
+    """A head divided over two processes: both halves on this GPU, reductions from float64."""
     hidden = torch.randn(1000, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = (0.05 * torch.randn(128256, 512, device=DEVICE, dtype=torch.bfloat16)).requires_grad_()
     labels = torch.randint(128256, (1000,), device=DEVICE)
@@ -237,7 +239,7 @@ def cross_entropy_in_two() -> Rows:
 
 
 def blocks() -> Rows:
-    """Every weight's gradient of compiled blocks against that without the compiler, with a validation before and behind."""
+    """Each weight's gradient, compiled against not compiled, with a validation before and after."""
     transformer = {
         "num_layers": 2,
         "hidden_size": 512,
@@ -371,10 +373,10 @@ def fp8_rounding() -> Rows:
 
 
 def adamw() -> Rows:
-    """Twenty updates by the kernel against the same by PyTorch's operations, relative to the way that weights went.
+    """Twenty AdamW updates by the kernel and by PyTorch, relative to the change of the weights.
 
-    fp32: twenty roundings of a weight, 6e-8 each of a way of 0.1. bf16: other random numbers of
-    stochastic rounding gave 1.5e-3. int8: the same random numbers but for a few.
+    fp32: twenty roundings of a weight, 6e-8 each, of a change of 0.1. bf16: other random numbers
+    of stochastic rounding gave 1.5e-3. int8: nearly all random numbers are the same.
     """
     start = torch.randn(1000, 333, device=DEVICE)
     gradients = [torch.randn(1000, 333, device=DEVICE) for _ in range(20)]

@@ -1,5 +1,7 @@
-"""The recipe on this machine's GPUs: Llama-3.1-8B's shape in a Hugging Face folder, real tokens in many documents, the YAML
-of the guide as it is, with overrides of sizes, of `data.split` (the data is small) and of `checkpoint.keep`.
+"""The recipe on this machine's GPUs.
+
+A Hugging Face folder with Llama-3.1-8B's shape, real tokens in many documents, and the guide's YAML
+unchanged. Overrides set sizes, `data.split` (the data is small) and `checkpoint.keep`.
 """
 
 import math
@@ -36,7 +38,7 @@ SIZES: dict[str, Any] = {
 
 
 def whole_model() -> Rows:
-    """All 32 layers: validation at step 0 and later, six steps, the test; compiled, with cuDNN if it is installed."""
+    """All 32 layers, compiled, with cuDNN if installed: six steps, validation and test."""
     with TemporaryDirectory() as name:
         place = Path(name)
         config = write_tutorial(place, 32, DATA)
@@ -81,7 +83,7 @@ def whole_model() -> Rows:
 
 
 def kill_and_resume() -> Rows:
-    """As many full-width layers as the disk holds: a checkpoint, SIGKILL, the same command, an export, transformers."""
+    """As many full-width layers as the disk holds: checkpoint, SIGKILL, resume, export."""
     with TemporaryDirectory() as name:
         place = Path(name)
         # Two checkpoints at a time of 12 bytes a weight, the model and its export of 2; a tenth is
@@ -150,9 +152,18 @@ def loss_by_transformers(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     total = targets = 0.0
     loader = Loader(
-        spec.dataset, "validation", spec.batch, rank=0, processes=1, vocab_size=128256, first_sample=0, steps=1,
-        isolate=True, workers=0, prefetch=1,
-    )  # fmt: skip
+        spec.dataset,
+        "validation",
+        spec.batch,
+        rank=0,
+        processes=1,
+        vocab_size=128256,
+        first_sample=0,
+        steps=1,
+        isolate=True,
+        workers=0,
+        prefetch=1,
+    )
     with torch.no_grad():
         for batch in loader.step(0):
             assert isinstance(batch.documents, PackedSequences)
@@ -185,7 +196,7 @@ def generated(folder: Path) -> str:
 
 
 def ways() -> Rows:
-    """Two full-width layers with and without the compiler, with and without the cuDNN package, validation at step 0 and later."""
+    """Two full-width layers, with and without the compiler and the cuDNN package."""
     with TemporaryDirectory() as name:
         place = Path(name)
         config = write_tutorial(place, 2, DATA)
@@ -211,7 +222,10 @@ def ways() -> Rows:
             runs = dict(zip(kinds, pool.map(lambda kind: finished(run(kind)), kinds), strict=True))
         reference = runs[False, False]
         for (compiled, cudnn), other in runs.items():
-            how = f"two layers, {'compiled' if compiled else 'not compiled'}, {'with' if cudnn else 'without'} cuDNN"
+            how = (
+                f"two layers, {'compiled' if compiled else 'not compiled'},"
+                f" {'with' if cudnn else 'without'} cuDNN"
+            )
             if isinstance(other, str):
                 yield f"{how}: {other}", math.inf, 0
                 continue

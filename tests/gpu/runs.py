@@ -1,4 +1,4 @@
-"""Runs of the command, as a user starts it: by itself for one GPU, by torchrun for several."""
+"""Start `fast-llm train` as a user does: directly for one GPU, by torchrun for several."""
 
 import json
 import os
@@ -27,13 +27,13 @@ class Started:
     log: Path
 
     def wait(self) -> "Started":
-        """Until it has ended. Raises AssertionError, with the end of what it printed, unless it ended well."""
+        """Wait for exit code 0; otherwise AssertionError with the end of its output."""
         code = self.process.wait()
         assert code == 0, f"exit code {code}: ...{self.printed()[-4000:]}"
         return self
 
     def kill(self) -> None:
-        """All of its processes, without notice."""
+        """Kill all of its processes."""
         launcher = psutil.Process(self.process.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
             process.kill()
@@ -90,7 +90,7 @@ def start(
 
 
 def wait_for(condition: Any, run: Started, seconds: float = 300) -> None:
-    """Until a run has come so far. Raises AssertionError if it ends before or takes too long."""
+    """Wait for a condition; AssertionError if the run ends before or it takes too long."""
     limit = time.monotonic() + seconds
     while not condition():
         assert run.process.poll() is None, f"ended too early: ...{run.printed()[-1500:]}"
@@ -101,7 +101,7 @@ def wait_for(condition: Any, run: Started, seconds: float = 300) -> None:
 def difference(
     found: Mapping[int, Mapping[str, Any]], exact: Mapping[int, Mapping[str, Any]]
 ) -> float:
-    """The greatest relative difference of losses and gradient norms over steps; infinite if the steps are not the same."""
+    """Largest relative difference of losses and gradient norms; infinite if the steps differ."""
     if not exact or found.keys() != exact.keys():
         return float("inf")
     pairs = [(found[step][key], exact[step][key]) for step in exact for key in KEYS]
@@ -110,5 +110,5 @@ def difference(
 
 
 def delete(folder: Path) -> None:
-    """A folder that takes much of the disk."""
+    """Remove a large folder."""
     shutil.rmtree(folder, ignore_errors=True)

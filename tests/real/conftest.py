@@ -17,7 +17,7 @@ SOURCES = ("json", "asyncio", "email", "logging", "unittest")  # of Python's own
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as its publisher has it but for the 4-bit rounding: a folder of bf16 weights with a tokenizer."""
+    """A folder with SmolLM2-135M-Instruct in bf16, from its 4-bit release, and its tokenizer."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}: make test-real")
     import torch

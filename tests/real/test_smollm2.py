@@ -1,4 +1,4 @@
-"""Continued pretraining of a real model on real code, against transformers: tokens, loss, weights, exports, text."""
+"""Continued pretraining of a real model on real code, compared with transformers."""
 
 import json
 from itertools import pairwise
@@ -97,7 +97,7 @@ def test_ids_are_the_tokenizers(model: Path, documents: Path, data: Path) -> Non
 
 
 def test_there_and_back_is_the_same_folder(model: Path, data: Path, tmp_path: Path) -> None:
-    """In fp32 the loss before the first step is transformers'; the export in bf16 has the bytes of every file."""
+    """The fp32 loss before the first step is transformers'; a bf16 export has the same bytes."""
     arguments = settings(
         model, data, tmp_path / "run", "training.train_iters=0", "training.export.data_type=bf16"
     )

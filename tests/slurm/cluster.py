@@ -1,7 +1,7 @@
-"""A private Slurm of one node: munged, slurmctld and slurmd, with everything they write in one temporary folder.
+"""A private Slurm of one node: munged, slurmctld and slurmd, with all files in a temporary folder.
 
-It needs no cgroups, no systemd and no configuration of the machine, and does not touch a Slurm that
-the machine is part of.
+It needs no cgroups, no systemd and no configuration of the machine. It does not touch a Slurm that
+the machine belongs to.
 """
 
 import contextlib
@@ -209,7 +209,7 @@ class Slurm:
 
 
 def processes(folder: Path, *with_environment: str) -> list[int]:
-    """Processes of the cluster in `folder`, of all its jobs too, whose environment has all of these."""
+    """Processes of the cluster in `folder` and of its jobs whose environment has all of these."""
     wanted = {f"SLURM_CONF={folder}/slurm.conf", *with_environment}
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -290,7 +290,7 @@ class Job:
         self.until("its processes have ended", lambda: not self.processes() and not self._steps())
 
     def _steps(self) -> list[int]:
-        """Slurm's own processes for the job: as long as there is one, it may still report the end of the last start."""
+        """Slurm's own processes for the job; while one lives it may report the last start's end."""
         found = []
         for process in processes(self.slurm.folder):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -301,8 +301,10 @@ class Job:
         return found
 
     def start_now(self) -> None:
-        """Start sooner than Slurm does, which waits two minutes. slurmd takes credentials that were made in the second of the
-        requeue or before for those of the last start, so not at once."""
+        """Start in three seconds instead of Slurm's two minutes.
+
+        Not at once: slurmd takes credentials of the second of the requeue for the last start's.
+        """
         self.slurm.command("scontrol", "update", f"JobId={self.id}", "StartTime=now+3")
 
     def processes(self, *with_environment: str) -> list[int]:

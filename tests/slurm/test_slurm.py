@@ -1,9 +1,9 @@
-"""examples/slurm.sbatch under a real Slurm: the job is queued again exactly when there is something left to do, and ends with
-the same losses and weights as one that nothing happened to.
+"""examples/slurm.sbatch under a real Slurm.
 
-Debian has Slurm: `apt-get install slurmctld slurmd munge`. Nothing rests on seconds: a run waits
-after its third step as long as there is a file `hold`, unless it is to stop, and every state is
-waited for.
+A job is queued again exactly when it has work left, and ends with the losses and weights of an
+undisturbed one. Debian has Slurm: `apt-get install slurmctld slurmd munge`. No test depends on
+seconds: a run waits after its third step while a file `hold` exists, unless it is to stop, and the
+tests wait for states.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "examples" / "slurm.sbatch"
 STEPS = 12
 FAST_LLM = f"""#!{sys.executable}
-# `fast-llm`, which waits after its third step as long as there is a file `hold`, unless it is to stop
+# `fast-llm`, which waits after its third step while a file `hold` exists, unless it is to stop
 import sys, time
 from pathlib import Path
 
@@ -39,7 +39,7 @@ begin = Interrupt.begin
 
 def begins(interrupt, *given):
     begin(interrupt, *given)
-    from fast_llm.training.trainer import Trainer  # not before: loading torch is a part of the start
+    from fast_llm.training.trainer import Trainer  # now: loading torch is part of the start
 
     check = Trainer.check_finite
 
@@ -134,7 +134,7 @@ class Training:
         return max(losses(self.run), default=0) if (self.run / "metrics.jsonl").exists() else 0
 
     def ranks(self) -> list[int]:
-        """The processes that torchrun started, by rank, as far as they are there; not their watchers."""
+        """The processes that torchrun has started, by rank, without their watchers."""
         found: dict[int, int] = {}
         for process in self.processes("fast-llm"):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -185,7 +185,7 @@ class Training:
 
 
 def preempt(training: Training) -> Path:
-    """Submit a job that the other one has to leave the node to; it ends when the file that is returned is deleted."""
+    """Submit a job that preempts the other one, and ends when the returned file is deleted."""
     blocker = training.place / "blocker"
     blocker.touch()
     wait = f"while [ -e {blocker} ]; do sleep 0.2; done"
@@ -240,7 +240,7 @@ def test_two_warnings(slurm: Slurm, undisturbed: Training, tmp_path: Path) -> No
 
 
 def test_a_warning_during_the_start(slurm: Slurm, undisturbed: Training, tmp_path: Path) -> None:
-    """As soon as there is torchrun, and then as soon as there are processes: seconds before these listen."""
+    """A signal as soon as torchrun exists, or its processes: seconds before they handle it."""
     training = Training(slurm, tmp_path, hold=True)
     job = training.job
     for times, started in enumerate((training.torchrun, training.ranks), start=1):
@@ -276,7 +276,7 @@ def test_a_warning_when_all_is_done(slurm: Slurm, undisturbed: Training, tmp_pat
 def test_preemption(
     slurm: Slurm, undisturbed: Training, tmp_path: Path, partition: str, parameters: str
 ) -> None:
-    """With a grace time Slurm sends SIGTERM to the step, or, if so configured, the warning to the script; else SIGTERM to all."""
+    """With a grace time Slurm warns the step or, if configured, the script; else SIGTERM to all."""
     slurm.configure(parameters)
     slurm.command("scontrol", "reconfigure")
     try:
