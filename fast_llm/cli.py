@@ -173,7 +173,7 @@ def _train(parsed: argparse.Namespace) -> int:
             )
         return 0
     from fast_llm.config.validate import locating
-    from fast_llm.training.build import train
+    from fast_llm.training.job import train
 
     gc.freeze()  # the objects of 2,000 modules live on; each full collection would take 0.2 s for them
     with early:

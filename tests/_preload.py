@@ -11,7 +11,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
 
-import fast_llm.training.build  # noqa: F401
+import fast_llm.training.job  # noqa: F401
 
 # Otherwise each fork would collect garbage among these objects, and copy their pages.
 gc.freeze()

@@ -52,9 +52,9 @@ MARKS: tuple[str, ...] = (
 MARKS += ("saving", "exporting", "end of training", "closing")
 CALLS = {
     "plan": ("fast_llm.planning.preflight", "preflight"),
-    "before the processes meet": ("fast_llm.training.build", "Mesh"),
+    "before the processes meet": ("fast_llm.training.job", "Mesh"),
     "while the processes meet": ("fast_llm.parallel.mesh", "_slow_group"),
-    "after the processes met": ("fast_llm.training.build", "_check_fp8"),
+    "after the processes met": ("fast_llm.training.job", "_check_fp8"),
     "building the model": ("fast_llm.training.build", "build_model"),
     "reading a batch": ("fast_llm.data.loader", "Loader.step"),
     "copying for a checkpoint": ("fast_llm.checkpoint.state", "stage"),

@@ -29,7 +29,7 @@ from fast_llm.planning import history as histories
 from fast_llm.planning.history import Batches, History, Order, SourceState, _batches
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.audit import inspect_step
-from fast_llm.training.build import train
+from fast_llm.training.job import train
 from tests.training.runs import losses, records, run
 
 OLD = Path(__file__).parents[1] / "fixtures" / "v0.1"

@@ -14,7 +14,7 @@ from fast_llm.model import fp8, linear
 from fast_llm.planning.layout import UPCASTING_CPU, LocalSizes, ParallelLayout, Workload
 from fast_llm.planning.memory import ProcessMemory
 from fast_llm.planning.search import resolve_auto
-from fast_llm.training import build
+from fast_llm.training import job
 from fast_llm.training.trainer import Trainer
 from tests.helpers import slow, spawn
 from tests.planning.configs import LEVEL, config
@@ -198,10 +198,10 @@ def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     bf16, fp32 = config([BF16]), config([FP32])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
-    assert [build._kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [
+    assert [job._device_kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [
         UPCASTING_CPU,
         "cpu",
         "cuda",
     ]
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", ())
-    assert build._kind(bf16, cpu) == "cpu"
+    assert job._device_kind(bf16, cpu) == "cpu"

@@ -22,7 +22,7 @@ from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama
 from fast_llm.planning.preflight import preflight
-from fast_llm.training.build import train
+from fast_llm.training.job import train
 from tests.training.runs import records
 
 LENGTH, STEPS, SEED = 128, 6, 1234

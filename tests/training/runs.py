@@ -15,7 +15,7 @@ from fast_llm.config.document import read
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.planning.preflight import preflight
-from fast_llm.training.build import train
+from fast_llm.training.job import train
 from fast_llm.training.trainer import Trainer
 
 MODEL = [

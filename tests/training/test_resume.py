@@ -20,7 +20,7 @@ from fast_llm.model import linear
 from fast_llm.model.decoder import CausalLM
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.training import build
+from fast_llm.training import build, job
 from fast_llm.training.trainer import Trainer
 from tests.helpers import some_fast, spawn
 from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
@@ -193,7 +193,7 @@ def test_what_is_auto_is_written_down_and_kept(tmp_path: Path) -> None:
 
 
 def too_little(arguments_: list[str]) -> int:
-    build._memory = lambda mesh: 1e6
+    job._device_memory = lambda mesh: 1e6
     return run(arguments_)
 
 

@@ -25,7 +25,7 @@ from fast_llm.errors import ConfigError, TrainingStopped, UserError
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.planning.preflight import preflight
 from fast_llm.planning.report import describe_run
-from fast_llm.training.build import train
+from fast_llm.training.job import train
 from fast_llm.training.run import Run, lock, next_run_number
 from tests.campaigns.jobs import Job
 from tests.helpers import needs_compiler, spawn
