@@ -197,7 +197,7 @@ def main() -> None:
     """What torchrun starts."""
     from fast_llm import cli
     from fast_llm.data.loader import Loader
-    from fast_llm.training import build
+    from fast_llm.training import job
     from fast_llm.training.run import Run
 
     log, starts = Path(os.environ["ID_LOG"]), list[int]()
@@ -234,7 +234,7 @@ def main() -> None:
         return made
 
     Run.__init__ = numbered  # type: ignore
-    build.Run = Run  # type: ignore
+    job.Run = Run  # type: ignore
     Loader.step = told  # type: ignore
     sys.exit(cli.main(["train", "gpt", *sys.argv[1:]]))
 
