@@ -41,9 +41,8 @@ def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = Fals
             raise ConfigError(
                 [
                     f"batch.sequential_micro_batches: given {sequential}, must be"
-                    " depth_first_micro_batches"
-                    f" {depth} × breadth_first_micro_batches {breadth or 1} = {product}; leave it"
-                    " out"
+                    f" depth_first_micro_batches {depth} × breadth_first_micro_batches"
+                    f" {breadth or 1} = {product}; leave it out"
                 ]
             )
     size, micro = batch.batch_size, batch.micro_batch_size
@@ -65,18 +64,15 @@ def derive_batch_sizes(batch: BatchConfig, processes: int, pipeline: bool = Fals
         raise ConfigError(
             [
                 f"batch.batch_size: batch_size {size} / micro_batch_size {micro} = {rows}"
-                f" micro-batch{'es' * (rows > 1)} for"
-                f" {_processes(processes)}: {processes - rows} would have nothing to do; raise it,"
-                " lower micro_batch_size"
-                " or start fewer"
+                f" micro-batch{'es' * (rows > 1)} for {_processes(processes)}: {processes - rows}"
+                " would have nothing to do; raise it, lower micro_batch_size or start fewer"
             ]
         )
     if given is not None and given != many:
         raise ConfigError(
             [
                 f"batch.{name}_micro_batches: given {given}, but batch_size {size} /"
-                f" (micro_batch_size {micro} ×"
-                f" {_processes(processes)}) = {many}; leave it out"
+                f" (micro_batch_size {micro} × {_processes(processes)}) = {many}; leave it out"
             ]
         )
     return BatchSizes(size, micro, many, micro * many * processes - size)

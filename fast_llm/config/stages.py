@@ -99,9 +99,8 @@ def _stage_problem(config: TrainConfig, batch: BatchSizes) -> tuple[str, str] | 
     if len(sizes) % processes:
         return (
             _PER_STAGE,
-            f"given {wanted}, which makes {len(sizes)} stages of {layers} layers; their number must"
-            " be a multiple of"
-            f" pipeline_parallel {processes}",
+            f"given {wanted}, which makes {len(sizes)} stages of {layers} layers; their number"
+            f" must be a multiple of pipeline_parallel {processes}",
         )
     return None
 
@@ -131,9 +130,9 @@ def _schedule_problem(config: TrainConfig, batch: BatchSizes) -> tuple[str, str]
         wanted = f"{needed} stages" if needed > 1 else "one stage"
         return (
             _SCHEDULE,
-            f"given {name}, which needs {wanted} a process, but there {'are' if each > 1 else 'is'}"
-            f" {each}; set"
-            f" layers_per_stage to {max(1, layers // (processes * needed))}",
+            f"given {name}, which needs {wanted} a process, but there"
+            f" {'are' if each > 1 else 'is'} {each}; set layers_per_stage to"
+            f" {max(1, layers // (processes * needed))}",
         )
     if name == "1f1b" and in_flight < processes:
         return (
@@ -146,21 +145,18 @@ def _schedule_problem(config: TrainConfig, batch: BatchSizes) -> tuple[str, str]
         return (
             _SCHEDULE,
             f"{name} takes a multiple of pipeline_parallel {processes} micro-batches, not"
-            f" {in_flight}; choose a"
-            f" batch_size with {near} or {near + processes}, or looped_bfs",
+            f" {in_flight}; choose a batch_size with {near} or {near + processes}, or looped_bfs",
         )
     if name.endswith("zero_bubble") and config.model.multi_stage.zero_stage == 3:
         return (
             _SCHEDULE,
             f"given {name}, but with zero_stage: 3 it loses gradients: weights are freed before"
-            " theirs are made; use"
-            " zero_stage: 2 or another schedule",
+            " theirs are made; use zero_stage: 2 or another schedule",
         )
     if name == "zbv_zero_bubble" and config.model.base_model.tie_word_embeddings:
         return (
             _SCHEDULE,
             "given zbv_zero_bubble, which puts embedding and head on one process as two weights,"
-            " but"
-            " tie_word_embeddings makes them one; use interleaved_zero_bubble",
+            " but tie_word_embeddings makes them one; use interleaved_zero_bubble",
         )
     return None

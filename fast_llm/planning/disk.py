@@ -98,8 +98,8 @@ def disk_problems(
         what = " and ".join(f"{'an' if name[0] == 'e' else 'a'} {name[:-1]}" for name in parts)
         return [
             f"run.experiment_dir: {what} need{'s' * (len(parts) == 1)}"
-            f" {format_bytes(sum(parts.values()))}, but"
-            f" {existing} has {format_bytes(free_bytes(folder))} free"
+            f" {format_bytes(sum(parts.values()))}, but {existing} has"
+            f" {format_bytes(free_bytes(folder))} free"
         ]
     return []
 
@@ -121,10 +121,8 @@ def disk_warning(
     )
     return (
         f"run.experiment_dir: the disk will be full before this run ends: it keeps {what},"
-        f" {format_bytes(total)} at"
-        f" most, and {format_bytes(free)} are free. Lower training.checkpoint.keep or set"
-        " training.export.keep, raise the"
-        " intervals, or make room"
+        f" {format_bytes(total)} at most, and {format_bytes(free)} are free. Lower"
+        " training.checkpoint.keep or set training.export.keep, raise the intervals, or make room"
     )
 
 

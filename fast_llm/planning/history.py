@@ -103,8 +103,8 @@ class History(BaseModel):
         if not found:
             raise DataError(
                 f"step {step}: the batch size changed before checkpoints recorded it, and"
-                " metrics.jsonl does not say"
-                f" when; what steps were made of is known from step {self.batches[0].after + 1} on"
+                " metrics.jsonl does not say when; what steps were made of is known from step"
+                f" {self.batches[0].after + 1} on"
             )
         return found[-1]
 
@@ -254,8 +254,7 @@ def reconstruct(
         edges, pairs = _by_path(data, length, seed, vocab_size)
         notes.append(
             "the data of the checkpoint is gone or was changed, and version 0.1 did not record the"
-            " content of each source:"
-            " those at the same path are taken to be what they were"
+            " content of each source: those at the same path are taken to be what they were"
         )
     sources = [
         SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)
@@ -266,9 +265,8 @@ def reconstruct(
     batches = _batches(info, read_records(folder))
     if batches[0].after:
         notes.append(
-            "batch.batch_size changed in version 0.1, which did not record when; `fast-llm why`"
-            " can answer from step"
-            f" {batches[0].after + 1} on"
+            "batch.batch_size changed in version 0.1, which did not record when; `fast-llm why` can"
+            f" answer from step {batches[0].after + 1} on"
         )
     return History(batches=batches, orders=[order]), notes
 

@@ -286,9 +286,8 @@ def _find_checkpoint(folder: Path | None, problems: _Problems) -> Path | None:
         problems.add(
             [
                 f"run.experiment_dir: no checkpoint in {root} is whole (of {len(unusable)};"
-                " `fast-llm verify` says what"
-                " is wrong), and the run would begin anew; repair them, move them away, or choose"
-                " another folder"
+                " `fast-llm verify` says what is wrong), and the run would begin anew; repair them,"
+                " move them away, or choose another folder"
             ]
         )
     return checkpoint
@@ -333,8 +332,7 @@ def _resume(
         problems.add(
             [
                 f"training.train_iters: given {config.training.train_iters}, but {checkpoint} has"
-                f" {manifest.step} steps"
-                " behind it; raise it, or choose another run.experiment_dir"
+                f" {manifest.step} steps behind it; raise it, or choose another run.experiment_dir"
             ]
         )
     return resumed
@@ -407,8 +405,7 @@ def _nothing_saved(config: TrainConfig) -> str:
     if training.checkpoint.interval is None:
         return (
             "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to"
-            " save"
-            " its state"
+            " save its state"
         )
     return ""
 
@@ -422,6 +419,5 @@ def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> str:
         where = f"max_position_embeddings of {pretrained_folder}/config.json"
     return (
         f"batch.sequence_length: given {length}, above {where}, {most}: positions from {most} on"
-        " are new to the model,"
-        " and other programs may refuse them. Lower it, or raise the other"
+        " are new to the model, and other programs may refuse them. Lower it, or raise the other"
     )

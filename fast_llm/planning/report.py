@@ -61,25 +61,21 @@ def run_rows(spec: RunSpec) -> Rows:
         (
             "Model",
             f"{spec.cost.parameters:,} parameters: {transformer.num_layers} layers of"
-            f" {transformer.hidden_size},"
-            f" {transformer.num_attention_heads} heads in {transformer.head_groups} groups,"
-            " vocabulary"
-            f" {config.model.base_model.vocab_size:,}",
+            f" {transformer.hidden_size}, {transformer.num_attention_heads} heads in"
+            f" {transformer.head_groups} groups, vocabulary {config.model.base_model.vocab_size:,}",
         ),
         ("Start", _start(spec)),
         (
             "Precision",
             f"computes in {config.model.distributed.training_dtype}{fp8}; fp32 weights and"
-            " gradients,"
-            f" {_MOMENTS[config.optimizer.moments_dtype]} moments",
+            f" gradients, {_MOMENTS[config.optimizer.moments_dtype]} moments",
         ),
         ("Processes", _processes(spec)),
         ("Batch", _batch(spec)),
         (
             "Training",
             f"{training.train_iters:,} steps of {tokens:,} tokens ="
-            f" {training.train_iters * tokens:,} tokens,"
-            f" {flops:.3g} floating-point operations",
+            f" {training.train_iters * tokens:,} tokens, {flops:.3g} floating-point operations",
         ),
     ]
     rows += _data_rows(spec, tokens) + _saving_rows(spec)
@@ -170,8 +166,7 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
             (
                 "Validation",
                 f"at the start, every {training.validation.interval:,} steps and at the end, on the"
-                " same"
-                f" {measured:,} of {dataset.tokens('validation'):,} tokens"
+                f" same {measured:,} of {dataset.tokens('validation'):,} tokens"
                 + "".join(f"; {name}" for name in dataset.validation_sets),
             )
         )
@@ -257,8 +252,8 @@ def _fastest_micro_batch(config: TrainConfig, processes: int, device: DeviceSpec
     if not fastest.fits:
         return "no micro-batch fits, see `fast-llm plan`"
     return (
-        f"fastest with micro_batch_size {fastest.layout.micro_batch_size},"
-        f" mlp_recompute_level {fastest.layout.recompute}"
+        f"fastest with micro_batch_size {fastest.layout.micro_batch_size}, mlp_recompute_level"
+        f" {fastest.layout.recompute}"
     )
 
 
@@ -375,8 +370,7 @@ def forecast_rows(one: Forecast) -> Rows:
             "Layout",
             f"{layout.processes} × {one.device.name.upper()}: {_arrangement(layout)};"
             f" {layout.micro_batch_size} × {layout.micro_batches} sequences each, recompute"
-            f" {layout.recompute},"
-            f" {_MOMENTS_OF[one.workload.moment_bytes]} moments",
+            f" {layout.recompute}, {_MOMENTS_OF[one.workload.moment_bytes]} moments",
         ),
         (
             "Memory",
@@ -386,8 +380,7 @@ def forecast_rows(one: Forecast) -> Rows:
         (
             "Step",
             f"{one.seconds:.3g} s for {one.workload.batch_size * one.workload.sequence_length:,}"
-            " tokens:"
-            f" {one.gpu_tokens_per_second:,.0f} tokens/s a GPU, MFU {one.mfu:.1%}",
+            f" tokens: {one.gpu_tokens_per_second:,.0f} tokens/s a GPU, MFU {one.mfu:.1%}",
         ),
         ("", spent),
         ("Limit", one.limit),
