@@ -1,9 +1,9 @@
-"""What was in force at each step of a run's life: batch sizes by step, and orders of data by sequence.
+"""The history of a run: its batch sizes by step, and its orders of data by sequence.
 
-Sequences are numbered from 0 over the life of a run, those that were passed over after spikes
-included. A change by consent (`run.accept_changes`) adds an entry; nothing of the past is ever
-rewritten. Each checkpoint's manifest has the history up to it, so that a run continues, and
-`fast-llm why` answers, from what was in force then.
+Sequences are numbered from 0 over the life of a run, including those that were skipped after
+spikes. A change by consent (`run.accept_changes`) adds an entry; past entries never change. Each
+checkpoint's manifest holds the history up to it: the run resumes from it, and `fast-llm why`
+answers from it. Reading it costs nothing; reconstructing one of version 0.1 reads metrics.jsonl.
 """
 
 import json
@@ -23,8 +23,8 @@ from fast_llm.errors import DataError, UserError
 _GONE = "gone"  # the digest of what can no longer be read
 
 
-class Batches(BaseModel):
-    """The size of batches after a step, and the sequence with which the first of them begins."""
+class BatchSizeEntry(BaseModel):
+    """The batch size of the steps after a step, and the first sequence of these steps."""
 
     after: NonNegativeInt
     index: NonNegativeInt
@@ -32,16 +32,19 @@ class Batches(BaseModel):
 
 
 class SourceState(BaseModel):
-    """One source: what it is called, what tells its content, and what it had given when an order began."""
+    """A source when an order of data begins.
+
+    `drawn`: for each sequence length and seed, how many sequences the source has given so far.
+    """
 
     name: str
     digest: str
-    key: NonNegativeInt  # the number of its permutation's keys: no two sources of a run share one
+    key: NonNegativeInt  # of its permutation: no two sources of a run share one
     drawn: list[tuple[PositiveInt, NonNegativeInt, PositiveInt]] = []
 
 
-class Order(BaseModel):
-    """The order of sequences from a certain one on."""
+class DataOrder(BaseModel):
+    """The order of data from sequence `index` on."""
 
     index: NonNegativeInt
     sequence_length: PositiveInt
@@ -52,32 +55,32 @@ class Order(BaseModel):
     left_out: list[SourceState] = []  # sources of earlier orders, should they return
 
     @model_validator(mode="after")
-    def _fits(self) -> "Order":
+    def _check(self) -> "DataOrder":
         ascending = all(low <= high for low, high in pairwise(self.edges))
         if not self.sources or len(self.edges) != len(self.sources) + 1:
-            raise ValueError("edges and sources do not fit")
+            raise ValueError("edges and sources do not match")
         if self.edges[0] != 0 or not ascending or self.edges[-1] == 0:
             raise ValueError("edges must ascend from 0")
         return self
 
     def states_at(self, index: int) -> list[SourceState]:
-        """The sources as they are when the run has come to a sequence."""
-        with_these = self.sequence_length, self.seed
+        """The sources at sequence `index`, with all that they have given."""
+        drawn_with = self.sequence_length, self.seed
         counts = Mixture(self.edges).counts(index - self.index)
         return [
-            source.model_copy(update={"drawn": add_drawn(source.drawn, (*with_these, count))})
+            source.model_copy(update={"drawn": add_drawn(source.drawn, (*drawn_with, count))})
             for source, count in zip(self.sources, counts, strict=True)
         ]
 
 
 class History(BaseModel):
-    """Batch sizes and orders, the oldest first."""
+    """Batch sizes and orders of data, the oldest first."""
 
-    batches: list[Batches]
-    orders: list[Order]
+    batches: list[BatchSizeEntry]
+    orders: list[DataOrder]
 
     @model_validator(mode="after")
-    def _ascends(self) -> "History":
+    def _check(self) -> "History":
         if not self.batches or not self.orders or self.orders[0].index != 0:
             raise ValueError("batches and orders must begin")
         for entries, name in ((self.batches, "after"), (self.orders, "index")):
@@ -87,18 +90,18 @@ class History(BaseModel):
         return self
 
     def first_sequence(self, step: int, skipped_ranges: Iterable[Mapping[str, int]]) -> int:
-        """The sequence with which a step begins.
+        """The first sequence of a step.
 
-        `passed_over`: for each time that a run went back, the step `after` which it continued, and
-        how many `sequences` it left out there. Raises DataError for a step of which that is not
-        known.
+        `skipped_ranges`: for each rewind of the run, the step `after` which it continued and the
+        number of `sequences` that it skipped there. Raises DataError if the history of the step is
+        unknown.
         """
-        entry = self.at_step(step)
+        entry = self.batch_entry_at(step)
         later = (o["sequences"] for o in skipped_ranges if entry.after <= o["after"] < step)
         return entry.index + (step - 1 - entry.after) * entry.batch_size + sum(later)
 
-    def at_step(self, step: int) -> Batches:
-        """The batches that a step belongs to."""
+    def batch_entry_at(self, step: int) -> BatchSizeEntry:
+        """The entry that holds for a step. Raises DataError if none does."""
         found = [entry for entry in self.batches if entry.after < step]
         if not found:
             raise DataError(
@@ -108,12 +111,12 @@ class History(BaseModel):
             )
         return found[-1]
 
-    def at_sequence(self, index: int) -> Order:
-        """The order that a sequence belongs to."""
+    def order_at(self, index: int) -> DataOrder:
+        """The order of data that holds for a sequence."""
         return [order for order in self.orders if order.index <= index][-1]
 
     def tokens(self, samples: int) -> int:
-        """How many tokens the first so many sequences have."""
+        """Tokens of the first `samples` sequences."""
         ends = [*(order.index for order in self.orders[1:]), samples]
         return sum(
             max(0, min(end, samples) - order.index) * order.sequence_length
@@ -121,24 +124,24 @@ class History(BaseModel):
         )
 
     def with_batches(self, step: int, samples: int, batch_size: int) -> "History":
-        """The history of a run whose batches have this size after a step that ended with `samples` sequences."""
+        """Copy the history with this batch size after `step`, which `samples` sequences end."""
         kept = [entry for entry in self.batches if entry.after < step or step == entry.after == 0]
         if not kept or kept[-1].batch_size != batch_size:
             kept = [entry for entry in kept if entry.after < step]
-            kept.append(Batches(after=step, index=samples, batch_size=batch_size))
+            kept.append(BatchSizeEntry(after=step, index=samples, batch_size=batch_size))
         return History(batches=kept, orders=self.orders)
 
-    def with_data(self, samples: int, config: TrainConfig, phase: Split) -> "History":
-        """The history of a run that trains on these sources after `samples` sequences."""
+    def with_data(self, samples: int, config: TrainConfig, split: Split) -> "History":
+        """Copy the history with the data of `split` after `samples` sequences."""
         kept = [order for order in self.orders if order.index < samples]
         if not kept:
-            kept = [_order(0, config, phase, [])]
+            kept = [_order(0, config, split, [])]
         else:
             before = kept[-1]
             states = [*before.states_at(samples), *before.left_out]
-            order = _order(samples, config, phase, states)
+            order = _order(samples, config, split, states)
             if _equal(before, order):
-                # Files may have moved since: where they lie is no matter of order.
+                # Only paths changed.
                 named = [
                     old.model_copy(update={"name": new.name})
                     for old, new in zip(before.sources, order.sources, strict=True)
@@ -148,34 +151,41 @@ class History(BaseModel):
                 kept.append(order)
         return History(batches=self.batches, orders=kept)
 
-    def describe_sources(self, phase: Split) -> list[str]:
-        """What becomes of each source where an order begins that was changed, in words."""
+    def describe_sources(self, split: Split) -> list[str]:
+        """For each source of a changed order, where in its data it continues, as text."""
         if len(self.orders) < 2:
             return []
         found = []
-        for source, sampler in zip(self.orders[-1].sources, phase.samplers, strict=True):
-            gone = f"continues after {sampler.epochs(0):.3g} epochs" if source.drawn else "is new"
-            found.append(f"{source.name}: {gone}")
+        for source, sampler in zip(self.orders[-1].sources, split.samplers, strict=True):
+            start = f"continues after {sampler.epochs(0):.3g} epochs" if source.drawn else "is new"
+            found.append(f"{source.name}: {start}")
         return found
 
 
 def new_history(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
     """The history of a new run."""
     order = _order(0, config, dataset.splits["training"], [])
-    return History(batches=[Batches(after=0, index=0, batch_size=batch_size)], orders=[order])
+    return History(
+        batches=[BatchSizeEntry(after=0, index=0, batch_size=batch_size)], orders=[order]
+    )
 
 
-def apply_order(phase: Split, order: Order) -> None:
-    """Have the training data continue in an order of the history."""
+def apply_order(split: Split, order: DataOrder) -> None:
+    """Make the training data continue in this order."""
     keys, drawn = [s.key for s in order.sources], [s.drawn for s in order.sources]
-    phase.continue_from(order.index, order.edges, keys, drawn)
+    split.continue_from(order.index, order.edges, keys, drawn)
 
 
-def _order(index: int, config: TrainConfig, phase: Split, states: Sequence[SourceState]) -> Order:
-    """The order that the configuration asks for; known sources keep their keys and counts."""
+def _order(
+    index: int, config: TrainConfig, split: Split, states: Sequence[SourceState]
+) -> DataOrder:
+    """The order of data that the configuration asks for.
+
+    Sources with known states keep their keys and counts.
+    """
     states, sources = list(states), []
     unused = max((state.key for state in states), default=-1) + 1
-    for source in phase.sources:
+    for source in split.sources:
         known = next((state for state in states if state.digest == source.digest), None)
         if known is not None:
             states.remove(known)
@@ -183,12 +193,12 @@ def _order(index: int, config: TrainConfig, phase: Split, states: Sequence[Sourc
             continue
         sources.append(SourceState(name=source.name, digest=source.digest, key=unused))
         unused += 1
-    return Order(
+    return DataOrder(
         index=index,
         sequence_length=config.batch.sequence_length,
         seed=config.model.distributed.seed,
         data=_data(config.data),
-        edges=phase.mixture.edges,
+        edges=split.mixture.edges,
         sources=sources,
         left_out=states,
     )
@@ -199,10 +209,10 @@ def _data(config: DataConfig) -> dict[str, Any]:
     return values
 
 
-def _equal(one: Order, other: Order) -> bool:
-    """Whether nothing changes between two orders."""
+def _equal(one: DataOrder, other: DataOrder) -> bool:
+    """Whether two orders give the same sequences."""
 
-    def essence(order: Order) -> Any:
+    def essence(order: DataOrder) -> Any:
         digests = [source.digest for source in order.sources]
         return (order.sequence_length, order.seed, order.edges, digests)
 
@@ -210,9 +220,9 @@ def _equal(one: Order, other: Order) -> bool:
 
 
 def open_sources(
-    data: Mapping[str, Any], order: Order, vocab_size: int
+    data: Mapping[str, Any], order: DataOrder, vocab_size: int
 ) -> dict[str, Source | RandomSource]:
-    """The training sources that a `data` section names, by their digests; those that cannot be opened are left out."""
+    """The training sources of a `data` section by digest, without those that cannot be opened."""
     paths = data["path"][1::2] if len(data["path"]) > 1 else data["path"]
     found: dict[str, Source | RandomSource] = {}
     for path in paths or [None]:
@@ -230,10 +240,10 @@ def open_sources(
 def reconstruct(
     info: Mapping[str, Any], folder: Path, dataset: Dataset, vocab_size: int
 ) -> tuple[History, list[str]]:
-    """The history of a run that was begun by version 0.1, which kept none; and what is not known of it.
+    """Reconstruct the history of a run of version 0.1, which did not record one.
 
-    `info`: of a checkpoint's manifest; `folder`: of the experiment; `dataset`: that of the
-    configuration as it is now.
+    `info`: of a checkpoint's manifest; `folder`: of the experiment; `dataset`: of the current
+    configuration. Returns the history, and notes about what is unknown.
     """
     identity, notes = info["identity"], []
     length, seed = identity["batch.sequence_length"], identity["model.distributed.seed"]
@@ -259,10 +269,10 @@ def reconstruct(
     sources = [
         SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)
     ]
-    order = Order(
+    order = DataOrder(
         index=0, sequence_length=length, seed=seed, data=data, edges=edges, sources=sources
     )
-    batches = _batches(info, read_records(folder))
+    batches = _logged_batch_sizes(info, read_records(folder))
     if batches[0].after:
         notes.append(
             "batch.batch_size changed in version 0.1, which did not record when; `fast-llm why` can"
@@ -272,7 +282,7 @@ def reconstruct(
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records of an experiment, the oldest first; a line that a crash tore is left out."""
+    """All records in metrics.jsonl, the oldest first, without lines that a crash truncated."""
     if not (folder / "metrics.jsonl").exists():
         return []
     records = []
@@ -287,7 +297,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 def _by_path(
     data: Mapping[str, Any], length: int, seed: int, vocab_size: int
 ) -> tuple[list[int], list[tuple[str, str]]]:
-    """The mixture of a `data` section some of whose files are gone, and name and digest of its sources."""
+    """The mixture, names and digests of a `data` section, some of whose files are gone."""
     paths = data["path"]
     weighted = (
         zip(paths[::2], paths[1::2], strict=True) if len(paths) > 1 else [(1.0, p) for p in paths]
@@ -296,19 +306,21 @@ def _by_path(
     for weight, path in weighted:
         try:
             config = DataConfig.model_validate({**data, "path": [path]})
-            phase = open_dataset(config, length, seed, vocab_size).splits["training"]
+            split = open_dataset(config, length, seed, vocab_size).splits["training"]
         except UserError:
             weights.append(weight)
             pairs.append((str(path), _GONE))
             continue
-        for source, (low, high) in zip(phase.sources, pairwise(phase.mixture.edges), strict=True):
+        for source, (low, high) in zip(split.sources, pairwise(split.mixture.edges), strict=True):
             weights.append(weight * (high - low) / UNIT)
             pairs.append((source.name, source.digest))
     return Mixture.of(weights).edges, pairs
 
 
-def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[Batches]:
-    """Batch sizes of a run of version 0.1, from what metrics.jsonl says of sequences consumed."""
+def _logged_batch_sizes(
+    info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+) -> list[BatchSizeEntry]:
+    """Batch sizes of a run of version 0.1, from the consumed sequences in metrics.jsonl."""
     logged = {
         record["step"]: (record["step"], record["batch_size"], record["consumed_samples"])
         for record in records
@@ -317,7 +329,7 @@ def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> l
     points = [logged[step] for step in sorted(logged)]
     points.append((info["step"], info["identity"]["batch.batch_size"], info["samples"]))
     skipped_ranges = info.get("passed_over", [])
-    found = [Batches(after=0, index=0, batch_size=points[0][1])]
+    found = [BatchSizeEntry(after=0, index=0, batch_size=points[0][1])]
     for step, size, samples in points:
         if step == 0:
             continue
@@ -335,8 +347,8 @@ def _batches(info: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> l
                 if size != history.batch_size:
                     if change == history.after:
                         found.pop()
-                    found.append(Batches(after=change, index=index, batch_size=size))
+                    found.append(BatchSizeEntry(after=change, index=index, batch_size=size))
                 break
         else:  # more than one change since, or records that are missing: known from here on
-            found = [Batches(after=step, index=samples, batch_size=size)]
+            found = [BatchSizeEntry(after=step, index=samples, batch_size=size)]
     return found

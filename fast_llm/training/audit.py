@@ -23,8 +23,8 @@ from fast_llm.data.source import RandomSource, Source
 from fast_llm.errors import ConfigError, DataError, UserError
 from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.history import (
+    DataOrder,
     History,
-    Order,
     new_history,
     open_sources,
     read_records,
@@ -135,10 +135,10 @@ def inspect_step(run: str, step: int) -> StepData:
     with locating(document, TrainConfig, "data.path"):
         history, skipped_ranges, note = _history(folder, config)
     first = history.first_sequence(step, skipped_ranges)
-    count = history.at_step(step).batch_size
+    count = history.batch_entry_at(step).batch_size
     file = folder / "pretrained" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
-    order = history.at_sequence(first)
+    order = history.order_at(first)
     sources = _sources(order, config)
     sequences = []
     for index in range(first, first + count):
@@ -184,7 +184,7 @@ def _documents(
     return found
 
 
-def _sources(order: Order, config: TrainConfig) -> dict[str, Source | RandomSource]:
+def _sources(order: DataOrder, config: TrainConfig) -> dict[str, Source | RandomSource]:
     """The existing sources of an order by their digests, at their old paths or the current ones."""
     vocabulary = config.model.base_model.vocab_size
     now = config.data.model_dump(mode="json", include={"format", "path", "split"})

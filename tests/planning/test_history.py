@@ -26,7 +26,13 @@ from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.errors import DataError
 from fast_llm.model.loss import IGNORE_INDEX
 from fast_llm.planning import history as histories
-from fast_llm.planning.history import Batches, History, Order, SourceState, _batches
+from fast_llm.planning.history import (
+    BatchSizeEntry,
+    DataOrder,
+    History,
+    SourceState,
+    _logged_batch_sizes,
+)
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.audit import inspect_step
 from fast_llm.training.job import train
@@ -131,7 +137,7 @@ def test_when_a_batch_size_changed(every: int, change: int) -> None:
         "identity": {"batch.batch_size": 5},
         "passed_over": skipped_ranges,
     }
-    found = History.model_construct(batches=_batches(info, logged), orders=[])
+    found = History.model_construct(batches=_logged_batch_sizes(info, logged), orders=[])
     for step in range(1, 11):
         if step > found.batches[0].after:
             assert found.first_sequence(step, skipped_ranges) == ends[step - 1] - sizes[step - 1]
@@ -246,7 +252,7 @@ def check_why(history: History, drawn: Sequence[tuple[int, list[int]]]) -> None:
     from fast_llm.data.sampling import Mixture
 
     for index, targets in drawn:
-        order = history.at_sequence(index)
+        order = history.order_at(index)
         sources = histories.open_sources(order.data, order, 2**31)
         place, inside = Mixture(order.edges).find(index - order.index)
         state = order.sources[place]
@@ -398,8 +404,8 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
 
 def test_batches_that_changed_and_a_run_that_goes_back() -> None:
     source = SourceState(name="a", digest="a", key=0)
-    order = Order(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
-    history = History(batches=[Batches(after=0, index=0, batch_size=8)], orders=[order])
+    order = DataOrder(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
+    history = History(batches=[BatchSizeEntry(after=0, index=0, batch_size=8)], orders=[order])
     history = history.with_batches(6, 48, 4)  # a start with other batches
     assert [history.first_sequence(step, []) for step in (1, 6, 7, 9)] == [0, 40, 48, 56]
     # A spike at step 8, at 56 sequences: back to the checkpoint of step 6, or where that is damaged to that of step 3.
@@ -411,7 +417,9 @@ def test_batches_that_changed_and_a_run_that_goes_back() -> None:
     passed = [{"after": 3, "spike": 8, "sequences": 32}]
     assert [earlier.first_sequence(step, passed) for step in (3, 4, 5)] == [16, 56, 60]
     # A start from an earlier checkpoint with the batches of then.
-    assert history.with_batches(3, 24, 8).batches == [Batches(after=0, index=0, batch_size=8)]
+    assert history.with_batches(3, 24, 8).batches == [
+        BatchSizeEntry(after=0, index=0, batch_size=8)
+    ]
 
 
 OLD_CHANGES = [

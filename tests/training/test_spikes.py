@@ -15,7 +15,7 @@ from fast_llm.config.train import SpikesConfig
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
-from fast_llm.planning.history import Batches, History, Order, SourceState
+from fast_llm.planning.history import BatchSizeEntry, DataOrder, History, SourceState
 from fast_llm.training.audit import inspect_step
 from fast_llm.training.spikes import SpikeDetector
 from fast_llm.training.step import TrainStep
@@ -262,8 +262,8 @@ def test_where_a_step_begins() -> None:
         {"after": 8, "spike": 9, "sequences": 10},
     ]
     source = SourceState(name="a", digest="a", key=0)
-    order = Order(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
-    history = History(batches=[Batches(after=0, index=0, batch_size=10)], orders=[order])
+    order = DataOrder(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
+    history = History(batches=[BatchSizeEntry(after=0, index=0, batch_size=10)], orders=[order])
     starts = [history.first_sequence(step, passed) for step in range(1, 11)]
     assert starts == [0, 10, 20, 30, 70, 80, 90, 100, 120, 130]
     assert all(one < other for one, other in pairwise(starts))
