@@ -1,10 +1,7 @@
 """Settings of Fast-LLM 0.2: renamed, refused (with what to use instead), and different in meaning.
 
-Single values that are refused are at their settings (`unsupported`). docs/settings.md lists all of
-this.
+docs/settings.md lists all of it.
 """
-
-OTHER_MODELS = ("starcoder2", "mistral", "mixtral", "qwen2")  # models that Fast-LLM 0.2 supports
 
 _BASE, _TRANSFORMER = "model.base_model", "model.base_model.transformer"
 
@@ -172,6 +169,30 @@ REFUSED: dict[str, str] = {
         "set training.profiling.interval: it writes a table and a trace to profile/ in"
         " run.experiment_dir",
     ),
+}
+
+# Refused values: value → what to do instead. A few more are at their settings.
+_OTHER_MODELS = dict.fromkeys(
+    ("starcoder2", "mistral", "mixtral", "qwen2"), "only Llama models are supported"
+)
+EXPORT_FORMATS = {
+    "distributed": "training.checkpoint writes checkpoints; exports are llama",
+    "fast_llm": "training.checkpoint writes checkpoints; exports are llama",
+    "auto": "exports are llama",
+    **_OTHER_MODELS,
+}
+PRETRAINED_FORMATS = {
+    "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use llama",
+    **_OTHER_MODELS,
+}
+LOAD_CONFIGS = {
+    "none": "the shape of the model always comes from its configuration",
+    "model": "settings other than the shape of the model come from this file only",
+    "fast_llm": "settings other than the shape of the model come from this file only",
+}
+ROTARY_TYPES = {
+    "none": "Llama models have rotary positions: use default, or llama3 (Llama 3.1)",
+    "yarn": "no Llama model up to 3.2 uses it; use llama3",
 }
 
 # The same for `prepare`.

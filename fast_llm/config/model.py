@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fast_llm.config.compat import OTHER_MODELS
+from fast_llm.config.compat import LOAD_CONFIGS, PRETRAINED_FORMATS, ROTARY_TYPES
 from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.section import Section
 from fast_llm.config.types import (
@@ -38,12 +38,7 @@ class RotaryConfig(Section):
 
     type: Annotated[
         Literal["default", "llama3"],
-        unsupported(
-            {
-                "none": "Llama models have rotary positions: use default, or llama3 (Llama 3.1)",
-                "yarn": "no Llama model up to 3.2 uses it; use llama3",
-            }
-        ),
+        unsupported(ROTARY_TYPES),
     ] = "default"
     """`default`: no scaling. `llama3`: the frequency scaling of Llama 3.1, with the settings
     below."""
@@ -285,12 +280,7 @@ class PretrainedConfig(Section):
     format: Annotated[
         Literal["llama", "distributed"],
         BeforeValidator(lambda value: "llama" if value == "auto" else value),
-        unsupported(
-            {
-                "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use llama",
-                **dict.fromkeys(OTHER_MODELS, "only Llama models are supported"),
-            }
-        ),
+        unsupported(PRETRAINED_FORMATS),
         Allowed("llama (or auto), or distributed"),
     ] = "llama"
     """`llama` (or `auto`): a Hugging Face folder. `distributed`: a checkpoint of this project."""
@@ -301,13 +291,7 @@ class PretrainedConfig(Section):
     """Start from its optimizer state too, which only a checkpoint (`format: distributed`) has."""
     load_config: Annotated[
         Literal["architecture"],
-        unsupported(
-            {
-                "none": "the shape of the model always comes from its configuration",
-                "model": "settings other than the shape of the model come from this file only",
-                "fast_llm": "settings other than the shape of the model come from this file only",
-            }
-        ),
+        unsupported(LOAD_CONFIGS),
     ] = "architecture"
     """Only `architecture` is allowed: the shape of the model comes from its configuration,
     everything else from this file."""

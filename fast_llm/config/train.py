@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from fast_llm.config.compat import OTHER_MODELS
+from fast_llm.config.compat import EXPORT_FORMATS
 from fast_llm.config.disabled import without_disabled
 from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.model import ModelConfig, PretrainedConfig
@@ -26,7 +26,9 @@ from fast_llm.config.types import (
     Positive,
     PositiveFloat,
     Seconds,
+    Shares,
     Text,
+    WeightedPaths,
     Workers,
     no_fp64,
     path_text,
@@ -130,17 +132,7 @@ class ExportConfig(SavedConfig):
     """Number of newest exports to keep. null keeps all."""
     format: Annotated[
         Literal["llama"],
-        unsupported(
-            {
-                "distributed": "training.checkpoint writes checkpoints; exports are llama",
-                "fast_llm": "training.checkpoint writes checkpoints; exports are llama",
-                "auto": "exports are llama",
-                **dict.fromkeys(
-                    OTHER_MODELS,
-                    "only Llama models are supported; exports are llama",
-                ),
-            }
-        ),
+        unsupported(EXPORT_FORMATS),
     ] = "llama"
     """Format of the folder: `llama`, as transformers reads it."""
     model_weights: Annotated[
@@ -302,19 +294,6 @@ class TokenizerConfig(Section):
     model's."""
 
 
-def _weights_and_paths(value: Any) -> Any:
-    """Make a single path a list, and weights given as text ("0.9") numbers."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or len(value) % 2:
-        return value
-    number = re.compile(r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
-    return [
-        float(item) if i % 2 == 0 and isinstance(item, str) and number.fullmatch(item) else item
-        for i, item in enumerate(value)
-    ]
-
-
 class DataConfig(Section):
     """The training data."""
 
@@ -325,17 +304,9 @@ class DataConfig(Section):
     """`file`: a dataset.json written by `fast-llm prepare`. `list`: prefixes of token files or
     dataset.json files; either one, or alternately weights and paths (`[0.9, code/dataset.json, 0.1,
     prose/dataset.json]`). `random`: random tokens, to try things out."""
-    path: Annotated[
-        list[Any],  # text and numbers, which checks.py examines
-        BeforeValidator(_weights_and_paths),
-        Allowed("a path, or a list of weights and paths in turn"),
-    ] = []
+    path: WeightedPaths = []
     """One path, or a list as described at `format`. Paths are relative to the working directory."""
-    split: Annotated[
-        list[Annotated[float, Field(ge=0, le=10**15)]],
-        Field(min_length=1, max_length=3),
-        Allowed("a list of one to three numbers of 0 or more"),
-    ] = [969, 30, 1]
+    split: Shares = [969, 30, 1]
     """Shares of the documents for training, validation and test. A share that is left out is 0. A
     hash of a document's number in the dataset decides its split. For data whose dataset.json has no
     `split`, the order in each token file decides, from front to back."""

@@ -1,6 +1,7 @@
 """Types of settings: what pydantic checks, and in words (`Allowed`) what is allowed."""
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -67,4 +68,29 @@ DType = Annotated[
     no_fp64,  # pydantic calls validators from the last to the first
     short_dtype,
     Allowed("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
+]
+
+
+def _weights_and_paths(value: Any) -> Any:
+    """Make a single path a list, and weights given as text ("0.9") numbers."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or len(value) % 2:
+        return value
+    number = re.compile(r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
+    return [
+        float(item) if i % 2 == 0 and isinstance(item, str) and number.fullmatch(item) else item
+        for i, item in enumerate(value)
+    ]
+
+
+WeightedPaths = Annotated[
+    list[Any],  # text and numbers, which checks.py examines
+    BeforeValidator(_weights_and_paths),
+    Allowed("a path, or a list of weights and paths in turn"),
+]
+Shares = Annotated[
+    list[Annotated[float, Field(ge=0, le=10**15)]],
+    Field(min_length=1, max_length=3),
+    Allowed("a list of one to three numbers of 0 or more"),
 ]

@@ -1,10 +1,11 @@
-"""This process's micro-batches, from any sequence of the run on.
+"""This process's micro-batches, starting at any sequence of the run.
 
-With b sequences a micro-batch and P processes, micro-batch m of process r in a step that begins at
-sequence s holds sequences s + (m·P + r)·b … + b, those of them that are still of this step. Threads
-read ahead (NumPy copies without holding Python's lock); an error in one of them is raised where the
-batch is taken. Resuming is a matter of another s. Letters: B sequences of a micro-batch, S tokens
-of a sequence.
+With b sequences per micro-batch and P data-parallel processes, micro-batch m of process r holds the
+sequences s + (m·P + r)·b … + b of a step that begins at sequence s, if they belong to that step.
+Threads read ahead; NumPy copies without holding Python's lock. An error in a thread is raised where
+the batch is taken. To resume, start at another s.
+
+Letters: B sequences of a micro-batch, S tokens of a sequence.
 """
 
 import functools
@@ -17,6 +18,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fast_llm.config.batch import BatchSizes
 from fast_llm.data.dataset import Dataset
@@ -35,8 +37,8 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        phase: str,
-        plan: BatchSizes,
+        split: str,
+        sizes: BatchSizes,
         *,
         rank: int,
         processes: int,
@@ -46,26 +48,31 @@ class Loader:
         isolate: bool,
         workers: int,
         prefetch: int,
-        cut: Callable[[Batch], Batch] | None = None,
+        shard: Callable[[Batch], Batch] | None = None,
         pin: bool = False,
         warn_ms: float = 1000,
     ):
-        """`first_sample`: the sequence with which the first step begins; `workers`: threads;
-        `prefetch`: steps ahead for each of them; `isolate`: keep documents apart; `cut`: what of a
-        micro-batch this process has; `warn_ms`: warn when a step's batches take longer."""
-        self.dataset, self.phase, self.plan = dataset, phase, plan
+        """`split`: of the dataset; `sizes`: of a step's batches.
+
+        `first_sample`: the sequence at which the first step begins. `steps`: number of steps.
+        `isolate`: keep documents apart. `workers`: number of threads (0 uses none). `prefetch`:
+        steps that each thread prepares ahead. `shard`: reduces a micro-batch to the part that this
+        process computes. `pin`: copy to pinned memory. `warn_ms`: warn if preparing the batches of
+        a step takes longer.
+        """
+        self.dataset, self.split, self.sizes = dataset, split, sizes
         self.rank, self.processes = rank, processes
         self.vocab_size = vocab_size
         self.first_sample, self.steps = first_sample, steps
-        self.isolate, self.cut, self.pin, self.warn_ms = isolate, cut, pin, warn_ms
+        self.isolate, self.shard, self.pin, self.warn_ms = isolate, shard, pin, warn_ms
         self.ahead = workers * prefetch
-        self.places = np.arange(dataset.length)
-        dataset.splits[phase].open()
-        # A new thread begins on the first GPU; it must pin for this process's own.
-        begin = (
+        self.position_ids = np.arange(dataset.length)
+        dataset.splits[split].open()
+        # New threads use the first GPU; they must pin for the GPU of this process.
+        initializer = (
             functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
         )
-        self.pool = ThreadPoolExecutor(workers, "batches", begin) if workers else None
+        self.pool = ThreadPoolExecutor(workers, "batches", initializer) if workers else None
         self.wait_seconds = 0.0
 
     def __enter__(self) -> "Loader":
@@ -80,7 +87,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Leave no thread behind."""
+        """End the threads."""
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
@@ -100,34 +107,33 @@ class Loader:
             yield batches
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of the step-th step, counted from 0."""
+        """This process's micro-batches of step `step`, counted from 0."""
         started = time.perf_counter()
-        begin = self.first_sample + step * self.plan.batch_size
-        end, size = begin + self.plan.batch_size, self.plan.micro_batch_size
+        begin = self.first_sample + step * self.sizes.batch_size
+        end, size = begin + self.sizes.batch_size, self.sizes.micro_batch_size
         batches = []
-        for number in range(self.plan.micro_batches):
+        for number in range(self.sizes.micro_batches):
             first = begin + (number * self.processes + self.rank) * size
             batches.append(self.micro_batch(first, min(size, max(0, end - first))))
         milliseconds = (time.perf_counter() - started) * 1e3
         if milliseconds > self.warn_ms:
             logger.warning(
-                f"Making one step's {len(batches)} batches took {milliseconds:.0f} ms (sequences"
-                f" from {begin} on); is the storage slow?"
+                f"Preparing the {len(batches)} micro-batches of a step took {milliseconds:.0f} ms"
+                f" (sequences from {begin} on); is the storage slow?"
             )
         return batches
 
     def micro_batch(self, first: int, count: int) -> Batch:
-        """`count` sequences of the phase from `first` on, and rows without targets up to the
-        micro-batch's size."""
-        size, length = self.plan.micro_batch_size, self.dataset.length
+        """`count` sequences from `first` on, padded with rows without targets to the size of a
+        micro-batch. Raises DataError for a token that the model does not have."""
+        size, length = self.sizes.micro_batch_size, self.dataset.length
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
         tokens[count:], labels[count:] = 0, IGNORE_INDEX
         starts = [np.zeros(1, np.int64)] * size
         targets = count * length
         for row in range(count):
-            packed = self.dataset.read(self.phase, first + row)
-            # Not an assignment: the C library's copy of some tens of kB takes seven times as long
-            # on some processors (Zen 3).
+            packed = self.dataset.read(self.split, first + row)
+            # np.positive copies seven times as fast as an assignment on some processors (Zen 3).
             np.positive(packed.tokens[:-1], out=tokens[row])
             np.positive(packed.targets, out=labels[row])
             starts[row] = packed.starts
@@ -135,39 +141,45 @@ class Loader:
                 labels[row, packed.ends] = IGNORE_INDEX
                 targets -= len(packed.ends)
             self._check(packed, first + row)
-        documents = None
-        if self.isolate:
-            parts = []
-            for row, begins in enumerate(starts):
-                inside = begins if begins[-1] < length else begins[:-1]
-                row_lengths = np.empty_like(inside)
-                row_lengths[:-1], row_lengths[-1] = inside[1:], length
-                row_lengths -= inside
-                np.subtract(self.places, inside.repeat(row_lengths), out=positions[row])
-                parts.append(row_lengths)
-            lengths = np.concatenate(parts)
-            boundaries = np.zeros(len(lengths) + 1, np.int32)
-            lengths.cumsum(out=boundaries[1:])
-            documents = PackedSequences(
-                tuple(lengths.tolist()), torch.from_numpy(boundaries), int(lengths.max())
-            )
-        else:
-            positions[:] = self.places
+        documents = self._pack(starts, positions) if self.isolate else None
+        if documents is None:
+            positions[:] = self.position_ids
         inputs, targeted, placed = (
             torch.from_numpy(array) for array in (tokens, labels, positions)
         )
         batch = Batch(inputs, targeted, placed, documents, targets)
-        if self.cut is not None:
-            batch = self.cut(batch)
+        if self.shard is not None:
+            batch = self.shard(batch)
         return batch.pin() if self.pin else batch
 
+    def _pack(
+        self, starts: list[NDArray[np.int64]], positions: NDArray[np.int64]
+    ) -> PackedSequences:
+        """The documents of all rows. Fills `positions` [B, S], which begin at 0 in each document.
+
+        `starts`: for each row, the indices at which documents begin.
+        """
+        length = self.dataset.length
+        parts = []
+        for row, begins in enumerate(starts):
+            inside = begins if begins[-1] < length else begins[:-1]
+            row_lengths = np.empty_like(inside)
+            row_lengths[:-1], row_lengths[-1] = inside[1:], length
+            row_lengths -= inside
+            np.subtract(self.position_ids, inside.repeat(row_lengths), out=positions[row])
+            parts.append(row_lengths)
+        lengths = np.concatenate(parts)
+        cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+        lengths.cumsum(out=cu_seqlens[1:])
+        return PackedSequences(
+            tuple(lengths.tolist()), torch.from_numpy(cu_seqlens), int(lengths.max())
+        )
+
     def _check(self, packed: PackedSample, index: int) -> None:
-        """A token that the model does not have would read foreign memory on a GPU."""
-        # A negative number is a huge one without a sign, so one pass over them is enough.
+        """Raises DataError for a token that the model does not have: it would read out of bounds."""
+        # As an unsigned number a negative one is huge, so the maximum finds both.
         worst = int(packed.tokens.view(np.uint64).max())
-        if (
-            packed.targets.base is None
-        ):  # no view of the tokens: made of parts, each with a target of its own
+        if packed.targets.base is None:  # not a view of the tokens: joined from several ranges
             worst = max(worst, int(packed.targets.view(np.uint64).max()))
         if worst < self.vocab_size:
             return
@@ -175,17 +187,17 @@ class Loader:
         place = int(
             packed.tokens.argmax() if largest >= self.vocab_size else packed.tokens.argmin()
         )
-        for span in self.dataset.locate(self.phase, index):
+        for span in self.dataset.locate(self.split, index):
             if place < span.tokens:
                 raise DataError(
                     f"{span.prefix}: document {span.document} holds token"
-                    f" {largest if largest >= self.vocab_size else smallest} at its place"
+                    f" {largest if largest >= self.vocab_size else smallest} at position"
                     f" {span.begin + place}, but the model's vocab_size is {self.vocab_size}; the"
                     " data was made with another tokenizer or is damaged"
                 )
             place -= span.tokens
         raise DataError(
-            f"sequence {index:,} of {self.phase}: a target is token {worst}, but the model's"
+            f"sequence {index:,} of {self.split}: a target is token {worst}, but the model's"
             f" vocab_size is {self.vocab_size}; the data was made with another tokenizer or is"
             " damaged"
         )

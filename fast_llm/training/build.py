@@ -90,7 +90,7 @@ def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps
         isolate=not config.batch.cross_document_attention,
         workers=config.training.num_workers,
         prefetch=config.training.prefetch_factor or 2,
-        cut=partial(shard_batch, rank=mesh.context.rank, size=mesh.context.size),
+        shard=partial(shard_batch, rank=mesh.context.rank, size=mesh.context.size),
         pin=mesh.device.type == "cuda",
         warn_ms=config.data.data_sample_warn_time_ms,
     )

@@ -169,7 +169,7 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path, workers: int) -> N
     path = described(tmp_path / "d.json", [("s0", 60, 60), ("s1", 126, 126)])
     with pytest.raises(DataError) as error:
         steps(opened(path), steps=11, vocab_size=99, workers=workers)
-    words = f"{tmp_path / 's1'}: document 20 holds token 99 at its place 3, but the model's vocab_size is 99"
+    words = f"{tmp_path / 's1'}: document 20 holds token 99 at position 3, but the model's vocab_size is 99"
     assert str(error.value).startswith(words)
     assert not threads()
     assert len(steps(opened(path), steps=11, vocab_size=100, workers=workers)) == 11
@@ -177,13 +177,13 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path, workers: int) -> N
 
 def test_a_negative_token(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2, 3], [4, -5, 6]])
-    with pytest.raises(DataError, match="document 1 holds token -5 at its place 1"):
+    with pytest.raises(DataError, match="document 1 holds token -5 at position 1"):
         steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1))
 
 
 def test_last_predicted_token_is_checked_too(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2, 3, 4, 99]])  # one sequence of four; 99 is only a label
-    with pytest.raises(DataError, match="token 99 at its place 4"):
+    with pytest.raises(DataError, match="token 99 at position 4"):
         steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1), vocab_size=50)
 
 

@@ -209,7 +209,7 @@ def main() -> None:
 
     def told(self: Loader, number: int) -> object:
         nonlocal read
-        if self.phase != "training":
+        if self.split != "training":
             return step(self, number)
         if not log.with_name(f"{log.name}.hurry").exists():
             time.sleep(0.5)

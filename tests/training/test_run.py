@@ -98,7 +98,7 @@ def test_tokens_that_the_model_does_not_have(
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"tokens: document \d+ holds token 1\d\d at its place \d+.*vocab_size is 100",
+        match=r"tokens: document \d+ holds token 1\d\d at position \d+.*vocab_size is 100",
     ):
         run(settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50"))
 

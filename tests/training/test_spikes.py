@@ -82,7 +82,7 @@ def spiking(
 
     def told(self: Loader, number: int) -> list[Batch]:
         batches = step(self, number)
-        if self.phase == "training" and self.first_sample // BATCH + number + 1 in bad:
+        if self.split == "training" and self.first_sample // BATCH + number + 1 in bad:
             worse.append(batches)
         return batches
 
