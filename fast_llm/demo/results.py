@@ -60,15 +60,15 @@ def compare_logits(run_folder: Path, step: int, export: Path) -> bool:
     with torch.no_grad():
         mine, other = ours(tokens, torch.arange(128)[None]), theirs(tokens).logits
     difference = ((mine - other).norm() / other.norm()).item()
-    right: bool = difference < 1e-5
+    equal: bool = difference < 1e-5
     print(
-        f"\n{'✓' if right else '✗'} logits of the export in transformers differ from the trained"
+        f"\n{'✓' if equal else '✗'} logits of the export in transformers differ from the trained"
         f" model's by {difference:.1e}"
     )
-    return right
+    return equal
 
 
-def compare_runs(whole: Path, broken: Path, steps: int) -> bool:
+def compare_runs(undisturbed: Path, killed: Path, steps: int) -> bool:
     """Whether the killed run ended on the same bits as the undisturbed one."""
 
     def digests(folder: Path) -> list[str]:
@@ -83,18 +83,18 @@ def compare_runs(whole: Path, broken: Path, steps: int) -> bool:
             if r["phase"] == "training"
         }
 
-    right = digests(whole) == digests(broken) and losses(whole) == losses(broken)
+    equal = digests(undisturbed) == digests(killed) and losses(undisturbed) == losses(killed)
     print(
-        f"{'✓' if right else '✗'} the killed run ends on the same losses, weights and moments, bit"
+        f"{'✓' if equal else '✗'} the killed run ends on the same losses, weights and moments, bit"
         " for bit"
     )
-    return right
+    return equal
 
 
-def curves(base: Path, whole: Path) -> dict[str, list[tuple[float, float]]]:
+def curves(base: Path, undisturbed: Path) -> dict[str, list[tuple[float, float]]]:
     """The curves of the picture: loss against step, over both runs."""
     first = read(base / "metrics.jsonl")
-    second = read(whole / "metrics.jsonl")
+    second = read(undisturbed / "metrics.jsonl")
     offset = max(r["step"] for r in first)
 
     def points(
@@ -119,10 +119,13 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
     low, high = min(y for _, y in points), max(y for _, y in points)
 
     def place(x: float, y: float) -> str:
-        return f"{left + x / right * (width - left - 20):.1f},{20 + (high - y) / (high - low) * (height - bottom - 20):.1f}"
+        across = left + x / right * (width - left - 20)
+        down = 20 + (high - y) / (high - low) * (height - bottom - 20)
+        return f"{across:.1f},{down:.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        ' font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for tick in range(5):

@@ -40,23 +40,23 @@ def verify(paths: list[str]) -> list[str]:
     A path is a dataset.json, a checkpoint, an export, or an experiment folder with all of these.
     Raises ConfigError that names everything damaged, after reading all.
     """
-    whole, wrong = [], []
+    intact, damaged = [], []
     for path in [part for given in paths for part in _parts(Path(given).expanduser())]:
         try:
             if path.is_file():
                 size = verify_dataset(path)
-                whole.append(f"{path}: whole, {format_bytes(size)} of token files")
+                intact.append(f"{path}: intact, {format_bytes(size)} of token files")
             else:
                 manifest = folders.verify(path)
                 size = sum(entry["size"] for entry in manifest.files.values())
-                whole.append(
-                    f"{path}: {manifest.kind} of step {manifest.step}, whole, {format_bytes(size)}"
+                intact.append(
+                    f"{path}: {manifest.kind} of step {manifest.step}, intact, {format_bytes(size)}"
                 )
         except UserError as error:
-            wrong += str(error).splitlines()
-    if wrong:
-        raise ConfigError(wrong)
-    return whole
+            damaged += str(error).splitlines()
+    if damaged:
+        raise ConfigError(damaged)
+    return intact
 
 
 def _parts(path: Path) -> list[Path]:

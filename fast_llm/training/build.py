@@ -150,7 +150,7 @@ def _has_kernels(config: TrainConfig, mesh: Mesh) -> bool:
 def build_pipeline(
     config: TrainConfig, batch: BatchSizes, models: list[CausalLM], mesh: Mesh
 ) -> Pipeline | None:
-    """What runs the stages, if there are any."""
+    """The pipeline schedule, or None without pipeline parallelism."""
     if mesh.pipeline.size == 1:
         return None
     in_flight, stages = micro_batches_in_flight(config, batch), len(stage_sizes(config))

@@ -193,9 +193,9 @@ def find_differences(reports: Sequence[Report]) -> list[str]:
         if not others:
             continue
         if most > others[0][1]:
-            odd = [rank for rank, one in replicated.items() if repr(one) != value]
+            different = [rank for rank, one in replicated.items() if repr(one) != value]
             found.append(
-                f"{_format_ranks(odd, reports)}: {name} is not what the {most} other processes hold"
+                f"{_format_ranks(different, reports)}: {name} is not what the {most} other processes hold"
             )
         else:
             found.append(f"{name} is not the same on {_format_ranks(replicated, reports)}")
@@ -204,8 +204,8 @@ def find_differences(reports: Sequence[Report]) -> list[str]:
 
 def _format_ranks(ranks: Iterable[int], reports: Sequence[Report]) -> str:
     ranks = list(ranks)
-    told = ", ".join(f"rank {rank} on {reports[rank].host}" for rank in ranks[:8])
-    return told + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    named = ", ".join(f"rank {rank} on {reports[rank].host}" for rank in ranks[:8])
+    return named + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 @torch.no_grad()

@@ -147,6 +147,35 @@ class Interrupt:
         os.close(self.reader)
 
 
+# What a signal to stop does first, by the part of the run.
+_ON_SIGNAL = {
+    "start": "the run ends before its next step; there is nothing new to save",
+    "steps": "the current step is finished and saved, then the run ends",
+    "end": "the run ends; the same command does the rest of what is due at its end",
+}
+
+
+def describe_stop(lifecycle: str, step: int, saves: bool, saved: int) -> tuple[str, str]:
+    """Describe what a signal to stop does now, and what a second one costs.
+
+    `lifecycle`: start, steps or end; `saves`: whether the run has an experiment folder; `saved`:
+    the step of the newest complete checkpoint, or -1.
+    """
+    if not saves:
+        return (
+            "the run ends after the current step. Nothing is saved: run.experiment_dir is not set",
+            "",
+        )
+    effect = _ON_SIGNAL[lifecycle]
+    if lifecycle == "start":
+        return effect, ""
+    if saved < 0:
+        return effect, " and loses all steps: no checkpoint is complete yet"
+    if saved < step or lifecycle == "steps":
+        return effect, f" and loses the steps after checkpoint {saved}"
+    return effect, ""
+
+
 # Commands other than training.
 
 

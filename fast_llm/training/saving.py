@@ -192,13 +192,13 @@ class Saver:
                     problem = error
                 if self._max_urgency() == _NOT:
                     logger.warning(
-                        f"{problem}. Training goes on; the next attempt is in {pause:g} s."
+                        f"{problem}. Training continues; the next attempt is in {pause:g} s."
                     )
                     self.wake.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 urgency = self._max_urgency()
                 if urgency == _SUPERSEDED:
-                    logger.warning(f"{problem}. Training goes on without this checkpoint.")
+                    logger.warning(f"{problem}. Training continues without this checkpoint.")
                     self.error = problem
                     return
                 if urgency == _LAST:

@@ -19,7 +19,7 @@ from fast_llm.planning.preflight import RunSpec
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.corruption import CorruptionCheck, check_state_finite
 from fast_llm.training.evaluate import Evaluator
-from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.interrupt import Interrupt, describe_stop
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.profile import profiled
 from fast_llm.training.run import Run
@@ -28,13 +28,6 @@ from fast_llm.training.spikes import handle_spike
 from fast_llm.training.step import StepResult, TrainStep
 
 logger = logging.getLogger("fast_llm")
-
-# What a signal to stop does first, by the part of the run.
-_ON_SIGNAL = {
-    "start": "the run ends before its next step; there is nothing new to save",
-    "steps": "the current step is finished and saved, then the run ends",
-    "end": "the run ends; the same command does the rest of what is due at its end",
-}
 
 
 class Trainer:
@@ -71,7 +64,7 @@ class Trainer:
         self.heartbeat = heartbeat
         self.corruption_check = CorruptionCheck(train_step, mesh)
         self.stopping = False
-        self.lifecycle = "start"  # a key of _ON_SIGNAL
+        self.lifecycle = "start"  # then "steps" and "end"
 
     def train(self) -> None:
         """Train until everything is on disk.
@@ -278,25 +271,9 @@ class Trainer:
         return "; the same command continues"
 
     def on_signal(self) -> tuple[str, str]:
-        """Describe what a signal to stop does now, and what a second one costs.
-
-        Called from another thread.
-        """
-        effect = _ON_SIGNAL[self.lifecycle]
-        if self.run.folder is None:
-            return (
-                "the run ends after the current step. Nothing is saved: run.experiment_dir is not"
-                " set",
-                "",
-            )
-        if self.lifecycle == "start":
-            return effect, ""
-        saved = self.checkpoints.saver.last_saved
-        if saved < 0:
-            return effect, " and loses all steps: no checkpoint is complete yet"
-        if saved < self.state.step or self.lifecycle == "steps":
-            return effect, f" and loses the steps after checkpoint {saved}"
-        return effect, ""
+        """Describe what a signal to stop does now. Called from another thread."""
+        saves, saved = self.run.folder is not None, self.checkpoints.saver.last_saved
+        return describe_stop(self.lifecycle, self.state.step, saves, saved)
 
     def on_failure(self, error: BaseException) -> None:
         """Finish the checkpoint that is being written, if other processes can still take part."""

@@ -105,7 +105,7 @@ def test_training_goes_on_and_bytes_are_the_same(tmp_path: Path, world: int, ran
     for one in range(world):
         said = (tmp_path / "run" / "runs" / "0" / "logs" / f"logs_rank_{one}.txt").read_text()
         assert (
-            "checkpoint/4: could not be saved: No space left on device (the disk). Training goes on; the next"
+            "checkpoint/4: could not be saved: No space left on device (the disk). Training continues; the next"
             in said
         )
         assert (
@@ -173,7 +173,7 @@ def test_failing_to_the_end_is_an_error(tmp_path: Path, background: str) -> None
         (2, ""),
     ]
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_1.txt").read_text()
-    assert f"checkpoint/12: {problem}. Training goes on without this checkpoint." in said
+    assert f"checkpoint/12: {problem}. Training continues without this checkpoint." in said
     assert "Training is complete" not in said
     assert max(losses(tmp_path / "run")) == 14
     assert [path.name for path in root.iterdir()] == ["4"]
