@@ -56,7 +56,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to examples/ lead to the copies on the site, and links to its folders to their page."""
+    """Links from docs/ to files outside it lead to their pages on the site."""
+    for source, page in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({page}")
     markdown = markdown.replace("](../examples", "](examples")
     return re.sub(r"\]\(examples(/train)?\)", "](examples/index.md)", markdown)
 
