@@ -121,7 +121,7 @@ def test_help_loads_next_to_nothing() -> None:
         (["demo", "a", "b"], 2, "fast-llm demo: unexpected argument b; `fast-llm demo --help` shows the usage\n"),
         (["train", "gpt", "--config", "none.yaml"], 2, "fast-llm train: none.yaml: no such file\n"),
         (["train", "training.train_iter=5"], 2, "did you mean training.train_iters?"),
-        (["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"], 0, "with 1 rows left empty"),
+        (["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"], 0, "with 1 empty rows"),
         (["train", *SMALL, "data.format=file", "data.path=none.json"], 2, "none.json: no such file"),
         (["train", *SMALL, "pretrained.path=./none"], 2, "pretrained.path: ./none: no such folder"),
         (["train", "--validate", *SMALL], 0, "Training      10 steps"),

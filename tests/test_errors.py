@@ -602,7 +602,7 @@ def test_a_manifest_that_training_did_not_write(
 def test_nothing_changed(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--validate", *GOING_ON]) == 0
     out = capsys.readouterr().out
-    assert f"Start         goes on from {begun}, after step 10" in out and "Changed" not in out
+    assert f"Start         resumes from {begun}, after step 10" in out and "Changed" not in out
 
 
 @pytest.mark.parametrize(

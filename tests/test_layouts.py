@@ -397,7 +397,7 @@ def test_the_layouts_of_the_guide_are_valid() -> None:
     command = command.replace("fast-llm ", f"{sys.executable} -m fast_llm.cli ")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "8, zero_stage 1, matrices cut over 2" in done.stdout
+    assert "8, zero_stage 1, tensor parallel 2" in done.stdout
 
 
 LLAMA_8B = [

@@ -54,7 +54,7 @@ def run_rows(spec: RunSpec) -> Rows:
     """What a run will do."""
     config, training = spec.config, spec.config.training
     transformer = config.model.base_model.transformer
-    fp8 = ", matrix products of the blocks in fp8" * config.model.distributed.fp8
+    fp8 = ", matmuls of the blocks in fp8" * config.model.distributed.fp8
     tokens = spec.batch_size * config.batch.sequence_length
     flops = spec.cost.model_flops_per_token * training.train_iters * tokens
     rows = [
@@ -101,16 +101,16 @@ def _processes(spec: RunSpec) -> str:
     replicas = distributed.data_parallel(count) * distributed.sequence_data_parallel
     group = multi.shard_size or replicas
     if group < replicas:
-        words.append(f"in groups of {group}, each with a copy")
+        words.append(f"sharded in groups of {group}")
     if distributed.tensor_parallel > 1:
-        along = " and the sequence between them" * distributed.sequence_tensor_parallel
-        words.append(f"matrices{along} cut over {distributed.tensor_parallel}")
+        sequence = " with sequence parallelism" * distributed.sequence_tensor_parallel
+        words.append(f"tensor parallel {distributed.tensor_parallel}{sequence}")
     if distributed.sequence_data_parallel > 1:
-        words.append(f"sequences cut over {distributed.sequence_data_parallel}")
+        words.append(f"context parallel {distributed.sequence_data_parallel}")
     if distributed.pipeline_parallel > 1:
         words.append(
-            f"layers divided over {distributed.pipeline_parallel} as {stage_sizes(config)}"
-            + _schedule(spec)
+            f"pipeline parallel {distributed.pipeline_parallel} with stages of"
+            f" {stage_sizes(config)} layers" + _schedule(spec)
         )
     return ", ".join(words)
 
@@ -132,7 +132,7 @@ def _batch(spec: RunSpec) -> str:
     return (
         f"{words} {batch.micro_batch_size} a micro-batch × {batch.micro_batches} micro-batches ×"
         f" {data_parallel} processes"
-        + (f", with {batch.padding} rows left empty" if batch.padding else "")
+        + (f", with {batch.padding} empty rows" if batch.padding else "")
     )
 
 

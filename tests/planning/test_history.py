@@ -325,7 +325,7 @@ def test_a_life_with_changes(
         assert run([*TINY, *how, steps, f"run.accept_changes=[{consent}]"]) == 0
         said = capsys.readouterr().out
         if number == 2:
-            assert "passed over: 384 tokens by the end" in said  # (3·4 + 6·6)·8
+            assert "skipped data: 384 tokens by the end" in said  # (3·4 + 6·6)·8
             assert "a: continues after 0.551 epochs" in said and "b: continues after" in said
         if number == 4:
             assert "c: is new" in said
