@@ -4,11 +4,8 @@ One function a group of tensors that `model/` holds at the same time; sizes are 
 micro-batch (`LocalSizes`). docs/forecasts.md has the formulas. Only arithmetic.
 """
 
+from fast_llm.models.sizes import CHUNK_ROWS, FP32_LOGITS, chunk_length
 from fast_llm.planning.layout import LocalSizes
-
-_MATMUL_ROWS = 1024  # model/linear.py: rows of a factor, or of the head's gradient, at a time
-_MAX_LOGITS = {"cuda": 2**29, "cpu": 2**25}  # model/loss.py: logits at once
-_MAX_FP32_LOGITS = 2**26  # model/loss.py: logits in fp32 at once, without a kernel
 
 
 def attended_keys(s: LocalSizes) -> float:
@@ -142,18 +139,10 @@ def upcast_matmul_bytes(rows: int, inner: int, columns: int) -> float:
     # The left factor in one piece and rows of the right one; or the sum in one piece and rows of
     # both.
     longer, shorter = sorted((inner, columns))
-    return 4.0 * (rows * longer + (rows + longer) * min(_MATMUL_ROWS, shorter))
+    return 4.0 * (rows * longer + (rows + longer) * min(CHUNK_ROWS, shorter))
 
 
 # Cross entropy.
-
-
-def logits_chunk(device: str, tokens: int, vocabulary: int, chunks: int | None) -> int:
-    """Tokens whose logits exist at once (model/loss.py). `chunks`: cross_entropy_splits."""
-    size = -(-tokens // (chunks or 2))
-    if chunks is None:
-        size = min(size, _MAX_LOGITS[device] // vocabulary)
-    return max(1, size)
 
 
 def uses_torch_loss(s: LocalSizes) -> bool:
@@ -166,12 +155,12 @@ def loss_tensors(s: LocalSizes) -> float:
     if uses_torch_loss(s):
         # In fp32: probabilities, and gradients before and after the softmax.
         return 12.0 * s.tokens * s.vocabulary
-    chunk = logits_chunk(
+    chunk = chunk_length(
         "cpu" if s.on_cpu else "cuda", s.tokens, s.vocabulary, s.workload.loss_chunks
     )
     scratch: float = 0
     if s.workload.loss == "fused" and not s.on_cpu:
-        fp32_rows = min(max(1, _MAX_FP32_LOGITS // s.vocabulary), chunk)
+        fp32_rows = min(max(1, FP32_LOGITS["cuda"] // s.vocabulary), chunk)
         scratch = 4 * s.vocabulary * fp32_rows
     if s.upcasts:
         scratch += max(
@@ -179,7 +168,7 @@ def loss_tensors(s: LocalSizes) -> float:
             upcast_matmul_bytes(chunk, s.vocabulary, s.hidden),
         )
     elif s.on_cpu and s.mixed_precision:
-        scratch += (4 + s.dtype_bytes) * min(_MATMUL_ROWS, s.vocabulary) * s.hidden
+        scratch += (4 + s.dtype_bytes) * min(CHUNK_ROWS, s.vocabulary) * s.hidden
     return chunk * s.vocabulary * s.dtype_bytes + scratch
 
 
@@ -193,5 +182,5 @@ def loss_backward_tensors(s: LocalSizes) -> float:
         logits = s.tokens * s.vocabulary * s.dtype_bytes
         return gradient + logits + upcast_matmul_bytes(s.vocabulary, s.tokens, s.hidden)
     if s.on_cpu:
-        return gradient + 4.0 * min(_MATMUL_ROWS, s.vocabulary) * s.hidden
+        return gradient + 4.0 * min(CHUNK_ROWS, s.vocabulary) * s.hidden
     return 0.0 if s.fuses_head_gradient else gradient

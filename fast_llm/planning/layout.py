@@ -13,10 +13,11 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.models.llama import shapes
+from fast_llm.models.sizes import QUANTIZATION_BLOCK
 
 # Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128
 # (kernels/rounding.py).
-MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2 * (1 + 2 / 128)}
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2 * (1 + 2 / QUANTIZATION_BLOCK)}
 # A CPU without matmuls in the compute dtype: they are made in fp32 (model/linear.py).
 UPCASTING_CPU = "upcasting cpu"
 
