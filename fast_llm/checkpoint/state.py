@@ -12,7 +12,6 @@ then training may change them while a thread writes.
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from fast_llm.checkpoint import folder as folders
@@ -43,13 +41,11 @@ from fast_llm.checkpoint.weights import (
     tensor_bytes,
 )
 from fast_llm.errors import CheckpointError
+from fast_llm.tensors import local_part
 
 LARGEST_FILE_BYTES = (
     2**32
 )  # bytes, if no single part is larger; files are hashed and read in parallel
-
-# With one process DCP says what the code says already.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @torch.no_grad()
@@ -59,7 +55,7 @@ def stage(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> None:
     Waits for no other process. Raises RuntimeError if there is no memory.
     """
     for name, tensor in tensors.items():
-        local = _local(tensor)
+        local = local_part(tensor)
         if name not in into:  # pinned memory: the device copies by itself, at the speed of the bus
             into[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
         into[name].copy_(local, non_blocking=True)
@@ -69,7 +65,7 @@ def stage(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> None:
 
 def staged_bytes(tensors: Mapping[str, Tensor]) -> int:
     """What `stage` takes of host memory."""
-    return sum(_local(tensor).nbytes for tensor in tensors.values())
+    return sum(local_part(tensor).nbytes for tensor in tensors.values())
 
 
 @torch.no_grad()
@@ -285,10 +281,6 @@ def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: s
             or any(min(c, default=0) < 0 for c in chunks)
         ):
             raise CheckpointError(f"{path}: the parts of {name} do not make up the whole")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _part(item: WriteItem) -> TensorWriteData:

@@ -21,21 +21,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.huggingface import weight_files
+from fast_llm.dtypes import DTYPES
 from fast_llm.errors import CheckpointError
 from fast_llm.models.llama import is_spare, place
+from fast_llm.tensors import local_part, local_region, torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX = "model.safetensors.index.json"
 BATCH_BYTES = 2**28  # bytes
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
+_SAFETENSORS_DTYPES = {getattr(torch, dtype.torch): dtype.safetensors for dtype in DTYPES} | {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
@@ -150,24 +146,11 @@ def load_weights(
                         raise CheckpointError(
                             f"{path}: {name} has the shape {source.get_shape()}, must be {list(weights[name].shape)}"
                         )
-                    local, region = _local_region(weights[name])
+                    local = local_part(weights[name])
                     if local.numel():
-                        local.copy_(source[region])
+                        local.copy_(source[local_region(weights[name])])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: can not be read: {_reason(error)}") from error
-
-
-def _local_region(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """This process's part of a weight, and where it lies in the whole."""
-    if not isinstance(weight, DTensor):
-        return weight, tuple(slice(0, extent) for extent in weight.shape)
-    shape, offset = compute_local_shape_and_global_offset(
-        weight.shape, weight.device_mesh, weight.placements
-    )
-    region = tuple(
-        slice(begin, begin + extent) for begin, extent in zip(offset, shape, strict=True)
-    )
-    return weight.to_local(), region
 
 
 @torch.no_grad()
@@ -186,7 +169,7 @@ def save_weights(
     """
     group = or_default_group(group)
     own = {
-        name: (DTYPES[dtype] if dtype else weight.dtype, tuple(weight.shape))
+        name: (torch_dtype(dtype) if dtype else weight.dtype, tuple(weight.shape))
         for name, weight in weights.items()
     }
     parts = all_gather_object(own, group)

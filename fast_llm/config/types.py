@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.text import format_value
+from fast_llm.dtypes import DTYPES
 
 LARGEST_NUMBER = 10**15  # no count in this project comes near; larger ones would overflow later on
 
@@ -45,20 +46,11 @@ ParametersPerFile = Annotated[
 Text = Annotated[str, AfterValidator(_text)]
 PathText = Annotated[Text, AfterValidator(path_text)]
 
-_DTYPES = {
-    spelling: name
-    for name, spellings in {
-        "fp32": ("fp32", "float32", "float"),
-        "bf16": ("bf16", "bfloat16"),
-        "fp16": ("fp16", "float16", "half"),
-        "fp64": ("fp64", "float64", "double"),  # refused below
-    }.items()
-    for spelling in spellings
-}
+_SPELLINGS = {spelling: dtype.name for dtype in DTYPES for spelling in dtype.spellings}
 
 
 def _short_dtype(value: Any) -> Any:
-    return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+    return _SPELLINGS.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
 
 
 short_dtype = BeforeValidator(_short_dtype)  # float32 or torch.float32 becomes fp32

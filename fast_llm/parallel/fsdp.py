@@ -13,7 +13,6 @@ On a mesh of [copies, shard] all of this happens within each group of `shard` pr
 groups are summed once a step (hybrid sharding, Zhao et al. 2023), so that between nodes 1 / shard of them is sent.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from fast_llm.model.decoder import CausalLM, Head
+from fast_llm.tensors import local_part, replication_factor
 
 
 class ShardedWeights:
@@ -76,25 +75,17 @@ class ShardedWeights:
 
     def local(self) -> dict[str, Tensor]:
         """The part of each fp32 weight that this process updates: its shard, which may be empty."""
-        return {name: _local(tensor) for name, tensor in self.tensors.items()}
+        return {name: local_part(tensor) for name, tensor in self.tensors.items()}
 
     def local_gradients(self) -> dict[str, Tensor]:
         """The gradient of each of `local`, in fp32, averaged over the processes."""
-        return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        return {
+            name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None
+        }
 
     def replication_factor(self) -> dict[str, int]:
         """How many processes hold the same part of each of `local`, this one included."""
-        return {
-            name: math.prod(
-                mesh_size
-                for mesh_size, placement in zip(
-                    tensor.device_mesh.shape, tensor.placements, strict=True
-                )
-                if placement.is_replicate()
-            )
-            for name, tensor in self.tensors.items()
-            if isinstance(tensor, DTensor)
-        }
+        return {name: replication_factor(tensor) for name, tensor in self.tensors.items()}
 
     def before_micro_batch(self, first: bool, last: bool) -> None:
         """Get ready for a forward and a backward pass."""
@@ -114,20 +105,16 @@ class ShardedWeights:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
+    def working_copies(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Nothing: the model computes with gathered weights."""
+        return iter(())
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(weight: Tensor, local: Tensor) -> Tensor:
-    """`local` as the part of a tensor that is spread as `weight` is."""
-    if not isinstance(weight, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )
+    def gathered(self) -> dict[str, Tensor]:
+        """The full weights, in the training dtype, that are kept from the last pass."""
+        shards = {id(parameter) for parameter in self.parameters.values()}
+        return {
+            name: parameter
+            for model in self.models
+            for name, parameter in cast(nn.Module, model).named_parameters()
+            if id(parameter) not in shards
+        }

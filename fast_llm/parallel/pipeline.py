@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.distributed.tensor import DTensor
 
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import CausalLM
 from fast_llm.parallel.mesh import Axis
+from fast_llm.tensors import local_part
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -155,7 +155,7 @@ class Pipeline:
     def add_tied_gradient(self, gradient: Tensor) -> None:
         """Add the gradient of the same weight on the other end of the pipeline, in place; both ends call it."""
         assert self.tied_peer_rank is not None
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local = local_part(gradient)
         other = torch.empty_like(local)
         exchange = [
             dist.P2POp(

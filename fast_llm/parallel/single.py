@@ -113,6 +113,15 @@ class SingleWeights:
         if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
 
+    def working_copies(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, the weight in the model and its fp32 master, where these are separate tensors."""
+        for name, master in self.tensors.items() if self.mixed else ():
+            yield name, self.working[name], master
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Nothing: no weight is sharded."""
+        return {}
+
     def _fuse(self, model: nn.Module) -> dict[str, Tensor]:
         """Set `main_grad` of linear layers and head: fp32 gradients, returned by their weights' names."""
         # A tied head has the embedding's name.

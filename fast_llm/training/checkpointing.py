@@ -24,11 +24,11 @@ from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.model.decoder import init_weights
 from fast_llm.models.llama import export_config
-from fast_llm.parallel.fsdp import ShardedWeights, like
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.parallel.single import SingleWeights
+from fast_llm.parallel.weights import Weights
 from fast_llm.planning.history import History
 from fast_llm.planning.preflight import RunSpec
+from fast_llm.tensors import distributed_like
 from fast_llm.training.corruption import check_state_finite
 from fast_llm.training.run import Run
 from fast_llm.training.saving import Saver
@@ -69,7 +69,7 @@ class CheckpointManager:
         spec: RunSpec,
         mesh: Mesh,
         run: Run,
-        weights: SingleWeights | ShardedWeights,
+        weights: Weights,
         train_step: TrainStep,
         heartbeat: Callable[..., None],
     ):
@@ -271,7 +271,7 @@ def _named(tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]) -> dic
     Moments are local; they are sharded as their weights are.
     """
     return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
-        f"{moment}/{name}": like(tensors[name], local)
+        f"{moment}/{name}": distributed_like(tensors[name], local)
         for moment, locals_ in zip(("exp_avg", "exp_avg_sq"), moments, strict=False)
         for name, local in locals_.items()
     }

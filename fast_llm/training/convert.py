@@ -21,12 +21,14 @@ from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
 from fast_llm.models import llama
 from fast_llm.models.llama import shapes
+from fast_llm.training.process import quiet_torch_distributed
 
 logger = logging.getLogger("fast_llm")
 
 
 def convert(config: ConvertConfig) -> None:
     """Write `output.path`. Raises CheckpointError if the input is damaged or the output exists."""
+    quiet_torch_distributed()
     source, target = config.input, config.output
     output = Path(target.path).expanduser()
     if output.exists() and (config.exist_ok and folders.is_complete(output)):

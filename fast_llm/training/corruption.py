@@ -26,15 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import TrainingStopped
 from fast_llm.kernels.rounding import INFINITE_LEVEL
 from fast_llm.model.batch import Batch
-from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.tensors import local_part
 from fast_llm.training.step import TrainStep
 
 logger = logging.getLogger("fast_llm")
@@ -130,13 +130,10 @@ class CorruptionCheck:
 
     def _check_rounding(self) -> list[str]:
         """On one device: check that the model's weights are the rounded fp32 weights."""
-        weights = self.step.weights
-        if isinstance(weights, ShardedWeights) or not weights.mixed:
-            return []
         return [
             f"{name} is not the rounded fp32 weight"
-            for name, master in weights.tensors.items()
-            if digest(master.to(weights.working[name].dtype)) != digest(weights.working[name])
+            for name, weight, master in self.step.weights.working_copies()
+            if digest(master.to(weight.dtype)) != digest(weight)
         ]
 
     def _replicated_state(self) -> dict[str, Any]:
@@ -146,7 +143,7 @@ class CorruptionCheck:
         for name, count in step.replication_factor.items():
             if count > 1:
                 parts = {
-                    "weight": _local(tensors[name]),
+                    "weight": local_part(tensors[name]),
                     "exp_avg": step.optimizer.exp_avg[name],
                     "exp_avg_sq": step.optimizer.exp_avg_sq[name],
                 }
@@ -163,16 +160,9 @@ class CorruptionCheck:
 
     def _gathered_weights(self) -> dict[str, Any]:
         """Digests of the weights that the last pass gathered; ZeRO 3 keeps few of them."""
-        weights = self.step.weights
-        if not isinstance(weights, ShardedWeights):
-            return {}
-        sharded = {id(parameter) for parameter in weights.parameters.values()}
         return {
-            f"gathered {name}{_shard_label(parameter)}": digest(_local(parameter))
-            for model in weights.models
-            if isinstance(model, nn.Module)
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in sharded
+            f"gathered {name}{_shard_label(weight)}": digest(local_part(weight))
+            for name, weight in self.step.weights.gathered().items()
         }
 
 
@@ -287,10 +277,6 @@ def digest(tensor: Tensor) -> int:
 
 def _equal(one: float, other: float) -> bool:
     return one == other or (one != one and other != other)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard_label(tensor: Tensor) -> str:

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -28,9 +27,10 @@ from fast_llm.planning.memory import required_bytes
 from fast_llm.planning.preflight import RunSpec
 from fast_llm.planning.report import describe_run
 from fast_llm.planning.search import resolve_run
-from fast_llm.training.allocator import keep_freed_memory
-from fast_llm.training.build import DTYPES, build_trainer
+from fast_llm.tensors import torch_dtype
+from fast_llm.training.build import build_trainer
 from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.process import configure_process
 from fast_llm.training.run import Run, lock, next_run_number, prepare_folder
 from fast_llm.training.saving import describe_saved
 from fast_llm.training.trainer import Trainer
@@ -64,11 +64,7 @@ def train(
 
 def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager[None]) -> int:
     started = time.perf_counter()
-    # torch.distributed warns about the chosen layout: DCP with one process, gathers of DTensors …
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\b")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    if "TORCH_LOGS" not in os.environ:
-        logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    configure_process(spec.config)
     config = spec.config
     distributed = config.model.distributed
     saved = partial(describe_saved, spec.folder)
@@ -85,9 +81,6 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
                 failures=failures,
             )
             interrupt.begin_graceful(lambda: failures.failing or failures.code is not None)
-            if mesh.device.type == "cpu":
-                keep_freed_memory()
-                cpu_kernels.take_faster_exact_products()
             with locating, exclusive_lock(spec, mesh):
                 return _run(spec, mesh, interrupt, started)
         except OSError as error:
@@ -251,7 +244,7 @@ def _check_fp8(config: TrainConfig, mesh: Mesh) -> None:
 
 def _device_kind(config: TrainConfig, device: torch.device) -> str:
     """The kind of device, for the forecast."""
-    dtype = DTYPES[config.model.distributed.training_dtype]
+    dtype = torch_dtype(config.model.distributed.training_dtype)
     return (
         UPCASTING_CPU
         if device.type == "cpu" and upcast_to_fp32(torch.empty(0, dtype=dtype))

@@ -24,8 +24,8 @@ from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
 from fast_llm.checkpoint.weights import all_gather_object
 from fast_llm.errors import CheckpointError
-from fast_llm.parallel.fsdp import like
 from fast_llm.planning.disk import format_bytes
+from fast_llm.tensors import distributed_like
 
 logger = logging.getLogger("fast_llm")
 
@@ -87,7 +87,7 @@ class Saver:
             parts = self.host_copy
             # From now on only the copy is needed, and the layout of DTensors.
             tensors = {
-                name: like(t, self.host_copy[name].to("meta"))
+                name: distributed_like(t, self.host_copy[name].to("meta"))
                 if isinstance(t, DTensor)
                 else self.host_copy[name]
                 for name, t in tensors.items()

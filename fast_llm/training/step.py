@@ -20,10 +20,9 @@ from fast_llm.model.batch import Batch
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 from fast_llm.optim.schedule import learning_rate
-from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.pipeline import TIED_WEIGHT, Pipeline
-from fast_llm.parallel.single import SingleWeights
+from fast_llm.parallel.weights import Weights
 from fast_llm.training.spikes import SpikeDetector
 
 # Gradients with a larger norm count as not finite: fp32 does not hold their squares, and an
@@ -53,7 +52,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        weights: SingleWeights | ShardedWeights,
+        weights: Weights,
         optimizer: Optimizer,
         loss_scale: LossScale,
         mesh: Mesh,

@@ -34,7 +34,7 @@ from fast_llm.data.dataset import Dataset
 from fast_llm.data.loader import Loader
 from fast_llm.data.source import PackedSample
 from fast_llm.model.batch import Batch
-from fast_llm.parallel.fsdp import like
+from fast_llm.tensors import distributed_like
 from fast_llm.training.step import StepResult
 from fast_llm.training.trainer import Trainer
 from tests.campaigns.jobs import STUCK, Job, command, nothing, send
@@ -210,7 +210,7 @@ def _note_state(trainer: Trainer, path: Path) -> None:
         for name, whole in masters.items():
             for part, tensor in (
                 ("weight", whole),
-                *((m, like(whole, getattr(step.optimizer, m)[name])) for m in MOMENTS),
+                *((m, distributed_like(whole, getattr(step.optimizer, m)[name])) for m in MOMENTS),
             ):
                 place = ""
                 if isinstance(tensor, DTensor):

@@ -55,7 +55,7 @@ CALLS = {
     "before the processes meet": ("fast_llm.training.job", "Mesh"),
     "while the processes meet": ("fast_llm.parallel.mesh", "_slow_group"),
     "after the processes met": ("fast_llm.training.job", "_check_fp8"),
-    "building the model": ("fast_llm.training.build", "build_model"),
+    "building the model": ("fast_llm.training.build", "parallelize"),
     "reading a batch": ("fast_llm.data.loader", "Loader.step"),
     "copying for a checkpoint": ("fast_llm.checkpoint.state", "stage"),
     "writing a checkpoint": ("fast_llm.checkpoint.state", "save"),

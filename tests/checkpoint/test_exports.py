@@ -20,6 +20,7 @@ from fast_llm.errors import CheckpointError
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import llama
 from fast_llm.models.llama import shapes
+from fast_llm.tensors import torch_dtype
 from tests.helpers import TINY, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -93,9 +94,7 @@ def test_transformers_computes_the_same(
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
         told
     )
-    rounded = {
-        name: t.to(weights.DTYPES[dtype]).float() for name, t in random_weights(model).items()
-    }
+    rounded = {name: t.to(torch_dtype(dtype)).float() for name, t in random_weights(model).items()}
     ours = CausalLM(model)
     ours.load_state_dict(
         rounded

@@ -22,6 +22,7 @@ from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
+from fast_llm.parallel.weights import Weights
 from tests.helpers import TINY, some_fast, spawn
 
 
@@ -42,7 +43,7 @@ def graphs(
     apply_tensor_parallel(model, mesh.tensor, sequence)
     for block in model.model.layers.values():
         block.compile(backend="aot_eager")
-    weights: SingleWeights | ShardedWeights
+    weights: Weights
     if mesh.weights_mesh is None:
         weights = SingleWeights(model, torch.bfloat16, mesh.device, fuse_grad_accumulation=True)
     else:

@@ -58,7 +58,7 @@ def while_building(rank: int) -> None:
     from fast_llm.training import build
 
     if rank == 1:
-        build.build_model = lambda *_: raises(MissingPackage("wandb", "training.wandb"))  # type: ignore[assignment]
+        build.parallelize = lambda *_: raises(MissingPackage("wandb", "training.wandb"))  # type: ignore[assignment, attr-defined]
 
 
 def in_the_plan(ranks: tuple[int, ...], rank: int) -> None:

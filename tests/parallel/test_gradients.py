@@ -14,10 +14,12 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.validate import validate
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.decoder import Block, CausalLM, init_weights
-from fast_llm.parallel.fsdp import ShardedWeights, like
+from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.parallel.weights import Weights
+from fast_llm.tensors import distributed_like
 from tests import exact
 from tests.helpers import TINY, some_fast, spawn
 
@@ -81,7 +83,7 @@ def gradients(
         apply_recompute(block, recompute)
         if compiled:
             block.compile(backend="aot_eager")
-    weights: SingleWeights | ShardedWeights
+    weights: Weights
     if zero_stage == 0:
         weights = SingleWeights(model, dtype, mesh.device, fuse_grad_accumulation)
     else:
@@ -104,8 +106,10 @@ def gradients(
         found = weights.local_gradients()
         with torch.no_grad(), weights.masters(changed=True) as tensors:
             for name, tensor in tensors.items():
-                tensor.sub_(like(tensor, found[name]), alpha=0.5)
-            whole = {name: like(tensor, found[name]) for name, tensor in tensors.items()}
+                tensor.sub_(distributed_like(tensor, found[name]), alpha=0.5)
+            whole = {
+                name: distributed_like(tensor, found[name]) for name, tensor in tensors.items()
+            }
         weights.sync_model_weights()
     return {
         n: (g.full_tensor() if isinstance(g, DTensor) else g).numpy().copy()

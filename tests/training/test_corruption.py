@@ -17,7 +17,7 @@ from fast_llm.config.train import OptimizerConfig
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.optim.optimizer import Optimizer
-from fast_llm.parallel.fsdp import ShardedWeights
+from fast_llm.parallel.single import SingleWeights
 from fast_llm.training.corruption import Report, digest, find_differences, find_nonfinite_state
 from fast_llm.training.step import TrainStep
 from fast_llm.training.trainer import Trainer
@@ -96,7 +96,7 @@ def in_gathered(trainer: Trainer) -> None:
 
 
 def in_working(trainer: Trainer) -> None:
-    assert not isinstance(trainer.checkpoints.weights, ShardedWeights)
+    assert isinstance(trainer.checkpoints.weights, SingleWeights)
     flip(trainer.checkpoints.weights.working["lm_head.weight"])
 
 

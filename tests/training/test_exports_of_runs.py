@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder as folders
-from fast_llm.checkpoint.weights import DTYPES
 from fast_llm.data import tokenizer
+from fast_llm.tensors import torch_dtype
 from tests.checkpoint.test_small_files import SMALL
 from tests.checkpoint.test_transformers import LLAMA_3, logits, make
 from tests.data import synthetic
@@ -205,7 +205,7 @@ def test_a_model_from_scratch_has_its_tokens(tmp_path: Path, manifest: str) -> N
 @pytest.mark.parametrize("stated", ["right", "wrong", "absent"])
 def test_weights_come_back_in_their_dtype(tmp_path: Path, dtype: str, stated: str) -> None:
     """A Hugging Face folder → a checkpoint → a Hugging Face folder, and copied at once."""
-    make(tmp_path / "model", {}, DTYPES[dtype])
+    make(tmp_path / "model", {}, torch_dtype(dtype))
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
     if stated != "right":
@@ -220,7 +220,7 @@ def test_weights_come_back_in_their_dtype(tmp_path: Path, dtype: str, stated: st
     for folder in (tmp_path / "back", tmp_path / "copy"):
         files = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "model", folder)]
         assert files[0] == files[1]
-        assert AutoModelForCausalLM.from_pretrained(folder).dtype == DTYPES[dtype]
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch_dtype(dtype)
         if stated == "right":
             assert (folder / "config.json").read_bytes() == path.read_bytes()
     convert(checkpoint, tmp_path / "asked", "output.data_type=bf16")

@@ -19,8 +19,9 @@ from fast_llm.errors import ConfigError
 from fast_llm.model import linear
 from fast_llm.model.decoder import CausalLM
 from fast_llm.optim.optimizer import Optimizer
+from fast_llm.parallel import parallelize
 from fast_llm.parallel.single import SingleWeights
-from fast_llm.training import build, job
+from fast_llm.training import job
 from fast_llm.training.trainer import Trainer
 from tests.helpers import some_fast, spawn
 from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
@@ -92,17 +93,17 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
             model.lm_head.main_grad = None
         return made
 
-    build.SingleWeights = in_halves  # type: ignore[assignment, attr-defined]
+    parallelize.SingleWeights = in_halves  # type: ignore[assignment, attr-defined]
     before = Optimizer.__init__
 
-    def counted(self: Optimizer, *args: object) -> None:
-        before(self, *args)  # type: ignore[arg-type]
+    def counted(self: Optimizer, *args: object, **kwargs: object) -> None:
+        before(self, *args, **kwargs)  # type: ignore[arg-type]
         assert self.master_low_bits and self.exp_avg["model.norm.weight"].dtype in (
             torch.bfloat16,
             torch.int8,
         )
 
-    Optimizer.__init__ = counted  # type: ignore[method-assign, assignment]
+    Optimizer.__init__ = counted  # type: ignore[method-assign]
     return run(arguments_)
 
 

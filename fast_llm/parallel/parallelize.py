@@ -1,0 +1,99 @@
+"""How this process's part of the model is made: every kind of parallelism, applied in order.
+
+`parallelize` is the table of docs/architecture.md as code. Each row is a file of this package, and changes
+nothing where its axis of the mesh has one process. The model itself knows nothing of any of them.
+"""
+
+from typing import cast
+
+import torch
+
+from fast_llm.config.batch import BatchSizes
+from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
+from fast_llm.config.train import TrainConfig
+from fast_llm.kernels import triton as triton_kernels
+from fast_llm.model.decoder import Block, CausalLM
+from fast_llm.model.layers import enable_fp8
+from fast_llm.model.loss import choose_cross_entropy
+from fast_llm.parallel.context import apply_context_parallel
+from fast_llm.parallel.fsdp import ShardedWeights
+from fast_llm.parallel.mesh import Mesh
+from fast_llm.parallel.pipeline import Pipeline, keep_stage, stages_of_rank
+from fast_llm.parallel.recompute import apply_recompute
+from fast_llm.parallel.single import SingleWeights
+from fast_llm.parallel.tensor import apply_tensor_parallel
+from fast_llm.parallel.weights import Weights
+from fast_llm.tensors import torch_dtype
+
+
+def parallelize(
+    config: TrainConfig, batch: BatchSizes, mesh: Mesh
+) -> tuple[list[CausalLM], Weights, Pipeline | None]:
+    """The pipeline stages of this process (one without a pipeline), their weights, and the pipeline.
+
+    Weights are allocated on `mesh.device` with undefined values. `config` and `mesh` agree: constraints
+    between sizes are checked in config/checks.py.
+    """
+    base, distributed, multi_stage = (
+        config.model.base_model,
+        config.model.distributed,
+        config.model.multi_stage,
+    )
+    triton = uses_triton(config, mesh.device)
+    dtype = torch_dtype(distributed.training_dtype)
+    cross_entropy = choose_cross_entropy(
+        base.cross_entropy_impl, mesh.device.type, config.run.enable_triton_kernels
+    )
+    sizes = stage_sizes(config)
+    stages = stages_of_rank(
+        multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)
+    )
+    models = []
+    for stage in stages:
+        with torch.device("meta"):
+            model = CausalLM(base, cross_entropy)
+        keep_stage(model, sizes, stage)  # 1
+        blocks = [cast(Block, block) for block in model.blocks.values()]
+        for block in blocks:
+            if distributed.fp8:
+                enable_fp8(block)
+            apply_recompute(block, base.transformer.mlp_recompute_level)  # 2
+            apply_context_parallel(block, mesh.context)  # 3
+        apply_tensor_parallel(model, mesh.tensor, distributed.sequence_tensor_parallel)  # 4
+        if multi_stage.compile_all:
+            for block in blocks:
+                block.compile()  # 5
+        models.append(model)
+    weights: Weights
+    if mesh.weights_mesh is None:
+        weights = SingleWeights(models[0], dtype, mesh.device, fuse_grad_accumulation=triton)
+    else:
+        weights = ShardedWeights(models, mesh.weights_mesh, multi_stage.zero_stage or 1, dtype)  # 6
+    if mesh.pipeline.size == 1:
+        return models, weights, None
+    by_stage = dict(zip(stages, models, strict=True))
+    return models, weights, _pipeline(config, batch, mesh, by_stage, len(sizes))  # 7
+
+
+def uses_triton(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the project's Triton kernels run: on a GPU, if installed and not switched off."""
+    return device.type == "cuda" and config.run.enable_triton_kernels and triton_kernels.AVAILABLE
+
+
+def _pipeline(
+    config: TrainConfig, batch: BatchSizes, mesh: Mesh, models: dict[int, CausalLM], stages: int
+) -> Pipeline:
+    """The pipeline that runs `models`, by their number among `stages`."""
+    distributed = config.model.distributed
+    in_flight = micro_batches_in_flight(config, batch)
+    length = config.batch.sequence_length // mesh.context.size
+    if distributed.sequence_tensor_parallel:
+        length //= mesh.tensor.size
+    hidden = torch.empty(
+        (batch.micro_batch_size, length, config.model.base_model.transformer.hidden_size),
+        dtype=torch_dtype(distributed.training_dtype),
+        device="meta",
+        requires_grad=True,
+    )
+    schedule = schedule_name(config, in_flight)
+    return Pipeline(models, stages, mesh.pipeline, schedule, in_flight, hidden, mesh.device)
