@@ -179,7 +179,7 @@ def judge(death: Death, code: int, said: str) -> str:
     if death.number == signal.SIGKILL:
         return "killed"
     assert told == [
-        f"fast-llm prepare: stopped by {death.number.name}; the same command goes on where it stopped"
+        f"fast-llm prepare: stopped by {death.number.name}; the same command resumes it"
     ]
     assert "leaked" not in said
     return "stopped with a line"

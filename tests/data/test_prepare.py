@@ -856,9 +856,7 @@ def test_interrupted(
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the workers too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.endswith(
-        "fast-llm prepare: stopped by SIGINT; the same command goes on where it stopped\n"
-    )
+    assert stderr.endswith("fast-llm prepare: stopped by SIGINT; the same command resumes it\n")
     assert "Traceback" not in stderr
     assert not list((tmp_path / "data").glob("*.partial"))
 
@@ -1002,7 +1000,7 @@ def _troubled(
         (
             "signal_while_starting",
             143,
-            "stopped by SIGTERM; the same command goes on where it stopped",
+            "stopped by SIGTERM; the same command resumes it",
         ),
         ("killed_at_birth", 2, "a worker process died"),
         ("killed_as_they_leave", 0, "data.json: "),

@@ -111,7 +111,7 @@ def test_training_goes_on_and_bytes_are_the_same(tmp_path: Path, world: int, ran
         assert (
             said.index("the next attempt is in 0.05 s.")
             < said.index("checkpoint/4 in ")
-            < said.index("iteration  8/10")
+            < said.index("step  8/10  loss")
         )
         assert "training paused for" in said
         plain = (tmp_path / "plain" / "runs" / "0" / "logs" / f"logs_rank_{one}.txt").read_text()
