@@ -29,10 +29,15 @@ def disk_problem(error: OSError) -> str | None:
 
 
 def lfs_problem(path: object, start: bytes) -> str | None:
-    """What to do about a file that is a Git LFS pointer; None if its first bytes say that it is not one."""
-    if not start.startswith(b"version https://git-lfs"):
+    """What to do about a file that is a Git LFS pointer; None if its first bytes (8 or more) say that
+    it is not one."""
+    pointer = b"version https://git-lfs"
+    if len(start) < 8 or not pointer.startswith(start[: len(pointer)]):
         return None
-    return f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+    return (
+        f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs install` and"
+        " `git lfs pull` in its folder"
+    )
 
 
 class UserError(Exception):

@@ -18,7 +18,7 @@ import numpy as np
 
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.model import BaseModelConfig
-from fast_llm.errors import CheckpointError, MissingPackage
+from fast_llm.errors import CheckpointError, MissingPackage, lfs_problem
 from fast_llm.models.llama import EMBEDDING, HEAD, TORCH_DTYPES, is_spare, place, shapes
 
 logger = logging.getLogger("fast_llm")
@@ -174,8 +174,8 @@ def read_json(path: Path) -> dict[str, Any]:
             data = file.read(
                 min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1
             )  # makes room for all that it is asked for
-        if data.startswith(_LFS_START):
-            raise CheckpointError(f"{path}: {_LFS}")
+        if problem := lfs_problem(path, data):
+            raise CheckpointError(problem)
         if len(data) > LARGEST_JSON:
             raise CheckpointError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; not a model's")
         content = json.loads(data)
@@ -198,10 +198,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
-
-
-_LFS_START = b"version https://git-lfs"
-_LFS = "a Git LFS pointer, not the file itself; fetch it with `git lfs install` and `git lfs pull` in its folder"
 
 
 def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, bytes]:
@@ -270,8 +266,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)
-            if _LFS_START.startswith(head) and len(head) == 8:
-                raise CheckpointError(f"{path}: {_LFS}")
+            if problem := lfs_problem(path, head):
+                raise CheckpointError(problem)
             length = int.from_bytes(head, "little")
             if not 2 <= length <= min(LARGEST_HEADER, size - 8):
                 raise CheckpointError(

@@ -22,9 +22,8 @@ def format_value(value: Any) -> str:
         text = yaml.dump(
             value, Dumper=_Flow, default_flow_style=True, width=10**6, allow_unicode=True
         ).strip()
-        text = re.sub(
-            r"\s*\n\s*", r"\\n", text.removesuffix("...").strip()
-        )  # a mistake is told in one line
+        # An error message is one line.
+        text = re.sub(r"\s*\n\s*", r"\\n", text.removesuffix("...").strip())
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -133,10 +132,10 @@ class YamlReader:
         return UNREADABLE
 
     def override(self, text: str, path: str) -> Any:
-        """As `values`, of a word of the command line: what only looks like YAML is text.
+        """As `values`, for an argument of the command line, which may be text that YAML refuses.
 
-        `*.jsonl`, `@x`, `%x`, `!x`, `a: b: c` are no YAML, and `run #2` would lose its end as a
-        comment. What begins as a list, a mapping or a quotation is YAML, and its mistakes are told.
+        `*.jsonl`, `@x`, `%x`, `!x` and `a: b: c` are not YAML, and `run #2` would lose its end as a
+        comment. An argument that begins like a list, a mapping or a quotation must be YAML.
         """
         plain = text.strip()
         value = self.values(text, path)

@@ -118,7 +118,7 @@ class Corpus:
     def tasks(self, first: int, last: int, target: int) -> Iterator[Task]:
         """Rows [first, last) in order, in tasks of about `target` bytes of text."""
         begin = int(np.searchsorted(self.starts, first, "right")) - 1
-        for start, (table, before, _), behind in zip(
+        for start, (table, before, _), stop in zip(
             self.starts[begin:].tolist(),
             self.parts[begin:],
             self.starts[begin + 1 :].tolist(),
@@ -126,7 +126,7 @@ class Corpus:
         ):
             if start >= last:
                 return
-            one, end = max(first, start), min(last, behind)
+            one, end = max(first, start), min(last, stop)
             if one < end:
                 yield from table.tasks(before + one - start, before + end - start, one, target)
 
@@ -146,37 +146,37 @@ class Corpus:
         return table.name(before + row - int(self.starts[part]))
 
 
-def open_documents(source: DatasetFiles, loading_workers: int) -> Corpus:
+def open_documents(found: DatasetFiles, loading_workers: int) -> Corpus:
     """Open the files that were found and count their rows.
 
     Raises DataError if they cannot be read or have no such column, MissingPackage if the package
     that reads them is missing, OSError if the disk is full.
     """
-    config = source.config
+    config = found.config
     max_bytes = config.max_document_bytes
-    if source.kind in ("saved", "hub"):
-        rows, digest = _open_hub(source, loading_workers)
+    if found.kind in ("saved", "hub"):
+        rows, digest = _open_hub(found, loading_workers)
         table = HubTable(rows, config.field, config.path)
-        whole: list[tuple[Table, int, int]] = [(table, 0, table.rows)]
-        return _documents(whole, Reader(config.field, max_bytes, rows), digest, source)
-    assert source.digest is not None
+        parts: list[tuple[Table, int, int]] = [(table, 0, table.rows)]
+        return _corpus(parts, Reader(config.field, max_bytes, rows), digest, found)
+    assert found.digest is not None
     reader = Reader(config.field, max_bytes)
-    if source.kind == "file":
-        files = source.files["train"]
+    if found.kind == "file":
+        files = found.files["train"]
         sizes = [
-            source.sizes[path] * (_COMPRESSION_RATIO if path.lower().endswith(COMPRESSED) else 1)
+            found.sizes[path] * (_COMPRESSION_RATIO if path.lower().endswith(COMPRESSED) else 1)
             for path in files
         ]
-        return _documents(
+        return _corpus(
             [(TextFiles(files, np.array(sizes, np.int64)), 0, len(files))],
             reader,
-            source.digest,
-            source,
+            found.digest,
+            found,
         )
     parts_of = parse_split(config.split)
-    wanted = {split: source.files[split] for split, _, _ in parts_of}
+    wanted = {split: found.files[split] for split, _, _ in parts_of}
     tables = _open_tables(
-        source, [path for files in wanted.values() for path in files], loading_workers
+        found, [path for files in wanted.values() for path in files], loading_workers
     )
     tables_without_field = [table for table in tables.values() if table.missing_field is not None]
     if tables_without_field and all(
@@ -189,30 +189,30 @@ def open_documents(source: DatasetFiles, loading_workers: int) -> Corpus:
         for split, first, last in parts_of
         for part in _slice([tables[path] for path in wanted[split]], first, last)
     ]
-    return _documents(parts, reader, source.digest, source)
+    return _corpus(parts, reader, found.digest, found)
 
 
-def _documents(
-    parts: list[tuple[Table, int, int]], reader: Reader, digest: str, source: DatasetFiles
+def _corpus(
+    parts: list[tuple[Table, int, int]], reader: Reader, digest: str, found: DatasetFiles
 ) -> Corpus:
     starts = np.cumsum([0, *(last - first for _, first, last in parts)], dtype=np.int64)
-    return Corpus(parts, starts, reader, digest, source.kind, source.left_out)
+    return Corpus(parts, starts, reader, digest, found.kind, found.left_out)
 
 
-def _open_tables(source: DatasetFiles, paths: list[str], workers: int) -> dict[str, Table]:
+def _open_tables(found: DatasetFiles, paths: list[str], workers: int) -> dict[str, Table]:
     """Open tables in threads: reading and decompressing do not hold Python's lock."""
-    config = source.config
-    size = sum(source.sizes[path] for path in paths)
-    if source.kind == "json" and size > 2**30:
+    config = found.config
+    size = sum(found.sizes[path] for path in paths)
+    if found.kind == "json" and size > 2**30:
         logger.info(
             f"{config.path}: counting the rows of {len(paths):,} files, {size / 1e9:.1f} GB."
         )
     stop = threading.Event()
 
     def opened(path: str) -> Table:
-        if source.kind == "json":
+        if found.kind == "json":
             return open_json(path, config.field, config.max_document_bytes, stop)
-        return open_arrow(path, config.field, source.kind == "parquet")
+        return open_arrow(path, config.field, found.kind == "parquet")
 
     threads = ThreadPoolExecutor(workers)
     try:
@@ -248,22 +248,22 @@ def _slice(
         before += count
 
 
-def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
+def _open_hub(found: DatasetFiles, workers: int) -> tuple[Any, str]:
     """A datasets.Dataset that gives Arrow tables of one column, and its digest."""
-    config = source.config
+    config = found.config
     try:
         import datasets
     except ImportError as error:
         raise MissingPackage("datasets zstandard", f"reading {config.path}") from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if source.kind == "hub":
+    if found.kind == "hub":
         logger.info(
             f"{config.path} is not a local file or folder: loading it from the Hugging Face Hub."
         )
     with _captured_errors() as logged:
         try:
-            rows = _load(datasets, source, workers if workers > 1 else None)
+            rows = _load(datasets, found, workers if workers > 1 else None)
         except Exception as error:
             if any(
                 isinstance(cause, OSError) and cause.errno in _DISK_FULL for cause in _causes(error)
@@ -274,12 +274,12 @@ def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
                 ) from error
             where = (
                 "no such local file or folder, and not loaded from the Hugging Face Hub: "
-                if source.kind == "hub"
+                if found.kind == "hub"
                 else ""
             )
             # Its log names the file, its exception does not.
-            reason = logged[-1] if logged and source.kind != "hub" else _reason(error)
-            near = similar(Path(config.path)) if source.kind == "hub" else ""
+            reason = logged[-1] if logged and found.kind != "hub" else _reason(error)
+            near = similar(Path(config.path)) if found.kind == "hub" else ""
             raise DataError(
                 f"dataset.path: {config.path}: {where}{reason.rstrip('. ')}{near}"
             ) from error
@@ -290,10 +290,10 @@ def _open_hub(source: DatasetFiles, workers: int) -> tuple[Any, str]:
     return rows.select_columns([config.field]).with_format("arrow"), digest
 
 
-def _load(datasets: Any, source: DatasetFiles, processes: int | None) -> Any:
+def _load(datasets: Any, found: DatasetFiles, processes: int | None) -> Any:
     """A datasets.Dataset."""
-    config = source.config
-    if source.kind == "saved":
+    config = found.config
+    if found.kind == "saved":
         saved = datasets.load_from_disk(str(Path(config.path).expanduser()))
         if not isinstance(saved, datasets.DatasetDict):
             if config.split not in ("train", str(saved.split)):

@@ -1,4 +1,4 @@
-"""One rank's part of a preparation: what it writes, where, and that nobody else writes there."""
+"""One rank's part of a preparation: what it writes and where, and its exclusive lock."""
 
 import contextlib
 import fcntl
