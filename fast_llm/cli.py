@@ -18,7 +18,7 @@ from typing import Any
 from fast_llm import commands
 from fast_llm.errors import ConfigError, UserError, disk_problem
 from fast_llm.launcher import is_first_process, process_count
-from fast_llm.terminal import print_error, width
+from fast_llm.terminal import print_error, width, wrap_width
 from fast_llm.training.interrupt import Interrupt, StopSignal, stop_signals
 
 # Seconds that other processes wait before they exit: torchrun ends all as soon as one has ended, and the first must have printed.
@@ -165,12 +165,12 @@ def _train(parsed: argparse.Namespace) -> int:
         raise _agreed(error) from error
     if parsed.validate:
         if is_first_process():
-            from fast_llm.planning.report import describe_memory, describe_run
+            from fast_llm.planning.report import describe_gpus, describe_run, describe_warnings
 
-            warnings = "".join(f"\nWarning       {warning}." for warning in spec.warnings)
-            print(
-                describe_run(spec) + "\n" + describe_memory(spec.config, spec.processes) + warnings
-            )
+            columns = wrap_width(sys.stdout)
+            print(describe_run(spec, columns))
+            print(describe_gpus(spec.config, spec.processes, columns))
+            print(describe_warnings(spec, columns), end="")
         return 0
     from fast_llm.config.validate import locating
     from fast_llm.training.job import train
@@ -200,7 +200,8 @@ def _plan(parsed: argparse.Namespace) -> int:
     from fast_llm.planning.search import read_config
 
     config = read_config(document, parsed.gpus)
-    print(describe_layouts(config, parsed.gpus, DEVICES[parsed.device]))
+    columns = wrap_width(sys.stdout)
+    print(describe_layouts(config, parsed.gpus, DEVICES[parsed.device], columns))
     return 0
 
 

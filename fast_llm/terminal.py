@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: widths, colours, tables, and errors as blocks.
+"""What a person at a terminal sees: widths, colours, numbers, tables, and errors as blocks.
 
 A stream that is not a terminal gets plain lines: no colour, no wrapping, so that `grep` finds each mistake by its place.
 NO_COLOR turns colour off (https://no-color.org), TERM=dumb turns off colour and layout. Standard library alone: this
@@ -37,6 +37,11 @@ def width(stream: Any) -> int:
     return min(found or WIDEST, WIDEST)
 
 
+def wrap_width(stream: Any) -> int | None:
+    """The columns at which text is wrapped; None for a stream that is not a terminal."""
+    return width(stream) if is_terminal(stream) else None
+
+
 def style(text: str, stream: Any, *codes: str) -> str:
     """The text in a style, if the stream is a terminal that shows styles."""
     if not text or not is_terminal(stream) or os.environ.get("NO_COLOR"):
@@ -68,13 +73,17 @@ def wrap(text: str, columns: int, first: str = "", further: str = "") -> str:
     return "\n".join(lines).replace(_JOINED, " ")
 
 
-def fields(rows: Iterable[tuple[str, str]], label: int, columns: int, stream: Any = None) -> str:
-    """Labels of `label` columns, and the text of each wrapped beside it."""
+def fields(
+    rows: Iterable[tuple[str, str]], label: int, columns: int | None, stream: Any = None
+) -> str:
+    """Labels of `label` columns, and the text of each beside it: wrapped to `columns`, if given; tables keep their lines."""
     lines = []
     for name, text in rows:
-        head = f"{name:<{label}}"
-        body = wrap(text, columns, " " * label, " " * label)[label:]
-        lines.append((style(head, stream, DIM) if stream is not None else head) + body)
+        head, indent = f"{name:<{label}}", " " * label
+        head = head if stream is None else style(head, stream, DIM)
+        if columns is not None:
+            text = wrap(text, columns - label)
+        lines.append(head + text.replace("\n", f"\n{indent}"))
     return "\n".join(lines)
 
 
@@ -90,6 +99,31 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Iterabl
         ).rstrip()
         for row in every
     )
+
+
+def short_count(count: float) -> str:
+    """Three digits of a count: 987, 12.3k, 1.23M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.0f}" if not unit else f"{count:#.3g}".rstrip(".") + unit
+        count /= 1000
+    return f"{count:.0f}T"
+
+
+def short_duration(seconds: float) -> str:
+    """About three digits: 12d, 14h, 3h12m, 12m, 9m05s, 45s."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m"
+    if seconds < 36_000:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+    if seconds < 172_800:
+        return f"{seconds // 3600}h"
+    return f"{seconds // 86_400}d"
 
 
 # Errors.

@@ -211,7 +211,7 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
         assert job.wait(60) == 1
     log, _, rest = said.read_text().partition("fast-llm train: ")
     # The log, and the messages of the process that was left and of torchrun.
-    assert all(re.match(rf"{TIME}|\w[\w ]{{13}}\S", line) for line in log.splitlines()), log
+    assert all(re.match(rf"{TIME}|\w[\w ]{{13}}\S| {{14}}", line) for line in log.splitlines()), log
     assert rest.splitlines() == [
         f"rank 0 on {socket.gethostname()}: another process of this run has ended without a"
         " message: its host's log, or the"
@@ -241,7 +241,7 @@ def test_a_run_prints_its_own_log_and_nothing_else(
         [*torchrun(4), *settings(tmp_path, "training.train_iters=2", *further)], environment
     )
     assert code == 0
-    ours = rf"{TIME}|[A-Z][a-z]+ {{2,}}\S"  # the log, and the lines of the plan
+    ours = rf"{TIME}|[A-Z][a-z]+ {{2,}}\S| {{14}}\S"  # the log, and the lines of the plan
     assert [line for line in text.splitlines() if not re.match(ours, line)] == []
     assert text.splitlines()[-1].endswith(" Training is complete: 2 steps.")
 

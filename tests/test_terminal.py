@@ -164,3 +164,21 @@ def test_width(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, expected in (("80", 80), ("200", 100), ("0", 100), ("x", 100)):
         monkeypatch.setenv("COLUMNS", given)
         assert terminal.width(stream) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (987, "987"), (999.6, "1.00k"), (9876, "9.88k"), (12345, "12.3k"), (98765, "98.8k"),
+     (999_499, "999k"), (1.234e6, "1.23M"), (5e9, "5.00G"), (2e12, "2T")],
+)  # fmt: skip
+def test_short_count(count: float, text: str) -> None:
+    assert terminal.short_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (545, "9m05s"), (600, "10m"), (3599, "59m"), (11_520, "3h12m"),
+     (86_399, "23h"), (183_600, "2d")],
+)  # fmt: skip
+def test_short_duration(seconds: float, text: str) -> None:
+    assert terminal.short_duration(seconds) == text

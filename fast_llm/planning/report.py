@@ -1,10 +1,9 @@
 """What a person reads before a run: the run, its memory on several GPUs, and layouts compared.
 
-The functions that end in `_rows` return labels and texts, for any presentation; the others lay them
-out as text.
+The functions that end in `_rows` and `_cells` return labels and texts; the others lay them out,
+as lists of labels or as tables under headings.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from fast_llm.planning.search import (
     with_settings,
 )
 from fast_llm.planning.time import Forecast
+from fast_llm.terminal import fields, short_duration, table
 
 Rows = list[tuple[str, str]]  # label and text; an empty label continues the row above
 
@@ -38,16 +38,18 @@ _MOMENTS_OF = {size: _MOMENTS[dtype] for dtype, size in MOMENT_BYTES.items()}
 _MEMORY_CLASSES = {"h100": "80", "h200": "141", "b200": "180"}  # GB, as GPUs are sold
 
 
-def _lay_out(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
-    return [f"{label:<{width}}{text}" for label, text in rows]
-
-
 # A run.
 
 
-def describe_run(spec: RunSpec) -> str:
-    """What a run will do, as text."""
-    return "\n".join(_lay_out(run_rows(spec), 14))
+def describe_run(spec: RunSpec, columns: int | None = None) -> str:
+    """What a run will do, as text of at most so many columns."""
+    return fields(run_rows(spec), 14, columns)
+
+
+def describe_warnings(spec: RunSpec, columns: int | None = None) -> str:
+    """What is allowed and probably not meant, as text; empty if there is nothing."""
+    rows = [("Warning", f"{warning}.") for warning in spec.warnings]
+    return fields(rows, 14, columns) + "\n" if rows else ""
 
 
 def run_rows(spec: RunSpec) -> Rows:
@@ -151,15 +153,18 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
                 f"with other batch sizes before, or skipped data: {consumed:,} tokens by the end",
             )
         )
-    for source, epochs in dataset.epochs("training", sequences):
-        text = f"{source.name}: {source.tokens:,} tokens to train on, {epochs:.3g} epochs"
-        rows.append(("Data", text))
+    sources = [
+        (f"{source.tokens:,}", f"{epochs:.3g}", source.name)
+        for source, epochs in dataset.epochs("training", sequences)
+    ]
+    if sources:
+        rows.append(("Data", table(("training tokens", "epochs", "source"), sources, (0, 1))))
     if dataset.documents("training"):
         shares = [
-            f"{dataset.documents(split):,} for {split} ({dataset.tokens(split):,} tokens)"
+            (split, f"{dataset.documents(split):,}", f"{dataset.tokens(split):,}")
             for split in ("training", "validation", "test")
         ]
-        rows.append(("Documents", ", ".join(shares)))
+        rows.append(("Split", table(("for", "documents", "tokens"), shares, (1, 2))))
     if training.validation.interval is not None and training.validation.iterations is not None:
         measured = training.validation.iterations * step_tokens
         rows.append(
@@ -178,100 +183,83 @@ def _saving_rows(spec: RunSpec) -> Rows:
     rows: Rows = []
     config, parameters = spec.config, spec.cost.parameters
     saved, export = config.training.checkpoint, config.training.export
+    lines = []
     if saved.interval is not None:
         size = checkpoint_bytes(config, parameters)
-        rows.append(
-            (
-                "Checkpoints",
-                f"every {saved.interval:,} steps, {format_bytes(size)} each"
-                + (f", {saved.keep} kept" if saved.keep else ", all kept")
-                + (", and the permanent ones" if saved.keep_every else "")
-                + _background(spec, size),
-            )
-        )
+        kept = str(saved.keep or "all") + ", and the permanent ones" * bool(saved.keep_every)
+        lines.append(("checkpoints", f"{saved.interval:,} steps", format_bytes(size), kept))
     if export.interval is not None:
         size = export_bytes(config, parameters)
-        count = -(-config.training.train_iters // export.interval)
-        count = min(count, export.keep or count)
-        rows.append(
-            (
-                "Exports",
-                f"every {export.interval:,} steps, {format_bytes(size)} each,"
-                f" {format_bytes(size * count)} in all",
-            )
+        lines.append(
+            ("exports", f"{export.interval:,} steps", format_bytes(size), str(export.keep or "all"))
         )
+    if lines:
+        rows.append(("Saving", table(("", "every", "size", "kept"), lines, (1, 2))))
+    if saved.interval is not None:
+        rows.append(("", _background(spec, checkpoint_bytes(config, parameters))))
     if spec.folder is not None:
         use = disk_use(config, spec.folder, parameters, spec.completed_steps)
         total = format_bytes(sum(count * size for count, size in use.values()))
-        rows.append(
-            (
-                "Disk",
-                f"{format_bytes(free_bytes(spec.folder))} free at {spec.folder}, this run takes"
-                f" {total} at most",
-            )
-        )
+        free = format_bytes(free_bytes(spec.folder))
+        rows.append(("Disk", f"{free} free at {spec.folder}, this run takes {total} at most"))
     return rows
 
 
 def _background(spec: RunSpec, checkpoint_size: int) -> str:
     """Whether training waits for checkpoints, or the host memory that background saving takes."""
     if not spec.config.training.checkpoint.background:
-        return "; training waits for them"
+        return "training waits for checkpoints"
     distributed = spec.config.model.distributed
     replicas = distributed.data_parallel(spec.processes) * distributed.sequence_data_parallel
     copies = replicas // min(spec.config.model.multi_stage.shard_size or replicas, replicas)
     return (
-        f"; written in the background from {format_bytes(checkpoint_size * copies)} of host memory"
+        "checkpoints are written in the background, from"
+        f" {format_bytes(checkpoint_size * copies)} of host memory"
     )
 
 
-# Memory on several GPUs.
+# Memory and time on several GPUs.
 
 
-def describe_memory(config: TrainConfig, processes: int) -> str:
-    """The memory that a process needs on several GPUs, as text."""
-    return "\n".join(_lay_out(memory_rows(config, processes), 14))
+def describe_gpus(config: TrainConfig, processes: int, columns: int | None = None) -> str:
+    """What a process needs of several GPUs' memory, and how long the run takes there, as text."""
+    return fields([("Forecast", _gpus_table(config, processes))], 14, columns)
 
 
-def memory_rows(config: TrainConfig, processes: int) -> Rows:
-    """The memory that a process needs on several GPUs, and the fastest micro-batch on each."""
-    rows: Rows = []
+def _gpus_table(config: TrainConfig, processes: int) -> str:
+    """Of each kind of GPU: the configuration's memory and time, and the fastest micro-batch."""
+    lines = []
     for name, gigabytes in _MEMORY_CLASSES.items():
         device = DEVICES[name]
         own = forecast_config(config, processes, device)
-        words = f"{format_bytes(own.memory)} as configured" + ("" if own.fits else ", too much")
-        if config.batch.batch_size is not None:
-            words += f"; {_fastest_micro_batch(config, processes, device)}"
-        rows.append(("" if rows else "Memory", f"a GPU of {gigabytes} GB: {words}"))
-    return rows
+        lines.append(
+            (
+                f"{name.upper()} {gigabytes} GB",
+                format_bytes(own.memory),
+                "yes" if own.fits else "no",
+                f"{own.seconds:.3g} s" if own.fits else "",
+                short_duration(own.seconds * config.training.train_iters) if own.fits else "",
+                *_fastest_micro_batch(config, processes, device),
+            )
+        )
+    headings = ("GPU", "memory", "fits", "step", "all steps", "fastest", "with recompute")
+    return table(headings, lines, (1, 3, 4, 5))
 
 
-def _fastest_micro_batch(config: TrainConfig, processes: int, device: DeviceSpec) -> str:
+def _fastest_micro_batch(
+    config: TrainConfig, processes: int, device: DeviceSpec
+) -> tuple[str, str]:
+    """The fastest micro-batch that fits, and the recomputation that it needs."""
+    if config.batch.batch_size is None:
+        return "", ""
     any_rows: Settings = {**dict.fromkeys(MICRO_BATCH_COUNTS), "batch.micro_batch_size": "auto"}
     fastest = forecast_config(with_settings(config, any_rows), processes, device)
     if not fastest.fits:
-        return "no micro-batch fits, see `fast-llm plan`"
-    return (
-        f"fastest with micro_batch_size {fastest.layout.micro_batch_size}, mlp_recompute_level"
-        f" {fastest.layout.recompute}"
-    )
+        return "none", ""
+    return str(fastest.layout.micro_batch_size), fastest.layout.recompute
 
 
 # Layouts compared.
-
-LAYOUT_COLUMNS = (
-    "GPUs",
-    "layout",
-    "rows",
-    "recompute",
-    "tokens/s/GPU",
-    "tokens/s",
-    "step s",
-    "MFU",
-    "memory",
-    "limited by",
-)
-_ALIGNED = (">5", "<48", ">4", "<21", ">12", ">12", ">7", ">4", ">9", "")
 
 
 @dataclass(frozen=True)
@@ -305,13 +293,15 @@ def compare_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> 
     )
 
 
-def describe_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> str:
-    """The configured layout and the fastest ones, as text."""
+def describe_layouts(
+    config: TrainConfig, processes: int, device: DeviceSpec, columns: int | None = None
+) -> str:
+    """The configured layout and the fastest ones, as text of at most so many columns."""
     report = compare_layouts(config, processes, device)
-    lines = ["As configured", "", *_lay_out(forecast_rows(report.configured), 11), ""]
+    lines = ["As configured", "", fields(forecast_rows(report.configured), 11, columns), ""]
     lines += [f"The fastest that fit {processes} × {device.name.upper()}", ""]
     if report.fastest:
-        lines += _table(report.fastest)
+        lines.append(_layout_table(report.fastest, columns))
         lines += ["", "For the first of them, set", ""]
         lines += [f"  {path}={value}" for path, value in report.changes]
         if not report.changes:
@@ -321,35 +311,52 @@ def describe_layouts(config: TrainConfig, processes: int, device: DeviceSpec) ->
             "None: the batch has too few sequences for so many, or the model is too large for so"
             " few."
         )
-    lines += ["", "By number of GPUs", "", *_table(report.by_gpus)]
+    lines += ["", "By number of GPUs", "", _layout_table(report.by_gpus, columns)]
     return "\n".join(lines)
 
 
-def _table(forecasts: list[Forecast]) -> list[str]:
-    # The last two columns are separated by two spaces, as the first two.
-    rows = [LAYOUT_COLUMNS, *(layout_row(one) for one in forecasts)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{aligned}}" for cell, aligned in zip(row, _ALIGNED, strict=True)]
-        lines.append(f"{cells[0]}  {' '.join(cells[1:-1])}  {cells[-1]}")
-    return lines
+_AXES = ("ZeRO", "shard", "TP", "CP", "PP", "DP")
+_TEXTS = ("recompute", "limited by")
 
 
-def layout_row(one: Forecast) -> tuple[str, ...]:
-    """A forecast in the columns LAYOUT_COLUMNS."""
-    rate = one.gpu_tokens_per_second
-    return (
-        str(one.layout.processes),
-        _arrangement(one.layout),
-        str(one.layout.micro_batch_size),
-        one.layout.recompute,
-        f"{rate:,.0f}",
-        f"{rate * one.layout.processes:,.0f}",
-        f"{one.seconds:.2f}",
-        f"{one.mfu:.0%}",
-        format_bytes(one.memory),
-        one.limit,
-    )
+def _layout_table(forecasts: list[Forecast], columns: int | None) -> str:
+    """A row for each forecast. Left out: axes that no row uses, and what limits the layout where `columns` are too few."""
+    cells = [forecast_cells(one) for one in forecasts]
+    headings = [
+        name
+        for name in (cells[0] if cells else ())
+        if name not in _AXES or any(row[name] not in ("1", "-") for row in cells)
+    ]
+    while True:
+        rows = [[row[name] for name in headings] for row in cells]
+        numbers = [index for index, name in enumerate(headings) if name not in _TEXTS]
+        found = table(headings, rows, numbers)
+        longest = max(map(len, found.splitlines()), default=0)
+        if columns is None or longest <= columns or headings[-1] != "limited by":
+            return found
+        headings.pop()
+
+
+def forecast_cells(one: Forecast) -> dict[str, str]:
+    """Heading → cell of a forecast."""
+    layout, rate = one.layout, one.gpu_tokens_per_second
+    most = max(one.parts, key=lambda name: one.parts[name])
+    return {
+        "GPUs": str(layout.processes),
+        "ZeRO": str(layout.zero_stage) if layout.replicas > 1 else "-",
+        "shard": str(layout.shards) if layout.shards < layout.replicas else "-",
+        "TP": str(layout.tensor),
+        "CP": str(layout.context),
+        "PP": str(layout.pipeline),
+        "DP": str(layout.data),
+        "rows": str(layout.micro_batch_size),
+        "recompute": layout.recompute,
+        "tok/s/GPU": f"{rate:,.0f}",
+        "step": f"{one.seconds:.2f} s",
+        "MFU": f"{one.mfu:.0%}",
+        "memory": format_bytes(one.memory),
+        "limited by": f"{most} {one.parts[most] / one.seconds:.0%}",
+    }
 
 
 def forecast_rows(one: Forecast) -> Rows:

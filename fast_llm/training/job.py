@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,7 @@ from fast_llm.planning.preflight import RunSpec
 from fast_llm.planning.report import describe_run
 from fast_llm.planning.search import resolve_run
 from fast_llm.tensors import torch_dtype
+from fast_llm.terminal import wrap_width
 from fast_llm.training.build import build_trainer
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.process import configure_process
@@ -133,7 +135,7 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
     # A process that exits during a long save must not be taken for one that hangs.
     interrupt.before_exit = partial(watchdog.heartbeat, ENDED)
     try:
-        logger.info("What this run does:\n" + describe_run(spec))
+        logger.info("What this run does:\n" + describe_run(spec, wrap_width(sys.stdout)))
         for warning in spec.warnings:
             logger.warning(f"{warning}.")
         _log_memory(spec, mesh, memory)

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fast_llm.terminal import short_count, short_duration
+
 _MUCH_WAITING = 0.1  # of a step's time, from which on waiting for data is shown
 
 
@@ -51,31 +53,6 @@ def evaluation_lines(values: Mapping[str, Any], losses: Mapping[str, float | Non
             parts.append(f"{values['tokens']:,} tokens in {values['seconds']:.1f} s")
         lines.append("  ".join(parts))
     return lines
-
-
-def short_count(count: float) -> str:
-    """Three digits of a count: 987, 12.3k, 1.23M."""
-    for unit in ("", "k", "M", "G"):
-        if count < 999.5:
-            return f"{count:.0f}" if not unit else f"{count:#.3g}".rstrip(".") + unit
-        count /= 1000
-    return f"{count:.0f}T"
-
-
-def short_duration(seconds: float) -> str:
-    """About three digits: 12d, 14h, 3h12m, 12m, 9m05s, 45s."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 600:
-        return f"{seconds // 60}m{seconds % 60:02}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m"
-    if seconds < 36_000:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
-    if seconds < 172_800:
-        return f"{seconds // 3600}h"
-    return f"{seconds // 86_400}d"
 
 
 def _position(values: Mapping[str, Any]) -> str:

@@ -21,8 +21,9 @@ from fast_llm.config.batch import BatchSizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.models.flops import Cost, peak_flops
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.terminal import short_duration
 from fast_llm.training.charts import TensorBoard, Wandb
-from fast_llm.training.log_lines import evaluation_lines, short_duration, training_line
+from fast_llm.training.log_lines import evaluation_lines, training_line
 from fast_llm.training.run import Run
 from fast_llm.training.step import StepResult
 

@@ -107,7 +107,7 @@ def test_one_message(
         assert job.wait() == code, job.said()
         log, _, said = job.said().partition("fast-llm train: ")
         assert said == f"{message}\n"
-        ours = r"\d\d-\d\d \d\d:\d\d:\d\d |[A-Z][\w ]{13}\S"  # the log, and the lines of the plan
+        ours = r"\d\d-\d\d \d\d:\d\d:\d\d |[A-Z][\w ]{13}\S| {14}"  # the log, and the lines of the plan
         assert all(re.match(ours, line) for line in log.splitlines()), log
         assert job.codes() == [code] * world
 

@@ -5,12 +5,7 @@ from typing import Any
 
 import pytest
 
-from fast_llm.training.log_lines import (
-    evaluation_lines,
-    short_count,
-    short_duration,
-    training_line,
-)
+from fast_llm.training.log_lines import evaluation_lines, training_line
 
 TIME = "11-30 08:49:30 "
 RECORD: dict[str, Any] = {
@@ -71,21 +66,3 @@ def test_evaluation_lines() -> None:
         "step  5/10  validation of prose loss 10.500  perplexity 3.63e+04",
         "step  5/10  validation of few: no target tokens",
     ]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0"), (987, "987"), (999.6, "1.00k"), (9876, "9.88k"), (12345, "12.3k"), (98765, "98.8k"),
-     (999_499, "999k"), (1.234e6, "1.23M"), (5e9, "5.00G"), (2e12, "2T")],
-)  # fmt: skip
-def test_short_count(count: float, text: str) -> None:
-    assert short_count(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0s"), (59.6, "1m00s"), (545, "9m05s"), (600, "10m"), (3599, "59m"), (11_520, "3h12m"),
-     (86_399, "23h"), (183_600, "2d")],
-)  # fmt: skip
-def test_short_duration(seconds: float, text: str) -> None:
-    assert short_duration(seconds) == text

@@ -54,10 +54,15 @@ def test_the_plan_in_numbers(tokens: Path) -> None:
     text = describe_run(preflight(read(None, arguments), 2, weights=False))
     assert "8 sequences of 24 tokens = 2 a micro-batch × 2 micro-batches × 2 processes" in text
     assert "10 steps of 192 tokens = 1,920 tokens" in text
-    assert re.search(r"tokens: \d[\d,]* tokens to train on, 0\.\d+ epochs", text)
-    assert "every 5 steps" in text and "kept" in text and "free at" in text
     assert re.search(
-        r"Documents     320 for training \([\d,]+ tokens\), 40 for validation \([\d,]+ tokens\), 40 for test",
+        r"Data {10}training tokens  epochs  source\n {14} +\d[\d,]*   0\.\d+  \S+/tokens\n", text
+    )
+    assert re.search(
+        r"Saving {8} +every +size  kept\n {14}checkpoints  5 steps +\d+ kB  \d+\n", text
+    )
+    assert re.search(r"\n {14}exports +5 steps +\d+ kB  all\n", text) and "free at" in text
+    assert re.search(
+        r"Split         for +documents +tokens\n {14}training +320 +[\d,]+\n {14}validation +40 +[\d,]+\n {14}test +40 ",
         text,
     )
 
