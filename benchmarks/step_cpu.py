@@ -76,7 +76,7 @@ def ours(
 ) -> Callable[[], float]:
     """A step that returns its loss."""
     keep_freed_memory()  # as `fast-llm train` does
-    cpu_kernels.take_faster_exact_products()
+    cpu_kernels.use_faster_exact_matmul()
     if plain:
         cpu_kernels._Loaded.problem = "not wanted"
     config = BaseModelConfig.model_validate(SHAPE)
@@ -207,7 +207,7 @@ def trained(
 
 def products(sequences: int, length: int, dtype: torch.dtype) -> Callable[[], float]:
     """One product of 2,048³, by oneDNN in fp32 as well."""
-    cpu_kernels.take_faster_exact_products()
+    cpu_kernels.use_faster_exact_matmul()
     # Transposed, as a layer's weights are: the other way PyTorch takes half a minute for it in bf16
     # where a processor has none.
     left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype).t()

@@ -1,8 +1,11 @@
-// Kernels for the CPU, for what PyTorch does in several passes over memory, and attention; kernels/cpu.py builds and calls them.
+// CPU kernels: attention, and what PyTorch does in several passes over memory. kernels/cpu.py
+// compiles and calls them.
 //
-// Each is written for fp32 and bf16, computes in fp32 and rounds once. Loops over numbers side by side are plain: the compiler makes vectors
-// of them. Products of small blocks are oneDNN's, by way of PyTorch's library, in what the processor has: AMX, bf16 pairs, fp32.
-// What a thread does depends on the number of threads alone, and sums of threads are added in their order: the same bits each time.
+// Each kernel supports fp32 and bf16, computes in fp32 and rounds once. Inner loops are plain, so
+// that the compiler vectorises them. Matmuls of small blocks are oneDNN's, called through PyTorch's
+// library, with the instructions that the processor has: AMX, bf16 pairs, fp32.
+// Work is divided by the number of threads alone, and partial sums are added in the threads' order,
+// so results are the same bits every time.
 
 #include <algorithm>
 #include <cmath>
@@ -18,9 +21,11 @@ struct BFloat16;
 
 namespace at::native::cpublas {
 // C [M, N] (+)= A [M, K] · B [K, N]; B in bf16 has its rows in pairs, [K / 2, N, 2].
-void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const c10::BFloat16 *A,
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,
+            const c10::BFloat16 *A,
             const c10::BFloat16 *B, float *C, bool pairs);
-void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const float *A,
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,
+            const float *A,
             const float *B, float *C, bool pairs);
 void brgemm_release(bool pairs);
 } // namespace at::native::cpublas
@@ -45,16 +50,17 @@ inline void put(float &to, float x) { to = x; }
 inline void put(bf16 &to, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; // halves to even
+    uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; // ties to even
     to.bits = uint16_t(x == x ? nearest : 0x7fc0);
 }
 
-// e^x within 2e-7 of its size; 0 below -87, infinite above 88. Taylor's series on half of [-ln 2, ln 2]: its rest is 5e-9.
+// e^x with a relative error of 2e-7; 0 below -87, infinite above 88. A Taylor series on half of
+// [-ln 2, ln 2], whose remainder is 5e-9.
 inline float exponential(float x) {
     float y = x < -87.0f ? -87.0f : x;
     y = y > 88.0f ? 88.0f : y;
     float n = std::nearbyint(y * 1.44269504f);
-    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts, the first short
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts
     float sum = 1.0f / 5040;
     sum = sum * r + 1.0f / 720;
     sum = sum * r + 1.0f / 120;
@@ -74,18 +80,19 @@ struct Range {
     int64_t begin, end;
 };
 
-// This thread's part of 0..count.
-Range own(int64_t count) {
+// This thread's share of 0..count.
+Range thread_range(int64_t count) {
     int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-constexpr int64_t SMALL = 8192; // numbers that are not worth a second thread
+constexpr int64_t SMALL = 8192; // as few numbers are computed by one thread
 
 // ---- RMSNorm: x / √(mean x² + ε) · weight, of rows [T, E]
 
 template <class T>
-void rms_norm(T *out, float *inverse, const T *x, const T *weight, int64_t rows, int64_t width, double epsilon) {
+void rms_norm(T *out, float *inverse, const T *x, const T *weight, int64_t rows, int64_t width,
+              double epsilon) {
 #pragma omp parallel for if (rows * width > SMALL)
     for (int64_t t = 0; t < rows; t++) {
         const T *row = x + t * width;
@@ -95,12 +102,14 @@ void rms_norm(T *out, float *inverse, const T *x, const T *weight, int64_t rows,
         float scale = 1 / std::sqrt(square / float(width) + float(epsilon));
         inverse[t] = scale;
 #pragma omp simd
-        for (int64_t e = 0; e < width; e++) put(out[t * width + e], get(row[e]) * scale * get(weight[e]));
+        for (int64_t e = 0; e < width; e++)
+            put(out[t * width + e], get(row[e]) * scale * get(weight[e]));
     }
 }
 
 template <class T>
-void rms_norm_backward(T *grad_x, T *grad_weight, const T *grad, const T *x, const T *weight, const float *inverse,
+void rms_norm_backward(T *grad_x, T *grad_weight, const T *grad, const T *x, const T *weight,
+                       const float *inverse,
                    int64_t rows, int64_t width) {
     std::vector<double> sums;
 #pragma omp parallel if (rows * width > SMALL)
@@ -108,7 +117,7 @@ void rms_norm_backward(T *grad_x, T *grad_weight, const T *grad, const T *x, con
 #pragma omp single
         sums.resize(omp_get_num_threads() * width);
         double *sum = sums.data() + omp_get_thread_num() * width;
-        Range range = own(rows);
+        Range range = thread_range(rows);
         for (int64_t t = range.begin; t < range.end; t++) {
             const T *row = x + t * width, *slope = grad + t * width;
             float scale = inverse[t], along = 0;
@@ -118,27 +127,31 @@ void rms_norm_backward(T *grad_x, T *grad_weight, const T *grad, const T *x, con
                 sum[e] += part;
                 along += part * get(weight[e]);
             }
-            // The part of the gradient along x changes nothing but the length, which is divided out.
+            // The component along x only changes the norm of x, which is divided out.
             float share = along / float(width) * scale;
 #pragma omp simd
             for (int64_t e = 0; e < width; e++)
-                put(grad_x[t * width + e], (get(slope[e]) * get(weight[e]) - get(row[e]) * share) * scale);
+                put(grad_x[t * width + e],
+                    (get(slope[e]) * get(weight[e]) - get(row[e]) * share) * scale);
         }
     }
     for (size_t at = width; at < sums.size(); at++) sums[at % width] += sums[at];
     for (int64_t e = 0; e < width; e++) put(grad_weight[e], float(sums[e]));
 }
 
-// ---- Rotary positions: pairs (i, i + D/2) of each head of x [T, H, D] by the angles of its token, [T, D]
+// ---- Rotary positions: pairs (i, i + D/2) of each head of x [T, H, D], rotated by the angles
+// [T, D] of its token
 
 template <class T>
-void rotate(T *out, const T *x, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t width,
+void rotate(T *out, const T *x, const float *cos, const float *sin, int64_t rows, int64_t heads,
+            int64_t width,
             double direction) {
     int64_t half = width / 2;
     float sign = float(direction);
 #pragma omp parallel for if (rows * heads * width > SMALL)
     for (int64_t t = 0; t < rows; t++) {
-        const float *c = cos + t * width, *s = sin + t * width + half; // of the sines the first half is negated
+        // The first half of the sines is negated.
+        const float *c = cos + t * width, *s = sin + t * width + half;
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + (t * heads + h) * width;
             T *to = out + (t * heads + h) * width;
@@ -163,10 +176,12 @@ template <class T> void swiglu(T *out, const T *gate, const T *up, int64_t count
 }
 
 template <class T>
-void swiglu_backward(T *grad_gate, T *grad_up, const T *grad, const T *gate, const T *up, int64_t count) {
+void swiglu_backward(T *grad_gate, T *grad_up, const T *grad, const T *gate, const T *up,
+                     int64_t count) {
 #pragma omp parallel for simd if (count > SMALL)
     for (int64_t i = 0; i < count; i++) {
-        float g = get(gate[i]), slope = get(grad[i]), sigmoid = 1 / (1 + exponential(-g)), silu = g * sigmoid;
+        float g = get(gate[i]), slope = get(grad[i]), sigmoid = 1 / (1 + exponential(-g)),
+            silu = g * sigmoid;
         put(grad_up[i], slope * silu);
         put(grad_gate[i], slope * get(up[i]) * (sigmoid + silu * (1 - sigmoid)));
     }
@@ -175,8 +190,9 @@ void swiglu_backward(T *grad_gate, T *grad_up, const T *grad, const T *gate, con
 // ---- Softmax cross entropy of rows [T, V]
 
 template <class T>
-void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *chosen, int64_t rows, int64_t vocabulary,
-                   int64_t ignored, int64_t known, int64_t gradient) {
+void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *chosen, int64_t rows,
+                   int64_t vocabulary,
+                   int64_t ignore_index, int64_t known, int64_t gradient) {
 #pragma omp parallel for if (rows * vocabulary > SMALL)
     for (int64_t t = 0; t < rows; t++) {
         T *row = logits + t * vocabulary;
@@ -185,7 +201,7 @@ void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *cho
             float top = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : top)
             for (int64_t v = 0; v < vocabulary; v++) top = std::max(top, get(row[v]));
-            double sum = 0; // in stretches: an fp32 sum of a hundred thousand loses its last digits
+            double sum = 0; // of fp32 sums of 512: an fp32 sum of 100,000 terms is inexact
             for (int64_t begin = 0; begin < vocabulary; begin += 512) {
                 float part = 0;
                 int64_t end = std::min(begin + 512, vocabulary);
@@ -197,11 +213,12 @@ void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *cho
             chosen[t] = label >= 0 ? get(row[label]) : 0;
         }
         if (!gradient) continue;
-        if (label == ignored) {
+        if (label == ignore_index) {
             std::memset(static_cast<void *>(row), 0, vocabulary * sizeof(T));
             continue;
         }
-        float log_sum = log_sums[t], own = label >= 0 ? exponential(get(row[label]) - log_sum) - 1 : 0;
+        float log_sum = log_sums[t];
+        float own = label >= 0 ? exponential(get(row[label]) - log_sum) - 1 : 0;
 #pragma omp simd
         for (int64_t v = 0; v < vocabulary; v++) put(row[v], exponential(get(row[v]) - log_sum));
         if (label >= 0) put(row[label], own);
@@ -210,47 +227,53 @@ void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *cho
 
 // ---- Causal attention within documents
 //
-// Blocks of 64 queries by blocks of 64 keys; scores stand on their side, [keys, queries], so that what is said of a query (its maximum, its
-// sum) is side by side, and so that the weights are at once what the next product takes. Nothing of length² is kept: the backward pass
-// makes the weights again from the logarithm of each query's sum (Dao et al. 2022).
+// Scores are computed in blocks of 64 queries by 64 keys, and stored as [keys, queries]: a query's
+// maximum and sum are then vector operations, and the weights have the layout that the next matmul
+// takes. Nothing of size length² is kept: the backward pass recomputes the weights from log Σ exp of
+// each query (Dao et al. 2022).
 //
-// A unit is a document under a head of keys; the tasks are its heads of queries, block by block, dealt to threads in stretches of equal work.
+// A unit is a document under one key head. Its tasks are the query heads of that key head, block by
+// block. Threads get ranges of tasks with equal work.
 
 constexpr int64_t BLOCK = 64;
 
 template <class T> constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
 
-inline void product(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c, bool add) {
+inline void matmul(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c,
+                   bool add) {
     at::native::cpublas::brgemm(M, N, K, K, N, N, add, a, b, c, false);
 }
 
-inline void product(int64_t M, int64_t N, int64_t K, const bf16 *a, const bf16 *b, float *c, bool add) {
+inline void matmul(int64_t M, int64_t N, int64_t K, const bf16 *a, const bf16 *b, float *c,
+                   bool add) {
     at::native::cpublas::brgemm(M, N, K, K, N, N, add, reinterpret_cast<const c10::BFloat16 *>(a),
                                 reinterpret_cast<const c10::BFloat16 *>(b), c, true);
 }
 
-// Up to 64 rows, `stride` apart, as they are; zeros below.
-template <class T> void take(T *to, const T *from, int64_t rows, int64_t stride, int64_t width) {
-    for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * width, from + i * stride, width * sizeof(T));
+// Copy up to 64 rows that are `stride` apart; the rows below are zero.
+template <class T> void load_block(T *to, const T *from, int64_t rows, int64_t stride,
+                                   int64_t width) {
+    for (int64_t i = 0; i < rows; i++)
+        std::memcpy(to + i * width, from + i * stride, width * sizeof(T));
     std::memset(static_cast<void *>(to + rows * width), 0, (BLOCK - rows) * width * sizeof(T));
 }
 
-// A block [64, D] turned: [D, 64].
-template <class T> void turn(T *to, const T *block, int64_t width) {
+// Transpose a block: [64, D] → [D, 64].
+template <class T> void transpose(T *to, const T *block, int64_t width) {
     for (int64_t d = 0; d < width; d++)
         for (int64_t i = 0; i < BLOCK; i++) to[d * BLOCK + i] = block[i * width + d];
 }
 
-// Rows side by side in pairs: [K, N] → [K / PAIR, N, PAIR].
-template <class T> void pair(T *to, const T *from, int64_t K, int64_t N) {
+// Interleave pairs of rows: [K, N] → [K / PAIR, N, PAIR].
+template <class T> void interleave_pairs(T *to, const T *from, int64_t K, int64_t N) {
     constexpr int64_t P = PAIR<T>;
     for (int64_t k = 0; k < K; k += P)
         for (int64_t n = 0; n < N; n++)
             for (int64_t p = 0; p < P; p++) to[k * N + n * P + p] = from[(k + p) * N + n];
 }
 
-// The same of a block [64, D] turned: [D / PAIR, 64, PAIR].
-template <class T> void turn_paired(T *to, const T *block, int64_t width) {
+// Transpose a block and interleave pairs of rows: [64, D] → [D / PAIR, 64, PAIR].
+template <class T> void transpose_paired(T *to, const T *block, int64_t width) {
     constexpr int64_t P = PAIR<T>;
     for (int64_t d = 0; d < width; d += P)
         for (int64_t i = 0; i < BLOCK; i++)
@@ -258,23 +281,26 @@ template <class T> void turn_paired(T *to, const T *block, int64_t width) {
 }
 
 struct Shape {
-    const int32_t *ends; // of documents, from 0
+    const int32_t *cu_seqlens; // cumulative lengths of documents, from 0
     int64_t documents, queries, keys, width;
 
     int64_t group() const { return queries / keys; }
-    int64_t length(int64_t document) const { return ends[document + 1] - ends[document]; }
+    int64_t length(int64_t document) const {
+        return cu_seqlens[document + 1] - cu_seqlens[document];
+    }
     int64_t blocks(int64_t document) const { return (length(document) + BLOCK - 1) / BLOCK; }
 };
 
-// Calls enter(unit), task(unit, head, block), leave(unit, alone) for this thread's stretch of tasks; `alone`: no other thread has a task of the unit.
+// Call enter(unit), task(unit, head, block) and leave(unit, unshared) for this thread's tasks.
+// `unshared`: no other thread has a task of the unit.
 template <class Enter, class Task, class Leave>
-void stretch(const Shape &shape, Enter enter, Task task, Leave leave) {
+void for_each_task(const Shape &shape, Enter enter, Task task, Leave leave) {
     int64_t total = 0;
     for (int64_t document = 0; document < shape.documents; document++) {
         int64_t blocks = shape.blocks(document);
         total += shape.queries * blocks * (blocks + 1) / 2;
     }
-    Range range = own(total);
+    Range range = thread_range(total);
     int64_t work = 0;
     for (int64_t document = 0; document < shape.documents; document++) {
         int64_t blocks = shape.blocks(document), whole = shape.group() * blocks * (blocks + 1) / 2;
@@ -293,36 +319,39 @@ void stretch(const Shape &shape, Enter enter, Task task, Leave leave) {
 }
 
 template <class T>
-void attention(T *out, float *log_sums, const T *q, const T *k, const T *v, const int32_t *ends, int64_t documents,
+void attention(T *out, float *log_sums, const T *q, const T *k, const T *v,
+               const int32_t *cu_seqlens, int64_t documents,
                int64_t queries, int64_t keys, int64_t width) {
-    const Shape shape{ends, documents, queries, keys, width};
-    const int64_t tokens = ends[documents], area = BLOCK * width;
+    const Shape shape{cu_seqlens, documents, queries, keys, width};
+    const int64_t tokens = cu_seqlens[documents], area = BLOCK * width;
     const float scale = 1 / std::sqrt(float(width));
 #pragma omp parallel
     {
-        std::vector<T> natural, turned, block(area), packed(area), weights(BLOCK * BLOCK);
+        std::vector<T> k_rows, v_transposed, block(area), packed(area), weights(BLOCK * BLOCK);
         std::vector<float> scores(BLOCK * BLOCK), sums(area);
         auto enter = [&](int64_t document, int64_t key) {
-            natural.resize(shape.blocks(document) * area);
-            turned.resize(natural.size());
+            k_rows.resize(shape.blocks(document) * area);
+            v_transposed.resize(k_rows.size());
             for (int64_t b = 0; b < shape.blocks(document); b++) {
                 int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK);
-                int64_t from = ((ends[document] + b * BLOCK) * keys + key) * width;
-                take(natural.data() + b * area, k + from, rows, keys * width, width);
-                take(block.data(), v + from, rows, keys * width, width);
-                turn(turned.data() + b * area, block.data(), width);
+                int64_t from = ((cu_seqlens[document] + b * BLOCK) * keys + key) * width;
+                load_block(k_rows.data() + b * area, k + from, rows, keys * width, width);
+                load_block(block.data(), v + from, rows, keys * width, width);
+                transpose(v_transposed.data() + b * area, block.data(), width);
             }
         };
         auto task = [&](int64_t document, int64_t, int64_t head, int64_t b) {
-            int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK), first = ends[document] + b * BLOCK;
-            take(block.data(), q + (first * queries + head) * width, rows, queries * width, width);
-            turn_paired(packed.data(), block.data(), width);
+            int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK);
+            int64_t first = cu_seqlens[document] + b * BLOCK;
+            load_block(block.data(), q + (first * queries + head) * width, rows, queries * width,
+                       width);
+            transpose_paired(packed.data(), block.data(), width);
             alignas(64) float top[BLOCK], sum[BLOCK], factor[BLOCK];
             std::fill_n(top, BLOCK, -std::numeric_limits<float>::infinity());
             std::fill_n(sum, BLOCK, 0.0f);
             for (int64_t c = 0; c <= b; c++) {
                 float *s = scores.data();
-                product(BLOCK, BLOCK, width, natural.data() + c * area, packed.data(), s, false);
+                matmul(BLOCK, BLOCK, width, k_rows.data() + c * area, packed.data(), s, false);
                 if (c == b)
                     for (int64_t j = 0; j < BLOCK; j++)
                         std::fill_n(s + j * BLOCK, j, -std::numeric_limits<float>::infinity());
@@ -348,7 +377,8 @@ void attention(T *out, float *log_sums, const T *q, const T *k, const T *v, cons
                     for (int64_t d = 0; d < width; d++)
 #pragma omp simd
                         for (int64_t i = 0; i < BLOCK; i++) sums[d * BLOCK + i] *= factor[i];
-                product(width, BLOCK, BLOCK, turned.data() + c * area, weights.data(), sums.data(), c > 0);
+                matmul(width, BLOCK, BLOCK, v_transposed.data() + c * area, weights.data(),
+                       sums.data(), c > 0);
             }
             for (int64_t i = 0; i < rows; i++) {
                 T *row = out + ((first + i) * queries + head) * width;
@@ -356,19 +386,22 @@ void attention(T *out, float *log_sums, const T *q, const T *k, const T *v, cons
                 log_sums[head * tokens + first + i] = top[i] * scale + std::log(sum[i]);
             }
         };
-        stretch(shape, enter, task, [](int64_t, int64_t, bool) {});
+        for_each_task(shape, enter, task, [](int64_t, int64_t, bool) {});
         at::native::cpublas::brgemm_release(PAIR<T> == 2);
     }
 }
 
 template <class T>
-void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T *out, const float *log_sums, const T *q,
-                    const T *k, const T *v, const int32_t *ends, int64_t documents, int64_t queries, int64_t keys,
+void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T *out,
+                        const float *log_sums, const T *q,
+                    const T *k, const T *v, const int32_t *cu_seqlens, int64_t documents,
+                        int64_t queries, int64_t keys,
                     int64_t width) {
-    const Shape shape{ends, documents, queries, keys, width};
-    const int64_t tokens = ends[documents], area = BLOCK * width;
+    const Shape shape{cu_seqlens, documents, queries, keys, width};
+    const int64_t tokens = cu_seqlens[documents], area = BLOCK * width;
     const float scale = 1 / std::sqrt(float(width));
-    // Of a unit that several threads share: which, and its gradients by keys and values one after the other. A thread has at most two.
+    // The sums of a unit that several threads share: gradients by keys, then by values. A thread has
+    // at most two.
     struct Part {
         int64_t document, key;
         std::vector<float> sums;
@@ -378,7 +411,7 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
         int64_t length = shape.length(document);
         for (T *to : {grad_k, grad_v}) {
             for (int64_t j = 0; j < length; j++) {
-                T *row = to + ((ends[document] + j) * keys + key) * width;
+                T *row = to + ((cu_seqlens[document] + j) * keys + key) * width;
 #pragma omp simd
                 for (int64_t d = 0; d < width; d++) put(row[d], sums[j * width + d]);
             }
@@ -389,45 +422,53 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
     {
 #pragma omp single
         parts.resize(omp_get_num_threads());
-        std::vector<T> k_natural, k_turned, v_natural, block(area), q_turned(area), q_paired(area), g_turned(area),
-            g_paired(area), weights(BLOCK * BLOCK), slopes(BLOCK * BLOCK), slopes_paired(BLOCK * BLOCK);
-        std::vector<float> scores(BLOCK * BLOCK), grad_weights(BLOCK * BLOCK), grad_query(area), sums;
+        std::vector<T> k_rows, k_transposed, v_rows, block(area), q_transposed(area),
+            q_paired(area), g_transposed(area),
+            g_paired(area), weights(BLOCK * BLOCK), slopes(BLOCK * BLOCK),
+                slopes_paired(BLOCK * BLOCK);
+        std::vector<float> scores(BLOCK * BLOCK), grad_weights(BLOCK * BLOCK), grad_query(area),
+            sums;
         auto enter = [&](int64_t document, int64_t key) {
             int64_t blocks = shape.blocks(document);
-            for (auto *kept : {&k_natural, &k_turned, &v_natural}) kept->resize(blocks * area);
+            for (auto *kept : {&k_rows, &k_transposed, &v_rows}) kept->resize(blocks * area);
             sums.assign(2 * blocks * area, 0);
             for (int64_t b = 0; b < blocks; b++) {
                 int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK);
-                int64_t from = ((ends[document] + b * BLOCK) * keys + key) * width;
-                take(k_natural.data() + b * area, k + from, rows, keys * width, width);
-                turn(k_turned.data() + b * area, k_natural.data() + b * area, width);
-                take(v_natural.data() + b * area, v + from, rows, keys * width, width);
+                int64_t from = ((cu_seqlens[document] + b * BLOCK) * keys + key) * width;
+                load_block(k_rows.data() + b * area, k + from, rows, keys * width, width);
+                transpose(k_transposed.data() + b * area, k_rows.data() + b * area, width);
+                load_block(v_rows.data() + b * area, v + from, rows, keys * width, width);
             }
         };
         auto task = [&](int64_t document, int64_t, int64_t head, int64_t b) {
-            int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK), first = ends[document] + b * BLOCK;
+            int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK);
+            int64_t first = cu_seqlens[document] + b * BLOCK;
             int64_t from = (first * queries + head) * width, whole = shape.blocks(document) * area;
-            take(block.data(), q + from, rows, queries * width, width);
-            turn_paired(q_turned.data(), block.data(), width);
-            pair(q_paired.data(), block.data(), BLOCK, width);
-            take(block.data(), grad + from, rows, queries * width, width);
-            turn_paired(g_turned.data(), block.data(), width);
-            pair(g_paired.data(), block.data(), BLOCK, width);
+            load_block(block.data(), q + from, rows, queries * width, width);
+            transpose_paired(q_transposed.data(), block.data(), width);
+            interleave_pairs(q_paired.data(), block.data(), BLOCK, width);
+            load_block(block.data(), grad + from, rows, queries * width, width);
+            transpose_paired(g_transposed.data(), block.data(), width);
+            interleave_pairs(g_paired.data(), block.data(), BLOCK, width);
             alignas(64) float log_sum[BLOCK], delta[BLOCK];
             for (int64_t i = 0; i < BLOCK; i++) {
-                // Queries behind the end have no weights.
-                log_sum[i] = i < rows ? log_sums[head * tokens + first + i] : std::numeric_limits<float>::infinity();
+                // Queries past the end of the document have weights of 0.
+                log_sum[i] = i < rows ? log_sums[head * tokens + first + i]
+                                      : std::numeric_limits<float>::infinity();
                 float along = 0;
                 if (i < rows)
 #pragma omp simd reduction(+ : along)
                     for (int64_t d = 0; d < width; d++)
-                        along += get(grad[from + i * queries * width + d]) * get(out[from + i * queries * width + d]);
+                        along += get(grad[from + i * queries * width + d]) *
+                                 get(out[from + i * queries * width + d]);
                 delta[i] = along;
             }
             for (int64_t c = 0; c <= b; c++) {
                 float *s = scores.data(), *w = grad_weights.data();
-                product(BLOCK, BLOCK, width, k_natural.data() + c * area, q_turned.data(), s, false);
-                product(BLOCK, BLOCK, width, v_natural.data() + c * area, g_turned.data(), w, false);
+                matmul(BLOCK, BLOCK, width, k_rows.data() + c * area, q_transposed.data(), s,
+                       false);
+                matmul(BLOCK, BLOCK, width, v_rows.data() + c * area, g_transposed.data(), w,
+                       false);
                 if (c == b)
                     for (int64_t j = 0; j < BLOCK; j++)
                         std::fill_n(s + j * BLOCK, j, -std::numeric_limits<float>::infinity());
@@ -443,21 +484,24 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
                             put(slopes[at], slope);
                             put(slopes_paired[j * BLOCK + i * P + p], slope);
                         }
-                product(BLOCK, width, BLOCK, slopes.data(), q_paired.data(), sums.data() + c * area, true);
-                product(BLOCK, width, BLOCK, weights.data(), g_paired.data(), sums.data() + whole + c * area, true);
-                product(width, BLOCK, BLOCK, k_turned.data() + c * area, slopes_paired.data(), grad_query.data(), c > 0);
+                matmul(BLOCK, width, BLOCK, slopes.data(), q_paired.data(),
+                       sums.data() + c * area, true);
+                matmul(BLOCK, width, BLOCK, weights.data(), g_paired.data(),
+                       sums.data() + whole + c * area, true);
+                matmul(width, BLOCK, BLOCK, k_transposed.data() + c * area, slopes_paired.data(),
+                       grad_query.data(), c > 0);
             }
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t d = 0; d < width; d++)
                     put(grad_q[from + i * queries * width + d], grad_query[d * BLOCK + i]);
         };
-        auto leave = [&](int64_t document, int64_t key, bool alone) {
-            if (alone)
+        auto leave = [&](int64_t document, int64_t key, bool unshared) {
+            if (unshared)
                 store(document, key, sums.data());
             else
                 parts[omp_get_thread_num()].push_back({document, key, sums});
         };
-        stretch(shape, enter, task, leave);
+        for_each_task(shape, enter, task, leave);
         at::native::cpublas::brgemm_release(PAIR<T> == 2);
     }
     Part *open = nullptr;
@@ -473,32 +517,34 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
     if (open) store(open->document, open->key, open->sums.data());
 }
 
-// ---- What there is
+// ---- The table of kernels
 
-template <class T> bool has_products() {
+template <class T> bool has_matmul() {
     try {
         std::vector<T> a(BLOCK * BLOCK), b(BLOCK * BLOCK);
         std::vector<float> c(BLOCK * BLOCK);
-        product(BLOCK, BLOCK, BLOCK, a.data(), b.data(), c.data(), false);
+        matmul(BLOCK, BLOCK, BLOCK, a.data(), b.data(), c.data(), false);
         at::native::cpublas::brgemm_release(PAIR<T> == 2);
         return true;
-    } catch (...) { // this processor has no such products
+    } catch (...) { // this processor has no such instructions
         return false;
     }
 }
 
-#define BOTH(name) {#name, reinterpret_cast<void *>(&name<float>), reinterpret_cast<void *>(&name<bf16>)}
+#define BOTH(name)                                                                                 \
+    {#name, reinterpret_cast<void *>(&name<float>), reinterpret_cast<void *>(&name<bf16>)}
 
 const struct {
     const char *name;
     void *fp32, *bf16;
 } kernels[] = {BOTH(rms_norm),    BOTH(rms_norm_backward), BOTH(rotate),    BOTH(swiglu),
-               BOTH(swiglu_backward), BOTH(cross_entropy), BOTH(attention), BOTH(attention_backward),
-               BOTH(has_products)};
+               BOTH(swiglu_backward), BOTH(cross_entropy), BOTH(attention),
+                   BOTH(attention_backward),
+               BOTH(has_matmul)};
 
 } // namespace
 
-// A kernel by its name, for fp32 or bf16; null if there is none.
+// A kernel by name, for fp32 or bf16; null if there is none.
 extern "C" void *kernel(const char *name, int64_t paired) {
     for (auto &entry : kernels)
         if (!std::strcmp(entry.name, name)) return paired ? entry.bf16 : entry.fp32;

@@ -1,9 +1,12 @@
-"""The kernels of cpu.cpp: built by the machine's own C++ compiler when they are first needed, and called as operations of PyTorch.
+"""C++ kernels for the CPU (cpu.cpp): compiled by the machine's own compiler at first use, called as
+PyTorch operators.
 
-On the CPU PyTorch's attention reaches a tenth to a third of what the processor can, and everything between the products runs in several
-passes over memory. Without a compiler nothing here is used: the same numbers within rounding, slower. For fp32 and bf16.
+PyTorch's attention on the CPU reaches a tenth to a third of what the processor can, and everything
+between the matmuls makes several passes over memory. Without a compiler these kernels are not used:
+the results are the same within rounding, and training is slower. They support fp32 and bf16.
 
-The build takes 3 s, once: it is kept in the user's cache folder, under a digest of the source, PyTorch's version and the processor.
+Compiling takes 3 s. The library is kept in the user's cache folder, under a digest of the source,
+PyTorch's version and the processor.
 """
 
 import ctypes
@@ -31,7 +34,8 @@ _FLAGS = [
     "-shared",
     "-fPIC",
 ]
-# Operations, so that the compiler of models leaves them alone and a profile names them. Their arguments are those of cpu.cpp.
+# Custom operators: opaque to torch.compile, and named in profiles. Their arguments are those of
+# cpu.cpp.
 _SCHEMAS = {
     "rms_norm": "Tensor(a!) out, Tensor(b!) inverse, Tensor x, Tensor weight, int rows, int width, float epsilon",
     "rms_norm_backward": "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor grad, Tensor x, Tensor weight, Tensor inverse, int rows,"
@@ -39,7 +43,7 @@ _SCHEMAS = {
     "rotate": "Tensor(a!) out, Tensor x, Tensor cos, Tensor sin, int rows, int heads, int width, float direction",
     "swiglu": "Tensor(a!) out, Tensor gate, Tensor up, int count",
     "swiglu_backward": "Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor grad, Tensor gate, Tensor up, int count",
-    "cross_entropy": "Tensor(a!) logits, Tensor labels, Tensor(b!) log_sums, Tensor(c!) chosen, int rows, int vocabulary, int ignored,"
+    "cross_entropy": "Tensor(a!) logits, Tensor labels, Tensor(b!) log_sums, Tensor(c!) chosen, int rows, int vocabulary, int ignore_index,"
     " bool known, bool gradient",
     "attention_backward": "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor grad, Tensor out, Tensor log_sums, Tensor q,"
     " Tensor k, Tensor v, Tensor ends, int documents, int queries, int keys, int width",
@@ -48,26 +52,26 @@ _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
 
 
 class _Loaded:
-    """What this machine has; filled once. A plain attribute, since the compiler of models would look into a cached function."""
+    """The library, once loaded. Plain attributes: torch.compile would trace into a cached function."""
 
     library: ctypes.CDLL | None = None
-    products: tuple[bool, bool] = (False, False)  # of small blocks in fp32, in bf16
-    problem: str | None = None  # why there is no library; None: nobody has asked yet
+    has_matmul: tuple[bool, bool] = (False, False)  # of small blocks, in fp32 and in bf16
+    problem: str | None = None  # why there is no library, or ""; None before `load` was called
 
 
-def usable(x: Tensor, products: bool = False) -> bool:
-    """Whether the kernels (those that need `products` of small blocks) are for this tensor, and here."""
+def usable(x: Tensor, matmul: bool = False) -> bool:
+    """Whether the kernels support this tensor and are loaded; `matmul`: those that multiply small blocks."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if _Loaded.problem is None:
         load()
     return _Loaded.library is not None and (
-        not products or _Loaded.products[x.dtype == torch.bfloat16]
+        not matmul or _Loaded.has_matmul[x.dtype == torch.bfloat16]
     )
 
 
 def load() -> str:
-    """Build the kernels if need be, and load them; why that is impossible, or nothing."""
+    """Compile the kernels if necessary, and load them; returns why that failed, or an empty string."""
     if _Loaded.problem is None:
         _Loaded.problem = ""
         try:
@@ -77,10 +81,10 @@ def load() -> str:
                 (ctypes.c_char_p, ctypes.c_int64),
             )
             has = [
-                ctypes.CFUNCTYPE(ctypes.c_bool)(library.kernel(b"has_products", paired))
+                ctypes.CFUNCTYPE(ctypes.c_bool)(library.kernel(b"has_matmul", paired))
                 for paired in (0, 1)
             ]
-            _Loaded.library, _Loaded.products = library, (has[0](), has[1]())
+            _Loaded.library, _Loaded.has_matmul = library, (has[0](), has[1]())
         except subprocess.CalledProcessError as error:
             _Loaded.problem = (error.stderr.strip() or str(error)).splitlines()[0]
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -89,7 +93,7 @@ def load() -> str:
 
 
 def _built() -> Path:
-    """The path of the library, which is built if it is not there."""
+    """The path of the compiled library; compiles it if it is not in the cache."""
     lib = Path(torch.__file__).parent / "lib"
     key = "\n".join([_SOURCE.read_text(), torch.__version__, str(lib), _processor(), *_FLAGS])
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast_llm"
@@ -98,7 +102,7 @@ def _built() -> Path:
         cached.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=cached
-        ) as folder:  # many processes may do so at once; the last one wins
+        ) as folder:  # several processes may compile at once; the last one wins
             new = Path(folder) / "cpu.so"
             command = [os.environ.get("CXX", "c++"), *_FLAGS, str(_SOURCE), "-o", str(new)]
             command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
@@ -108,7 +112,7 @@ def _built() -> Path:
 
 
 def _processor() -> str:
-    """What the compiler's `native` depends on."""
+    """What the compiler's `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(
@@ -119,7 +123,7 @@ def _processor() -> str:
 
 
 def run(name: str, *arguments: Any) -> None:
-    """Call a kernel with tensors, which are contiguous, and numbers. It is that for bf16 if any of the tensors is."""
+    """Call a kernel with contiguous tensors and numbers: the one for bf16 if any tensor is bf16, else for fp32."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     assert all(x.is_contiguous() for x in tensors), name
     kinds = tuple(_C_TYPES.get(type(x), ctypes.c_void_p) for x in arguments)
@@ -140,25 +144,31 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def softmax_cross_entropy_(
-    logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    gradient: bool,
+    log_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `triton_kernels.softmax_cross_entropy_`, on the CPU."""
+    """`softmax_cross_entropy_` of kernels/triton.py, on the CPU."""
     known = log_sums is not None
     if log_sums is None:
         log_sums = torch.empty(len(labels), dtype=torch.float32)
     chosen = torch.empty_like(log_sums)
     sizes = logits.shape
     torch.ops.fast_llm.cross_entropy(
-        logits, labels, log_sums, chosen, *sizes, ignored, known, gradient
+        logits, labels, log_sums, chosen, *sizes, ignore_index, known, gradient
     )
     return log_sums, chosen
 
 
-def take_faster_exact_products() -> bool:
-    """Let PyTorch make fp32 products by oneDNN where these are exact in fp32; whether they are made so.
+def use_faster_exact_matmul() -> bool:
+    """Let PyTorch compute fp32 matmuls with oneDNN for this process, if they stay exact; returns
+    whether it does.
 
-    On AMD's processors MKL, PyTorch's default, keeps to older instructions: 93 GFLOP/s where oneDNN makes 212. "medium" lets
-    oneDNN round factors to bf16, which it does with AMX alone (and on Arm): so not there, and not if a product shows it.
+    On AMD's processors MKL, PyTorch's default, uses older instructions: 93 GFLOP/s where oneDNN
+    reaches 212. The precision "medium" allows oneDNN to round operands to bf16, which it does only
+    with AMX (and on Arm). So it is not set there, and not if a test matmul is inexact.
     """
     if (
         platform.machine() != "x86_64"

@@ -1,12 +1,13 @@
-"""Attention within documents by cuDNN, on GPUs from Hopper on: about 1.6 times as fast there as PyTorch's varlen kernel.
+"""Attention within documents by cuDNN, on GPUs from Hopper on: about 1.6 times as fast there as
+PyTorch's varlen kernel.
 
-PyTorch gives whole sequences to cuDNN. Documents that are packed in one sequence (cuDNN's "ragged" tensors) can be
-described only through NVIDIA's package cudnn-frontend (`pip install nvidia-cudnn-frontend`). Without it, PyTorch's
-varlen kernel is used.
+PyTorch gives whole sequences to cuDNN. Documents that are packed in one sequence (cuDNN's "ragged"
+tensors) can be described only through NVIDIA's package cudnn-frontend (`pip install
+nvidia-cudnn-frontend`). Without it, PyTorch's varlen kernel is used.
 
-cuDNN builds a plan for each shape, which takes a tenth of a second. Every micro-batch has other documents, so plans
-are built for rounded numbers: of documents, of tokens, and of tokens of the longest document. The documents that fill
-up are empty. A run needs one or two dozen plans.
+cuDNN builds a plan for each shape, which takes a tenth of a second. Every micro-batch has other
+documents, so plans are built for rounded numbers: of documents, of tokens, and of tokens of the
+longest document. The documents that fill up are empty. A run needs one or two dozen plans.
 
 Letters: T tokens, H query heads, K key and value heads, D head dimensions, N documents.
 """
@@ -70,16 +71,17 @@ def attention(
 ) -> Tensor:
     """Causal attention: q [T, H, D], k and v [T', K, D] → [T, H, D].
 
-    `cu_seqlens_q` and `cu_seqlens_k`, int32 [N + 1], are the documents' cumulative lengths, from 0. None for keys means
-    those of the queries. A document's last query sees all its keys, the one before all but one, and so on.
+    `cu_seqlens_q` and `cu_seqlens_k`, int32 [N + 1], are the documents' cumulative lengths, from 0.
+    None for keys means those of the queries. A document's last query sees all its keys, the one
+    before all but one, and so on.
     """
     out: Tensor = _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Attention(torch.autograd.Function):
-    # Each argument has its own parameter. Without gradients, Dynamo (PyTorch 2.11 to 2.13) compares their numbers to
-    # decide whether `forward` takes `ctx`; with `*args` it dropped q instead.
+    # Each argument has its own parameter. Without gradients, Dynamo (PyTorch 2.11 to 2.13) compares
+    # their numbers to decide whether `forward` takes `ctx`; with `*args` it dropped q instead.
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
@@ -293,7 +295,8 @@ def _plan(
     )
     tensors = _GraphTensors(graph, kinds, kind, shape)
     q, k, v = (tensors.input(*each) for each in (("q", "queries"), ("k", "keys"), ("v", "keys")))
-    # The alignments are equal for self-attention, but BOTTOM_RIGHT's backward pass takes 1.8 times as long.
+    # The alignments are equal for self-attention, but BOTTOM_RIGHT's backward pass takes 1.8 times
+    # as long.
     alignment = "TOP_LEFT" if shape.self_attention else "BOTTOM_RIGHT"
     options = {
         "attn_scale": 1 / math.sqrt(shape.head_dim),

@@ -5,25 +5,28 @@
     high        bf16, the nearest to the number (ties away from zero): what the model computes with
     low_bits    int16, the remaining bits: the number's bits are high · 2^16 + low_bits
 
-Together they take 4 bytes; an fp32 master next to a bf16 weight takes 6 (TransformerEngine's FusedAdam has the same idea).
+Together they take 4 bytes; an fp32 master next to a bf16 weight takes 6 (TransformerEngine's
+FusedAdam has the same idea).
 
-**Stochastic rounding** rounds up with the probability that makes the result right on average. A running average that
-changes by less than half a unit of bf16 would never move if it were rounded to the nearest: with β2 = 0.999 the second
-moment could never shrink. The random bits are a hash of step and place (Wellons' lowbias32): the same on every device
-and after every resume.
+**Stochastic rounding** rounds up with the probability that makes the result right on average. A
+running average that changes by less than half a unit of bf16 would never move if it were rounded to
+the nearest: with β2 = 0.999 the second moment could never shrink. The random bits are a hash of
+step and place (Wellons' lowbias32): the same on every device and after every resume.
 
-**8 bits** keep fp32's exponent and the first three bits of its mantissa, read as one integer, the number's level.
-Levels are counted downwards from the largest of a block of 128 numbers (block-wise quantization, Dettmers et al. 2022):
+**8 bits** keep fp32's exponent and the first three bits of its mantissa, read as one integer, the
+number's level. Levels are counted downwards from the largest of a block of 128 numbers (block-wise
+quantization, Dettmers et al. 2022):
 
     level          bits of |number| / 2^20, rounded: eight to each power of two, 6 to 12 % apart
     block_absmax   int16, the largest level of a block
     quantized      int8 with the number's sign: 127 - (block_absmax - level). For numbers without a sign uint8:
                    255 - (block_absmax - level). 0 stands for 0.
 
-A block reaches down to 2^-15 of its largest number, in uint8 to 2^-31. Below that int8 stores 0, and uint8 its smallest
-number, because a divisor must not vanish. Levels are the same in all blocks, and bf16 holds each of them. So dequantized
-numbers that are quantized again, to the nearest, give the same bytes. In blocks that begin elsewhere, as under another
-layout, they are not rounded a second time.
+A block reaches down to 2^-15 of its largest number, in uint8 to 2^-31. Below that int8 stores 0,
+and uint8 its smallest number, because a divisor must not vanish. Levels are the same in all blocks,
+and bf16 holds each of them. So dequantized numbers that are quantized again, to the nearest, give
+the same bytes. In blocks that begin elsewhere, as under another layout, they are not rounded a
+second time.
 """
 
 import torch
@@ -82,7 +85,8 @@ def quantize_(
         if seed is None:
             added: Tensor | int = 1 << (DROPPED_BITS - 1)
         else:
-            # Two numbers of one place, a mean and a mean of squares, have chances of their own: the halves of a hash.
+            # Two numbers of one place, a mean and a mean of squares, have chances of their own: the
+            # halves of a hash.
             chance = _hash(begin, len(piece), seed, number.device)
             added = (
                 (chance >> 16 if quantized.dtype == torch.int8 else chance & 0xFFFF)

@@ -1,7 +1,7 @@
 """Kernels in Triton, for what PyTorch and its compiler do in several passes over memory, or slowly.
 
-Triton comes with PyTorch for NVIDIA GPUs; without it nothing here is used. On the CPU the kernels run in
-Triton's interpreter (TRITON_INTERPRET=1), for tests.
+Triton comes with PyTorch for NVIDIA GPUs; without it nothing here is used. On the CPU the kernels
+run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 """
 
 import torch
@@ -40,7 +40,8 @@ if AVAILABLE:
         if known:
             log_sum = tl.load(log_sums + row)
         else:
-            # Every lane begins with a logit, so that no maximum is -inf but where all its logits are.
+            # Every lane begins with a logit, so that no maximum is -inf but where all its logits
+            # are.
             largest = tl.full((BLOCK,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK,), tl.float32)
             for begin in range(0, vocabulary, BLOCK):
@@ -61,7 +62,8 @@ if AVAILABLE:
             tl.store(chosen + row, tl.where(here, target, 0.0))
             tl.store(log_sums + row, log_sum)
         if gradient:
-            # The label's logit was read above by every thread that needs it, before any is overwritten.
+            # The label's logit was read above by every thread that needs it, before any is
+            # overwritten.
             tl.debug_barrier()
             scale = tl.where(label != ignored, 1.0, 0.0)
             for begin in range(0, vocabulary, BLOCK):
@@ -192,7 +194,8 @@ if AVAILABLE:
         next_grad = tl.load(grad + place, mask=here, other=0)
         step = tl.num_programs(0) * ROWS
         for _ in range(tl.program_id(0) * ROWS, rows, step):
-            # The rows to come are asked for before these are worked on: else memory would wait for the sums.
+            # The rows to come are asked for before these are worked on: else memory would wait for
+            # the sums.
             mine, here_too = place, here
             normed, along = next_x.to(tl.float32), next_grad.to(tl.float32)
             scale = tl.load(inverse + row, mask=row < rows, other=0)[:, None]
@@ -243,7 +246,8 @@ if AVAILABLE:
         column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         numbers = tl.load(x + row[:, None] * columns + column[None, :], mask=inside).to(tl.float32)
-        # Triton's `/` is off by up to 2 ulp, which would send some numbers to the other side of a tie.
+        # Triton's `/` is off by up to 2 ulp, which would send some numbers to the other side of a
+        # tie.
         numbers *= tl.div_rn(1.0, tl.load(scale))
         # Not `clamp`, which would make the largest number of what is not one.
         numbers = tl.where(
@@ -264,11 +268,12 @@ if AVAILABLE:
 def softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log Σ exp of each row of logits [T, V] and its label's logit, both fp32 [T]; the loss is their difference.
+    """log Σ exp of each row of logits [T, V] and its label's logit, both fp32 [T]; the loss is
+    their difference.
 
-    With `gradient` that of the summed loss replaces the logits. Labels below 0 have no logit here, and those that are
-    `ignored` no gradient. `log_sums`: these, where they are known, as those of a wider vocabulary; nothing but the
-    gradient is made then.
+    With `gradient` that of the summed loss replaces the logits. Labels below 0 have no logit here,
+    and those that are `ignored` no gradient. `log_sums`: these, where they are known, as those of a
+    wider vocabulary; nothing but the gradient is made then.
     """
     known = log_sums is not None
     if log_sums is None:
@@ -298,10 +303,12 @@ def adamw_(
     factor: float,
     seed: int,
 ) -> None:
-    """AdamW's `step`-th update with `factor` times a gradient, in one pass over memory (formula: optim/optimizer.py).
+    """AdamW's `step`-th update with `factor` times a gradient, in one pass over memory (formula:
+    optim/optimizer.py).
 
-    The weight is fp32, or a split master (kernels/rounding.py). Moments are fp32, or bf16 with stochastic rounding of the
-    second, or 8 bits with their `block_absmax` and stochastic rounding of both. All tensors are contiguous.
+    The weight is fp32, or a split master (kernels/rounding.py). Moments are fp32, or bf16 with
+    stochastic rounding of the second, or 8 bits with their `block_absmax` and stochastic rounding
+    of both. All tensors are contiguous.
     """
 
     def bits(tensor: Tensor) -> Tensor:
@@ -320,8 +327,8 @@ def adamw_(
 def rms_norm_backward(
     grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x · inverse · weight by x, with `residual_grad` added, and by the weight [E]; `inverse`, fp32 [T], is
-    that of the rows' root mean squares.
+    """Gradients of x · inverse · weight by x, with `residual_grad` added, and by the weight [E];
+    `inverse`, fp32 [T], is that of the rows' root mean squares.
 
     grad, beside and x [T, E], contiguous. Computed in fp32.
     """

@@ -1,13 +1,15 @@
 """Causal attention within documents, never across them.
 
-Several documents share a sequence; none sees another. No mask is built, so the work is Σ length², not S²:
+Several documents share a sequence; none sees another. No mask is built, so the work is Σ length²,
+not S²:
 
 a GPU in 16 bits    cuDNN (kernels/cudnn.py) or PyTorch's variable-length kernel (FlashAttention) takes the boundaries
 a CPU               ours does (kernels/cpu.cpp), in fp32 and bf16
 elsewhere           each document goes through scaled_dot_product_attention by itself; documents of one length that
                     lie side by side go together
 
-Letters: B sequences, S tokens of a sequence, H query heads, K key and value heads, D head dimensions.
+Letters: B sequences, S tokens of a sequence, H query heads, K key and value heads, D head
+dimensions.
 """
 
 import inspect
@@ -28,9 +30,10 @@ from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import cudnn
 from fast_llm.model.linear import upcast_to_fp32
 
-# Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10 ms, and memory that is never given
-# back), and below this length the fp32 one is as fast: bf16 15.7 ms, fp32 9.3 ms forward and backward at 8 × 256
-# tokens, 6 heads of 32. So short documents are computed in fp32, long ones padded to a multiple of _STEP.
+# Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10
+# ms, and memory that is never given back), and below this length the fp32 one is as fast: bf16 15.7
+# ms, fp32 9.3 ms forward and backward at 8 × 256 tokens, 6 heads of 32. So short documents are
+# computed in fp32, long ones padded to a multiple of _STEP.
 _SHORT = 512
 _STEP = 64
 
@@ -57,7 +60,8 @@ class PackedSequences:
     equal_lengths: bool = field(init=False)  # all of one length
 
     def __post_init__(self) -> None:
-        # Here and not where it is asked for: the compiler would look at all the lengths, and again for every micro-batch.
+        # Here and not where it is asked for: the compiler would look at all the lengths, and again
+        # for every micro-batch.
         object.__setattr__(self, "equal_lengths", len(set(self.lengths)) == 1)
 
     def to(self, device: torch.device) -> "PackedSequences":
@@ -130,7 +134,7 @@ def attention(
     if upcast_to_fp32(q):
         out = attention(q.float(), k.float(), v.float(), documents, flash).to(q.dtype)
         return out
-    if flash and cpu_kernels.usable(q, products=True) and q.shape[-1] % 2 == 0:
+    if flash and cpu_kernels.usable(q, matmul=True) and q.shape[-1] % 2 == 0:
         if documents is None or one_per_sequence:
             out = _CpuAttention.apply(q, k, v, _equal_cu_seqlens(q))  # type: ignore[no-untyped-call]
             return out
@@ -219,7 +223,8 @@ def _sequence_by_sequence(
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool) -> Tensor:
-    """Softmax attention of sequences: q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H, D].
+    """Softmax attention of sequences: q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H,
+    D].
 
     The last query of a sequence sees all of its keys, the one before all but one, and so on.
     """
@@ -293,8 +298,9 @@ def _has_varlen_kernel(q: Tensor) -> bool:
     )
 
 
-# PyTorch's versions spell causal and grouped attention differently: 2.10 has is_causal and repeats no heads; later a
-# window that reaches back without limit and not ahead means causal, and groups are asked for where that is known.
+# PyTorch's versions spell causal and grouped attention differently: 2.10 has is_causal and repeats
+# no heads; later a window that reaches back without limit and not ahead means causal, and groups
+# are asked for where that is known.
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 _CAUSAL: dict[str, Any] = (
     {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}

@@ -1,10 +1,12 @@
-"""The decoder-only language model: embedding, blocks, norm and head, and their random initialisation.
+"""The decoder-only language model: embedding, blocks, norm and head, and their random
+initialisation.
 
-Blocks are pre-normalised: grouped-query attention with rotary positions, and a gated MLP (Touvron et al. 2023; "The
-Llama 3 Herd of Models", 2024). The model is written for one device, and its parameters carry Hugging Face's names, so
-that weights need no conversion. What runs in parallel is applied from outside: by replacing `Attention.core`,
-`Block.feed_forward` (what recomputation wraps) or any module's `forward`. A pipeline stage is this model with its
-absent parts replaced by identities (`CausalLM.keep`).
+Blocks are pre-normalised: grouped-query attention with rotary positions, and a gated MLP (Touvron
+et al. 2023; "The Llama 3 Herd of Models", 2024). The model is written for one device, and its
+parameters carry Hugging Face's names, so that weights need no conversion. What runs in parallel is
+applied from outside: by replacing `Attention.core`, `Block.feed_forward` (what recomputation wraps)
+or any module's `forward`. A pipeline stage is this model with its absent parts replaced by
+identities (`CausalLM.keep`).
 
 Letters: B sequences, S tokens of a sequence, E hidden size, V vocabulary.
 """
@@ -88,10 +90,11 @@ class CausalLM(nn.Module):
         documents: SequenceLayout | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, S, V] of tokens [B, S] at positions [B, S]; with labels [B, S] their summed loss.
+        """Logits [B, S, V] of tokens [B, S] at positions [B, S]; with labels [B, S] their summed
+        loss.
 
-        The loss is an fp32 scalar, -Σ log p over labels that are not -100. `documents` says where documents begin and
-        end; None means that each sequence is one document.
+        The loss is an fp32 scalar, -Σ log p over labels that are not -100. `documents` says where
+        documents begin and end; None means that each sequence is one document.
         """
         hidden = self.model(tokens, positions, documents)
         out: Tensor = self.lm_head(hidden) if labels is None else self.lm_head(hidden, labels)
@@ -185,8 +188,9 @@ class Block(nn.Module):
 def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: int) -> None:
     """Set weights, plain tensors or DTensors by name, to random values in place.
 
-    Each weight is drawn in full, in fp32 on the CPU, from its own generator, seeded by `seed` and its name. So weights
-    do not depend on the number of processes or the order. Matrices are normal, then clamped; biases are 0, norms 1.
+    Each weight is drawn in full, in fp32 on the CPU, from its own generator, seeded by `seed` and
+    its name. So weights do not depend on the number of processes or the order. Matrices are normal,
+    then clamped; biases are 0, norms 1.
     """
     for name, weight in weights.items():
         if weight.dim() == 1:
@@ -213,8 +217,8 @@ def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: i
 def _init_range(name: str, config: BaseModelConfig) -> tuple[float, float | None, float | None]:
     """Standard deviation, minimum and maximum of a matrix's initial values.
 
-    Output projections of attention and MLP start smaller, so that the residual stream keeps its scale however many
-    blocks add to it (Radford et al. 2019).
+    Output projections of attention and MLP start smaller, so that the residual stream keeps its
+    scale however many blocks add to it (Radford et al. 2019).
     """
     t = config.transformer
     std = t.hidden_size**-0.5 if t.init_method_std is None else t.init_method_std

@@ -1,9 +1,9 @@
 """The embedding of tokens.
 
-PyTorch sums the gradient of a token's occurrences in the dtype of the weights on the CPU: in bf16 the second
-hundred of a frequent token's occurrences is all but lost. Here they are summed in fp32 and rounded once, as
-PyTorch does on a GPU.
-Letters: B sequences, S tokens of a sequence, V vocabulary, E hidden size.
+PyTorch sums the gradient of a token's occurrences in the dtype of the weights on the CPU: in bf16
+the second hundred of a frequent token's occurrences is all but lost. Here they are summed in fp32
+and rounded once, as PyTorch does on a GPU. Letters: B sequences, S tokens of a sequence, V
+vocabulary, E hidden size.
 """
 
 from typing import Any

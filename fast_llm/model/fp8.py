@@ -1,9 +1,11 @@
-"""Linear layers whose matmuls run in fp8: half the bytes of bf16, and on GPUs from Hopper on twice the FLOP/s.
+"""Linear layers whose matmuls run in fp8: half the bytes of bf16, and on GPUs from Hopper on twice
+the FLOP/s.
 
-Each operand is divided by its own scale, so that its largest magnitude becomes the largest fp8 number (Micikevicius et
-al. 2022, "FP8 Formats for Deep Learning"): e4m3 for activations and weights, e5m2 with its wider range for gradients.
-Scales are computed from the tensor at hand, every time. Matmuls accumulate in fp32; results are bf16, and weight
-gradients are summed in fp32 as they are without fp8.
+Each operand is divided by its own scale, so that its largest magnitude becomes the largest fp8
+number (Micikevicius et al. 2022, "FP8 Formats for Deep Learning"): e4m3 for activations and
+weights, e5m2 with its wider range for gradients. Scales are computed from the tensor at hand, every
+time. Matmuls accumulate in fp32; results are bf16, and weight gradients are summed in fp32 as they
+are without fp8.
 
 Letters: E input size, F output size, M and N rows and columns of any matrix.
 """
@@ -76,8 +78,8 @@ def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp_min(torch.finfo(torch.float32).tiny)  # of zeros
 
 
-# Custom operators: quantize_fp8 reads its input once for both layouts, and the compiler does not compute SwiGLU twice,
-# for its largest magnitude and for itself.
+# Custom operators: quantize_fp8 reads its input once for both layouts, and the compiler does not
+# compute SwiGLU twice, for its largest magnitude and for itself.
 torch.library.define("fast_llm::amax", "(Tensor x) -> Tensor")
 
 

@@ -1,10 +1,12 @@
-"""The layers that decoders are made of: linear layers, embedding, RMSNorm, attention and the gated MLP.
+"""The layers that decoders are made of: linear layers, embedding, RMSNorm, attention and the gated
+MLP.
 
-Written for one device. What runs in parallel is applied from outside, by replacing a module's `forward`,
-`Attention.core` (which mixes tokens) or `RMSNorm.with_residual`. Parameters carry Hugging Face's names.
+Written for one device. What runs in parallel is applied from outside, by replacing a module's
+`forward`, `Attention.core` (which mixes tokens) or `RMSNorm.with_residual`. Parameters carry
+Hugging Face's names.
 
-Letters: B sequences, S tokens of a sequence, E hidden size, H query heads, K key and value heads, D head dimensions,
-F MLP size, V vocabulary.
+Letters: B sequences, S tokens of a sequence, E hidden size, H query heads, K key and value heads, D
+head dimensions, F MLP size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -22,10 +24,12 @@ from fast_llm.model.swiglu import swiglu
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer, with an fp32 gradient that may be accumulated within the matmul, and fp8.
+    """PyTorch's linear layer, with an fp32 gradient that may be accumulated within the matmul, and
+    fp8.
 
-    Whoever owns the weights may set `main_grad` (Megatron-LM's name) to an fp32 tensor of the weight's shape: the
-    weight's gradient is then added to it and `weight.grad` stays None. It must be None for layers with a bias.
+    Whoever owns the weights may set `main_grad` (Megatron-LM's name) to an fp32 tensor of the
+    weight's shape: the weight's gradient is then added to it and `weight.grad` stays None. It must
+    be None for layers with a bias.
     """
 
     main_grad: Tensor | None

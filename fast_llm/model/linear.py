@@ -1,12 +1,13 @@
 """Matmuls on CPUs without 16-bit instructions, and matmuls that accumulate into an fp32 gradient.
 
-On a CPU without bf16 instructions (AVX2 alone, say) PyTorch computes bf16 matmuls number by number: 19 GFLOP/s on two
-cores that reach 140 in fp32. There the factors are cast to fp32 piece by piece in the cache, multiplied in fp32, and
-the result is rounded once: the same numbers within the rounding of sums.
+On a CPU without bf16 instructions (AVX2 alone, say) PyTorch computes bf16 matmuls number by number:
+19 GFLOP/s on two cores that reach 140 in fp32. There the factors are cast to fp32 piece by piece in
+the cache, multiplied in fp32, and the result is rounded once: the same numbers within the rounding
+of sums.
 
-PyTorch computes a weight's gradient in the weight's dtype; accumulating it then reads it, and reads and writes the sum:
-12 bytes a weight for each micro-batch, and a rounding. With `main_grad`, `linear` accumulates within the matmul, in fp32
-(Megatron-LM's fused gradient accumulation).
+PyTorch computes a weight's gradient in the weight's dtype; accumulating it then reads it, and reads
+and writes the sum: 12 bytes a weight for each micro-batch, and a rounding. With `main_grad`,
+`linear` accumulates within the matmul, in fp32 (Megatron-LM's fused gradient accumulation).
 """
 
 from typing import Any
@@ -25,7 +26,8 @@ def linear(
 ) -> Tensor:
     """x [..., E] times weight [F, E], transposed, plus bias [F] → [..., F].
 
-    With `main_grad`, fp32 [F, E], the weight gets no gradient: it is added to `main_grad`. There is no bias then.
+    With `main_grad`, fp32 [F, E], the weight gets no gradient: it is added to `main_grad`. There is
+    no bias then.
     """
     out: Tensor
     if main_grad is not None:
@@ -121,8 +123,8 @@ class _AccumulatingLinear(torch.autograd.Function):
         return grad @ weight, None, None
 
 
-# An operation of its own, so that the compiler leaves it alone: what is done to `main_grad` is all that it must know. `custom_op` is
-# shorter, but takes ten microseconds a call instead of one.
+# An operation of its own, so that the compiler leaves it alone: what is done to `main_grad` is all
+# that it must know. `custom_op` is shorter, but takes ten microseconds a call instead of one.
 torch.library.define(
     "fast_llm::add_matmul", "(Tensor(a!) main_grad, Tensor left, Tensor right) -> ()"
 )
@@ -168,7 +170,8 @@ def add_matmul_(main_grad: Tensor, left: Tensor, right: Tensor, first: bool = Fa
         for rows, sums in zip(left.split(CHUNK_ROWS), main_grad.split(CHUNK_ROWS), strict=True):
             torch.addmm(sums, rows.float(), right, beta=0 if first else 1, out=sums)
     else:
-        # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way of the cache.
+        # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way
+        # of the cache.
         part = right.new_empty(min(CHUNK_ROWS, len(left)), right.shape[1])
         wide = torch.empty_like(part, dtype=torch.float32)
         for rows, sums in zip(left.split(CHUNK_ROWS), main_grad.split(CHUNK_ROWS), strict=True):

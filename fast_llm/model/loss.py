@@ -8,12 +8,13 @@
            `fused` has such a kernel too (kernels/cpu.cpp).
 `auto`     is `triton` on a GPU that has Triton, else `fused`.
 
-The head may be sharded by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019). Each then has the
-logits of its shard, and exchanges two numbers a token: log Σ exp and the label's logit. `torch` then means `fused` in
-one chunk.
+The head may be sharded by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019).
+Each then has the logits of its shard, and exchanges two numbers a token: log Σ exp and the label's
+logit. `torch` then means `fused` in one chunk.
 
-All return Σ -log p(label) over the labels that are not -100, in fp32, with the softmax in fp32. The head's gradient is
-summed in fp32 and rounded once, or, with `main_grad`, added to an fp32 tensor and not rounded.
+All return Σ -log p(label) over the labels that are not -100, in fp32, with the softmax in fp32. The
+head's gradient is summed in fp32 and rounded once, or, with `main_grad`, added to an fp32 tensor
+and not rounded.
 
 Letters: T tokens, E hidden size, V vocabulary.
 """
@@ -34,7 +35,8 @@ from fast_llm.model.linear import add_matmul_, linear, matmul
 from fast_llm.models.sizes import CHUNK_ROWS, FP32_LOGITS, chunk_length
 
 IGNORE_INDEX = -100
-# (logits, labels, ignore_index, gradient, log_sums) → log Σ exp and the label's logit [T]; see kernels/triton.py.
+# (logits, labels, ignore_index, gradient, log_sums) → log Σ exp and the label's logit [T]; see
+# kernels/triton.py.
 Kernel = Callable[[Tensor, Tensor, int, bool, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -76,9 +78,9 @@ def cross_entropy(
 ) -> Tensor:
     """The summed loss of hidden states [T, E] under a head [V, E] for labels [T]: an fp32 scalar.
 
-    `implementation` is torch, fused or triton. `num_chunks`: see `chunk_length`. `shard`: `weight` is one shard of
-    a head that several processes share. With `main_grad`, fp32 [V, E], the head's gradient is added to it and
-    `weight` gets none; `torch` ignores it.
+    `implementation` is torch, fused or triton. `num_chunks`: see `chunk_length`. `shard`: `weight`
+    is one shard of a head that several processes share. With `main_grad`, fp32 [V, E], the head's
+    gradient is added to it and `weight` gets none; `torch` ignores it.
     """
     if implementation == "torch" and shard is not None:
         implementation, num_chunks = "fused", 1
@@ -99,7 +101,8 @@ def cross_entropy(
             needs_hidden,
             needs_weight,
         )
-    # A node each: zero-bubble pipelines compute the hidden states' gradient first, and the weight's later.
+    # A node each: zero-bubble pipelines compute the hidden states' gradient first, and the weight's
+    # later.
     for x, gradient, into in zip((hidden, weight), gradients, (None, main_grad), strict=True):
         if gradient is not None:
             loss = loss + _AttachGradient.apply(x, gradient, into)  # type: ignore[no-untyped-call]
@@ -128,7 +131,8 @@ class _AttachGradient(torch.autograd.Function):
             raise RuntimeError(
                 "the backward pass of the cross entropy ran twice; its gradients are freed after the first"
             )
-        # PyTorch's pipelines keep the losses to the end of the step, and would keep the gradients with them.
+        # PyTorch's pipelines keep the losses to the end of the step, and would keep the gradients
+        # with them.
         ctx.gradient = None
         if ctx.main_grad is not None:
             ctx.main_grad.addcmul_(gradient, grad)
@@ -193,7 +197,8 @@ def _softmax_cross_entropy_(
 ) -> Tensor:
     """The summed loss, fp32; with `gradient` the logits [T, V] are replaced by the loss's gradient.
 
-    `scratch`, fp32 [≥ T, V], is overwritten: allocating memory is slow on the CPU, so every pass runs in place.
+    `scratch`, fp32 [≥ T, V], is overwritten: allocating memory is slow on the CPU, so every pass
+    runs in place.
     """
     scores = scratch[: len(logits)].copy_(logits)
     kept = labels != IGNORE_INDEX

@@ -1,9 +1,10 @@
 """RMSNorm: x / √(mean x² + ε) · weight (Zhang & Sennrich 2019), all of it in fp32 but the result.
 
-On a GPU the forward pass is PyTorch's, or what its compiler makes of it; the backward pass is a Triton kernel where
-there is Triton (kernels/triton.py), since the compiler's takes more than twice the time that memory asks for. On the CPU
-PyTorch runs it as a dozen operations that keep three fp32 copies of x for the backward pass; here nothing but x and one
-number a token is kept. kernels/cpu.cpp has it in one pass; where that can not be built it is a few of PyTorch's operations.
+On a GPU the forward pass is PyTorch's, or what its compiler makes of it; the backward pass is a
+Triton kernel where there is Triton (kernels/triton.py), since the compiler's takes more than twice
+the time that memory asks for. On the CPU PyTorch runs it as a dozen operations that keep three fp32
+copies of x for the backward pass; here nothing but x and one number a token is kept.
+kernels/cpu.cpp has it in one pass; where that can not be built it is a few of PyTorch's operations.
 Letters: T tokens, E hidden size.
 """
 

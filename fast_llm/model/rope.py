@@ -1,13 +1,14 @@
 """Rotary position embedding (Su et al. 2021), and Llama 3.1's stretch of it.
 
-Pair i of a head's D dimensions turns by position · θ^(-2i/D); the pair is (i, i + D/2), the half-split
-layout of Hugging Face. Llama 3.1 divides the frequencies whose wavelength exceeds the original context by
-`scale_factor`, keeps the short ones, and blends in between ("The Llama 3 Herd of Models", 2024).
+Pair i of a head's D dimensions turns by position · θ^(-2i/D); the pair is (i, i + D/2), the
+half-split layout of Hugging Face. Llama 3.1 divides the frequencies whose wavelength exceeds the
+original context by `scale_factor`, keeps the short ones, and blends in between ("The Llama 3 Herd
+of Models", 2024).
 
-There is no buffer to shard, to save or to lose: angles are made from the positions in each forward pass, and
-rotated by in fp32 whatever the dtype. Turning is linear, and its gradient is turning back: nothing but the
-angles, which all layers share, is kept for the backward pass.
-Letters: B sequences, S tokens of a sequence, H heads, D head dimensions.
+There is no buffer to shard, to save or to lose: angles are made from the positions in each forward
+pass, and rotated by in fp32 whatever the dtype. Turning is linear, and its gradient is turning
+back: nothing but the angles, which all layers share, is kept for the backward pass. Letters: B
+sequences, S tokens of a sequence, H heads, D head dimensions.
 """
 
 import math
@@ -27,7 +28,8 @@ Angles = tuple[Tensor, Tensor]
 def frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
     """Radians per position of each pair of dimensions: fp32 [D/2], on the CPU.
 
-    In fp32 and on the CPU because transformers does so: at position 100,000 another rounding turns by 0.01 more.
+    In fp32 and on the CPU because transformers does so: at position 100,000 another rounding turns
+    by 0.01 more.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     turns: Tensor = 1.0 / (config.theta**exponents)
@@ -88,8 +90,8 @@ def _apply(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
             out, x, cos, sin, x.shape[0] * x.shape[1], *x.shape[2:], direction
         )
         return out
-    # Without conversions that convert nothing: where a Function's result is an intermediate tensor itself, PyTorch 2.11's compiler
-    # gives gradients of zero (pytorch/pytorch#180642).
+    # Without conversions that convert nothing: where a Function's result is an intermediate tensor
+    # itself, PyTorch 2.11's compiler gives gradients of zero (pytorch/pytorch#180642).
     exact = x.dtype == torch.float32
     wide = x if exact else x.float()
     first, second = wide.chunk(2, dim=-1)

@@ -1,6 +1,7 @@
 """SwiGLU's elementwise part: silu(gate) · up (Shazeer 2020).
 
-On the CPU it is one pass forward and one backward, and nothing but its two factors is kept (kernels/cpu.cpp).
+On the CPU it is one pass forward and one backward, and nothing but its two factors is kept
+(kernels/cpu.cpp).
 """
 
 from typing import Any

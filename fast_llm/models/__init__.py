@@ -1,7 +1,7 @@
 """Families of models. A family is one torch-free file and a row of this table.
 
-The file says what the family's config.json means in our settings, and back; the names and shapes of its parameters; and
-what it costs. `model/` computes what the settings describe.
+The file says what the family's config.json means in our settings, and back; the names and shapes of
+its parameters; and what it costs. `model/` computes what the settings describe.
 """
 
 from collections.abc import Callable, Mapping

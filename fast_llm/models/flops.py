@@ -1,14 +1,16 @@
-"""What a model costs, whatever its family: parameters, and floating-point operations (FLOPs) per token.
+"""What a model costs, whatever its family: parameters, and floating-point operations (FLOPs) per
+token.
 
-Counted as "model FLOPs": matmuls alone, a multiplication and an addition each; the backward pass costs twice the
-forward pass; of attention the causal half counts. "Hardware" FLOPs add what flash attention recomputes.
+Counted as "model FLOPs": matmuls alone, a multiplication and an addition each; the backward pass
+costs twice the forward pass; of attention the causal half counts. "Hardware" FLOPs add what flash
+attention recomputes.
 """
 
 import re
 from dataclasses import dataclass
 
-# Dense bf16 FLOP/s (fp16 for V100) from the vendors' data sheets, without sparsity. The first line whose words all occur
-# in the device's name counts.
+# Dense bf16 FLOP/s (fp16 for V100) from the vendors' data sheets, without sparsity. The first line
+# whose words all occur in the device's name counts.
 _PEAKS = (
     ("B300", 2.25e15),
     ("GB200", 2.5e15),

@@ -1,7 +1,9 @@
-"""Llama 1 to 3.2: what its config.json means, its parameters' names and shapes, and what it costs. No torch.
+"""Llama 1 to 3.2: what its config.json means, its parameters' names and shapes, and what it costs.
+No torch.
 
-config.json is read in both spellings: the published one (`rope_theta`, `rope_scaling`, `torch_dtype`), and that of
-transformers 5 (`rope_parameters`, `dtype`). It is exported in the spelling that it was read in.
+config.json is read in both spellings: the published one (`rope_theta`, `rope_scaling`,
+`torch_dtype`), and that of transformers 5 (`rope_parameters`, `dtype`). It is exported in the
+spelling that it was read in.
 
 Llama-3.1-8B at 4096 tokens: 8.03 billion parameters, 48.25 GFLOP a token.
 """
@@ -75,7 +77,8 @@ def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _rope(config: Mapping[str, Any]) -> tuple[str, Any]:
     """The key that holds the rotary embedding's parameters, and its value.
 
-    As in transformers, `rope_scaling` takes precedence over `rope_parameters`, and both over keys of config.json itself.
+    As in transformers, `rope_scaling` takes precedence over `rope_parameters`, and both over keys
+    of config.json itself.
     """
     spelling = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     return spelling, config.get(spelling) or {}
@@ -144,7 +147,8 @@ def export_config(
     tokens: Mapping[str, int | None],
     sequence_length: int = 0,
 ) -> dict[str, Any]:
-    """config.json of an export: the source's, key by key, but for what training changed; without a source a complete one.
+    """config.json of an export: the source's, key by key, but for what training changed; without a
+    source a complete one.
 
     `tokens`: ids `bos` and `eos`. `sequence_length`: in tokens, what the model was trained with.
     """
@@ -208,7 +212,8 @@ def with_length(config: Mapping[str, Any], sequence_length: int) -> dict[str, An
             rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear")
             and original not in rope
         ):
-            # Angles are scaled by this length, which is max_position_embeddings where nothing else is said.
+            # Angles are scaled by this length, which is max_position_embeddings where nothing else
+            # is said.
             changed[spelling] = {**rope, original: config.get(original, before)}
     return changed
 
@@ -247,7 +252,8 @@ def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
 def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
     """The cost of a training step's token in sequences of `sequence_length`.
 
-    For documents that do not attend to one another, `sequence_length` is Σ length² / Σ length over them.
+    For documents that do not attend to one another, `sequence_length` is Σ length² / Σ length over
+    them.
     """
     t = config.transformer
     parameters = sum(math.prod(shape) for shape in shapes(config).values())
@@ -260,15 +266,16 @@ def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
 
 
 def is_spare(name: str) -> bool:
-    """Whether published folders may hold this tensor besides a model's: frequencies, which are computed, and the head
-    of a tied model, if it repeats the embedding."""
+    """Whether published folders may hold this tensor besides a model's: frequencies, which are
+    computed, and the head of a tied model, if it repeats the embedding."""
     return name.endswith("rotary_emb.inv_freq") or name == HEAD
 
 
 def place(name: str, wanted: Container[str], files: Container[str]) -> str:
     """Under which name a folder holds a weight; `wanted`: all that the model has.
 
-    A shared embedding may be there as the head alone: so safetensors' and accelerate's `save_model` write it.
+    A shared embedding may be there as the head alone: so safetensors' and accelerate's `save_model`
+    write it.
     """
     alone = name == EMBEDDING and HEAD not in wanted and name not in files and HEAD in files
     return HEAD if alone else name

@@ -21,7 +21,7 @@ def configure_process(config: TrainConfig) -> None:
         triton_kernels.AVAILABLE = False
     if not torch.cuda.is_available():
         keep_freed_memory()
-        cpu_kernels.take_faster_exact_products()
+        cpu_kernels.use_faster_exact_matmul()
 
 
 def quiet_torch_distributed() -> None:

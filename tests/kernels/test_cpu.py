@@ -29,7 +29,8 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-# fp32: a few roundings, and an exponential within 2e-7. bf16: the result is rounded once, to 2^-8 at most.
+# fp32: a few roundings, and an exponential within 2e-7. bf16: the result is rounded once, to 2^-8
+# at most.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-7), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("shape", [(3, 7), (2, 257, 33)])
 def test_swiglu(dtype: torch.dtype, bound: float, shape: tuple[int, ...]) -> None:
@@ -75,7 +76,8 @@ def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> Non
     assert torch.equal(before, logits)
 
 
-# Heads of other sizes than 64, no groups and large ones, blocks that are full, one more and one less.
+# Heads of other sizes than 64, no groups and large ones, blocks that are full, one more and one
+# less.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize(
     ("heads", "keys", "width"), [(4, 4, 16), (8, 1, 2), (3, 3, 66), (2, 1, 128)]
@@ -173,7 +175,7 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a product shows that they would not, and where there is AMX, PyTorch's default stays."""
     before = torch.get_float32_matmul_precision()
     try:
-        taken = cpu_kernels.take_faster_exact_products()
+        taken = cpu_kernels.use_faster_exact_matmul()
         assert (torch.get_float32_matmul_precision() == "medium") == taken
         for rows, inner, columns in ((512, 576, 1536), (1, 33, 7), (300, 2048, 64), (65, 64, 63)):
             left, right = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -185,7 +187,7 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert distance(one @ other, exact) < 1e-6
         torch.set_float32_matmul_precision("highest")
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-        assert not cpu_kernels.take_faster_exact_products()
+        assert not cpu_kernels.use_faster_exact_matmul()
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         product = Tensor.__matmul__
         monkeypatch.setattr(
@@ -193,7 +195,7 @@ def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
             "__matmul__",
             lambda a, b: product(a if a.dtype == torch.double else _short(a), b),
         )
-        assert not cpu_kernels.take_faster_exact_products()
+        assert not cpu_kernels.use_faster_exact_matmul()
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,5 +1,5 @@
-"""What is asked of cuDNN, where there is none: the round numbers of its plans, and where documents begin. (tests/gpu compares
-its results with float64.)"""
+"""What is asked of cuDNN, where there is none: the round numbers of its plans, and where documents
+begin. (tests/gpu compares its results with float64.)"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -47,7 +47,8 @@ def test_documents_that_fill_up_are_empty() -> None:
     assert documents == 4
     assert places["query_lengths"].tolist() == [1, 3, 5, 0]
     assert places["key_lengths"].tolist() == [1, 6, 7, 0]
-    # In numbers, not in tokens: where cuDNN finds each document in q and out, in k and v, and in the sums.
+    # In numbers, not in tokens: where cuDNN finds each document in q and out, in k and v, and in
+    # the sums.
     assert places["queries_begin"].tolist() == [n * 4 * 16 for n in (0, 1, 4, 9, 9)]
     assert places["keys_begin"].tolist() == [n * 2 * 16 for n in (0, 1, 7, 14, 14)]
     assert places["sums_begin"].tolist() == [n * 4 for n in (0, 1, 4, 9, 9)]

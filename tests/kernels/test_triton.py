@@ -73,7 +73,8 @@ for moments in ("fp32", "bf16", "int8"):
                 way.step({name: gradient.clone() for name, gradient in gradients.items()}, 1e-2 / step, 0.7)
         for name in start:
             one, other = (join_master(way.weights[name], way.master_low_bits[name]) if halves else way.weights[name] for way in ways)
-            # A few roundings in fp32 (6e-8); a moment that is rounded another way for them, once in some ten thousand, by 2^-8 or 2^-3.
+            # A few roundings in fp32 (6e-8); a moment that is rounded another way for them, once in
+            # some ten thousand, by 2^-8 or 2^-3.
             bound = {"fp32": 1e-6, "bf16": 1e-5, "int8": 1e-4}[moments]
             assert (one - other).norm() <= bound * other.norm(), (moments, halves, name)
             assert (one - start[name]).norm() > 0.005 * other.norm() or not one.numel()
@@ -96,8 +97,9 @@ RMS_NORM = """
 import torch
 from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.norm import _FusedAddRMSNorm
-# The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded once, by at most 2^-11; bf16: the
-# interpreter cuts off what does not fit, at most 2^-7, where a GPU rounds (tests/gpu has its bound).
+# The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded
+# once, by at most 2^-11; bf16: the interpreter cuts off what does not fit, at most 2^-7, where a
+# GPU rounds (tests/gpu has its bound).
 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 5e-4)):
     for rows, width in ((1, 5), (40, 33), (7, 576), (3, 4096), (5, 5000)):
         x, grad, other = ((3 * torch.randn(rows, width)).to(dtype) for _ in range(3))
@@ -136,8 +138,8 @@ for shape in ((1,), (3, 4096), (41, 333)):
 print("equal")
 """
 
-# Numbers that fp8 has, so that nothing is rounded: the interpreter cuts off where a GPU rounds, and makes numbers of NaN
-# (tests/gpu compares those).
+# Numbers that fp8 has, so that nothing is rounded: the interpreter cuts off where a GPU rounds, and
+# makes numbers of NaN (tests/gpu compares those).
 SHORTEN = """
 import torch
 from fast_llm.kernels import triton as triton_kernels

@@ -87,7 +87,8 @@ def test_no_mask_of_the_sequence_squared(dtype: torch.dtype) -> None:
     for packed in (documents(*(64,) * 32), documents(length - 700, 700)):
         with Largest() as largest:
             attention(q, k, v, packed, True).sum().backward()
-        # Queries, keys, values and their like hold length × 16 elements; the squared sequence 256 times as many.
+        # Queries, keys, values and their like hold length × 16 elements; the squared sequence 256
+        # times as many.
         assert largest.elements <= 2 * length * 16
 
 

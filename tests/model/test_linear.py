@@ -11,7 +11,8 @@ from fast_llm.model.linear import add_matmul_, matmul
 from fast_llm.model.loss import cross_entropy
 from tests.model.test_attention import by_hand, documents
 
-# A result is rounded once, by at most half a unit in its last place: sums in 16 bits would be ten times as far off at these sizes.
+# A result is rounded once, by at most half a unit in its last place: sums in 16 bits would be ten
+# times as far off at these sizes.
 SHORT = [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)]
 
 

@@ -85,9 +85,10 @@ def test_logits_loss_and_gradients_equal_transformers(seed: int, cross_entropy: 
     labels[0, 3:5] = -100
     positions = torch.arange(37).expand(2, 37)
     logits = reference(tokens).logits
-    # A sum of n products rounds by √n · 2^-24 of its size; n is 256 at most. Three layers are some 60 sums one after the other,
-    # forward and back, whose errors add as squares: √(256 · 60) · 2^-24 = 7.4e-6 from float64, for either of the two, and
-    # √2 of that apart. Measured 5e-6 on all processors of tests/test_processors.py.
+    # A sum of n products rounds by √n · 2^-24 of its size; n is 256 at most. Three layers are some
+    # 60 sums one after the other, forward and back, whose errors add as squares: √(256 · 60) ·
+    # 2^-24 = 7.4e-6 from float64, for either of the two, and √2 of that apart. Measured 5e-6 on all
+    # processors of tests/test_processors.py.
     assert distance(model(tokens, positions), logits) < 1e-5
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="sum"

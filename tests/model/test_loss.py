@@ -12,7 +12,8 @@ from fast_llm.models.sizes import FP32_LOGITS, LOGITS_PER_CHUNK, chunk_length
 from tests.model.test_attention import Largest
 
 
-# fp32: sums of 301 terms; bf16 and fp16: logits are rounded to 8 and 11 bits before they are exponentiated.
+# fp32: sums of 301 terms; bf16 and fp16: logits are rounded to 8 and 11 bits before they are
+# exponentiated.
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
@@ -87,7 +88,8 @@ def test_the_length_of_a_stretch() -> None:
 
 
 def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In bf16, and as where a processor has it: PyTorch's counter does not know the product that adds to its output, which fp32 takes.
+    # In bf16, and as where a processor has it: PyTorch's counter does not know the product that
+    # adds to its output, which fp32 takes.
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", ())
     hidden, weight = torch.randn(40, 8).bfloat16(), torch.randn(100, 8).bfloat16()
     labels = torch.randint(100, (40,))
@@ -125,7 +127,8 @@ def test_the_gradient_of_the_head_does_not_round_with_each_stretch() -> None:
     expected = F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum")
     (wanted,) = torch.autograd.grad(expected, exact)
     (found,) = torch.autograd.grad(cross_entropy(hidden, weight, labels, "fused", 512), weight)
-    # Summed in bf16, 512 stretches of one token lose 3 %; the parts alone are rounded to 0.2 % each.
+    # Summed in bf16, 512 stretches of one token lose 3 %; the parts alone are rounded to 0.2 %
+    # each.
     assert (found.double() - wanted).norm() < 5e-3 * wanted.norm()
 
 

@@ -12,7 +12,8 @@ def by_hand(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-# fp32: the rounding of a mean of 33 squares. 16 bits: each result is rounded once, to half of 2^-8 and 2^-11.
+# fp32: the rounding of a mean of 33 squares. 16 bits: each result is rounded once, to half of 2^-8
+# and 2^-11.
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)]
