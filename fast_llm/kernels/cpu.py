@@ -37,22 +37,26 @@ _FLAGS = [
 # Custom operators: opaque to torch.compile, and named in profiles. Their arguments are those of
 # cpu.cpp.
 _SCHEMAS = {
-    "rms_norm": "Tensor(a!) out, Tensor(b!) inverse, Tensor x, Tensor weight, int rows, int width, float epsilon",
-    "rms_norm_backward": "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor grad, Tensor x, Tensor weight, Tensor inverse, int rows,"
-    " int width",
-    "rotate": "Tensor(a!) out, Tensor x, Tensor cos, Tensor sin, int rows, int heads, int width, float direction",
+    "rms_norm": "Tensor(a!) out, Tensor(b!) inverse, Tensor x, Tensor weight, int rows, int width,"
+    " float epsilon",
+    "rms_norm_backward": "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor grad, Tensor x,"
+    " Tensor weight, Tensor inverse, int rows, int width",
+    "rotate": "Tensor(a!) out, Tensor x, Tensor cos, Tensor sin, int rows, int heads, int width,"
+    " float direction",
     "swiglu": "Tensor(a!) out, Tensor gate, Tensor up, int count",
-    "swiglu_backward": "Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor grad, Tensor gate, Tensor up, int count",
-    "cross_entropy": "Tensor(a!) logits, Tensor labels, Tensor(b!) log_sums, Tensor(c!) chosen, int rows, int vocabulary, int ignore_index,"
-    " bool known, bool gradient",
-    "attention_backward": "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor grad, Tensor out, Tensor log_sums, Tensor q,"
-    " Tensor k, Tensor v, Tensor ends, int documents, int queries, int keys, int width",
+    "swiglu_backward": "Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor grad, Tensor gate,"
+    " Tensor up, int count",
+    "cross_entropy": "Tensor(a!) logits, Tensor labels, Tensor(b!) log_sums, Tensor(c!) chosen,"
+    " int rows, int vocabulary, int ignore_index, bool known, bool gradient",
+    "attention_backward": "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor grad,"
+    " Tensor out, Tensor log_sums, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
+    " int documents, int queries, int keys, int width",
 }
 _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
 
 
 class _Loaded:
-    """The library, once loaded. Plain attributes: torch.compile would trace into a cached function."""
+    """The library, once loaded. In attributes: torch.compile would trace a cached function."""
 
     library: ctypes.CDLL | None = None
     has_matmul: tuple[bool, bool] = (False, False)  # of small blocks, in fp32 and in bf16
@@ -60,7 +64,7 @@ class _Loaded:
 
 
 def usable(x: Tensor, matmul: bool = False) -> bool:
-    """Whether the kernels support this tensor and are loaded; `matmul`: those that multiply small blocks."""
+    """Whether the kernels are loaded and support x; `matmul`: those that multiply small blocks."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if _Loaded.problem is None:
@@ -71,7 +75,7 @@ def usable(x: Tensor, matmul: bool = False) -> bool:
 
 
 def load() -> str:
-    """Compile the kernels if necessary, and load them; returns why that failed, or an empty string."""
+    """Compile the kernels if needed and load them; returns why that failed, or an empty string."""
     if _Loaded.problem is None:
         _Loaded.problem = ""
         try:
@@ -123,7 +127,7 @@ def _processor() -> str:
 
 
 def run(name: str, *arguments: Any) -> None:
-    """Call a kernel with contiguous tensors and numbers: the one for bf16 if any tensor is bf16, else for fp32."""
+    """Call a kernel with contiguous tensors and numbers: for bf16 if a tensor is bf16, else fp32."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     assert all(x.is_contiguous() for x in tensors), name
     kinds = tuple(_C_TYPES.get(type(x), ctypes.c_void_p) for x in arguments)

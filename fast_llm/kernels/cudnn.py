@@ -44,7 +44,10 @@ def load(device: torch.device) -> str:
     except Exception as error:  # whichever it raises, PyTorch's kernel is used instead
         _Loaded.library = None
         if isinstance(error, ImportError):
-            return "the package nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)"
+            return (
+                "the package nvidia-cudnn-frontend is not installed"
+                " (pip install nvidia-cudnn-frontend)"
+            )
         return (str(error).strip() or repr(error)).splitlines()[0]
     return ""
 
@@ -75,7 +78,8 @@ def attention(
     None for keys means those of the queries. A document's last query sees all its keys, the one
     before all but one, and so on.
     """
-    out: Tensor = _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[no-untyped-call]
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    out: Tensor = _Attention.apply(q, k, v, *ends)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -84,8 +88,8 @@ class _Attention(torch.autograd.Function):
     # their numbers to decide whether `forward` takes `ctx`; with `*args` it dropped q instead.
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
-        max_seqlen_q: int, max_seqlen_k: int,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
     ) -> Tensor:  # fmt: skip
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -112,7 +116,8 @@ torch.library.define(
 )
 torch.library.define(
     "fast_llm::ragged_attention_backward",
-    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, {_CU_SEQLENS}) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums,"
+    f" {_CU_SEQLENS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -189,7 +194,7 @@ def _shape_and_layout(
 
 
 def round_up(number: int, parts: int) -> int:
-    """The next power of two; with `parts` > 1 the next multiple of 1 / parts of the power of two below."""
+    """The next power of two; with `parts`, the next multiple of 1 / parts of the one below."""
     step = max(1, (1 << (number - 1).bit_length() - 1) // parts) if number > 1 else 1
     return -(-number // step) * step
 
@@ -202,7 +207,7 @@ def pad(cu_seqlens: Tensor, documents: int) -> Tensor:
 def _ragged_layout(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> tuple[int, dict[str, Tensor]]:
-    """The rounded number of documents, and by name their lengths and offsets in queries, keys and log sums."""
+    """The rounded number of documents; their lengths and offsets in queries, keys and log sums."""
     documents = round_up(len(cu_seqlens_q) - 1, 1)
     cu_seqlens_q, cu_seqlens_k = pad(cu_seqlens_q, documents), pad(cu_seqlens_k, documents)
     sums = cu_seqlens_q.long() * q.shape[1]
@@ -233,7 +238,7 @@ class Plan:
 
 
 class _GraphTensors:
-    """The tensors of a graph, by name. Ragged ones have one of three layouts: queries, keys or log sums."""
+    """The tensors of a graph, by name. Ragged ones have the layout of queries, keys or log sums."""
 
     def __init__(self, graph: Any, kinds: Any, kind: Any, shape: Shape):
         """`kinds`: cuDNN's data types; `kind`: that of queries, keys and values."""
@@ -282,7 +287,7 @@ class _GraphTensors:
 def _plan(
     device: torch.device, dtype: torch.dtype, shape: Shape, tokens: tuple[int, int] | None = None
 ) -> Plan:
-    """A plan of the forward pass; with `tokens`, at most so many of queries and keys, of the backward pass."""
+    """A plan of the forward pass; or of the backward pass, for so many `tokens` (queries, keys)."""
     library = _Loaded.library
     assert library is not None
     kinds = library.data_type

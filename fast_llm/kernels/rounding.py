@@ -19,8 +19,8 @@ quantization, Dettmers et al. 2022):
 
     level          bits of |number| / 2^20, rounded: eight to each power of two, 6 to 12 % apart
     block_absmax   int16, the largest level of a block
-    quantized      int8 with the number's sign: 127 - (block_absmax - level). For numbers without a sign uint8:
-                   255 - (block_absmax - level). 0 stands for 0.
+    quantized      int8 with the number's sign: 127 - (block_absmax - level); for numbers without a
+                   sign uint8: 255 - (block_absmax - level). 0 stands for 0.
 
 A block reaches down to 2^-15 of its largest number, in uint8 to 2^-31. Below that int8 stores 0,
 and uint8 its smallest number, because a divisor must not vanish. Levels are the same in all blocks,
@@ -41,7 +41,7 @@ BLOCK = QUANTIZATION_BLOCK
 DROPPED_BITS = 20  # bits of fp32 that levels leave out
 MAX_QUANTIZED = {torch.int8: 127, torch.uint8: 255}  # what a block's largest number is stored as
 INFINITE_LEVEL = 0x7F800000 >> DROPPED_BITS  # the level of infinities; those of NaN are no smaller
-_PIECE = 2**16  # numbers that are rounded at a time: in the cache
+_PIECE = 2**16  # numbers that are rounded at a time: they stay in the cache
 
 
 def join_master(high: Tensor, low_bits: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def join_master(high: Tensor, low_bits: Tensor) -> Tensor:
 
 
 def split_master_(number: Tensor, high: Tensor, low_bits: Tensor) -> None:
-    """Split fp32 numbers, in place of what `high` and `low_bits` hold."""
+    """Split fp32 numbers into `high`, bf16, and `low_bits`, int16."""
     bits = number.view(torch.int32)
     upper = (bits + 0x8000) >> 16
     low_bits.copy_(bits - (upper << 16))
@@ -62,8 +62,8 @@ def stochastic_round_(number: Tensor, rounded: Tensor, seed: int) -> None:
     bits, into = number.flatten().view(torch.int32), rounded.view(torch.int16).flatten()
     for begin in range(0, len(bits), _PIECE):
         piece = bits[begin : begin + _PIECE]
-        chance = _hash(begin, len(piece), seed, number.device) & 0xFFFF
-        into[begin : begin + _PIECE] = (piece + chance.to(torch.int32)) >> 16
+        random = _hash(begin, len(piece), seed, number.device) & 0xFFFF
+        into[begin : begin + _PIECE] = (piece + random.to(torch.int32)) >> 16
 
 
 def zero_block_absmax(number: Tensor) -> Tensor:
@@ -74,36 +74,27 @@ def zero_block_absmax(number: Tensor) -> Tensor:
 def quantize_(
     number: Tensor, quantized: Tensor, block_absmax: Tensor, seed: int | None = None
 ) -> None:
-    """Quantize fp32 numbers to 8 bits in place, stochastically, or without a seed to the nearest. For uint8 they must be 0 or more."""
-    bits, into, largest = (
-        number.flatten().view(torch.int32),
-        quantized.view(-1),
-        MAX_QUANTIZED[quantized.dtype],
-    )
+    """Quantize fp32 numbers to 8 bits: stochastically, or without a seed to the nearest.
+
+    For uint8 the numbers must be 0 or more.
+    """
+    bits, into = number.flatten().view(torch.int32), quantized.view(-1)
+    signed, largest = quantized.dtype == torch.int8, MAX_QUANTIZED[quantized.dtype]
     for begin in range(0, len(bits), _PIECE):
         piece = bits[begin : begin + _PIECE]
         if seed is None:
             added: Tensor | int = 1 << (DROPPED_BITS - 1)
         else:
-            # Two numbers of one place, a mean and a mean of squares, have chances of their own: the
-            # halves of a hash.
-            chance = _hash(begin, len(piece), seed, number.device)
-            added = (
-                (chance >> 16 if quantized.dtype == torch.int8 else chance & 0xFFFF)
-                << (DROPPED_BITS - 16)
-            ).to(torch.int32)
+            # The two moments of a place are rounded by different halves of its hash.
+            random = _hash(begin, len(piece), seed, number.device)
+            half = random >> 16 if signed else random & 0xFFFF
+            added = (half << (DROPPED_BITS - 16)).to(torch.int32)
         levels = ((piece & 0x7FFFFFFF) + added) >> DROPPED_BITS
         blocks = F.pad(levels, (0, -len(levels) % BLOCK)).view(-1, BLOCK)
         top = blocks.amax(1, keepdim=True)
-        code = (
-            (blocks - top + largest)
-            .clamp_min_(0 if quantized.dtype == torch.int8 else 1)
-            .mul_(blocks > 0)
-        )
-        code = code.flatten()[: len(levels)]
-        into[begin : begin + _PIECE] = (
-            torch.where(piece < 0, -code, code) if quantized.dtype == torch.int8 else code
-        )
+        value = (blocks - top + largest).clamp_min_(0 if signed else 1).mul_(blocks > 0)
+        value = value.flatten()[: len(levels)]
+        into[begin : begin + _PIECE] = torch.where(piece < 0, -value, value) if signed else value
         block_absmax[begin // BLOCK : (begin + len(piece) - 1) // BLOCK + 1] = top.flatten()
 
 
@@ -114,18 +105,17 @@ def dequantize(
     number = torch.empty(quantized.shape, dtype=dtype, device=quantized.device)
     into, flat, largest = number.view(-1), quantized.view(-1), MAX_QUANTIZED[quantized.dtype]
     for begin in range(0, len(flat), _PIECE):
-        code = flat[begin : begin + _PIECE].to(torch.int32)
-        top = block_absmax[begin // BLOCK : (begin + len(code) - 1) // BLOCK + 1].to(torch.int32)
-        levels = (code.abs() + (top.repeat_interleave(BLOCK)[: len(code)] - largest)).mul_(
-            code != 0
-        )
-        value = (levels << DROPPED_BITS).view(torch.float32)
-        into[begin : begin + _PIECE] = torch.where(code < 0, -value, value)
+        value = flat[begin : begin + _PIECE].to(torch.int32)
+        top = block_absmax[begin // BLOCK : (begin + len(value) - 1) // BLOCK + 1].to(torch.int32)
+        offset = top.repeat_interleave(BLOCK)[: len(value)] - largest
+        levels = (value.abs() + offset).mul_(value != 0)
+        magnitude = (levels << DROPPED_BITS).view(torch.float32)
+        into[begin : begin + _PIECE] = torch.where(value < 0, -magnitude, magnitude)
     return number
 
 
 def _hash(begin: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """32 bits for each place, of which each half is a chance. int64, since int32 has no unsigned shift."""
+    """32 random bits for each place, in int64: int32 has no unsigned shift."""
     x = (torch.arange(begin, begin + count, device=device) * GOLDEN + seed) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * MIX[0]) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * MIX[1]) & 0xFFFFFFFF

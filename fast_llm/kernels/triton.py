@@ -1,7 +1,9 @@
-"""Kernels in Triton, for what PyTorch and its compiler do in several passes over memory, or slowly.
+"""Triton kernels, for what PyTorch and torch.compile do slowly or in several passes over memory.
 
-Triton comes with PyTorch for NVIDIA GPUs; without it nothing here is used. On the CPU the kernels
-run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+Triton comes with PyTorch for NVIDIA GPUs. Without it, AVAILABLE is false and callers use PyTorch.
+Tests run the kernels on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+
+Letters: T rows, V vocabulary, E hidden size, M and N rows and columns of any matrix.
 """
 
 import torch
@@ -32,7 +34,7 @@ if AVAILABLE:
         gradient: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One row: running maximum and sum (Milakov & Gimelshein 2018), then the gradient over the logits."""
+        """One row: online softmax (Milakov & Gimelshein 2018), then the gradient in place."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * row_stride
         label = tl.load(labels + row)
@@ -40,8 +42,7 @@ if AVAILABLE:
         if known:
             log_sum = tl.load(log_sums + row)
         else:
-            # Every lane begins with a logit, so that no maximum is -inf but where all its logits
-            # are.
+            # Each lane starts with a logit: a maximum is -inf only if all of its logits are.
             largest = tl.full((BLOCK,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK,), tl.float32)
             for begin in range(0, vocabulary, BLOCK):
@@ -50,7 +51,7 @@ if AVAILABLE:
                     tl.float32
                 )
                 new = tl.maximum(largest, x)
-                # A lane that has seen nothing yet holds -inf, and -inf - -inf is not a number.
+                # A lane without a finite logit holds -inf, and -inf - -inf is NaN.
                 total = tl.where(
                     new == float("-inf"), 0.0, total * tl.exp(largest - new) + tl.exp(x - new)
                 )
@@ -62,8 +63,7 @@ if AVAILABLE:
             tl.store(chosen + row, tl.where(here, target, 0.0))
             tl.store(log_sums + row, log_sum)
         if gradient:
-            # The label's logit was read above by every thread that needs it, before any is
-            # overwritten.
+            # Every thread has read the label's logit before any logit is overwritten.
             tl.debug_barrier()
             scale = tl.where(label != ignored, 1.0, 0.0)
             for begin in range(0, vocabulary, BLOCK):
@@ -74,7 +74,7 @@ if AVAILABLE:
                 slope = scale * (tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(logits + begin + offsets, slope.to(logits.dtype.element_ty), mask=inside)
 
-    # Global numbers of kernels/rounding.py, as kernels may read them.
+    # Triton's kernels may read globals that are constexpr: the numbers of kernels/rounding.py.
     _GOLDEN, _MIX_1, _MIX_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
     _DROPPED_BITS = tl.constexpr(DROPPED_BITS)
     _MAX_INT8 = tl.constexpr(MAX_QUANTIZED[torch.int8])
@@ -87,7 +87,7 @@ if AVAILABLE:
         split_master: tl.constexpr, moment_bits: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One pass over ROWS blocks: each number is read once, computed with in fp32, written once."""
+        """One pass over ROWS blocks in fp32: each number is read once and written once."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         place = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = place < count
@@ -163,7 +163,7 @@ if AVAILABLE:
     def _quantize(  # type: ignore[no-untyped-def]
         bits, random, inside, largest: tl.constexpr, smallest: tl.constexpr
     ):
-        """Blocks of bits of fp32 without their sign, and 16 random bits → quantized numbers, absmax of each block."""
+        """fp32 bits without sign, and 16 random bits each → quantized, absmax of blocks."""
         level = tl.where(inside, (bits + (random << (_DROPPED_BITS - 16))) >> _DROPPED_BITS, 0)
         top = tl.max(level, 1)
         quantized = tl.maximum(level - top[:, None] + largest, smallest)
@@ -182,7 +182,7 @@ if AVAILABLE:
         grad_x, parts, grad, residual_grad, x, weight, inverse, rows, width,
         added: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Every so many rows, ROWS at a time; what they give to the weight is summed on the way."""
+        """A program takes ROWS rows at a time, and sums what they add to the weight's gradient."""
         column = tl.arange(0, BLOCK)
         inside = column < width
         w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
@@ -194,8 +194,7 @@ if AVAILABLE:
         next_grad = tl.load(grad + place, mask=here, other=0)
         step = tl.num_programs(0) * ROWS
         for _ in range(tl.program_id(0) * ROWS, rows, step):
-            # The rows to come are asked for before these are worked on: else memory would wait for
-            # the sums.
+            # The next rows are loaded before these are used, so that memory does not wait for sums.
             mine, here_too = place, here
             normed, along = next_x.to(tl.float32), next_grad.to(tl.float32)
             scale = tl.load(inverse + row, mask=row < rows, other=0)[:, None]
@@ -209,12 +208,12 @@ if AVAILABLE:
             normed *= scale
             grad_weight += along * normed
             along *= w
-            # The part of the gradient along x changes nothing but the length, which is divided out.
+            # The component along x only changes the norm of x, which is divided out.
             share = tl.sum(along * normed, 1)[:, None] / width
-            made = (along - normed * share) * scale
+            result = (along - normed * share) * scale
             if added:
-                made += other.to(tl.float32)
-            tl.store(grad_x + mine, made.to(grad_x.dtype.element_ty), mask=here_too)
+                result += other.to(tl.float32)
+            tl.store(grad_x + mine, result.to(grad_x.dtype.element_ty), mask=here_too)
         tl.store(parts + tl.program_id(0) * width + column, tl.sum(grad_weight, 0), mask=inside)
 
     @triton.jit
@@ -228,7 +227,7 @@ if AVAILABLE:
 
     @triton.jit
     def _amax(x, bits, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Bits of fp32 without their sign, as whole numbers, are ordered as the numbers are; NaN comes last."""
+        """fp32 bits without sign, read as integers, sort like the numbers, with NaN last."""
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         numbers = (
             tl.load(x + place, mask=place < count, other=0)
@@ -239,17 +238,17 @@ if AVAILABLE:
 
     @triton.jit
     def _quantize_fp8(  # type: ignore[no-untyped-def]
-        x, scale, row_major, transposed, rows, columns, largest: tl.constexpr, with_row_major: tl.constexpr, with_transposed: tl.constexpr,
+        x, scale, row_major, transposed, rows, columns, largest: tl.constexpr,
+        with_row_major: tl.constexpr, with_transposed: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         numbers = tl.load(x + row[:, None] * columns + column[None, :], mask=inside).to(tl.float32)
-        # Triton's `/` is off by up to 2 ulp, which would send some numbers to the other side of a
-        # tie.
+        # Triton's `/` is off by up to 2 ulp, which would round some ties the other way.
         numbers *= tl.div_rn(1.0, tl.load(scale))
-        # Not `clamp`, which would make the largest number of what is not one.
+        # Not `clamp`, which would turn NaN into the largest number.
         numbers = tl.where(
             numbers > largest, largest, tl.where(numbers < -largest, -largest, numbers)
         )
@@ -266,14 +265,18 @@ if AVAILABLE:
 
 
 def softmax_cross_entropy_(
-    logits: Tensor, labels: Tensor, ignored: int, gradient: bool, log_sums: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    gradient: bool,
+    log_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log Σ exp of each row of logits [T, V] and its label's logit, both fp32 [T]; the loss is
-    their difference.
+    """log Σ exp of each row of logits [T, V], and its label's logit, both fp32 [T].
 
-    With `gradient` that of the summed loss replaces the logits. Labels below 0 have no logit here,
-    and those that are `ignored` no gradient. `log_sums`: these, where they are known, as those of a
-    wider vocabulary; nothing but the gradient is made then.
+    The loss is their difference. With `gradient`, the gradient of the summed loss replaces the
+    logits. The logit of a negative label is 0; a label equal to `ignore_index` has no gradient.
+    `log_sums` are given if they are known already, as those of a larger vocabulary; then only the
+    gradient is computed.
     """
     known = log_sums is not None
     if log_sums is None:
@@ -281,8 +284,8 @@ def softmax_cross_entropy_(
     chosen = torch.empty_like(log_sums)
     block = min(8192, triton.next_power_of_2(logits.shape[1]))
     _softmax_cross_entropy[(len(labels),)](
-        logits, labels, log_sums, chosen, logits.stride(0), logits.shape[1], ignored, known, gradient,
-        BLOCK=block, num_warps=8,
+        logits, labels, log_sums, chosen, logits.stride(0), logits.shape[1],
+        ignore_index, known, gradient, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return log_sums, chosen
 
@@ -316,9 +319,10 @@ def adamw_(
 
     rows = 8
     _adamw[(triton.cdiv(weight.numel(), rows * BLOCK),)](
-        bits(weight), weight if low_bits is None else low_bits, gradient, bits(exp_avg), bits(exp_avg_sq),
+        bits(weight), weight if low_bits is None else low_bits, gradient,
+        bits(exp_avg), bits(exp_avg_sq),
         *((exp_avg, exp_avg_sq) if block_absmax is None else block_absmax), weight.numel(),
-        learning_rate / (1 - betas[0] ** step), 1 - learning_rate * weight_decay, betas[0], betas[1], epsilon,
+        learning_rate / (1 - betas[0] ** step), 1 - learning_rate * weight_decay, *betas, epsilon,
         (1 - betas[1] ** step) ** -0.5, factor, seed,
         low_bits is not None, 8 * exp_avg.dtype.itemsize, ROWS=rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
@@ -327,10 +331,10 @@ def adamw_(
 def rms_norm_backward(
     grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x · inverse · weight by x, with `residual_grad` added, and by the weight [E];
-    `inverse`, fp32 [T], is that of the rows' root mean squares.
+    """Gradients of x · inverse · weight by x, with `residual_grad` added, and by the weight [E].
 
-    grad, beside and x [T, E], contiguous. Computed in fp32.
+    grad, residual_grad and x are [T, E] and contiguous; inverse, fp32 [T], is 1 / rms of the rows.
+    Computed in fp32.
     """
     rows, width = x.shape
     block = triton.next_power_of_2(width)
@@ -339,14 +343,15 @@ def rms_norm_backward(
     grad_x = torch.empty_like(x)
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _rms_norm_backward[(programs,)](
-        grad_x, parts, grad, grad if residual_grad is None else residual_grad, x, weight, inverse, rows, width,
-        residual_grad is not None, ROWS=together, BLOCK=block, num_warps=min(16, max(4, block * together // 512)),
+        grad_x, parts, grad, grad if residual_grad is None else residual_grad, x, weight, inverse,
+        rows, width, residual_grad is not None, ROWS=together, BLOCK=block,
+        num_warps=min(16, max(4, block * together // 512)),
     )  # fmt: skip
     return grad_x, parts.sum(0).to(weight.dtype)
 
 
 def _programs(device: torch.device) -> int:
-    """As many as run at once; few, since each leaves a row to be summed."""
+    """As many programs as run at once: each leaves a row of partial sums."""
     return (
         4 * torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -355,7 +360,10 @@ def _programs(device: torch.device) -> int:
 
 
 def add_(main_grad: Tensor, addend: Tensor) -> None:
-    """Add to fp32 numbers in place, both contiguous. (PyTorch's addition of two dtypes runs at half the rate of memory.)"""
+    """Add to an fp32 tensor in place; both are contiguous.
+
+    PyTorch's addition of two dtypes reaches half of the memory bandwidth.
+    """
     block = 4096
     _add[(triton.cdiv(main_grad.numel(), block),)](
         main_grad, addend, main_grad.numel(), BLOCK=block, num_warps=8
@@ -363,7 +371,7 @@ def add_(main_grad: Tensor, addend: Tensor) -> None:
 
 
 def amax(x: Tensor) -> Tensor:
-    """The greatest magnitude, fp32; x is contiguous."""
+    """The largest magnitude, an fp32 scalar; x is contiguous."""
     block = 16384
     bits = torch.zeros((), dtype=torch.int32, device=x.device)
     _amax[(triton.cdiv(x.numel(), block),)](x, bits, x.numel(), BLOCK=block, num_warps=8)
@@ -371,9 +379,13 @@ def amax(x: Tensor) -> Tensor:
 
 
 def quantize_fp8(x: Tensor, scale: Tensor, row_major: Tensor, transposed: Tensor) -> None:
-    """x [M, N], contiguous, divided by its scale and rounded to fp8, into [M, N] and [N, M]; one that is empty is left out."""
+    """Divide x [M, N], contiguous, by `scale` and round it to fp8, into [M, N] and [N, M].
+
+    A result that is empty is not computed.
+    """
     (rows, columns), height, width = x.shape, 64, 128
     _quantize_fp8[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
-        x, scale, row_major, transposed, rows, columns, torch.finfo(row_major.dtype).max, row_major.numel() > 0, transposed.numel() > 0,
+        x, scale, row_major, transposed, rows, columns, torch.finfo(row_major.dtype).max,
+        row_major.numel() > 0, transposed.numel() > 0,
         ROWS=height, COLUMNS=width, num_warps=4,
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Causal attention within documents, never across them.
+"""Causal attention within documents.
 
-Several documents share a sequence; none sees another. No mask is built, so the work is Σ length²,
-not S²:
+Several documents share a sequence, and no token attends to another document. No mask is built, so
+the work is Σ length², not S²:
 
-a GPU in 16 bits    cuDNN (kernels/cudnn.py) or PyTorch's variable-length kernel (FlashAttention) takes the boundaries
-a CPU               ours does (kernels/cpu.cpp), in fp32 and bf16
-elsewhere           each document goes through scaled_dot_product_attention by itself; documents of one length that
-                    lie side by side go together
+a GPU in 16 bits    cuDNN (kernels/cudnn.py), or PyTorch's varlen kernel (FlashAttention)
+a CPU               our own kernel (kernels/cpu.cpp), in fp32 and bf16
+elsewhere           scaled_dot_product_attention, one call for each document; neighbouring documents
+                    of the same length share a call
 
 Letters: B sequences, S tokens of a sequence, H query heads, K key and value heads, D head
 dimensions.
@@ -52,12 +52,12 @@ class SequenceLayout(Protocol):
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Where documents begin and end in the flattened B·S tokens; none crosses a sequence."""
+    """Documents in the flattened B·S tokens; no document crosses a sequence."""
 
     lengths: tuple[int, ...]
-    cu_seqlens: Tensor  # int32 [number of documents + 1], cumulative, on the model's device
+    cu_seqlens: Tensor  # int32 [documents + 1], cumulative lengths, on the model's device
     max_seqlen: int
-    equal_lengths: bool = field(init=False)  # all of one length
+    equal_lengths: bool = field(init=False)  # of all documents
 
     def __post_init__(self) -> None:
         # Here and not where it is asked for: the compiler would look at all the lengths, and again
@@ -65,19 +65,22 @@ class PackedSequences:
         object.__setattr__(self, "equal_lengths", len(set(self.lengths)) == 1)
 
     def to(self, device: torch.device) -> "PackedSequences":
-        """The same on another device."""
+        """A copy on another device."""
         return PackedSequences(
             self.lengths, self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen
         )
 
     def pin(self) -> "PackedSequences":
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         return PackedSequences(self.lengths, self.cu_seqlens.pin_memory(), self.max_seqlen)
 
 
 @dataclass(frozen=True)
 class VarlenQKV:
-    """Sequences, each with some of a document's queries, and with all keys up to the last of them."""
+    """Sequences that have fewer queries than keys, as under context parallelism.
+
+    Each has some of a document's queries, and all keys up to the last of these queries.
+    """
 
     lengths_q: tuple[int, ...]  # of each sequence
     lengths_k: tuple[int, ...]  # of each sequence, at least as many
@@ -97,7 +100,7 @@ class VarlenQKV:
     def from_lengths(
         lengths_q: Sequence[int], lengths_k: Sequence[int], index: Tensor
     ) -> "VarlenQKV":
-        """With the ends counted."""
+        """Compute cumulative lengths from lengths; `index` is as in the class."""
         ends = [
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             for lengths in (lengths_q, lengths_k)
@@ -105,11 +108,11 @@ class VarlenQKV:
         return VarlenQKV(tuple(lengths_q), tuple(lengths_k), index, *ends)
 
     def to(self, device: torch.device) -> "VarlenQKV":
-        """The same on another device."""
+        """A copy on another device."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "VarlenQKV":
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "VarlenQKV":
@@ -125,7 +128,7 @@ def attention(
 ) -> Tensor:
     """Softmax attention: q [B, S, H, D], k and v [B, S, K, D] → [B, S, H, D].
 
-    `flash` false computes with plain matrix products, which hold the scores of whole documents.
+    `flash`: false computes with plain matmuls, which hold the scores of whole documents.
     """
     one_per_sequence = documents is None or (
         documents.equal_lengths and documents.max_seqlen == q.shape[1]
@@ -136,7 +139,8 @@ def attention(
         return out
     if flash and cpu_kernels.usable(q, matmul=True) and q.shape[-1] % 2 == 0:
         if documents is None or one_per_sequence:
-            out = _CpuAttention.apply(q, k, v, _equal_cu_seqlens(q))  # type: ignore[no-untyped-call]
+            cu_seqlens = _equal_cu_seqlens(q)
+            out = _CpuAttention.apply(q, k, v, cu_seqlens)  # type: ignore[no-untyped-call]
             return out
         out = _packed(q, k, v, documents)
         return out
@@ -152,13 +156,14 @@ def attention(
 
 @torch.compiler.disable
 def _packed(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tensor:
-    """Not compiled: every micro-batch has another number of documents."""
-    out: Tensor = _CpuAttention.apply(q, k, v, documents.cu_seqlens)  # type: ignore[no-untyped-call]
+    """Kept out of torch.compile: every micro-batch has another number of documents."""
+    cu_seqlens = documents.cu_seqlens
+    out: Tensor = _CpuAttention.apply(q, k, v, cu_seqlens)  # type: ignore[no-untyped-call]
     return out
 
 
 def _equal_cu_seqlens(q: Tensor) -> Tensor:
-    """The boundaries of documents that are whole sequences."""
+    """Cumulative lengths of documents that are whole sequences."""
     return torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32)
 
 
@@ -183,7 +188,7 @@ class _CpuAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-# This one returns what it makes, so that recomputation can keep it.
+# This operator returns new tensors, so that recomputation can keep them.
 torch.library.define(
     "fast_llm::attention", "(Tensor q, Tensor k, Tensor v, Tensor ends) -> (Tensor, Tensor)"
 )
@@ -209,11 +214,11 @@ def _empty_results(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tenso
 def _sequence_by_sequence(
     q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences, flash: bool
 ) -> Tensor:
-    """Not compiled: every micro-batch has other lengths."""
+    """Kept out of torch.compile: every micro-batch has other lengths."""
     shape = q.shape
     runs = [(length, len(list(group))) for length, group in groupby(documents.lengths)]
     sizes = [length * count for length, count in runs]
-    # Splitting, unlike slicing, has a backward pass that writes each gradient once.
+    # The backward pass of split, unlike that of slicing, writes each gradient once.
     pieces = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
     outputs = []
     for (length, count), *run in zip(runs, *pieces, strict=True):
@@ -252,7 +257,7 @@ def _varlen_loop(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
-    """One sequence with more keys than queries, under a mask."""
+    """One sequence with more keys than queries, with an explicit mask."""
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float32 and len(k) < _SHORT:
         q, k, v = q.float(), k.float(), v.float()
@@ -265,13 +270,13 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
 
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
-    """Each of the B sequences is one document."""
+    """Attention in which each of the B sequences is one document."""
     length, dtype = q.shape[1], q.dtype
     if flash and not q.is_cuda:
         if dtype != torch.float32 and length < _SHORT:
             q, k, v = q.float(), k.float(), v.float()
         elif dtype != torch.float32 and length % _STEP:
-            # Behind the end nothing is seen by what comes before it.
+            # Padding at the end is invisible to the tokens before it.
             q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % _STEP)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B H S D
     grouped = q.shape[1] != k.shape[1]
@@ -288,7 +293,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:
-    """FlashAttention's limits: 16 bits, Ampere or later, head dimensions that are a multiple of 8 up to 256."""
+    """FlashAttention's limits: 16 bits, Ampere or later, head size a multiple of 8 up to 256."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)

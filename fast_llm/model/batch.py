@@ -1,4 +1,4 @@
-"""What a model takes in: a micro-batch of packed sequences.
+"""The model's input: a micro-batch of packed sequences.
 
 Letters: B sequences of a micro-batch, S tokens of a sequence.
 """
@@ -13,16 +13,16 @@ from fast_llm.model.attention import SequenceLayout
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, or what a process has of it."""
+    """One micro-batch, or the shard of it that a process has."""
 
     tokens: Tensor  # int64 B S
-    labels: Tensor  # int64 B S, -100 where there is nothing to predict
+    labels: Tensor  # int64 B S, -100 where no token is predicted
     positions: Tensor  # int64 B S
     documents: SequenceLayout | None  # None: each sequence is one document
     targets: int  # labels that are not -100
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; from pinned memory the copy runs beside the computation."""
+        """A copy on a device; from page-locked memory the copy is asynchronous."""
         if device.type == "cpu":
             return self
         return Batch(
@@ -34,7 +34,7 @@ class Batch:
         )
 
     def pin(self) -> "Batch":
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         return Batch(
             self.tokens.pin_memory(),
             self.labels.pin_memory(),

@@ -61,7 +61,7 @@ class CausalLM(nn.Module):
         return self.lm_head
 
     def keep(self, layers: range, embedding: bool, head: bool) -> None:
-        """Drop blocks outside of `layers`, and the embedding, or norm and head, unless they are kept."""
+        """Drop blocks outside of `layers`; and the embedding, or norm and head, unless kept."""
         for number in list(self.model.layers):
             if int(number) not in layers:
                 del self.model.layers[number]
@@ -102,7 +102,10 @@ class CausalLM(nn.Module):
 
 
 class Head(Linear):
-    """Language-model head and its cross entropy. With `main_grad`, weight gradients accumulate into it (model/loss.py)."""
+    """Language-model head and its cross entropy.
+
+    With `main_grad`, weight gradients accumulate into it (model/loss.py).
+    """
 
     def __init__(self, config: BaseModelConfig, cross_entropy_impl: str):
         super().__init__(config.transformer.hidden_size, config.vocab_size)
@@ -110,7 +113,10 @@ class Head(Linear):
         self.cross_entropy_splits = config.cross_entropy_splits
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V] of hidden states [B, S, E]; with labels [B, S] their summed loss, an fp32 scalar."""
+        """Logits [B, S, V] of hidden states [B, S, E]; with labels [B, S] their summed loss.
+
+        The loss is an fp32 scalar.
+        """
         if labels is None:
             return linear(hidden, self.weight)
         return cross_entropy(

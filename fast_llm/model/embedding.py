@@ -1,9 +1,10 @@
-"""The embedding of tokens.
+"""Token embedding with a gradient that is summed in fp32.
 
-PyTorch sums the gradient of a token's occurrences in the dtype of the weights on the CPU: in bf16
-the second hundred of a frequent token's occurrences is all but lost. Here they are summed in fp32
-and rounded once, as PyTorch does on a GPU. Letters: B sequences, S tokens of a sequence, V
-vocabulary, E hidden size.
+On the CPU PyTorch sums the gradients of a token's occurrences in the dtype of the weight. In bf16,
+the second hundred occurrences of a frequent token would be lost almost entirely. Here they are
+summed in fp32 and rounded once, as PyTorch does on a GPU.
+
+Letters: B sequences, S tokens of a sequence, V vocabulary, E hidden size.
 """
 
 from typing import Any
@@ -36,6 +37,6 @@ class _Embedding(torch.autograd.Function):
         seen, place = tokens.unique(return_inverse=True)
         sums = grad.new_zeros(len(seen), grad.shape[-1], dtype=torch.float32)
         sums.index_add_(0, place.flatten(), grad.flatten(0, -2).float())
-        whole = grad.new_zeros(ctx.vocabulary, grad.shape[-1])
-        whole[seen] = sums.to(grad.dtype)
-        return None, whole
+        full = grad.new_zeros(ctx.vocabulary, grad.shape[-1])
+        full[seen] = sums.to(grad.dtype)
+        return None, full

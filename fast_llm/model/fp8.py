@@ -32,7 +32,7 @@ def linear_fp8(x: Tensor, weight: Tensor, main_grad: Tensor | None = None) -> Te
 
 
 class _LinearFp8(torch.autograd.Function):
-    """cuBLAS wants the right operand of an fp8 matmul column-major, so tensors are quantized in both layouts."""
+    """cuBLAS needs the right operand of an fp8 matmul column-major: both layouts are quantized."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -102,7 +102,8 @@ def _(x: Tensor) -> Tensor:
 
 torch.library.define(
     "fast_llm::quantize_fp8",
-    "(Tensor x, Tensor scale, ScalarType dtype, bool row_major, bool transposed) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor scale, ScalarType dtype, bool row_major, bool transposed)"
+    " -> (Tensor, Tensor)",
 )
 
 

@@ -1,13 +1,14 @@
 """Matmuls on CPUs without 16-bit instructions, and matmuls that accumulate into an fp32 gradient.
 
 On a CPU without bf16 instructions (AVX2 alone, say) PyTorch computes bf16 matmuls number by number:
-19 GFLOP/s on two cores that reach 140 in fp32. There the factors are cast to fp32 piece by piece in
-the cache, multiplied in fp32, and the result is rounded once: the same numbers within the rounding
-of sums.
+19 GFLOP/s on two cores that reach 140 in fp32. There the operands are cast to fp32 piece by piece
+in the cache, multiplied in fp32, and the result is rounded once: the same within rounding.
 
 PyTorch computes a weight's gradient in the weight's dtype; accumulating it then reads it, and reads
 and writes the sum: 12 bytes a weight for each micro-batch, and a rounding. With `main_grad`,
 `linear` accumulates within the matmul, in fp32 (Megatron-LM's fused gradient accumulation).
+
+Letters: E input size, F output size, T tokens; M, K and N sizes of any matmul.
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ def linear(
 
 
 def upcast_to_fp32(x: Tensor) -> bool:
-    """Whether products of such tensors are made in fp32, since this processor has none of their dtype."""
+    """Whether matmuls of x run in fp32: on CPUs without instructions for its dtype."""
     return x.device.type == "cpu" and x.dtype in _UPCAST_DTYPES
 
 
@@ -56,9 +57,8 @@ def _dtypes_without_matmul() -> tuple[torch.dtype, ...]:
     )
 
 
-_UPCAST_DTYPES = (
-    _dtypes_without_matmul()
-)  # a plain tuple: the compiler of models would look into a function
+# A tuple: torch.compile would trace into a function.
+_UPCAST_DTYPES = _dtypes_without_matmul()
 
 
 class _UpcastLinear(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _UpcastLinear(torch.autograd.Function):
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left [M, K] · right [K, N], summed in fp32 and rounded once."""
+    """left [M, K] · right [K, N], accumulated in fp32 and rounded once."""
     if out is None:
         out = left.new_empty(left.shape[0], right.shape[1])
     if not upcast_to_fp32(left):
@@ -93,13 +93,13 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         ):
             target.copy_(wide @ columns.float())
         return out
-    main_grad = out.new_zeros(out.shape, dtype=torch.float32)
+    sums = out.new_zeros(out.shape, dtype=torch.float32)
     for columns, rows in zip(left.split(CHUNK_ROWS, 1), right.split(CHUNK_ROWS), strict=True):
-        main_grad.addmm_(columns.float(), rows.float())
-    return out.copy_(main_grad)
+        sums.addmm_(columns.float(), rows.float())
+    return out.copy_(sums)
 
 
-# An operation, so that the compiler does not unroll the pieces.
+# A custom operator, so that torch.compile does not unroll the chunks.
 torch.library.define("fast_llm::matmul", "(Tensor left, Tensor right) -> Tensor")
 torch.library.impl("fast_llm::matmul", "cpu", matmul)
 
@@ -123,8 +123,8 @@ class _AccumulatingLinear(torch.autograd.Function):
         return grad @ weight, None, None
 
 
-# An operation of its own, so that the compiler leaves it alone: what is done to `main_grad` is all
-# that it must know. `custom_op` is shorter, but takes ten microseconds a call instead of one.
+# A custom operator, opaque to torch.compile, which must only know that `main_grad` changes.
+# `custom_op` would be shorter, but a call takes ten microseconds instead of one.
 torch.library.define(
     "fast_llm::add_matmul", "(Tensor(a!) main_grad, Tensor left, Tensor right) -> ()"
 )
@@ -140,7 +140,7 @@ def _(main_grad: Tensor, left: Tensor, right: Tensor) -> None:
     pass
 
 
-# The same for a gradient that is there.
+# The same for a gradient that is already computed.
 torch.library.define("fast_llm::add", "(Tensor(a!) main_grad, Tensor gradient) -> ()")
 
 
@@ -158,7 +158,7 @@ def _(main_grad: Tensor, gradient: Tensor) -> None:
 
 
 def add_matmul_(main_grad: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
-    """Add left [F, T] · right [T, E] to an fp32 sum [F, E]; if it is the `first` it replaces what is there."""
+    """Add left [F, T] · right [T, E] to an fp32 tensor [F, E]; `first` overwrites it instead."""
     if first and main_grad.is_cuda:
         main_grad.zero_()
     if left.dtype == torch.float32:
@@ -170,8 +170,8 @@ def add_matmul_(main_grad: Tensor, left: Tensor, right: Tensor, first: bool = Fa
         for rows, sums in zip(left.split(CHUNK_ROWS), main_grad.split(CHUNK_ROWS), strict=True):
             torch.addmm(sums, rows.float(), right, beta=0 if first else 1, out=sums)
     else:
-        # PyTorch adds bf16 to fp32 by way of a new fp32 copy; here a few rows at a time go by way
-        # of the cache.
+        # PyTorch adds bf16 to fp32 through a new fp32 copy of all rows; here through a small one
+        # that stays in the cache.
         part = right.new_empty(min(CHUNK_ROWS, len(left)), right.shape[1])
         wide = torch.empty_like(part, dtype=torch.float32)
         for rows, sums in zip(left.split(CHUNK_ROWS), main_grad.split(CHUNK_ROWS), strict=True):

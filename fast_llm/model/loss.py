@@ -1,11 +1,12 @@
 """The language-model head and its cross entropy in one function.
 
 `torch`    computes all logits of the micro-batch, then PyTorch's own cross entropy.
-`fused`    takes a chunk of tokens at a time: logits, their softmax, and at once the gradients of the hidden states and
-           of the head. So the logits of a micro-batch never exist together (the idea of Liger Kernel, Hsu et al. 2024).
-           It costs an fp32 gradient of the head, and a pass over it for each chunk.
-`triton`   is `fused` with one kernel that computes a chunk's loss and replaces its logits by their gradient. On the CPU
-           `fused` has such a kernel too (kernels/cpu.cpp).
+`fused`    takes a chunk of tokens at a time: logits, their softmax, and at once the gradients of
+           the hidden states and of the head. So the logits of a micro-batch never exist together
+           (the idea of Liger Kernel, Hsu et al. 2024). It costs an fp32 gradient of the head, and a
+           pass over it for each chunk.
+`triton`   is `fused` with one kernel that computes a chunk's loss and replaces its logits by their
+           gradient. On the CPU `fused` has such a kernel too (kernels/cpu.cpp).
 `auto`     is `triton` on a GPU that has Triton, else `fused`.
 
 The head may be sharded by vocabulary over several processes (Megatron-LM, Shoeybi et al. 2019).
@@ -60,8 +61,8 @@ def choose_cross_entropy(name: str, device_type: str, triton_allowed: bool) -> s
     if name == "triton" and not possible:
         raise ConfigError(
             [
-                "model.base_model.cross_entropy_impl: given triton, which needs an NVIDIA GPU with Triton"
-                " (and run.enable_triton_kernels: yes); here it must be auto, fused or torch"
+                "model.base_model.cross_entropy_impl: given triton, which needs an NVIDIA GPU with"
+                " Triton (and run.enable_triton_kernels: yes); here it must be auto, fused or torch"
             ]
         )
     return name
@@ -116,7 +117,7 @@ def _kernel(implementation: str, hidden: Tensor) -> Kernel | None:
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Zero, whose backward pass returns a gradient that the forward pass computed while the logits were there."""
+    """Zero, whose backward pass returns a gradient that the forward pass has computed already."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -129,7 +130,8 @@ class _AttachGradient(torch.autograd.Function):
         gradient = ctx.gradient
         if gradient is None:
             raise RuntimeError(
-                "the backward pass of the cross entropy ran twice; its gradients are freed after the first"
+                "the backward pass of the cross entropy ran twice;"
+                " its gradients are freed after the first"
             )
         # PyTorch's pipelines keep the losses to the end of the step, and would keep the gradients
         # with them.
@@ -158,7 +160,10 @@ def _loss_and_gradients(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The summed loss; its gradient by the hidden states, in their dtype; and by the head, in fp32. None if not needed."""
+    """The summed loss, and its gradients: by the hidden states in their dtype, by the head in fp32.
+
+    A gradient that is not needed is None.
+    """
     vocabulary = weight.shape[0]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if needs_hidden else None
@@ -218,7 +223,7 @@ def _softmax_cross_entropy_(
 def _sharded_softmax_cross_entropy_(
     logits: Tensor, labels: Tensor, scratch: Tensor, shard: VocabShard, gradient: bool
 ) -> Tensor:
-    """`_softmax_cross_entropy_` for logits of a vocabulary shard: the loss is that of the full vocabulary."""
+    """`_softmax_cross_entropy_` of a vocabulary shard; the loss is that of the full vocabulary."""
     scores = scratch[: len(logits)].copy_(logits)
     kept, own = labels != IGNORE_INDEX, _local_labels(labels, shard, logits.shape[1])
     here = own >= 0

@@ -1,10 +1,11 @@
-"""RMSNorm: x / √(mean x² + ε) · weight (Zhang & Sennrich 2019), all of it in fp32 but the result.
+"""RMSNorm: x / √(mean x² + ε) · weight (Zhang & Sennrich 2019), computed in fp32 and rounded once.
 
-On a GPU the forward pass is PyTorch's, or what its compiler makes of it; the backward pass is a
-Triton kernel where there is Triton (kernels/triton.py), since the compiler's takes more than twice
-the time that memory asks for. On the CPU PyTorch runs it as a dozen operations that keep three fp32
-copies of x for the backward pass; here nothing but x and one number a token is kept.
-kernels/cpu.cpp has it in one pass; where that can not be built it is a few of PyTorch's operations.
+On a GPU the forward pass is PyTorch's, or torch.compile's. The backward pass is a Triton kernel
+(kernels/triton.py) where Triton is available: the compiler's takes more than twice the time that
+memory bandwidth needs. On the CPU PyTorch runs a dozen operations and keeps three fp32 copies of x
+for the backward pass; here only x and one number a token are kept. kernels/cpu.cpp computes it in
+one pass; where it cannot be compiled, a few of PyTorch's operations do.
+
 Letters: T tokens, E hidden size.
 """
 
@@ -25,14 +26,18 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def fused_add_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The normalised x, and x itself: for a residual stream, whose two gradients are then added where they are made."""
+    """The normalised x, and x itself for the residual stream.
+
+    The backward pass adds the gradients of both in the kernel that computes the first.
+    """
     normed: Tensor
     if x.device.type == "cpu":
         function = _CpuRMSNorm if cpu_kernels.usable(x) and weight.dtype == x.dtype else _RMSNorm
         normed = function.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         return normed, x
     if triton_kernels.AVAILABLE and x.is_cuda and weight.dtype == x.dtype:
-        both: tuple[Tensor, Tensor] = _FusedAddRMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+        both: tuple[Tensor, Tensor]
+        both = _FusedAddRMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         return both
     return F.rms_norm(x, weight.shape, weight, epsilon), x
 
@@ -80,10 +85,11 @@ class _FusedAddRMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-# An operation, so that the compiler leaves it alone.
+# A custom operator: opaque to torch.compile.
 torch.library.define(
     "fast_llm::rms_norm_gradients",
-    "(Tensor grad, Tensor? residual_grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor? residual_grad, Tensor x, Tensor weight, Tensor inverse)"
+    " -> (Tensor, Tensor)",
 )
 
 
@@ -114,7 +120,7 @@ class _RMSNorm(torch.autograd.Function):
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()  # ... 1
         ctx.save_for_backward(x, weight, inverse)
-        # Not in place, for PyTorch 2.11's compiler (model/rope.py).
+        # Not in place, because of PyTorch 2.11's compiler (model/rope.py).
         normed: Tensor = x * inverse * weight
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
@@ -125,10 +131,10 @@ class _RMSNorm(torch.autograd.Function):
         normed = (x * inverse).flatten(0, -2)  # fp32 T E
         along = grad.flatten(0, -2).to(
             torch.float32, copy=True
-        )  # the incoming gradient is not ours to change
+        )  # the incoming gradient must not change
         weight_grad = torch.mul(along, normed).sum(0)
         along.mul_(weight)
-        # The part of the gradient along x changes nothing but the length, which is divided out.
+        # The component along x only changes the norm of x, which is divided out.
         share = torch.linalg.vecdot(along, normed)[:, None].div_(x.shape[-1])
         along.addcmul_(normed, share, value=-1).mul_(inverse.flatten(0, -2))
         return along.to(x.dtype).view(x.shape), weight_grad.to(weight.dtype), None

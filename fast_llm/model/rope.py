@@ -1,14 +1,14 @@
-"""Rotary position embedding (Su et al. 2021), and Llama 3.1's stretch of it.
+"""Rotary position embedding (Su et al. 2021), and Llama 3.1's scaling of it.
 
-Pair i of a head's D dimensions turns by position · θ^(-2i/D); the pair is (i, i + D/2), the
-half-split layout of Hugging Face. Llama 3.1 divides the frequencies whose wavelength exceeds the
-original context by `scale_factor`, keeps the short ones, and blends in between ("The Llama 3 Herd
-of Models", 2024).
+Pair i of a head's D dimensions is rotated by position · θ^(-2i/D). A pair is (i, i + D/2), as in
+Hugging Face. Llama 3.1 divides frequencies whose wavelength exceeds the original context by
+`scale_factor`, keeps the short ones, and blends in between ("The Llama 3 Herd of Models", 2024).
 
-There is no buffer to shard, to save or to lose: angles are made from the positions in each forward
-pass, and rotated by in fp32 whatever the dtype. Turning is linear, and its gradient is turning
-back: nothing but the angles, which all layers share, is kept for the backward pass. Letters: B
-sequences, S tokens of a sequence, H heads, D head dimensions.
+Angles are computed from positions in each forward pass, so there is no buffer to shard or to save.
+Rotation is computed in fp32 whatever the dtype. The gradient of a rotation is the rotation by the
+negative angle: only the angles, which all layers share, are kept for the backward pass.
+
+Letters: B sequences, S tokens of a sequence, H heads, D head dimensions.
 """
 
 import math
@@ -28,21 +28,21 @@ Angles = tuple[Tensor, Tensor]
 def frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
     """Radians per position of each pair of dimensions: fp32 [D/2], on the CPU.
 
-    In fp32 and on the CPU because transformers does so: at position 100,000 another rounding turns
-    by 0.01 more.
+    In fp32 and on the CPU, as in transformers: at position 100,000 another rounding of the
+    frequencies changes an angle by 0.01.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-    turns: Tensor = 1.0 / (config.theta**exponents)
+    rates: Tensor = 1.0 / (config.theta**exponents)
     if config.type == "default":
-        return turns
-    wavelengths = 2 * math.pi / turns
+        return rates
+    wavelengths = 2 * math.pi / rates
     low, high = config.low_frequency_factor, config.high_frequency_factor
     blend = (config.original_context_length / wavelengths - low) / (high - low)
-    blended = (1 - blend) * turns / config.scale_factor + blend * turns
+    blended = (1 - blend) * rates / config.scale_factor + blend * rates
     scaled = torch.where(
-        wavelengths > config.original_context_length / low, turns / config.scale_factor, blended
+        wavelengths > config.original_context_length / low, rates / config.scale_factor, blended
     )
-    return torch.where(wavelengths < config.original_context_length / high, turns, scaled)
+    return torch.where(wavelengths < config.original_context_length / high, rates, scaled)
 
 
 @cache
@@ -53,7 +53,7 @@ def _frequencies_on(device: torch.device, config: RotaryConfig, head_dim: int) -
 def rotary_angles(positions: Tensor, config: RotaryConfig, head_dim: int) -> Angles:
     """Cosines and sines of all angles, each fp32 [B, S, 1, D], from positions [B, S].
 
-    Both halves of D hold the same cosines; the sines' first half is negated, so that turning is
+    Both halves of D hold the same cosines; the sines' first half is negated, so that rotating is
     x · cos + swap(x) · sin.
     """
     angles = positions[..., None].float() * _frequencies_on(
@@ -64,7 +64,7 @@ def rotary_angles(positions: Tensor, config: RotaryConfig, head_dim: int) -> Ang
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the heads x [B, S, H, D]; the dtype stays."""
+    """Rotate the heads x [B, S, H, D]; the dtype is kept."""
     rotated: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
@@ -90,8 +90,8 @@ def _apply(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
             out, x, cos, sin, x.shape[0] * x.shape[1], *x.shape[2:], direction
         )
         return out
-    # Without conversions that convert nothing: where a Function's result is an intermediate tensor
-    # itself, PyTorch 2.11's compiler gives gradients of zero (pytorch/pytorch#180642).
+    # No conversions to the same dtype: where a Function's result is an intermediate tensor
+    # itself, PyTorch 2.11's compiler returns gradients of zero (pytorch/pytorch#180642).
     exact = x.dtype == torch.float32
     wide = x if exact else x.float()
     first, second = wide.chunk(2, dim=-1)

@@ -1,7 +1,9 @@
-"""SwiGLU's elementwise part: silu(gate) · up (Shazeer 2020).
+"""The elementwise part of SwiGLU: silu(gate) · up (Shazeer 2020).
 
-On the CPU it is one pass forward and one backward, and nothing but its two factors is kept
+On the CPU it is one pass forward and one backward, and only the two inputs are kept
 (kernels/cpu.cpp).
+
+Letters: F MLP size.
 """
 
 from typing import Any
@@ -15,11 +17,11 @@ from fast_llm.kernels import cpu as cpu_kernels
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """[..., F] and [..., F] → [..., F]."""
+    """silu(gate) · up, each [..., F]."""
     if not cpu_kernels.usable(gate) or up.dtype != gate.dtype:
         return F.silu(gate) * up
-    product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
-    return product
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -201,7 +201,7 @@ def export_config(
 
 
 def with_length(config: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
-    """A config.json that states at least this context length, in tokens. Rotary angles stay what they are."""
+    """A config.json with at least this context length, in tokens. Rotary angles do not change."""
     before = config.get("max_position_embeddings") or 2048
     if sequence_length <= before:
         return dict(config)

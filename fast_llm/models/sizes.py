@@ -1,4 +1,4 @@
-"""Sizes that both the model and the planner know: what is held at once, and blocks of quantized moments. No torch."""
+"""Sizes that both the model and the planner know. No torch."""
 
 # Rows of a matrix that are cast to fp32, or accumulated in fp32, at a time on the CPU: they stay in
 # its cache.
