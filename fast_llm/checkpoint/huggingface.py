@@ -19,7 +19,14 @@ import numpy as np
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError, MissingPackage, lfs_problem
-from fast_llm.models.llama import EMBEDDING, HEAD, TORCH_DTYPES, is_spare, place, shapes
+from fast_llm.models.llama import (
+    EMBEDDING,
+    HEAD,
+    TORCH_DTYPES,
+    is_optional_tensor,
+    shapes,
+    stored_name,
+)
 
 logger = logging.getLogger("fast_llm")
 
@@ -332,7 +339,7 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     headers = {path: read_header(path) for path in sorted(set(files.values()))}
     problems = []
     for weight, shape in expected.items():
-        name = place(weight, expected, files)
+        name = stored_name(weight, expected, files)
         if name not in files:
             problems.append(f"{folder}: the weight {name} is missing")
             continue
@@ -352,7 +359,7 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     problems += [
         f"{path}: the tensor {name} is not part of this Llama"
         for name, path in files.items()
-        if name not in expected and not is_spare(name)
+        if name not in expected and not is_optional_tensor(name)
     ]
     if not problems and model.tie_word_embeddings and HEAD in files and EMBEDDING in files:
         problems += _other_head(folder, files, headers)

@@ -26,7 +26,7 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.huggingface import weight_files
 from fast_llm.dtypes import DTYPES
 from fast_llm.errors import CheckpointError
-from fast_llm.models.llama import is_spare, place
+from fast_llm.models.llama import is_optional_tensor, stored_name
 from fast_llm.tensors import local_part, local_region, torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -125,11 +125,13 @@ def load_weights(
         for names in all_gather_object(list(weights), or_default_group(group))
         for name in names
     }
-    places = {name: place(name, wanted, files) for name in wanted}
+    places = {name: stored_name(name, wanted, files) for name in wanted}
     missing = sorted(name for name in wanted if places[name] not in files)
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    strange = sorted(name for name in files.keys() - set(places.values()) if not is_spare(name))
+    strange = sorted(
+        name for name in files.keys() - set(places.values()) if not is_optional_tensor(name)
+    )
     if strange:
         raise CheckpointError(
             f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}"

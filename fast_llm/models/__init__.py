@@ -27,3 +27,12 @@ class Family:
 FAMILIES = {
     "llama": Family(llama.architecture, llama.export_config, llama.shapes, llama.cost),
 }
+
+
+def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of `model.base_model` for a config.json, read by the family of its `model_type`.
+
+    `source` names the file in errors. Raises CheckpointError for a model that cannot be trained.
+    """
+    family = FAMILIES.get(str(config.get("model_type")), FAMILIES["llama"])
+    return family.architecture(config, source)

@@ -147,16 +147,16 @@ def export_config(
     tokens: Mapping[str, int | None],
     sequence_length: int = 0,
 ) -> dict[str, Any]:
-    """config.json of an export: the source's, key by key, but for what training changed; without a
-    source a complete one.
+    """config.json of an export.
 
-    `tokens`: ids `bos` and `eos`. `sequence_length`: in tokens, what the model was trained with.
+    It equals the source's but for what training changed: dtype, context length, tied embeddings.
+    Without a source it is complete. `tokens`: the ids `bos` and `eos`. `sequence_length`: what the
+    model was trained with, in tokens.
     """
     if source is not None:
-        later = (
-            "dtype" if "rope_parameters" in source else "torch_dtype"
-        )  # transformers 5's spelling, or before
-        spellings = [key for key in ("torch_dtype", "dtype") if key in source] or [later]
+        # transformers 5's spelling, or the one before.
+        default = "dtype" if "rope_parameters" in source else "torch_dtype"
+        spellings = [key for key in ("torch_dtype", "dtype") if key in source] or [default]
         changed = {**source, **dict.fromkeys(spellings, TORCH_DTYPES[dtype])}
         if bool(source.get("tie_word_embeddings", False)) != model.tie_word_embeddings:
             changed["tie_word_embeddings"] = model.tie_word_embeddings
@@ -212,14 +212,13 @@ def with_length(config: Mapping[str, Any], sequence_length: int) -> dict[str, An
             rope.get("rope_type", rope.get("type", "default")) not in ("default", "linear")
             and original not in rope
         ):
-            # Angles are scaled by this length, which is max_position_embeddings where nothing else
-            # is said.
+            # Angles are scaled by this length; its default is max_position_embeddings.
             changed[spelling] = {**rope, original: config.get(original, before)}
     return changed
 
 
 def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape."""
+    """The name and shape of each parameter, as `CausalLM.named_parameters()` has them."""
     t = config.transformer
     hidden, ffn = t.hidden_size, t.ffn_hidden_size
     queries, keys = t.num_attention_heads * t.kv_channels, t.head_groups * t.kv_channels
@@ -233,13 +232,13 @@ def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(t.num_layers):
         above = f"model.layers.{layer}"
-        for part, matrices, who in (
+        for part, matrices, biases in (
             ("self_attn", attention, "only_attention"),
             ("mlp", mlp, "only_mlp"),
         ):
             for name, shape in matrices.items():
                 found[f"{above}.{part}.{name}.weight"] = shape
-                if t.add_linear_biases in ("everywhere", who):
+                if t.add_linear_biases in ("everywhere", biases):
                     found[f"{above}.{part}.{name}.bias"] = shape[:1]
         found[f"{above}.input_layernorm.weight"] = (hidden,)
         found[f"{above}.post_attention_layernorm.weight"] = (hidden,)
@@ -250,10 +249,9 @@ def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
-    """The cost of a training step's token in sequences of `sequence_length`.
+    """What a token costs in a training step with sequences of `sequence_length`.
 
-    For documents that do not attend to one another, `sequence_length` is Σ length² / Σ length over
-    them.
+    For packed documents, `sequence_length` is Σ length² / Σ length over the documents.
     """
     t = config.transformer
     parameters = sum(math.prod(shape) for shape in shapes(config).values())
@@ -265,17 +263,19 @@ def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
     return Cost(parameters, dense + head + attention, dense + head + attention * 7 / 6)
 
 
-def is_spare(name: str) -> bool:
-    """Whether published folders may hold this tensor besides a model's: frequencies, which are
-    computed, and the head of a tied model, if it repeats the embedding."""
+def is_optional_tensor(name: str) -> bool:
+    """Whether a folder may hold this tensor in addition to the model's parameters.
+
+    These are rotary frequencies, which are computed here, and the head of a tied model, if it
+    equals the embedding.
+    """
     return name.endswith("rotary_emb.inv_freq") or name == HEAD
 
 
-def place(name: str, wanted: Container[str], files: Container[str]) -> str:
-    """Under which name a folder holds a weight; `wanted`: all that the model has.
+def stored_name(name: str, parameters: Container[str], files: Container[str]) -> str:
+    """The name under which a folder's `files` hold one of a model's `parameters`.
 
-    A shared embedding may be there as the head alone: so safetensors' and accelerate's `save_model`
-    write it.
+    A tied embedding may be stored as the head: `save_model` of safetensors and accelerate does so.
     """
-    alone = name == EMBEDDING and HEAD not in wanted and name not in files and HEAD in files
-    return HEAD if alone else name
+    as_head = name == EMBEDDING and HEAD not in parameters and name not in files and HEAD in files
+    return HEAD if as_head else name

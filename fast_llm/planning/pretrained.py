@@ -20,7 +20,7 @@ from fast_llm.config.validate import locating
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError, ConfigError, UserError
-from fast_llm.models import llama
+from fast_llm.models import architecture, llama
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def with_pretrained_model(document: Document, weights: bool) -> tuple[Document, 
     model = replace(model, config=_with_untied_head(document, model.folder, model.config))
     assert model.config is not None
     place = f"{model.folder}/config.json"
-    values = {"model": {"base_model": llama.architecture(model.config, place)}}
+    values = {"model": {"base_model": architecture(model.config, place)}}
     return document.under(values, place), model
 
 

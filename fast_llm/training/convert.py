@@ -19,7 +19,7 @@ from fast_llm.config.prepare import ConvertConfig
 from fast_llm.config.validate import validate
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
-from fast_llm.models import llama
+from fast_llm.models import architecture, llama
 from fast_llm.models.llama import shapes
 from fast_llm.training.process import quiet_torch_distributed
 
@@ -97,7 +97,7 @@ def _tokens(folder: Path) -> dict[str, int | None]:
 def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
     """Read the weights of a Hugging Face folder in fp32, which is exact for smaller dtypes."""
     original = huggingface.read_json(path / "config.json")
-    model = _model(llama.architecture(original, f"{path}/config.json"), f"{path}/config.json")
+    model = _model(architecture(original, f"{path}/config.json"), f"{path}/config.json")
     if problems := huggingface.check_weights(path, model):
         raise ConfigError(problems)
     weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
