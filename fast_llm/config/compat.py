@@ -176,9 +176,9 @@ _OTHER_MODELS = dict.fromkeys(
     ("starcoder2", "mistral", "mixtral", "qwen2"), "only Llama models are supported"
 )
 EXPORT_FORMATS = {
-    "distributed": "training.checkpoint writes checkpoints; exports are llama",
-    "fast_llm": "training.checkpoint writes checkpoints; exports are llama",
-    "auto": "exports are llama",
+    "distributed": "training.checkpoint writes checkpoints; the only format of exports is llama",
+    "fast_llm": "training.checkpoint writes checkpoints; the only format of exports is llama",
+    "auto": "the only format of exports is llama",
     **_OTHER_MODELS,
 }
 PRETRAINED_FORMATS = {

@@ -168,9 +168,9 @@ def _describe_annotation(annotation: Any) -> str:
         names = [part if isinstance(part, str) else format_value(part) for part in arguments]
         return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
     if origin is list:
-        return f"a list, each of it {_describe_annotation(arguments[0])}"
+        return f"a list, each item {_describe_annotation(arguments[0])}"
     if origin is dict:
-        return f"names, each with {_describe_annotation(arguments[1])}"
+        return f"a mapping from names to {_describe_annotation(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section of settings"
     plain = {

@@ -353,7 +353,7 @@ def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
         ["training.test_iters=1", "data.format=random"],
     ],
 )
-def test_laws_that_are_kept(overrides: list[str]) -> None:
+def test_constraints_that_are_met(overrides: list[str]) -> None:
     assert told(overrides) == []
 
 
@@ -770,7 +770,7 @@ def test_every_constraint_is_violated_above() -> None:
     assert not missed, [sources[name].read_text().splitlines()[line - 1] for name, line in missed]
 
 
-def test_laws_and_single_settings_are_told_together(tmp_path: Path) -> None:
+def test_constraints_and_single_settings_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
         "training:\n  train_iters: many\n  shutdown: {interval: 5}\ndata:\n  format: file\n "

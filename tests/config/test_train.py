@@ -347,7 +347,7 @@ def test_single_values_that_are_refused_say_why(path: str, field: Any) -> None:
         ("optimizer.moments_dtype=fp16", 'given "fp16", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
         ("model.distributed.tensor_parallel=0", "given 0, must be an integer above 0"),
         ("model.multi_stage.layers_per_stage=half", 'given "half", must be a number of layers, or a list with one for each stage or null'),
-        ("run.accept_changes=data.path", 'given "data.path", must be a list, each of it text (numbers and dates in quotes)'),
+        ("run.accept_changes=data.path", 'given "data.path", must be a list, each item text (numbers and dates in quotes)'),
         ("model.base_model.transformer.init_method_std=.inf", "given .inf, must be a number of 0 or more or null"),
     ],
 )  # fmt: skip

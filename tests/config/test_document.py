@@ -1,4 +1,4 @@
-"""Reading YAML and overrides: what is understood, and what is said about what is not."""
+"""Reading and validating YAML files and overrides: their values, and the messages for mistakes."""
 
 import re
 from pathlib import Path
@@ -225,8 +225,8 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("inner:\n  name: !!binary aGk=\n", "c.yaml:2: inner.name: the tag !!binary is not supported; write plain values, or" + QUOTE_TAG),
         ('inner:\n  name: "\\x07"\n', "c.yaml:2: inner.name: the character '\\x07' is not supported in text"),
         ("inner:\n  name: ''\n", "c.yaml:2: inner.name: given empty text; write null, or leave it out, for none"),
-        ("inner:\n  names: [a, 1]\n", "c.yaml:2: inner.names: given [a, 1], must be a list, each of it text (numbers and dates in quotes)"),
-        ("inner:\n  names: a\n", 'c.yaml:2: inner.names: given "a", must be a list, each of it text (numbers and dates in quotes)'),
+        ("inner:\n  names: [a, 1]\n", "c.yaml:2: inner.names: given [a, 1], must be a list, each item text (numbers and dates in quotes)"),
+        ("inner:\n  names: a\n", 'c.yaml:2: inner.names: given "a", must be a list, each item text (numbers and dates in quotes)'),
         ("inner:\n  active: 1\n", "c.yaml:2: inner.active: given 1, must be yes or no"),
         ("inner:\n  size: yes\n", "c.yaml:2: inner.size: given true, must be an integer above 0"),
         ("inner:\n  name: 2024\n", "c.yaml:2: inner.name: given 2024, must be text (numbers and dates in quotes) or null"),
@@ -453,7 +453,7 @@ def test_refused_names_say_what_to_use(yaml: Any) -> None:
 # Constraints, and values from elsewhere.
 
 
-def test_laws_are_asked_about_what_is_right(yaml: Any) -> None:
+def test_constraints_are_checked_for_valid_settings(yaml: Any) -> None:
     def constraints(config: Outer) -> Any:
         if config.inner.size > config.other.size:
             yield ("inner.size", "other.size"), "must be at most other.size"

@@ -1,4 +1,4 @@
-"""What stands between a path in the configuration and the data: pointers, limits, moved folders, words to the user."""
+"""Opening datasets: dataset.json, limits of the system, moved folders, and messages for mistakes."""
 
 import json
 import logging
