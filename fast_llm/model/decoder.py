@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fast_llm.config.model import BaseModelConfig, TransformerConfig
 from fast_llm.model.attention import SequenceLayout
@@ -26,6 +24,7 @@ from fast_llm.model.layers import Attention, Embedding, GatedMLP, Linear, RMSNor
 from fast_llm.model.linear import linear
 from fast_llm.model.loss import cross_entropy
 from fast_llm.model.rope import Angles, rotary_angles
+from fast_llm.tensors import local_part, local_region
 
 
 class CausalLM(nn.Module):
@@ -208,16 +207,7 @@ def init_weights(weights: Mapping[str, Tensor], config: BaseModelConfig, seed: i
             full = torch.randn(weight.shape, generator=generator).mul_(std)
             if low is not None or high is not None:
                 full.clamp_(low, high)
-        if isinstance(weight, DTensor):
-            local, mesh = weight.to_local(), weight.device_mesh
-            shape, begin = compute_local_shape_and_global_offset(
-                weight.shape, mesh, weight.placements
-            )
-            local.copy_(
-                full[tuple(slice(b, b + length) for b, length in zip(begin, shape, strict=True))]
-            )
-        else:
-            weight.copy_(full)
+        local_part(weight).copy_(full[local_region(weight)])
 
 
 def _init_range(name: str, config: BaseModelConfig) -> tuple[float, float | None, float | None]:

@@ -16,9 +16,34 @@ from typing import Any
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.models.flops import Cost
+from fast_llm.models.tensor_plan import (
+    Columns,
+    Gather,
+    Norm,
+    Rows,
+    TensorPlan,
+    VocabEmbedding,
+    VocabHead,
+)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TENSOR_PLAN: TensorPlan = {
+    "model.embed_tokens": VocabEmbedding(),
+    "*.input_layernorm": Norm(),
+    "*.self_attn": Gather(),
+    "*.q_proj": Rows(),
+    "*.k_proj": Rows(),
+    "*.v_proj": Rows(),
+    "*.o_proj": Columns(),
+    "*.post_attention_layernorm": Norm(),
+    "*.mlp": Gather(),
+    "*.gate_proj": Rows(),
+    "*.up_proj": Rows(),
+    "*.down_proj": Columns(),
+    "model.norm": Norm(),
+    "lm_head": VocabHead(),
+}
 # (attention_bias, mlp_bias) → add_linear_biases
 _BIASES = {
     (False, False): "nowhere",

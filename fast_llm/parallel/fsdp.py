@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fast_llm.model.decoder import CausalLM, Head
+from fast_llm.models.llama import EMBEDDING, HEAD
 from fast_llm.tensors import local_part, replication_factor
 
 
@@ -47,20 +48,20 @@ class ShardedWeights:
         # Taken now: while weights are gathered the module shows these instead of the shards.
         self.parameters: dict[str, nn.Parameter] = {}
         for model in models:
-            for block in model.model.layers.values():
+            for block in model.blocks.values():
                 fully_shard(
                     block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3
                 )
-            if isinstance(model.lm_head, Head) and not model.config.tie_word_embeddings:
+            if isinstance(model.head, Head) and not model.config.tie_word_embeddings:
                 # Else its gradient would wait for the embedding's, which comes last, with nothing left to do meanwhile.
-                fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+                fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             model.to_empty(device=mesh.device_type)
             assert isinstance(root, FSDPModule)
             self.models.append(root)
             for name, parameter in model.named_parameters():
-                if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                    name = "model.embed_tokens.weight"  # of a last stage, whose other name is elsewhere
+                if name == HEAD and model.config.tie_word_embeddings:
+                    name = EMBEDDING  # in the last stage, whose embedding is on another process
                 self.parameters[name] = parameter
 
     @property

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import CausalLM
+from fast_llm.models.llama import EMBEDDING
 from fast_llm.parallel.mesh import Axis
 from fast_llm.tensors import local_part
 
@@ -28,7 +29,7 @@ SCHEDULES = {
     "interleaved_zero_bubble": "InterleavedZeroBubble",
     "zbv_zero_bubble": "ZBVZeroBubble",
 }
-TIED_WEIGHT = "model.embed_tokens.weight"
+TIED_WEIGHT = EMBEDDING  # the name of the weight that a tied embedding and head share
 _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")  # actions of a pass without gradients
 
 
@@ -40,16 +41,10 @@ def stages_of_rank(schedule: str | None, rank: int, processes: int, stages: int)
 
 
 def keep_stage(model: CausalLM, sizes: Sequence[int], stage: int) -> None:
-    """Drop all that is not of this stage."""
+    """Drop everything that is not part of `stage`; `sizes`: the layers of each stage."""
     first = sum(sizes[:stage])
-    for name in list(model.model.layers):
-        if int(name) not in range(first, first + sizes[stage]):
-            del model.model.layers[name]
-    if stage > 0:
-        model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
-    if stage < len(sizes) - 1:
-        model.model.norm = nn.Identity()  # type: ignore[assignment]
-        model.lm_head = nn.Identity()  # type: ignore[assignment]
+    layers = range(first, first + sizes[stage])
+    model.keep(layers, embedding=stage == 0, head=stage == len(sizes) - 1)
 
 
 class _Stage(PipelineStage):

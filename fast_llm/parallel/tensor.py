@@ -31,74 +31,93 @@ from torch.distributed.tensor import (
 
 from fast_llm.model.decoder import CausalLM, Head
 from fast_llm.model.embedding import embed
-from fast_llm.model.layers import Attention, Embedding, GatedMLP, RMSNorm
+from fast_llm.model.layers import Embedding, RMSNorm
 from fast_llm.model.linear import linear
 from fast_llm.model.loss import VocabShard, cross_entropy
 from fast_llm.model.norm import fused_add_rms_norm
+from fast_llm.models.tensor_plan import (
+    Columns,
+    Entry,
+    Gather,
+    Norm,
+    Rows,
+    TensorPlan,
+    VocabEmbedding,
+    VocabHead,
+    find_entry,
+)
 from fast_llm.parallel.mesh import Axis
 
-ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-COLUMNS = ("o_proj", "down_proj")
 
+def apply_tensor_parallel(
+    model: CausalLM, plan: TensorPlan, axis: Axis, sequence: bool = False
+) -> None:
+    """Cut a model on the meta device over `axis`, as its family's plan says.
 
-def apply_tensor_parallel(model: CausalLM, axis: Axis, sequence: bool) -> None:
-    """Cut a model on the meta device; `sequence`: also what lies between the matrices.
-
-    config/checks.py sees to it that heads, inner size, vocabulary and sequence divide.
+    `sequence`: also cut the residual stream along the sequence. config/checks.py ensures that heads,
+    MLP size, vocabulary and sequence length are divisible by the size of the axis.
     """
     if axis.device_mesh is None:
         return
+    entries = {name: find_entry(plan, name) for name, _ in model.named_modules()}
     for name, module in model.named_modules():
-        for kind, parameter in list(module.named_parameters(recurse=False)):
-            cut = _cut(name.rpartition(".")[2], kind)
-            spread = distribute_tensor(
-                parameter.detach(), axis.device_mesh, [cut], src_data_rank=None
+        for kind, weight in list(module.named_parameters(recurse=False)):
+            placement = _placement(entries[name], kind)
+            cut = distribute_tensor(
+                weight.detach(), axis.device_mesh, [placement], src_data_rank=None
             )
-            module.register_parameter(kind, nn.Parameter(spread))
+            module.register_parameter(kind, nn.Parameter(cut))
     model.tie()
-    between: Placement = Shard(1) if sequence else Replicate()
-    gather = partial(_gather, mesh=axis.device_mesh, between=between)
-    scatter = partial(_scatter, mesh=axis.device_mesh, between=between)
-    # One function for all modules of a kind, bound to each: a `partial` for each would be compiled anew for each block.
-    norm, summed = (
-        partial(_norm, sequence=sequence),
-        partial(_summed, sequence=sequence, scatter=scatter),
-    )
+    residual: Placement = Shard(1) if sequence else Replicate()
+    gather = partial(_gather, mesh=axis.device_mesh, residual=residual)
+    scatter = partial(_scatter, mesh=axis.device_mesh, residual=residual)
+    # One function for all modules of a kind, bound to each. The compiler would compile a `partial`
+    # of each module anew for each block.
+    norm = partial(_norm, sequence=sequence)
+    columns = partial(_columns, sequence=sequence, scatter=scatter)
     for name, module in model.named_modules():
-        kind = name.rpartition(".")[2]
-        if isinstance(module, Attention | GatedMLP):
-            module.forward = _gathered(module.forward, gather)  # type: ignore[method-assign]
-        elif isinstance(module, RMSNorm):
-            module.with_residual = MethodType(norm, module)  # type: ignore[method-assign]
-        elif isinstance(module, Embedding):
-            module.forward = partial(_embedding, module, axis, scatter)  # type: ignore[method-assign]
-        elif kind in COLUMNS and isinstance(module, nn.Linear):
-            module.forward = MethodType(summed, module)  # type: ignore[method-assign]
-        elif kind in ROWS and isinstance(module, nn.Linear):
-            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
-    if isinstance(model.lm_head, Head):
-        model.lm_head.forward = partial(_head, model.lm_head, axis, gather)  # type: ignore[method-assign]
+        if isinstance(module, nn.Identity):  # absent in this pipeline stage
+            continue
+        match entries[name]:
+            case Rows():
+                module.forward = MethodType(_rows, module)
+            case Columns():
+                module.forward = MethodType(columns, module)
+            case Gather():
+                module.forward = _gathered(module.forward, gather)
+            case Norm():
+                module.with_residual = MethodType(norm, module)
+            case VocabEmbedding():
+                module.forward = partial(_embedding, module, axis, scatter)
+            case VocabHead():
+                module.forward = partial(_head, module, axis, gather)
 
 
-def _cut(module: str, kind: str) -> Placement:
-    if module in ROWS:
-        return Shard(0)
-    return Shard(1) if module in COLUMNS and kind == "weight" else Replicate()
+def _placement(entry: Entry | None, kind: str) -> Placement:
+    """How the `kind` of parameter ("weight" or "bias") of a module with this entry is placed."""
+    match entry:
+        case Rows() | VocabEmbedding() | VocabHead():
+            return Shard(0)
+        case Columns() if kind == "weight":
+            return Shard(1)
+        case Columns() | Norm():
+            return Replicate()
+    raise AssertionError(f"a module with a parameter {kind!r} is not in the tensor plan: {entry}")
 
 
-def _gather(x: Tensor, mesh: DeviceMesh, between: Placement) -> Tensor:
+def _gather(x: Tensor, mesh: DeviceMesh, residual: Placement) -> Tensor:
     """What lies between the matrices, whole [B, S, E] on each process, each of which makes a part of its gradient."""
-    whole = DTensor.from_local(x, mesh, [between], run_check=False).redistribute(
+    whole = DTensor.from_local(x, mesh, [residual], run_check=False).redistribute(
         placements=[Replicate()]
     )
     return whole.to_local(grad_placements=[Partial()])
 
 
-def _scatter(x: Tensor, mesh: DeviceMesh, between: Placement) -> Tensor:
+def _scatter(x: Tensor, mesh: DeviceMesh, residual: Placement) -> Tensor:
     """The sum of what each process has [B, S, E], as it lies between the matrices."""
     return (
         DTensor.from_local(x, mesh, [Partial()], run_check=False)
-        .redistribute(placements=[between])
+        .redistribute(placements=[residual])
         .to_local()
     )
 
@@ -117,11 +136,11 @@ def _local(weight: Tensor, shared: bool = False) -> Tensor:
     return cast(DTensor, weight).to_local(grad_placements=[Partial()] if shared else None)
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+def _rows(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, _local(module.weight), None if module.bias is None else _local(module.bias))
 
 
-def _summed(
+def _columns(
     module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]
 ) -> Tensor:
     out = scatter(linear(x, _local(module.weight)))

@@ -16,6 +16,7 @@ from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import Block, CausalLM, init_weights
+from fast_llm.models.llama import TENSOR_PLAN
 from fast_llm.parallel.context import apply_context_parallel, shard_batch
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
@@ -40,7 +41,7 @@ def graphs(
         assert isinstance(block, Block)
         apply_recompute(block, level)
         apply_context_parallel(block, mesh.context)
-    apply_tensor_parallel(model, mesh.tensor, sequence)
+    apply_tensor_parallel(model, TENSOR_PLAN, mesh.tensor, sequence)
     for block in model.model.layers.values():
         block.compile(backend="aot_eager")
     weights: Weights

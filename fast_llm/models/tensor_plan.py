@@ -1,0 +1,51 @@
+"""The entries of a family's `TENSOR_PLAN`: how tensor parallelism treats each kind of module. No torch.
+
+A plan maps patterns of module names to entries, the first that matches counts. Every module that has
+weights of its own must match one. `parallel/tensor.py` says what each entry does to a module.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A linear layer cut by its output features: its result is cut in the same way."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A linear layer cut by its input features: results are summed over processes, then scattered."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A module, as attention, whose input is gathered and whose inner layers are cut."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm on the residual stream, replicated.
+
+    With sequence parallelism each process normalises other tokens, and gradients are summed.
+    """
+
+
+@dataclass(frozen=True)
+class VocabEmbedding:
+    """The embedding, cut by vocabulary."""
+
+
+@dataclass(frozen=True)
+class VocabHead:
+    """The language-model head and its cross entropy, cut by vocabulary."""
+
+
+Entry = Rows | Columns | Gather | Norm | VocabEmbedding | VocabHead
+TensorPlan = Mapping[str, Entry]
+
+
+def find_entry(plan: TensorPlan, name: str) -> Entry | None:
+    """The entry of the first pattern that matches a module's name."""
+    return next((entry for pattern, entry in plan.items() if fnmatchcase(name, pattern)), None)
