@@ -18,11 +18,11 @@ import numpy as np
 
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.model import BaseModelConfig
+from fast_llm.dtypes import BY_NAME
 from fast_llm.errors import CheckpointError, MissingPackage, lfs_problem
 from fast_llm.models.llama import (
     EMBEDDING,
     HEAD,
-    TORCH_DTYPES,
     is_optional_tensor,
     shapes,
     stored_name,
@@ -430,4 +430,5 @@ def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str:
     ):
         return name
     stated = config.get("dtype", config.get("torch_dtype"))
-    return next((name for name, spelled in TORCH_DTYPES.items() if spelled == stated), "fp32")
+    dtypes = ("fp32", "bf16", "fp16")
+    return next((name for name in dtypes if BY_NAME[name].torch == stated), "fp32")

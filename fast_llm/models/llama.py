@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from fast_llm.config.model import BaseModelConfig
+from fast_llm.dtypes import BY_NAME
 from fast_llm.errors import CheckpointError
 from fast_llm.models.flops import Cost
 from fast_llm.models.tensor_plan import (
@@ -27,7 +28,6 @@ from fast_llm.models.tensor_plan import (
 )
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TENSOR_PLAN: TensorPlan = {
     "model.embed_tokens": VocabEmbedding(),
     "*.input_layernorm": Norm(),
@@ -182,7 +182,7 @@ def export_config(
         # transformers 5's spelling, or the one before.
         default = "dtype" if "rope_parameters" in source else "torch_dtype"
         spellings = [key for key in ("torch_dtype", "dtype") if key in source] or [default]
-        changed = {**source, **dict.fromkeys(spellings, TORCH_DTYPES[dtype])}
+        changed = {**source, **dict.fromkeys(spellings, BY_NAME[dtype].torch)}
         if bool(source.get("tie_word_embeddings", False)) != model.tie_word_embeddings:
             changed["tie_word_embeddings"] = model.tie_word_embeddings
         return with_length(changed, sequence_length)
@@ -219,7 +219,7 @@ def export_config(
         "rope_scaling": scaling,
         "rope_theta": float(rotary.theta),
         "tie_word_embeddings": model.tie_word_embeddings,
-        "torch_dtype": TORCH_DTYPES[dtype],
+        "torch_dtype": BY_NAME[dtype].torch,
         "use_cache": True,
         "vocab_size": model.vocab_size,
     }
