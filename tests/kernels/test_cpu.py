@@ -1,4 +1,4 @@
-"""The kernels of cpu.cpp against float64, in sizes that fill neither vectors nor blocks and in ones that several threads share."""
+"""The kernels of cpu.cpp against float64, in small odd sizes and in large ones."""
 
 import ctypes
 from pathlib import Path
@@ -47,13 +47,13 @@ def test_swiglu(dtype: torch.dtype, bound: float, shape: tuple[int, ...]) -> Non
         assert one.dtype == dtype and distance(one, other) < bound
 
 
-def test_swiglu_far_out() -> None:
+def test_swiglu_of_large_numbers() -> None:
     gate = torch.tensor([-1e30, -100.0, -88.5, 0.0, 88.5, 100.0, 1e30, torch.inf, torch.nan])
     found, wanted = swiglu(gate, torch.ones(9)), F.silu(gate)
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-# As tests/kernels/test_triton.py, which tests the Triton kernel.
+# The same checks as of the Triton kernel in tests/kernels/test_triton.py.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("vocabulary", [5, 301, 9001, 128_256])
 def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> None:
@@ -97,7 +97,7 @@ def test_attention(
         strict=True,
     )
     for one, other in ((out, wanted), *gradients):
-        # One key alone: gradients by its query are zero, or rounding.
+        # With a single key, gradients by its query are zero up to rounding.
         assert (one.double() - other.double()).norm() < bound * (other.double().norm() + 1)
 
 
@@ -112,8 +112,8 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_each_time_and_nan_stays_nan(dtype: torch.dtype) -> None:
-    """For whatever number of threads, the same bits of one number; sums of several threads differ by rounding."""
+def test_results_are_deterministic_and_nan_stays_nan(dtype: torch.dtype) -> None:
+    """Elementwise results do not depend on the number of threads; sums do, by rounding."""
 
     def gradients(threads: int, poison: float = 0.0) -> list[Tensor]:
         torch.set_num_threads(threads)
@@ -155,8 +155,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     )
 
 
-def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And a compiler that fails is quoted."""
+def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library is cached; the message of a failing compiler is reported."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = cpu_kernels._built()
     monkeypatch.setenv("CXX", "false")
@@ -171,8 +171,8 @@ def _short(x: Tensor) -> Tensor:
     return x.bfloat16().to(x.dtype)
 
 
-def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a product shows that they would not, and where there is AMX, PyTorch's default stays."""
+def test_fp32_matmuls_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's default stays if a test matmul is inexact, and with AMX."""
     before = torch.get_float32_matmul_precision()
     try:
         taken = cpu_kernels.use_faster_exact_matmul()

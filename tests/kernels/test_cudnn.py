@@ -1,5 +1,7 @@
-"""What is asked of cuDNN, where there is none: the round numbers of its plans, and where documents
-begin. (tests/gpu compares its results with float64.)"""
+"""What is asked of cuDNN: rounded sizes of plans, and offsets of documents. Needs no GPU.
+
+tests/gpu compares the results with float64.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +28,7 @@ from fast_llm.kernels import cudnn
         (139264, 8, 147456),
     ],
 )
-def test_round_numbers(number: int, parts: int, expected: int) -> None:
+def test_round_up(number: int, parts: int, expected: int) -> None:
     assert cudnn.round_up(number, parts) == expected
 
 
@@ -37,7 +39,7 @@ def test_plans_are_few_and_never_too_small() -> None:
         assert len(set(found.values())) <= most
 
 
-def test_documents_that_fill_up_are_empty() -> None:
+def test_padding_documents_are_empty() -> None:
     q, k = torch.empty(9, 4, 16), torch.empty(14, 2, 16)
     ends = (
         torch.tensor([0, 1, 4, 9], dtype=torch.int32),
@@ -47,8 +49,7 @@ def test_documents_that_fill_up_are_empty() -> None:
     assert documents == 4
     assert places["query_lengths"].tolist() == [1, 3, 5, 0]
     assert places["key_lengths"].tolist() == [1, 6, 7, 0]
-    # In numbers, not in tokens: where cuDNN finds each document in q and out, in k and v, and in
-    # the sums.
+    # Offsets count elements, not tokens: in q and out, in k and v, and in the log sums.
     assert places["queries_begin"].tolist() == [n * 4 * 16 for n in (0, 1, 4, 9, 9)]
     assert places["keys_begin"].tolist() == [n * 2 * 16 for n in (0, 1, 7, 14, 14)]
     assert places["sums_begin"].tolist() == [n * 4 for n in (0, 1, 4, 9, 9)]
@@ -59,7 +60,7 @@ def test_documents_that_fill_up_are_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "problem", "told"),
+    ("capability", "problem", "reason"),
     [
         ((8, 0), None, "it has no fast kernels for this GPU"),
         (
@@ -75,11 +76,11 @@ def test_documents_that_fill_up_are_empty() -> None:
         ),
     ],
 )
-def test_why_it_is_not_used(
+def test_why_cudnn_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     problem: Exception | None,
-    told: str,
+    reason: str,
 ) -> None:
     def fails(*_: object) -> None:
         assert problem is not None
@@ -91,17 +92,17 @@ def test_why_it_is_not_used(
     else:
         monkeypatch.setattr(cudnn, "import_module", lambda name: torch)
         monkeypatch.setattr(cudnn, "_check", fails)
-    assert cudnn.load(torch.device("cuda", 0)) == told
+    assert cudnn.load(torch.device("cuda", 0)) == reason
     assert cudnn._Loaded.library is None
 
 
-def test_nothing_is_used_that_was_not_made_ready() -> None:
+def test_unusable_before_it_is_loaded() -> None:
     assert not cudnn.usable(torch.empty(1, 1, 8, dtype=torch.bfloat16))
 
 
 @pytest.fixture
-def played() -> Iterator[None]:
-    """cuDNN's operations on the CPU: plain attention, document by document, takes the library's place."""
+def on_cpu() -> Iterator[None]:
+    """Replace cuDNN's operators by plain attention on the CPU, document by document."""
 
     def parts(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Iterator[tuple[Tensor, ...]]:
         lengths = ends.diff().tolist()
@@ -136,7 +137,7 @@ def played() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("played")
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_with_gradients_and_without(compiled: bool) -> None:
     """Validation runs the same compiled blocks as training, under no_grad."""

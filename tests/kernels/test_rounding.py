@@ -1,4 +1,4 @@
-"""fp32 in two halves, rounding by chance, and numbers in 8 bits."""
+"""Split masters, stochastic rounding, and 8-bit quantization."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from fast_llm.kernels.rounding import (
 KINDS = [torch.int8, torch.uint8]
 
 
-def test_halves_lose_nothing() -> None:
-    """Every pattern of the upper 16 bits with some of the lower ones; infinities too, and all that is not NaN."""
+def test_split_masters_are_exact() -> None:
+    """Every pattern of the upper 16 bits but NaN, with some of the lower ones."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         numbers = ((upper << 16) + lower).view(torch.float32)
@@ -28,14 +28,14 @@ def test_halves_lose_nothing() -> None:
         split_master_(numbers, high, low)
         assert torch.equal(join_master(high, low).view(torch.int32), numbers.view(torch.int32))
         nearest = numbers.to(torch.bfloat16)
-        # Halves go away from zero here, and to even there.
+        # Ties round away from zero here, and to even in PyTorch.
         assert torch.equal(high.view(torch.int16), nearest.view(torch.int16)) == (lower != 0x8000)
         assert ((high.float() - numbers).abs() == (nearest.float() - numbers).abs())[
             nearest.isfinite()
         ].all()
 
 
-def test_by_chance_is_right_on_average() -> None:
+def test_stochastic_rounding_is_right_on_average() -> None:
     numbers = torch.tensor([1.0, 1.001, 1.0039, 3.1e-5, 0.0]).repeat_interleave(40_000)
     sums = torch.zeros_like(numbers, dtype=torch.float64)
     for seed in range(25):
@@ -65,7 +65,7 @@ def wild(count: int, kind: torch.dtype, spread: float = 8.0) -> torch.Tensor:
 def packed(
     numbers: torch.Tensor, kind: torch.dtype, seed: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, tops, and the numbers that they are."""
+    """Quantized numbers, block_absmax, and the dequantized numbers."""
     codes, largest = torch.empty(numbers.shape, dtype=kind), zero_block_absmax(numbers)
     quantize_(numbers, codes, largest, seed)
     return codes, largest, dequantize(codes, largest)
@@ -74,8 +74,10 @@ def packed(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 2**16 + 5])
-def test_what_was_packed_is_packed_again(kind: torch.dtype, seed: int | None, count: int) -> None:
-    """Bit for bit, by way of the bf16 of a checkpoint."""
+def test_quantizing_again_gives_the_same_bytes(
+    kind: torch.dtype, seed: int | None, count: int
+) -> None:
+    """Also from the bf16 numbers of a checkpoint."""
     codes, largest, numbers = packed(wild(count, kind), kind, seed)
     stored = dequantize(codes, largest, torch.bfloat16)
     assert torch.equal(stored.float(), numbers)
@@ -84,15 +86,15 @@ def test_what_was_packed_is_packed_again(kind: torch.dtype, seed: int | None, co
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_code_and_top(kind: torch.dtype) -> None:
-    """Whatever can be in a block: under each top from 0 to that of the largest finite number, each code that is above 0 on the grid."""
+def test_every_quantized_number_and_absmax(kind: torch.dtype) -> None:
+    """For each block_absmax of finite numbers, each quantized number with a level above 0."""
     full = MAX_QUANTIZED[kind]
     for top in range(0x7F8):
         some = torch.arange(min(max(full - top + 1, 1), full), full)
         block = torch.cat(
             [torch.tensor([full if top else 0, 0]), some, -some if kind == torch.int8 else some]
         )
-        # Each block begins with its largest.
+        # Each block begins with its largest number.
         parts = block[1:].split(BLOCK - 1)
         codes = torch.cat([torch.cat([block[:1], part]) for part in parts]).to(kind)
         largest = torch.full((len(parts),), top, dtype=torch.int16)
@@ -102,15 +104,15 @@ def test_every_code_and_top(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_blocks_hold_the_same_numbers(kind: torch.dtype) -> None:
-    """As after another layout has cut a weight elsewhere, where no number is too small for its new block."""
+    """As under another layout, if no number is too small for its new block."""
     numbers = packed(wild(5000, kind, spread=1.0), kind, seed=5)[2]
     for begin, end in ((1, 5000), (37, 4000), (200, 201), (90, 90)):
         assert torch.equal(packed(numbers[begin:end], kind)[2], numbers[begin:end])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_lost(kind: torch.dtype) -> None:
-    """Half of an eighth of a power of two at most; below a block's range, int8 has 0 and uint8 its smallest number."""
+def test_quantization_error(kind: torch.dtype) -> None:
+    """At most 1/16 of a power of two; below a block's range, int8 has 0 and uint8 its smallest."""
     numbers = wild(2**16 + 5, kind)
     codes, _, found = packed(numbers, kind)
     largest = torch.cat([part.abs().max().expand(len(part)) for part in numbers.split(BLOCK)])
@@ -128,7 +130,7 @@ def test_what_is_lost(kind: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_8_bits_by_chance_are_right_on_average(kind: torch.dtype) -> None:
+def test_stochastic_quantization_is_right_on_average(kind: torch.dtype) -> None:
     numbers = torch.tensor([1.0, 1.01, 0.99, 1.12, 3.1e-3, 0.0]).repeat_interleave(128 * 200)
     if kind == torch.int8:
         numbers[::2] *= -1
@@ -143,8 +145,8 @@ def test_8_bits_by_chance_are_right_on_average(kind: torch.dtype) -> None:
     )
 
 
-def test_chances_of_one_place_are_independent() -> None:
-    """A mean and a mean of squares of the same weight are not rounded up together."""
+def test_random_numbers_of_one_place_are_independent() -> None:
+    """The two moments of a weight are rounded independently."""
     numbers = torch.full((100_000,), 1.06)
     first, second = (packed(numbers, kind, seed=1)[2] > 1.06 for kind in KINDS)
     shares = [share.float().mean().item() for share in (first, second, first & second)]

@@ -1,4 +1,6 @@
-"""Our Triton kernels, in Triton's interpreter on the CPU, in a process of their own: the interpreter is chosen at import."""
+"""The Triton kernels in Triton's interpreter on the CPU.
+
+Each check runs in its own process, because the interpreter is chosen at import."""
 
 import os
 import subprocess
@@ -98,7 +100,7 @@ import torch
 from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.norm import _FusedAddRMSNorm
 # The rounding of sums over a row, and over the rows for the weight; fp16: each result is rounded
-# once, by at most 2^-11; bf16: the interpreter cuts off what does not fit, at most 2^-7, where a
+# once, by at most 2^-11; bf16: the interpreter truncates, by at most 2^-7, where a
 # GPU rounds (tests/gpu has its bound).
 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 5e-4)):
     for rows, width in ((1, 5), (40, 33), (7, 576), (3, 4096), (5, 5000)):
@@ -138,9 +140,9 @@ for shape in ((1,), (3, 4096), (41, 333)):
 print("equal")
 """
 
-# Numbers that fp8 has, so that nothing is rounded: the interpreter cuts off where a GPU rounds, and
-# makes numbers of NaN (tests/gpu compares those).
-SHORTEN = """
+# Numbers that fp8 has, so that nothing is rounded: the interpreter truncates where a GPU rounds,
+# and turns NaN into numbers (tests/gpu compares those).
+QUANTIZE_FP8 = """
 import torch
 from fast_llm.kernels import triton as triton_kernels
 for short, largest in ((torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)):
@@ -166,8 +168,8 @@ print("equal")
 
 @pytest.mark.parametrize(
     "check",
-    [CHECK, ADAMW, RMS_NORM, ADD, SHORTEN],
-    ids=["softmax_cross_entropy", "adamw", "rms_norm", "add", "shorten"],
+    [CHECK, ADAMW, RMS_NORM, ADD, QUANTIZE_FP8],
+    ids=["softmax_cross_entropy", "adamw", "rms_norm", "add", "quantize_fp8"],
 )
 def test_in_the_interpreter(check: str) -> None:
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the tests of the model share: our kernels for the CPU, and the same without them."""
+"""Fixtures for tests of the model: with our CPU kernels, and without them."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from tests.helpers import needs_compiler
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a compiler."""
+    """Switch our CPU kernels off, as on a machine without a C++ compiler."""
     monkeypatch.setattr(cpu_kernels._Loaded, "library", None)
     monkeypatch.setattr(cpu_kernels._Loaded, "problem", "switched off by a test")
 
 
-@pytest.fixture(params=[pytest.param("native", marks=needs_compiler), "plain"])
+@pytest.fixture(params=[pytest.param("kernels", marks=needs_compiler), "plain"])
 def ways(request: pytest.FixtureRequest) -> None:
-    """Both, one after the other."""
+    """Run a test with our CPU kernels, and without them."""
     if request.param == "plain":
         request.getfixturevalue("plain")
     else:

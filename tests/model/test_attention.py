@@ -1,4 +1,4 @@
-"""Attention within documents: its numbers, and what it never builds."""
+"""Attention within documents: its results, and the size of its tensors."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def documents(*lengths: int) -> PackedSequences:
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """float64, with the whole mask."""
+    """Attention in float64 with an explicit mask."""
     shape = q.shape
     q, k, v = (x.double().flatten(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -53,7 +53,7 @@ def test_attention_and_its_gradients(
 
 
 class Bytes(torch.autograd.graph.saved_tensors_hooks):
-    """What is kept for the backward pass, in bytes."""
+    """Bytes that are kept for the backward pass."""
 
     def __init__(self) -> None:
         super().__init__(self.pack, lambda tensor: tensor)
@@ -65,7 +65,7 @@ class Bytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made."""
+    """The number of elements of the largest tensor that is created."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,19 +81,18 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_mask_of_the_sequence_squared(dtype: torch.dtype) -> None:
+def test_no_tensor_has_the_size_of_a_mask(dtype: torch.dtype) -> None:
     length = 2048
     q, k, v = (torch.randn(1, length, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     for packed in (documents(*(64,) * 32), documents(length - 700, 700)):
         with Largest() as largest:
             attention(q, k, v, packed, True).sum().backward()
-        # Queries, keys, values and their like hold length × 16 elements; the squared sequence 256
-        # times as many.
+        # Queries, keys and values have length × 16 elements; a mask has 256 times as many.
         assert largest.elements <= 2 * length * 16
 
 
 class Pairs(TorchDispatchMode):
-    """How many pairs of query and key the CPU's kernels are given, and in how many calls."""
+    """How many pairs of query and key PyTorch's CPU kernel gets, and in how many calls."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,7 +106,7 @@ class Pairs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_work_is_that_of_the_documents(plain: None) -> None:
+def test_work_grows_with_the_documents_lengths(plain: None) -> None:
     q = torch.randn(2, 512, 2, 8)
     for lengths in ((512, 512), (100, 412, 512), (64,) * 16):
         with Pairs() as pairs:
@@ -115,7 +114,7 @@ def test_work_is_that_of_the_documents(plain: None) -> None:
         assert pairs.total == 2 * sum(length**2 for length in lengths)
 
 
-def test_equal_neighbours_go_together(plain: None) -> None:
+def test_neighbours_of_equal_length_share_a_call(plain: None) -> None:
     q = torch.randn(1, 512, 2, 8)
     with Pairs() as pairs:
         attention(q, q, q, documents(*(16,) * 16, 256), True)

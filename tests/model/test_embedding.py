@@ -21,13 +21,13 @@ def test_many_occurrences_are_summed_exactly(dtype: torch.dtype, bound: float) -
     wanted = torch.zeros(7, 5, dtype=torch.float64)
     wanted.index_add_(0, tokens.flatten(), cotangent.double().flatten(0, 1))
     assert gradient.dtype == dtype
-    # One rounding; summed in bf16, five hundred numbers of one sign lose a tenth and more.
+    # One rounding. Summed in bf16, 500 numbers of one sign are off by a tenth or more.
     assert (gradient.double() - wanted).norm() < bound * wanted.norm()
     assert not gradient[4:].any()
 
 
-def test_pytorch_still_needs_our_help() -> None:
-    """When this fails, `embed` can go."""
+def test_pytorch_sums_in_the_weights_dtype() -> None:
+    """If this fails, PyTorch sums in fp32 and `embed` is not needed."""
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     F.embedding(torch.zeros(1000, dtype=torch.long), weight).sum().backward()
     assert weight.grad is not None

@@ -1,4 +1,4 @@
-"""Products in fp8 against float64 and against bf16."""
+"""fp8 quantization and linear layers against float64."""
 
 import copy
 
@@ -32,20 +32,20 @@ def test_scales_use_the_whole_range(dtype: torch.dtype, size: float) -> None:
     assert distance(short.double() * scale.double(), x.double()) < (0.03 if dtype == E4M3 else 0.06)
 
 
-def test_zeros_and_what_is_not_finite() -> None:
+def test_zeros_and_nonfinite_numbers() -> None:
     short, scale = quantized(torch.zeros(4, 4, dtype=torch.bfloat16), E4M3)
     assert not short.float().any() and scale > 0
     bad = torch.ones(4, 4, dtype=torch.bfloat16)
     bad[1, 1] = torch.nan
     short, scale = quantized(bad, E4M3)
-    assert (short.float() * scale).isnan().any(), "a step that is not finite must be seen"
+    assert (short.float() * scale).isnan().any(), "NaN must stay visible"
     bad[1, 1] = torch.inf
     short, scale = quantized(bad, E4M3)
     assert not (short.float() * scale).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 64, 96), (1, 48, 32, 16)])
-def test_products(shape: tuple[int, int, int, int]) -> None:
+def test_linear_layers(shape: tuple[int, int, int, int]) -> None:
     batch, length, inner, outer = shape
     torch.manual_seed(0)
     layer = nn.Sequential(Linear(inner, outer), nn.SiLU(), Linear(outer, inner))
@@ -60,5 +60,5 @@ def test_products(shape: tuple[int, int, int, int]) -> None:
     pairs = [outputs, (inputs[0].grad, inputs[1].grad)]
     pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters(), strict=True)]
     for one, other in pairs:
-        # 2.6 % of each factor in e4m3 and 5.2 % in e5m2, of two products in a row.
+        # Rounding errors of 2.6 % (e4m3) and 5.2 % (e5m2) of each operand, in two matmuls.
         assert one is not None and other is not None and 0.01 < distance(one, other) < 0.12

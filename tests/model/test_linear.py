@@ -1,4 +1,4 @@
-"""Products in 16 bits on a processor that has none, and sums of products, against float64."""
+"""Matmuls that run in fp32 on CPUs without 16-bit instructions, or that accumulate."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from tests.model.test_attention import by_hand, documents
 SHORT = [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)]
 
 
-@pytest.fixture(params=["widened", "as it is"])
+@pytest.fixture(params=["upcast", "native"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One without instructions for 16 bits, or with them, or so taken."""
+    """Emulate a CPU without 16-bit instructions, or one with them."""
     torch.manual_seed(0)
     monkeypatch.setattr(
         linear,
         "_UPCAST_DTYPES",
-        () if request.param == "as it is" else (torch.bfloat16, torch.float16),
+        () if request.param == "native" else (torch.bfloat16, torch.float16),
     )
     return str(request.param)
 
@@ -32,7 +32,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-# More columns than are widened at a time, as many, fewer; wide and tall.
+# More columns than are cast at a time, as many, fewer; wide and tall matrices.
 SIZES = [(3, 1500, 7), (5, 1024, 1024), (64, 33, 2049), (1, 1, 1), (1025, 65, 2)]
 
 
@@ -62,7 +62,7 @@ def test_matmul(
 
 @pytest.mark.parametrize(("dtype", "bound"), SHORT)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer(processor: str, dtype: torch.dtype, bound: float, bias: bool) -> None:
+def test_linear_layer(processor: str, dtype: torch.dtype, bound: float, bias: bool) -> None:
     layer = Linear(40, 1100, bias=bias).to(dtype)
     x = torch.randn(2, 33, 40).to(dtype).requires_grad_()
     cotangent = torch.randn(2, 33, 1100).to(dtype)
@@ -84,7 +84,7 @@ def test_a_layer(processor: str, dtype: torch.dtype, bound: float, bias: bool) -
         )  # PyTorch's own sum of 66 biases is not fp32
 
 
-def test_nothing_is_made_that_nobody_wants(processor: str) -> None:
+def test_only_needed_gradients_are_computed(processor: str) -> None:
     layer = Linear(8, 8).bfloat16()
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     layer(x).sum().backward()
@@ -123,7 +123,7 @@ def test_head(processor: str, implementation: str) -> None:
         assert distance(one, other) < 1e-2  # logits are rounded to bf16
 
 
-def test_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     layer, x = (

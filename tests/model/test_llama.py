@@ -1,4 +1,4 @@
-"""The model against transformers, which is the referee."""
+"""The model against transformers: logits, loss and gradients."""
 
 import random
 
@@ -16,7 +16,7 @@ from fast_llm.models.llama import architecture, shapes
 
 
 def random_llama(seed: int) -> LlamaForCausalLM:
-    """A transformers Llama of random shape: heads, groups, tied, biases, scaled rotary angles, odd sizes."""
+    """A transformers Llama with random sizes, biases, rotary scaling and tying."""
     choose = random.Random(seed)
     groups = choose.choice([1, 2, 3])
     heads = groups * choose.choice([1, 2, 3])
@@ -106,7 +106,7 @@ def test_logits_loss_and_gradients_equal_transformers(seed: int, cross_entropy: 
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes(model.config)
 
 
-def test_packed_documents_equal_each_alone() -> None:
+def test_packed_documents_equal_single_ones() -> None:
     model = ours(random_llama(1))
     lengths = (1, 7, 1, 30, 11, 14)
     tokens = torch.randint(61, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -120,7 +120,7 @@ def test_packed_documents_equal_each_alone() -> None:
         model(part[None], torch.arange(len(part))[None])[0]
         for part in tokens.flatten().split(list(lengths))
     ]
-    # The same sums, in blocks of other sizes.
+    # The same sums in another order.
     assert distance(packed, torch.cat(alone)) < 1e-6
     assert distance(model(tokens, torch.arange(32).expand(2, 32)).flatten(0, 1), packed) > 1e-2
 

@@ -78,8 +78,8 @@ def test_fused_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.elements == 64 * 1000
 
 
-def test_the_length_of_a_stretch() -> None:
-    """A few tokens are cut as well: all their logits never exist at once."""
+def test_the_length_of_a_chunk() -> None:
+    """Even a few tokens are divided: all their logits never exist at once."""
     assert chunk_length("cpu", 7, 100, None) == 4
     assert chunk_length("cpu", 8192, 128256, None) == 2**25 // 128256
     assert chunk_length("cuda", 16384, 128256, None) == 2**29 // 128256
@@ -88,8 +88,8 @@ def test_the_length_of_a_stretch() -> None:
 
 
 def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In bf16, and as where a processor has it: PyTorch's counter does not know the product that
-    # adds to its output, which fp32 takes.
+    # In bf16, on a CPU with bf16 instructions: PyTorch's counter does not count addmm with `out`,
+    # which fp32 uses.
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", ())
     hidden, weight = torch.randn(40, 8).bfloat16(), torch.randn(100, 8).bfloat16()
     labels = torch.randint(100, (40,))
@@ -102,12 +102,12 @@ def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = hidden.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])
         with FlopCounterMode(display=False) as counter:
             cross_entropy(*inputs, labels, "fused", 4)
-        # One product of 10 × 8 × 100 for each stretch and each thing asked for.
+        # One matmul of 10 × 8 × 100 for each chunk and each result.
         assert counter.get_total_flops() == expected * 2 * 10 * 8 * 100
 
 
-def test_gradients_are_not_kept() -> None:
-    """Whoever keeps the loss of each micro-batch shall not keep a gradient of the head for each of them."""
+def test_gradients_are_freed_with_the_backward_pass() -> None:
+    """A loss that is kept does not keep the gradient of the head."""
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss = cross_entropy(hidden, weight, torch.randint(50, (9,)), "fused", None)
     torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
@@ -118,7 +118,7 @@ def test_gradients_are_not_kept() -> None:
         torch.autograd.grad(loss, (hidden, weight))
 
 
-def test_the_gradient_of_the_head_does_not_round_with_each_stretch() -> None:
+def test_the_gradient_of_the_head_is_rounded_once() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(512, 16, generator=generator).abs().bfloat16()
     weight = torch.randn(8, 16, generator=generator).mul(0.1).bfloat16().requires_grad_()
@@ -127,12 +127,11 @@ def test_the_gradient_of_the_head_does_not_round_with_each_stretch() -> None:
     expected = F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum")
     (wanted,) = torch.autograd.grad(expected, exact)
     (found,) = torch.autograd.grad(cross_entropy(hidden, weight, labels, "fused", 512), weight)
-    # Summed in bf16, 512 stretches of one token lose 3 %; the parts alone are rounded to 0.2 %
-    # each.
+    # Summed in bf16, 512 chunks of one token are off by 3 %; each alone is rounded to 0.2 %.
     assert (found.double() - wanted).norm() < 5e-3 * wanted.norm()
 
 
-def test_which_implementation_is_chosen() -> None:
+def test_choose_cross_entropy() -> None:
     assert choose_cross_entropy("auto", "cpu", True) == "fused"
     assert choose_cross_entropy("torch", "cpu", True) == "torch"
     assert choose_cross_entropy("auto", "cuda", False) == "fused"

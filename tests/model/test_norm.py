@@ -47,7 +47,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.usefixtures("ways")
-def test_little_is_kept_for_the_backward_pass() -> None:
+def test_only_x_and_one_number_a_token_are_kept() -> None:
     x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(256, dtype=torch.bfloat16, requires_grad=True)
     kept = Bytes()

@@ -1,4 +1,4 @@
-"""Rotary positions against transformers'."""
+"""Rotary positions against those of transformers."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_angles_equal_transformers(
     cos, sin = rotary_angles(positions, config, head_dim)
     wanted_cos, wanted_sin = theirs(torch.zeros(1), positions)
     assert cos.dtype == torch.float32
-    # The same roundings, and cos and sin to the last bit.
+    # The same roundings: cos and sin are equal to the last bit.
     assert (cos[:, :, 0] - wanted_cos).abs().max() < 1e-6
     assert (sin[:, :, 0, head_dim // 2 :] - wanted_sin[..., head_dim // 2 :]).abs().max() < 1e-6
     q = torch.randn(1, 6, 3, head_dim)
@@ -55,7 +55,7 @@ def test_angles_equal_transformers(
     assert (rotate(q, cos, sin) - wanted.transpose(1, 2)).abs().max() < 1e-6
 
 
-def test_llama_3_stretches_low_frequencies_alone() -> None:
+def test_llama_3_scales_low_frequencies_only() -> None:
     plain, stretched = frequencies(RotaryConfig(theta=500000), 128), frequencies(LLAMA_3, 128)
     assert torch.equal(stretched[:29], plain[:29])  # wavelengths below 8192 / 4
     assert torch.equal(stretched[35:], plain[35:] / 8)  # above 8192
@@ -64,12 +64,12 @@ def test_llama_3_stretches_low_frequencies_alone() -> None:
 
 
 @pytest.mark.usefixtures("ways")
-def test_gradient_turns_back() -> None:
+def test_gradient_rotates_back() -> None:
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64).float().requires_grad_()
     cos, sin = rotary_angles(torch.arange(5).expand(2, 5), RotaryConfig(), 8)
     cotangent = torch.randn_like(x)
     (found,) = torch.autograd.grad(rotate(x, cos, sin), x, cotangent)
-    # Turning is orthogonal: turned again, the gradient is what came in.
+    # Rotation is orthogonal: rotated again, the gradient is the incoming one.
     assert (rotate(found, cos, sin) - cotangent).abs().max() < 1e-6
     (wanted,) = torch.autograd.grad(
         x * cos + torch.cat(x.chunk(2, -1)[::-1], -1) * sin, x, cotangent
