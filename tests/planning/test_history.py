@@ -398,7 +398,7 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
     assert sorted(drawn) == [left[40 * i : 40 * i + 40] for i in range(9)]
     (epochs,) = data.epochs("training", 14)
     assert epochs[1] == 1.0
-    with pytest.raises(IndexError, match="of an earlier order"):
+    with pytest.raises(IndexError, match="belongs to an earlier order"):
         data.read("training", 4)
 
 
