@@ -303,7 +303,7 @@ class ProcessMemory:
         if not self.keeps_gathered:
             prefetches = s.layout.shards > 1 and done < s.layers - 1
             gathered += block * s.dtype_bytes if s.sharded and prefetches else 0
-        elif not self.stays_gathered and s.sharded:
+        elif not self.stays_gathered:
             gathered -= block * s.dtype_bytes * done
         return self.constant | {
             "gradients": self.accumulated + fresh + self.reduced_head_gradient,

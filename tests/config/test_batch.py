@@ -1,4 +1,4 @@
-"""The arithmetic of a batch, and its messages in numbers."""
+"""Sizes of a batch, and messages about sizes that contradict each other."""
 
 from typing import Any
 
@@ -88,26 +88,27 @@ def test_pipelines_take_some_micro_batches_at_a_time(
         (
             8,
             {"size": 4, "micro": 2},
-            "batch.batch_size: batch_size 4 / micro_batch_size 2 = 2 micro-batches for 8 processes: 6 would have nothing to"
-            " do; raise it, lower micro_batch_size or start fewer",
+            "batch.batch_size: batch_size 4 / micro_batch_size 2 = 2 micro-batches for 8"
+            " processes: 6 would have nothing to do; raise it, lower micro_batch_size or start"
+            " fewer",
         ),
         (
             4,
             {"size": 40, "micro": 2, "depth": 6},
-            "batch.depth_first_micro_batches: given 6, but batch_size 40 / (micro_batch_size 2 × 4 processes) = 5;"
-            " leave it out",
+            "batch.depth_first_micro_batches: given 6, but batch_size 40 / (micro_batch_size 2 × 4"
+            " processes) = 5; leave it out",
         ),
         (
             4,
             {"size": 40, "micro": 2, "sequential": 6},
-            "batch.sequential_micro_batches: given 6, but batch_size 40 / (micro_batch_size 2 × 4 processes) = 5;"
-            " leave it out",
+            "batch.sequential_micro_batches: given 6, but batch_size 40 / (micro_batch_size 2 × 4"
+            " processes) = 5; leave it out",
         ),
         (
             1,
             {"depth": 2, "breadth": 1, "sequential": 3},
-            "batch.sequential_micro_batches: given 3, must be depth_first_micro_batches 2 × breadth_first_micro_batches"
-            " 1 = 2; leave it out",
+            "batch.sequential_micro_batches: given 3, must be depth_first_micro_batches 2 ×"
+            " breadth_first_micro_batches 1 = 2; leave it out",
         ),
     ],
 )
@@ -127,13 +128,11 @@ number = st.integers(1, 12)
         {}, optional=dict.fromkeys(("size", "micro", "depth", "sequential"), number)
     ),
 )
-def test_sizes_multiply_out_and_keeps_what_was_given(
-    processes: int, values: dict[str, int]
-) -> None:
+def test_sizes_multiply_out_and_keep_what_was_given(processes: int, values: dict[str, int]) -> None:
     try:
         found = sizes(processes, **values)
     except ConfigError as error:
-        # Then nothing fits: a process has nothing to do, or the number of micro-batches follows and is another.
+        # A process would have nothing to do, or the given number of micro-batches is wrong.
         assert len(error.problems) == 1
         size, micro = values.get("size"), values.get("micro", 1)
         many = {values[name] for name in ("depth", "sequential") if name in values}

@@ -1,4 +1,7 @@
-"""Runs whose settings change by consent, and runs of earlier versions: no token of an epoch is repeated or skipped."""
+"""Runs whose settings change by consent, and runs of version 0.1.
+
+No token of an epoch is repeated or skipped.
+"""
 
 import json
 import shutil
@@ -76,7 +79,8 @@ def test_a_run_of_version_0_1_continues_as_it_would_have(old: Path) -> None:
     assert read_by("run", range(1, 21)) == expected["order"]
     for phase in ("training", "validation"):
         then = {int(step): loss for step, loss in expected["losses"][phase].items()}
-        # fp32: another processor sums in another order, 6e-8 an addition; twenty updates of Adam magnify it.
+        # fp32: another processor sums in another order, 6e-8 an addition; twenty updates of Adam
+        # magnify it.
         assert losses(old / "run", phase) == pytest.approx(then, rel=1e-4), phase
     assert records(old / "run")[20]["consumed_samples"] == 80
     assert records(old / "run")[20]["consumed_tokens"] == 80 * 16
@@ -112,7 +116,7 @@ def test_a_batch_size_that_version_0_1_changed(
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
 @pytest.mark.parametrize("change", [0, 1, 4, 7, 9])
 def test_when_a_batch_size_changed(every: int, change: int) -> None:
-    """Whatever was logged, with data that was passed over before and after."""
+    """Whatever was logged, with data that was skipped before and after."""
     skipped_ranges = [
         {"after": 2, "spike": 3, "sequences": 6},
         {"after": 8, "spike": 9, "sequences": 10},
@@ -195,7 +199,10 @@ def test_any_history_uses_each_target_once_an_epoch(
         chosen = chosen[::-1] if change["swap"] else chosen
         config = TrainConfig(
             data=DataConfig(path=[item for pair in chosen for item in pair], split=[1]),
-            batch={"sequence_length": change["length"], "batch_size": change["batch"]},  # type: ignore[arg-type]
+            batch={  # type: ignore[arg-type]
+                "sequence_length": change["length"],
+                "batch_size": change["batch"],
+            },
             model={"distributed": {"seed": change["seed"]}},  # type: ignore[arg-type]
         )
         data = open_dataset(config.data, change["length"], change["seed"], 2**31)
@@ -226,7 +233,8 @@ def test_any_history_uses_each_target_once_an_epoch(
         assert len(set(targets)) == len(targets)
         total = sum(documents[place]) - 1
         if (place, epoch + 1) in used:
-            # What is left out at the end of an epoch is shorter than a sequence, of the length before or after it.
+            # What is left out at the end of an epoch is shorter than a sequence, of the length
+            # before or after it.
             longest = max(length_at_end[place, epoch], length_at_begin[place, epoch + 1])
             assert total - len(targets) < longest
     for place, epoch in used:
@@ -303,7 +311,7 @@ LIFE = [  # settings, and what of them needs consent
 ]
 
 
-def test_a_life_with_changes(
+def test_a_run_with_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real runs: what they read, what `why` says of it afterwards, and what metrics count."""
@@ -402,13 +410,14 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
         data.read("training", 4)
 
 
-def test_batches_that_changed_and_a_run_that_goes_back() -> None:
+def test_batch_sizes_that_changed_before_a_rewind() -> None:
     source = SourceState(name="a", digest="a", key=0)
     order = DataOrder(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
     history = History(batches=[BatchSizeEntry(after=0, index=0, batch_size=8)], orders=[order])
     history = history.with_batches(6, 48, 4)  # a start with other batches
     assert [history.first_sequence(step, []) for step in (1, 6, 7, 9)] == [0, 40, 48, 56]
-    # A spike at step 8, at 56 sequences: back to the checkpoint of step 6, or where that is damaged to that of step 3.
+    # A spike at step 8, at 56 sequences: back to the checkpoint of step 6, or where that is damaged
+    # to that of step 3.
     again = history.with_batches(6, 48, 4)
     assert again == history
     passed = [{"after": 6, "spike": 8, "sequences": 8}]
@@ -433,7 +442,7 @@ OLD_CHANGES = [
 def test_a_run_of_version_0_1_changes_by_consent(
     old: Path, gone: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its sources go on from what they had given, also where one of them was deleted."""
+    """Its sources continue where they were, also if one of them was deleted."""
     how = ["data.path=[1,a.json,1,b.json]", "batch.sequence_length=8"]
     if gone:
         (old / "b.json").unlink()
@@ -493,7 +502,7 @@ def test_a_history_that_no_run_wrote() -> None:
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool) -> None:
-    """A joint makes no false label and loses no true one; attention and positions begin anew there."""
+    """Joined sequences keep all true labels, get no false ones, and restart attention and positions."""
     path = numbered(tmp_path / "a", [7] * 60, 0)
     config = TrainConfig(
         data=DataConfig(path=[path], split=[1]), batch=BatchConfig(sequence_length=8, batch_size=4)

@@ -41,8 +41,8 @@ MODEL = [
 FP32, BF16 = "model.distributed.training_dtype=fp32", "model.distributed.training_dtype=bf16"
 WIDENS = linear.upcast_to_fp32(
     torch.empty(0, dtype=torch.bfloat16)
-)  # this processor has no products in bf16
-# What is made of other operations, in Python: these are counted, too.
+)  # this processor has no matmuls in bf16
+# Our operators that consist of other operations: those are counted, too.
 COMPOSED: dict[Any, Any] = {
     torch.ops.fast_llm.matmul.default: linear.matmul,
     torch.ops.fast_llm.quantize_fp8.default: fp8.quantize_fp8,
@@ -51,7 +51,10 @@ COMPOSED: dict[Any, Any] = {
 
 
 class Meter(TorchDispatchMode):
-    """The most bytes that tensors had at any operation. (PyTorch's profiler does not see what gloo's threads free.)"""
+    """The most bytes that tensors had at any operation.
+
+    PyTorch's profiler does not see what gloo's threads free.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -114,8 +117,8 @@ WIDE = [
     f"model.base_model.transformer.{size}"
     for size in ("num_layers=1", "hidden_size=256", "ffn_hidden_size=4096")
 ]
-# Without products in bf16 these have their peak where a gradient is made: that of down's weight, the same, that of gate's weight, of
-# down's input, of the head.
+# Without matmuls in bf16 these have their peak where a gradient is computed: that of down's weight,
+# the same, that of gate's weight, of down's input, of the head.
 IN_PRODUCTS = [
     [BF16, SMALL],
     [BF16, SMALL, f"{LEVEL}=selective"],
@@ -144,17 +147,18 @@ def every(several: list[list[str]], widens: bool) -> list[int]:
 @slow
 @pytest.mark.parametrize("widens", sorted({WIDENS, True}))
 def test_memory_of_one_process(widens: bool) -> None:
-    """Every tensor is known: what is left are scalars. As this processor makes products, and as one without bf16 does."""
+    """Every tensor is counted; only scalars are not. Matmuls are in bf16, and upcast to fp32."""
     several = ALONE + IN_PRODUCTS if widens else ALONE
     (found,) = spawn(1, every, several, widens)
     for settings, peak in zip(several, found, strict=True):
-        # Found: 0.0002 % in bf16, 0.016 % in fp32 (4 kB, numbers for each token of a stretch), with any seed and number of threads.
+        # Found: 0.0002 % in bf16, 0.016 % in fp32 (4 kB, numbers for each token of a chunk), with
+        # any seed and number of threads.
         assert peaks(settings, 1, widens)[0] == pytest.approx(peak, rel=0.002), settings
 
 
 @slow
 def test_memory_of_fp8_within_a_block() -> None:
-    """Where the peak is where a gradient is made: a little too much (found: 1 to 6 %), never too little."""
+    """With the peak in a block's backward pass: 1 to 6 % too much, never too little."""
     small = [BF16, "model.distributed.fp8=yes", SMALL]
     several = [
         small,
@@ -194,7 +198,7 @@ def test_memory_of_two_processes(settings: list[str], bound: float) -> None:
 
 
 def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a CPU without products in what is computed in holds them in fp32: not in fp32, and not a GPU beside it."""
+    """Only a CPU without matmuls in the compute dtype upcasts; fp32 and GPUs do not."""
     bf16, fp32 = config([BF16]), config([FP32])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))

@@ -1,4 +1,4 @@
-"""What the plan says before the first step: what will be saved, what it takes on disk, what is probably not meant."""
+"""Warnings before the first step: what is not saved, long sequences, a disk that will be full."""
 
 import shutil
 from pathlib import Path
@@ -30,17 +30,20 @@ SAVES = ["training.checkpoint.interval=5", "training.export.interval=5"]
     [
         (
             [],
-            "Nothing that is trained will be saved: set training.checkpoint.interval (training state,"
-            " also after the last step) or training.export.interval (a Hugging Face model, also after the last step)",
+            "Nothing that is trained will be saved: set training.checkpoint.interval (training"
+            " state, also after the last step) or training.export.interval (a Hugging Face model,"
+            " also after the last step)",
         ),
         (
             ["run.experiment_dir=null"],
-            "Nothing will be saved: set run.experiment_dir, and training.checkpoint.interval (training state, also"
-            " after the last step) or training.export.interval (a Hugging Face model, also after the last step)",
+            "Nothing will be saved: set run.experiment_dir, and training.checkpoint.interval"
+            " (training state, also after the last step) or training.export.interval (a Hugging"
+            " Face model, also after the last step)",
         ),
         (
             ["training.export.interval=5"],
-            "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to save its state",
+            "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to"
+            " save its state",
         ),
         (["training.checkpoint.interval=5"], None),
         (SAVES, None),
@@ -61,7 +64,7 @@ def test_what_will_not_be_saved(
     assert said.count(f"{expected}.") == 1 and said.index(expected) < said.index("step 1/1  loss ")
 
 
-def test_nothing_is_trained_and_nothing_said(tokens: Path) -> None:
+def test_no_warning_if_nothing_is_trained(tokens: Path) -> None:
     measure = ["training.validation.interval=1", "training.validation.iterations=1"]
     assert warnings(tokens, "training.train_iters=0", *measure) == []
 
@@ -73,14 +76,17 @@ def test_sequences_longer_than_the_model_was_made_for(
     arguments = settings(tokens, "training.train_iters=1", *SAVES, f"{most}=20")
     assert cli.main(["train", "--validate", *arguments]) == 0
     assert capsys.readouterr().out.endswith(
-        f"Warning       override batch.sequence_length=24: batch.sequence_length: given 24, above {most}, 20: positions from 20"
-        " on are new to the model, and other programs may refuse them. Lower it, or raise the other.\n"
+        "Warning       override batch.sequence_length=24: batch.sequence_length: given 24, above"
+        f" {most}, 20: positions from 20"
+        " on are new to the model, and other programs may refuse them. Lower it, or raise the"
+        " other.\n"
     )
     assert warnings(tokens, "training.train_iters=1", *SAVES, f"{most}=24") == []
     (tokens / "model").mkdir()
     (tokens / "model" / "config.json").write_text(
-        '{"model_type": "llama", "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "vocab_size": 128,'
-        ' "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "head_dim": 10}'
+        '{"model_type": "llama", "hidden_size": 40, "intermediate_size": 52, "vocab_size": 128,'
+        ' "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,'
+        ' "max_position_embeddings": 16, "head_dim": 10}'
     )
     shape = [
         "pretrained.path=model",
@@ -116,13 +122,14 @@ def test_a_disk_that_will_be_full(
     disk(monkeypatch, needed - 1)
     (said,) = warnings(tokens, *more)
     assert said == (
-        f"override run.experiment_dir={tokens}/run: run.experiment_dir: the disk will be full before this run ends: it keeps 4"
-        " more checkpoints of 329 kB and 4 more exports of 110 kB, 1.75 MB at most, and 1.75 MB are free. Lower"
-        " training.checkpoint.keep or set training.export.keep, raise the intervals, or make room"
+        f"override run.experiment_dir={tokens}/run: run.experiment_dir: the disk will be full"
+        " before this run ends: it keeps 4 more checkpoints of 329 kB and 4 more exports of 110 kB,"
+        " 1.75 MB at most, and 1.75 MB are free. Lower training.checkpoint.keep or set"
+        " training.export.keep, raise the intervals, or make room"
     )
     assert cli.main(["train", "--validate", *settings(tokens, *more)]) == 0
     assert "this run takes 1.75 MB at most" in capsys.readouterr().out
-    # What is there counts as there, and what is replaced makes room.
+    # Existing checkpoints are not counted again, and deleted ones make room.
     disk(monkeypatch, 10**12)
     assert run(settings(tokens, *more, "training.train_iters=10")) == 0
     disk(monkeypatch, state + 2 * export)
@@ -133,12 +140,12 @@ def test_a_disk_that_will_be_full(
     disk(monkeypatch, state + export - 1)
     assert cli.main(["train", "--validate", *settings(tokens, *more)]) == 2
     assert "a checkpoint and an export need 438 kB, but" in capsys.readouterr().err
-    # A run that is done needs nothing.
+    # A complete run needs no space.
     disk(monkeypatch, 10)
     assert warnings(tokens, *more, "training.train_iters=10") == []
 
 
-def test_a_run_of_a_quadrillion_steps_is_planned_at_once(tokens: Path) -> None:
+def test_a_run_of_a_quadrillion_steps_is_checked_at_once(tokens: Path) -> None:
     (said,) = warnings(
         tokens,
         "training.train_iters=1_000_000_000_000_000",

@@ -16,9 +16,10 @@ def test_plan_needs_no_weights(
     model = tmp_path / "fast-llm-tutorial" / "pretrained-model"
     model.mkdir(parents=True)
     (model / "config.json").write_text(
-        """{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
-        "rope_theta": 5e5, "tie_word_embeddings": false, "hidden_act": "silu", "max_position_embeddings": 131072}"""
+        """{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+        "tie_word_embeddings": false, "hidden_act": "silu", "max_position_embeddings": 131072}"""
     )
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "--config", str(RECIPE), "--gpus", "16", "--device", "h200"]) == 0

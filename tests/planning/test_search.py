@@ -9,7 +9,7 @@ from fast_llm.planning.search import fastest_layouts, forecast_config, resolve_a
 from tests.planning.configs import LEVEL, LLAMA, config
 
 
-def test_the_best_fit_and_keep_the_laws() -> None:
+def test_the_fastest_layouts_fit_and_keep_all_constraints() -> None:
     for processes in (1, 8, 48, 1024):
         for choice, one in fastest_layouts(config(LLAMA), processes, DEVICES["h100"]):
             settings = [
@@ -26,10 +26,10 @@ def test_the_best_fit_and_keep_the_laws() -> None:
     )
 
 
-def settled(
+def resolved(
     memory: float, *settings: str, processes: int = 1, kind: str = "cuda"
 ) -> tuple[object, str, str]:
-    """What is decided, which fits."""
+    """Micro-batch size (None if it does not fit), recomputation and dtype of moments."""
     auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
     found = resolve_auto(config([*LLAMA, *auto, *settings]), processes, memory, kind)
     shape = Workload.of(found, 256)
@@ -38,31 +38,35 @@ def settled(
     return (found.batch.micro_batch_size if fits else None), level, found.optimizer.moments_dtype
 
 
-def test_what_is_auto() -> None:
-    """Llama-3.1-8B: 12 bytes a weight do not fit 80 GB; on 8 GPUs there is room for fp32 moments and larger micro-batches."""
+def test_what_auto_becomes() -> None:
+    """Llama-3.1-8B: 12 bytes a weight do not fit 80 GB.
+
+    8 GPUs have room for fp32 moments and larger micro-batches.
+    """
     h100, h200, b200 = (DEVICES[name].memory for name in ("h100", "h200", "b200"))
-    assert settled(h100)[::2] == (None, "bf16")
-    rows, level, moments = settled(h200)
+    assert resolved(h100)[::2] == (None, "bf16")
+    rows, level, moments = resolved(h200)
     assert rows in (1, 2) and level in ("none", "activation", "selective") and moments == "bf16"
-    rows, level, moments = settled(h200, "optimizer.moments_dtype=fp32")
+    rows, level, moments = resolved(h200, "optimizer.moments_dtype=fp32")
     assert (
         rows and level in ("full", "block") and moments == "fp32"
-    )  # as asked for: blocks are computed again instead
-    assert settled(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (
+    )  # as given: blocks are recomputed instead
+    assert resolved(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (
         2,
         "activation",
         "bf16",
     )
-    # Nobody gets 8 bits who did not ask for them; who does has room for twice the tokens, or for fp8's and long sequences' needs.
-    rows, level, moments = settled(h200, "optimizer.moments_dtype=int8")
+    # 8-bit moments are never chosen by `auto`; they leave room for twice the tokens, or for fp8 and
+    # long sequences.
+    rows, level, moments = resolved(h200, "optimizer.moments_dtype=int8")
     assert rows and level not in ("full", "block") and moments == "int8"
     eight = config([*LLAMA, "optimizer.moments_dtype=int8"])
     state = ProcessMemory(LocalSizes(Workload.of(eight, 256), ParallelLayout.of(eight, 1), "cuda"))
     assert sum(state.state.values()) + state.accumulated == pytest.approx(10.03 * 8.03e9, rel=1e-3)
-    assert settled(b200)[::2] == (2, "fp32")
-    rows, level, moments = settled(h100, processes=8)
+    assert resolved(b200)[::2] == (2, "fp32")
+    rows, level, moments = resolved(h100, processes=8)
     assert rows in (2, 4) and moments == "fp32" and level not in ("full", "block")
-    assert settled(h200, "batch.micro_batch_size=2", "batch.batch_size=255", processes=8)[::2] == (
+    assert resolved(h200, "batch.micro_batch_size=2", "batch.batch_size=255", processes=8)[::2] == (
         2,
         "fp32",
     )  # padded
@@ -73,6 +77,6 @@ def test_what_is_auto() -> None:
         rates.append(forecast_config(found, 8, DEVICES["h100"]).gpu_tokens_per_second)
     assert rates == sorted(rates) and rates[0] < rates[-1]
     small = "model.base_model.transformer.num_layers=1"
-    assert settled(40e9, small, kind="cpu")[2] == "fp32" and settled(40e9, small, kind="cpu")[
+    assert resolved(40e9, small, kind="cpu")[2] == "fp32" and resolved(40e9, small, kind="cpu")[
         0
     ] in (1, 2, 4, 8, 16)

@@ -1,4 +1,4 @@
-"""Time: parts of a step in the right order, speeds measured on an H200, and the tables of the guide."""
+"""Time: forecasts in the right order, speeds measured on an H200, and the guide's tables."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def rate(*settings: str, processes: int = 8, device: str = "h100") -> float:
 
 
 def test_time() -> None:
-    """No number is right by itself; these have to stand in the right order."""
+    """Forecasts of different layouts are in the right order."""
     assert rate(device="a100") < rate(device="h100") < rate(device="h200") < rate(device="b200")
     assert rate("model.multi_stage.compile_all=yes") > rate()
     levels = [
@@ -35,7 +35,7 @@ def test_time() -> None:
     assert rate(processes=16) > rate("model.multi_stage.zero_stage=3", processes=128)
     pipeline = "model.distributed.pipeline_parallel=4"
     few, many = (rate(pipeline, f"batch.batch_size={size}", processes=8) for size in (32, 256))
-    assert few < many  # a filling that is longer is idle less
+    assert few < many  # a longer filling has a smaller bubble
     interleaved = [pipeline, "model.multi_stage.layers_per_stage=4", "batch.batch_size=32"]
     assert few < rate(*interleaved, processes=8)
     zero_bubble = "model.multi_stage.pipeline_schedule=interleaved_zero_bubble"
@@ -47,7 +47,7 @@ def test_time() -> None:
 
 
 def test_measured_on_an_h200() -> None:
-    """docs/performance.md: eight blocks of Llama-3.1-8B on one H200, and their memory before the head's gradients were freed."""
+    """docs/performance.md: eight blocks of Llama-3.1-8B, and all of it, on one H200."""
     blocks = [
         "model.base_model.transformer.num_layers=8",
         "batch.batch_size=8",
@@ -68,7 +68,7 @@ def test_measured_on_an_h200() -> None:
             128.5,
             11_392,
             0.04,
-        ),  # what the compiler keeps by itself is less
+        ),  # the compiler keeps less
     ):
         found = forecast_config(config([*LLAMA, *whole, *settings]), 1, DEVICES["h200"])
         assert found.peak.bytes / 2**30 == pytest.approx(gib, rel=bound)
@@ -76,7 +76,7 @@ def test_measured_on_an_h200() -> None:
 
 
 def test_the_tables_of_the_guide() -> None:
-    """They are what the benchmark prints."""
+    """The guide has what the benchmark prints."""
     said = subprocess.run(
         [sys.executable, "benchmarks/forecast.py"],
         cwd=ROOT,

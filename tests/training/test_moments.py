@@ -1,4 +1,7 @@
-"""Training with moments of fewer bits: checkpoints that any layout and any dtype reads. (Their curves are in test_curves.py.)"""
+"""Training with low-precision moments: any layout and any dtype reads their checkpoints.
+
+Loss curves are in test_curves.py.
+"""
 
 from pathlib import Path
 from shutil import copytree
@@ -31,7 +34,10 @@ def arguments(root: Path, name: str, steps: int, moments: str, *further: str) ->
 
 
 def test_any_layout_reads_the_same_moments(tmp_path: Path) -> None:
-    """Blocks begin elsewhere in a shard than in a whole weight; the numbers are the same, and codes and tops are once they were read."""
+    """A shard's blocks of 8-bit moments start elsewhere than an unsharded weight's.
+
+    The values are the same, and quantized values and scales once they were read.
+    """
     write_tokens(tmp_path / "tokens", 400)
     given = arguments(tmp_path, "sharded", 4, "int8", "model.multi_stage.zero_stage=3")
     assert spawn(3, run, given) == [0, 0, 0]
@@ -68,7 +74,7 @@ def test_any_layout_reads_the_same_moments(tmp_path: Path) -> None:
                 )
 
 
-def test_runs_go_on_with_other_moments(tmp_path: Path) -> None:
+def test_runs_resume_with_other_moments(tmp_path: Path) -> None:
     """From each dtype to each other, and to another layout."""
     write_tokens(tmp_path / "tokens", 400)
     begun = [arguments(tmp_path, moments, 4, moments) for moments in DTYPES]
