@@ -139,4 +139,4 @@ def test_a_further_validation_set_without_targets(some: Path) -> None:
     assert run(arguments) == 0
     (last,) = [record for step, record in records(some / "run", "validation").items() if step == 1]
     assert last["single_loss"] is None and last["language_model_loss"] > 1
-    assert "single loss: no target tokens" in log(some / "run")
+    assert "validation of single: no target tokens" in log(some / "run")
