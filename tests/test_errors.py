@@ -647,7 +647,7 @@ def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told(
         capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]"
     ) == [
-        f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model can not"
+        f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model cannot"
         " change its shape"
     ]
 

@@ -150,7 +150,7 @@ def test_what_may_change_on_resume_and_what_may_not(
     )
     assert "batch.batch_size: given 4" in text and "run.accept_changes=[batch.batch_size]" in text
     assert "model.distributed.seed: given 7" in text
-    assert "a model can not change its shape" in text
+    assert "a model cannot change its shape" in text
     assert "training.train_iters: given 1" in problems(arguments("training.train_iters=1"))
     capsys.readouterr()
     consent = "run.accept_changes=[batch.batch_size]"
