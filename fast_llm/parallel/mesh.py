@@ -1,20 +1,22 @@
-"""The processes of a run, their device, and what they say to one another outside the model.
+"""The processes of a run, their devices, their place in each kind of parallelism, and simple collectives.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK; without it there is one process and no process group at all.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. Without it there is one process, and no process group.
 
-Every process has a place on four axes. From neighbours to strangers:
+Every process has a place on four axes, the innermost first:
 
 tensor      each matrix is cut over it
 context     each sequence is cut over it
-data        the batch is dealt over it
+data        the batch is split over it
 pipeline    the layers are divided over it
 
-Training state is sharded over context × data, which is cut once more: `shard` neighbours hold it between them, and
-`copies` groups of these hold the same.
+Training state is sharded over context × data. These processes are split once more: `shard` neighbours
+hold the state between them, and `copies` such groups hold the same state (hybrid sharding).
 
-Three groups of all processes exist: the default one, whose timeout (`model.distributed.timeout`) catches a lost
-process within a step; a patient one (`training.timeout`) for what takes long on one process while the others
-wait: exports, reading weights; and one as patient for checkpoints, which a thread writes while training goes on.
+There are three groups of all processes:
+
+default             a collective that waits longer than `model.distributed.timeout` ends the run
+slow_group          waits `training.timeout`: exports, reading weights, where others wait for one process
+checkpoint_group    waits as long; used by the thread that writes checkpoints during training
 """
 
 import os
@@ -33,22 +35,25 @@ from fast_llm.parallel.failures import Failures
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction in which processes lie, and this process's place in it."""
+    """One axis of the mesh, and this process's place on it."""
 
     rank: int
     size: int
-    device_mesh: DeviceMesh | None  # None where the size is 1
-
-
-def _slow_group(timeout: float, slow_timeout: float) -> dist.ProcessGroup:
-    """A group of all processes that waits for long, once it is made: who is lost while they meet is waited for `timeout`."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=slow_timeout), group)
-    return group
+    device_mesh: DeviceMesh | None  # None if the size is 1
 
 
 class Mesh:
-    """This process's place among the others."""
+    """This process's place among all processes of a run.
+
+    rank, size              of this process, among all
+    device                  of this process
+    tensor, context, data, pipeline     the four axes
+    copies                  how many groups of processes hold the same training state
+    weights_mesh            over which weights are sharded: [shard] or [copies, shard]
+    slow_group, checkpoint_group        see above
+
+    With one process the mesh and the groups are None.
+    """
 
     def __init__(
         self,
@@ -61,84 +66,67 @@ class Mesh:
         pipeline: int = 1,
         failures: Failures | None = None,
     ):
-        """Join the other processes, if there are any; timeouts in seconds. Without `shard_size` there is one copy. `failures`:
-        what has found them already.
+        """Join the other processes, if there are any. Timeouts are in seconds.
 
-        The sizes divide the number of processes: config/checks.py sees to it. Raises UserError if that cannot be, and ReportedElsewhere
-        if it is another process that cannot.
+        Without `shard_size` all processes share one copy of the training state. `failures`: the
+        connection to the other processes, if it is there already. config/checks.py ensures that the
+        sizes divide the number of processes. Raises UserError if joining fails here, and
+        ReportedElsewhere if it fails on another process.
         """
         self.failures = failures or Failures.connect(timeout)
         self.rank, self.size = self.failures.rank, self.failures.size
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        problem: ConfigError | None = None
-        if not torch.cuda.is_available():
-            self.device = torch.device("cpu")
-        elif local_rank < torch.cuda.device_count():
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        else:
-            here, gpus = (
-                os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1)),
-                torch.cuda.device_count(),
-            )
-            problem = ConfigError(
-                [
-                    f"--nproc_per_node: given {here}, must be at most {gpus}: {socket.gethostname()} has so many GPUs"
-                ]
-            )
+        self.device, problem = _find_device()
         self.failures.wait_for_all(problem, timeout)
-        sizes = {
-            "pipeline": pipeline,
-            "data": self.size // (pipeline * context * tensor),
-            "context": context,
-        }
-        sizes["tensor"] = tensor
-        sharing = sizes["data"] * context  # processes that share training state
+        data = self.size // (pipeline * context * tensor)
+        sharing = data * context  # processes that training state is spread over
         shard = min(shard_size or sharing, sharing)
         self.copies = sharing // shard
         self.slow_group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
-        # How weights are spread: over [shard] or [copies, shard], and over [tensor] if that is an axis.
         self.weights_mesh: DeviceMesh | None = None
-        axes: DeviceMesh | None = None
-        if self.size > 1:
-            if not dist.is_initialized():
-                assert self.failures.root_store is not None
-                dist.init_process_group(
-                    "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                    store=dist.PrefixStore(
-                        f"default_pg/{self.failures.token}", self.failures.root_store
-                    ),
-                    rank=self.rank,
-                    world_size=self.size,
-                    timeout=timedelta(seconds=timeout),
-                    device_id=self.device if self.device.type == "cuda" else None,
-                )
-            kind = self.device.type
-            axes = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-            spread = init_device_mesh(
-                kind,
-                (pipeline, self.copies, shard, tensor),
-                mesh_dim_names=("pipeline", "copies", "shard", "tensor"),
-            )
-            self.weights_mesh = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
-            axes_of_weights = spread
-            self.slow_group, self.checkpoint_group = (
-                _slow_group(timeout, slow_timeout) for _ in range(2)
-            )
-        place = axes.get_coordinate() if axes is not None else [0, 0, 0, 0]
-        assert place is not None
-        found = {
-            name: Axis(rank, size, axes[name] if axes is not None and size > 1 else None)
-            for rank, (name, size) in zip(place, sizes.items(), strict=True)
-        }
-        if tensor > 1:
-            # A weight's two cuts must lie on one mesh.
-            found["tensor"] = Axis(found["tensor"].rank, tensor, axes_of_weights["tensor"])
-        self.pipeline, self.data, self.context, self.tensor = found.values()
+        self.pipeline = self.data = self.context = self.tensor = Axis(0, 1, None)
+        if self.size == 1:
+            return
+        self._init_process_group(timeout)
+        kind = self.device.type
+        axes = init_device_mesh(
+            kind,
+            (pipeline, data, context, tensor),
+            mesh_dim_names=("pipeline", "data", "context", "tensor"),
+        )
+        spread = init_device_mesh(
+            kind,
+            (pipeline, self.copies, shard, tensor),
+            mesh_dim_names=("pipeline", "copies", "shard", "tensor"),
+        )
+        self.weights_mesh = spread["copies", "shard"] if self.copies > 1 else spread["shard"]
+        self.slow_group = _new_slow_group(timeout, slow_timeout)
+        self.checkpoint_group = _new_slow_group(timeout, slow_timeout)
+        self.pipeline, self.data, self.context = (
+            _axis(axes, name) for name in ("pipeline", "data", "context")
+        )
+        # DTensor needs both cuts of a weight, by tensor and by shard, on one mesh.
+        self.tensor = _axis(spread, "tensor")
+
+    def _init_process_group(self, timeout: float) -> None:
+        if dist.is_initialized():
+            return
+        cuda = self.device.type == "cuda"
+        assert self.failures.root_store is not None
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=dist.PrefixStore(f"default_pg/{self.failures.token}", self.failures.root_store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=self.device if cuda else None,
+        )
 
     def all_reduce_sum(self, *numbers: torch.Tensor | float) -> list[float]:
-        """Each number summed over all processes. The step's one synchronisation with the device."""
+        """Sum each number over all processes, in float64.
+
+        This is the only synchronisation with the device in a step.
+        """
         stacked = torch.stack(
             [torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers]
         )
@@ -148,12 +136,12 @@ class Mesh:
         return values
 
     def barrier(self) -> None:
-        """Until every process is here; for after long work on one of them."""
+        """Wait for all processes, up to the timeout of `slow_group`."""
         if self.slow_group is not None:
             dist.barrier(self.slow_group)
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process has, on every process."""
+        """The value of the first process, on every process."""
         if self.slow_group is None:
             return value
         box = [value]
@@ -161,6 +149,36 @@ class Mesh:
         return box[0]
 
     def close(self) -> None:
-        """Leave the others."""
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _find_device() -> tuple[torch.device, ConfigError | None]:
+    """The device of this process, and what is wrong if it has none. Makes the GPU the current one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), None
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", local_rank)
+    if local_rank < gpus:
+        torch.cuda.set_device(device)
+        return device, None
+    given = os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1))
+    problem = f"given {given}, must be at most {gpus}: {socket.gethostname()} has so many GPUs"
+    return device, ConfigError([f"--nproc_per_node: {problem}"])
+
+
+def _axis(mesh: DeviceMesh, name: str) -> Axis:
+    axis = mesh[name]
+    return Axis(axis.get_local_rank(), axis.size(), axis if axis.size() > 1 else None)
+
+
+def _new_slow_group(timeout: float, slow_timeout: float) -> dist.ProcessGroup:
+    """A group of all processes whose collectives wait `slow_timeout`, in seconds.
+
+    Making the group waits `timeout` for processes that are missing.
+    """
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=slow_timeout), group)
+    return group

@@ -53,7 +53,7 @@ MARKS += ("saving", "exporting", "end of training", "closing")
 CALLS = {
     "plan": ("fast_llm.planning.preflight", "preflight"),
     "before the processes meet": ("fast_llm.training.job", "Mesh"),
-    "while the processes meet": ("fast_llm.parallel.mesh", "_slow_group"),
+    "while the processes meet": ("fast_llm.parallel.mesh", "_new_slow_group"),
     "after the processes met": ("fast_llm.training.job", "_check_fp8"),
     "building the model": ("fast_llm.training.build", "parallelize"),
     "reading a batch": ("fast_llm.data.loader", "Loader.step"),
