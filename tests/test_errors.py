@@ -654,7 +654,7 @@ def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_fewer_steps_than_are_done(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, *GOING_ON, "training.train_iters=9") == [
-        f"override training.train_iters=9: training.train_iters: given 9, but {begun} has 10 steps behind it; raise it, or choose another"
+        f"override training.train_iters=9: training.train_iters: given 9, but {begun} has 10 steps; raise it, or choose another"
         " run.experiment_dir"
     ]
 

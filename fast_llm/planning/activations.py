@@ -75,7 +75,7 @@ def saved_activations(s: LocalSizes, level: str) -> float:
 
 
 def recomputed_activations(s: LocalSizes) -> float:
-    """Bytes that a block's backward pass recomputes and holds, in addition to what was saved."""
+    """Bytes of activations that a block's backward pass recomputes, added to the saved ones."""
     level = s.layout.recompute
     if level == "none":
         return 0.0
@@ -126,7 +126,7 @@ def backward_temporaries(s: LocalSizes) -> float:
         widest,
         s.mlp + upcast_matmul_bytes(tokens, hidden, ffn),
         s.mlp + weight * w + upcast_matmul_bytes(hidden, tokens, ffn),
-        # Gate, up and their product are freed.
+        # The outputs of gate and up, and the gated activation, are freed.
         s.normed + weight * w - s.mlp + upcast_matmul_bytes(ffn, tokens, hidden),
     )
 
@@ -151,7 +151,7 @@ def uses_torch_loss(s: LocalSizes) -> bool:
 
 
 def loss_tensors(s: LocalSizes) -> float:
-    """Bytes of the logits and of what the cross entropy makes of them."""
+    """Bytes of the logits and of the cross entropy's temporaries."""
     if uses_torch_loss(s):
         # In fp32: probabilities, and gradients before and after the softmax.
         return 12.0 * s.tokens * s.vocabulary

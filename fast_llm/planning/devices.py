@@ -1,7 +1,7 @@
-"""What GPUs sustain: the rates and sizes from which time is computed.
+"""Rates that GPUs sustain, and their memory.
 
-An H200 was measured (docs/performance.md); the other GPUs have the same share of what is published
-for them.
+An H200 was measured (docs/performance.md); the other GPUs reach the same share of their
+published rates.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ from fast_llm.data.sampling import UNIT, Mixture, add_drawn
 from fast_llm.data.source import RandomSource, Source
 from fast_llm.errors import DataError, UserError
 
-_GONE = "gone"  # the digest of what can no longer be read
+_GONE = "gone"  # the digest of a source that can no longer be read
 
 
 class BatchSizeEntry(BaseModel):
@@ -106,7 +106,7 @@ class History(BaseModel):
         if not found:
             raise DataError(
                 f"step {step}: the batch size changed before checkpoints recorded it, and"
-                " metrics.jsonl does not say when; what steps were made of is known from step"
+                " metrics.jsonl does not say when; the history is known from step"
                 f" {self.batches[0].after + 1} on"
             )
         return found[-1]
@@ -264,7 +264,7 @@ def reconstruct(
         edges, pairs = _by_path(data, length, seed, vocab_size)
         notes.append(
             "the data of the checkpoint is gone or was changed, and version 0.1 did not record the"
-            " content of each source: those at the same path are taken to be what they were"
+            " content of each source: sources at the same path are assumed to be unchanged"
         )
     sources = [
         SourceState(name=name, digest=digest, key=key) for key, (name, digest) in enumerate(pairs)

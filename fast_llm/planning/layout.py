@@ -1,7 +1,7 @@
 """Inputs of the forecasts: the layout of a step, the workload, and one process's share of them.
 
-`ParallelLayout` says how a step is spread over processes. `Workload` holds what is the same for
-every layout of a run. `LocalSizes` combines both into the sizes that one process has: tokens of a
+`ParallelLayout` says how a step is spread over processes. `Workload` holds sizes that every layout
+of a run shares. `LocalSizes` combines both into the sizes that one process has: tokens of a
 micro-batch, columns of its matrices, its parameters. Only arithmetic: no torch, no cost.
 """
 
@@ -24,7 +24,7 @@ UPCASTING_CPU = "upcasting cpu"
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a step is spread over processes, and what each of them keeps."""
+    """How a step is spread over processes, and which tensors each of them keeps."""
 
     processes: int
     micro_batch_size: int
@@ -86,7 +86,7 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class Workload:
-    """The model's sizes, and what is the same for every layout of a run."""
+    """The model's sizes and other settings that every layout of a run shares."""
 
     layers: int
     hidden: int

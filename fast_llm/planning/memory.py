@@ -29,7 +29,7 @@ Parts = dict[str, float]  # part → bytes
 
 @dataclass(frozen=True)
 class StepPhase:
-    """What a process holds in one phase of a step."""
+    """The tensors that a process holds in one phase of a step, in bytes."""
 
     name: str
     parts: Parts
@@ -103,7 +103,7 @@ class ProcessMemory:
         if s.workload.moment_bytes < 4 and copies_on_gpu:
             yield self._moments_copy()
 
-    # What exists in several phases.
+    # Tensors of several phases.
 
     @cached_property
     def state(self) -> Parts:
@@ -126,7 +126,7 @@ class ProcessMemory:
 
     @cached_property
     def constant(self) -> Parts:
-        """State, the micro-batches' tokens, and what pipeline stages exchange."""
+        """State, tokens of micro-batches, and buffers between pipeline stages."""
         s, layout = self.s, self.s.layout
         pipeline = layout.pipeline > 1
         loaded = layout.micro_batches if s.on_cpu else layout.in_flight if pipeline else 1
@@ -291,7 +291,7 @@ class ProcessMemory:
         )
 
     def _around_block(self, done: int) -> Parts:
-        """What exists during a block's backward pass, after those of `done` blocks."""
+        """Tensors outside the block that is in its backward pass, after `done` other blocks."""
         s = self.s
         block = s.block_parameters
         fresh = 0.0  # gradients made in this backward pass, where none were accumulated before
@@ -313,7 +313,7 @@ class ProcessMemory:
 
     def _block_backward(self, done: int) -> StepPhase:
         s = self.s
-        # The reduction of the block before goes on meanwhile.
+        # The reduction of the previous block overlaps.
         carried = self.carried_after_head
         if done:
             carried = {"communication": 4 * s.block_parameters if s.sharded else 0.0}

@@ -1,4 +1,4 @@
-"""Every check that is made before torch is loaded: what a run will do, and what prevents it.
+"""Every check before torch is loaded.
 
 `preflight` completes the configuration by the pretrained model's config.json and validates it. It
 then compares it with the data, the tokenizer, the headers of the weights, the optional packages,
@@ -57,7 +57,7 @@ class RunSpec:
     checkpoint: Path | None  # the newest good one, to resume from
     completed_steps: int  # of that checkpoint
     consumed_samples: int  # sequences that the completed steps consumed
-    identity: dict[str, Any]  # what may not change on resume
+    identity: dict[str, Any]  # settings and data that may not change on resume
     history: History | None  # of batch sizes and data orders; None without training data
     changes: list[str]  # settings that changed since the checkpoint
     warnings: list[str]  # about settings that are allowed and probably not intended
@@ -92,7 +92,7 @@ def _batch_sizes(config: TrainConfig, processes: int) -> BatchSizes:
 
 
 def global_batch_size(config: TrainConfig, processes: int) -> int:
-    """Sequences a step over all processes: as given, or what one micro-batch a process makes."""
+    """Sequences a step over all processes: as given, or derived from the other sizes."""
     return config.batch.batch_size or _batch_sizes(config, processes).batch_size
 
 
@@ -285,9 +285,9 @@ def _find_checkpoint(folder: Path | None, problems: _Problems) -> Path | None:
     if checkpoint is None and (unusable := checkpoints.unusable(root)):
         problems.add(
             [
-                f"run.experiment_dir: no checkpoint in {root} is whole (of {len(unusable)};"
-                " `fast-llm verify` says what is wrong), and the run would begin anew; repair them,"
-                " move them away, or choose another folder"
+                f"run.experiment_dir: no checkpoint in {root} is usable (of {len(unusable)};"
+                " `fast-llm verify` says why), so the run would start over; repair them, move them"
+                " away, or choose another folder"
             ]
         )
     return checkpoint
@@ -310,7 +310,7 @@ def _check_weights(
 
 @dataclass
 class _Resumed:
-    """What a checkpoint's manifest says; nothing for a new run."""
+    """Contents of a checkpoint's manifest; empty for a new run."""
 
     info: Mapping[str, Any] | None = None
     completed_steps: int = 0
@@ -332,7 +332,7 @@ def _resume(
         problems.add(
             [
                 f"training.train_iters: given {config.training.train_iters}, but {checkpoint} has"
-                f" {manifest.step} steps behind it; raise it, or choose another run.experiment_dir"
+                f" {manifest.step} steps; raise it, or choose another run.experiment_dir"
             ]
         )
     return resumed
@@ -347,7 +347,7 @@ def _continue_history(
 ) -> tuple[History | None, list[str]]:
     """Bring the history up to the current settings, and apply it to the data.
 
-    Returns it with descriptions of what changes for the data.
+    Returns it with descriptions of the changes to the data.
 
     `info`: of the checkpoint's manifest.
     """
@@ -404,7 +404,7 @@ def _nothing_saved(config: TrainConfig) -> str:
         return f"Nothing that is trained will be saved: set {state} or {model}"
     if training.checkpoint.interval is None:
         return (
-            "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to"
+            "No checkpoints: a run that crashes starts over. Set training.checkpoint.interval to"
             " save its state"
         )
     return ""

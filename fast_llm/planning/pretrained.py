@@ -25,7 +25,7 @@ from fast_llm.models import architecture, llama
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """What is known of a pretrained model before its weights are read; empty if there is none."""
+    """A pretrained model before its weights are read; empty if the run has none."""
 
     folder: Path | None = None
     config: dict[str, Any] | None = None  # config.json

@@ -213,8 +213,8 @@ def _background(spec: RunSpec, checkpoint_size: int) -> str:
     replicas = distributed.data_parallel(spec.processes) * distributed.sequence_data_parallel
     copies = replicas // min(spec.config.model.multi_stage.shard_size or replicas, replicas)
     return (
-        "checkpoints are written in the background, from"
-        f" {format_bytes(checkpoint_size * copies)} of host memory"
+        f"checkpoints are written in the background, from {format_bytes(checkpoint_size * copies)}"
+        " of host memory"
     )
 
 
@@ -320,7 +320,10 @@ _TEXTS = ("recompute", "limited by")
 
 
 def _layout_table(forecasts: list[Forecast], columns: int | None) -> str:
-    """A row for each forecast. Left out: axes that no row uses, and what limits the layout where `columns` are too few."""
+    """A row for each forecast.
+
+    Axes that no row uses are left out, and the limit if the table is wider than `columns`.
+    """
     cells = [forecast_cells(one) for one in forecasts]
     headings = [
         name

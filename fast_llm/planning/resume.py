@@ -1,6 +1,6 @@
 """Resuming: whether a checkpoint was written by training, and which settings changed since.
 
-Settings that decide what is trained may change only by consent (`run.accept_changes`), the model's
+Settings that determine training may change only by consent (`run.accept_changes`), the model's
 shape never. All other changes are listed. It reads one manifest, no tensors.
 """
 
@@ -18,7 +18,7 @@ from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError
 from fast_llm.planning.history import History
 
-# Settings that decide what is trained; all others may change when a run resumes.
+# Settings that determine training; all others may change when a run resumes.
 _FIXED = (
     "data.format",
     "data.path",
@@ -31,7 +31,7 @@ _MODEL = "model.base_model"
 
 
 def run_identity(config: TrainConfig, batch_size: int, dataset: Dataset) -> dict[str, Any]:
-    """All that decides what is trained: fixed settings, the data's content, the model's shape."""
+    """All that determines training: fixed settings, the data's content, the model's shape."""
     values = config.model_dump(mode="json")
     identity = {name: _value_at(values, name) for name in _FIXED}
     identity["batch.batch_size"] = batch_size
@@ -72,7 +72,7 @@ class _Settings(BaseModel):
 
 
 class _Info(BaseModel):
-    """What a training checkpoint's manifest must contain."""
+    """The required content of a training checkpoint's manifest."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 

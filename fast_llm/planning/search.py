@@ -1,4 +1,4 @@
-"""Which layouts are worth a try, which of those that fit is the fastest, and what `auto` becomes.
+"""Search for the fastest layout that fits, and for the values of `auto` settings.
 
 `resolve_auto` is the only place where `auto` turns into a value; `ParallelLayout`, `Workload` and
 the trainer see only configurations without it. A search tries a few thousand layouts, in a second
@@ -86,7 +86,7 @@ def model_flops(config: TrainConfig) -> float:
     return cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
 
 
-# What `auto` becomes.
+# Settings that are `auto`.
 
 
 def resolve_auto(
@@ -161,7 +161,7 @@ def forecast_config(config: TrainConfig, processes: int, device: DeviceSpec) -> 
     return forecast(Workload.of(config, rows), layout, device, model_flops(config))
 
 
-# Which layout is the fastest.
+# Layouts.
 
 
 def candidates(config: TrainConfig, processes: int) -> Iterator[Settings]:

@@ -253,7 +253,7 @@ class StepTime:
 
     @cached_property
     def head(self) -> Seconds:
-        """Head and cross entropy of a micro-batch: three matmuls, traffic of logits and gradient."""
+        """Head and cross entropy of a micro-batch: matmuls, and traffic of logits and gradient."""
         s = self.s
         logits, weights = s.tokens * s.vocabulary, s.vocabulary * s.hidden
         logit_bytes = {"torch": 26, "fused": 34}.get(self.workload.loss, 3 * s.dtype_bytes)

@@ -42,7 +42,7 @@ SAVES = ["training.checkpoint.interval=5", "training.export.interval=5"]
         ),
         (
             ["training.export.interval=5"],
-            "No checkpoints: a run that crashes begins anew. Set training.checkpoint.interval to"
+            "No checkpoints: a run that crashes starts over. Set training.checkpoint.interval to"
             " save its state",
         ),
         (["training.checkpoint.interval=5"], None),
@@ -58,7 +58,7 @@ def test_what_will_not_be_saved(
     assert run(arguments) == 0
     said = capsys.readouterr().out
     if expected is None:
-        assert found == [] and "will be saved" not in said and "begins anew" not in said
+        assert found == [] and "will be saved" not in said and "starts over" not in said
         return
     assert len(found) == 1 and found[0] == f"Warning       {expected}."
     assert said.count(f"{expected}.") == 1 and said.index(expected) < said.index("step 1/1  loss ")

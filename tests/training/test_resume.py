@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     for checkpoint in (tmp_path / "parts" / "checkpoint").iterdir():
         (checkpoint / MANIFEST).write_text("{}")
     with pytest.raises(
-        ConfigError, match=r"no checkpoint in .*/parts/checkpoint is whole \(of 2; .*begin anew"
+        ConfigError, match=r"no checkpoint in .*/parts/checkpoint is usable \(of 2; .*start over"
     ):
         run(arguments(tmp_path, "parts", 12))
 
