@@ -15,7 +15,8 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ def load() -> str:
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             _Loaded.problem = str(error)
     return _Loaded.problem
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Compute with PyTorch's operations, as on a machine without a C++ compiler."""
+    before = _Loaded.library, _Loaded.problem
+    _Loaded.library, _Loaded.problem = None, "disabled"
+    try:
+        yield
+    finally:
+        _Loaded.library, _Loaded.problem = before
 
 
 def _built() -> Path:

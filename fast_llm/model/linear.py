@@ -11,6 +11,8 @@ and writes the sum: 12 bytes a weight for each micro-batch, and a rounding. With
 Letters: E input size, F output size, T tokens; M, K and N sizes of any matmul.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,17 @@ def _dtypes_without_matmul() -> tuple[torch.dtype, ...]:
 
 # A tuple: torch.compile would trace into a function.
 _UPCAST_DTYPES = _dtypes_without_matmul()
+
+
+@contextmanager
+def upcasting(*dtypes: torch.dtype) -> Iterator[None]:
+    """Compute as on a CPU without matmul instructions for `dtypes`, and with those for all others."""
+    global _UPCAST_DTYPES
+    before, _UPCAST_DTYPES = _UPCAST_DTYPES, dtypes
+    try:
+        yield
+    finally:
+        _UPCAST_DTYPES = before
 
 
 class _UpcastLinear(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Fixtures for tests of the model: with our CPU kernels, and without them."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from fast_llm.kernels import cpu as cpu_kernels
@@ -7,10 +9,10 @@ from tests.helpers import needs_compiler
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain() -> Iterator[None]:
     """Switch our CPU kernels off, as on a machine without a C++ compiler."""
-    monkeypatch.setattr(cpu_kernels._Loaded, "library", None)
-    monkeypatch.setattr(cpu_kernels._Loaded, "problem", "switched off by a test")
+    with cpu_kernels.disabled():
+        yield
 
 
 @pytest.fixture(params=[pytest.param("kernels", marks=needs_compiler), "plain"])

@@ -1,13 +1,14 @@
 """Matmuls that run in fp32 on CPUs without 16-bit instructions, or that accumulate."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from fast_llm.model import linear
 from fast_llm.model.attention import attention
 from fast_llm.model.layers import Linear
-from fast_llm.model.linear import add_matmul_, matmul
+from fast_llm.model.linear import add_matmul_, matmul, upcasting
 from fast_llm.model.loss import cross_entropy
 from tests.model.test_attention import by_hand, documents
 
@@ -17,15 +18,12 @@ SHORT = [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)]
 
 
 @pytest.fixture(params=["upcast", "native"])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def processor(request: pytest.FixtureRequest) -> Iterator[str]:
     """Emulate a CPU without 16-bit instructions, or one with them."""
     torch.manual_seed(0)
-    monkeypatch.setattr(
-        linear,
-        "_UPCAST_DTYPES",
-        () if request.param == "native" else (torch.bfloat16, torch.float16),
-    )
-    return str(request.param)
+    dtypes = () if request.param == "native" else (torch.bfloat16, torch.float16)
+    with upcasting(*dtypes):
+        yield str(request.param)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -38,10 +36,8 @@ SIZES = [(3, 1500, 7), (5, 1024, 1024), (64, 33, 2049), (1, 1, 1), (1025, 65, 2)
 
 @pytest.mark.parametrize(("dtype", "bound"), SHORT)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_matmul(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, sizes: tuple[int, int, int]
-) -> None:
-    monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
+@upcasting(torch.bfloat16, torch.float16)
+def test_matmul(dtype: torch.dtype, bound: float, sizes: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     left, right = (
         torch.randn(sizes[0], sizes[1]).to(dtype),
@@ -123,8 +119,8 @@ def test_head(processor: str, implementation: str) -> None:
         assert distance(one, other) < 1e-2  # logits are rounded to bf16
 
 
-def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
+@upcasting(torch.bfloat16, torch.float16)
+def test_compiled_equals_eager() -> None:
     torch.manual_seed(0)
     layer, x = (
         Linear(16, 2050).bfloat16(),

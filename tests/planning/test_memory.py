@@ -140,8 +140,8 @@ def peaks(settings: list[str], processes: int, widens: bool = WIDENS) -> list[fl
 
 
 def every(several: list[list[str]], widens: bool) -> list[int]:
-    linear._UPCAST_DTYPES = (torch.bfloat16, torch.float16) if widens else ()
-    return [measured(MODEL + settings) for settings in several]
+    with linear.upcasting(*((torch.bfloat16, torch.float16) if widens else ())):
+        return [measured(MODEL + settings) for settings in several]
 
 
 @slow
@@ -197,15 +197,12 @@ def test_memory_of_two_processes(settings: list[str], bound: float) -> None:
         assert expected[rank % len(expected)] == pytest.approx(found, rel=bound), rank
 
 
-def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kind_of_a_device() -> None:
     """Only a CPU without matmuls in the compute dtype upcasts; fp32 and GPUs do not."""
     bf16, fp32 = config([BF16]), config([FP32])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(linear, "_UPCAST_DTYPES", (torch.bfloat16, torch.float16))
-    assert [job._device_kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))] == [
-        UPCASTING_CPU,
-        "cpu",
-        "cuda",
-    ]
-    monkeypatch.setattr(linear, "_UPCAST_DTYPES", ())
-    assert job._device_kind(bf16, cpu) == "cpu"
+    with linear.upcasting(torch.bfloat16, torch.float16):
+        kinds = [job._device_kind(*on) for on in ((bf16, cpu), (fp32, cpu), (bf16, gpu))]
+    assert kinds == [UPCASTING_CPU, "cpu", "cuda"]
+    with linear.upcasting():
+        assert job._device_kind(bf16, cpu) == "cpu"

@@ -110,8 +110,8 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
 def rounding(function: Callable[[list[str]], int], arguments_: list[str]) -> int:
     """With products as a processor with bf16 makes them: all are rounded. One without does not round those that gradients of masters
     in halves add to their sums, and from step 2 on the loss differs by 4e-4 from that of whole ones, whose gradients are rounded."""
-    linear._UPCAST_DTYPES = ()
-    return function(arguments_)
+    with linear.upcasting():
+        return function(arguments_)
 
 
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
