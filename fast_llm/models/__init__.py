@@ -11,6 +11,7 @@ from typing import Any
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.models import llama
 from fast_llm.models.flops import Cost
+from fast_llm.models.tensor_plan import TensorPlan
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,14 @@ class Family:
     export_config: Callable[..., dict[str, Any]]  # settings → config.json
     shapes: Callable[[BaseModelConfig], dict[str, tuple[int, ...]]]  # of each parameter, by name
     cost: Callable[[BaseModelConfig, float], Cost]  # at a sequence length, in tokens
+    tensor_plan: TensorPlan  # how tensor parallelism cuts each module
 
 
 # `model_type` of a config.json → family
 FAMILIES = {
-    "llama": Family(llama.architecture, llama.export_config, llama.shapes, llama.cost),
+    "llama": Family(
+        llama.architecture, llama.export_config, llama.shapes, llama.cost, llama.TENSOR_PLAN
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.validate import validate
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import FAMILIES
+from fast_llm.models.tensor_plan import find_entry
 
 
 @st.composite
@@ -45,6 +46,17 @@ def test_shapes_are_those_of_the_model(name: str, config: BaseModelConfig, lengt
     family = FAMILIES[name]
     assert family.shapes(config) == built
     assert family.cost(config, length).parameters == sum(map(math.prod, built.values()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=20, deadline=None)
+@given(config=configs())
+def test_the_tensor_plan_has_every_parameter(name: str, config: BaseModelConfig) -> None:
+    with torch.device("meta"):
+        model = CausalLM(config)
+    for path, module in model.named_modules():
+        if list(module.named_parameters(recurse=False)):
+            assert find_entry(FAMILIES[name].tensor_plan, path) is not None, path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
