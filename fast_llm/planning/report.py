@@ -242,7 +242,7 @@ def _gpus_table(config: TrainConfig, processes: int) -> str:
                 *_fastest_micro_batch(config, processes, device),
             )
         )
-    headings = ("GPU", "memory", "fits", "step", "all steps", "fastest", "with recompute")
+    headings = ("GPU", "memory", "fits", "step", "total", "fastest", "recompute")
     return table(headings, lines, (1, 3, 4, 5))
 
 
