@@ -253,7 +253,12 @@ def _convert(parsed: argparse.Namespace) -> int:
 def _verify(parsed: argparse.Namespace) -> int:
     from fast_llm.training.audit import verify
 
-    print("\n".join(verify(parsed.paths)))
+    intact, damaged = verify(parsed.paths)
+    for line in intact:
+        print(line)
+    if damaged:
+        sys.stdout.flush()
+        raise ConfigError(damaged)
     return 0
 
 

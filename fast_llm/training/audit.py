@@ -20,7 +20,7 @@ from fast_llm.data.dataset import open_dataset
 from fast_llm.data.metadata import verify as verify_dataset
 from fast_llm.data.sampling import Mixture, SourceSampler
 from fast_llm.data.source import RandomSource, Source
-from fast_llm.errors import ConfigError, DataError, UserError
+from fast_llm.errors import DataError, UserError
 from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.history import (
     DataOrder,
@@ -34,13 +34,13 @@ from fast_llm.planning.history import (
 _SHOWN = 60  # characters of a document
 
 
-def verify(paths: list[str]) -> list[str]:
-    """Read every file under each path and compare it with its digest. Returns a sentence for each.
+def verify(paths: list[str]) -> tuple[list[str], list[str]]:
+    """Read every file under each path and compare it with its digest.
 
     A path is a dataset.json, a checkpoint, an export, or an experiment folder with all of these.
-    Raises ConfigError that names everything damaged, after reading all.
+    Returns a sentence for each that is intact, and one for each damage.
     """
-    intact, damaged = [], []
+    intact, damaged = list[str](), list[str]()
     for path in [part for given in paths for part in _parts(Path(given).expanduser())]:
         try:
             if path.is_file():
@@ -54,9 +54,7 @@ def verify(paths: list[str]) -> list[str]:
                 )
         except UserError as error:
             damaged += str(error).splitlines()
-    if damaged:
-        raise ConfigError(damaged)
-    return intact
+    return intact, damaged
 
 
 def _parts(path: Path) -> list[Path]:

@@ -36,7 +36,7 @@ def copy(made: tuple[Path, list[list[int]]], tmp_path: Path) -> Path:
 def test_a_whole_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(copy)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1].split(", whole")[0] for line in lines] == [
+    assert [line.split(": ")[1].split(", intact")[0] for line in lines] == [
         *(f"checkpoint of step {step}" for step in (1, 2, 3)),
         "export of step 3",
     ]
@@ -53,7 +53,11 @@ def test_all_damage_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> 
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     assert main(["verify", str(copy)]) == 2
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert [line.partition(": ")[2].split(", intact")[0] for line in out.splitlines()] == [
+        "checkpoint of step 1",
+        "checkpoint of step 3",
+    ]
     assert "2 mistakes" in said
     for path, what in zip(damaged, ("checkpoint 2", "export 3"), strict=True):
         assert (
