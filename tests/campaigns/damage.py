@@ -1,11 +1,14 @@
-"""Damage to checkpoints and datasets: flipped bits, lost ends, blank pages, files that were swapped, deleted, or are of another step.
+"""Damage to checkpoints and datasets: flipped bits, lost ends, blank pages, files that were
+swapped, deleted, or are of another step.
 
-Of checkpoints all is found before a weight is used, the newest good one is used instead, and the log names the file, with
-the step in its path; some of these runs are gone on with, and end with the bits of the run that nothing happened to.
+Of checkpoints all is found before a weight is used, the newest good one is used instead, and the
+log names the file, with the step in its path; some of these runs are gone on with, and end with the
+bits of the run that nothing happened to.
 
-Of datasets all is found by `fast-llm verify`, and by training before its first step if they have up to a gibibyte. Of larger ones a
-first start finds what shows without reading all tokens, a later one also what changed since in the first and last mebibyte of a
-file. What is found, deleted and prepared again is what it was.
+Of datasets all is found by `fast-llm verify`, and by training before its first step if they have up
+to a gibibyte. Of larger ones a first start finds what shows without reading all tokens, a later one
+also what changed since in the first and last mebibyte of a file. What is found, deleted and
+prepared again is what it was.
 """
 
 import json
@@ -163,7 +166,9 @@ def damage(
 
 
 def _same_json(now: bytes, before: bytes) -> bool:
-    """Whether all is there that was there, but for the digest of a dataset.json, without which it is taken as edited."""
+    """Whether all is there that was there, but for the digest of a dataset.json, without which it
+    is taken as edited.
+    """
     try:
         found, expected = json.loads(now), json.loads(before)
         sealed = "datasets" in expected
@@ -231,7 +236,8 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
         for step, paths in hit.items():
             figures["checkpoints damaged"] += bool(paths)
             if step > good and paths:
-                # The manifest of another step in its place makes it one of that step, which nobody asks for.
+                # The manifest of another step in its place makes it one of that step, which nobody
+                # asks for.
                 there = {path.name: found for found, path in folders.find(run / "checkpoint")}
                 stale = there.get(str(step), step) != step
                 assert stale or any(_names(told.text, path) for path in paths), (
@@ -254,7 +260,9 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
 
 
 def _names(text: str, path: Path) -> bool:
-    """Whether a file is named; for the manifest its folder's name will do, or that of a file that does not fit it."""
+    """Whether a file is named; for the manifest its folder's name will do, or that of a file that
+    does not fit it.
+    """
     return f"{path}: " in text or (path.name == folders.MANIFEST and str(path.parent) in text)
 
 
@@ -266,50 +274,19 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     folder.mkdir()
-    model = synthetic.llama(folder / "model")
-    (folder / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": synthetic.text(n, 1000)}) + "\n" for n in range(200))
-    )
-    config = PrepareConfig.model_validate(
-        {
-            "output_path": f"{folder}/made/data",
-            "tokens_per_shard": 100_000,
-            "dataset": {"path": f"{folder}/texts.jsonl"},
-            "tokenizer": {"path": str(model)},
-        }
-    )
-    metadata = prepare(config)
+    config, metadata = made(folder)
     whole = everything(folder / "made")
     assert len(whole) > 12
     shutil.copytree(folder / "made", folder / "other")
-    for path in (folder / "other").rglob(
-        "*.bin"
-    ):  # what belongs to another dataset, of the same sizes
+    for path in (folder / "other").rglob("*.bin"):  # another dataset's, of the same sizes
         path.write_bytes(path.read_bytes()[::-1])
-    train = [
-        "training.train_iters=1",
-        f"data.path={metadata}",
-        "batch.batch_size=1",
-        "batch.sequence_length=24",
-    ]
-    train += ["model.base_model.vocab_size=320", "data.split=[8,1,1]"]
-    data = validate(TrainConfig, read(None, train)).data
-
-    def start(small: bool) -> str:
-        found = open_dataset(data, 24, 0, 320)
-        found.check_vocabulary(320, None)
-        fingerprint = found.fingerprint()
-        if small:
-            found.check_digests()
-        return fingerprint
-
-    fingerprint = start(True)
+    fingerprint = start(metadata, small=True)
     files = sorted(path for path in (folder / "made").rglob("*") if path.suffix in (".bin", ".idx"))
     while figures["datasets damaged"] < budget:
         others = sorted(
             path for path in (folder / "other").rglob("*") if path.suffix in (".bin", ".idx")
         )
-        for name, content in whole.items():  # what the last one left
+        for name, content in whole.items():  # undo the last damage
             path = folder / "made" / name
             if path.is_dir():
                 path.rmdir()
@@ -330,7 +307,9 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
         for small in (True, False):
             size = "up to 1 GiB" if small else "of more"
             try:
-                figures[f"found at a later start, data {size}"] += start(small) != fingerprint
+                figures[f"found at a later start, data {size}"] += (
+                    start(metadata, small) != fingerprint
+                )
             except DataError:
                 figures[f"found at a later start, data {size}"] += 1
                 figures[f"found at a first start, data {size}"] += 1
@@ -342,6 +321,44 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
             assert everything(folder / "made") == whole, f"{story}: made again, and different"
             figures["made again"] += 1
     return figures
+
+
+def made(folder: Path) -> tuple[PrepareConfig, Path]:
+    """Prepare a dataset in `made`: its configuration and its metadata."""
+    model = synthetic.llama(folder / "model")
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": synthetic.text(n, 1000)}) + "\n" for n in range(200))
+    )
+    config = PrepareConfig.model_validate(
+        {
+            "output_path": f"{folder}/made/data",
+            "tokens_per_shard": 100_000,
+            "dataset": {"path": f"{folder}/texts.jsonl"},
+            "tokenizer": {"path": str(model)},
+        }
+    )
+    return config, prepare(config)
+
+
+def start(metadata: Path, small: bool) -> str:
+    """Open a dataset as training does, its content checked if it is `small`.
+
+    Returns its fingerprint.
+    """
+    train = [
+        "training.train_iters=1",
+        f"data.path={metadata}",
+        "batch.batch_size=1",
+        "batch.sequence_length=24",
+        "model.base_model.vocab_size=320",
+        "data.split=[8,1,1]",
+    ]
+    found = open_dataset(validate(TrainConfig, read(None, train)).data, 24, 0, 320)
+    found.check_vocabulary(320, None)
+    fingerprint = found.fingerprint()
+    if small:
+        found.check_digests()
+    return fingerprint
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,11 @@
-"""A disk that fails: at the k-th operation that writes, once (EIO), from there on (ENOSPC), or at a size (RLIMIT_FSIZE).
+"""A disk that fails: at the k-th operation that writes, once (EIO), from there on (ENOSPC), or at a
+size (RLIMIT_FSIZE).
 
-In a run with one or two processes, on one of them, in everything that it writes: lock, config.yaml, logs, metrics.jsonl,
-checkpoints, exports; and in a preparation. No traceback: a run goes on and ends well, or ends with an exit code and a line
-that says why. Checkpoints that were there are whole. The same command, on a disk that works, ends with the bits of a
-run that nothing happened to, and leaves nothing behind.
+In a run with one or two processes, on one of them, in everything that it writes: lock, config.yaml,
+logs, metrics.jsonl, checkpoints, exports; and in a preparation. No traceback: a run goes on and
+ends well, or ends with an exit code and a line that says why. Checkpoints that were there are
+whole. The same command, on a disk that works, ends with the bits of a run that nothing happened to,
+and leaves nothing behind.
 """
 
 import builtins
@@ -63,8 +65,9 @@ class Failing:
 
 
 def fail(rank: int, victim: int, way: str, number: int, root: Path, until: int = 10**9) -> None:
-    """Let the `number`-th operation that writes below `root` fail, in the process of that rank; if the disk is full, the others
-    `until` that one as well."""
+    """Let the `number`-th operation that writes below `root` fail, in the process of that rank; if
+    the disk is full, the others `until` that one as well.
+    """
     if rank != victim:
         return
     if way == "limit":
@@ -139,21 +142,7 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     write_tokens(folder / "tokens", 400)
-    whole: dict[int, Any] = {}
-    # By world size and rank, the numbers of the operations of each kind.
-    kinds: dict[tuple[int, int], dict[str, list[int]]] = {}
-    for world, victim in ((1, 0), (2, 0), (2, 1)):
-        run = folder / f"whole{world}-{victim}"
-        (folder / "operations").unlink(missing_ok=True)
-        watched = partial(fail, victim=victim, way="once", number=10**9, root=run)
-        with Job(folder, arguments(folder, run.name), world, watched) as job:
-            assert job.wait() == 0, job.said()
-        whole[world] = result(run)
-        found: dict[str, list[int]] = {}
-        for number, operation in enumerate(trace(folder), start=1):
-            found.setdefault(kind(operation), []).append(number)
-        kinds[world, victim] = found
-        figures[f"operations that write, rank {victim} of {world}"] = sum(map(len, found.values()))
+    whole, kinds = undisturbed(folder, figures)
     every = [(*who, name) for who, found in kinds.items() for name in found]
     failed = set()
     waiting: list[tuple[int, int, str, str]] = []
@@ -173,12 +162,8 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
         story = f"seed {seed}, run {figures['runs']}: {way} {number} in rank {victim} of {world}"
         (folder / "operations").unlink(missing_ok=True)
         figures["runs"] += 1
-        with Job(
-            folder,
-            arguments(folder, "run"),
-            world,
-            partial(fail, victim=victim, way=way, number=number, root=run),
-        ) as job:
+        disturbed = partial(fail, victim=victim, way=way, number=number, root=run)
+        with Job(folder, arguments(folder, "run"), world, disturbed) as job:
             code, said = job.wait(), job.said()
         reached = trace(folder) if way != "limit" else []
         hit = "limit" if way == "limit" else reached[-1] if len(reached) == number else ""
@@ -186,23 +171,7 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
         if hit:
             failed.add((world, victim, kind(hit)))
             figures[f"failed in {place(hit) if hit != 'limit' else 'what was too large'}"] += 1
-            # A process that lost another one may say so in its own way; the one with the disk may not.
-            mine = (
-                said
-                if world == 1
-                else "\n".join(
-                    line for line in said.splitlines() if "Connection closed" not in line
-                )
-            )
-            assert world > 1 or "Traceback" not in mine, story
-            if code:
-                reason = r"(No space left on device|Input/output error|File too large)"
-                told = [line for line in said.splitlines() if line.startswith("fast-llm train: ")]
-                assert told and re.search(reason, told[0]), story
-                assert world > 1 or len(told) == 1, story
-                figures["ended with a line"] += 1
-            else:
-                figures["went on and ended well"] += 1
+            check_end(world, code, said, story, figures)
         else:
             assert code == 0, story
         for step, path in folders.find(run / "checkpoint"):
@@ -211,21 +180,66 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
             code != 0 and "metrics.jsonl: cannot be written" in said
         )
         figures["metrics lost, and told"] += lost
-        with Job(folder, arguments(folder, "run"), world) as job:
-            assert job.wait() == 0, f"{story}\nthen\n{job.said()}"
-        ended = result(run)
-        for name in ended:
-            if lost and name in ("losses", "validation"):
-                assert ended[name].items() <= whole[world][name].items(), story
-            else:
-                assert ended[name] == whole[world][name], f"{story}: another {name}"
-        assert not [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")], (
-            f"{story}: left behind"
-        )
+        resume(folder, world, whole[world], lost, story)
         shutil.rmtree(run)
     figures["kinds of operations that failed"] = len(failed & set(every))
     figures["of kinds of operations"] = len(every)
     return figures
+
+
+def undisturbed(
+    folder: Path, figures: "Counter[str]"
+) -> tuple[dict[int, Any], dict[tuple[int, int], dict[str, list[int]]]]:
+    """Results of runs on a good disk by world size, and by world size and rank the numbers of the
+    operations of each kind.
+    """
+    whole: dict[int, Any] = {}
+    kinds: dict[tuple[int, int], dict[str, list[int]]] = {}
+    for world, victim in ((1, 0), (2, 0), (2, 1)):
+        run = folder / f"whole{world}-{victim}"
+        (folder / "operations").unlink(missing_ok=True)
+        watched = partial(fail, victim=victim, way="once", number=10**9, root=run)
+        with Job(folder, arguments(folder, run.name), world, watched) as job:
+            assert job.wait() == 0, job.said()
+        whole[world] = result(run)
+        found: dict[str, list[int]] = {}
+        for number, operation in enumerate(trace(folder), start=1):
+            found.setdefault(kind(operation), []).append(number)
+        kinds[world, victim] = found
+        figures[f"operations that write, rank {victim} of {world}"] = sum(map(len, found.values()))
+    return whole, kinds
+
+
+def check_end(world: int, code: int, said: str, story: str, figures: "Counter[str]") -> None:
+    """A run whose disk failed ends well, or with a line that says why and no traceback."""
+    # A process that lost another one may report it in its own way; the one with the disk may not.
+    assert world > 1 or "Traceback" not in said, story
+    if not code:
+        figures["went on and ended well"] += 1
+        return
+    reason = r"(No space left on device|Input/output error|File too large)"
+    told = [line for line in said.splitlines() if line.startswith("fast-llm train: ")]
+    assert told and re.search(reason, told[0]), story
+    assert world > 1 or len(told) == 1, story
+    figures["ended with a line"] += 1
+
+
+def resume(folder: Path, world: int, whole: dict[str, Any], lost: bool, story: str) -> None:
+    """Start the run again, on a good disk: it ends as an undisturbed one.
+
+    `lost`: records of metrics.jsonl are missing.
+    """
+    with Job(folder, arguments(folder, "run"), world) as job:
+        assert job.wait() == 0, f"{story}\nthen\n{job.said()}"
+    run = folder / "run"
+    ended = result(run)
+    for name in ended:
+        if lost and name in ("losses", "validation"):
+            assert ended[name].items() <= whole[name].items(), story
+        else:
+            assert ended[name] == whole[name], f"{story}: another {name}"
+    left = [*run.glob("checkpoint/.*"), *run.glob("export/llama/.*")]
+    assert not left, f"{story}: left behind"
 
 
 def prepared(rank: int, settings: list[str]) -> int:

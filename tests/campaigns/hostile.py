@@ -1,9 +1,11 @@
-"""Files made by somebody who means harm: checkpoints with a manifest that fits them, models, tokenizers, datasets.
+"""Files made by somebody who means harm: checkpoints with a manifest that fits them, models,
+tokenizers, datasets.
 
-Each is given to the command in a process of its own with 1 GiB more than it needs: pickles under other names, names that
-lead out of the folder, headers and counts of 2^63, offsets that overlap, links, pipes, code beside the model, nesting without
-end. Nothing is executed (a canary would tell), nothing is written outside the run, what is refused is so in a line and not with a
-traceback. What readers make of files changed at random is asked by fuzz.py.
+Each is given to the command in a process of its own with 1 GiB more than it needs: pickles under
+other names, names that lead out of the folder, headers and counts of 2^63, offsets that overlap,
+links, pipes, code beside the model, nesting without end. Nothing is executed (a canary would tell),
+nothing is written outside the run, what is refused is so in a line and not with a traceback. What
+readers make of files changed at random is asked by fuzz.py.
 """
 
 import json
@@ -175,6 +177,19 @@ def run(rank: int, given: tuple[str, list[str]]) -> int:
     return cli.main(["train", *arguments])
 
 
+KINDS = (
+    "checkpoint",
+    "checkpoint",
+    "manifest",
+    "manifest",
+    "model",
+    "model",
+    "code",
+    "data",
+    "data",
+)
+
+
 def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
     """`budget` hostile files."""
     chance = random.Random(seed)
@@ -185,95 +200,14 @@ def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
     canary = outside / "canary"
     (outside / "secret").write_text("secret")
     content = blobs(canary)
-    write_tokens(inside / "tokens", 100)
-    entry = {"prefix": "tokens", "num_documents": 100, "dtype": "uint16"}
-    (inside / "data.json").write_text(json.dumps({"datasets": [entry]}))
-    base = [
-        "training.checkpoint.interval=1",
-        "training.export.interval=1",
-        "training.num_workers=0",
-    ]
-    first = settings(inside, *base, "training.train_iters=1", "data.path=data.json")
-    code, said = fork(folder, run, (str(inside), first))
-    assert code == 0, said
-    shutil.copytree(inside / "run" / "export" / "llama" / "1", inside / "model")
-    (inside / "model" / "tokenizer.json").write_text(
-        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
-    )
-    (inside / "model" / folders.MANIFEST).unlink()
-    shutil.copytree(inside, folder / "good", symlinks=True)
-    again = settings(inside, *base, "training.train_iters=2", "data.path=data.json")
-    model = [
-        *settings(
-            inside,
-            *base,
-            "training.train_iters=1",
-            "data.path=data.json",
-            f"run.experiment_dir={inside}/new",
-        )
-    ]
-    model = [word for word in model if not word.startswith("model.")] + ["pretrained.path=model"]
+    again, model = good(folder, inside)
     before = {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}
-    checkpoint = inside / "run" / "checkpoint" / "1"
     while figures["hostile files"] < budget:
-        kind = chance.choice(
-            (
-                "checkpoint",
-                "checkpoint",
-                "manifest",
-                "manifest",
-                "model",
-                "model",
-                "code",
-                "data",
-                "data",
-            )
-        )
+        kind = chance.choice(KINDS)
         how = chance.choice((*PLACES, *content, *content))
-        arguments, target = again, checkpoint / "shard-00001-00001.safetensors"
-        if kind == "checkpoint":
-            if chance.random() < 0.2:
-                target = checkpoint / folders.MANIFEST
-            put(target, how, content, outside)
-            (checkpoint / ".metadata").write_bytes(content["a pickle"])
-            if target.name != folders.MANIFEST:
-                seal(checkpoint)
-        elif kind == "manifest":
-            forged = json.loads((checkpoint / folders.MANIFEST).read_bytes())
-            number = chance.randrange(len(FORGED))
-            FORGED[number](forged)
-            how = f"forgery {number}"
-            resealed(checkpoint, forged)
-        elif kind == "model":
-            arguments = model
-            name = chance.choice(
-                (
-                    "model.safetensors",
-                    "config.json",
-                    "tokenizer.json",
-                    "model.safetensors.index.json",
-                    "pytorch_model.bin",
-                )
-            )
-            target = inside / "model" / name
-            put(target, how, content, outside)
-            if name in ("pytorch_model.bin", "model.safetensors.index.json"):
-                (inside / "model" / "model.safetensors").unlink()
-        elif kind == "code":
-            arguments, how = model, "code beside the model"
-            config = json.loads((inside / "model" / "config.json").read_text())
-            config |= {
-                "auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"},
-                "trust_remote_code": True,
-            }
-            (inside / "model" / "config.json").write_text(json.dumps(config))
-            (inside / "model" / "evil.py").write_text(
-                f"import os\nos.system('touch {canary}')\nclass Evil: pass\n"
-            )
-        else:
-            target = inside / chance.choice(("tokens.idx", "tokens.idx", "tokens.bin", "data.json"))
-            put(target, how, content, outside)
-        story = f"seed {seed}, number {figures['hostile files']}: {how} as {target} ({kind})"
+        place = plant(kind, how, inside, outside, content, chance)
+        arguments = model if kind in ("model", "code") else again
+        story = f"seed {seed}, number {figures['hostile files']}: {place} ({kind})"
         began = time.monotonic()
         try:
             code, said = fork(folder, run, (str(inside), arguments), stuck=20)
@@ -285,17 +219,93 @@ def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
         assert "Traceback" not in said and code in (0, 1, 2), story
         assert "STRANGE" not in said, story
         assert not canary.exists(), f"executed: {story}"
-        assert before == {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}, (
-            story
-        )
-        assert "secret" not in said.replace("/secret", "").replace("outside", "").replace(
-            "looks like a secret", ""
-        ), story
+        now = {path: path.stat().st_mtime_ns for path in sorted(outside.rglob("*"))}
+        assert before == now, story
+        for harmless in ("/secret", "outside", "looks like a secret"):
+            said = said.replace(harmless, "")
+        assert "secret" not in said, story
         figures["refused with a line"] += code != 0
         figures["passed over or of no effect"] += code == 0
         shutil.rmtree(inside)
         shutil.copytree(folder / "good", inside, symlinks=True)
     return figures
+
+
+def good(folder: Path, inside: Path) -> tuple[list[str], list[str]]:
+    """Make a run with data and a model, and a copy in `good`; the settings to resume it, and to
+    start from the model.
+    """
+    write_tokens(inside / "tokens", 100)
+    entry = {"prefix": "tokens", "num_documents": 100, "dtype": "uint16"}
+    (inside / "data.json").write_text(json.dumps({"datasets": [entry]}))
+    base = [
+        "training.checkpoint.interval=1",
+        "training.export.interval=1",
+        "training.num_workers=0",
+        "data.path=data.json",
+    ]
+    first = settings(inside, *base, "training.train_iters=1")
+    code, said = fork(folder, run, (str(inside), first))
+    assert code == 0, said
+    shutil.copytree(inside / "run" / "export" / "llama" / "1", inside / "model")
+    (inside / "model" / "tokenizer.json").write_text(
+        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+    )
+    (inside / "model" / folders.MANIFEST).unlink()
+    shutil.copytree(inside, folder / "good", symlinks=True)
+    again = settings(inside, *base, "training.train_iters=2")
+    new = settings(inside, *base, "training.train_iters=1", f"run.experiment_dir={inside}/new")
+    model = [word for word in new if not word.startswith("model.")] + ["pretrained.path=model"]
+    return again, model
+
+
+def plant(
+    kind: str,
+    how: str,
+    inside: Path,
+    outside: Path,
+    content: dict[str, bytes],
+    chance: random.Random,
+) -> str:
+    """Put a hostile file of a kind where a run reads one; what it is and where."""
+    checkpoint, model = inside / "run" / "checkpoint" / "1", inside / "model"
+    target = checkpoint / "shard-00001-00001.safetensors"
+    if kind == "checkpoint":
+        if chance.random() < 0.2:
+            target = checkpoint / folders.MANIFEST
+        put(target, how, content, outside)
+        (checkpoint / ".metadata").write_bytes(content["a pickle"])
+        if target.name != folders.MANIFEST:
+            seal(checkpoint)
+    elif kind == "manifest":
+        forged = json.loads((checkpoint / folders.MANIFEST).read_bytes())
+        number = chance.randrange(len(FORGED))
+        FORGED[number](forged)
+        how = f"forgery {number}"
+        resealed(checkpoint, forged)
+    elif kind == "model":
+        names = ("model.safetensors", "config.json", "tokenizer.json")
+        name = chance.choice((*names, "model.safetensors.index.json", "pytorch_model.bin"))
+        target = model / name
+        put(target, how, content, outside)
+        if name in ("pytorch_model.bin", "model.safetensors.index.json"):
+            (model / "model.safetensors").unlink()
+    elif kind == "code":
+        how = "code beside the model"
+        config = json.loads((model / "config.json").read_text())
+        config |= {
+            "auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"},
+            "trust_remote_code": True,
+        }
+        (model / "config.json").write_text(json.dumps(config))
+        canary = outside / "canary"
+        (model / "evil.py").write_text(
+            f"import os\nos.system('touch {canary}')\nclass Evil: pass\n"
+        )
+    else:
+        target = inside / chance.choice(("tokens.idx", "tokens.idx", "tokens.bin", "data.json"))
+        put(target, how, content, outside)
+    return f"{how} as {target}"
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """SIGKILL at random instants: to one rank, to all, to the launcher; at world sizes 1, 2 and 4.
 
-No start gets stuck, no checkpoint that was published is lost, and the run that was killed over and over ends with the losses, the
-weights and the export of the one that was left in peace, bit for bit.
+No start gets stuck, no checkpoint that was published is lost, and the run that was killed over and
+over ends with the losses, the weights and the export of the one that was left in peace, bit for
+bit.
 """
 
 import os
@@ -85,59 +86,16 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         world = chance.choice(list(undisturbed))
         figures["runs"] += 1
         name = f"killed{figures['runs']}"
-        run = folder / name
-        while True:
-            before = published(run)
-            story = f"seed {seed}, kill {figures['kills']}, {name}, world {world}, with {before}"
-            slow, victim = chance.random() < 0.7, chance.choice(VICTIMS)
+        run, complete = folder / name, False
+        while not complete:
+            story = f"seed {seed}, kill {figures['kills']}, {name}, world {world}"
             doomed = figures["kills"] < budget
-            after = chance.uniform(0, seconds[world])
-            with Job(
-                folder,
-                arguments(folder, name),
-                world,
-                slow_disk if slow else nothing,
-                chance.random() < 0.5,
-            ) as job:
-                if doomed:
-                    wait(job, after, run if chance.random() < 0.4 else None, chance)
-                if not doomed or not job.launcher.is_alive():
-                    assert job.wait() == 0, f"{story}\n{job.said()}"
-                else:
-                    known = published(run)
-                    figures["kills"] += 1
-                    figures[f"world {world}"] += 1
-                    figures[victim] += 1
-                    longest = max(
-                        longest, kill(job, victim, chance, arguments(folder, name), run, figures)
-                    )
-                    assert max(published(run), default=0) >= max(known, default=0), (
-                        f"{story}: lost, had {known}"
-                    )
-                went_on = re.search(
-                    r"Resuming from .*, after step (\d+)\.|Starting from (random) weights",
-                    job.said(),
-                )
-                if went_on:
-                    # Orphans that go on while the next start is on its way may have saved more meanwhile.
-                    assert int(went_on[1] or 0) == max(before, default=0), (
-                        f"{story}: went on from {went_on[0]}"
-                    )
-                finished = "Training is complete" in job.said()
-            newest = folders.latest(run / "checkpoint")
-            there = published(run)
-            assert (newest is None and not there) or (
-                newest is not None and folders.verify(newest).step == max(there)
-            ), f"{story}: {newest} of {there}"
-            if (
-                finished
-                and max(there, default=0) == STEPS
-                and not list((run / "export/llama").glob(".*"))
-            ):
-                break
-        with Job(
-            folder, arguments(folder, name), world
-        ) as job:  # what a kill at the very end left undone
+            complete, took = start(
+                folder, name, world, seconds[world], doomed, chance, figures, story
+            )
+            longest = max(longest, took)
+        with Job(folder, arguments(folder, name), world) as job:
+            # The last kill may have left something undone.
             assert job.wait() == 0, f"{story}\n{job.said()}"
         assert result(run) == undisturbed[world], f"{story}: another result"
         for part in ("checkpoint", "export/llama"):
@@ -154,8 +112,63 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     }
 
 
+def start(
+    folder: Path,
+    name: str,
+    world: int,
+    seconds: float,
+    doomed: bool,
+    chance: random.Random,
+    figures: "Counter[str]",
+    story: str,
+) -> tuple[bool, float]:
+    """One start of a run, killed if it is `doomed`.
+
+    Returns whether the run is complete, and how long the kill took.
+
+    `seconds`: that an undisturbed run takes.
+    """
+    run, longest = folder / name, 0.0
+    before = published(run)
+    story += f", with {before}"
+    slow, victim = chance.random() < 0.7, chance.choice(VICTIMS)
+    after = chance.uniform(0, seconds)
+    disk = slow_disk if slow else nothing
+    with Job(folder, arguments(folder, name), world, disk, chance.random() < 0.5) as job:
+        if doomed:
+            wait(job, after, run if chance.random() < 0.4 else None, chance)
+        if not doomed or not job.launcher.is_alive():
+            assert job.wait() == 0, f"{story}\n{job.said()}"
+        else:
+            known = published(run)
+            figures.update(("kills", f"world {world}", victim))
+            longest = kill(job, victim, chance, arguments(folder, name), run, figures)
+            assert max(published(run), default=0) >= max(known, default=0), (
+                f"{story}: lost, had {known}"
+            )
+        resumed = re.search(
+            r"Resuming from .*, after step (\d+)\.|Starting from (random) weights",
+            job.said(),
+        )
+        if resumed:
+            # Orphans that still run while the next start begins may have saved more meanwhile.
+            assert int(resumed[1] or 0) == max(before, default=0), (
+                f"{story}: resumed from {resumed[0]}"
+            )
+        finished = "Training is complete" in job.said()
+    newest = folders.latest(run / "checkpoint")
+    there = published(run)
+    assert (newest is None and not there) or (
+        newest is not None and folders.verify(newest).step == max(there)
+    ), f"{story}: {newest} of {there}"
+    unfinished = list((run / "export/llama").glob(".*"))
+    return finished and max(there, default=0) == STEPS and not unfinished, longest
+
+
 def wait(job: Job, after: float, run: Path | None, chance: random.Random) -> None:
-    """Some seconds, or until there is a save or an export in `run` to hit; at most until the job ends."""
+    """Some seconds, or until there is a save or an export in `run` to hit; at most until the job
+    ends.
+    """
     if run is None:
         job.launcher.join(after)
         return
@@ -175,7 +188,9 @@ def kill(
     run: Path,
     figures: "Counter[str]",
 ) -> float:
-    """Kill, note where that was, and wait until everything has ended; the seconds that this took by itself."""
+    """Kill, note where that was, and wait until everything has ended; the seconds that this took by
+    itself.
+    """
     if victim == "launcher":
         job.launcher.kill()
     else:

@@ -1,7 +1,9 @@
-"""`fast-llm prepare` killed at random instants: a worker, the main process, all of it; told to stop now and then; and two nodes.
+"""`fast-llm prepare` killed at random instants: a worker, the main process, all of it; told to stop
+now and then; and two nodes.
 
-Started again until it is done, it ends with the bytes of a preparation that nobody disturbed, file by file, and nothing else is there.
-No start gets stuck, no process is left running, and who is told to stop ends with a line and the exit code that is documented.
+Started again until it is done, it ends with the bytes of a preparation that nobody disturbed, file
+by file, and nothing else is there. No start gets stuck, no process is left running, and who is told
+to stop ends with a line and the exit code that is documented.
 """
 
 import json
@@ -22,7 +24,8 @@ from tests.data import synthetic
 
 STUCK = 240.0  # seconds after which something that should have ended is said to be stuck, on a busy machine
 VICTIMS = ("worker", "main process", "all")
-# Small ranges, so that there is work for several workers; slow disks, so that many kills fall between two files that belong together.
+# Small ranges, so that there is work for several workers; slow disks, so that many kills fall
+# between two files that belong together.
 _COMMAND = """
 import os, pathlib, sys, time
 if __name__ == "__main__":
@@ -186,7 +189,7 @@ def judge(death: Death, code: int, said: str) -> str:
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: kills; a third as many signals come besides."""
+    """`budget`: kills; there are a third as many signals."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     longest = 0.0
@@ -195,19 +198,10 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     files_of: dict[str, int] = {}
     settings = sources(folder)
     names = list(settings) if budget >= 20 else ["three workers"]
-
-    def starts(name: str, where: Path) -> list[Preparation]:
-        """One, or one for each node."""
-        nodes = [[f"distributed.rank={node}"] for node in range(2)] if name == "two nodes" else [[]]
-        return [
-            Preparation(folder, [f"output_path={where}/data", *settings[name], *node])
-            for node in nodes
-        ]
-
     for name in names:
         where = folder / f"whole, {name}"
         begun = time.monotonic()
-        for start in starts(name, where):
+        for start in starts(folder, name, settings[name], where):
             assert start.wait() == 0, start.said()
         seconds[name] = time.monotonic() - begun
         whole[name] = everything(where)
@@ -221,47 +215,14 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         where = folder / f"killed {figures['preparations']}"
         story = f"seed {seed}, preparation {figures['preparations']}, {name}"
         for _ in range(chance.randrange(3, 7)):
-            number = (
-                signal.SIGKILL
-                if chance.random() < 0.75
-                else chance.choice((signal.SIGTERM, signal.SIGINT))
-            )
-            possible = (
-                [*VICTIMS, *VICTIMS[:1]]
-                if "workers" in name and number == signal.SIGKILL
-                else VICTIMS[1:]
-            )
-            files = chance.choice((0, 1, 3, 6, -1, -3))
-            death = Death(number, chance.choice(possible), chance.uniform(0, seconds[name]), files)
+            death = choose(name, seconds[name], chance)
             story += f"\nthen {death}"
-            begun = time.monotonic()
-            running = starts(name, where)
-            hit = chance.choice(running)
-            try:
-                met = death.come(hit, where / "data", files_of[name])
-                at = time.monotonic()
-                codes = [start.wait() for start in running]
-                longest = max(longest, time.monotonic() - at if len(running) == 1 and met else 0)
-                if met:
-                    what = "kills" if number == signal.SIGKILL else "told to stop"
-                    figures.update((what, f"{number.name} to {death.victim}", name))
-                    figures[judge(death, codes[running.index(hit)], hit.said())] += 1
-                    figures["as it ended"] += files < 0
-                    figures["with a file half written"] += bool(list(where.rglob("*.partial")))
-                assert all(
-                    code == 0
-                    for start, code in zip(running, codes, strict=True)
-                    if not met or start is not hit
-                )
-            except AssertionError as error:
-                said = "\n".join(start.said() for start in running)
-                raise AssertionError(f"{story}\n{error}\n{said}") from error
-            finally:
-                for start in running:
-                    start.kill()
+            running = starts(folder, name, settings[name], where)
+            met, took = die(death, name, running, where, files_of[name], story, chance, figures)
+            longest = max(longest, took)
             if not met or figures["kills"] == budget:
                 break
-        for start in starts(name, where):
+        for start in starts(folder, name, settings[name], where):
             assert start.wait() == 0, f"{story}\nthen left in peace\n{start.said()}"
         found = everything(where)
         assert found.keys() == whole[name].keys(), (
@@ -275,6 +236,66 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         "left running": 0,
         "different": 0,
     }
+
+
+def starts(folder: Path, name: str, settings: list[str], where: Path) -> list[Preparation]:
+    """Start one preparation, or one for each node."""
+    nodes = [[f"distributed.rank={node}"] for node in range(2)] if name == "two nodes" else [[]]
+    return [Preparation(folder, [f"output_path={where}/data", *settings, *node]) for node in nodes]
+
+
+def choose(name: str, seconds: float, chance: random.Random) -> Death:
+    """How and when a preparation ends that takes so many seconds."""
+    number = (
+        signal.SIGKILL if chance.random() < 0.75 else chance.choice((signal.SIGTERM, signal.SIGINT))
+    )
+    possible = (
+        [*VICTIMS, *VICTIMS[:1]] if "workers" in name and number == signal.SIGKILL else VICTIMS[1:]
+    )
+    files = chance.choice((0, 1, 3, 6, -1, -3))
+    return Death(number, chance.choice(possible), chance.uniform(0, seconds), files)
+
+
+def die(
+    death: Death,
+    name: str,
+    running: list[Preparation],
+    where: Path,
+    files: int,
+    story: str,
+    chance: random.Random,
+    figures: "Counter[str]",
+) -> tuple[bool, float]:
+    """End one of the running preparations.
+
+    Returns whether it was still running, and how long its end took.
+
+    `files`: the number of files of a complete preparation.
+    """
+    hit, longest = chance.choice(running), 0.0
+    try:
+        met = death.come(hit, where / "data", files)
+        at = time.monotonic()
+        codes = [start.wait() for start in running]
+        longest = time.monotonic() - at if len(running) == 1 and met else 0.0
+        if met:
+            what = "kills" if death.number == signal.SIGKILL else "told to stop"
+            figures.update((what, f"{death.number.name} to {death.victim}", name))
+            figures[judge(death, codes[running.index(hit)], hit.said())] += 1
+            figures["as it ended"] += death.files < 0
+            figures["with a file half written"] += bool(list(where.rglob("*.partial")))
+        assert all(
+            code == 0
+            for start, code in zip(running, codes, strict=True)
+            if not met or start is not hit
+        )
+    except AssertionError as error:
+        said = "\n".join(start.said() for start in running)
+        raise AssertionError(f"{story}\n{error}\n{said}") from error
+    finally:
+        for start in running:
+            start.kill()
+    return met, longest
 
 
 if __name__ == "__main__":

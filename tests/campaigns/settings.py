@@ -1,8 +1,9 @@
-"""Configurations with anything wrong with them: names mistyped, values of every kind, sections and values in one another's
-place, text that is hardly YAML, anchors that unfold without end, overrides.
+"""Configurations with anything wrong with them: names mistyped, values of every kind, sections and
+values in one another's place, text that is hardly YAML, anchors that unfold without end, overrides.
 
-Each is refused within two seconds with exit code 2 and lines that say where, and for a mistyped name what was meant; or it is a
-plan. There is never a traceback, and torch is never loaded. Most are read in this process, some by the command itself.
+Each is refused within two seconds with exit code 2 and lines that say where, and for a mistyped
+name what was meant; or it is a plan. There is never a traceback, and torch is never loaded. Most
+are read in this process, some by the command itself.
 """
 
 import contextlib
@@ -227,21 +228,55 @@ def tell(folder: Path, overrides: list[str]) -> tuple[int | None, str, str]:
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: configurations, one of a hundred in a process of its own."""
+    """`budget`: configurations; one in a hundred runs in a process of its own."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
+    bases = correct(folder)
+    before = sorted(folder.rglob("*"))
+    here = os.getcwd()
+    os.chdir(folder)  # where a canary would appear
+    slowest = 0.0
+    try:
+        while figures["configurations"] < budget:
+            text, overrides, meant = mutated(chance.choice(bases), chance, figures)
+            (folder / "c.yaml").write_bytes(text.encode(errors="surrogatepass"))
+            figures["configurations"] += 1
+            if figures["configurations"] % 100:
+                began = time.process_time()
+                code, out, err = tell(folder, overrides)
+                seconds = time.process_time() - began
+                slowest = max(slowest, seconds)
+            else:
+                code, out, err = in_a_process(overrides)
+                seconds = 0.0
+                figures["in a process of its own"] += 1
+            story = (
+                f"seed {seed}, number {figures['configurations']}, overrides {overrides},"
+                f" exit code {code}\n{text[:3000]}\n{err}"
+            )
+            assert seconds < LIMIT, f"{seconds:.1f} s: {story}"
+            check_answer(code, out, err, meant, story, figures)
+        (folder / "c.yaml").unlink()
+        assert sorted(folder.rglob("*")) == before, "something was written"
+    finally:
+        os.chdir(here)
+    return {
+        **dict(sorted(figures.items())),
+        "slowest, s of a processor": round(slowest, 2),
+        "tracebacks": 0,
+    }
+
+
+def correct(folder: Path) -> list[dict[str, Any]]:
+    """Two correct configurations, and the files that they name."""
     write_tokens(folder / "tokens", 400)
     further = [
         "training.train_iters=10",
         "training.checkpoint.interval=5",
         "training.validation.interval=5",
-    ]
-    further += [
         "training.validation.iterations=1",
         "training.export.interval=5",
         "training.checkpoint.keep=2",
-    ]
-    further += [
         "optimizer.learning_rate.decay_style=cosine",
         "optimizer.learning_rate.decay_iterations=10",
     ]
@@ -263,70 +298,55 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     bases[1]["pretrained"] = {"path": f"{folder}/model", "format": "llama", "model_weights": False}
     bases[1]["data"]["validation_sets"] = {"other": f"{folder}/tokens"}
     del bases[1]["model"]
-    before = sorted(folder.rglob("*"))
-    here = os.getcwd()
-    os.chdir(folder)  # where a canary would be
-    slowest = 0.0
-    try:
-        while figures["configurations"] < budget:
-            text, overrides, meant = mutated(chance.choice(bases), chance, figures)
-            (folder / "c.yaml").write_bytes(text.encode(errors="surrogatepass"))
-            figures["configurations"] += 1
-            if figures["configurations"] % 100:
-                began = time.process_time()
-                code, out, err = tell(folder, overrides)
-                seconds = time.process_time() - began
-                slowest = max(slowest, seconds)
-            else:
-                words = [
-                    "-m",
-                    "fast_llm.cli",
-                    "train",
-                    "gpt",
-                    "--config",
-                    "c.yaml",
-                    "--validate",
-                    *overrides,
-                ]
-                environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-                done = subprocess.run(
-                    [sys.executable, *words],
-                    capture_output=True,
-                    text=True,
-                    env=environment,
-                    timeout=60,
-                )
-                code, out, err, seconds = done.returncode, done.stdout, done.stderr, 0.0
-                figures["in a process of its own"] += 1
-            story = f"seed {seed}, number {figures['configurations']}, overrides {overrides}, exit code {code}\n{text[:3000]}\n{err}"
-            assert code in (0, 2) and "Traceback" not in err, story
-            assert seconds < LIMIT, f"{seconds:.1f} s: {story}"
-            if code == 0:
-                assert out.startswith("Model") and not err, story
-                figures["plans"] += 1
-            else:
-                assert err.startswith("fast-llm train: ") and not out, story
-                lines = err.removeprefix("fast-llm train: ").splitlines()
-                figures["refused"] += 1
-                places = re.compile(
-                    r"c\.yaml(:\d+)?: |override |the command line: |^ *[a-z_]+(\.[a-z_0-9]+)+: |/|[a-z]+\.[a-z_]+|\d+ mistakes|… and"
-                )
-                assert all(places.search(line) for line in lines), f"{story}: where?"
-                if meant is not None:
-                    figures["names mistyped"] += 1
-                    assert any(meant[0] in line for line in lines), f"{story}: {meant} not named"
-                    figures["what was meant is told"] += any(
-                        "did you mean" in line and meant[1] in line for line in lines
-                    )
-        (folder / "c.yaml").unlink()
-        assert sorted(folder.rglob("*")) == before, "something was written"
-    finally:
-        os.chdir(here)
-    return {
-        **dict(sorted(figures.items())),
-        "slowest, s of a processor": round(slowest, 2),
-        "tracebacks": 0,
-    }
+    return bases
+
+
+def in_a_process(overrides: list[str]) -> tuple[int, str, str]:
+    """Validate c.yaml in a new process: exit code, standard output and standard error."""
+    words = ["train", "gpt", "--config", "c.yaml", "--validate", *overrides]
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fast_llm.cli", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def check_answer(
+    code: int | None,
+    out: str,
+    err: str,
+    meant: tuple[str, str] | None,
+    story: str,
+    figures: "Counter[str]",
+) -> None:
+    """A plan, or a message whose every line says where.
+
+    `meant`: the mistyped and the right name.
+    """
+    assert code in (0, 2) and "Traceback" not in err, story
+    if code == 0:
+        assert out.startswith("Model") and not err, story
+        figures["plans"] += 1
+        return
+    assert err.startswith("fast-llm train: ") and not out, story
+    lines = err.removeprefix("fast-llm train: ").splitlines()
+    figures["refused"] += 1
+    places = re.compile(
+        r"c\.yaml(:\d+)?: |override |the command line: |^ *[a-z_]+(\.[a-z_0-9]+)+: |/|[a-z]+\.[a-z_]+"
+        r"|\d+ mistakes|… and"
+    )
+    assert all(places.search(line) for line in lines), f"{story}: where?"
+    if meant is not None:
+        figures["names mistyped"] += 1
+        assert any(meant[0] in line for line in lines), f"{story}: {meant} not named"
+        figures["what was meant is told"] += any(
+            "did you mean" in line and meant[1] in line for line in lines
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""SIGTERM, SIGINT and SIGUSR1 in every phase of a run: once, twice for the same wish, and a second time to leave at once.
+"""SIGTERM, SIGINT and SIGUSR1 in every phase of a run: once, twice for the same wish, and a second
+time to leave at once.
 
-A rank sends them when it enters a phase for the k-th time: to itself, to all ranks, to its launcher, which passes them on as
-torchrun does; at world sizes 1, 2 and 4. No job gets stuck, none prints a traceback, all ranks end with the exit code that is
-documented, and a checkpoint of the step where they stopped is there. Started again, over and over, and at last left in peace, the
-run ends with the losses, weights and exports of one that nobody disturbed, bit for bit, and leaves nothing behind.
+A rank sends them when it enters a phase for the k-th time: to itself, to all ranks, to its
+launcher, which passes them on as torchrun does; at world sizes 1, 2 and 4. No job gets stuck, none
+prints a traceback, all ranks end with the exit code that is documented, and a checkpoint of the
+step where they stopped is there. Started again, over and over, and at last left in peace, the run
+ends with the losses, weights and exports of one that nobody disturbed, bit for bit, and leaves
+nothing behind.
 """
 
+import importlib
 import json
 import os
 import random
@@ -93,17 +97,14 @@ class Case:
 
 
 def arm(rank: int, case: Case, note: Path) -> None:
-    """Have a process of that rank send the signals. What it then was at is written to `note`."""
+    """Have a process of that rank send the signals. What it was doing is written to `note`."""
     kills.slow_disk(rank)
     if rank != case.rank:
         return
-    import importlib
-
     from fast_llm.training.interrupt import Interrupt
     from fast_llm.training.trainer import Trainer
-    from fast_llm.watchdog.process import Watchdog
 
-    noted, entered, trainers = threading.Event(), 0, []
+    noted, entered, trainers = threading.Event(), 0, list[Trainer]()
     take, make = Interrupt._on_signal, Trainer.__init__
 
     def taken(interrupt: Interrupt, number: int) -> None:
@@ -114,61 +115,68 @@ def arm(rank: int, case: Case, note: Path) -> None:
         make(trainer, *given)
         trainers.append(trainer)
 
-    def strike() -> None:
+    def enter() -> None:
         nonlocal entered
         entered += 1
-        if entered != case.count:
-            return
-        note.write_text(
-            json.dumps(
-                {"done": trainers[0].state.step if trainers else 0, "time": time.monotonic()}
-            )
-        )
-        launcher = os.getppid()
-        ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-        others = [int(process) for process in ranks if int(process) != os.getpid()]
-        # Who has not begun to listen dies of it: a moment that the others would tell as the loss of a process.
-        heard = [signal.SIGUSR1] if case.phase in EARLY else list(SIGNALS)
-        while not all(
-            listens(process, number) or not alive(process) for process in others for number in heard
-        ):
-            time.sleep(0.002)  # at the end of a run another one may have left already
-        victims = {"one rank": [], "all ranks": others, "launcher": [launcher]}[case.target]
-        if case.target != "launcher":
-            victims = [*victims, os.getpid()]
-        for victim in victims:
-            send(victim, case.number)
-        # What comes by way of the launcher takes a moment, which must not lead into another phase.
-        assert noted.wait(10)
-        if case.times != "once":
-            time.sleep(0.2 if case.times == "twice" else _LATER)
-            for victim in victims:
-                send(victim, case.second)
-            time.sleep(10 if case.times == "late" and case.second != signal.SIGUSR1 else 0.1)
-
-    def before(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*given: Any, **named: Any) -> Any:
-            strike()
-            return function(*given, **named)
-
-        return wrapped
+        if entered == case.count:
+            done = trainers[0].state.step if trainers else 0
+            note.write_text(json.dumps({"done": done, "time": time.monotonic()}))
+            strike(case, noted)
 
     Interrupt._on_signal, Trainer.__init__ = taken, made  # type: ignore[method-assign, assignment]
-    if case.phase in CALLS:
-        module, name = CALLS[case.phase]
-        owner = importlib.import_module(module)
-        if "." in name:
-            owner, name = getattr(owner, name.split(".")[0]), name.split(".")[1]
-        setattr(owner, name, before(getattr(owner, name)))
-    else:
+    call_before(case.phase, enter)
+
+
+def call_before(phase: str, function: Callable[[], None]) -> None:
+    """Have a function called each time that this process begins a phase."""
+    if phase not in CALLS:
+        from fast_llm.watchdog.process import Watchdog
+
         heartbeat = Watchdog.heartbeat
 
-        def marked(watchdog: Watchdog, phase: str, *given: Any, **named: Any) -> None:
-            heartbeat(watchdog, phase, *given, **named)
-            if phase == case.phase:
-                strike()
+        def noticed(watchdog: Watchdog, name: str, *given: Any, **named: Any) -> None:
+            heartbeat(watchdog, name, *given, **named)
+            if name == phase:
+                function()
 
-        Watchdog.heartbeat = marked  # type: ignore[method-assign, assignment]
+        Watchdog.heartbeat = noticed  # type: ignore[method-assign, assignment]
+        return
+    module, name = CALLS[phase]
+    owner = importlib.import_module(module)
+    if "." in name:
+        owner, name = getattr(owner, name.split(".")[0]), name.split(".")[1]
+    original = getattr(owner, name)
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        function()
+        return original(*given, **named)
+
+    setattr(owner, name, wrapped)
+
+
+def strike(case: Case, noted: threading.Event) -> None:
+    """Send the signals of a case. `noted`: set once this process has noticed one."""
+    launcher = os.getppid()
+    ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    others = [int(process) for process in ranks if int(process) != os.getpid()]
+    # A process that does not listen yet dies of a signal: the others would report its loss.
+    heard = [signal.SIGUSR1] if case.phase in EARLY else list(SIGNALS)
+    while not all(
+        listens(process, number) or not alive(process) for process in others for number in heard
+    ):
+        time.sleep(0.002)  # at the end of a run another process may have ended already
+    victims = {"one rank": [], "all ranks": others, "launcher": [launcher]}[case.target]
+    if case.target != "launcher":
+        victims = [*victims, os.getpid()]
+    for victim in victims:
+        send(victim, case.number)
+    # A signal through the launcher takes a moment, which must not lead into another phase.
+    assert noted.wait(10)
+    if case.times != "once":
+        time.sleep(0.2 if case.times == "twice" else _LATER)
+        for victim in victims:
+            send(victim, case.second)
+        time.sleep(10 if case.times == "late" and case.second != signal.SIGUSR1 else 0.1)
 
 
 def arguments(folder: Path, name: str) -> list[str]:
@@ -231,7 +239,8 @@ def judge(
         fatal = case.second
     if fatal is not None:
         assert codes[case.rank] == 128 + fatal
-        # The others had the same, or were ended by the launcher, or found that one of them had gone, or had done all they had to.
+        # The others had the same, or were ended by the launcher, or found that one of them had
+        # gone, or had done all they had to.
         may = {128 + fatal, 128 + signal.SIGTERM, 128 + signal.SIGKILL, 1}
         assert set(codes) <= may | ({0} if "Training is complete" in said else set())
         if 1 in codes:
@@ -291,35 +300,12 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
             phase = next(coming)
             if world == 1 and phase == "while the processes meet":
                 continue
-            case, known = choose(phase, world, chance), published(run)
-            note = folder / "struck"
-            note.unlink(missing_ok=True)
+            case = choose(phase, world, chance)
             story += f"\nthen {case}"
-            with Job(folder, how, world, partial(arm, case=case, note=note)) as job:
-                code = job.wait()
-                if not note.exists():  # there is nothing left of that phase
-                    assert code == 0 and "Training is complete" in job.said(), (
-                        f"{story}\n{job.said()}"
-                    )
-                    break
-                took = time.monotonic() - json.loads(note.read_text())["time"]
-                longest = max(longest, took)
-                figures.update(
-                    (
-                        "signals",
-                        f"world {world}",
-                        f"{case.times}, {case.number.name}",
-                        f"to {case.target}",
-                        f"in {phase}",
-                    )
-                )
-                try:
-                    assert took < ENDS, f"took {took:.0f} s"
-                    judge(case, job, run, known, note, figures)
-                except AssertionError as error:
-                    raise AssertionError(
-                        f"{story}\n{error}\n{job.codes()}, had {known}, has {published(run)}, {note.read_text()}\n{job.said()}"
-                    ) from error
+            took = start(folder, run, world, case, story, figures)
+            if took is None:
+                break
+            longest = max(longest, took)
         with Job(folder, how, world) as job:
             assert job.wait() == 0, f"{story}\nthen left in peace\n{job.said()}"
         found = result(run)
@@ -337,6 +323,42 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         "lost": 0,
         "different": 0,
     }
+
+
+def start(
+    folder: Path, run: Path, world: int, case: Case, story: str, figures: "Counter[str]"
+) -> float | None:
+    """One start of a run that gets a signal.
+
+    Returns how long it took to end; None if the phase was not reached.
+    """
+    known, note = published(run), folder / "struck"
+    note.unlink(missing_ok=True)
+    how = arguments(folder, run.name)
+    with Job(folder, how, world, partial(arm, case=case, note=note)) as job:
+        code = job.wait()
+        if not note.exists():  # nothing was left to do of that phase
+            assert code == 0 and "Training is complete" in job.said(), f"{story}\n{job.said()}"
+            return None
+        took: float = time.monotonic() - json.loads(note.read_text())["time"]
+        figures.update(
+            (
+                "signals",
+                f"world {world}",
+                f"{case.times}, {case.number.name}",
+                f"to {case.target}",
+                f"in {case.phase}",
+            )
+        )
+        try:
+            assert took < ENDS, f"took {took:.0f} s"
+            judge(case, job, run, known, note, figures)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{story}\n{error}\n{job.codes()}, had {known}, has {published(run)},"
+                f" {note.read_text()}\n{job.said()}"
+            ) from error
+    return took
 
 
 if __name__ == "__main__":

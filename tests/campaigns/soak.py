@@ -237,16 +237,10 @@ def live(
         )
         before: Any = partial(disturb, faults=numbers, notes=None)
         if event == "disk full for a while":
-            number = chance.randrange(20, 4 * longest)
-            until = number + chance.randrange(20, 4 * longest)
-            before = partial(
-                full_disk,
-                numbers=numbers,
-                victim=chance.randrange(world),
-                number=number,
-                until=until,
-                root=run,
-            )
+            begin = chance.randrange(20, 4 * longest)
+            end = begin + chance.randrange(20, 4 * longest)
+            which = {"victim": chance.randrange(world), "number": begin, "until": end}
+            before = partial(full_disk, numbers=numbers, root=run, **which)
         with Job(folder, arguments(folder, "disturbed", steps, *further), world, before) as job:
             deadline = time.monotonic() + 4 * STUCK
             while job.launcher.is_alive() and reached(run) < min(target, steps):
