@@ -1,8 +1,10 @@
-"""Death before the k-th change to the disk, for every k of a save, a second save of a step, an export and a pair of token files.
+"""Death before the k-th change to the disk, for every k of a save, a second save of a step, an
+export and a pair of token files.
 
-Once as a kill, which loses nothing that was written, and three times as a power cut, which loses what was not flushed: names in
-folders, contents of files, or a mixture. What is found then is the previous one or the new one, whole, and the new one if
-the call had returned. After a kill the same again succeeds and leaves nothing else behind.
+Once as a kill, which loses nothing that was written, and three times as a power cut, which loses
+what was not flushed: names in folders, contents of files, or a mixture. What is found then is the
+previous one or the new one, whole, and the new one if the call had returned. After a kill the same
+again succeeds and leaves nothing else behind.
 """
 
 import json
@@ -143,7 +145,8 @@ PATHS = {
 
 
 class Disk:
-    """What would be there after a power cut: contents of files and names in folders as they were when last flushed.
+    """What would be there after a power cut: contents of files and names in folders as they were
+    when last flushed.
 
     Kept in a folder by inode; those that were flushed stay open, so that no number comes again.
     """
@@ -173,8 +176,11 @@ class Disk:
                 self.flushed(handle)
 
     def after_power_cut(self, root: Path, into: Path, keeps_names: Callable[[], bool]) -> None:
-        """Make in `into` what is left of `root`. `keeps_names`: whether a folder's names are as they were when the power
-        failed, or as they were when it was last flushed."""
+        """Make in `into` what is left of `root`.
+
+        `keeps_names`: whether a folder's names are as they were when the power failed, or as they
+        were when it was last flushed.
+        """
         places = {path.stat().st_ino: path for path in [root, *root.rglob("*")] if path.exists()}
 
         def make(number: int, at: Path) -> None:
@@ -232,7 +238,9 @@ def die_at(number: int, root: Path, disk: Disk) -> None:
 def one_death(
     folder: Path, name: str, number: int, chance: random.Random, figures: "Counter[str]"
 ) -> bool:
-    """Die at the `number`-th change of a path and look at what is left; whether the path was longer than that."""
+    """Die at the `number`-th change of a path and look at what is left; whether the path was longer
+    than that.
+    """
     path = PATHS[name]
     here = folder / f"{name} {number}"
     root = here / "tree"

@@ -1,7 +1,8 @@
-"""The readers of .idx files, manifests and safetensors headers, given files that are changed at random; those that reach steps
-between lines which none reached before are kept and changed further.
+"""The readers of .idx files, manifests and safetensors headers, given files that are changed at
+random; those that reach steps between lines which none reached before are kept and changed further.
 
-Each is read or refused in a line that names it, with no more than 8 MiB of memory. Nothing else may come of it.
+Each is read or refused in a line that names it, with no more than 8 MiB of memory. Nothing else may
+come of it.
 """
 
 import contextlib

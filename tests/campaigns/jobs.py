@@ -1,7 +1,8 @@
 """What the campaigns share: runs whose processes can be killed, and the command line.
 
-A job is a launcher and its ranks, as torchrun's are, forked from a server that has torch loaded: a start costs a tenth of a
-second. The launcher does what torchrun does, with less patience: it passes signals on, and ends the others when one fails.
+A job is a launcher and its ranks, as torchrun's are, forked from a server that has torch loaded: a
+start costs a tenth of a second. The launcher does what torchrun does, with less patience: it passes
+signals on, and ends the others when one fails.
 """
 
 import argparse
@@ -40,7 +41,9 @@ class Job:
         before: Callable[..., None] = nothing,
         helped: bool = True,
     ):
-        """`before(rank)` is called in each rank first; `helped`: the launcher ends the other ranks when one fails."""
+        """`before(rank)` is called in each rank first; `helped`: the launcher ends the other ranks
+        when one fails.
+        """
         self.world = world
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="job-")
         self.folder = Path(self._folder.name)
@@ -191,7 +194,8 @@ def _rank(
             }
             os.environ |= {name: str(value) for name, value in places.items()}
             store = dist.FileStore(str(folder / "store"), world)
-            # Their own way of joining takes an address and a port; a file is faster and never taken.
+            # Their own way of joining takes an address and a port; a file is faster and never
+            # taken.
             dist.init_process_group(
                 "gloo",
                 store=store,

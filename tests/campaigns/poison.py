@@ -1,14 +1,15 @@
-"""Numbers that are not finite, and finite ones that are huge, at random steps: in the loss, a gradient, a weight, a moment, the data;
-on one rank or on all; under every policy for spikes, at world sizes 1, 2 and 4, with weights cut in several ways.
+"""Numbers that are not finite, and finite ones that are huge, at random steps: in the loss, a
+gradient, a weight, a moment, the data; on one rank or on all; under every policy for spikes, at
+world sizes 1, 2 and 4, with weights cut in several ways.
 
-A step whose loss or gradients are not finite, and a spike that is to be skipped, leave exactly what a run has at the end in which
-that update was made and undone; a rewind what a run has that was given other data; also after a SIGKILL at a random instant. NaN,
-infinities, and averages of squares below zero in weights or moments end the run before anything with them is published, and the
-same command ends with the bits of a run that nothing happened to. All ranks decide alike, and what they hold alike stays equal to
-the bit. Runs that can not go on say why in one line.
+A step whose loss or gradients are not finite, and a spike that is to be skipped, leave exactly what
+a run has at the end in which that update was made and undone; a rewind what a run has that was
+given other data; also after a SIGKILL at a random instant. NaN, infinities, and averages of squares
+below zero in weights or moments end the run before anything with them is published, and the same
+command ends with the bits of a run that nothing happened to. All ranks decide alike, and what they
+hold alike stays equal to the bit. Runs that can not go on say why in one line.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -17,30 +18,34 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as folders
-from fast_llm.data.dataset import Dataset
-from fast_llm.data.loader import Loader
-from fast_llm.data.source import PackedSample
-from fast_llm.model.batch import Batch
-from fast_llm.tensors import distributed_like
-from fast_llm.training.step import StepResult
-from fast_llm.training.trainer import Trainer
+from tests.campaigns.faults import (
+    BATCH,
+    HUGE,
+    INTERVAL,
+    MOMENTS,
+    NOT_FINITE,
+    SPIKE,
+    STEPS,
+    VOCABULARY,
+    WINDOW,
+    Course,
+    Fault,
+    course,
+    disturb,
+    misread,
+)
 from tests.campaigns.jobs import STUCK, Job, command, nothing, send
 from tests.training.runs import losses, records, settings, weights, write_tokens
 
-STEPS, INTERVAL, WINDOW, BATCH, VOCABULARY = 24, 4, 4, 8, 128
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
     "two, ZeRO 1": (2, ("model.multi_stage.zero_stage=1",)),
@@ -52,196 +57,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "four, ZeRO 2": (4, ("model.multi_stage.zero_stage=2",)),
     "four, two copies": (4, ("model.multi_stage.zero_stage=3", "model.multi_stage.shard_size=2")),
 }
-NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
-HUGE = (1e30, 3e38)  # a gradient whose square fp32 does not hold counts as not finite
-SPIKE = 1e6
 PATIENCE = 4 * STUCK  # the machine may be busy
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What becomes wrong at the step with this batch (counted from 1): by what it reads it is known again after a kill."""
-
-    batch: int
-    place: str  # loss, gradient, weight, exp_avg, exp_avg_sq
-    value: float
-    rank: int | None  # None is all
-    chosen: int  # which tensor and element
-
-
-@dataclass
-class Course:
-    """What a run comes to by its policy: the batch of each step, and those whose update is left out."""
-
-    batch_of: dict[int, int] = field(default_factory=dict)
-    left_out: set[int] = field(default_factory=set)
-    spikes: set[int] = field(default_factory=set)  # of those that were left out
-    skipped_ranges: list[dict[str, int]] = field(default_factory=list)
-
-
-def course(faults: Sequence[Fault], policy: str) -> Course:
-    """As this file works it out, by itself."""
-    bad = {fault.batch for fault in faults if fault.value != SPIKE}
-    spikes = {
-        fault.batch for fault in faults if fault.value == SPIKE and policy in ("skip", "rewind")
-    } - bad
-    found = Course()
-    # `since`: the batch after which the run went on from the checkpoint of step `saved`.
-    step = batch = saved = since = 0
-    while step < STEPS:
-        step, batch = step + 1, batch + 1
-        if batch in spikes and policy == "rewind":
-            found.skipped_ranges.append(
-                {"after": saved, "spike": step, "sequences": (batch - since) * BATCH}
-            )
-            step, since = saved, batch
-            continue
-        found.batch_of[step] = batch
-        if step % INTERVAL == 0:
-            saved, since = step, batch
-    found.spikes = spikes & {*found.batch_of.values()}
-    found.left_out = (bad | spikes) & {*found.batch_of.values()}
-    return found
-
-
-# What is done in the processes of a run.
-
-
-def spoil(tensors: Mapping[str, Tensor], fault: Fault) -> None:
-    """Write the fault's value to one element."""
-    names = sorted(name for name, tensor in tensors.items() if tensor.numel())
-    tensor = tensors[names[fault.chosen % len(names)]]
-    tensor.detach()[np.unravel_index(fault.chosen // 64 % tensor.numel(), tensor.shape)] = (
-        fault.value
-    )
-
-
-def disturb(
-    rank: int, faults: Sequence[Fault], notes: Path | None, reference: Course | None = None
-) -> None:
-    """Have the faults happen, and note what this process decides at each step, and what it holds at the end. `reference`: no fault
-    happens, but updates are undone and batches given as this says."""
-    start = Trainer.train
-
-    def train(self: Trainer) -> None:
-        step, add = self.train_step, self.metrics.add
-        parts = {"exp_avg": step.optimizer.exp_avg, "exp_avg_sq": step.optimizer.exp_avg_sq}
-        forward_backward = step.forward_backward
-
-        def disturbed(batches: Sequence[Batch], seed: float) -> Tensor:
-            batch = self.state.consumed_samples // self.spec.batch.batch_size + 1
-            now = [fault for fault in faults if fault.batch == batch]
-            mine = [fault for fault in now if fault.rank in (None, rank)]
-            for fault in mine:
-                if fault.place in ("weight", *parts):
-                    spoil(parts.get(fault.place) or step.weights.local(), fault)
-            if any(fault.place in ("weight", *parts) for fault in now):
-                step.weights.sync_model_weights()  # on all: else some would gather what others have
-            loss = forward_backward(batches, seed)
-            for fault in mine:
-                if fault.place == "loss":
-                    loss = loss + fault.value
-                elif fault.place == "gradient":
-                    spoil(step.weights.local_gradients(), fault)
-            return loss
-
-        def noting(number: int, result: StepResult) -> None:
-            add(number, result)
-            decision = [
-                self.state.consumed_samples // BATCH,
-                number,
-                result.updated,
-                result.spike,
-                result.loss,
-                result.gradient_norm,
-            ]
-            assert notes is not None
-            with (notes / f"decisions_{rank}").open("a") as file:
-                file.write(json.dumps(decision) + "\n")
-
-        step.forward_backward = disturbed  # type: ignore[method-assign, assignment]
-        if notes is not None:
-            self.metrics.add = noting  # type: ignore
-        if reference is not None:
-            _guide(self, reference)
-        start(self)
-        if notes is not None:
-            _note_state(self, notes / f"state_{rank}")
-
-    Trainer.train = train  # type: ignore[method-assign]
-
-
-def _guide(trainer: Trainer, reference: Course) -> None:
-    """Let every update be made, and those that are to be left out be undone; and give each step its batch."""
-    step, loader = trainer.train_step, trainer.loader
-    update, optimizer = step.optimizer.step, step.optimizer
-
-    def undone(*arguments: Any) -> None:
-        local = [
-            step.weights.local(),
-            step.weights.master_low_bits,
-            optimizer.exp_avg,
-            optimizer.exp_avg_sq,
-        ]
-        before = [{name: tensor.clone() for name, tensor in part.items()} for part in local]
-        update(*arguments)
-        if reference.batch_of[trainer.state.step + 1] in reference.left_out:
-            optimizer.updates -= 1
-            for part, old in zip(local, before, strict=True):
-                for name, tensor in part.items():
-                    tensor.copy_(old[name])
-
-    def guided(phase: str, first_sample: int, steps: int) -> Loader:
-        made = loader(phase, first_sample, steps)
-        give, first = made.step, first_sample // BATCH
-        if phase == "training":
-            made.step = lambda number: give(reference.batch_of[first + number + 1] - first - 1)  # type: ignore[method-assign, assignment]
-        return made
-
-    optimizer.step, trainer.loader = undone, guided  # type: ignore[method-assign, assignment]
-
-
-def _note_state(trainer: Trainer, path: Path) -> None:
-    """Digests of all that this process holds, by name and part."""
-    step = trainer.train_step
-    found = {}
-    with step.weights.masters() as masters:
-        for name, whole in masters.items():
-            for part, tensor in (
-                ("weight", whole),
-                *((m, distributed_like(whole, getattr(step.optimizer, m)[name])) for m in MOMENTS),
-            ):
-                place = ""
-                if isinstance(tensor, DTensor):
-                    at: Sequence[int] = tensor.device_mesh.get_coordinate() or []
-                    place = str(
-                        [
-                            p
-                            for p, how in zip(at, tensor.placements, strict=True)
-                            if not how.is_replicate()
-                        ]
-                    )
-                    tensor = tensor.to_local()
-                data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-                found[f"{part} of {name} {place}"] = hashlib.sha256(data).hexdigest()
-    path.write_text(json.dumps(found))
-
-
-def misread(rank: int, sequence: int, place: int, token: int) -> None:
-    """Whoever reads this sequence reads a token that is not in the vocabulary."""
-    read = Dataset.read
-
-    def wrong(self: Dataset, split: str, index: int) -> PackedSample:
-        packed = read(self, split, index)
-        if split == "training" and index == sequence:
-            packed.tokens[place % len(packed.tokens)] = token
-        return packed
-
-    Dataset.read = wrong  # type: ignore[method-assign]
-
-
-# What is looked at from outside.
 
 
 def published_is_good(run: Path, story: str) -> list[int]:
@@ -275,8 +91,10 @@ def agree(notes: Path, world: int, story: str) -> None:
 
 
 def one_line(said: str, story: str) -> str:
-    """What the user is told, in the one line that there must be, the same by all that say it. A process that loses another one may
-    say that in its own way."""
+    """What the user is told, in the one line that there must be, the same by all that say it.
+
+    A process that loses another one may say that in its own way.
+    """
     told = {line for line in said.splitlines() if line.startswith("fast-llm train: ")}
     errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.MULTILINE)
     assert len(told) == 1 and all("Connection " in error for error in errors), story
@@ -376,13 +194,16 @@ class Bench:
 
 
 def steps_left_out(bench: Bench, layout: str, story: str) -> int:
-    """Non-finite steps and spikes under a policy, perhaps with a kill, against the run that is told what to leave out."""
+    """Non-finite steps and spikes under a policy, perhaps with a kill, against the run that is told
+    what to leave out.
+    """
     chance, figures = bench.chance, bench.figures
     bench.whole(layout)
     policy = chance.choice(("none", "skip", "rewind"))
     bad: list[int] = []
     for batch in chance.sample(range(1, STEPS + 1), chance.randrange(2, 8)):
-        # Three in a row are for `too_many_in_a_row`, and spikes are judged by WINDOW steps before the checkpoint of step 8.
+        # Three in a row are for `too_many_in_a_row`, and spikes are judged by WINDOW steps before
+        # the checkpoint of step 8.
         near = [one for one in bad if abs(one - batch) <= 2]
         if len(near) < 2 and sum(one <= 2 * INTERVAL for one in bad) < 2 * INTERVAL - WINDOW:
             bad.append(batch)
@@ -533,7 +354,9 @@ def wrong_memory(bench: Bench, layout: str, story: str) -> int:
 
 
 def strange_tokens(bench: Bench, layout: str, story: str) -> int:
-    """A token that is not in the vocabulary: in the file, or read by one rank only, perhaps as a label alone."""
+    """A token that is not in the vocabulary: in the file, or read by one rank only, perhaps as a
+    label alone.
+    """
     chance, figures = bench.chance, bench.figures
     whole, world = bench.whole(layout), LAYOUTS[layout][0]
     name, token = bench.name(), chance.choice((VOCABULARY, VOCABULARY + 1, 2**15, 2**16 - 1))

@@ -1,11 +1,14 @@
-"""A long life: thousands of steps of a tiny model in one folder, with everything that happens to runs, at random.
+"""A long life: thousands of steps of a tiny model in one folder, with everything that happens to
+runs, at random.
 
-SIGKILL of one rank, of all, or of the launcher; SIGTERM and SIGUSR1; a full disk for a while; a rank that stops (SIGSTOP); a flipped
-bit in the newest checkpoint while nothing runs; numbers that are not finite, and spikes. At the end all losses, the validations, the
-export and the weights are those of the run with the same numbers to which nothing else happened, bit for bit.
+SIGKILL of one rank, of all, or of the launcher; SIGTERM and SIGUSR1; a full disk for a while; a
+rank that stops (SIGSTOP); a flipped bit in the newest checkpoint while nothing runs; numbers that
+are not finite, and spikes. At the end all losses, the validations, the export and the weights are
+those of the run with the same numbers to which nothing else happened, bit for bit.
 
-That other run is one process's long life, in which nothing may grow: memory, open files, threads, children, and time a step.
-Checkpoints with a callback, validations, logs, exports and double checks happen often in it.
+That other run is one process's long life, in which nothing may grow: memory, open files, threads,
+children, and time a step. Checkpoints with a callback, validations, logs, exports and double checks
+happen often in it.
 """
 
 import os
@@ -23,8 +26,8 @@ import numpy as np
 from fast_llm.checkpoint import folder as folders
 from fast_llm.training.trainer import Trainer
 from tests.campaigns import damage, disk
+from tests.campaigns.faults import NOT_FINITE, SPIKE, Fault, disturb
 from tests.campaigns.jobs import STUCK, Job, command, send
-from tests.campaigns.poison import NOT_FINITE, SPIKE, Fault, disturb
 from tests.training.runs import losses, records, settings, weights, write_tokens
 
 BATCH, WINDOW, SAVE, VALIDATE, EXPORT = 4, 16, 40, 100, 250
@@ -40,8 +43,9 @@ EVENTS = {
     "rank stopped": 1,
 }
 DAMAGED = 0.2  # of the times that a run is down and has two checkpoints
-# Memory that a process may grow by once a third of its life is over, MB in 100 steps. Its first thousand steps cost 8 MB, then there
-# is next to nothing (0.01); one that keeps the batch of each step grows by 0.8.
+# Memory that a process may grow by once a third of its life is over, MB in 100 steps. Its first
+# thousand steps cost 8 MB, then there is next to nothing (0.01); one that keeps the batch of each
+# step grows by 0.8.
 GROWTH = 0.1
 SLOWER = 1.5  # times the processor's time a step, last third by second: on a shared machine it varies by a tenth
 
@@ -80,7 +84,9 @@ def arguments(folder: Path, name: str, steps: int, *further: str) -> list[str]:
 
 
 def faults(steps: int, world: int, chance: random.Random) -> list[Fault]:
-    """Steps that are not finite, and spikes; few enough that medians do not heed them, and never three in a row."""
+    """Steps that are not finite, and spikes; few enough that medians do not heed them, and never
+    three in a row.
+    """
     found: list[Fault] = []
     batch = WINDOW
     while (batch := batch + chance.randrange(8, 160)) <= steps:
@@ -139,7 +145,8 @@ def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:
     step, resident, files, threads, children, seconds = uses[len(uses) // 3 :].T
     assert len(step) > 3, story
     slope = float(np.polyfit(step, resident, 1)[0]) * 100
-    # Open files and threads are exactly as many each time. A callback's process is waited for when the next one starts.
+    # Open files and threads are exactly as many each time. A callback's process is waited for when
+    # the next one starts.
     assert len({*files}) == 1, f"{story}: open files {files.tolist()}"
     assert len({*threads}) == 1, f"{story}: threads {threads.tolist()}"
     assert max(children) <= 2, f"{story}: children {children.tolist()}"

@@ -76,8 +76,11 @@ def tell(trainer: Trainer, number: signal.Signals) -> None:
 
 
 def run_all(every: list[list[str]]) -> list[int]:
-    """Train several times, one after the other, in these processes: starting them costs more than a tiny run."""
-    # All in the group that they were started with: DTensor remembers meshes, and these their groups.
+    """Train several times, one after the other, in these processes: starting them costs more than a
+    tiny run.
+    """
+    # All in the group that they were started with: DTensor remembers meshes, and these their
+    # groups.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mesh, "close", lambda _: None)
         return [run(arguments) for arguments in every]

@@ -1,4 +1,6 @@
-"""TensorBoard's event files and Weights & Biases' records, read back: what a chart will show, and that neither ends a run."""
+"""TensorBoard's event files and Weights & Biases' records, read back: what a chart will show, and
+that neither ends a run.
+"""
 
 import errno
 import json
@@ -53,7 +55,10 @@ def wandb_files(folder: Path) -> list[Path]:
 
 
 def wandb_records(path: Path, kind: str) -> Iterator[Any]:
-    """The records of a kind in a file of W&B: LevelDB's log format, as its own service reads it, with its own messages."""
+    """The records of a kind in a file of W&B:
+
+    LevelDB's log format, as its own service reads it, with its own messages.
+    """
     data, at, parts = path.read_bytes(), 7, b""
     assert data.startswith(b":W&B")
     while at + 7 <= len(data):
@@ -143,7 +148,9 @@ WANDB = "training.wandb.entity_name=us"
 
 
 def offline(*how: Any) -> Any:
-    """`spiking` in a process whose environment is not that of the test: the server that forks it began earlier."""
+    """`spiking` in a process whose environment is not that of the test: the server that forks it
+    began earlier.
+    """
     os.environ["WANDB_MODE"] = "offline"
     return spiking(*how)
 
@@ -167,7 +174,8 @@ def test_wandb_after_going_back_and_after_a_kill(tokens: Path) -> None:
         assert sections["training"]["train_iters"] == 14 and sections["batch"]["batch_size"] == 8
         axes = {metric.glob_name: metric.step_metric for metric in wandb_records(path, "metric")}
         assert axes["Training.*"] == axes["Validation.*"] == axes["Test.*"] == "iteration"
-    # Every record of metrics.jsonl is there, those of steps that were made again too, in this order.
+    # Every record of metrics.jsonl is there, those of steps that were made again too, in this
+    # order.
     lines = [
         json.loads(line) for line in (tokens / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -201,7 +209,8 @@ def test_wandb_without_a_login(tokens: Path, capfd: pytest.CaptureFixture[str]) 
     (path,) = wandb_files(tokens / "run")
     assert err == "" and out.count("Weights & Biases") == 1 and "Traceback" not in out
     assert (
-        "Weights & Biases: there is no login on this machine (`wandb login`, or WANDB_API_KEY in the environment). The run is"
+        "Weights & Biases: there is no login on this machine (`wandb login`, or WANDB_API_KEY in"
+        " the environment). The run is"
         f" recorded offline; upload it with `wandb sync {path.parent}`." in out
     )
     assert len(history(path, "Training.language_model_loss")) == 2

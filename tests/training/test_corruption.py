@@ -1,4 +1,6 @@
-"""A flipped bit is found and named; what is whole is not suspected (that also over all layouts: tests/test_layouts.py)."""
+"""A flipped bit is found and named; what is whole is not suspected (that also over all layouts:
+tests/test_layouts.py).
+"""
 
 import os
 import socket
@@ -143,7 +145,8 @@ FAULTS: list[tuple[Any, int, str, list[str], str]] = [
         3,
         "2",
         [COPIES],
-        f"rank 2 on {HOST}: exp_avg_sq of model.norm.weight (part 0) is not what the 2 other processes hold",
+        f"rank 2 on {HOST}: exp_avg_sq of model.norm.weight (part 0) is not what the 2 other"
+        " processes hold",
     ),
     (
         in_counter,
@@ -172,7 +175,8 @@ FAULTS: list[tuple[Any, int, str, list[str], str]] = [
         3,
         "1",
         [BF16],
-        f"rank 1 on {HOST}: gathered model.layers.1.mlp.up_proj.weight is not what the 2 other processes hold",
+        f"rank 1 on {HOST}: gathered model.layers.1.mlp.up_proj.weight is not what the 2 other"
+        " processes hold",
     ),
     (
         in_working,
@@ -311,7 +315,8 @@ def test_what_no_update_makes_is_neither_saved_nor_exported(
             run(how)
         what = "exported" if "export" in due else "saved"
         assert str(error.value).startswith(
-            f"step 5: rank 0 on {HOST}: {part} of model.norm.weight{'' if told[0] == ',' else ' '}{told}. It was not {what}. "
+            f"step 5: rank 0 on {HOST}: {part} of"
+            f" model.norm.weight{'' if told[0] == ',' else ' '}{told}. It was not {what}. "
         )
         assert "Checkpoint 3 is complete: the same command continues from it." in str(error.value)
         assert [path.name for path in (tmp_path / part / "checkpoint").iterdir()] == ["3"]

@@ -1,4 +1,6 @@
-"""Two hundred steps: the fast paths and moments of fewer bits learn what the plain path learns, but for the noise of their dtype."""
+"""Two hundred steps: the fast paths and moments of fewer bits learn what the plain path learns, but
+for the noise of their dtype.
+"""
 
 from pathlib import Path
 
@@ -68,7 +70,8 @@ def test_two_hundred_steps(tmp_path: Path) -> None:
         ("bf16, plain", "plain", 6e-3),  # 2e-3
         ("other sums", "fast", 3e-4),  # 2e-6 to 5e-5
         ("bf16 moments", "fast", 1e-3),  # 1e-4
-        # An update in 8 bits is 12 % off by chance, at each step another way, which moves the curve as other data would.
+        # An update in 8 bits is 12 % off by chance, at each step another way, which moves the curve
+        # as other data would.
         ("int8 moments", "fast", 1e-2),  # 3e-3
     ):
         differences = (curves[name] - curves[other]).view(10, 20).mean(1).abs().max()

@@ -1,6 +1,7 @@
 """Runs that lose workers and nodes, and get them back: two torchrun agents stand for two nodes.
 
-The second half of the file is what torchrun starts: `fast-llm train`, slowed down, with a log of who was given which sequence.
+The second half of the file is what torchrun starts: `fast-llm train`, slowed down, with a log of
+who was given which sequence.
 """
 
 import json
@@ -22,7 +23,8 @@ from tests.training.runs import losses, run, settings, write_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, BATCH = 32, 6  # six sequences are uneven over four processes
-# With its store shared with the workers, torchrun never tells an agent that joins later where the store is.
+# With its store shared with the workers, torchrun never tells an agent that joins later where the
+# store is.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -112,7 +114,9 @@ class Nodes:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def wait(self, world: int, after: int, steps: int) -> dict[str, int]:
-        """Until so many processes have been given `steps` steps in a start after the `after`-th; the last entry."""
+        """Until so many processes have been given `steps` steps in a start after the `after`-th;
+        the last entry.
+        """
         deadline = time.monotonic() + 75
         while time.monotonic() < deadline:
             found = [

@@ -25,7 +25,9 @@ def convert(source: Path, output: Path, *further: str) -> None:
 
 
 def pretrained(folder: Path, changes: dict[str, Any], *further: str) -> list[str]:
-    """Settings of a run of two steps that continues a small model of transformers, made in `folder/model`."""
+    """Settings of a run of two steps that continues a small model of transformers, made in
+    `folder/model`.
+    """
     write_tokens(folder / "tokens", 400)
     make(folder / "model", changes, torch.float32)
     model = [s for s in settings(folder) if s.startswith("model.")]
@@ -40,7 +42,9 @@ def pretrained(folder: Path, changes: dict[str, Any], *further: str) -> list[str
 
 
 def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
-    """From the source, from the run's copy when the source is gone, by convert; runs of before with fewer files too."""
+    """From the source, from the run's copy when the source is gone, by convert; runs of before with
+    fewer files too.
+    """
     arguments = pretrained(tmp_path, {})
     config = (tmp_path / "model" / "config.json").read_bytes()
     small = {**SMALL, "config.json": config}
@@ -136,7 +140,8 @@ def test_sequences_longer_than_the_model_states(
     convert(tmp_path / "run" / "checkpoint" / "2", tmp_path / "converted")
     for name in ("config.json", "tokenizer_config.json"):
         assert (tmp_path / "converted" / name).read_bytes() == (export / name).read_bytes()
-    # A run that begins with the checkpoint and trains shorter sequences: the model still knows the longer ones.
+    # A run that begins with the checkpoint and trains shorter sequences: the model still knows the
+    # longer ones.
     following = [
         s
         for s in arguments
@@ -250,7 +255,8 @@ def test_two_models_do_not_share_a_folder_of_small_files(
     output = tmp_path / "kept" / "checkpoints" / "two"
     assert cli.main(["convert", f"input.path={tmp_path}/two", f"output.path={output}", *into]) == 2
     assert (
-        f"{tmp_path}/kept/pretrained: holds the files of another model, which this one's would replace; choose an"
+        f"{tmp_path}/kept/pretrained: holds the files of another model, which this one's would"
+        " replace; choose an"
         " output.path two folders below one of its own, as in <folder>/checkpoint/0"
     ) in capsys.readouterr().err
     assert not output.exists()

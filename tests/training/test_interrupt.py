@@ -138,20 +138,24 @@ _AGAIN = "A second one, 2 s later or more, ends the run at once"
             1,
             ["training.checkpoint.interval=2", "training.checkpoint.background=no"],
             ["INT"],
-            f"Ctrl-C: the current step is finished and saved, then the run ends. {_AGAIN} and loses the steps after checkpoint 2.\n",
+            f"Ctrl-C: the current step is finished and saved, then the run ends. {_AGAIN} and"
+            " loses the steps after checkpoint 2.\n",
         ),
         (
             2,
             [],
             ["INT", "INT"],
-            f"Ctrl-C: the current step is finished and saved, then the run ends. {_AGAIN} and loses all steps: no checkpoint is"
-            " complete yet.\nA second signal ends the run at once and loses all steps: no checkpoint is complete yet.\n",
+            f"Ctrl-C: the current step is finished and saved, then the run ends. {_AGAIN} and"
+            " loses all steps: no checkpoint is"
+            " complete yet.\nA second signal ends the run at once and loses all steps: no"
+            " checkpoint is complete yet.\n",
         ),
         (
             1,
             ["run.experiment_dir=null"],
             ["TERM"],
-            "SIGTERM: the run ends after the current step. Nothing is saved: run.experiment_dir is not set."
+            "SIGTERM: the run ends after the current step. Nothing is saved: run.experiment_dir is"
+            " not set."
             f" {_AGAIN}.\n",
         ),
     ],

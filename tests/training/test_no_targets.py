@@ -1,4 +1,6 @@
-"""Batches in which no token is a target: documents of one token each, of which nothing can be predicted."""
+"""Batches in which no token is a target: documents of one token each, of which nothing can be
+predicted.
+"""
 
 import math
 from pathlib import Path
@@ -109,7 +111,9 @@ def test_steps_with_targets_are_not_disturbed(some: Path, dtype: str) -> None:
 def test_micro_batches_without_targets_add_nothing(
     some: Path, world: int, cross_entropy: str
 ) -> None:
-    """One micro-batch of eight sequences, or eight of one, of which half have no target: the same training."""
+    """One micro-batch of eight sequences, or eight of one, of which half have no target: the same
+    training.
+    """
     common = settings(
         some,
         "training.train_iters=3",

@@ -1,4 +1,6 @@
-"""What the parts of a step are, and a run that profiles some of its own: it is the same run, and no profile ends it."""
+"""What the parts of a step are, and a run that profiles some of its own: it is the same run, and no
+profile ends it.
+"""
 
 import errno
 import gzip
@@ -26,7 +28,8 @@ NAMES = {
         "fast_llm::matmul",
         "fast_llm::add_matmul",
         "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN",
-        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_64x2_tn_align8>(Params)",
+        "void"
+        " cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_64x2_tn_align8>(Params)",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>",
         "triton_tem_fused_mm_3",
@@ -35,7 +38,9 @@ NAMES = {
         "fast_llm::attention_backward",
         "aten::scaled_dot_product_attention",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128_4x1x1_kernel0_0",
-        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, cutlass::bfloat16_t>>",
+        "void"
+        " pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128,"
+        " cutlass::bfloat16_t>>",
         "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)",
     ],
     "norms and elementwise": [
@@ -44,8 +49,10 @@ NAMES = {
         "aten::add",
         "triton_per_fused__fused_rms_norm_backward__to_copy_add_5",
         "triton_poi_fused_mul_silu_2",
-        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>",
-        "void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel(TensorIteratorBase&)>",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16,"
+        " float, true>",
+        "void at::native::vectorized_elementwise_kernel<4,"
+        " at::native::silu_kernel(TensorIteratorBase&)>",
         "## Call CompiledFxGraph fsrpjdaka2kxuqnryvybgszzwejxpe4ppolomysp2cejhdaesgj6 ##",
     ],
     "cross entropy": [
@@ -58,7 +65,8 @@ NAMES = {
         "_adamw",
         "aten::_fused_adamw_",
         "aten::_foreach_norm",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
+        "void at::native::(anonymous"
+        " namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
         "void at::native::lpnorm_cleanup<float, (at::native::NormType)1, float, float, 1024>",
     ],
     "copies to the device": ["Memcpy HtoD (Pinned -> Device)"],
@@ -72,7 +80,8 @@ NAMES = {
         "Memcpy DtoH (Device -> Pageable)",
         "aten::copy_",
         "aten::view",
-        "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(TensorIteratorBase&)>",
+        "void"
+        " at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(TensorIteratorBase&)>",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
     ],
 }

@@ -82,7 +82,10 @@ def test_four_and_four_steps_are_eight(
 
 
 def with_halves(arguments_: list[str], rounded: bool = False) -> int:
-    """As on a GPU: masters in two halves, moments in bf16 or in 8 bits. `rounded`: the head's gradient is, as with whole masters."""
+    """As on a GPU: masters in two halves, moments in bf16 or in 8 bits.
+
+    `rounded`: the head's gradient is, as with whole masters.
+    """
 
     def in_halves(
         model: CausalLM, dtype: torch.dtype, device: torch.device, fuse_grad_accumulation: bool
@@ -108,8 +111,11 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
 
 
 def rounding(function: Callable[[list[str]], int], arguments_: list[str]) -> int:
-    """With products as a processor with bf16 makes them: all are rounded. One without does not round those that gradients of masters
-    in halves add to their sums, and from step 2 on the loss differs by 4e-4 from that of whole ones, whose gradients are rounded."""
+    """With products as a processor with bf16 makes them: all are rounded.
+
+    One without does not round those that gradients of masters in halves add to their sums, and from
+    step 2 on the loss differs by 4e-4 from that of whole ones, whose gradients are rounded.
+    """
     with linear.upcasting():
         return function(arguments_)
 
@@ -129,8 +135,8 @@ def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for part in ("checkpoint", "export/llama"):
         assert weights(tmp_path / "whole" / part / "8") == weights(tmp_path / "parts" / part / "8")
-    # One weight in 65,536 lies half-way between two of bf16 and is rounded the other way; from then on losses differ by less
-    # than bf16's rounding, 2^-9.
+    # One weight in 65,536 lies half-way between two of bf16 and is rounded the other way; from then
+    # on losses differ by less than bf16's rounding, 2^-9.
     rounded, plain = losses(tmp_path / "rounded"), losses(tmp_path / "plain")
     assert (rounded[1], rounded[2]) == (plain[1], plain[2])
     assert rounded == pytest.approx(plain, rel=1e-3)
@@ -139,7 +145,9 @@ def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
 
 
 def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
-    """On one process and sharded, compiled or not, to the same curve but for the noise of three bits; and it goes on with the same bits."""
+    """On one process and sharded, compiled or not, to the same curve but for the noise of three
+    bits; and it goes on with the same bits.
+    """
     write_tokens(tmp_path / "tokens", 400)
     transformer = "model.base_model.transformer"
     sizes = [
@@ -163,7 +171,8 @@ def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
     exact = losses(tmp_path / "bf16")
     assert losses(tmp_path / "fp8") != exact
     for name in ("fp8", "lean", "sharded"):
-        # Of the 20 % that are learned; Adam's first steps follow the signs of gradients, and those of small ones change.
+        # Of the 20 % that are learned; Adam's first steps follow the signs of gradients, and those
+        # of small ones change.
         assert losses(tmp_path / name) == pytest.approx(exact, rel=0.02), name
 
 
@@ -205,8 +214,8 @@ def test_too_little_memory_is_told(tmp_path: Path) -> None:
         path.read_text() for path in (tmp_path / "run" / "runs").rglob("*") if path.is_file()
     )
     assert (
-        "of 1 MB a process: it will probably not fit. batch.micro_batch_size: auto, or `fast-llm plan`, finds what fits."
-        in text
+        "of 1 MB a process: it will probably not fit. batch.micro_batch_size: auto, or `fast-llm"
+        " plan`, finds what fits." in text
     )
 
 
@@ -226,7 +235,8 @@ def test_other_layouts_go_on_with_the_same_data(tmp_path: Path) -> None:
         assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert expected.keys() == found.keys()
-    # Sums over the batch are taken in another order: 6e-8 an addition, magnified a little by eight updates of Adam.
+    # Sums over the batch are taken in another order: 6e-8 an addition, magnified a little by eight
+    # updates of Adam.
     assert all(abs(found[step] - loss) < 2e-6 * loss for step, loss in expected.items())
     exports = [
         tmp_path / name / "export" / "llama" / "4" / "model.safetensors"

@@ -1,4 +1,6 @@
-"""Checkpoints that are written while training goes on: the same bytes, and what may go wrong meanwhile."""
+"""Checkpoints that are written while training goes on: the same bytes, and what may go wrong
+meanwhile.
+"""
 
 import errno
 import faulthandler
@@ -43,7 +45,9 @@ def arguments(root: Path, name: str, steps: int, *further: str) -> list[str]:
 def disturb(
     before_writing: Write, after_step: Callable[[Trainer, int], None] = lambda trainer, step: None
 ) -> None:
-    """Have something done in the saver's thread, given the checkpoint's step and the attempt, and after each step."""
+    """Have something done in the saver's thread, given the checkpoint's step and the attempt, and
+    after each step.
+    """
     write, check, attempts = state._Writer.write_data, Trainer.check_finite, dict[str, int]()
 
     def disturbed(self: state._Writer, *arguments: Any) -> Any:
@@ -105,8 +109,8 @@ def test_training_goes_on_and_bytes_are_the_same(tmp_path: Path, world: int, ran
     for one in range(world):
         said = (tmp_path / "run" / "runs" / "0" / "logs" / f"logs_rank_{one}.txt").read_text()
         assert (
-            "checkpoint/4: could not be saved: No space left on device (the disk). Training continues; the next"
-            in said
+            "checkpoint/4: could not be saved: No space left on device (the disk). Training"
+            " continues; the next" in said
         )
         assert (
             said.index("the next attempt is in 0.05 s.")
@@ -230,7 +234,9 @@ def test_a_fault_in_the_thread_ends_training(
 
 
 def test_a_hang_is_not_excused_by_the_thread_that_saves(tmp_path: Path) -> None:
-    """Its talking to other processes means that this one waits for them only where the training thread waits for it."""
+    """Its talking to other processes means that this one waits for them only where the training
+    thread waits for it.
+    """
     write_tokens(tmp_path / "tokens", 400)
     training, thread = spawn(
         2, stacks_while_saving, arguments(tmp_path, "run", 6), tmp_path / "looked"
@@ -245,7 +251,9 @@ def test_a_hang_is_not_excused_by_the_thread_that_saves(tmp_path: Path) -> None:
 
 
 def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] | None:
-    """Of rank 1: all stacks while the training thread waits for its saver, which waits for rank 0; and those of the saver."""
+    """Of rank 1: all stacks while the training thread waits for its saver, which waits for rank 0;
+    and those of the saver.
+    """
     found, saver = "", re.compile(r"/saving\.py.* in _write_with_retries$", re.M)
 
     def both_wait() -> bool:

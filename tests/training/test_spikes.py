@@ -39,7 +39,8 @@ def test_what_a_spike_is() -> None:
     again = SpikeDetector(spikes.config)
     again.load_state_dict(spikes.state_dict())
     assert spikes.detect(limit * 1.0001, limit * 0.9999) == (
-        f"loss {limit * 1.0001:.4g} is above {median(values):.4g} + 4 × {(limit - median(values)) / 4:.2g}"
+        f"loss {limit * 1.0001:.4g} is above {median(values):.4g} + 4 ×"
+        f" {(limit - median(values)) / 4:.2g}"
     )
     assert again.detect(limit * 0.9999, limit * 1.0001).startswith("gradient norm ")
     flat = SpikeDetector(spikes.config)
@@ -75,8 +76,10 @@ class Kill(Exception):
 def spiking(
     arguments_: list[str], bad: tuple[int, ...] = BAD, kill_at: int = 0
 ) -> tuple[int | str, list[int]]:
-    """A run of whose `bad` batches loss and gradients are as large as they are not, killed when it has made so many steps, or
-    told to stop if the number is negative; and the batches with which its steps ended, those that were passed over included."""
+    """A run of whose `bad` batches loss and gradients are as large as they are not, killed when it
+    has made so many steps, or told to stop if the number is negative; and the batches with which
+    its steps ended, those that were passed over included.
+    """
     step, check, given = Loader.step, Trainer.check_finite, list[int]()
     forward_backward, worse = TrainStep.forward_backward, list[Sequence[Batch]]()
 
@@ -161,7 +164,8 @@ def test_skip(tmp_path: Path, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_rewind(tmp_path: Path, world: int) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    # Back from step 8 to the checkpoint of step 6, on with batch 9: step 12 has batch 14, and is a spike again.
+    # Back from step 8 to the checkpoint of step 6, on with batch 9: step 12 has batch 14, and is a
+    # spike again.
     order = list(range(1, 20))
     bad = (8, 14)
     assert spawn(world, spiking, arguments(tmp_path, "run", "rewind"), bad) == [(0, order)] * world
@@ -180,8 +184,9 @@ def test_rewind(tmp_path: Path, world: int) -> None:
         "5 steps): rewinding to checkpoint 6; training continues with the data after the spike."
         in said
     )
-    # Killed before the first spike, after going back and before a checkpoint, and after one: the same every time.
-    # Told to stop at the spike, it leaves without a checkpoint of a step that is to be undone.
+    # Killed before the first spike, after going back and before a checkpoint, and after one: the
+    # same every time. Told to stop at the spike, it leaves without a checkpoint of a step that is
+    # to be undone.
     for begin, kill_at, code in ((0, 7, ""), (6, 4, ""), (6, -1, 143), (6, 6, "")):
         expected = [(code, order[begin : begin + (kill_at if kill_at > 0 else 2)])] * world
         assert (
@@ -230,7 +235,8 @@ def test_stop_and_too_many_rewinds(tmp_path: Path) -> None:
         ),
         (
             "rewind",
-            "The run was rewound 1 times already (training.spikes.max_rewinds). Look at the data of these steps",
+            "The run was rewound 1 times already (training.spikes.max_rewinds). Look at the data"
+            " of these steps",
         ),
     ):
         how = arguments(tmp_path, policy, policy, "training.spikes.max_rewinds=1")

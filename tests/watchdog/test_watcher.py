@@ -41,7 +41,9 @@ def arguments(folder: Path, steps: int, *further: str) -> list[str]:
 
 
 class Job:
-    """Processes of one run, started as torchrun starts them: each its own session, joined by an address."""
+    """Processes of one run, started as torchrun starts them: each its own session, joined by an
+    address.
+    """
 
     def __init__(
         self,
@@ -226,7 +228,8 @@ def test_a_process_that_sleeps_in_its_loader(tmp_path: Path) -> None:
 
 
 def test_a_collective_that_loses_patience_first(tmp_path: Path) -> None:
-    # The first forward pass may take as long as a compiler does, but gloo waits for `timeout` alone.
+    # The first forward pass may take as long as a compiler does, but gloo waits for `timeout`
+    # alone.
     with Job(tmp_path, 2, in_the_first_forward) as job:
         hangs = job.wait_for("hangs")
         codes = job.ends_by(hangs + TIMEOUT + LATER)
