@@ -1,7 +1,7 @@
 """Small helpers for tensors, some of which may be DTensors: tensors split over several processes.
 
-Code that works on training state (parallelism, checkpoints, digests) handles plain tensors and DTensors
-alike with these. None of them communicates.
+Code that works on training state (parallelism, checkpoints, digests) handles plain tensors and
+DTensors alike with these. None of them communicates.
 """
 
 import math

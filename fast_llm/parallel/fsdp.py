@@ -1,16 +1,19 @@
-"""ZeRO on FSDP2: what each `zero_stage` shards, and when gradients meet.
+"""ZeRO on FSDP2: sharded weights, gradients and moments (Rajbhandari et al. 2020; Zhao et al.
+2023).
 
-fp32 weights, their gradients after reduction and the optimizer's moments are always sharded over the data
-axis. Each block of the model is a unit whose weights are gathered together, in the training dtype, and so is a head that
-is not the embedding; gradients are reduced in fp32 (Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
+fp32 weights, reduced gradients and the optimizer's moments are always sharded over context × data.
+FSDP2 gathers the weights of one unit at a time, in the training dtype: a block, or an untied head.
+Gradients are reduced in fp32. `zero_stage` decides what is kept, and what is sent:
 
-zero_stage   gathered weights                    full gradients              communication
-1            kept from first to last use         fp32, kept over the step    once a step
-2            kept from first to last use         of a block at a time        gradients every micro-batch
-3            of a block at a time                of a block at a time        weights twice and gradients every micro-batch
+zero_stage   gathered weights         full gradients        communication
+1            kept for the step        kept for the step     weights and gradients once a step
+2            kept for the step        one unit at a time    gradients every micro-batch
+3            one unit at a time       one unit at a time    weights twice, gradients once,
+                                                            every micro-batch
 
-On a mesh of [copies, shard] all of this happens within each group of `shard` processes; the sharded gradients of the
-groups are summed once a step (hybrid sharding, Zhao et al. 2023), so that between nodes 1 / shard of them is sent.
+On a mesh of [copies, shard] the table holds within each group of `shard` processes. The sharded
+gradients of the groups are summed once a step (hybrid sharding), so that groups exchange only
+1 / shard of the gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,24 +31,25 @@ from fast_llm.tensors import local_part, replication_factor
 
 
 class ShardedWeights:
-    """The weights of a model, sharded over the processes of a mesh."""
+    """The weights of a model, sharded over the processes of a mesh. Implements `Weights`."""
 
     def __init__(
         self, models: Sequence[CausalLM], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
     ):
-        """`models`: the model, or this process's stages of it; they may be on the meta device. Shards are allocated here,
-        with undefined values."""
+        """Shard `models`: the model, or this process's pipeline stages.
+
+        They may be on the meta device. The shards are allocated here, with undefined values.
+        """
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # rotary angles stay fp32
         )
-        self.master_low_bits: dict[
-            str, Tensor
-        ] = {}  # shards are small and have no bf16 weight beside them: fp32 as a whole
+        # Shards are small, and have no bf16 copy: their masters are not split.
+        self.master_low_bits: dict[str, Tensor] = {}
         self.models: list[FSDPModule] = []
         self.zero_stage = zero_stage
-        # Taken now: while weights are gathered the module shows these instead of the shards.
+        # Collected now: while weights are gathered, the module has these instead of the shards.
         self.parameters: dict[str, nn.Parameter] = {}
         for model in models:
             for block in model.blocks.values():
@@ -53,7 +57,7 @@ class ShardedWeights:
                     block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3
                 )
             if isinstance(model.head, Head) and not model.config.tie_word_embeddings:
-                # Else its gradient would wait for the embedding's, which comes last, with nothing left to do meanwhile.
+                # A unit of its own: its gradient is reduced while the blocks compute theirs.
                 fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             model.to_empty(device=mesh.device_type)
@@ -66,30 +70,30 @@ class ShardedWeights:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The fp32 weights, by name: DTensors."""
+        """The fp32 masters: DTensors."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     @contextmanager
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
-        """What checkpoints and exports hold, by name: fp32 DTensors, which may be written into."""
+        """The fp32 weights as checkpoints and exports hold them; writing into them changes them."""
         yield self.tensors
 
     def local(self) -> dict[str, Tensor]:
-        """The part of each fp32 weight that this process updates: its shard, which may be empty."""
+        """The shard of each fp32 weight on this process. It may be empty."""
         return {name: local_part(tensor) for name, tensor in self.tensors.items()}
 
     def local_gradients(self) -> dict[str, Tensor]:
-        """The gradient of each of `local`, in fp32, averaged over the processes."""
+        """The gradient of each of `local`, in fp32, averaged over context × data."""
         return {
             name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None
         }
 
     def replication_factor(self) -> dict[str, int]:
-        """How many processes hold the same part of each of `local`, this one included."""
+        """How many processes hold the same part of each of `local`, this process included."""
         return {name: replication_factor(tensor) for name, tensor in self.tensors.items()}
 
     def before_micro_batch(self, first: bool, last: bool) -> None:
-        """Get ready for a forward and a backward pass."""
+        """Prepare one forward and backward pass, as the table above says."""
         if first:
             for parameter in self.parameters.values():
                 parameter.grad = None
@@ -100,7 +104,7 @@ class ShardedWeights:
             model.set_reshard_after_backward(last or self.zero_stage == 3)
 
     def sync_model_weights(self) -> None:
-        """Let the model compute with the present shards: drop weights that are still gathered."""
+        """Free the gathered weights, so that the next pass gathers the updated shards."""
         for model in self.models:
             for module in cast(nn.Module, model).modules():
                 if isinstance(module, FSDPModule):
@@ -111,7 +115,7 @@ class ShardedWeights:
         return iter(())
 
     def gathered(self) -> dict[str, Tensor]:
-        """The full weights, in the training dtype, that are kept from the last pass."""
+        """The full weights, in the training dtype, that FSDP2 keeps from the last pass."""
         shards = {id(parameter) for parameter in self.parameters.values()}
         return {
             name: parameter

@@ -1,6 +1,8 @@
-"""The processes of a run, their devices, their place in each kind of parallelism, and simple collectives.
+"""The processes of a run, their devices, their place in each kind of parallelism, and simple
+collectives.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. Without it there is one process, and no process group.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. Without it there is one process, and no process
+group.
 
 Every process has a place on four axes, the innermost first:
 
@@ -9,13 +11,14 @@ context     each sequence is cut over it
 data        the batch is split over it
 pipeline    the layers are divided over it
 
-Training state is sharded over context × data. These processes are split once more: `shard` neighbours
-hold the state between them, and `copies` such groups hold the same state (hybrid sharding).
+Training state is sharded over context × data. These processes are split once more: `shard`
+neighbours hold the state between them, and `copies` such groups hold the same state (hybrid
+sharding).
 
 There are three groups of all processes:
 
 default             a collective that waits longer than `model.distributed.timeout` ends the run
-slow_group          waits `training.timeout`: exports, reading weights, where others wait for one process
+slow_group          waits `training.timeout`: exports, reading weights, other work of one process
 checkpoint_group    waits as long; used by the thread that writes checkpoints during training
 """
 
@@ -155,7 +158,8 @@ class Mesh:
 
 
 def _find_device() -> tuple[torch.device, ConfigError | None]:
-    """The device of this process, and what is wrong if it has none. Makes the GPU the current one."""
+    """The device of this process, and what is wrong if it has none. Makes the GPU the current
+    one."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not torch.cuda.is_available():
         return torch.device("cpu"), None

@@ -1,7 +1,8 @@
 """How this process's part of the model is made: every kind of parallelism, applied in order.
 
-`parallelize` is the table of docs/architecture.md as code. Each row is a file of this package, and changes
-nothing where its axis of the mesh has one process. The model itself knows nothing of any of them.
+`parallelize` is the table of docs/architecture.md as code. Each row is a file of this package, and
+changes nothing where its axis of the mesh has one process. The model itself knows nothing of any of
+them.
 """
 
 from typing import cast
@@ -30,10 +31,11 @@ from fast_llm.tensors import torch_dtype
 def parallelize(
     config: TrainConfig, batch: BatchSizes, mesh: Mesh
 ) -> tuple[list[CausalLM], Weights, Pipeline | None]:
-    """The pipeline stages of this process (one without a pipeline), their weights, and the pipeline.
+    """The pipeline stages of this process (one without a pipeline), their weights, and the
+    pipeline.
 
-    Weights are allocated on `mesh.device` with undefined values. `config` and `mesh` agree: constraints
-    between sizes are checked in config/checks.py.
+    Weights are allocated on `mesh.device` with undefined values. `config` and `mesh` agree:
+    constraints between sizes are checked in config/checks.py.
     """
     base, distributed, multi_stage = (
         config.model.base_model,

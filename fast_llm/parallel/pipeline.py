@@ -1,9 +1,12 @@
-"""Pipeline parallelism: the layers are divided among processes, and micro-batches pass through (Huang et al. 2019,
-"GPipe"; Narayanan et al. 2021, "PipeDream-Flush", interleaved; Qi et al. 2023, "Zero Bubble").
+"""Pipeline parallelism: layers are divided into stages on several processes.
 
-A stage is the model with its absent parts replaced by identities. PyTorch's schedules say who computes what when, send
-hidden states and their gradients to the neighbours, and let FSDP2 reduce gradients once all micro-batches are through.
-Every process of a pipeline reads the same batches: stages need positions and document boundaries.
+Schedules: GPipe (Huang et al. 2019), 1F1B and interleaved (Narayanan et al. 2021), zero bubble (Qi
+et al. 2023).
+
+A stage is the model with its absent parts replaced by identities. PyTorch's schedules order the
+forward and backward passes, send hidden states and their gradients between stages, and have FSDP2
+reduce gradients after the last micro-batch. Every process of a pipeline reads the same batches,
+because every stage needs positions and document boundaries.
 """
 
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")  # actions of a pass 
 
 
 def stages_of_rank(schedule: str | None, rank: int, processes: int, stages: int) -> list[int]:
-    """Which stages a process of the pipeline has."""
+    """The stages of process `rank` of the pipeline."""
     if schedule == "zbv_zero_bubble":
         return [rank, stages - 1 - rank]
     return list(range(rank, stages, processes))
@@ -48,13 +51,16 @@ def keep_stage(model: CausalLM, sizes: Sequence[int], stage: int) -> None:
 
 
 class _Stage(PipelineStage):
-    """A stage that has its micro-batches already, but for hidden states."""
+    """A PipelineStage that takes all inputs but hidden states from `batches`, by micro-batch."""
 
     batches: Sequence[Batch] = ()
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        """PyTorch 2.11 makes the buffers for received hidden states once, at the first pass. Where that is a validation it
-        makes them without gradients, and the first training step fails."""
+        """Let the buffers for received hidden states require gradients.
+
+        PyTorch 2.11 makes them at the first pass. If that is a validation, they would not, and the
+        first training step would fail.
+        """
         made = super()._prepare_forward_infra(*args, **kwargs)
         for received in self.args_recv_info.values():
             for each in received:
@@ -79,7 +85,7 @@ class _Stage(PipelineStage):
 
 
 class Pipeline:
-    """This process's stages, and the schedule that all processes of the pipeline follow."""
+    """This process's stages, and the schedule that runs them."""
 
     def __init__(
         self,
@@ -91,7 +97,11 @@ class Pipeline:
         hidden: Tensor,
         device: torch.device,
     ):
-        """`models` by stage; `hidden`: as what passes between stages, on the meta device; `in_flight` micro-batches."""
+        """`models`: this process's stages of `stages`, by number.
+
+        `in_flight`: micro-batches in the pipeline at a time. `hidden`: a meta tensor with the shape
+        [B, S, E] and dtype of the hidden states that stages exchange.
+        """
         assert axis.device_mesh is not None
         self.group = axis.device_mesh.get_group()
         self.axis, self.in_flight = axis, in_flight
@@ -111,7 +121,7 @@ class Pipeline:
         ]
         self.has_loss = stages - 1 in models
         ends = {0, stages - 1} & models.keys()
-        # Where embedding and head are one weight, it is on two processes, whose gradients belong together.
+        # A tied embedding and head are one weight on two processes, whose gradients must be added.
         tied = next(iter(models.values())).config.tie_word_embeddings
         self.tied_peer_rank = (
             (axis.size - 1 if axis.rank == 0 else 0) if tied and len(ends) == 1 else None
@@ -128,27 +138,33 @@ class Pipeline:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
-        """The micro-batches' summed loss, float64, on the process that has the last stage, else 0; gradients are those
-        of `seed` times the loss."""
+        """Run the micro-batches of a step. Gradients are those of `seed` times the loss.
+
+        Returns their summed loss in float64, 0 on processes without the last stage.
+        """
         return self._run(batches, seed, self.schedule.step)
 
     def forward(self, batches: Sequence[Batch]) -> Tensor:
-        """The summed loss alone."""
+        """The summed loss of the micro-batches, without gradients."""
         plans = getattr(self.schedule, "pipeline_order_with_comms", None)
         if plans is None:
             return self._run(batches, 1.0, self.schedule.eval)
-        # PyTorch 2.13 goes through the backward actions as well, and fails where two stages of a process are neighbours.
-        whole = plans[self.axis.rank]
+        # PyTorch 2.13's eval also visits backward actions, and fails if two stages of a process are
+        # neighbours. So it is given the forward actions only.
+        full = plans[self.axis.rank]
         plans[self.axis.rank] = [
-            action for action in whole if action.computation_type.value in _FORWARD
+            action for action in full if action.computation_type.value in _FORWARD
         ]
         try:
             return self._run(batches, 1.0, self.schedule.eval)
         finally:
-            plans[self.axis.rank] = whole
+            plans[self.axis.rank] = full
 
     def add_tied_gradient(self, gradient: Tensor) -> None:
-        """Add the gradient of the same weight on the other end of the pipeline, in place; both ends call it."""
+        """Add the other end's gradient of the tied weight to `gradient`, in place.
+
+        The processes with the first and the last stage both call it.
+        """
         assert self.tied_peer_rank is not None
         local = local_part(gradient)
         other = torch.empty_like(local)

@@ -1,16 +1,18 @@
-"""Which activations are computed again in the backward pass instead of being kept (Chen et al. 2016; selectively,
-Korthikanti et al. 2022).
+"""Activation recomputation: the backward pass recomputes activations instead of keeping them.
 
-level                   computed again                              kept per token (F: MLP size, E: hidden size)
+(Chen et al. 2016; selective: Korthikanti et al. 2022.) Numbers kept per token and block, with F the
+MLP size and E the hidden size:
+
+level                   recomputed                                  kept
 none                    nothing                                     3F + 2E
-activation              SiLU and the product with the up projection     2F + 2E
-activation_and_input    also the normalised input                   2F + E
-full                    the whole MLP, its matrix products included     E
+activation              SiLU and its product with the up projection 2F + 2E
+activation_and_input    also the normalised input of the MLP        2F + E
+full                    the MLP, including its matmuls              E
 
-These keep what attention keeps besides. Two more are of the block as a whole:
+These levels also keep the activations of attention. Two more levels concern the block:
 
-selective               all but matrix products and attention           their results, and E
-block                   everything                                      E
+selective               all but matmuls and attention               their results, and E
+block                   everything                                  E
 """
 
 from collections.abc import Callable
@@ -28,8 +30,8 @@ from torch.utils.checkpoint import (
 from fast_llm.model.decoder import Block
 
 _aten = torch.ops.aten
-_PRODUCTS = {
-    # Sums over processes, which cost as much.
+_SAVED_OPERATIONS = {
+    # Collectives of tensor parallelism cost as much as matmuls.
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     _aten.mm.default,
@@ -48,22 +50,23 @@ _PRODUCTS = {
 
 
 def apply_recompute(block: Block, level: str) -> None:
-    """Change what a block keeps, not what it computes."""
+    """Recompute activations of `block` in its backward pass; `level`: see the table above."""
     if level == "none":
         return
     if level in ("selective", "block"):
-        block.forward = _recomputed(block.forward, keep_products=level == "selective")  # type: ignore
+        save = level == "selective"
+        block.forward = _recomputed(block.forward, save_matmuls=save)  # type: ignore
     elif level == "activation":
-        block.mlp.forward = _recomputed(block.mlp.forward, keep_products=True)  # type: ignore
+        block.mlp.forward = _recomputed(block.mlp.forward, save_matmuls=True)  # type: ignore
     else:
         keep = level == "activation_and_input"
-        block.feed_forward = _recomputed(block.feed_forward, keep_products=keep)  # type: ignore
+        block.feed_forward = _recomputed(block.feed_forward, save_matmuls=keep)  # type: ignore
 
 
-def _recomputed(function: Callable[..., Tensor], keep_products: bool) -> Callable[..., Tensor]:
+def _recomputed(function: Callable[..., Tensor], save_matmuls: bool) -> Callable[..., Tensor]:
     contexts: dict[str, Any] = {}
-    if keep_products:
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    if save_matmuls:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _save_matmuls)
 
     def recomputed(x: Tensor, *further: Any) -> Tensor:
         out: Tensor = checkpoint(
@@ -74,7 +77,9 @@ def _recomputed(function: Callable[..., Tensor], keep_products: bool) -> Callabl
     return recomputed
 
 
-def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_matmuls(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return (
-        CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+        CheckpointPolicy.MUST_SAVE
+        if operation in _SAVED_OPERATIONS
+        else CheckpointPolicy.PREFER_RECOMPUTE
     )

@@ -1,14 +1,16 @@
 """Mixed precision on one device: the model computes in bf16 or fp16, the optimizer works on fp32.
 
-Each weight of the model has an fp32 master and an fp32 gradient. As soon as a backward pass has made a
-weight's gradient it is added to the fp32 one and freed, so that low-precision gradients never pile up and
-rounding never accumulates over micro-batches. After the update the masters are rounded into the model.
-In fp32 the model's weights are themselves the masters.
+Each weight of the model has an fp32 master and an fp32 gradient. A hook adds each gradient of a
+backward pass to the fp32 one and frees it. Low-precision gradients therefore never accumulate,
+neither in memory nor in rounding errors. After the update the masters are rounded into the model.
+In fp32 the model's weights are the masters.
 
-On a GPU in bf16 the master is the model's weight and the 16 bits that it lacks (kernels/rounding.py): the same numbers in two bytes
-less. On a CPU, where memory is not what is short, that would be a pass more.
+On a GPU, bf16 weights have split masters (kernels/rounding.py): the model's weight holds the high
+16 bits, a second tensor the low 16. This saves two bytes a weight. On a CPU it would cost one more
+pass over memory.
 
-Cost per weight: 2 (model) + 4 or 2 (master) + 4 (gradient) bytes, and the optimizer's moments; 8 in fp32.
+Bytes per weight: 2 (model) + 4 (master; 2 if split) + 4 (gradient), and the optimizer's moments. In
+fp32: 8.
 """
 
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from fast_llm.model.layers import Linear
 
 
 class SingleWeights:
-    """The weights of a model on one device."""
+    """The weights of a model on one device. Implements `Weights`."""
 
     def __init__(
         self,
@@ -31,8 +33,11 @@ class SingleWeights:
         device: torch.device,
         fuse_grad_accumulation: bool = False,
     ):
-        """`model` may be on the meta device; its weights are allocated here, with undefined values. `fuse_grad_accumulation`: as suits a
-        GPU, keep masters of bf16 weights in halves and let products add to the gradients."""
+        """Allocate the weights of `model`, which may be on the meta device, with undefined values.
+
+        `fuse_grad_accumulation`, for GPUs: matmuls add to the fp32 gradients themselves
+        (`Linear.main_grad`), and the masters of bf16 weights are split.
+        """
         model.to(dtype).to_empty(device=device)
         self.working = dict(model.named_parameters())
         self.mixed = dtype != torch.float32
@@ -50,18 +55,18 @@ class SingleWeights:
         self.gradients: dict[str, Tensor] = {}
         self._fused = self._fuse(model) if self.mixed and fuse_grad_accumulation else {}
         self.gradients |= self._fused
-        self._fresh = (
-            self.working.keys() - self._fused.keys()
-        )  # those that hold nothing of this step yet
+        # Those whose fp32 gradient has no contribution of this step yet.
+        self._fresh = self.working.keys() - self._fused.keys()
         if self.mixed:
             for name, parameter in self.working.items():
                 parameter.register_post_accumulate_grad_hook(self._accumulate(name))
 
     @contextmanager
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
-        """What checkpoints and exports hold, by name: fp32 weights. `changed`: what is written into them is taken over.
+        """The fp32 weights as checkpoints and exports hold them.
 
-        Those in halves are put together in the host's memory: 4 bytes a weight there, none on the device.
+        `changed`: what is written into them becomes the masters' values. Split masters are joined
+        in host memory: 4 bytes per weight there, none on the device.
         """
         if not self.master_low_bits:
             yield self.tensors
@@ -80,7 +85,7 @@ class SingleWeights:
                 )
 
     def local(self) -> dict[str, Tensor]:
-        """The part of each weight that this process updates: all of it."""
+        """The weights that this process updates: the masters, or the model's weights if split."""
         return (
             {name: p.detach() for name, p in self.working.items()}
             if self.master_low_bits
@@ -88,17 +93,17 @@ class SingleWeights:
         )
 
     def local_gradients(self) -> dict[str, Tensor]:
-        """The gradient of each of `local`, in fp32, summed over the step's micro-batches."""
+        """The gradient of each of `local`, in fp32, summed over the micro-batches of a step."""
         if self.mixed:
             return self.gradients
         return {name: p.grad for name, p in self.working.items() if p.grad is not None}
 
     def replication_factor(self) -> dict[str, int]:
-        """How many processes hold the same part of each of `local`: one."""
+        """1 for each weight: there is one process."""
         return dict.fromkeys(self.working, 1)
 
     def before_micro_batch(self, first: bool, last: bool) -> None:
-        """Get ready for a forward and a backward pass."""
+        """Reset the gradients before the `first` micro-batch of a step."""
         if first:
             if self._fused:
                 torch._foreach_zero_(list(self._fused.values()))
@@ -109,7 +114,7 @@ class SingleWeights:
 
     @torch.no_grad()
     def sync_model_weights(self) -> None:
-        """Let the model compute with the present masters."""
+        """Round the masters into the model. Split masters need nothing: the kernel has done it."""
         if self.tensors and self.mixed:
             torch._foreach_copy_(list(self.working.values()), list(self.tensors.values()))
 
@@ -123,7 +128,8 @@ class SingleWeights:
         return {}
 
     def _fuse(self, model: nn.Module) -> dict[str, Tensor]:
-        """Set `main_grad` of linear layers and head: fp32 gradients, returned by their weights' names."""
+        """Set `main_grad` of linear layers and head: fp32 gradients, returned by their weights'
+        names."""
         # A tied head has the embedding's name.
         names = {parameter: name for name, parameter in self.working.items()}
         main_grads: dict[str, Tensor] = {}
@@ -135,7 +141,7 @@ class SingleWeights:
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def accumulate(parameter: Tensor) -> None:
-            if parameter.grad is None:  # what adds to the sum by itself goes back with nothing
+            if parameter.grad is None:  # a layer with `main_grad` has added to it already
                 return
             if name not in self.gradients:
                 self.gradients[name] = parameter.grad.float()

@@ -1,15 +1,17 @@
-"""Tensor parallelism: each matrix is cut over a few neighbours (Megatron-LM, Shoeybi et al. 2019).
+"""Tensor parallelism: each matrix is cut over several processes (Megatron-LM, Shoeybi et al. 2019).
 
-Projections into attention and MLP are cut by rows, so that each process has some heads and some of the MLP's inner
-dimensions; projections out of them by columns, and their results are summed over the processes. Embedding and head
-are cut by vocabulary. With `sequence` what lies between is cut along the sequence (Korthikanti et al. 2022):
+Projections into attention and MLP are cut by rows: each process has some heads, and a part of the
+MLP's inner size. Projections out of them are cut by columns, and their results summed. Embedding
+and head are cut by vocabulary. The family's `TENSOR_PLAN` says which module is which.
 
-                     gather (into attention, MLP, head)      scatter (out of embedding, attention, MLP)
-plain                as it is;        backward: sum          sum;                   backward: as it is
-sequence             all-gather;      backward: reduce-      reduce-scatter;        backward: all-gather
-                                      scatter
+With `sequence` the residual stream is cut along the sequence (Korthikanti et al. 2022):
 
-Weights become DTensors, whose backward passes and conversions do this; the model computes with their local parts.
+            gather (into attention, MLP, head)          scatter (out of embedding, attention, MLP)
+            forward        backward                     forward           backward
+plain       identity       all-reduce                   all-reduce        identity
+sequence    all-gather     reduce-scatter               reduce-scatter    all-gather
+
+Weights become DTensors, whose conversions communicate. The model computes with their local parts.
 """
 
 from collections.abc import Callable
@@ -54,8 +56,8 @@ def apply_tensor_parallel(
 ) -> None:
     """Cut a model on the meta device over `axis`, as its family's plan says.
 
-    `sequence`: also cut the residual stream along the sequence. config/checks.py ensures that heads,
-    MLP size, vocabulary and sequence length are divisible by the size of the axis.
+    `sequence`: also cut the residual stream along the sequence. config/checks.py ensures that
+    heads, MLP size, vocabulary and sequence length are divisible by the size of the axis.
     """
     if axis.device_mesh is None:
         return
@@ -106,15 +108,15 @@ def _placement(entry: Entry | None, kind: str) -> Placement:
 
 
 def _gather(x: Tensor, mesh: DeviceMesh, residual: Placement) -> Tensor:
-    """What lies between the matrices, whole [B, S, E] on each process, each of which makes a part of its gradient."""
-    whole = DTensor.from_local(x, mesh, [residual], run_check=False).redistribute(
+    """The full residual stream [B, S, E]. Each process computes a partial sum of its gradient."""
+    full = DTensor.from_local(x, mesh, [residual], run_check=False).redistribute(
         placements=[Replicate()]
     )
-    return whole.to_local(grad_placements=[Partial()])
+    return full.to_local(grad_placements=[Partial()])
 
 
 def _scatter(x: Tensor, mesh: DeviceMesh, residual: Placement) -> Tensor:
-    """The sum of what each process has [B, S, E], as it lies between the matrices."""
+    """The sum over processes of `x` [B, S, E], placed as the residual stream is."""
     return (
         DTensor.from_local(x, mesh, [Partial()], run_check=False)
         .redistribute(placements=[residual])
@@ -131,9 +133,12 @@ def _gathered(
     return gathered
 
 
-def _local(weight: Tensor, shared: bool = False) -> Tensor:
-    """This process's part of a weight; `shared`: each process sees other tokens and makes a part of its gradient."""
-    return cast(DTensor, weight).to_local(grad_placements=[Partial()] if shared else None)
+def _local(weight: Tensor, partial_grad: bool = False) -> Tensor:
+    """The local part of a weight. `partial_grad`: each process computes a part of its gradient.
+
+    That is so for replicated weights when each process has other tokens.
+    """
+    return cast(DTensor, weight).to_local(grad_placements=[Partial()] if partial_grad else None)
 
 
 def _rows(module: nn.Linear, x: Tensor) -> Tensor:
@@ -144,13 +149,12 @@ def _columns(
     module: nn.Linear, x: Tensor, sequence: bool, scatter: Callable[[Tensor], Tensor]
 ) -> Tensor:
     out = scatter(linear(x, _local(module.weight)))
-    return (
-        out if module.bias is None else out + _local(module.bias, shared=sequence)
-    )  # once, not once a process
+    # The bias is added after the sum: once, not once per process.
+    return out if module.bias is None else out + _local(module.bias, partial_grad=sequence)
 
 
 def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> tuple[Tensor, Tensor]:
-    return fused_add_rms_norm(x, _local(module.weight, shared=sequence), module.epsilon)
+    return fused_add_rms_norm(x, _local(module.weight, partial_grad=sequence), module.epsilon)
 
 
 def _embedding(
@@ -176,8 +180,8 @@ def _head(
         part = DTensor.from_local(
             linear(hidden, weight), axis.device_mesh, [Shard(-1)], run_check=False
         )
-        whole: Tensor = part.full_tensor()
-        return whole
+        logits: Tensor = part.full_tensor()
+        return logits
     return cross_entropy(
         hidden.flatten(0, 1),
         weight,
@@ -189,9 +193,10 @@ def _head(
 
 
 def _combine(axis: Axis, log_sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine the log-sum-exps and target logits [T] of all vocabulary shards."""
     assert axis.device_mesh is not None
     mine = torch.stack((log_sums, chosen))[None]
     parts = DTensor.from_local(
         mine, axis.device_mesh, [Shard(0)], run_check=False
-    ).full_tensor()  # processes, 2, T
+    ).full_tensor()  # processes 2 T
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
