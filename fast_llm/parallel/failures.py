@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from fast_llm.errors import ConfigError, ReportedElsewhere, TrainingStopped, UserError
 from fast_llm.terminal import print_error
 
-_RENDEZVOUS = 60.0  # seconds that processes wait for each other when one of them has no plan
+_RENDEZVOUS = 60.0  # seconds that processes wait for each other when the preflight of one failed
 _POLL = 0.5  # seconds between looks at the store
 _COLLECT = 1.0  # seconds in which a mistake that all processes meet reaches all of them
 _GRACE = 5.0  # seconds that a process has to leave after another failed, and that it waits for the message of that one
@@ -96,7 +96,7 @@ class Failures:
             ) from error
 
     def wait_for_all(self, problem: UserError | None, timeout: float) -> None:
-        """Wait until every process has made its plan. Raises, on all of them, if `problem` or that of another kept one from
+        """Wait until every process has passed its preflight. Raises, on all of them, if `problem` or that of another kept one from
         it, or if not all came within `timeout` seconds, once that is printed."""
         if self.store is None:
             if problem is not None:
@@ -306,7 +306,7 @@ class Failures:
 
 
 def report_before_start(error: UserError, printed: bool) -> UserError:
-    """What this process raises for a mistake in its plan, once the processes have met and one of them has reported the mistakes
+    """What this process raises for a mistake in its settings, once the processes have met and one of them has reported the mistakes
     of all. `printed`: this process has printed its own already."""
     try:
         failures = Failures.connect(_RENDEZVOUS)

@@ -20,7 +20,7 @@ from tests.data.test_dataset import described, numbered, opened
 from tests.data.test_tokenfile import write
 
 
-def loader(dataset: Dataset, plan: Any = None, phase: str = "training", **changes: Any) -> Loader:
+def loader(dataset: Dataset, sizes: Any = None, phase: str = "training", **changes: Any) -> Loader:
     given = {
         "rank": 0,
         "processes": 1,
@@ -31,7 +31,7 @@ def loader(dataset: Dataset, plan: Any = None, phase: str = "training", **change
         "workers": 0,
         "prefetch": 2,
     }
-    return Loader(dataset, phase, plan or BatchSizes(4, 2, 2), **{**given, **changes})
+    return Loader(dataset, phase, sizes or BatchSizes(4, 2, 2), **{**given, **changes})
 
 
 def steps(dataset: Dataset, *arguments: Any, **changes: Any) -> list[list[Batch]]:
@@ -98,9 +98,9 @@ def test_layout_does_not_matter(
     """The sequences of a step are the same, in the same order, however they are dealt."""
     dataset = opened(numbered(tmp_path / "a", [11] * 100), 5)  # 219 sequences
     micro_batches = 32 // processes // micro_batch_size
-    plan = BatchSizes(32, micro_batch_size, micro_batches)
+    sizes = BatchSizes(32, micro_batch_size, micro_batches)
     dealt = [
-        steps(dataset, plan, rank=rank, processes=processes, workers=workers, steps=10)
+        steps(dataset, sizes, rank=rank, processes=processes, workers=workers, steps=10)
         for rank in range(processes)
     ]
     for step in range(10):
@@ -206,10 +206,10 @@ def test_a_batch_that_does_not_divide_has_rows_without_targets(
     """All processes do as many micro-batches; together they hold each sequence of the step once."""
     dataset = opened(numbered(tmp_path / "a", [40, 30, 50]), 4)
     many = -(-size // (micro * processes))
-    plan = BatchSizes(size, micro, many, micro * many * processes - size)
+    sizes = BatchSizes(size, micro, many, micro * many * processes - size)
     whole = steps(dataset, BatchSizes(size, size, 1), steps=2, isolate=isolate)
     parts = [
-        steps(dataset, plan, steps=2, rank=rank, processes=processes, isolate=isolate)
+        steps(dataset, sizes, steps=2, rank=rank, processes=processes, isolate=isolate)
         for rank in range(processes)
     ]
     for step, (expected,) in enumerate(whole):
