@@ -96,7 +96,9 @@ SMALL = [
 ]
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "train") -> list[str]:
+def messages(
+    capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "train"
+) -> list[str]:
     """The lines of a command that must fail, without its name in front."""
     capsys.readouterr()
     validate = ["--validate"] if command == "train" else []
@@ -180,7 +182,7 @@ def test_a_wrong_number_of_processes(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", given)
-    assert told(capsys, *SMALL) == [
+    assert messages(capsys, *SMALL) == [
         f"WORLD_SIZE: given {given!r} in the environment, must be the number of processes; unset it"
     ]
 
@@ -209,7 +211,7 @@ def test_a_mistake_that_all_processes_see_is_told_by_the_first(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    (problem,) = told(capsys, *SMALL, "batch.micro_batch_size=1")
+    (problem,) = messages(capsys, *SMALL, "batch.micro_batch_size=1")
     assert problem.endswith(
         ": batch.batch_size: batch_size 2 / micro_batch_size 1 = 2 micro-batches for 3 processes: 1 would have nothing to"
         " do; raise it, lower micro_batch_size or start fewer"
@@ -220,7 +222,7 @@ def test_a_mistake_that_all_processes_see_is_told_by_the_first(
 
 
 def test_a_folder_that_is_no_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, "model", command="demo") == [
+    assert messages(capsys, "model", command="demo") == [
         "model: exists already and is not from an earlier demo; give another folder"
     ]
     assert (here / "model" / "config.json").exists()  # and nothing was deleted
@@ -246,8 +248,8 @@ def test_a_pretrained_model_that_is_not_there(
 ) -> None:
     (here / "empty").mkdir()
     (here / "c.yaml").write_text(f"pretrained:\n  format: llama\n  path: {path}\n")
-    assert told(capsys, "-c", "c.yaml", *SMALL) == [f"c.yaml:3: pretrained.path: {problem}"]
-    assert told(capsys, f"pretrained.path={path}", *SMALL) == [
+    assert messages(capsys, "-c", "c.yaml", *SMALL) == [f"c.yaml:3: pretrained.path: {problem}"]
+    assert messages(capsys, f"pretrained.path={path}", *SMALL) == [
         f"override pretrained.path={path}: pretrained.path: {problem}"
     ]
 
@@ -255,7 +257,7 @@ def test_a_pretrained_model_that_is_not_there(
 def test_a_model_of_the_hub_without_a_network(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (problem,) = told(capsys, *SMALL, "pretrained.path=nobody/nothing")
+    (problem,) = messages(capsys, *SMALL, "pretrained.path=nobody/nothing")
     assert problem.startswith(
         "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: no such folder here, and it could"
         " not be fetched from the Hugging Face Hub: "
@@ -266,7 +268,7 @@ def test_a_model_of_the_hub_without_its_client(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    assert told(capsys, *SMALL, "pretrained.path=a/b") == [
+    assert messages(capsys, *SMALL, "pretrained.path=a/b") == [
         "override pretrained.path=a/b: pretrained.path: a/b is no folder here; fetching it from the Hub needs the"
         " package huggingface_hub: pip install huggingface_hub"
     ]
@@ -276,7 +278,7 @@ def test_no_llama(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "model" / "config.json").write_text(
         json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"})
     )
-    assert [line.partition("model/")[2] for line in told(capsys, *SMALL, MODEL)] == [
+    assert [line.partition("model/")[2] for line in messages(capsys, *SMALL, MODEL)] == [
         'config.json: model_type: given "qwen2", must be "llama": no other models can be trained here',
         'config.json: hidden_act: given "gelu", must be "silu"',
     ]
@@ -286,7 +288,7 @@ def test_a_shape_that_contradicts_the_models(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     override = "model.base_model.transformer.hidden_size=16"
-    assert told(capsys, *SMALL, MODEL, override) == [
+    assert messages(capsys, *SMALL, MODEL, override) == [
         f"override {override}: model.base_model.transformer.hidden_size: given 16, but model/config.json says 8; leave"
         " it out, the pretrained model decides"
     ]
@@ -298,7 +300,7 @@ def test_weights_that_are_missing_or_do_not_fit(
     weights = here / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(weights)
     weights.unlink()
-    assert told(capsys, *SMALL, MODEL) == [
+    assert messages(capsys, *SMALL, MODEL) == [
         "override pretrained.path=model: pretrained.path: model: no model.safetensors and no"
         " model.safetensors.index.json; fetch the weights, or set"
         " pretrained.model_weights: no to start from random ones"
@@ -306,7 +308,7 @@ def test_weights_that_are_missing_or_do_not_fit(
     assert cli.main(["train", "--validate", *SMALL, MODEL, "pretrained.model_weights=no"]) == 0
     missing = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name}
     safetensors.numpy.save_file(missing | {"model.norm.weight": np.zeros(9, np.float32)}, weights)
-    problems = told(capsys, *SMALL, MODEL)
+    problems = messages(capsys, *SMALL, MODEL)
     assert any("down_proj" in problem for problem in problems)
     assert any("model.norm.weight" in problem and "9" in problem for problem in problems)
 
@@ -315,7 +317,9 @@ def test_weights_that_are_missing_or_do_not_fit(
 def test_a_checkpoint_to_start_from_that_is_none(
     here: Path, capsys: pytest.CaptureFixture[str], path: str
 ) -> None:
-    (problem,) = told(capsys, *SMALL, f"pretrained.path={path}", "pretrained.format=distributed")
+    (problem,) = messages(
+        capsys, *SMALL, f"pretrained.path={path}", "pretrained.format=distributed"
+    )
     assert problem.endswith(
         f"{path}: no fast_llm_manifest.json; it is not a complete checkpoint of this project"
     )
@@ -325,12 +329,12 @@ def test_a_checkpoint_to_start_from_that_is_none(
 
 
 def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, *SMALL, MODEL, "data.tokenizer.path=./none") == [
+    assert messages(capsys, *SMALL, MODEL, "data.tokenizer.path=./none") == [
         "override data.tokenizer.path=./none: data.tokenizer.path: ./none: no such file or folder, and not a model on the"
         " Hugging Face Hub (organisation/name)"
     ]
     (here / "model" / "tokenizer.json").write_text("[]")
-    assert told(capsys, *SMALL, MODEL) == [
+    assert messages(capsys, *SMALL, MODEL) == [
         "override pretrained.path=model: pretrained.path: model/tokenizer.json: not a JSON object"
     ]
 
@@ -376,7 +380,7 @@ def test_data_that_does_not_do(
     here: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], problem: str
 ) -> None:
     tokens("few", documents=1, length=20)
-    (said,) = told(capsys, *SMALL, MODEL, *overrides)
+    (said,) = messages(capsys, *SMALL, MODEL, *overrides)
     assert problem in said
 
 
@@ -390,7 +394,7 @@ def test_data_of_another_vocabulary(here: Path, capsys: pytest.CaptureFixture[st
         "weight": 1.0,
     }
     (here / "large.json").write_text(json.dumps({"datasets": [entry], "max_token_id": 99}))
-    assert told(capsys, *SMALL, MODEL, "data.path=large.json", "data.format=file") == [
+    assert messages(capsys, *SMALL, MODEL, "data.path=large.json", "data.format=file") == [
         "override data.path=large.json: data.path: large.json: holds token 99,"
         " but the model's vocab_size is 64; prepare the data with the model's own tokenizer"
     ]
@@ -411,7 +415,7 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
     (here / "other.json").write_text(
         json.dumps({"datasets": [entry], "tokenizer": {"fingerprint": "f" * 64}})
     )
-    assert told(capsys, *SMALL, MODEL, "data.path=other.json") == [
+    assert messages(capsys, *SMALL, MODEL, "data.path=other.json") == [
         "override data.path=other.json: data.path: other.json: made with another tokenizer than"
         f" the model's (fingerprint ffffffffffff…, the model's is"
         f" {fingerprint[:12]}…); prepare the data again with tokenizer.path set to the model's folder"
@@ -424,7 +428,7 @@ def test_mistakes_in_different_things_are_told_together(
     (here / "model" / "model.safetensors").unlink()
     (here / "model" / "tokenizer.json").write_text("[]")
     (here / "file").touch()
-    problems = told(capsys, *SMALL, MODEL, "data.path=none", "run.experiment_dir=file")
+    problems = messages(capsys, *SMALL, MODEL, "data.path=none", "run.experiment_dir=file")
     assert problems[0] == "4 mistakes"
     model = "override pretrained.path=model: pretrained.path: "
     assert problems[1] == f"{model}model/tokenizer.json: not a JSON object"
@@ -468,7 +472,7 @@ def test_optional_packages(
         "find_spec",
         lambda name, *rest: None if name == package else find(name, *rest),
     )
-    assert told(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [
+    assert messages(capsys, *SMALL, MODEL, override, "run.experiment_dir=run") == [
         f"override {override}: {problem}"
     ]
 
@@ -479,7 +483,9 @@ def test_a_pipe_is_not_waited_for(
 ) -> None:
     Path(name).unlink(missing_ok=True)
     os.mkfifo(name)
-    said = told(capsys, *SMALL, MODEL, *(["data.path=data.json"] if name == "data.json" else []))
+    said = messages(
+        capsys, *SMALL, MODEL, *(["data.path=data.json"] if name == "data.json" else [])
+    )
     assert any(f"{name}: not a file" in line for line in said), said
 
 
@@ -489,7 +495,7 @@ def test_a_pipe_is_not_waited_for(
 def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "file").touch()
     for name in ("file", "file/run"):
-        assert told(capsys, *SMALL, MODEL, f"run.experiment_dir={name}") == [
+        assert messages(capsys, *SMALL, MODEL, f"run.experiment_dir={name}") == [
             f"override run.experiment_dir={name}: run.experiment_dir: {name} cannot be a folder: file is a file"
         ]
 
@@ -513,16 +519,16 @@ def test_text_that_can_name_no_file(
         ("a/" * 3000, "which is too long for the name of a file or folder"),
         ("~nobody-here/x", "but there is no user nobody-here"),
     ):
-        said = told(capsys, *SMALL, *model, f"{setting}={given}")
+        said = messages(capsys, *SMALL, *model, f"{setting}={given}")
         assert len(said) == 1 and said[0].endswith(problem) and setting in said[0], said
 
 
-def test_a_folder_that_can_not_be_written_to(
+def test_a_folder_that_cannot_be_written_to(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     (here / "run").mkdir()
-    assert told(capsys, *SMALL, MODEL, "run.experiment_dir=run") == [
+    assert messages(capsys, *SMALL, MODEL, "run.experiment_dir=run") == [
         "override run.experiment_dir=run: run.experiment_dir: run cannot be written to"
     ]
 
@@ -540,7 +546,7 @@ def test_a_full_disk(
     ]
     parameters = 64 * 8 + 8 * 3 + 8 * 8 * 2 + 4 * 8 * 2 + 12 * 8 * 3
     needed = parameters * (12 + 4) / 1000
-    (problem,) = told(capsys, *SMALL, MODEL, *wanted)
+    (problem,) = messages(capsys, *SMALL, MODEL, *wanted)
     assert problem == (
         "override run.experiment_dir=run: run.experiment_dir: a checkpoint and an export need"
         f" {needed:.3g} kB, but . has 1 kB free"
@@ -592,7 +598,7 @@ def test_a_manifest_that_training_did_not_write(
     content.pop("sha256")
     content["info"] |= changes
     manifest.write_text(json.dumps(content | {"sha256": checkpoints._digest(content)}))
-    (said,) = told(capsys, *SMALL, MODEL, "run.experiment_dir=run")
+    (said,) = messages(capsys, *SMALL, MODEL, "run.experiment_dir=run")
     assert said.startswith(
         f"override run.experiment_dir=run: run.experiment_dir: {manifest}: {problem}"
     ), said
@@ -617,7 +623,7 @@ def test_nothing_changed(begun: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_is_trained_changed(
     begun: Path, capsys: pytest.CaptureFixture[str], override: str, before: str, now: str, name: str
 ) -> None:
-    problems = told(capsys, *GOING_ON, override)
+    problems = messages(capsys, *GOING_ON, override)
     assert (
         f"override {override}: {name}: given {now}, but {begun} was trained with {before}; set it back, choose another"
         " run.experiment_dir, or"
@@ -635,7 +641,7 @@ def test_what_is_trained_changed(
 
 def test_other_data(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens("tokens", token=9)
-    (problem,) = told(capsys, *GOING_ON)
+    (problem,) = messages(capsys, *GOING_ON)
     assert problem.startswith(DATA_CHANGED)
     assert problem.endswith("or consent with run.accept_changes=[data.path]")
     assert cli.main(["train", "--validate", *GOING_ON, "run.accept_changes=[data.path]"]) == 0
@@ -644,7 +650,7 @@ def test_other_data(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIG | {"intermediate_size": 24}
     (Path("model") / "config.json").write_text(json.dumps(config))
-    assert told(
+    assert messages(
         capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]"
     ) == [
         f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model cannot"
@@ -653,7 +659,7 @@ def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fewer_steps_than_are_done(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, *GOING_ON, "training.train_iters=9") == [
+    assert messages(capsys, *GOING_ON, "training.train_iters=9") == [
         f"override training.train_iters=9: training.train_iters: given 9, but {begun} has 10 steps; raise it, or choose another"
         " run.experiment_dir"
     ]

@@ -27,7 +27,7 @@ TRANSFORMER = "model.base_model.transformer"
 RATE = "optimizer.learning_rate"
 
 
-def told(overrides: list[str], processes: int = 1) -> list[str]:
+def messages(overrides: list[str], processes: int = 1) -> list[str]:
     """What is wrong, without the place in the file."""
     document = read(None, overrides)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
@@ -277,12 +277,12 @@ BROKEN: list[tuple[list[str], str]] = [
 
 @pytest.mark.parametrize(("overrides", "problem"), BROKEN)
 def test_a_law_that_is_broken(overrides: list[str], problem: str) -> None:
-    assert told(overrides) == [problem]
+    assert messages(overrides) == [problem]
 
 
 def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
     overrides = [*GOOD, "training.shutdown.interval=5", "training.checkpoint.interval=5"]
-    assert told(overrides) == [
+    assert messages(overrides) == [
         "training.checkpoint.interval: needs a folder to write to: set run.experiment_dir",
         "training.shutdown.interval: needs a folder to write to: set run.experiment_dir",
     ]
@@ -354,7 +354,7 @@ def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
     ],
 )
 def test_constraints_that_are_met(overrides: list[str]) -> None:
-    assert told(overrides) == []
+    assert messages(overrides) == []
 
 
 FOLDER = "run.experiment_dir=x"
@@ -501,8 +501,8 @@ def test_a_thing_is_turned_off_by_one_override(
     given: list[str], off: str, left_out: list[str]
 ) -> None:
     processes = 2 if any("_parallel" in one for one in given) else 1
-    assert told([*GOOD, *given], processes) == []
-    assert told([*GOOD, *given, off], processes) == []
+    assert messages([*GOOD, *given], processes) == []
+    assert messages([*GOOD, *given, off], processes) == []
     config = validate(TrainConfig, read(None, [*GOOD, *given, off]), REFUSED, RENAMED)
     plain = validate(TrainConfig, read(None, GOOD), REFUSED, RENAMED)
     for path in left_out:
@@ -533,11 +533,11 @@ def test_every_pair_of_one_that_turns_off_is_tried() -> None:
 
 def test_groups_of_processes() -> None:
     size = "model.multi_stage.shard_size"
-    assert told([*GOOD, f"{size}=4"], 6) == [
+    assert messages([*GOOD, f"{size}=4"], 6) == [
         f"{size}: given 4, must divide the 6 processes: 1, 2, 3, 6"
     ]
     for processes, fits in ((1, 8), (6, 3), (6, 1), (6, 6), (6, 8)):
-        assert told([*GOOD, f"{size}={fits}"], processes) == []
+        assert messages([*GOOD, f"{size}={fits}"], processes) == []
 
 
 AXES, STAGES, SCHEDULE = (
@@ -706,8 +706,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
 
 
 @pytest.mark.parametrize(("overrides", "processes", "message"), LAYOUTS)
-def test_layouts_that_can_not_be(overrides: list[str], processes: int, message: str) -> None:
-    assert told(overrides, processes) == [message]
+def test_layouts_that_cannot_be(overrides: list[str], processes: int, message: str) -> None:
+    assert messages(overrides, processes) == [message]
 
 
 @pytest.mark.parametrize(
@@ -735,7 +735,7 @@ def test_layouts_that_can_not_be(overrides: list[str], processes: int, message: 
     ],
 )
 def test_layouts_that_can_be(overrides: list[str], processes: int) -> None:
-    assert told(overrides, processes) == []
+    assert messages(overrides, processes) == []
 
 
 def test_every_constraint_is_violated_above() -> None:
@@ -761,9 +761,9 @@ def test_every_constraint_is_violated_above() -> None:
     sys.settrace(trace)
     try:
         for overrides, _ in BROKEN:
-            told(overrides)
+            messages(overrides)
         for overrides, processes, _ in LAYOUTS:
-            told(overrides, processes)
+            messages(overrides, processes)
     finally:
         sys.settrace(before)
     missed = sorted(yields - reached)

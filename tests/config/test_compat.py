@@ -90,7 +90,7 @@ def test_every_name_of_fast_llm_is_known(name: str) -> None:
         assert RENAMED[name] in FIELDS
     else:
         said = sentence(name)
-        assert said is not None, f"{name} would be told to be a typing error"
+        assert said is not None, f"{name} would be reported as a typing error"
         assert wrong(f"{name}=1") == [f"{name}: not supported: {said}"]
 
 

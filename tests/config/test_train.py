@@ -269,7 +269,7 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
 def test_prepare_and_convert(
     kind: Any, refused: Any, overrides: list[str], problems: list[str]
 ) -> None:
-    told = wrong(*overrides, kind=kind, refused=refused)
-    assert sorted(problem.removeprefix("the command line: ") for problem in told) == sorted(
+    found = wrong(*overrides, kind=kind, refused=refused)
+    assert sorted(problem.removeprefix("the command line: ") for problem in found) == sorted(
         problems
     )

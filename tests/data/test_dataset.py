@@ -76,7 +76,7 @@ def test_permutation_looks_random() -> None:
 
 
 def test_order_is_the_documented_one(tmp_path: Path) -> None:
-    """Runs that were begun must go on in the same order for ever: the module docstring's formula, once more."""
+    """The order of a run must never change: the formula of the docstring, computed independently."""
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -153,10 +153,10 @@ def test_windows_are_the_concatenated_documents(
         inside = {begin - first for begin, _, _ in begins if first <= begin <= first + length}
         assert packed.starts.tolist() == sorted({0} | inside)
         found: list[int] = []
-        for stretch in source.locate(number):
-            shard = int(stretch.prefix[-1])
-            at = 1000 * shard + sum(files[shard][: stretch.document]) + stretch.begin
-            found += range(at, at + stretch.tokens)
+        for span in source.locate(number):
+            shard = int(span.prefix[-1])
+            at = 1000 * shard + sum(files[shard][: span.document]) + span.begin
+            found += range(at, at + span.tokens)
         assert found == packed.tokens.tolist()
 
 
@@ -420,7 +420,7 @@ def test_verify(tmp_path: Path) -> None:
 
 
 def test_a_validation_set_that_is_trained_on(tmp_path: Path) -> None:
-    """It means validation's documents of it, however its path is spelled; others are used whole."""
+    """Only validation's documents of it are used, however its path is spelled; of others, all documents."""
     numbered(tmp_path / "a", [5] * 100)
     numbered(tmp_path / "b", [5] * 40, 1000)
     (tmp_path / "copies").mkdir()

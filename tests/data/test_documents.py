@@ -1,4 +1,4 @@
-"""Documents are read for one field: text is kept as it was written, whatever stands around it, and what is left out is named."""
+"""Only one field is read: its text is kept exactly as written, and everything left out is named."""
 
 import bz2
 import gzip

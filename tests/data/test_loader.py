@@ -133,7 +133,7 @@ def test_resume(tmp_path: Path, workers: int) -> None:
     for done in (1, 5, 11):
         rest = steps(opened(path), steps=12 - done, first_sample=4 * done, workers=workers)
         assert [first_tokens(step) for step in rest] == whole[done:]
-    # With another batch size, the sequences go on just as well.
+    # With another batch size, the sequences continue too.
     rest = steps(opened(path), BatchSizes(2, 1, 2), steps=4, first_sample=8, workers=workers)
     assert [token for step in rest for token in first_tokens(step)] == whole[2] + whole[3]
 

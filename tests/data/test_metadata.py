@@ -81,7 +81,7 @@ def test_pointer_instead_of_a_file(tmp_path: Path, name: str) -> None:
 
 def test_metadata_of_version_0_2(tmp_path: Path) -> None:
     made(tmp_path / "d")
-    # One line of prefix, num_documents, num_tokens and weight, beside the token files.
+    # One line of prefix, num_documents, num_tokens and weight, next to the token files.
     entries = [
         {"prefix": f"s{n}", "num_documents": 10, "num_tokens": 100, "weight": 0.5} for n in range(2)
     ]

@@ -253,7 +253,7 @@ def test_disk_that_fills_up(
     assert everything(tmp_path / "other") == everything(tmp_path / "whole")
 
 
-def test_output_that_can_not_be_written(tmp_path: Path, model: Path) -> None:
+def test_output_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"output_path: .*a.txt: cannot be written to: File exists"):
         prepare(configure(tmp_path / "a.txt", tmp_path / "a.txt", model))

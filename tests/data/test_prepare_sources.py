@@ -252,7 +252,7 @@ def test_hub_itself(tmp_path: Path) -> None:
     assert not list((tmp_path / "home").rglob("model.safetensors"))
 
 
-def test_hub_can_not_be_reached(
+def test_hub_cannot_be_reached(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -104,9 +104,7 @@ def test_phases_share_no_document(tmp_path: Path) -> None:
     )
     seen = {
         phase: {
-            stretch.document
-            for i in range(data.sequences(phase))
-            for stretch in data.locate(phase, i)
+            span.document for i in range(data.sequences(phase)) for span in data.locate(phase, i)
         }
         for phase in ("training", "validation", "test")
     }

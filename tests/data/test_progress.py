@@ -11,7 +11,7 @@ import pytest
 from fast_llm.data import progress
 
 
-def test_nobody_reads_what_is_said(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     code = """
 import os, sys
 reading, writing = os.pipe()

@@ -207,7 +207,7 @@ def test_tokens_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
     writer.abandon()
 
 
-def test_an_old_index_never_stands_beside_new_tokens(tmp_path: Path) -> None:
+def test_an_old_index_is_never_next_to_new_tokens(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1], [2, 3]])
     write(tmp_path / "x", TWO)
     assert (tmp_path / "x.idx").read_bytes() == IDX

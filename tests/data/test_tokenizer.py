@@ -170,7 +170,7 @@ def test_from_the_hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load("meta-llama/Llama-3.1-8B")
 
 
-def test_hub_can_not_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
