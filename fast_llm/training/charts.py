@@ -27,7 +27,7 @@ import yaml
 
 from fast_llm.config.train import TrainConfig, WandbConfig
 from fast_llm.errors import MissingPackage
-from fast_llm.training.run import Run, write_whole
+from fast_llm.training.run import Run, write_atomically
 
 logger = logging.getLogger("fast_llm")
 
@@ -260,7 +260,7 @@ def _arguments(settings: WandbConfig, config: TrainConfig, run: Run) -> dict[str
     }
     if identity is not None:
         try:
-            write_whole(identity, yaml.safe_dump(named))
+            write_atomically(identity, yaml.safe_dump(named))
         except OSError as error:
             logger.warning(
                 f"{identity} cannot be written: {error.strerror}. The next start begins another"

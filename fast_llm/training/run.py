@@ -233,7 +233,7 @@ def prepare_folder(spec: RunSpec) -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", dump(spec.config))
+    write_atomically(folder / "config.yaml", dump(spec.config))
     if spec.extra_files or spec.pretrained_config is not None:
         (folder / "pretrained").mkdir(exist_ok=True)
         for name, content in spec.extra_files.items():
@@ -243,7 +243,7 @@ def prepare_folder(spec: RunSpec) -> None:
                 target.write_bytes(content)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically: readers see the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:

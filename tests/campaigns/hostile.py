@@ -160,7 +160,7 @@ def run(rank: int, given: tuple[str, list[str]]) -> int:
     def watch(event: str, details: tuple[Any, ...]) -> None:
         strange = event in ("os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
         if event == "subprocess.Popen":
-            strange = "watchdog.py" not in str(details[1])
+            strange = "watcher.py" not in str(details[1])
         if (
             event == "open"
             and isinstance(details[2], int)
