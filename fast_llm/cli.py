@@ -1,39 +1,43 @@
 """`fast-llm COMMAND`: read the YAML, call one function, print errors.
 
-Nothing heavy is imported before it is needed: help, mistakes and `--validate` never load torch. Of several processes that
-torchrun started, only the first reports a mistake that all of them see.
+Nothing heavy is imported before it is needed: help, mistakes and `--validate` never load torch. Of
+several processes that torchrun started, only the first reports a mistake that all of them see.
 """
 
 import argparse
 import gc
-import io
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from fast_llm import commands
 from fast_llm.errors import ConfigError, UserError, disk_problem
-from fast_llm.launcher import is_first_process, process_count
+from fast_llm.launcher import (
+    is_first_process,
+    only_first_prints,
+    process_count,
+    wait_for_first,
+)
 from fast_llm.terminal import print_error, width, wrap_width
 from fast_llm.training.interrupt import Interrupt, StopSignal, stop_signals
 
-# Seconds that other processes wait before they exit: torchrun ends all as soon as one has ended, and the first must have printed.
-_FIRST_PRINTS = 1.0
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 1 if training cannot continue, 2 for a user's mistake, 128 + n after signal n."""
+    """Run a command.
+
+    Returns the exit code: 0, 1 if training cannot continue, 2 for a user's mistake, 128 + n after
+    signal n.
+    """
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows × as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if arguments is None else arguments
     if not words:
         commands.parsers()[0].print_help()
         return 2
-    with _only_first_prints():
+    with only_first_prints():
         parsed = commands.parse(words)
     own_process = arguments is None
     training = parsed.command == "train" and not parsed.validate
@@ -92,7 +96,7 @@ def _failure(parsed: argparse.Namespace, error: Exception, training: bool) -> in
         elif training or is_first_process():  # in training the processes have agreed who prints
             print_error(command, error.report())
         else:
-            time.sleep(_FIRST_PRINTS)
+            wait_for_first()
         return error.exit_code
     if isinstance(error, OSError) and (problem := disk_problem(error)) is not None:
         print_error(command, problem)
@@ -101,25 +105,14 @@ def _failure(parsed: argparse.Namespace, error: Exception, training: bool) -> in
 
 
 def _exit(code: int) -> None:
-    """End a process that has trained. At Python's normal exit, libraries would report leaks, wait for other processes after an
-    error, or warn that process groups were not destroyed."""
+    """End a process that has trained.
+
+    At Python's normal exit, libraries would report leaks, wait for other processes after an error,
+    or warn that process groups were not destroyed.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-@contextmanager
-def _only_first_prints() -> Iterator[None]:
-    """A mistake in the words of a command is the same for all processes of a run."""
-    if is_first_process():
-        yield
-        return
-    try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            yield
-    except SystemExit:
-        time.sleep(_FIRST_PRINTS)
-        raise
 
 
 def _read(parsed: argparse.Namespace, kind: Any, example: str) -> Any:
@@ -177,13 +170,13 @@ def _train(parsed: argparse.Namespace) -> int:
         return 0
     from fast_llm.training.job import train
 
-    gc.freeze()  # the objects of 2,000 modules live on; each full collection would take 0.2 s for them
+    gc.freeze()  # the objects of 2,000 modules stay; a full collection would take 0.2 s for them
     with early:
         return train(spec, interrupt, locating(document, TrainConfig))
 
 
 def _agreed(error: UserError) -> UserError:
-    """What this process raises for a mistake in its settings; other processes may have the same, another or none."""
+    """The error to raise for a mistake in the settings; other processes may have another or none."""
     if is_first_process():
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             return error  # torchrun ends the others

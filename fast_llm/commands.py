@@ -1,7 +1,7 @@
-"""The words of the command line: commands, options, their help, and what was probably meant by a wrong one.
+"""The command line: commands, options, their help, and the nearest name for a wrong one.
 
-Standard library alone, so that help and mistakes answer at once. What a command does is in cli.py; completion.py reads the
-same parsers.
+Standard library alone, so that help and mistakes answer at once. What a command does is in cli.py;
+completion.py reads the same parsers.
 """
 
 import argparse
@@ -205,7 +205,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The command and its options; settings may stand on both sides of an option, which argparse alone does not allow.
+    """Parse a command line; settings may stand on both sides of an option, unlike in argparse.
 
     Prints help, or a line about a mistake, and raises SystemExit.
     """
@@ -260,6 +260,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
             commands[name] = below.add_parser(
                 name, prog=f"fast-llm {name}", description=description, epilog=epilog
             )
+    _add_settings(commands)
+    _add_others(commands)
+    return main, commands
+
+
+def _add_settings(commands: dict[str, Parser]) -> None:
+    """The options and settings of commands that read a YAML file."""
     for name, kind in (
         ("train", "gpt"),
         ("plan", "gpt"),
@@ -278,6 +285,10 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         if name != "plan":
             what = "check" if name == "convert" else "check everything, print the plan"
             command.add_argument("-v", "--validate", action="store_true", help=f"{what}, and stop")
+
+
+def _add_others(commands: dict[str, Parser]) -> None:
+    """The options and arguments that one command has."""
     commands["plan"].add_argument(
         "-n", "--gpus", type=_positive, default=8, metavar="N", help="how many (default: 8)"
     )
@@ -308,7 +319,6 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     commands["completion"].add_argument(
         "shell", type=_one_of(SHELLS), choices=SHELLS, help="which shell"
     )
-    return main, commands
 
 
 def _integer(text: str) -> int:

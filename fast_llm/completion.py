@@ -1,7 +1,8 @@
 """Completion scripts for bash, zsh and fish: `fast-llm completion SHELL`.
 
-Generated from the parsers (commands.py) and the settings. A script holds every word, so that pressing TAB starts no Python.
-It completes commands, options, settings as `section.setting=`, and their values where these are a few words or a file.
+Generated from the parsers (commands.py) and the settings. A script holds every word, so that
+pressing TAB starts no Python. It completes commands, options, settings as `section.setting=`, and
+their values where these are a few words or a file.
 """
 
 import argparse

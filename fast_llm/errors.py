@@ -1,19 +1,21 @@
 """The errors that users see, and how each ends the program.
 
 UserError                 found before or between steps; exit code 2, one message, no traceback
-├── ConfigError           the YAML file, an override, or settings that contradict each other; lists all mistakes
+├── ConfigError           the YAML file, an override, or contradicting settings; lists all mistakes
 ├── DataError             a dataset, a token file, a tokenizer
 ├── CheckpointError       a checkpoint, an export, a folder of weights
 ├── MissingPackage        an optional package that a setting needs
 ├── TrainingStopped       training cannot continue (exit code 1); what was saved stays
-└── ReportedElsewhere     another process of the run has reported why it ends; nothing is printed
+└── ReportedElsewhere     another process has reported why the run ends; nothing is printed
 
-Every other exception is a bug and keeps its traceback. `terminal.print_error` prints a report, in blocks on a terminal.
+Every other exception is a bug and keeps its traceback. `terminal.print_error` prints a report, in
+blocks on a terminal.
 """
 
 import errno
 
-# Errors of the disk, not bugs. The code that writes checkpoints and token files has messages of its own.
+# Errors of the disk, not bugs. The code that writes checkpoints and token files has messages of its
+# own.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
 
 
@@ -29,8 +31,7 @@ def disk_problem(error: OSError) -> str | None:
 
 
 def lfs_problem(path: object, start: bytes) -> str | None:
-    """What to do about a file that is a Git LFS pointer; None if its first bytes (8 or more) say that
-    it is not one."""
+    """The message for a file that is a Git LFS pointer, by its first bytes (8 or more); else None."""
     pointer = b"version https://git-lfs"
     if len(start) < 8 or not pointer.startswith(start[: len(pointer)]):
         return None
@@ -76,7 +77,10 @@ class MissingPackage(UserError):
     """A setting needs an optional package that is not installed."""
 
     def __init__(self, packages: str, why: str):
-        """`packages`: what to install, the missing one first. By name, as fast-llm is not on a package index."""
+        """`packages`: what to install, the missing one first.
+
+        By name, as fast-llm is not on a package index.
+        """
         super().__init__(f"{why} needs the package {packages.split()[0]}: pip install {packages}")
 
 
@@ -86,7 +90,9 @@ class TrainingStopped(UserError):
     exit_code = 1
 
     def __init__(self, message: str, resumable: bool = False):
-        """`resumable`: the same command resumes from the newest checkpoint; training adds which one that is."""
+        """`resumable`: the same command resumes from the newest checkpoint; training adds which one
+        that is.
+        """
         self.resumable = resumable
         super().__init__(message)
 

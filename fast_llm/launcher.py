@@ -1,19 +1,24 @@
 """torchrun and the environment it sets, as fast-llm meets them.
 
-`is_first_process` and `process_count` read the environment of a process. `register` changes torchrun's own process when it
-starts fast-llm: torchrun imports the entry points of the group `torchrun.handlers` (meant for rendezvous backends)
-before it does anything else. Exit code 2 means that a process has reported a user's mistake: torchrun then ends with 2 as well,
-without its traceback and without another attempt. A process that was killed is named in one line.
+`is_first_process` and `process_count` read the environment of a process. `register` changes
+torchrun's own process when it starts fast-llm: torchrun imports the entry points of the group
+`torchrun.handlers` (meant for rendezvous backends) before it does anything else. Exit code 2 means
+that a process has reported a user's mistake: torchrun then ends with 2 as well, without its
+traceback and without another attempt. A process that was killed is named in one line.
 
-Nothing here decides how a run goes. If a later torch has other names, torchrun behaves as it does without this file.
+Nothing here decides how a run goes. If a later torch has other names, torchrun behaves as it does
+without this file.
 """
 
+import io
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +32,8 @@ _LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
     "torch.distributed.elastic.agent.server.api",
 )
-# Lines of torchrun about the end of each process, and about one thread for each process; our log has both.
+# Lines of torchrun about the end of each process, and about one thread for each process; our log
+# has both.
 _SUPPRESSED = (
     "OMP_NUM_THREADS",
     "*****",
@@ -42,9 +48,31 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def wait_for_first() -> None:
+    """Let the first process print: torchrun ends all processes as soon as one has ended."""
+    time.sleep(1)
+
+
+@contextmanager
+def only_first_prints() -> Iterator[None]:
+    """Silence the other processes, for mistakes in the words of a command: all see the same."""
+    if is_first_process():
+        yield
+        return
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    except SystemExit:
+        wait_for_first()
+        raise
+
+
 def process_count(training: bool) -> int:
-    """The number of processes that torchrun started. Raises ConfigError if the environment does not say it, or, with
-    `training`, if it does not say which of them this is."""
+    """The number of processes that torchrun started.
+
+    Raises ConfigError if the environment does not say it, or, with `training`, if it does not say
+    which of them this is.
+    """
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) == 0:
         raise ConfigError(
@@ -68,10 +96,13 @@ def process_count(training: bool) -> int:
 
 
 def register() -> Callable[[Any], Any]:
-    """Prepare this process if it is a torchrun that starts fast-llm. Returns a rendezvous backend, as the entry point must;
-    this one raises ValueError."""
+    """Prepare this process if it is a torchrun that starts fast-llm.
+
+    Returns a rendezvous backend, as the entry point must; this one raises ValueError.
+    """
     if any(Path(word).name in _NAMES for word in sys.argv[1:]):
-        # By default torch 2.13 reuses the store of the last attempt, which has addresses of processes that have ended.
+        # By default torch 2.13 reuses the store of the last attempt, which has addresses of
+        # processes that have ended.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         try:
             _never_retry_mistakes()
@@ -90,7 +121,7 @@ def _refuse_backend(parameters: Any) -> Any:
 
 
 def _never_retry_mistakes() -> None:
-    """Make torchrun end when a process has reported a user's mistake, whatever --max_restarts says."""
+    """Make torchrun end after a process has reported a mistake, whatever --max_restarts says."""
     from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -128,7 +159,10 @@ class _ExceptHook:
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
-    """torchrun's exit code, and a line if no process has reported the reason. Raises if the error is not a known one."""
+    """torchrun's exit code, and a line if no process has reported the reason.
+
+    Raises if the error is not a known one.
+    """
     name = type(error).__name__
     if name == "SignalException":  # torchrun itself was asked to end
         return 128 + int(error.sigval), ""  # type: ignore[attr-defined]

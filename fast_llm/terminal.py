@@ -1,11 +1,12 @@
 """What a person at a terminal sees: widths, colours, numbers, tables, and errors as blocks.
 
-A stream that is not a terminal gets plain lines: no colour, no wrapping, so that `grep` finds each mistake by its place.
-NO_COLOR turns colour off (https://no-color.org), TERM=dumb turns off colour and layout. Standard library alone: this
-is imported before the command is known.
+A stream that is not a terminal gets plain lines: no colour, no wrapping, so that `grep` finds each
+mistake by its place. NO_COLOR turns colour off (https://no-color.org), TERM=dumb turns off colour
+and layout. Standard library alone: this is imported before the command is known.
 
-An error message has one form everywhere, `[where: ][setting: ]what is wrong[; what to do]`, where `given X, must be Y`
-and `(allowed: …)` name what was given and what is allowed. On a terminal `error_blocks` shows these parts one below the other.
+An error message has one form everywhere, `[where: ][setting: ]what is wrong[; what to do]`, where
+`given X, must be Y` and `(allowed: …)` name what was given and what is allowed. On a terminal
+`error_blocks` shows these parts one below the other.
 """
 
 import os
@@ -58,7 +59,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def wrap(text: str, columns: int, first: str = "", further: str = "") -> str:
-    """Paragraphs of at most so many columns. Words, and commands in backquotes, are not cut: they can be copied."""
+    """Paragraphs of at most so many columns.
+
+    Words, and commands in backquotes, are not cut: they can be copied.
+    """
     text = re.sub("`[^`]*`", lambda found: found[0].replace(" ", _JOINED), text)
     lines: list[str] = []
     for paragraph in text.split("\n"):
@@ -76,7 +80,10 @@ def wrap(text: str, columns: int, first: str = "", further: str = "") -> str:
 def fields(
     rows: Iterable[tuple[str, str]], label: int, columns: int | None, stream: Any = None
 ) -> str:
-    """Labels of `label` columns, and the text of each beside it: wrapped to `columns`, if given; tables keep their lines."""
+    """Labels of `label` columns with their texts, which are wrapped to `columns` if given.
+
+    The lines of a table in a text stay.
+    """
     lines = []
     for name, text in rows:
         head, indent = f"{name:<{label}}", " " * label
@@ -149,7 +156,7 @@ def print_error(command: str, text: str, stream: TextIO | None = None) -> None:
 
 
 def error_blocks(command: str, text: str, columns: int, stream: Any) -> str:
-    """A block for each mistake: what is wrong, where, what was given, what is allowed, what to do."""
+    """A block for each mistake: what is wrong, where, given, allowed, and how to fix it."""
     several = _SEVERAL.match(text)
     if several is None:
         return _block(f"{command}: ", text, columns, stream)
@@ -191,7 +198,7 @@ def parts(mistake: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """What is wrong and what to do: before and after the first semicolon that is not inside quotes or brackets."""
+    """What is wrong and how to fix it: split at the first semicolon outside quotes and brackets."""
     inside = [(found.start(), found.end()) for found in _QUOTED.finditer(text)]
     for found in re.finditer("; ", text):
         if not any(start < found.start() < end for start, end in inside):

@@ -1,4 +1,4 @@
-"""`fast-llm settings`: the reference of settings in a terminal, from the same source as docs/settings.md (reference.py)."""
+"""`fast-llm settings`: the reference in a terminal, from the source of docs/settings.md."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ _COMMANDS: dict[str, type[BaseModel]] = {
 
 
 def describe(path: str, columns: int, stream: Any) -> str:
-    """A section or a setting by its dotted path, or by the end of it; without a path one line for each setting.
+    """Describe a section or a setting, by its dotted path or the end of it; or list all settings.
 
     Raises ConfigError, with the nearest name, if there is no such section or setting.
     """

@@ -1,8 +1,9 @@
 """The lines of the log for a training step and an evaluation.
 
-A training line fits a terminal of 100 columns behind the time: step, loss, gradient norm, learning rate, tokens/s of all
-processes, memory of this process, time left. What is unusual follows it: skipped updates, losses that are not finite, spikes,
-waiting for data. Everything else is in metrics.jsonl.
+A training line fits a terminal of 100 columns behind the time: step, loss, gradient norm, learning
+rate, tokens/s of all processes, memory of this process, time left. What is unusual follows it:
+skipped updates, losses that are not finite, spikes, waiting for data. Everything else is in
+metrics.jsonl.
 """
 
 import math
@@ -39,7 +40,7 @@ def training_line(values: Mapping[str, Any], processes: int) -> str:
 
 
 def evaluation_lines(values: Mapping[str, Any], losses: Mapping[str, float | None]) -> list[str]:
-    """A line for each loss of a validation or test record; the first has the tokens and the time of all."""
+    """A line for each loss of a validation or test record; the first has the tokens and the time."""
     lines: list[str] = []
     for name, loss in losses.items():
         of_set = "" if name == "language_model_loss" else f" of {name.removesuffix('_loss')}"
