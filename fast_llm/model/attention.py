@@ -30,12 +30,12 @@ from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import cudnn
 from fast_llm.model.linear import upcast_to_fp32
 
-# Without our kernel: on the CPU PyTorch compiles its 16-bit kernel anew for every length (5 to 10
-# ms, and memory that is never given back), and below this length the fp32 one is as fast: bf16 15.7
-# ms, fp32 9.3 ms forward and backward at 8 × 256 tokens, 6 heads of 32. So short documents are
-# computed in fp32, long ones padded to a multiple of _STEP.
+# Without our CPU kernel: PyTorch compiles its 16-bit CPU kernel anew for every length, which takes 5
+# to 10 ms and memory that is never freed. Below 512 tokens its fp32 kernel is as fast: bf16 15.7 ms,
+# fp32 9.3 ms forward and backward at 8 × 256 tokens, 6 heads of 32. So documents shorter than _SHORT
+# are computed in fp32, and longer ones are padded to a multiple of _PADDED.
 _SHORT = 512
-_STEP = 64
+_PADDED = 64
 
 
 class SequenceLayout(Protocol):
@@ -60,8 +60,7 @@ class PackedSequences:
     equal_lengths: bool = field(init=False)  # of all documents
 
     def __post_init__(self) -> None:
-        # Here and not where it is asked for: the compiler would look at all the lengths, and again
-        # for every micro-batch.
+        # Computed here, because torch.compile would guard on all lengths, in every micro-batch.
         object.__setattr__(self, "equal_lengths", len(set(self.lengths)) == 1)
 
     def to(self, device: torch.device) -> "PackedSequences":
@@ -84,10 +83,8 @@ class VarlenQKV:
 
     lengths_q: tuple[int, ...]  # of each sequence
     lengths_k: tuple[int, ...]  # of each sequence, at least as many
-    index: (
-        Tensor  # int64 [Σ keys]: which of the given keys each sequence sees, on the model's device
-    )
-    cu_seqlens_q: Tensor  # int32 [sequences + 1], cumulative, on the model's device
+    index: Tensor  # int64 [Σ keys]: where each sequence's keys are among the gathered ones
+    cu_seqlens_q: Tensor  # int32 [sequences + 1], cumulative lengths; all on the model's device
     cu_seqlens_k: Tensor
     max_seqlen_q: int = field(init=False)
     max_seqlen_k: int = field(init=False)
@@ -101,11 +98,11 @@ class VarlenQKV:
         lengths_q: Sequence[int], lengths_k: Sequence[int], index: Tensor
     ) -> "VarlenQKV":
         """Compute cumulative lengths from lengths; `index` is as in the class."""
-        ends = [
+        cu_seqlens = [
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             for lengths in (lengths_q, lengths_k)
         ]
-        return VarlenQKV(tuple(lengths_q), tuple(lengths_k), index, *ends)
+        return VarlenQKV(tuple(lengths_q), tuple(lengths_k), index, *cu_seqlens)
 
     def to(self, device: torch.device) -> "VarlenQKV":
         """A copy on another device."""
@@ -147,9 +144,9 @@ def attention(
     if documents is None or one_per_sequence:
         return _batched(q, k, v, flash)
     if flash and _has_varlen_kernel(q):
-        ends, longest = documents.cu_seqlens, documents.max_seqlen
+        cu_seqlens, longest = documents.cu_seqlens, documents.max_seqlen
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        return _varlen_kernel(*flat, ends, ends, longest, longest).view(q.shape)
+        return _varlen_kernel(*flat, cu_seqlens, cu_seqlens, longest, longest).view(q.shape)
     out = _sequence_by_sequence(q, k, v, documents, flash)
     return out
 
@@ -169,42 +166,41 @@ def _equal_cu_seqlens(q: Tensor) -> Tensor:
 
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, log_sums = torch.ops.fast_llm.attention(q, k, v, ends)
-        ctx.save_for_backward(q, k, v, ends, out, log_sums)
+        out, log_sums = torch.ops.fast_llm.attention(q, k, v, cu_seqlens)
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, log_sums)
         attended: Tensor = out
         return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, ends, out, log_sums = ctx.saved_tensors
+        q, k, v, cu_seqlens, out, log_sums = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        sizes = len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
+        sizes = len(cu_seqlens) - 1, q.shape[2], k.shape[2], q.shape[3]
         torch.ops.fast_llm.attention_backward(
-            grad_q, grad_k, grad_v, grad.contiguous(), out, log_sums, q, k, v, ends, *sizes
+            grad_q, grad_k, grad_v, grad.contiguous(), out, log_sums, q, k, v, cu_seqlens, *sizes
         )
         return grad_q, grad_k, grad_v, None
 
 
 # This operator returns new tensors, so that recomputation can keep them.
 torch.library.define(
-    "fast_llm::attention", "(Tensor q, Tensor k, Tensor v, Tensor ends) -> (Tensor, Tensor)"
+    "fast_llm::attention", "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.impl("fast_llm::attention", "cpu")
-def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    out, log_sums = _empty_results(q, k, v, ends)
-    cpu_kernels.run(
-        "attention", out, log_sums, q, k, v, ends, len(ends) - 1, q.shape[2], k.shape[2], q.shape[3]
-    )
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    out, log_sums = _empty_results(q, k, v, cu_seqlens)
+    sizes = len(cu_seqlens) - 1, q.shape[2], k.shape[2], q.shape[3]
+    cpu_kernels.run("attention", out, log_sums, q, k, v, cu_seqlens, *sizes)
     return out, log_sums
 
 
 @torch.library.register_fake("fast_llm::attention")
-def _empty_results(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(
         q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32
     )
@@ -219,17 +215,16 @@ def _sequence_by_sequence(
     runs = [(length, len(list(group))) for length, group in groupby(documents.lengths)]
     sizes = [length * count for length, count in runs]
     # The backward pass of split, unlike that of slicing, writes each gradient once.
-    pieces = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
+    split = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
     outputs = []
-    for (length, count), *run in zip(runs, *pieces, strict=True):
-        one, two, three = (x.unflatten(0, (count, length)) for x in run)
-        outputs.append(_batched(one, two, three, flash).flatten(0, 1))
+    for (length, count), *run in zip(runs, *split, strict=True):
+        q_i, k_i, v_i = (x.unflatten(0, (count, length)) for x in run)
+        outputs.append(_batched(q_i, k_i, v_i, flash).flatten(0, 1))
     return torch.cat(outputs).view(shape)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool) -> Tensor:
-    """Softmax attention of sequences: q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H,
-    D].
+    """Softmax attention of q [Σ queries, H, D], k and v [Σ keys, K, D] → [Σ queries, H, D].
 
     The last query of a sequence sees all of its keys, the one before all but one, and so on.
     """
@@ -244,15 +239,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: 
 
 @torch.compiler.disable
 def _varlen_loop(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenQKV, flash: bool) -> Tensor:
-    parts = zip(
-        q.split(varlen.lengths_q), k.split(varlen.lengths_k), v.split(varlen.lengths_k), strict=True
-    )
+    lengths = varlen.lengths_q, varlen.lengths_k, varlen.lengths_k
+    split = [x.split(each) for x, each in zip((q, k, v), lengths, strict=True)]
     outputs = []
-    for one, two, three in parts:
-        if len(one) == len(two):
-            outputs.append(_batched(one[None], two[None], three[None], flash)[0])
+    for q_i, k_i, v_i in zip(*split, strict=True):
+        if len(q_i) == len(k_i):
+            outputs.append(_batched(q_i[None], k_i[None], v_i[None], flash)[0])
         else:
-            outputs.append(_masked(one, two, three, flash))
+            outputs.append(_masked(q_i, k_i, v_i, flash))
     return torch.cat(outputs)
 
 
@@ -275,14 +269,14 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, flash: bool) -> Tensor:
     if flash and not q.is_cuda:
         if dtype != torch.float32 and length < _SHORT:
             q, k, v = q.float(), k.float(), v.float()
-        elif dtype != torch.float32 and length % _STEP:
+        elif dtype != torch.float32 and length % _PADDED:
             # Padding at the end is invisible to the tokens before it.
-            q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % _STEP)) for x in (q, k, v))
+            q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % _PADDED)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B H S D
     grouped = q.shape[1] != k.shape[1]
     if flash:
         if grouped and not q.is_cuda:
-            # The CPU kernel takes grouped heads only from a copy of the keys and values.
+            # PyTorch's CPU kernel needs as many key heads as query heads.
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             grouped = False
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -303,9 +297,9 @@ def _has_varlen_kernel(q: Tensor) -> bool:
     )
 
 
-# PyTorch's versions spell causal and grouped attention differently: 2.10 has is_causal and repeats
-# no heads; later a window that reaches back without limit and not ahead means causal, and groups
-# are asked for where that is known.
+# The arguments for causal and grouped attention depend on PyTorch's version. 2.10 has `is_causal`
+# and no grouped heads. Later ones have `window_size`, where (-1, 0) means causal, and some of them
+# `enable_gqa`.
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 _CAUSAL: dict[str, Any] = (
     {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
@@ -322,14 +316,16 @@ def _varlen_kernel(
     max_seqlen_k: int,
 ) -> Tensor:
     if cudnn.usable(q):
-        other_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-        return cudnn.attention(q, k, v, cu_seqlens_q, other_ends, max_seqlen_q, max_seqlen_k)
-    how = dict(_CAUSAL)
+        other = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+        return cudnn.attention(q, k, v, cu_seqlens_q, other, max_seqlen_q, max_seqlen_k)
+    options = dict(_CAUSAL)
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in _VARLEN_PARAMETERS:
-            how["enable_gqa"] = True
+            options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out: Any = varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how)
+    out: Any = varlen_attn(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
+    )
     attended: Tensor = out
     return attended
