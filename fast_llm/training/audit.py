@@ -107,8 +107,7 @@ class StepData:
         ]
         rewinds = [
             f"  (steps {one['after'] + 1} to {one['spike']}, a spike, were undone; the run"
-            " continued with"
-            " later data)"
+            " continued with later data)"
             for one in self.rewinds
         ]
         first = f"step {self.step}: {len(self.sequences)} sequences of {self.length:,} + 1 tokens"
@@ -146,8 +145,7 @@ def inspect_step(run: str, step: int) -> StepData:
         if source is None:
             raise DataError(
                 f"step {step}: sequence {index:,} is of {state.name}, whose files are missing or"
-                " are not"
-                " those that the run was trained on; restore them"
+                " are not those that the run was trained on; restore them"
             )
         sampler = SourceSampler(
             source.inputs, order.sequence_length, order.seed, state.key, state.drawn

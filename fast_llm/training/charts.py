@@ -88,8 +88,7 @@ class TensorBoard:
         self.broken = True
         logger.warning(
             f"TensorBoard's files in {self.folder} cannot be written: {error.strerror or error}."
-            " They end here until the next"
-            " start; metrics.jsonl has everything."
+            " They end here until the next start; metrics.jsonl has everything."
         )
 
 

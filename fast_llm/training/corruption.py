@@ -90,10 +90,9 @@ class CorruptionCheck:
             logger.error(f"Corruption check at step {number}: {one}")
         raise TrainingStopped(
             f"step {number}: {found[0]}{others} (training.double_check). A chip or its memory"
-            " computes"
-            " or remembers wrongly: take it out of the run. The update was not applied. Checkpoints"
-            f" that were saved {since} may hold corrupted values: move them away to resume from an"
-            " earlier one."
+            " computes or remembers wrongly: take it out of the run. The update was not applied."
+            f" Checkpoints that were saved {since} may hold corrupted values: move them away to"
+            " resume from an earlier one."
         )
 
     def _check_loss(self, batches: Sequence[Batch]) -> list[str]:

@@ -74,8 +74,7 @@ class Evaluator:
             if not targets:
                 logger.warning(
                     f"{phase.capitalize()} at step {step}: {split} has no target tokens, so there"
-                    " is"
-                    " no loss: each of its documents has one token."
+                    " is no loss: each of its documents has one token."
                 )
             tokens += int(targets)
         self.metrics.write_evaluation(step, phase, losses, tokens, time.perf_counter() - started)

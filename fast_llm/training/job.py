@@ -207,10 +207,8 @@ def _load_kernels(config: TrainConfig, mesh: Mesh) -> None:
     if mesh.device.type == "cpu" and (problem := cpu_kernels.load()):
         logger.warning(
             "Training on the CPU without Fast-LLM's own kernels, at about half the speed: they"
-            " could"
-            f" not be built ({problem}); install a C++ compiler (g++ or clang++ with OpenMP), or"
-            " name"
-            " one in the environment variable CXX."
+            f" could not be built ({problem}); install a C++ compiler (g++ or clang++ with OpenMP),"
+            " or name one in the environment variable CXX."
         )
     if (
         mesh.device.type == "cuda"

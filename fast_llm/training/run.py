@@ -98,8 +98,7 @@ class Run:
                 self._warned = True
                 logger.warning(
                     f"{path}: cannot be written: {error.strerror}; free space on the disk. Its"
-                    " records"
-                    " are kept in memory until they can be written."
+                    " records are kept in memory until they can be written."
                 )
 
     def recorded(self) -> list[dict[str, Any]]:
@@ -208,8 +207,7 @@ def lock(folder: Path) -> TextIO:
         raise ConfigError(
             [
                 f"run.experiment_dir: another run writes to {folder}: {holder}; wait for it, stop"
-                " it, or choose another"
-                " run.experiment_dir"
+                " it, or choose another run.experiment_dir"
             ]
         ) from error
     except OSError as error:  # a file system without locks

@@ -175,8 +175,8 @@ class Saver:
         if short:
             logger.warning(
                 "Training waits for each checkpoint to be written: a copy in the host's memory"
-                " would need"
-                f" {format_bytes(short[0][0])}, and {format_bytes(short[0][1])} are available."
+                f" would need {format_bytes(short[0][0])}, and {format_bytes(short[0][1])} are"
+                " available."
             )
             self.background = False
 

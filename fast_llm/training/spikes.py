@@ -80,8 +80,7 @@ def handle_spike(
     if config.policy == "stop":
         raise TrainingStopped(
             f"{text}. Its update was not applied. Look at the step's data with `fast-llm why`,"
-            " lower"
-            " optimizer.learning_rate.base, or choose another training.spikes.policy.",
+            " lower optimizer.learning_rate.base, or choose another training.spikes.policy.",
             resumable=True,
         )
     if config.policy == "rewind":
@@ -89,9 +88,8 @@ def handle_spike(
         if path is not None and rewinds == config.max_rewinds:
             raise TrainingStopped(
                 f"{text}. The run was rewound {rewinds} times already"
-                " (training.spikes.max_rewinds)."
-                " Look at the data of these steps with `fast-llm why`, or lower"
-                " optimizer.learning_rate.base.",
+                " (training.spikes.max_rewinds). Look at the data of these steps with `fast-llm"
+                " why`, or lower optimizer.learning_rate.base.",
                 resumable=True,
             )
         if path is not None:

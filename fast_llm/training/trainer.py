@@ -237,9 +237,8 @@ class Trainer:
             raise TrainingStopped(
                 f"step {step}: loss or gradients were not finite {limit} times in a row"
                 " (optimizer.max_nonfinite_steps). The weights were not touched by these steps."
-                " Look at"
-                " the data of these steps, lower optimizer.learning_rate.base, or continue from an"
-                " earlier checkpoint.",
+                " Look at the data of these steps, lower optimizer.learning_rate.base, or"
+                " continue from an earlier checkpoint.",
                 resumable=True,
             )
 

@@ -339,8 +339,7 @@ def _describe(status: Status, processes: int) -> str:
     rank = f"rank {status.rank}, " if processes > 1 else ""
     return (
         f"{rank}process {status.process} on {status.host}, {STATES[status.state]}in"
-        f" {status.location},"
-        f" for {status.seconds:.0f} s"
+        f" {status.location}, for {status.seconds:.0f} s"
     )
 
 
