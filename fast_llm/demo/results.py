@@ -134,24 +134,25 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
         at_y, at_x = place(0, y).split(",")[1], place(x, low).split(",")[0]
         parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{at_y}" y2="{at_y}" stroke="#ddd"/>')
         parts.append(
-            f'<text x="{left - 6}" y="{at_y}" text-anchor="end" dominant-baseline="middle">{y:.2f}</text>'
+            f'<text x="{left - 6}" y="{at_y}" text-anchor="end" dominant-baseline="middle">'
+            f"{y:.2f}</text>"
         )
         parts.append(
             f'<text x="{at_x}" y="{height - bottom + 18}" text-anchor="middle">{x:.0f}</text>'
         )
     parts.append(
-        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">step (loss in nats per token)</text>'
+        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">'
+        "step (loss in nats per token)</text>"
     )
     for number, ((label, line), colour) in enumerate(
         zip(lines.items(), ("#888888", "#1f77b4", "#d62728"), strict=True)
     ):
         parts.append(
-            f'<polyline points="{" ".join(place(*p) for p in line)}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<polyline points="{" ".join(place(*p) for p in line)}" fill="none"'
+            f' stroke="{colour}" stroke-width="2"/>'
         )
-        parts += [
-            f'<circle cx="{place(*p).replace(",", chr(34) + " cy=" + chr(34))}" r="3" fill="{colour}"/>'
-            for p in line
-        ]
+        for across, down in (place(*point).split(",") for point in line):
+            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colour}"/>')
         parts.append(
             f'<text x="{width - 180}" y="{34 + 18 * number}" fill="{colour}">{label}</text>'
         )

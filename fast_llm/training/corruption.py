@@ -1,5 +1,6 @@
-"""Detect silent data corruption: chips or memory that fail without an error
-(`training.double_check`).
+"""Detect silent data corruption (`training.double_check`).
+
+It means chips or memory that compute or remember wrongly without an error.
 
 At an interval, before the update, two things must be equal to the bit: the loss of a micro-batch
 and its recomputation; and every value that several processes hold. The layout determines the
@@ -184,7 +185,8 @@ def find_differences(reports: Sequence[Report]) -> list[str]:
         if most > others[0][1]:
             different = [rank for rank, one in replicated.items() if repr(one) != value]
             found.append(
-                f"{_format_ranks(different, reports)}: {name} is not what the {most} other processes hold"
+                f"{_format_ranks(different, reports)}: {name} is not what the {most} other"
+                " processes hold"
             )
         else:
             found.append(f"{name} is not the same on {_format_ranks(replicated, reports)}")

@@ -1,4 +1,4 @@
-"""Process-wide switches of a training process: libraries, environment, warnings. Set once, at the start."""
+"""Settings of a whole process, made once at the start: libraries, environment, warnings."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from fast_llm.training.allocator import keep_freed_memory
 
 
 def configure_process(config: TrainConfig) -> None:
-    """Set everything that a run changes for its process as a whole, before its first tensor."""
+    """Make all settings of the process. Call it before the first tensor."""
     quiet_torch_distributed()
     if not config.run.torch_dynamo_enable:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -27,7 +27,8 @@ def configure_process(config: TrainConfig) -> None:
 def quiet_torch_distributed() -> None:
     """Silence warnings of torch.distributed that only restate the layout that the user chose.
 
-    Examples: checkpoints (DCP) with one process, gathers of DTensors. TORCH_LOGS keeps its log messages.
+    Examples: checkpoints (DCP) with one process, gathers of DTensors. With TORCH_LOGS its log
+    messages stay.
     """
     warnings.filterwarnings("ignore", module=r"torch\.distributed\b")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

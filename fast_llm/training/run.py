@@ -131,7 +131,7 @@ def _file_formatter(rank: int, processes: int, timestamps: bool) -> logging.Form
 
 
 class _TerminalFormatter(logging.Formatter):
-    """The time without the year, and no rank: only rank 0 prints. Warnings and errors stand out on a terminal."""
+    """The time without the year or rank, as only rank 0 prints. Warnings and errors stand out."""
 
     def __init__(self, timestamps: bool):
         super().__init__("%(asctime)s %(message)s" if timestamps else None, "%m-%d %H:%M:%S")

@@ -49,7 +49,7 @@ class Trainer:
         interrupt: Interrupt,
         heartbeat: Callable[..., None],
     ):
-        """`loader`: opens a split from a sequence on, for so many steps; `heartbeat`: begins a phase."""
+        """`loader`: opens a split at a sequence, for so many steps; `heartbeat`: begins a phase."""
         self.spec = spec
         self.config = spec.config.training
         self.mesh = mesh
