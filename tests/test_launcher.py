@@ -214,9 +214,8 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
     assert all(re.match(rf"{TIME}|\w[\w ]{{13}}\S| {{14}}", line) for line in log.splitlines()), log
     assert rest.splitlines() == [
         f"rank 0 on {socket.gethostname()}: another process of this run has ended without a"
-        " message: its host's log, or the"
-        " launcher, says why. No checkpoint is complete: the same command starts from the"
-        " beginning.",
+        " message; see the log of its host or of the launcher. No checkpoint is complete: the same"
+        " command starts from the beginning.",
         f"torchrun: rank 1 on {socket.gethostname()} was killed by SIGKILL (process"
         f" {ranks['1'].pid})",
     ]

@@ -1,11 +1,13 @@
-"""A process that fails tells the others, so that the user reads one message and nobody waits for a process that is gone.
+"""One error message for a run of many processes, and no process that waits for one that has failed.
 
-The processes share the store through which they found each other. A process that fails posts the reason there. One of those
-that failed prints it, with rank and host unless all failed alike. The others look twice a second, wait until it is printed (the
-launcher ends all as soon as one has ended), and leave with the same exit code.
+The processes share the store of their rendezvous. A process that fails posts its error there. One
+of the failed processes prints all errors, with rank and host unless all are the same. The other
+processes poll the store twice a second. They wait until the report is printed, because the launcher
+ends all processes as soon as one has ended, and exit with the same exit code.
 
-torchrun keeps the store when it starts processes again, with all that those before them wrote. So each start has its own part,
-named by a token of the first process: another process asks for it under a name of its own, which no earlier answer has.
+torchrun keeps the store, with its content, when it restarts processes. So each start uses a prefix
+of its own, a token that the first process chooses. The others request it under a random name, which
+no earlier start has answered.
 """
 
 import json
@@ -27,46 +29,46 @@ from torch.distributed.rendezvous import rendezvous
 from fast_llm.errors import ConfigError, ReportedElsewhere, TrainingStopped, UserError
 from fast_llm.terminal import print_error
 
-_RENDEZVOUS = 60.0  # seconds that processes wait for each other when the preflight of one failed
-_POLL = 0.5  # seconds between looks at the store
-_COLLECT = 1.0  # seconds in which a mistake that all processes meet reaches all of them
-_GRACE = 5.0  # seconds that a process has to leave after another failed, and that it waits for the message of that one
-_PEER_LOST = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|remote process exited"
-)  # as gloo and NCCL say it
-_PEER_LOST_MESSAGE = "another process of this run has ended without a message: its host's log, or the launcher, says why"
-_STORE_ERRORS = (
-    RuntimeError,
-    ValueError,
-    OSError,
-)  # the store is gone with the process that had it
+# In seconds:
+_RENDEZVOUS = 60.0  # for processes to find each other after an error before the start
+_POLL = 0.5  # between looks at the store
+_COLLECT = 1.0  # for an error that all processes have to reach the store from all of them
+_GRACE = 5.0  # for the report of another process, and to exit after it
+# Errors of gloo and NCCL when another process has ended.
+_PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+_PEER_LOST_MESSAGE = (
+    "another process of this run has ended without a message; see the log of its host or of the"
+    " launcher"
+)
+_STORE_ERRORS = (RuntimeError, ValueError, OSError)  # raised if the process with the store ended
 
 
 class Failures:
-    """What the processes of a run know of each other's failures."""
+    """Shares failures between the processes of a run."""
 
     def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float = 0.0):
-        self.root_store = store  # None: there is one process
+        """`store`: of the rendezvous; None with one process. `timeout`: seconds to get the
+        token."""
+        self.root_store = store
         self.rank, self.size = rank, size
         self.answered_requests: set[bytes] = set()
         self.store: dist.Store | None = None
         if store is not None:
             self.token = secrets.token_hex(8) if rank == 0 else _request_token(store, rank, timeout)
             self.store = dist.PrefixStore(f"fast_llm/{self.token}", store)
-        self.code: int | None = None  # another process has failed: the exit code of all
-        self.posted = self.store_released = False
-        self.store_lost = self.watching = False  # the store; the thread that looks into it
+        self.code: int | None = None  # the exit code of all processes, once another one failed
+        self.posted = False  # this process has posted its failure
+        self.store_released = self.store_lost = False
+        self.watching = False  # the thread of `_watch_store` runs
         self.lock = threading.Lock()
-        self.report_printed = (
-            threading.Event()
-        )  # the watching thread knows that the failure of another process was printed
-        self.failing = False  # this process is about to end by an error of its own
+        self.report_printed = threading.Event()  # set by the thread
+        self.failing = False  # this process is about to exit by an error of its own
 
     @classmethod
     def connect(cls, timeout: float) -> "Failures":
-        """Find the other processes of the environment, in `timeout` seconds.
+        """Find the other processes, as the environment describes them, within `timeout` seconds.
 
-        Raises TrainingStopped if that cannot be.
+        Raises TrainingStopped if they cannot be reached, and ConfigError without their address.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if size == 1:
@@ -83,21 +85,26 @@ class Failures:
         except ValueError as error:  # the environment lacks the address
             raise ConfigError(
                 [
-                    f"WORLD_SIZE is {size} in the environment: start the processes with torchrun, or unset it ({error})"
+                    f"WORLD_SIZE is {size} in the environment: start the processes with torchrun,"
+                    f" or unset it ({error})"
                 ]
             ) from error
         except RuntimeError as error:
-            if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a host says so
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # one process per host reports
                 raise ReportedElsewhere(TrainingStopped.exit_code) from error
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise TrainingStopped(
-                f"{_rank_and_host(rank)}: the other processes could not be reached at {place} within {timeout:g} s"
-                " (model.distributed.timeout); start all of them, and check the address, port and network"
+                f"{_rank_and_host(rank)}: the other processes could not be reached at {place}"
+                f" within {timeout:g} s (model.distributed.timeout); start all of them, and check"
+                " the address, port and network"
             ) from error
 
     def wait_for_all(self, problem: UserError | None, timeout: float) -> None:
-        """Wait until every process has passed its preflight. Raises, on all of them, if `problem` or that of another kept one from
-        it, or if not all came within `timeout` seconds, once that is printed."""
+        """Wait until every process has arrived here, with or without a `problem`.
+
+        Raises on all processes, after the report is printed, if any has a problem or if some do not
+        arrive within `timeout` seconds.
+        """
         if self.store is None:
             if problem is not None:
                 raise problem
@@ -114,8 +121,9 @@ class Failures:
                 here = min(self.store.add("arrived", 0), self.size)
                 raise self.report_once(
                     TrainingStopped(
-                        f"{here} of {self.size} processes have started, the others did not within {timeout:g} s"
-                        " (model.distributed.timeout); the launcher, or the log of the other nodes, says why"
+                        f"{here} of {self.size} processes have started, the others did not within"
+                        f" {timeout:g} s (model.distributed.timeout); see the launcher's output and"
+                        " the logs of the other nodes"
                     )
                 ) from error
         if problem is not None:
@@ -124,28 +132,36 @@ class Failures:
             raise self._after_report(code)
 
     def _hand_out_token(self, timeout: float) -> None:
-        """The first process tells the others its token, until all have arrived. Raises RuntimeError if they do not."""
+        """On the first process: answer requests for the token until all processes have arrived.
+
+        Raises RuntimeError if they do not within `timeout` seconds.
+        """
         assert self.root_store is not None and self.store is not None
         deadline = time.monotonic() + timeout
         while self.store.add("arrived", 0) < self.size:
             if time.monotonic() > deadline:
                 raise RuntimeError("not all processes have arrived")
             for rank in range(1, self.size):
-                if self.root_store.check([f"fast_llm/asks/{rank}"]):
-                    name = self.root_store.get(f"fast_llm/asks/{rank}")
+                if self.root_store.check([f"fast_llm/requests/{rank}"]):
+                    name = self.root_store.get(f"fast_llm/requests/{rank}")
                     if name not in self.answered_requests:
                         self.answered_requests.add(name)
-                        self.root_store.set(f"fast_llm/answer/{name.decode()}", self.token)
+                        self.root_store.set(f"fast_llm/tokens/{name.decode()}", self.token)
             time.sleep(0.02)
         self.store.set("all arrived", "1")
 
     @contextmanager
-    def reporting(self, leave: Callable[[int], None], saved: Callable[[], str]) -> Iterator[None]:
-        """What fails inside is reported once, and ends all processes. `leave`: ends this process, which does not come out by
-        itself, with an exit code; `saved`: a sentence about what was saved."""
+    def reporting(
+        self, exit_now: Callable[[int], None], saved: Callable[[], str]
+    ) -> Iterator[None]:
+        """A context whose exceptions are reported once, and end all processes of the run.
+
+        `exit_now`: called with the exit code if another process failed and this one does not leave
+        the context. `saved`: returns a sentence about the newest checkpoint.
+        """
         ended = threading.Event()
         watcher = threading.Thread(
-            target=self._watch_store, args=(ended, leave), name="failures", daemon=True
+            target=self._watch_store, args=(ended, exit_now), name="failures", daemon=True
         )
         if self.store is not None:
             self.watching = True
@@ -162,8 +178,11 @@ class Failures:
             ended.set()
 
     def report_once(self, error: Exception, saved: Callable[[], str] = str) -> Exception:
-        """What this process raises for `error`, once one of those that failed has printed why: itself, or ReportedElsewhere if it only
-        lost a process that failed. One process alone prints nothing."""
+        """Report `error` together with those of other processes, and return what to raise.
+
+        That is `error`, or ReportedElsewhere if it only follows from the failure of another
+        process. With one process nothing is printed here.
+        """
         if self.store is None or isinstance(error, ReportedElsewhere):
             return error
         if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
@@ -186,14 +205,13 @@ class Failures:
             posted = self._collect_failures()
         except _STORE_ERRORS:
             if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, TrainingStopped):
-                return error  # one process of each host says that it has lost the others
+                return error  # one process per host reports the loss of the others
             posted = {self.rank: (socket.gethostname(), text, code)}
         if isinstance(error, UserError):
             print_error("fast-llm train", _merge_messages(posted, self.size))
         else:
-            sys.excepthook(
-                type(error), error, error.__traceback__
-            )  # PyTorch's, with the rank in front of each line
+            # PyTorch's hook, which puts the rank in front of each line.
+            sys.excepthook(type(error), error, error.__traceback__)
             for rank, (host, other, _) in posted.items():
                 if other.splitlines()[-1:] != text.splitlines()[-1:]:
                     print(f"rank {rank} on {host}: {other}", file=sys.stderr)
@@ -203,7 +221,7 @@ class Failures:
         return error
 
     def _after_report(self, code: int) -> ReportedElsewhere:
-        """Once the process that prints has done so."""
+        """Wait for the report of another process, and return what to raise."""
         if self.watching and not self.posted:
             self.report_printed.wait(_GRACE)
         elif self.store is not None:
@@ -218,7 +236,10 @@ class Failures:
             self._release_store(store)
 
     def _release_store(self, store: dist.Store) -> None:
-        """The last use of the store. The process that has it waits for the others'."""
+        """Declare that this process needs the store no more.
+
+        The process that serves the store waits for all others to do so.
+        """
         with self.lock:
             if self.store_released:
                 return
@@ -235,7 +256,7 @@ class Failures:
                 done = store.add("released", 0)
 
     def mark_reported(self) -> None:
-        """This process has printed its mistake, before it met the others; so they do not."""
+        """Keep other processes from printing: this one has printed the error already."""
         assert self.store is not None
         self.store.compare_set("reporter", "", "printed")
         self.store.set("reported", "1")
@@ -250,7 +271,7 @@ class Failures:
         self.store.add("failures", 1)
 
     def _posted_code(self) -> int | None:
-        """The exit code of all, if any has failed."""
+        """The exit code of the first failure, if any process has failed."""
         if self.code is None and self.store is not None and not self.store_lost:
             try:
                 return int(self.store.get("code")) if self.store.check(["code"]) else None
@@ -259,8 +280,11 @@ class Failures:
         return self.code
 
     def _is_reporter(self) -> bool:
-        """Whether this process is the one to print, in a moment in which others can fail as well. The first process if it is
-        among those that failed."""
+        """Wait for failures of other processes, then decide whether this process prints all of
+        them.
+
+        Rank 0 does if it is one of them, otherwise the first that asks.
+        """
         assert self.store is not None
         deadline = time.monotonic() + _COLLECT
         while time.monotonic() < deadline and self.store.add("failures", 0) < self.size:
@@ -272,7 +296,7 @@ class Failures:
         return self.store.compare_set("reporter", "", str(self.rank)).decode() == str(self.rank)
 
     def _collect_failures(self) -> dict[int, tuple[str, str, int]]:
-        """Host, text and code of all that have failed, by rank."""
+        """Host, message and exit code of each failed process, by rank."""
         assert self.store is not None
         found: dict[int, tuple[str, str, int]] = {}
         for rank in range(self.size):
@@ -280,10 +304,10 @@ class Failures:
                 found[rank] = tuple(json.loads(self.store.get(name)))
         return found
 
-    def _watch_store(self, ended: threading.Event, leave: Callable[[int], None]) -> None:
-        """The thread: leaves when another process has failed and this one waits for it."""
+    def _watch_store(self, ended: threading.Event, exit_now: Callable[[int], None]) -> None:
+        """The thread: ends this process if another one failed and this one waits for it."""
         assert self.store is not None
-        # A connection of its own: the main thread may be waiting in the middle of a call.
+        # A connection of its own: the main thread may be blocked in a call.
         store = self.store.clone() if hasattr(self.store, "clone") else self.store
         found: int | None = None
         while found is None:
@@ -302,15 +326,17 @@ class Failures:
         self._wait_for_report(store)
         self.report_printed.set()
         if not ended.wait(max(0, deadline - time.monotonic())) and not self.failing:
-            leave(found)
+            exit_now(found)
 
 
 def report_before_start(error: UserError, printed: bool) -> UserError:
-    """What this process raises for a mistake in its settings, once the processes have met and one of them has reported the mistakes
-    of all. `printed`: this process has printed its own already."""
+    """Report an error found before the processes have connected, and return what to raise.
+
+    One process reports those of all. `printed`: this process has printed `error` already.
+    """
     try:
         failures = Failures.connect(_RENDEZVOUS)
-    except ConfigError:  # without a launcher the first process has printed it
+    except ConfigError:  # without a launcher rank 0 has printed it
         error.printed = True
         return error
     except UserError:
@@ -325,15 +351,15 @@ def report_before_start(error: UserError, printed: bool) -> UserError:
 
 
 def _request_token(store: dist.Store, rank: int, timeout: float) -> str:
-    """The token of this start."""
+    """Ask the first process for the token of this start."""
     name = secrets.token_hex(8)
-    store.set(f"fast_llm/asks/{rank}", name)
-    store.wait([f"fast_llm/answer/{name}"], timedelta(seconds=timeout))
-    return store.get(f"fast_llm/answer/{name}").decode()
+    store.set(f"fast_llm/requests/{rank}", name)
+    store.wait([f"fast_llm/tokens/{name}"], timedelta(seconds=timeout))
+    return store.get(f"fast_llm/tokens/{name}").decode()
 
 
 def _launcher_owns_store() -> bool:
-    """Whether the launcher has the store, and not the first process."""
+    """Whether the launcher serves the store, and not the first process."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -342,7 +368,7 @@ def _rank_and_host(rank: int) -> str:
 
 
 def _merge_messages(posted: dict[int, tuple[str, str, int]], size: int) -> str:
-    """One message for all that failed: with ranks and hosts, unless all failed alike."""
+    """One message for all failures, with ranks and hosts unless all processes failed alike."""
     by_text: dict[str, list[int]] = {}
     for rank, (_, text, _) in posted.items():
         by_text.setdefault(text, []).append(rank)
