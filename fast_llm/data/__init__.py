@@ -1,0 +1,1 @@
+"""From documents to token files, and from token files to batches."""

@@ -1,0 +1,1 @@
+"""AdamW, the learning rate schedule and the loss scale of fp16."""

@@ -1,0 +1,1 @@
+"""The same model over many devices: one file for each dimension, applied from outside."""

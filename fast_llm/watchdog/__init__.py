@@ -1,0 +1,1 @@
+"""Detection of hung processes by a small program that runs next to each."""
