@@ -289,7 +289,7 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
     assert result.returncode == 2
     assert asked == "org/name is not a local file or folder: loading it from the Hugging Face Hub."
     assert (
-        "dataset.path: org/name: no such file or folder here, and not from the Hugging Face Hub: "
+        "dataset.path: org/name: no such local file or folder, and not loaded from the Hugging Face Hub: "
         in answer
     )
 
