@@ -40,9 +40,9 @@ inline float get(float x) { return x; }
 
 inline float get(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
-    float whole;
-    std::memcpy(&whole, &bits, 4);
-    return whole;
+    float number;
+    std::memcpy(&number, &bits, 4);
+    return number;
 }
 
 inline void put(float &to, float x) { to = x; }
@@ -303,9 +303,9 @@ void for_each_task(const Shape &shape, Enter enter, Task task, Leave leave) {
     Range range = thread_range(total);
     int64_t work = 0;
     for (int64_t document = 0; document < shape.documents; document++) {
-        int64_t blocks = shape.blocks(document), whole = shape.group() * blocks * (blocks + 1) / 2;
-        for (int64_t key = 0; key < shape.keys; key++, work += whole) {
-            if (work + whole <= range.begin || work >= range.end) continue;
+        int64_t blocks = shape.blocks(document), unit = shape.group() * blocks * (blocks + 1) / 2;
+        for (int64_t key = 0; key < shape.keys; key++, work += unit) {
+            if (work + unit <= range.begin || work >= range.end) continue;
             int64_t at = work, done = 0;
             for (int64_t head = key * shape.group(); head < (key + 1) * shape.group(); head++)
                 for (int64_t block = 0; block < blocks; at += ++block)
@@ -443,7 +443,7 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
         auto task = [&](int64_t document, int64_t, int64_t head, int64_t b) {
             int64_t rows = std::min(BLOCK, shape.length(document) - b * BLOCK);
             int64_t first = cu_seqlens[document] + b * BLOCK;
-            int64_t from = (first * queries + head) * width, whole = shape.blocks(document) * area;
+            int64_t from = (first * queries + head) * width, values = shape.blocks(document) * area;
             load_block(block.data(), q + from, rows, queries * width, width);
             transpose_paired(q_transposed.data(), block.data(), width);
             interleave_pairs(q_paired.data(), block.data(), BLOCK, width);
@@ -487,7 +487,7 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
                 matmul(BLOCK, width, BLOCK, slopes.data(), q_paired.data(),
                        sums.data() + c * area, true);
                 matmul(BLOCK, width, BLOCK, weights.data(), g_paired.data(),
-                       sums.data() + whole + c * area, true);
+                       sums.data() + values + c * area, true);
                 matmul(width, BLOCK, BLOCK, k_transposed.data() + c * area, slopes_paired.data(),
                        grad_query.data(), c > 0);
             }

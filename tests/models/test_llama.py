@@ -125,7 +125,7 @@ def test_both_spellings_mean_the_same() -> None:
     assert llama.architecture(older, "") == llama.architecture(PUBLISHED, "")
 
 
-def test_what_is_absent_or_null_has_the_defaults_of_transformers() -> None:
+def test_absent_or_null_keys_have_the_defaults_of_transformers() -> None:
     nulls = dict.fromkeys(
         ("num_key_value_heads", "head_dim", "rope_scaling", "quantization_config")
     )
@@ -196,29 +196,27 @@ def test_biases(attention: bool, mlp: bool, expected: str) -> None:
         ({"rope_theta": None}, "not a Llama's configuration"),
     ],
 )
-def test_what_a_llama_here_can_not_do_is_refused_by_name(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_unsupported_settings_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         llama.architecture({**MINIMAL, **changes}, "folder/config.json")
     assert str(caught.value).startswith("folder/config.json: ")
 
 
 @pytest.mark.parametrize("key", sorted(MINIMAL.keys() - {"model_type"}))
-def test_what_is_missing_is_named(key: str) -> None:
+def test_missing_keys_are_named(key: str) -> None:
     with pytest.raises(
         CheckpointError, match=f"config.json: {key} is missing; it is not a Llama's"
     ):
         llama.architecture({k: v for k, v in MINIMAL.items() if k != key}, "config.json")
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(CheckpointError) as caught:
         llama.architecture({**MINIMAL, "hidden_act": "relu", "auto_map": {"a": "b"}}, "config.json")
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_exports_say_what_the_original_said_but_for_the_dtype() -> None:
+def test_exports_keep_the_original_but_for_the_dtype() -> None:
     model = BaseModelConfig.model_validate(llama.architecture(PUBLISHED, ""))
     exported = llama.export_config(PUBLISHED, model, "fp32", {"bos": 1, "eos": 2})
     assert json.dumps(exported) == json.dumps(
