@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fast_llm.model.attention import attention
-from fast_llm.model.layers import Linear
+from fast_llm.model.layers import Linear, enable_fp8
 from fast_llm.model.linear import add_matmul_, matmul, upcasting
 from fast_llm.model.loss import cross_entropy
 from tests.model.test_attention import by_hand, documents
@@ -27,7 +27,7 @@ def processor(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((found.detach().double() - wanted).norm() / wanted.norm())
 
 
 # More columns than are cast at a time, as many, fewer; wide and tall matrices.
@@ -127,3 +127,23 @@ def test_compiled_equals_eager() -> None:
         torch.randn(4, 16, dtype=torch.bfloat16),
     )
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_weight_gradients_accumulate_into_main_grad(fp8: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear(32, 48).bfloat16()
+    if fp8:
+        enable_fp8(layer)
+    assert layer.main_grad is None
+    x, grad = torch.randn(2, 16, 32).bfloat16(), torch.randn(2, 16, 48).bfloat16()
+    layer(x).backward(grad)
+    assert layer.weight.grad is not None
+    wanted = layer.weight.grad.double()
+    layer.weight.grad = None
+    layer.main_grad = torch.ones(48, 32)
+    for _ in range(2):
+        layer(x).backward(grad)
+    assert layer.weight.grad is None and set(layer.state_dict()) == {"weight"}
+    # The gradient that PyTorch makes is rounded to bf16.
+    assert distance(layer.main_grad - 1, 2 * wanted) < 2**-8
