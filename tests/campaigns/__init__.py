@@ -1,8 +1,8 @@
-"""Reliability campaigns: faults by the hundred, each with a seed, a budget and a table at its end.
+"""Reliability campaigns: hundreds of injected faults, each campaign with a seed and a budget.
 
     python -m tests.campaigns.kills --budget 500 --seed 0
 
-Each is a function `campaign(folder, budget, seed)` that returns its figures and raises
-AssertionError, with what is needed to repeat it, for anything that docs/reliability.md promises and
-does not hold. pytest runs each with a small budget.
+Each campaign is a function `campaign(folder, budget, seed)`. It returns its figures, and raises
+AssertionError for any broken promise of docs/reliability.md, with what is needed to repeat it.
+pytest runs each with a small budget.
 """

@@ -1,10 +1,10 @@
-"""Death before the k-th change to the disk, for every k of a save, a second save of a step, an
-export and a pair of token files.
+"""A crash before the k-th change to the disk, for every k.
 
-Once as a kill, which loses nothing that was written, and three times as a power cut, which loses
-what was not flushed: names in folders, contents of files, or a mixture. What is found then is the
-previous one or the new one, whole, and the new one if the call had returned. After a kill the same
-again succeeds and leaves nothing else behind.
+The operations are a save, a second save of a step, an export, and a pair of token files. Each crash
+is tried once as a kill, which loses nothing that was written, and three times as a power cut, which
+loses what was not flushed: names in folders, contents of files, or a mixture. Afterwards the
+previous version or the new one is there and complete; the new one if the call had returned. After a
+kill, the same call succeeds and leaves nothing else behind.
 """
 
 import json

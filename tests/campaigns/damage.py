@@ -1,14 +1,13 @@
-"""Damage to checkpoints and datasets: flipped bits, lost ends, blank pages, files that were
-swapped, deleted, or are of another step.
+"""Damaged checkpoints and datasets: flipped bits, truncated, swapped or deleted files, blank pages.
 
-Of checkpoints all is found before a weight is used, the newest good one is used instead, and the
-log names the file, with the step in its path; some of these runs are gone on with, and end with the
-bits of the run that nothing happened to.
+All damage of checkpoints is found before a weight is used. The newest intact checkpoint is used
+instead, and the log names the file, with the step in its path. Some of these runs are resumed, and
+end with the bits of the undisturbed run.
 
-Of datasets all is found by `fast-llm verify`, and by training before its first step if they have up
-to a gibibyte. Of larger ones a first start finds what shows without reading all tokens, a later one
-also what changed since in the first and last mebibyte of a file. What is found, deleted and
-prepared again is what it was.
+All damage of datasets is found by `fast-llm verify`. Training finds it before the first step in
+datasets of up to 1 GiB. Of larger ones, a first start finds what shows without reading all tokens;
+a later start also finds changes in the first and last MiB of a file. A damaged dataset that is
+deleted and prepared again has the original bytes.
 """
 
 import json

@@ -1,11 +1,10 @@
-"""A disk that fails: at the k-th operation that writes, once (EIO), from there on (ENOSPC), or at a
-size (RLIMIT_FSIZE).
+"""A failing disk: at a write once (EIO), from a write on (ENOSPC), or at a size (RLIMIT_FSIZE).
 
-In a run with one or two processes, on one of them, in everything that it writes: lock, config.yaml,
-logs, metrics.jsonl, checkpoints, exports; and in a preparation. No traceback: a run goes on and
-ends well, or ends with an exit code and a line that says why. Checkpoints that were there are
-whole. The same command, on a disk that works, ends with the bits of a run that nothing happened to,
-and leaves nothing behind.
+The disk fails one process of a run with one or two processes, at everything that it writes: lock,
+config.yaml, logs, metrics.jsonl, checkpoints, exports; or it fails a preparation. There is no
+traceback: a run ends well, or with an exit code and a line with the reason. Earlier checkpoints
+stay intact. The same command, on a disk that works, ends with the bits of an undisturbed run and
+leaves nothing behind.
 """
 
 import builtins

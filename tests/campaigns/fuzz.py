@@ -1,8 +1,7 @@
-"""The readers of .idx files, manifests and safetensors headers, given files that are changed at
-random; those that reach steps between lines which none reached before are kept and changed further.
+"""Fuzzing of the readers of .idx files, manifests and safetensors headers.
 
-Each is read or refused in a line that names it, with no more than 8 MiB of memory. Nothing else may
-come of it.
+Files are changed at random. Those that reach new steps between lines are kept and changed further.
+Each file is read, or refused in a line that names it, with at most 8 MiB of memory.
 """
 
 import contextlib

@@ -1,11 +1,10 @@
-"""Files made by somebody who means harm: checkpoints with a manifest that fits them, models,
-tokenizers, datasets.
+"""Malicious files: checkpoints with a valid manifest, models, tokenizers, datasets.
 
-Each is given to the command in a process of its own with 1 GiB more than it needs: pickles under
-other names, names that lead out of the folder, headers and counts of 2^63, offsets that overlap,
-links, pipes, code beside the model, nesting without end. Nothing is executed (a canary would tell),
-nothing is written outside the run, what is refused is so in a line and not with a traceback. What
-readers make of files changed at random is asked by fuzz.py.
+The command reads each file in a separate process with 1 GiB of memory to spare: pickles under other
+names, names that lead out of the folder, headers and counts of 2^63, overlapping offsets, links,
+pipes, code next to the model, endless nesting. Nothing is executed (a canary would show it), and
+nothing is written outside the run. A refusal is one line, not a traceback. Files changed at random
+are in fuzz.py.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What the campaigns share: runs whose processes can be killed, and the command line.
+"""Shared by the campaigns: runs whose processes can be killed, and the command line.
 
-A job is a launcher and its ranks, as torchrun's are, forked from a server that has torch loaded: a
-start costs a tenth of a second. The launcher does what torchrun does, with less patience: it passes
-signals on, and ends the others when one fails.
+A job is a launcher and its ranks, as torchrun's are. They are forked from a server that has torch
+loaded, so a start costs a tenth of a second. The launcher does what torchrun does, with shorter
+timeouts: it forwards signals, and ends the other ranks when one fails.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""SIGKILL at random instants: to one rank, to all, to the launcher; at world sizes 1, 2 and 4.
+"""SIGKILL at random times: to one rank, all ranks or the launcher, at world sizes 1, 2 and 4.
 
-No start gets stuck, no checkpoint that was published is lost, and the run that was killed over and
-over ends with the losses, the weights and the export of the one that was left in peace, bit for
-bit.
+No start gets stuck, and no published checkpoint is lost. A run that is killed again and again ends
+with the losses, weights and export of the undisturbed run, bit for bit.
 """
 
 import os

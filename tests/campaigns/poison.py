@@ -1,13 +1,13 @@
-"""Numbers that are not finite, and finite ones that are huge, at random steps: in the loss, a
-gradient, a weight, a moment, the data; on one rank or on all; under every policy for spikes, at
-world sizes 1, 2 and 4, with weights cut in several ways.
+"""Non-finite and huge numbers at random steps.
 
-A step whose loss or gradients are not finite, and a spike that is to be skipped, leave exactly what
-a run has at the end in which that update was made and undone; a rewind what a run has that was
-given other data; also after a SIGKILL at a random instant. NaN, infinities, and averages of squares
-below zero in weights or moments end the run before anything with them is published, and the same
-command ends with the bits of a run that nothing happened to. All ranks decide alike, and what they
-hold alike stays equal to the bit. Runs that can not go on say why in one line.
+They are in the loss, a gradient, a weight, a moment or the data. They occur on one rank or on all,
+under every policy for spikes, at world sizes 1, 2 and 4, with several kinds of sharding.
+
+A non-finite step and a skipped spike leave the state of a run in which that update was made and
+undone. A rewind leaves the state of a run with other data. Both hold after a SIGKILL at a random
+time. NaN, infinities and negative second moments in weights or moments end the run before they are
+published, and the same command ends with the bits of an undisturbed run. All ranks decide alike,
+and their copies stay equal to the bit. Runs that cannot continue say why in one line.
 """
 
 import json

@@ -1,9 +1,8 @@
-"""`fast-llm prepare` killed at random instants: a worker, the main process, all of it; told to stop
-now and then; and two nodes.
+"""`fast-llm prepare` killed at random times: a worker, the main process, or all; also on two nodes.
 
-Started again until it is done, it ends with the bytes of a preparation that nobody disturbed, file
-by file, and nothing else is there. No start gets stuck, no process is left running, and who is told
-to stop ends with a line and the exit code that is documented.
+Some are stopped by a signal instead. Started again until it is complete, a preparation has the
+bytes of an undisturbed one, file by file, and no other files. No start gets stuck, and no process
+is left running. A stopped preparation ends with a line and the documented exit code.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Configurations with anything wrong with them: names mistyped, values of every kind, sections and
-values in one another's place, text that is hardly YAML, anchors that unfold without end, overrides.
+"""Configurations with any mistake: mistyped names, values of every kind, misplaced sections.
 
-Each is refused within two seconds with exit code 2 and lines that say where, and for a mistyped
-name what was meant; or it is a plan. There is never a traceback, and torch is never loaded. Most
-are read in this process, some by the command itself.
+There are also texts that are hardly YAML, anchors that expand without end, and overrides. Each is
+refused within two seconds with exit code 2 and lines that say where, and for a mistyped name what
+was meant; or it is a plan. There is never a traceback, and torch is never loaded. Most are read in
+this process, some by the command.
 """
 
 import contextlib

@@ -1,12 +1,10 @@
-"""SIGTERM, SIGINT and SIGUSR1 in every phase of a run: once, twice for the same wish, and a second
-time to leave at once.
+"""SIGTERM, SIGINT and SIGUSR1 in every phase of a run: once, twice at once, and twice later.
 
-A rank sends them when it enters a phase for the k-th time: to itself, to all ranks, to its
-launcher, which passes them on as torchrun does; at world sizes 1, 2 and 4. No job gets stuck, none
-prints a traceback, all ranks end with the exit code that is documented, and a checkpoint of the
-step where they stopped is there. Started again, over and over, and at last left in peace, the run
-ends with the losses, weights and exports of one that nobody disturbed, bit for bit, and leaves
-nothing behind.
+A rank sends them when it begins a phase for the k-th time: to itself, to all ranks, or to its
+launcher, which forwards them as torchrun does; at world sizes 1, 2 and 4. No job gets stuck, and
+none prints a traceback. All ranks end with the documented exit code, and a checkpoint of the step
+where they stopped exists. Started again and again, and at last undisturbed, the run ends with the
+losses, weights and exports of an undisturbed run, bit for bit, and leaves nothing behind.
 """
 
 import importlib

@@ -1,14 +1,12 @@
-"""A long life: thousands of steps of a tiny model in one folder, with everything that happens to
-runs, at random.
+"""A long run: thousands of steps of a tiny model in one folder, with all faults at random.
 
 SIGKILL of one rank, of all, or of the launcher; SIGTERM and SIGUSR1; a full disk for a while; a
-rank that stops (SIGSTOP); a flipped bit in the newest checkpoint while nothing runs; numbers that
-are not finite, and spikes. At the end all losses, the validations, the export and the weights are
-those of the run with the same numbers to which nothing else happened, bit for bit.
+stopped rank (SIGSTOP); a flipped bit in the newest checkpoint between starts; non-finite steps, and
+spikes. At the end all losses, validations, the export and the weights equal those of a run with the
+same non-finite steps and spikes and nothing else, bit for bit.
 
-That other run is one process's long life, in which nothing may grow: memory, open files, threads,
-children, and time a step. Checkpoints with a callback, validations, logs, exports and double checks
-happen often in it.
+That other run is one process, in which nothing may grow: memory, open files, threads, children, and
+time a step. It often saves with a callback, validates, logs, exports and checks for corruption.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Freed memory is kept."""
+"""Freed host memory stays with the process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What can be asked of a run afterwards."""
+"""`fast-llm verify` and `fast-llm why`."""
 
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""TensorBoard's event files and Weights & Biases' records, read back: what a chart will show, and
-that neither ends a run.
-"""
+"""TensorBoard's and Weights & Biases' records, read back; neither can end a run."""
 
 import errno
 import json

@@ -1,5 +1,6 @@
-"""A flipped bit is found and named; what is whole is not suspected (that also over all layouts:
-tests/test_layouts.py).
+"""A flipped bit is found and named, and correct state is not suspected.
+
+tests/test_layouts.py checks the latter over all layouts.
 """
 
 import os

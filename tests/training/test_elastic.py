@@ -1,7 +1,7 @@
-"""Runs that lose workers and nodes, and get them back: two torchrun agents stand for two nodes.
+"""Runs that lose workers and nodes and get them back; two torchrun agents stand for two nodes.
 
-The second half of the file is what torchrun starts: `fast-llm train`, slowed down, with a log of
-who was given which sequence.
+The second half of the file is what torchrun starts: a slowed-down `fast-llm train` that logs which
+process got which sequence.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What exports and conversions of a run say of the model beside its weights."""
+"""The small files of exports and conversions: config.json, tokenizer, generation_config.json."""
 
 import json
 import shutil

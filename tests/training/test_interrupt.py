@@ -1,4 +1,4 @@
-"""What signals mean before, in and after a run, where no phase of it is needed to tell."""
+"""Signals before, during and after a run."""
 
 import multiprocessing
 import os

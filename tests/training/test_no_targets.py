@@ -1,6 +1,4 @@
-"""Batches in which no token is a target: documents of one token each, of which nothing can be
-predicted.
-"""
+"""Batches without target tokens: documents of one token each, in which nothing is predicted."""
 
 import math
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""What the parts of a step are, and a run that profiles some of its own: it is the same run, and no
-profile ends it.
-"""
+"""Breakdowns of traces, and runs with profiled steps, which equal other runs."""
 
 import errno
 import gzip

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends as one that was not."""
+"""An interrupted run ends with the bits of an uninterrupted one."""
 
 import os
 import signal

@@ -1,6 +1,4 @@
-"""Checkpoints that are written while training goes on: the same bytes, and what may go wrong
-meanwhile.
-"""
+"""Checkpoints written in the background: the same bytes, and failures in the meantime."""
 
 import errno
 import faulthandler

@@ -1,4 +1,4 @@
-"""Steps that stand out: which, and what becomes of a run that meets one, is killed, and goes on."""
+"""Spikes: detection, and runs that skip, rewind or stop, are killed, and resume."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""A process that hangs is found, named, and does not keep the others."""
+"""A process that hangs is found and named, and the run ends."""
 
 import ctypes
 import multiprocessing
