@@ -32,7 +32,7 @@ from fast_llm.errors import DataError
 from tests import helpers  # noqa: F401  tells the server what to load
 from tests.campaigns.jobs import command
 
-RETURNED = "returned"  # beside the tree: the call had returned
+RETURNED = "returned"  # in the folder: the call had returned
 
 
 # What is done, and what is found afterwards: the number that it was done with.
@@ -45,7 +45,7 @@ def save(root: Path, step: int, value: float) -> None:
 
 
 def saved(root: Path) -> float | None:
-    """The number of the newest whole checkpoint; all of it must be of one save."""
+    """The step of the newest complete checkpoint; all its files must be of one save."""
     newest = folders.latest(root)
     if newest is None:
         return None

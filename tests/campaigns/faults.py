@@ -53,13 +53,13 @@ class Course:
 
 
 def course(faults: Sequence[Fault], policy: str) -> Course:
-    """As this file works it out, by itself."""
+    """The expected course of a run, computed independently."""
     bad = {fault.batch for fault in faults if fault.value != SPIKE}
     spikes = {
         fault.batch for fault in faults if fault.value == SPIKE and policy in ("skip", "rewind")
     } - bad
     found = Course()
-    # `since`: the batch after which the run went on from the checkpoint of step `saved`.
+    # `since`: the batch after which the run resumed from the checkpoint of step `saved`.
     step = batch = saved = since = 0
     while step < STEPS:
         step, batch = step + 1, batch + 1
@@ -201,7 +201,7 @@ def _note_state(trainer: Trainer, path: Path) -> None:
 
 
 def misread(rank: int, sequence: int, place: int, token: int) -> None:
-    """Whoever reads this sequence reads a token that is not in the vocabulary."""
+    """Reads of this sequence return a token outside the vocabulary."""
     read = Dataset.read
 
     def wrong(self: Dataset, split: str, index: int) -> PackedSample:

@@ -107,7 +107,7 @@ def send(process: int, number: signal.Signals) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether a process runs; one that ended and that nobody asked for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

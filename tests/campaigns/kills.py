@@ -203,7 +203,7 @@ def kill(
     figures["inside an export"] += "export/llama" in inside
     started = time.monotonic()
     if victim == "launcher":
-        # Its ranks go on, as torchrun's do. Whoever starts the run again meanwhile is refused.
+        # Its ranks keep running, as torchrun's do. A new start is refused meanwhile.
         if chance.random() < 0.5:
             with Job(run.parent, again, job.world) as second:
                 code = second.wait()

@@ -61,7 +61,7 @@ PATIENCE = 4 * STUCK  # the machine may be busy
 
 
 def published_is_good(run: Path, story: str) -> list[int]:
-    """Everything that was published is whole and finite; the steps of the checkpoints."""
+    """Check that everything published is complete and finite. Returns the checkpoints' steps."""
     for _, path in [*folders.find(run / "checkpoint"), *folders.find(run / "export" / "llama")]:
         folders.verify(path)
         for file in path.glob("*.safetensors"):
@@ -308,7 +308,7 @@ def _nothing_since(bench: Bench, layout: str, name: str, batch: int, story: str)
 
 
 def wrong_memory(bench: Bench, layout: str, story: str) -> int:
-    """A number in weights or moments changes by itself, once."""
+    """A number in weights or moments is overwritten, once."""
     chance, figures = bench.chance, bench.figures
     whole = bench.whole(layout)
     place = chance.choice(("weight", *MOMENTS))

@@ -135,7 +135,7 @@ class Death:
     files: int  # or once so many more files are there, below 0 so many before all of them; 0 is not to wait for any
 
     def come(self, start: Preparation, output: Path, all_of_them: int) -> bool:
-        """Wait for its time; whether there is somebody left to meet it."""
+        """Wait, then send the signal. Returns whether the preparation was still running."""
         before = len(list(output.glob("*")))
         begun = time.monotonic()
         while start.process.poll() is None:

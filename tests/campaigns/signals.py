@@ -38,9 +38,9 @@ _LATER = 2.2  # seconds until a second signal is another wish, and a bit
 _THREADS = (
     "writing a checkpoint",
     "publishing",
-)  # of the saver, for the most part: training goes on beside them
+)  # mostly of the saver's thread, while training continues
 
-# How a phase is recognised: what the watchdog is told, or a function that is called.
+# How a phase is recognized: by its heartbeat, or by a function that is called.
 MARKS: tuple[str, ...] = (
     "reading weights",
     "data",

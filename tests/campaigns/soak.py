@@ -196,7 +196,9 @@ def interfere(job: Job, event: str, chance: random.Random) -> None:
     """What happens to the processes."""
     if event == "launcher killed":
         job.launcher.kill()
-        time.sleep(chance.choice((0, 0, chance.uniform(0, 1))))  # its ranks go on, as torchrun's do
+        time.sleep(
+            chance.choice((0, 0, chance.uniform(0, 1)))
+        )  # its ranks keep running, as torchrun's do
         for rank in job.ranks:
             send(rank, signal.SIGKILL)
     elif event in ("SIGTERM", "SIGUSR1"):
@@ -211,7 +213,7 @@ def interfere(job: Job, event: str, chance: random.Random) -> None:
 def full_disk(
     rank: int, numbers: Sequence[Fault], victim: int, number: int, until: int, root: Path
 ) -> None:
-    """One process can not write for a while."""
+    """One process cannot write for a while."""
     disturb(rank, numbers, None)
     disk.fail(rank, victim, "full", number, root, until)
 

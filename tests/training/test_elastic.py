@@ -143,7 +143,7 @@ class Nodes:
 
 
 def kill(agent: "subprocess.Popen[bytes]") -> None:
-    """The loss of a node: nobody on it says goodbye."""
+    """A node is lost: none of its processes leaves the rendezvous."""
     if agent.poll() is None:
         process = psutil.Process(agent.pid)
         for part in [process, *process.children(recursive=True)]:
@@ -167,7 +167,7 @@ def test_nodes_and_workers_come_and_go(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     with nodes(tmp_path, "run") as cluster:
         host = cluster.start()
-        cluster.wait_for_store()  # on one machine whoever is first has it
+        cluster.wait_for_store()  # on one machine, the first process hosts it
         guest = cluster.start()
         entry = cluster.wait(world=4, after=-1, steps=3)
         kill(guest)

@@ -50,12 +50,12 @@ def test_who_waits_for_others_hears_the_second_signal(
         os.kill(process.pid, number)
         process.join(2.5)
     process.join(STUCK)
-    # By itself; but one that has not met the others is ended by the kernel.
+    # Before the process group exists, the kernel ends the process.
     assert process.exitcode == (-number if numbers == "TERM" else 128 + number)
 
 
 def leaves(number: int) -> None:
-    """Told to end while it leaves, long after it was first told."""
+    """A second signal while the process exits, long after the first."""
     interrupt = Interrupt()
     interrupt.begin_graceful()
     os.kill(os.getpid(), signal.SIGINT)

@@ -71,7 +71,7 @@ def test_nothing_is_updated_and_no_number_is_made_up(single: Path, world: int) -
         "perplexity" not in text and "step 5/5  validation: no target tokens  0 tokens in " in text
     )
     assert "Validation at step 0: validation has no target tokens, so there is no loss" in text
-    # Of five such steps the 1st, 2nd and 4th are told.
+    # Of five such steps, the 1st, 2nd and 4th are logged.
     warned = [line for line in text.splitlines() if "no target tokens: its documents" in line]
     assert [line.partition(" has no")[0][-6:] for line in warned] == ["Step 1", "Step 2", "Step 4"]
     assert "the update was skipped (step 4 of this kind since the start)" in warned[2]

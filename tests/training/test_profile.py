@@ -124,7 +124,7 @@ def test_what_runs_at_the_same_time_counts_once() -> None:
     trace = {
         "traceEvents": [
             event("training step 7", 0, 100, cat="user_annotation"),
-            event("aten::mm", 0, 90),  # starts kernels; does not count beside them
+            event("aten::mm", 0, 90),  # starts kernels; does not count on a GPU
             event(gemm, 10, 30, tid=7, cat="kernel"),
             event(nccl, 30, 30, tid=9, cat="kernel"),
             event(copy, 55, 10, tid=11, cat="gpu_memcpy"),
@@ -307,7 +307,7 @@ def test_a_step_that_fails_is_told_and_not_its_profile(
 
 
 class Clock:
-    """Time that goes on only when it is told to."""
+    """A clock that advances only when a test advances it."""
 
     now = 1000.0
 

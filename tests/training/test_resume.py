@@ -122,7 +122,7 @@ def rounding(function: Callable[[list[str]], int], arguments_: list[str]) -> int
 
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
 def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
-    """They go through checkpoints and exports, bit for bit, and train as whole ones do."""
+    """Split masters go through checkpoints and exports bit for bit, and train as fp32 masters do."""
     write_tokens(tmp_path / "tokens", 400)
     how = ["model.distributed.training_dtype=bf16", f"optimizer.moments_dtype={moments}"]
     assert spawn(1, rounding, run, arguments(tmp_path, "plain", 8, *how)) == [0]
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     run(arguments(tmp_path, "parts", 8))
     assert "checkpoint/2, after step 2" in capsys.readouterr().out
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    # If none is left, the run does not begin anew by itself.
+    # If none is left, the run does not restart from the beginning.
     for checkpoint in (tmp_path / "parts" / "checkpoint").iterdir():
         (checkpoint / MANIFEST).write_text("{}")
     with pytest.raises(

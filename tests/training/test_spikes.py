@@ -131,7 +131,7 @@ def test_skip(tmp_path: Path, world: int) -> None:
     ] == [8]
     assert (
         found[8]["language_model_loss"] > found[7]["language_model_loss"] + 0.2
-    )  # it is told, not hidden
+    )  # the loss of the spike is logged
     said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
     assert (
         "Step 8 is a spike: loss " in said

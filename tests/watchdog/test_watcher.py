@@ -124,7 +124,7 @@ def _process(
 
 
 def nothing(rank: int) -> None:
-    """Hangs by itself nowhere; says when the third step is done."""
+    """Do not hang; create a file when the third step is done."""
     before = Trainer.check_finite
 
     def say(trainer: Trainer, step: int) -> None:
@@ -338,13 +338,13 @@ def status(rank: int, heartbeats: int, **further: Any) -> Status:
 @pytest.mark.parametrize(
     ("statuses", "stalled", "text"),
     [
-        # The least far.
+        # The fewest heartbeats.
         (
             [status(0, 9), status(1, 9), status(2, 8), status(3, 9)],
             [2],
             "Stalled: rank 2, process 102 on node1, in step 7",
         ),
-        # Of the equally far, who does not wait; one that is stopped before all.
+        # Of equal progress, the one that does not wait; but a stopped one first.
         (
             [
                 status(0, 9, is_waiting=True),
@@ -360,7 +360,7 @@ def status(rank: int, heartbeats: int, **further: Any) -> Status:
             [1],
             "stopped by a signal in step 7",
         ),
-        # All alike, as when a device hangs; or some who can not be asked.
+        # All alike, as when a device hangs; or some that do not answer.
         (
             [status(rank, 9, is_waiting=True) for rank in range(4)],
             [0, 1, 2, 3],
