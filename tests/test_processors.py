@@ -54,12 +54,12 @@ NUMERIC = [
     "tests/training/test_reference.py",
     "tests/training/test_curves.py",
     "tests/training/test_moments.py",
-    "tests/training/test_resume.py",
-    "tests/training/test_elastic.py",
+    "tests/resume/test_resume.py",
+    "tests/resume/test_elastic.py",
     "tests/checkpoint/test_exports.py",
     "tests/checkpoint/test_transformers.py",
     "tests/checkpoint/test_state.py",
-    "tests/test_layouts.py",
+    "tests/layouts/test_layouts.py",
 ]
 FEW = [
     "tests/model/test_llama.py",

@@ -1,6 +1,6 @@
 """Any call to the disk may fail: what is found then is the previous folder or the new one.
 
-The same with real kills and power cuts is in tests/campaigns/crashes.py.
+The same with real kills and power cuts is in tests/faults/crashes.py.
 """
 
 import os

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast_llm.training.step import TrainStep
 from tests.helpers import spawn
-from tests.test_layouts import MODEL, arguments
+from tests.layouts.test_layouts import MODEL, arguments
 from tests.training.runs import run, write_tokens
 
 # Gathers count what comes out, reductions what goes in: the whole in either case.

@@ -16,7 +16,7 @@ import pytest
 
 from fast_llm.errors import ConfigError, DataError, MissingPackage, TrainingStopped
 from fast_llm.parallel.failures import Failures
-from tests.campaigns.jobs import Job
+from tests.faults.jobs import Job
 from tests.training.runs import settings, write_tokens
 
 HOST = socket.gethostname()

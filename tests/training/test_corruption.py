@@ -1,6 +1,6 @@
 """A flipped bit is found and named, and correct state is not suspected.
 
-tests/test_layouts.py checks the latter over all layouts.
+tests/layouts/test_layouts.py checks the latter over all layouts.
 """
 
 import os

@@ -16,7 +16,7 @@ import pytest
 
 from fast_llm.training.interrupt import Interrupt
 from tests import helpers  # noqa: F401  tells the server what to load
-from tests.campaigns.jobs import STUCK, Job
+from tests.faults.jobs import STUCK, Job
 from tests.training.runs import losses, run, settings, write_tokens
 
 

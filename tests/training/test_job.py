@@ -21,7 +21,7 @@ from fast_llm.planning.preflight import preflight
 from fast_llm.planning.report import describe_run
 from fast_llm.training.job import train
 from fast_llm.training.run import lock
-from tests.campaigns.jobs import Job
+from tests.faults.jobs import Job
 from tests.helpers import needs_compiler, spawn
 from tests.training.runs import losses, records, run, settings, write_tokens
 

@@ -30,7 +30,7 @@ from fast_llm.checkpoint.weights import export_hugging_face
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter
 from fast_llm.errors import DataError
 from tests import helpers  # noqa: F401  tells the server what to load
-from tests.campaigns.jobs import command
+from tests.faults.jobs import command
 
 RETURNED = "returned"  # in the folder: the call had returned
 

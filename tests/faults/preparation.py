@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.campaigns.damage import everything
-from tests.campaigns.jobs import command, listens, send
 from tests.data import synthetic
+from tests.faults.damage import everything
+from tests.faults.jobs import command, listens, send
 
 STUCK = 240.0  # seconds after which something that should have ended is said to be stuck, on a busy machine
 VICTIMS = ("worker", "main process", "all")

@@ -27,7 +27,7 @@ from fast_llm.data.tokenfile import TokenFileWriter
 from tests.helpers import slow
 from tests.training.runs import losses, settings, write_tokens
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
 
 

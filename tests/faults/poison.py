@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from fast_llm.checkpoint import folder as folders
-from tests.campaigns.faults import (
+from tests.faults.faults import (
     BATCH,
     HUGE,
     INTERVAL,
@@ -43,7 +43,7 @@ from tests.campaigns.faults import (
     disturb,
     misread,
 )
-from tests.campaigns.jobs import STUCK, Job, command, nothing, send
+from tests.faults.jobs import STUCK, Job, command, nothing, send
 from tests.training.runs import losses, records, settings, weights, write_tokens
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.checkpoint import folder as folders
-from tests.campaigns.damage import everything
-from tests.campaigns.jobs import Job, command, fork
-from tests.campaigns.kills import arguments, result
 from tests.data import synthetic
+from tests.faults.damage import everything
+from tests.faults.jobs import Job, command, fork
+from tests.faults.kills import arguments, result
 from tests.training.runs import write_tokens
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

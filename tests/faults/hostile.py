@@ -23,7 +23,7 @@ from typing import Any
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.data import tokenfile
-from tests.campaigns.jobs import command, fork
+from tests.faults.jobs import command, fork
 from tests.training.runs import settings, write_tokens
 
 MEMORY = 2**30  # bytes that a process may take beyond what it has

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.checkpoint import folder as folders
-from tests.campaigns import kills
-from tests.campaigns.jobs import Job, alive, command, listens, send
-from tests.campaigns.kills import published
+from tests.faults import kills
+from tests.faults.jobs import Job, alive, command, listens, send
+from tests.faults.kills import published
 from tests.training.runs import losses, weights, write_tokens
 
 STEPS = 10

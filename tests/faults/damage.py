@@ -28,8 +28,8 @@ from fast_llm.data.dataset import open_dataset
 from fast_llm.data.metadata import verify
 from fast_llm.data.prepare import prepare
 from fast_llm.errors import DataError
-from tests.campaigns.jobs import Job, command
 from tests.data import synthetic
+from tests.faults.jobs import Job, command
 from tests.training.runs import losses, settings, weights, write_tokens
 
 STEPS = 12

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns import (
+from tests.faults import (
     crashes,
     damage,
     disk,

@@ -25,7 +25,7 @@ import yaml
 
 from fast_llm import cli
 from fast_llm.config.document import read
-from tests.campaigns.jobs import command
+from tests.faults.jobs import command
 from tests.training.runs import settings, write_tokens
 
 LIMIT = 2.0  # seconds of a processor

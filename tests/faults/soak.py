@@ -23,9 +23,9 @@ import numpy as np
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.training.trainer import Trainer
-from tests.campaigns import damage, disk
-from tests.campaigns.faults import NOT_FINITE, SPIKE, Fault, disturb
-from tests.campaigns.jobs import STUCK, Job, command, send
+from tests.faults import damage, disk
+from tests.faults.faults import NOT_FINITE, SPIKE, Fault, disturb
+from tests.faults.jobs import STUCK, Job, command, send
 from tests.training.runs import losses, records, settings, weights, write_tokens
 
 BATCH, WINDOW, SAVE, VALIDATE, EXPORT = 4, 16, 40, 100, 250

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.checkpoint import folder as folders
-from tests.campaigns.jobs import STUCK, TIMEOUT, Job, alive, command, nothing, send
+from tests.faults.jobs import STUCK, TIMEOUT, Job, alive, command, nothing, send
 from tests.training.runs import losses, settings, weights, write_tokens
 
 STEPS, INTERVAL = 24, 3

@@ -26,7 +26,7 @@ from fast_llm.demo.corpus import write_code
 from tests.helpers import some_fast
 from tests.training.runs import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 GUIDES = [
     "docs/data-preparation.md",
     "docs/training-llama-3.1-8b.md",

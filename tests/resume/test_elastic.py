@@ -84,7 +84,7 @@ class Nodes:
             "--max-restarts",
             "4",
             "-m",
-            "tests.training.test_elastic",
+            "tests.resume.test_elastic",
         ]
         log = (self.root / f"agent{len(self.agents)}.log").open("wb")
         environment = ENVIRONMENT | {"ID_LOG": str(self.root / f"{self.name}.ids")}

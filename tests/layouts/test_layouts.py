@@ -386,7 +386,7 @@ def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
 
 def test_the_layouts_of_the_guide_are_valid() -> None:
     """Each YAML block of docs/layouts.md, over the recipe, on its number of processes."""
-    guide = (Path(__file__).parent.parent / "docs" / "layouts.md").read_text()
+    guide = (Path(__file__).parent.parent.parent / "docs" / "layouts.md").read_text()
     blocks = re.findall(r"^```yaml\n# processes: (\d+)\n(.*?)^```", guide, flags=re.M | re.S)
     assert len(blocks) == guide.count("```yaml") == 3
     for processes, block in blocks:

@@ -18,8 +18,8 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface
 from fast_llm.data import tokenfile
 from fast_llm.errors import UserError
-from tests.campaigns.hostile import resealed, safetensors, tensor
-from tests.campaigns.jobs import command
+from tests.faults.hostile import resealed, safetensors, tensor
+from tests.faults.jobs import command
 from tests.training.runs import write_tokens
 
 
