@@ -1,8 +1,9 @@
-"""The factor that lifts fp16 gradients out of the range where they would round to zero.
+"""The loss scale: a factor that keeps small fp16 gradients from rounding to zero.
 
-bf16 and fp32 need none (a factor of 1). fp16's halves when gradients overflow and doubles after
-`window` clean updates (Micikevicius et al. 2018, "Mixed precision training"). It is host arithmetic on a
-number that all processes know already, so they agree without talking.
+bf16 and fp32 need none (a factor of 1). The scale of fp16 is halved when gradients overflow, and
+doubled after `window` updates without overflow (Micikevicius et al. 2018, "Mixed precision
+training"). All processes have the same gradient norm, so they compute the same scale without
+communication.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from fast_llm.config.train import GradientScalerConfig
 
 
 class LossScale:
-    """The present factor, and how it moves."""
+    """The current factor, and its updates."""
 
     def __init__(self, config: GradientScalerConfig, dtype: str):
         self.config = config
@@ -22,11 +23,11 @@ class LossScale:
 
     @property
     def exhausted(self) -> bool:
-        """A non-finite gradient can not be cured by a smaller factor."""
+        """Whether a smaller factor is not possible: a non-finite gradient is then an error."""
         return not self.dynamic or self.value <= self.config.minimum
 
     def update(self, finite: bool) -> None:
-        """Take note of one step's gradients."""
+        """Adapt to the gradients of a step, which were `finite` or not."""
         if not self.dynamic:
             return
         if not finite:
@@ -42,7 +43,7 @@ class LossScale:
             self.value *= 2
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint holds."""
         return {
             "value": self.value,
             "clean_updates": self.clean_updates,
@@ -50,7 +51,8 @@ class LossScale:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; a constant factor stays what the configuration says."""
+        """Continue from the `state` of a checkpoint; a constant factor keeps its configured
+        value."""
         if self.dynamic:
             self.value = state["value"]
             self.clean_updates = state["clean_updates"]

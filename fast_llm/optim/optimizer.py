@@ -1,18 +1,19 @@
-"""AdamW over fp32 weights, wherever these live.
+"""AdamW (Loshchilov & Hutter 2019) over fp32 weights, full or sharded.
 
-The optimizer sees plain local tensors: all of a weight on one process, a shard of it under ZeRO. AdamW is
-elementwise, so the same code serves both. The update is PyTorch's fused kernel: one pass over weight,
-gradient and both moments, which also applies clipping and the loss scale.
+The optimizer works on local tensors: full weights on one process, shards under ZeRO. AdamW is
+elementwise, so the code is the same. The update is a fused kernel: one pass over weight, gradient
+and both moments, which also applies clipping and the loss scale. It is PyTorch's for fp32 moments,
+ours (kernels/triton.py) for others and for split masters on a GPU.
 
     m = β1 m + (1-β1) g;  v = β2 v + (1-β2) g²
-    w -= lr · ( (m / (1-β1^t)) / (sqrt(v / (1-β2^t)) + ε) + λ w )       (Loshchilov & Hutter 2019)
+    w -= lr · ( (m / (1-β1^t)) / (sqrt(v / (1-β2^t)) + ε) + λ w )
 
-λ is `weight_decay` for matrices, embeddings and the output head included; 0 for norms and biases.
-Cost: 8 bytes per weight for fp32 moments, 4 for bf16 ones, of which that of squares is rounded by chance, and 2.03 for those of
-8 bits, both rounded by chance (kernels/rounding.py).
+λ is `weight_decay` for matrices, including embedding and head, and 0 for norms and biases.
+
+Bytes per weight: 8 for fp32 moments, 4 for bf16, 2.03 for 8-bit ones. The second moment in bf16 and
+both 8-bit moments use stochastic rounding (kernels/rounding.py).
 """
 
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ from fast_llm.kernels.rounding import (
 def squared_norm(gradients: Mapping[str, Tensor], replication_factor: Mapping[str, int]) -> Tensor:
     """The sum of the squares of all elements: a float64 scalar on the gradients' device.
 
-    `replication_factor`: on how many processes the same elements are; summed over all processes they count once.
+    Each square is divided by `replication_factor`, the number of processes that hold the same
+    elements, so that a sum over all processes counts each element once.
     """
     names = [name for name, gradient in gradients.items() if gradient.numel()]
     if not names:
@@ -51,7 +53,7 @@ def squared_norm(gradients: Mapping[str, Tensor], replication_factor: Mapping[st
 
 
 def clip_factor(norm: float, limit: float | None) -> float:
-    """What gradients of this global norm are multiplied by so that it becomes at most `limit`."""
+    """The factor that clips gradients of global `norm` to at most `limit`; 1 without a limit."""
     return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
 
@@ -68,10 +70,11 @@ class Optimizer:
         master_low_bits: Mapping[str, Tensor] | None = None,
         use_kernel: bool = False,
     ):
-        """`weights` are updated in place; those with two or more dimensions decay.
+        """Moments of `weights`, which `step` updates in place.
 
-        The number of dimensions is that of the whole weight, which a shard along the first one keeps. They are fp32, or bf16
-        with what is missing in `master_low_bits` (kernels/rounding.py). `use_kernel`: use ours, which needs Triton.
+        Weights with two or more dimensions decay; a shard has as many as its weight. They are fp32,
+        or bf16 with the low bits of their fp32 masters in `master_low_bits` (kernels/rounding.py).
+        `use_kernel`: use the project's kernel, which needs Triton.
         """
         self.config = config
         self.weights = dict(weights)
@@ -83,7 +86,7 @@ class Optimizer:
         self.exp_avg_sq = {
             name: torch.zeros_like(w, dtype=second) for name, w in self.weights.items()
         }
-        # Of 8 bits both have the largest of each block beside them.
+        # 8-bit moments are scaled by block: here for the first and the second moment.
         self.block_absmax = {
             name: (zero_block_absmax(w), zero_block_absmax(w))
             for name, w in self.weights.items()
@@ -104,33 +107,31 @@ class Optimizer:
     def moments(
         self, changed: bool = False
     ) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
-        """Both as checkpoints hold them, by name. `changed`: what is written into them is taken over.
+        """First and second moments as checkpoints hold them, by name.
 
-        Those of 8 bits are bf16 then, which has all of their numbers: where blocks begin depends on the layout, numbers do not. If
-        weights are in halves, these are put together in the host's memory, as they are: 4 bytes a weight there, none on the device.
+        `changed`: what is written into them becomes the moments' values. 8-bit moments are given in
+        bf16, which represents them exactly: blocks depend on the layout, checkpoints do not. With
+        split masters they are given in host memory, which takes 4 bytes per weight.
         """
         if not self.block_absmax:
             yield self.exp_avg, self.exp_avg_sq
             return
         both = self.exp_avg, self.exp_avg_sq
-        whole: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        for which, (codes, into) in enumerate(zip(both, whole, strict=True)):
-            for name, code in codes.items():
-                number = dequantize(code, self.block_absmax[name][which], torch.bfloat16)
-                into[name] = number.cpu() if self.master_low_bits else number
-        yield whole
+        values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for which, (moment, into) in enumerate(zip(both, values, strict=True)):
+            for name, quantized in moment.items():
+                value = dequantize(quantized, self.block_absmax[name][which], torch.bfloat16)
+                into[name] = value.cpu() if self.master_low_bits else value
+        yield values
         if changed:
-            for which, (codes, numbers) in enumerate(zip(both, whole, strict=True)):
-                for name, code in codes.items():
-                    quantize_(
-                        numbers.pop(name).to(code.device).float(),
-                        code,
-                        self.block_absmax[name][which],
-                    )
+            for which, (moment, given) in enumerate(zip(both, values, strict=True)):
+                for name, quantized in moment.items():
+                    value = given.pop(name).to(quantized.device).float()
+                    quantize_(value, quantized, self.block_absmax[name][which])
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, factor: float) -> None:
-        """One update with `factor` times the gradients (fp32, shaped as the weights)."""
+        """Update the weights with `factor` times the gradients, which are fp32."""
         self.updates += 1
         plain = self.config.moments_dtype not in _DTYPES and not self.master_low_bits
         for decay, names in self.groups.items():
@@ -146,8 +147,8 @@ class Optimizer:
                     factor,
                 )
                 continue
-            for name in names:  # one weight at a time: its fp32 copies are short-lived
-                # Another chance for each step and each weight.
+            for name in names:  # one weight at a time, to hold few fp32 copies
+                # Stochastic rounding differs in each step and weight, and repeats on resumption.
                 seed = zlib.crc32(f"{self.updates} {name}".encode())
                 if self.use_kernel:
                     self._update_with_kernel(
@@ -193,25 +194,25 @@ class Optimizer:
         seed: int,
     ) -> None:
         weight, low = self.weights[name], self.master_low_bits.get(name)
-        whole = weight if low is None else join_master(weight, low)
+        master = weight if low is None else join_master(weight, low)
         first, second = self.exp_avg[name], self.exp_avg_sq[name]
         if self.block_absmax:
             m, v = (
-                dequantize(codes, top)
-                for codes, top in zip((first, second), self.block_absmax[name], strict=True)
+                dequantize(quantized, absmax)
+                for quantized, absmax in zip((first, second), self.block_absmax[name], strict=True)
             )
         else:
             m, v = first.float(), second.float()
         self._update(
-            [name], {name: whole}, gradients, {name: m}, {name: v}, learning_rate, decay, factor
+            [name], {name: master}, gradients, {name: m}, {name: v}, learning_rate, decay, factor
         )
         if low is not None:
-            split_master_(whole, weight, low)
+            split_master_(master, weight, low)
         if self.block_absmax:
-            for number, codes, top in zip(
+            for value, quantized, absmax in zip(
                 (m, v), (first, second), self.block_absmax[name], strict=True
             ):
-                quantize_(number, codes, top, seed)
+                quantize_(value, quantized, absmax, seed)
             return
         first.copy_(m)
         if second.dtype == torch.bfloat16:
@@ -239,7 +240,7 @@ class Optimizer:
             [exp_avg[name] for name in names],
             [exp_avg_sq[name] for name in names],
             [],
-            # The kernel counts up by itself, a tensor per weight.
+            # Steps, one tensor per weight, which the kernel increments.
             [torch.full((), self.updates - 1.0, device=device) for _ in names],
             fused=True,
             # The kernel divides the gradients by this.
@@ -252,16 +253,3 @@ class Optimizer:
             eps=self.config.epsilon,
             maximize=False,
         )
-
-    def count_decayed(self) -> tuple[int, int]:
-        """How many of the weights on this process decay, and how many do not."""
-        with_decay = sum(
-            self.weights[name].numel() for name in self.groups.get(self.config.weight_decay, [])
-        )
-        total = sum(weight.numel() for weight in self.weights.values())
-        return (with_decay, total - with_decay) if self.config.weight_decay else (0, total)
-
-
-def is_finite(*numbers: float) -> bool:
-    """Whether all of them are neither infinite nor NaN."""
-    return all(math.isfinite(number) for number in numbers)

@@ -1,7 +1,7 @@
-"""The learning rate as a function of the update: nothing to save, nothing to restore.
+"""The learning rate as a function of the update's number, without state.
 
-With t counted from 1, w = `warmup_iterations`, d = `decay_iterations` (absolute, it includes the warmup)
-and c = (t - w) / (d - w):
+Let t be the number of the update, from 1, w = `warmup_iterations`, d = `decay_iterations` (which
+include the warmup) and c = (t - w) / (d - w):
 
     t < w         base · t / w
     w <= t < d    constant: base
@@ -16,7 +16,7 @@ from fast_llm.config.train import LearningRateConfig
 
 
 def learning_rate(update: int, config: LearningRateConfig) -> float:
-    """The learning rate of update number `update`, the first of which is 1."""
+    """The learning rate of update number `update`, counted from 1."""
     if update < config.warmup_iterations:
         return config.base * update / config.warmup_iterations
     if config.decay_style == "constant" or config.decay_iterations is None:
