@@ -98,7 +98,8 @@ def test_plan_without_torch() -> None:
 
 def test_help_loads_next_to_nothing() -> None:
     code, _, err = start(
-        "train", "--help", code="import sys; from fast_llm.cli import main\ntry: main(sys.argv[1:])\n"
+        "train", "--help", code="import sys; from fast_llm.cli import main\ntry:"
+            " main(sys.argv[1:])\n"
         "finally: print(*sys.modules, file=sys.stderr)"
     )  # fmt: skip
     assert code == 0
@@ -112,13 +113,18 @@ def test_help_loads_next_to_nothing() -> None:
         ([], 2, ""),
         (["trian"], 2, "fast-llm: unknown command trian; did you mean train?\n"),
         (["x"], 2, f"fast-llm: unknown command x; the commands are {', '.join(COMMANDS)}\n"),
-        (["--config", "x", "train"], 2, "fast-llm: unknown option --config; options follow the command\n"),
-        (["train", "--confg", "x"], 2, "fast-llm train: unknown option --confg; did you mean --config?\n"),
-        (["train", "--valdate=x", "a.b=1"], 2, "fast-llm train: unknown option --valdate=x; did you mean --validate?\n"),
+        (["--config", "x", "train"], 2, "fast-llm: unknown option --config; options follow the"
+            " command\n"),
+        (["train", "--confg", "x"], 2, "fast-llm train: unknown option --confg; did you mean"
+            " --config?\n"),
+        (["train", "--valdate=x", "a.b=1"], 2, "fast-llm train: unknown option --valdate=x; did"
+            " you mean --validate?\n"),
         (["train", "--zz"], 2, "fast-llm train: unknown option --zz\n"),
-        (["plan", "--device", "h10"], 2, "--device: given h10, must be one of h100, h200, b200, a100; did you mean h100?\n"),
+        (["plan", "--device", "h10"], 2, "--device: given h10, must be one of h100, h200, b200,"
+            " a100; did you mean h100?\n"),
         (["train", "--config"], 2, "argument -c/--config: expected one argument"),
-        (["demo", "a", "b"], 2, "fast-llm demo: unexpected argument b; `fast-llm demo --help` shows the usage\n"),
+        (["demo", "a", "b"], 2, "fast-llm demo: unexpected argument b; `fast-llm demo --help`"
+            " shows the usage\n"),
         (["train", "gpt", "--config", "none.yaml"], 2, "fast-llm train: none.yaml: no such file\n"),
         (["train", "training.train_iter=5"], 2, "did you mean training.train_iters?"),
         (["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"], 0, "with 1 empty rows"),
@@ -126,7 +132,8 @@ def test_help_loads_next_to_nothing() -> None:
         (["train", *SMALL, "pretrained.path=./none"], 2, "pretrained.path: ./none: no such folder"),
         (["train", "--validate", *SMALL], 0, "Training      10 steps"),
         (["prepare", "output_path=x"], 2, "dataset.path: is missing"),
-        (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 2, "z: no such file or folder"),
+        (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 2, "z:"
+            " no such file or folder"),
         (["convert", "input.path=x"], 2, "output.path: is missing"),
         (["verify", "none"], 2, "none: nothing to verify; give a dataset.json, a checkpoint"),
         (["why", "none", "1"], 2, "none: no config.yaml in it"),
@@ -234,11 +241,15 @@ def test_all_mistakes_of_file_and_settings(
     assert err.splitlines() == [
         "fast-llm train: 4 mistakes",
         f'  {path}:2: training.train_iters: given "x", must be an integer of 0 or more',
-        f"  {path}:4: batch.seq_len: no such setting; did you mean batch.sequence_length? (allowed: micro_batch_size,"
-        " batch_size, depth_first_micro_batches, breadth_first_micro_batches, sequential_micro_batches, sequence_length,"
+        f"  {path}:4: batch.seq_len: no such setting; did you mean batch.sequence_length?"
+        " (allowed: micro_batch_size,"
+        " batch_size, depth_first_micro_batches, breadth_first_micro_batches,"
+        " sequential_micro_batches, sequence_length,"
         " micro_sequence_length, cross_document_attention)",
-        f"  {path}:6: profiling.cuda: not supported: set training.profiling.interval: it profiles the CPU, and the GPU if there is one",
-        "  override optimizer.beta_1=2: optimizer.beta_1: given 2, must be a number from 0 to below 1",
+        f"  {path}:6: profiling.cuda: not supported: set training.profiling.interval: it profiles"
+        " the CPU, and the GPU if there is one",
+        "  override optimizer.beta_1=2: optimizer.beta_1: given 2, must be a number from 0 to"
+        " below 1",
     ]
 
 
@@ -360,7 +371,8 @@ def test_a_disk_that_fails_is_no_fault_of_ours(
     fail(errno.ENOSPC)
     assert cli.main(["verify", "x"]) == 1
     assert capsys.readouterr().err == (
-        "fast-llm verify: run/config.yaml: No space left on device; free space on the disk or repair it, then start the same"
+        "fast-llm verify: run/config.yaml: No space left on device; free space on the disk or"
+        " repair it, then start the same"
         " command again\n"
     )
     fail(errno.EBADF)

@@ -1,7 +1,7 @@
 """Every mistake that planning and the command line tell: its exact message, exit code 2, and no torch loaded.
 
-Mistakes of YAML and settings are in tests/config; those of damaged files with the modules that read them. Here a
-whole command is given one wrong thing, made with small files.
+Mistakes of YAML and settings are in tests/config; those of damaged files with the modules that read
+them. Here a whole command is given one wrong thing, made with small files.
 """
 
 import errno
@@ -142,17 +142,20 @@ def test_classes() -> None:
     [
         (
             ["train", "gpt"],
-            "no settings: give --config FILE, or section.setting=value; for example `fast-llm train gpt --config"
+            "no settings: give --config FILE, or section.setting=value; for example `fast-llm"
+            " train gpt --config"
             " train.yaml`",
         ),
         (
             ["prepare"],
-            "no settings: give --config FILE, or section.setting=value; for example `fast-llm prepare gpt_memmap"
+            "no settings: give --config FILE, or section.setting=value; for example `fast-llm"
+            " prepare gpt_memmap"
             " --config prepare.yaml`",
         ),
         (
             ["convert", "gpt"],
-            "no settings: give --config FILE, or section.setting=value; for example `fast-llm convert gpt"
+            "no settings: give --config FILE, or section.setting=value; for example `fast-llm"
+            " convert gpt"
             " input.path=RUN/checkpoint/1000 output.path=MODEL`",
         ),
         (["train", "llama", "a.b=1"], "llama: must be gpt or a setting a.b=c"),
@@ -163,8 +166,10 @@ def test_classes() -> None:
         ),
         (
             ["train", "gpt", "a.b=1", "gpt"],
-            "2 mistakes\n  override gpt: must have the form section.setting=value, e.g. training.train_iters=1000\n"
-            "  override a.b=1: a: no such setting (allowed: training, batch, data, optimizer, pretrained, model, run)",
+            "2 mistakes\n  override gpt: must have the form section.setting=value, e.g."
+            " training.train_iters=1000\n"
+            "  override a.b=1: a: no such setting (allowed: training, batch, data, optimizer,"
+            " pretrained, model, run)",
         ),
         (["train", "-c", "no.yaml"], "no.yaml: no such file"),
         (["train", "-c", "model"], "model: a folder; give the YAML file in it"),
@@ -202,7 +207,8 @@ def test_a_wrong_place_among_the_processes(
         monkeypatch.setenv("RANK", given)
     assert cli.main(["train", *SMALL]) == 2
     assert capsys.readouterr().err == (
-        f"fast-llm train: RANK: {found} in the environment, must be from 0 to 1, as WORLD_SIZE is 2; start the processes with"
+        f"fast-llm train: RANK: {found} in the environment, must be from 0 to 1, as WORLD_SIZE is"
+        " 2; start the processes with"
         " torchrun, or unset both\n"
     )
 
@@ -213,7 +219,8 @@ def test_a_mistake_that_all_processes_see_is_told_by_the_first(
     monkeypatch.setenv("WORLD_SIZE", "3")
     (problem,) = messages(capsys, *SMALL, "batch.micro_batch_size=1")
     assert problem.endswith(
-        ": batch.batch_size: batch_size 2 / micro_batch_size 1 = 2 micro-batches for 3 processes: 1 would have nothing to"
+        ": batch.batch_size: batch_size 2 / micro_batch_size 1 = 2 micro-batches for 3 processes:"
+        " 1 would have nothing to"
         " do; raise it, lower micro_batch_size or start fewer"
     )
     monkeypatch.setenv("RANK", "1")
@@ -236,7 +243,8 @@ def test_a_folder_that_is_no_demo(here: Path, capsys: pytest.CaptureFixture[str]
     [
         (
             "./none",
-            "./none: no such folder, and not the name of a model on the Hugging Face Hub (organisation/name); fetch it"
+            "./none: no such folder, and not the name of a model on the Hugging Face Hub"
+            " (organisation/name); fetch it"
             " with `git lfs install` and `git clone https://huggingface.co/<name>`",
         ),
         ("tokens.bin", "tokens.bin: a file; give the folder with config.json and the weights"),
@@ -259,7 +267,8 @@ def test_a_model_of_the_hub_without_a_network(
 ) -> None:
     (problem,) = messages(capsys, *SMALL, "pretrained.path=nobody/nothing")
     assert problem.startswith(
-        "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: no such folder here, and it could"
+        "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: no such folder"
+        " here, and it could"
         " not be fetched from the Hugging Face Hub: "
     )
 
@@ -269,7 +278,8 @@ def test_a_model_of_the_hub_without_its_client(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert messages(capsys, *SMALL, "pretrained.path=a/b") == [
-        "override pretrained.path=a/b: pretrained.path: a/b is no folder here; fetching it from the Hub needs the"
+        "override pretrained.path=a/b: pretrained.path: a/b is no folder here; fetching it from"
+        " the Hub needs the"
         " package huggingface_hub: pip install huggingface_hub"
     ]
 
@@ -279,7 +289,8 @@ def test_no_llama(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"})
     )
     assert [line.partition("model/")[2] for line in messages(capsys, *SMALL, MODEL)] == [
-        'config.json: model_type: given "qwen2", must be "llama": no other models can be trained here',
+        'config.json: model_type: given "qwen2", must be "llama": no other models can be trained'
+        " here",
         'config.json: hidden_act: given "gelu", must be "silu"',
     ]
 
@@ -289,7 +300,8 @@ def test_a_shape_that_contradicts_the_models(
 ) -> None:
     override = "model.base_model.transformer.hidden_size=16"
     assert messages(capsys, *SMALL, MODEL, override) == [
-        f"override {override}: model.base_model.transformer.hidden_size: given 16, but model/config.json says 8; leave"
+        f"override {override}: model.base_model.transformer.hidden_size: given 16, but"
+        " model/config.json says 8; leave"
         " it out, the pretrained model decides"
     ]
 
@@ -330,7 +342,8 @@ def test_a_checkpoint_to_start_from_that_is_none(
 
 def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert messages(capsys, *SMALL, MODEL, "data.tokenizer.path=./none") == [
-        "override data.tokenizer.path=./none: data.tokenizer.path: ./none: no such file or folder, and not a model on the"
+        "override data.tokenizer.path=./none: data.tokenizer.path: ./none: no such file or folder,"
+        " and not a model on the"
         " Hugging Face Hub (organisation/name)"
     ]
     (here / "model" / "tokenizer.json").write_text("[]")
@@ -350,19 +363,24 @@ def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture
         ),
         (
             ["batch.sequence_length=1000"],
-            "tokens: 800 tokens for training, fewer than one sequence of 1000 + 1; lower batch.sequence_length, prepare"
+            "tokens: 800 tokens for training, fewer than one sequence of 1000 + 1; lower"
+            " batch.sequence_length, prepare"
             " more data, or leave it out",
         ),
         (
             ["training.validation.interval=1", "training.validation.iterations=9"],
-            "data.split: validation needs 9 batches × 2 sequences = 18 sequences of 16 tokens, but [8, 1, 1] of the"
-            " documents leaves 6; lower training.validation.iterations to 3, or give validation a larger share, or"
+            "data.split: validation needs 9 batches × 2 sequences = 18 sequences of 16 tokens, but"
+            " [8, 1, 1] of the"
+            " documents leaves 6; lower training.validation.iterations to 3, or give validation a"
+            " larger share, or"
             " prepare more data",
         ),
         (
             ["training.test_iters=9"],
-            "data.split: test needs 9 batches × 2 sequences = 18 sequences of 16 tokens, but [8, 1, 1] of the documents"
-            " leaves 6; lower training.test_iters to 3, or give test a larger share, or prepare more data",
+            "data.split: test needs 9 batches × 2 sequences = 18 sequences of 16 tokens, but [8,"
+            " 1, 1] of the documents"
+            " leaves 6; lower training.test_iters to 3, or give test a larger share, or prepare"
+            " more data",
         ),
         (
             [
@@ -371,7 +389,8 @@ def test_a_tokenizer_that_is_not_there(here: Path, capsys: pytest.CaptureFixture
                 "batch.batch_size=5",
                 "data.validation_sets.few=few",
             ],
-            "data.validation_sets.few: needs one batch of 5 sequences of 16 tokens, but it has 1; prepare more of it,"
+            "data.validation_sets.few: needs one batch of 5 sequences of 16 tokens, but it has 1;"
+            " prepare more of it,"
             " or leave it out",
         ),
     ],
@@ -418,7 +437,8 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
     assert messages(capsys, *SMALL, MODEL, "data.path=other.json") == [
         "override data.path=other.json: data.path: other.json: made with another tokenizer than"
         f" the model's (fingerprint ffffffffffff…, the model's is"
-        f" {fingerprint[:12]}…); prepare the data again with tokenizer.path set to the model's folder"
+        f" {fingerprint[:12]}…); prepare the data again with tokenizer.path set to the model's"
+        " folder"
     ]
 
 
@@ -436,7 +456,8 @@ def test_mistakes_in_different_things_are_told_together(
     assert problems[3].startswith(f"{model}model: no model.safetensors")
     assert (
         problems[4]
-        == "override run.experiment_dir=file: run.experiment_dir: file cannot be a folder: file is a file"
+        == "override run.experiment_dir=file: run.experiment_dir: file cannot be a folder: file is"
+        " a file"
     )
 
 
@@ -496,7 +517,8 @@ def test_a_folder_inside_a_file(here: Path, capsys: pytest.CaptureFixture[str]) 
     (here / "file").touch()
     for name in ("file", "file/run"):
         assert messages(capsys, *SMALL, MODEL, f"run.experiment_dir={name}") == [
-            f"override run.experiment_dir={name}: run.experiment_dir: {name} cannot be a folder: file is a file"
+            f"override run.experiment_dir={name}: run.experiment_dir: {name} cannot be a folder:"
+            " file is a file"
         ]
 
 
@@ -625,7 +647,8 @@ def test_what_is_trained_changed(
 ) -> None:
     problems = messages(capsys, *GOING_ON, override)
     assert (
-        f"override {override}: {name}: given {now}, but {begun} was trained with {before}; set it back, choose another"
+        f"override {override}: {name}: given {now}, but {begun} was trained with {before}; set it"
+        " back, choose another"
         " run.experiment_dir, or"
         f" consent with run.accept_changes=[{name}]"
     ) in problems
@@ -653,14 +676,16 @@ def test_another_shape(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert messages(
         capsys, *GOING_ON, "run.accept_changes=[model.base_model.transformer.ffn_hidden_size]"
     ) == [
-        f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun} was trained with 12; a model cannot"
+        f"model/config.json: model.base_model.transformer.ffn_hidden_size: given 24, but {begun}"
+        " was trained with 12; a model cannot"
         " change its shape"
     ]
 
 
 def test_fewer_steps_than_are_done(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert messages(capsys, *GOING_ON, "training.train_iters=9") == [
-        f"override training.train_iters=9: training.train_iters: given 9, but {begun} has 10 steps; raise it, or choose another"
+        f"override training.train_iters=9: training.train_iters: given 9, but {begun} has 10"
+        " steps; raise it, or choose another"
         " run.experiment_dir"
     ]
 

@@ -76,7 +76,8 @@ def test_mistakes_are_blocks(tmp_path: Path, columns: int) -> None:
         "  allowed  an integer of 0 or more"
     )
     assert blocks[2].startswith(
-        f"batch.seq_len: no such setting\n  where    {tmp_path}/c.yaml:4\n  allowed  micro_batch_size, "
+        f"batch.seq_len: no such setting\n  where    {tmp_path}/c.yaml:4\n  allowed "
+        " micro_batch_size, "
     )
     assert blocks[2].endswith("\n  fix      did you mean batch.sequence_length?")
     assert blocks[4].startswith("batch.batch_size\n  where    override batch.batch_size=0\n")
@@ -132,7 +133,8 @@ def test_one_mistake_is_one_block() -> None:
          {"where": "c.yaml:1", "allowed": "b, c", "fix": "did you mean b?"}),
         ("rank 1 on node: override a.b=1: a.b: too large; lower it", "a.b: too large",
          {"where": "rank 1 on node: override a.b=1", "fix": "lower it"}),
-        ("run.experiment_dir: another run writes to run: wait", "run.experiment_dir: another run writes to run: wait", {}),
+        ("run.experiment_dir: another run writes to run: wait", "run.experiment_dir: another run"
+            " writes to run: wait", {}),
         ("stopped by SIGTERM", "stopped by SIGTERM", {}),
     ],
 )  # fmt: skip

@@ -104,7 +104,8 @@ def test_transformers_computes_the_same(
     with torch.no_grad():
         expected = theirs.eval()(tokens).logits
         found = ours(tokens, torch.arange(100).expand(2, -1))
-    # Both compute in fp32 with the same weights; sums in another order differ by some 1e-7 of logits near 1.
+    # Both compute in fp32 with the same weights; sums in another order differ by some 1e-7 of
+    # logits near 1.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0.1, "logits that are nearly zero would agree with anything"
     manifest = folder.verify(path)

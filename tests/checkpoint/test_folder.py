@@ -180,8 +180,8 @@ def test_weights_without_a_manifest_are_named(
     (headless / folders.MANIFEST).unlink()
     assert folders.latest(tmp_path) == good
     assert (
-        f"Passed over: {headless}: holds weights but no fast_llm_manifest.json; it is not a complete"
-        in caplog.text
+        f"Passed over: {headless}: holds weights but no fast_llm_manifest.json; it is not a"
+        " complete" in caplog.text
     )
 
 

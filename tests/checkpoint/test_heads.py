@@ -20,8 +20,10 @@ from tests.training.runs import losses, run, write_tokens
 
 EMBEDDING, HEAD = llama.EMBEDDING, llama.HEAD
 MESSAGE = (
-    r"{file}: lm_head\.weight {differs}, but .*config\.json says tie_word_embeddings: true\. To keep this head, as"
-    r" transformers does, give model\.base_model\.tie_word_embeddings: no, or false in config\.json; to use the embedding"
+    r"{file}: lm_head\.weight {differs}, but .*config\.json says tie_word_embeddings: true\. To"
+    r" keep this head, as"
+    r" transformers does, give model\.base_model\.tie_word_embeddings: no, or false in"
+    r" config\.json; to use the embedding"
     r" instead, remove lm_head\.weight from the weights"
 )
 
@@ -164,7 +166,8 @@ def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
     second = tmp_path / "run" / "export" / "llama" / "2"
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "converted" / name).read_bytes() == (second / name).read_bytes()
-    # Another run begins with the checkpoint: what it is decides, whatever the config.json beside it says.
+    # Another run begins with the checkpoint: what it is decides, whatever the config.json beside it
+    # says.
     following = [
         *(
             a

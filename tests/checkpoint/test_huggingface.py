@@ -71,7 +71,8 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     index["weight_map"][names[0]] = "model-2.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert huggingface.check_weights(tmp_path, MODEL) == [
-        f"{tmp_path}/model-2.safetensors: the weight {names[0]} is missing, though the index names it"
+        f"{tmp_path}/model-2.safetensors: the weight {names[0]} is missing, though the index names"
+        " it"
     ]
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(
@@ -101,18 +102,30 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7, "the file is cut off or damaged"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9, "the file is cut off or damaged"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, "a does not lie where its header says"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "a does not lie where its header says"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "a does not lie where its header says"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, 8, "does not lie where its header says"),
-        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, 8, "does not lie where"),
-        ({"a": {"dtype": "F32", "shape": [2**80], "data_offsets": [0, 8]}}, 8, "a has an impossible shape"),
-        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "a has an impossible shape"),
-        ({"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}, 8, "a has an impossible shape"),
-        ({"a": {"dtype": "F9", "shape": [2], "data_offsets": [0, 8]}}, 8, "a has the unknown dtype F9"),
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "a does not follow the tensor before it"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7, "the file is cut off or"
+            " damaged"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9, "the file is cut off or"
+            " damaged"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, "a does not lie where"
+            " its header says"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "a does not lie where"
+            " its header says"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "a does not lie where"
+            " its header says"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, 8, "does not lie where"
+            " its header says"),
+        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, 8, "does not"
+            " lie where"),
+        ({"a": {"dtype": "F32", "shape": [2**80], "data_offsets": [0, 8]}}, 8, "a has an"
+            " impossible shape"),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "a has an impossible"
+            " shape"),
+        ({"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}, 8, "a has an impossible"
+            " shape"),
+        ({"a": {"dtype": "F9", "shape": [2], "data_offsets": [0, 8]}}, 8, "a has the unknown dtype"
+            " F9"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "a does not follow the"
+            " tensor before it"),
         (
             {
                 "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -301,7 +314,10 @@ def test_without_the_network_both_possibilities_are_named(monkeypatch: pytest.Mo
         raise ConnectionError("Name or service not known\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    message = "org/name: no such folder here, and it could not be fetched .*: Name or service not known; check"
+    message = (
+        "org/name: no such folder here, and it could not be fetched .*: Name or service not known;"
+        " check"
+    )
     with pytest.raises(CheckpointError, match=message) as caught:
         huggingface.fetch("org/name", weights=True)
     assert "\n" not in str(caught.value)

@@ -193,7 +193,8 @@ def test_a_long_header_costs_no_memory(tmp_path: Path) -> None:
 def test_the_hub_without_a_network(tmp_path: Path) -> None:
     """A cache filled as the Hub's client fills it stands in for the Hub; what is not in it can not be had.
 
-    In a process of its own, since the client reads its environment once. No torch is loaded for any of this.
+    In a process of its own, since the client reads its environment once. No torch is loaded for any
+    of this.
     """
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--some--model"

@@ -83,8 +83,8 @@ def test_what_is_too_large_is_named(
         found = huggingface.small_files(tmp_path)
     assert found.keys() == SMALL.keys() and len(found["tokenizer.json"]) > 2**20
     assert (
-        f"{tmp_path}: exports will not have a.txt, pipe, video.mp4: larger than 1 MiB, not a file, or"
-        in caplog.text
+        f"{tmp_path}: exports will not have a.txt, pipe, video.mp4: larger than 1 MiB, not a file,"
+        " or" in caplog.text
     )
     monkeypatch.setattr(huggingface, "LARGEST_TOTAL", 2**20 + 40)
     assert sum(map(len, huggingface.small_files(tmp_path).values())) <= 2**20 + 40
@@ -158,7 +158,8 @@ def test_from_the_hub(tmp_path: Path) -> None:
     code = (
         "import sys; from fast_llm.checkpoint import huggingface\n"
         "path = huggingface.fetch('org/name', weights=sys.argv[1] == 'yes')\n"
-        "print(*sorted(str(p.relative_to(path)) for p in path.rglob('*') if p.is_file()), sep='\\n')\n"
+        "print(*sorted(str(p.relative_to(path)) for p in path.rglob('*') if p.is_file()),"
+        " sep='\\n')\n"
         "print('small:', *sorted(huggingface.small_files(path)), sep='\\n')"
     )
 

@@ -98,7 +98,8 @@ def exchange(root: str) -> list[str]:
     ]
     for group, size, layout in mine:
         for path in paths:
-            # full_tensor would need a collective for every tensor: compare this process's parts instead
+            # full_tensor would need a collective for every tensor: compare this process's parts
+            # instead
             expected, found = (
                 spread(reference(), layout, group),
                 spread(reference(seed=1), layout, group),

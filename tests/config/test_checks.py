@@ -46,12 +46,14 @@ BROKEN: list[tuple[list[str], str]] = [
             "batch.micro_batch_size=2",
             "batch.sequential_micro_batches=2",
         ],
-        "batch.sequential_micro_batches: given 2, but batch_size 6 / (micro_batch_size 2 × 1 process) = 3; leave it out",
+        "batch.sequential_micro_batches: given 2, but batch_size 6 / (micro_batch_size 2 × 1"
+        " process) = 3; leave it out",
     ),
     (
         [*GOOD, "batch.micro_sequence_length=512"],
         "batch.micro_sequence_length: given 512, must be sequence_length 2048: sequences are not"
-        " split into parts; leave it out, and use micro_batch_size: 1 and mlp_recompute_level: full to save memory",
+        " split into parts; leave it out, and use micro_batch_size: 1 and mlp_recompute_level:"
+        " full to save memory",
     ),
     (
         [*GOOD, "data.path=x"],
@@ -70,7 +72,8 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             ["training.train_iters=10", "data.format=file", f"data.path={path}"],
-            "data.path: format: file needs one path, the dataset.json of `fast-llm prepare`; format: list takes several",
+            "data.path: format: file needs one path, the dataset.json of `fast-llm prepare`;"
+            " format: list takes several",
         )
         for path in ("[a, b]", "[1]", "['']", "[[a]]")
     ),
@@ -124,7 +127,8 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             [*GOOD, f"{RATE}.decay_style={style}"],
-            f"{RATE}.decay_iterations: missing: decay_style {style} needs the step at which it ends, e.g. 10",
+            f"{RATE}.decay_iterations: missing: decay_style {style} needs the step at which it"
+            " ends, e.g. 10",
         )
         for style in ("linear", "power", "cosine")
     ),
@@ -180,7 +184,8 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             [*GOOD, f"training.{name}.keep_every=3"],
-            f"training.{name}.keep_every: given 3, but nothing is saved: set training.{name}.interval, or leave it out",
+            f"training.{name}.keep_every: given 3, but nothing is saved: set"
+            f" training.{name}.interval, or leave it out",
         )
         for name in ("checkpoint", "export")
     ),
@@ -200,15 +205,18 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "training.validation.interval=5"],
-        "training.validation.iterations: missing: training.validation.interval requires it (number of batches, e.g. 25)",
+        "training.validation.iterations: missing: training.validation.interval requires it (number"
+        " of batches, e.g. 25)",
     ),
     (
         [*GOOD, "training.validation.iterations=5"],
-        "training.validation.interval: missing: training.validation.iterations requires it (number of steps, e.g. 1000, or null)",
+        "training.validation.interval: missing: training.validation.iterations requires it (number"
+        " of steps, e.g. 1000, or null)",
     ),
     (
         [*GOOD, "data.validation_sets.prose=prose.json"],
-        "training.validation.interval: missing: data.validation_sets requires it (number of steps, e.g. 1000, or null for never)",
+        "training.validation.interval: missing: data.validation_sets requires it (number of steps,"
+        " e.g. 1000, or null for never)",
     ),
     (
         [*GOOD, f"{TRANSFORMER}.head_groups=3"],
@@ -216,7 +224,8 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, f"{TRANSFORMER}.num_attention_heads=7"],
-        f"{TRANSFORMER}.num_attention_heads: given 7, must divide hidden_size 1024, or kv_channels must be given",
+        f"{TRANSFORMER}.num_attention_heads: given 7, must divide hidden_size 1024, or kv_channels"
+        " must be given",
     ),
     (
         [*GOOD, f"{TRANSFORMER}.kv_channels=7"],
@@ -232,7 +241,8 @@ BROKEN: list[tuple[list[str], str]] = [
             f"{TRANSFORMER}.rotary.type=llama3",
             f"{TRANSFORMER}.rotary.low_frequency_factor=4",
         ],
-        f"{TRANSFORMER}.rotary.high_frequency_factor: given 4.0, must be above low_frequency_factor 4.0",
+        f"{TRANSFORMER}.rotary.high_frequency_factor: given 4.0, must be above"
+        " low_frequency_factor 4.0",
     ),
     (
         [*GOOD, f"{TRANSFORMER}.init_method_min=2", f"{TRANSFORMER}.init_method_max=1"],
@@ -250,7 +260,8 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*GOOD, "pretrained.optimizer_state=yes", "pretrained.path=x"],
-        "pretrained.optimizer_state: given yes, but a Hugging Face folder has no optimizer state; only format: distributed has",
+        "pretrained.optimizer_state: given yes, but a Hugging Face folder has no optimizer state;"
+        " only format: distributed has",
     ),
     (
         [*GOOD, "pretrained.format=distributed"],
@@ -266,11 +277,13 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*FP8, "batch.sequence_length=100"],
-        "model.distributed.fp8: given yes, which needs a process's part of sequence_length 100 to be a multiple of 16",
+        "model.distributed.fp8: given yes, which needs a process's part of sequence_length 100 to"
+        " be a multiple of 16",
     ),
     (
         ["data.format=random"],
-        "training.train_iters: is 0, and nothing is measured or saved either: set the number of steps, e.g. 100_000",
+        "training.train_iters: is 0, and nothing is measured or saved either: set the number of"
+        " steps, e.g. 100_000",
     ),
 ]
 
@@ -562,7 +575,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
             "training.profiling.ranks=[0, 2, 3]",
         ],
         2,
-        "training.profiling.ranks: given [0, 2, 3], each must be below the number of processes, which is 2",
+        "training.profiling.ranks: given [0, 2, 3], each must be below the number of processes,"
+        " which is 2",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=4", f"{AXES}.sequence_data_parallel=2"],
@@ -581,12 +595,14 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", "model.multi_stage.shard_size=2"],
         6,
-        "model.multi_stage.shard_size: given 2, must divide the 3 processes that share training state: 1, 3",
+        "model.multi_stage.shard_size: given 2, must divide the 3 processes that share training"
+        " state: 1, 3",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", *FP8],
         2,
-        f"{AXES}.fp8: given yes, which is not supported with tensor_parallel: 2; set one of them back",
+        f"{AXES}.fp8: given yes, which is not supported with tensor_parallel: 2; set one of them"
+        " back",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=8"],
@@ -612,7 +628,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
             "batch.sequence_length=1002",
         ],
         4,
-        "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 with sequence_tensor_parallel",
+        "batch.sequence_length: given 1002, must be a multiple of tensor_parallel 4 with"
+        " sequence_tensor_parallel",
     ),
     (
         [
@@ -652,7 +669,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*PIPELINE, f"{STAGES}=3"],
         2,
-        f"{STAGES}: given 3, which makes 3 stages of 8 layers; their number must be a multiple of pipeline_parallel 2",
+        f"{STAGES}: given 3, which makes 3 stages of 8 layers; their number must be a multiple of"
+        " pipeline_parallel 2",
     ),
     (
         [*PIPELINE, "batch.breadth_first_micro_batches=3"],
@@ -667,12 +685,14 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=1f1b"],
         2,
-        f"{SCHEDULE}: given 1f1b, which needs one stage a process, but there are 2; set layers_per_stage to 4",
+        f"{SCHEDULE}: given 1f1b, which needs one stage a process, but there are 2; set"
+        " layers_per_stage to 4",
     ),
     (
         [*PIPELINE, f"{SCHEDULE}=zbv_zero_bubble"],
         2,
-        f"{SCHEDULE}: given zbv_zero_bubble, which needs 2 stages a process, but there is 1; set layers_per_stage to 2",
+        f"{SCHEDULE}: given zbv_zero_bubble, which needs 2 stages a process, but there is 1; set"
+        " layers_per_stage to 2",
     ),
     (
         [*PIPELINE, f"{SCHEDULE}=1f1b", "batch.batch_size=1"],

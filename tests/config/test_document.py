@@ -133,19 +133,23 @@ def test_an_empty_section_is_all_defaults(yaml: Any) -> None:
     [
         (
             "a: 1\nb: &x 2\n",
-            "c.yaml:2: anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *",
+            "c.yaml:2: anchors (&) and aliases (*) are not supported; write it out, or quote text"
+            " that begins with & or *",
         ),
         (
             "a: &a [1]\nb: *a\n",
-            "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *",
+            "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out, or quote text"
+            " that begins with & or *",
         ),
         (
             "a: *a\n",
-            "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out, or quote text that begins with & or *",
+            "c.yaml:1: anchors (&) and aliases (*) are not supported; write it out, or quote text"
+            " that begins with & or *",
         ),
         (
             "a: 1\n\tb: 2\n",
-            "c.yaml:2: not YAML: found character '\\t' that cannot start any token (indent with spaces, not tabs)",
+            "c.yaml:2: not YAML: found character '\\t' that cannot start any token (indent with"
+            " spaces, not tabs)",
         ),
         ("a: [1\nb: 2\n", "c.yaml:2: not YAML: expected ',' or ']', but got ':'"),
         ("a: 'x\n", "c.yaml:2: not YAML: found unexpected end of stream"),
@@ -207,38 +211,55 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("inner:\n  size: 1\n  size: 2\n", "c.yaml:3: inner.size: given twice, first in line 2; keep one"),
+        ("inner:\n  size: 1\n  size: 2\n", "c.yaml:3: inner.size: given twice, first in line 2;"
+            " keep one"),
         ("inner: {}\ninner:\n  size: 2\n", "c.yaml:2: inner: given twice, first in line 1; keep one"),
         ("inner:\n  1: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not "1"'),
-        ("inner:\n  yes: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not "yes"'),
+        ("inner:\n  yes: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not'
+            ' "yes"'),
         ("inner:\n  [a]: 2\n", "c.yaml:2: inner: the name of a setting must be a plain word"),
         ("inner:\n  '': 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not ""'),
-        ("inner.size: 2\n", "c.yaml:1: inner.size: no dots in the names of a file; write `inner:` and `size:` below it"),
+        ("inner.size: 2\n", "c.yaml:1: inner.size: no dots in the names of a file; write `inner:`"
+            " and `size:` below it"),
         ("inner:\n  size: !!int x\n", 'c.yaml:2: inner.size: "x" cannot be read as int'),
         ("inner:\n  size: 0b\n", 'c.yaml:2: inner.size: given "0b", must be an integer above 0'),
-        (f"inner:\n  size: {2**63}\n", "c.yaml:2: inner.size: the number 9223372036854775808… is too large"),
-        ("inner:\n  name: !x y\n", "c.yaml:2: inner.name: the tag !x is not supported; write plain values, or" + QUOTE_TAG),
+        (f"inner:\n  size: {2**63}\n", "c.yaml:2: inner.size: the number 9223372036854775808… is"
+            " too large"),
+        ("inner:\n  name: !x y\n", "c.yaml:2: inner.name: the tag !x is not supported; write plain"
+            " values, or" + QUOTE_TAG),
         (
             "inner:\n  name: !!python/name:os.system x\n",
-            "c.yaml:2: inner.name: the tag !!python/name:os.system is not supported; write plain values, or" + QUOTE_TAG,
+            "c.yaml:2: inner.name: the tag !!python/name:os.system is not supported; write plain"
+            " values, or" + QUOTE_TAG,
         ),
-        ("inner:\n  name: !!binary aGk=\n", "c.yaml:2: inner.name: the tag !!binary is not supported; write plain values, or" + QUOTE_TAG),
-        ('inner:\n  name: "\\x07"\n', "c.yaml:2: inner.name: the character '\\x07' is not supported in text"),
-        ("inner:\n  name: ''\n", "c.yaml:2: inner.name: given empty text; write null, or leave it out, for none"),
-        ("inner:\n  names: [a, 1]\n", "c.yaml:2: inner.names: given [a, 1], must be a list, each item text (numbers and dates in quotes)"),
-        ("inner:\n  names: a\n", 'c.yaml:2: inner.names: given "a", must be a list, each item text (numbers and dates in quotes)'),
+        ("inner:\n  name: !!binary aGk=\n", "c.yaml:2: inner.name: the tag !!binary is not"
+            " supported; write plain values, or" + QUOTE_TAG),
+        ('inner:\n  name: "\\x07"\n', "c.yaml:2: inner.name: the character '\\x07' is not"
+            " supported in text"),
+        ("inner:\n  name: ''\n", "c.yaml:2: inner.name: given empty text; write null, or leave it"
+            " out, for none"),
+        ("inner:\n  names: [a, 1]\n", "c.yaml:2: inner.names: given [a, 1], must be a list, each"
+            " item text (numbers and dates in quotes)"),
+        ("inner:\n  names: a\n", 'c.yaml:2: inner.names: given "a", must be a list, each item text'
+            ' (numbers and dates in quotes)'),
         ("inner:\n  active: 1\n", "c.yaml:2: inner.active: given 1, must be yes or no"),
         ("inner:\n  size: yes\n", "c.yaml:2: inner.size: given true, must be an integer above 0"),
-        ("inner:\n  name: 2024\n", "c.yaml:2: inner.name: given 2024, must be text (numbers and dates in quotes) or null"),
-        ("inner:\n  name: {a: 1}\n", "c.yaml:2: inner.name: given {a: 1}, must be text (numbers and dates in quotes) or null"),
-        ("inner: 3\n", "c.yaml:1: inner: given 3, must be a section of settings with size, name, share, active or names"),
+        ("inner:\n  name: 2024\n", "c.yaml:2: inner.name: given 2024, must be text (numbers and"
+            " dates in quotes) or null"),
+        ("inner:\n  name: {a: 1}\n", "c.yaml:2: inner.name: given {a: 1}, must be text (numbers"
+            " and dates in quotes) or null"),
+        ("inner: 3\n", "c.yaml:1: inner: given 3, must be a section of settings with size, name,"
+            " share, active or names"),
         ("inner: [1]\n", "c.yaml:1: inner: given [1], must be a section of settings"),
         (
             "inner:\n  szie: 1\n",
-            "c.yaml:2: inner.szie: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)",
+            "c.yaml:2: inner.szie: no such setting; did you mean inner.size? (allowed: size, name,"
+            " share, active, names)",
         ),
-        ("iner:\n  size: 1\n", "c.yaml:1: iner: no such setting; did you mean inner? (allowed: inner, other)"),
-        ("size: 1\n", "c.yaml:1: size: no such setting; did you mean inner.size? (allowed: inner, other)"),
+        ("iner:\n  size: 1\n", "c.yaml:1: iner: no such setting; did you mean inner? (allowed:"
+            " inner, other)"),
+        ("size: 1\n", "c.yaml:1: size: no such setting; did you mean inner.size? (allowed: inner,"
+            " other)"),
         ("quite: 1\n", "c.yaml:1: quite: no such setting (allowed: inner, other)"),
     ],
 )  # fmt: skip
@@ -267,18 +288,24 @@ def test_a_number_of_thousands_of_digits(yaml: Any) -> None:
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(yaml: Any) -> None:
-    text = "inner:\n  szie: 1\n  share: x\n  size: 0\n  active: maybe\n  active: no\nother: 5\nmore: 1\n"
+    text = (
+        "inner:\n  szie: 1\n  share: x\n  size: 0\n  active: maybe\n  active: no\nother: 5\nmore:"
+        " 1\n"
+    )
     assert wrong(yaml, text, "inner.name=5", "x", "more.a=1") == [
-        "c.yaml:2: inner.szie: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)",
+        "c.yaml:2: inner.szie: no such setting; did you mean inner.size? (allowed: size, name,"
+        " share, active, names)",
         'c.yaml:3: inner.share: given "x", must be a number',
         "c.yaml:4: inner.size: given 0, must be an integer above 0",
         'c.yaml:5: inner.active: given "maybe", must be yes or no',
         "c.yaml:6: inner.active: given twice, first in line 5; keep one",
-        "c.yaml:7: other: given 5, must be a section of settings with size, name, share, active or names",
+        "c.yaml:7: other: given 5, must be a section of settings with size, name, share, active or"
+        " names",
         "c.yaml:8: more: no such setting (allowed: inner, other)",
         "override x: must have the form section.setting=value, e.g. training.train_iters=1000",
         "override more.a=1: more is 1 (c.yaml:8), a value, which has no settings inside",
-        "override inner.name=5: inner.name: given 5, must be text (numbers and dates in quotes) or null",
+        "override inner.name=5: inner.name: given 5, must be text (numbers and dates in quotes) or"
+        " null",
     ]
 
 
@@ -329,9 +356,11 @@ def test_a_value_may_hold_an_equals_sign_and_colons() -> None:
         ("in ner.size=3", "must have the form section.setting=value, e.g. training.train_iters=1000"),
         ("inner.size=", "gives no value; write inner.size=null for none"),
         ("inner.size= ", "gives no value; write inner.size=null for none"),
-        ("inner.size=[", "not YAML: expected the node content, but found '<stream end>'; if it is text, quote it twice:"
+        ("inner.size=[", "not YAML: expected the node content, but found '<stream end>'; if it is"
+            " text, quote it twice:"
          """ 'inner.size="["'"""),
-        ("inner.size=[a].txt", "not YAML: expected '<document start>', but found '<scalar>'; if it is text, quote it twice:"
+        ("inner.size=[a].txt", "not YAML: expected '<document start>', but found '<scalar>'; if it"
+            " is text, quote it twice:"
          """ 'inner.size="[a].txt"'"""),
         ("inner.size='a", "not YAML: found unexpected end of stream"),
         ("inner.size=a: b: c", 'inner.size: given "a: b: c", must be an integer above 0'),
@@ -340,7 +369,8 @@ def test_a_value_may_hold_an_equals_sign_and_colons() -> None:
         ("inner.size=1 # one", 'inner.size: given "1 # one", must be an integer above 0'),
         ("inner={size: 1, size: 2}", "inner.size: given twice, first in line 1; keep one"),
         ("inner.size=0", "inner.size: given 0, must be an integer above 0"),
-        ("inner.siz=1", "inner.siz: no such setting; did you mean inner.size? (allowed: size, name, share, active, names)"),
+        ("inner.siz=1", "inner.siz: no such setting; did you mean inner.size? (allowed: size,"
+            " name, share, active, names)"),
         ("inner.size.x=1", 'inner.size: given {x: 1}, must be an integer above 0'),
     ],
 )  # fmt: skip
@@ -420,13 +450,15 @@ def test_older_names_are_taken_and_told_by_their_own(yaml: Any) -> None:
         inner=Inner(size=4), other=Inner(name="a")
     )
     assert wrong(yaml, "inner:\n  amount: 4\n  size: 5\n", renamed=renamed) == [
-        "c.yaml:2: inner.amount: an older name of inner.size, which is given too (c.yaml:3); keep that one"
+        "c.yaml:2: inner.amount: an older name of inner.size, which is given too (c.yaml:3); keep"
+        " that one"
     ]
     assert wrong(yaml, "inner:\n  amount: 0\n", renamed=renamed) == [
         "c.yaml:2: inner.size: given 0, must be an integer above 0"
     ]
     assert wrong(yaml, "inner:\n  title: a\nother: 4\n", renamed=renamed) == [
-        "c.yaml:3: other: given 4, must be a section of settings with size, name, share, active or names"
+        "c.yaml:3: other: given 4, must be a section of settings with size, name, share, active or"
+        " names"
     ]
 
 
@@ -481,8 +513,10 @@ def test_values_laid_underneath(yaml: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(Outer, laid)
     assert [problem.rpartition("/")[2] for problem in caught.value.problems] == [
-        "c.yaml:2: inner.size: given 3, but config.json says 4; leave it out, the pretrained model decides",
-        "c.yaml:5: other: given 7, must be a section of settings with size, name, share, active or names",
+        "c.yaml:2: inner.size: given 3, but config.json says 4; leave it out, the pretrained model"
+        " decides",
+        "c.yaml:5: other: given 7, must be a section of settings with size, name, share, active or"
+        " names",
     ]
     assert (
         read(None, ["x.add_linear_biases=no"])

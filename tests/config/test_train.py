@@ -93,21 +93,27 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
         ("training.train_iters=1e300", "given 1.0e+300, must be an integer of 0 or more"),
         ("training.train_iters=yes", "given true, must be an integer of 0 or more"),
         ("training.train_iters='5'", 'given "5", must be an integer of 0 or more'),
-        (f"training.train_iters={10**16}", "given 10000000000000000, must be an integer of 0 or more"),
+        (f"training.train_iters={10**16}", "given 10000000000000000, must be an integer of 0 or"
+            " more"),
         ("training.logs.interval=0", "given 0, must be an integer above 0 or null"),
-        ("training.logs=5", "given 5, must be a section of settings; did you mean training.logs.interval?"),
+        ("training.logs=5", "given 5, must be a section of settings; did you mean"
+            " training.logs.interval?"),
         ("training.num_workers=2000", "given 2000, must be an integer from 0 to 1024"),
         ("training.timeout=0", "given 0, must be a number of seconds above 0 or null"),
-        ("training.export.parameters_per_file=5", "given 5, must be an integer of 2^20 (1048576) or more"),
+        ("training.export.parameters_per_file=5", "given 5, must be an integer of 2^20 (1048576)"
+            " or more"),
         (
             "training.checkpoint.callback.script=echo 'a",
             "given echo 'a, which is not a valid command line: no closing quotation",
         ),
-        ("training.checkpoint.callback.script=[]", "given no words, must begin with a program; leave it out for none"),
-        ("training.checkpoint.callback.script=5", "given 5, must be a command, or a list of its words or null"),
+        ("training.checkpoint.callback.script=[]", "given no words, must begin with a program;"
+            " leave it out for none"),
+        ("training.checkpoint.callback.script=5", "given 5, must be a command, or a list of its"
+            " words or null"),
         (
             "training.export.callback.environment={WANDB_API_KEY: x}",
-            "WANDB_API_KEY looks like a secret, which would be written to config.yaml; set it in the environment that"
+            "WANDB_API_KEY looks like a secret, which would be written to config.yaml; set it in"
+            " the environment that"
             " training is started in",
         ),
         (
@@ -115,12 +121,14 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
             "A B cannot be the name of an environment variable; use letters, digits and _",
         ),
         ("data.split=[0, 0]", "given [0.0, 0.0], at least one share must be above 0"),
-        ("data.split=[1, 2, 3, 4]", "given [1, 2, 3, 4], must be a list of one to three numbers of 0 or more"),
+        ("data.split=[1, 2, 3, 4]", "given [1, 2, 3, 4], must be a list of one to three numbers of"
+            " 0 or more"),
         ("data.split=[]", "given [], must be a list of one to three numbers of 0 or more"),
         ("data.split=[1, -1]", "given [1, -1], must be a list of one to three numbers of 0 or more"),
         (
             "data.validation_sets={test: x}",
-            "test cannot be the name of a set; use letters, digits and _, and none of training, validation, test, language_model",
+            "test cannot be the name of a set; use letters, digits and _, and none of training,"
+            " validation, test, language_model",
         ),
         ("data.path=5", "given 5, must be a path, or a list of weights and paths in turn"),
         ("optimizer.beta_1=1", "given 1, must be a number from 0 to below 1"),
@@ -131,7 +139,8 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
         ),
         (
             "optimizer.learning_rate=1e-4",
-            "given 0.0001, must be a section of settings; did you mean optimizer.learning_rate.base?",
+            "given 0.0001, must be a section of settings; did you mean"
+            " optimizer.learning_rate.base?",
         ),
         (
             "pretrained=model",
@@ -139,14 +148,21 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
         ),
         ("pretrained.path=''", "given empty text; write null, or leave it out, for none"),
         ("model.multi_stage.zero_stage=0", "given 0, must be 1, 2 or 3 or null"),
-        ("model.distributed.training_dtype=float8", 'given "float8", must be one of fp32, bf16, fp16 (or float32, bfloat16, float16)'),
-        ("model.distributed.training_dtype=float64", 'given "fp64", which is not supported: the highest precision is fp32'),
-        ("optimizer.moments_dtype=int4", 'given "int4", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
-        ("optimizer.moments_dtype=fp16", 'given "fp16", must be auto, fp32, bf16 or int8 (float32, bfloat16)'),
+        ("model.distributed.training_dtype=float8", 'given "float8", must be one of fp32, bf16,'
+            ' fp16 (or float32, bfloat16, float16)'),
+        ("model.distributed.training_dtype=float64", 'given "fp64", which is not supported: the'
+            ' highest precision is fp32'),
+        ("optimizer.moments_dtype=int4", 'given "int4", must be auto, fp32, bf16 or int8 (float32,'
+            ' bfloat16)'),
+        ("optimizer.moments_dtype=fp16", 'given "fp16", must be auto, fp32, bf16 or int8 (float32,'
+            ' bfloat16)'),
         ("model.distributed.tensor_parallel=0", "given 0, must be an integer above 0"),
-        ("model.multi_stage.layers_per_stage=half", 'given "half", must be a number of layers, or a list with one for each stage or null'),
-        ("run.accept_changes=data.path", 'given "data.path", must be a list, each item text (numbers and dates in quotes)'),
-        ("model.base_model.transformer.init_method_std=.inf", "given .inf, must be a number of 0 or more or null"),
+        ("model.multi_stage.layers_per_stage=half", 'given "half", must be a number of layers, or'
+            ' a list with one for each stage or null'),
+        ("run.accept_changes=data.path", 'given "data.path", must be a list, each item text'
+            ' (numbers and dates in quotes)'),
+        ("model.base_model.transformer.init_method_std=.inf", "given .inf, must be a number of 0"
+            " or more or null"),
     ],
 )  # fmt: skip
 def test_values_that_are_not_allowed(override: str, problem: str) -> None:
@@ -211,13 +227,15 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
                 "tokenizer.bos=maybe",
             ],
             [
-                "saving_workers: not supported: token files are written while tokenizing; set tokenize_workers",
+                "saving_workers: not supported: token files are written while tokenizing; set"
+                " tokenize_workers",
                 "output_path: is missing; it must be text (numbers and dates in quotes)",
                 "tokens_per_shard: given 5, must be an integer of 100000 or more",
                 "dataset.path: is missing; it must be text (numbers and dates in quotes)",
                 "tokenizer.path: is missing; it must be text (numbers and dates in quotes)",
                 'tokenizer.bos: given "maybe", must be auto, yes or no',
-                "distributed.rank: given 2, must be below distributed.world_size 2: ranks count from 0",
+                "distributed.rank: given 2, must be below distributed.world_size 2: ranks count"
+                " from 0",
             ],
         ),
         (
@@ -225,7 +243,8 @@ def test_a_thousand_wrong_names_are_told_in_time() -> None:
             PREPARE_REFUSED,
             ["output_path=x", "dataset={path: y, trust_remote_code: yes}", "tokenizer.path=z"],
             [
-                "dataset.trust_remote_code: given true, which is not supported: `datasets` no longer runs code"
+                "dataset.trust_remote_code: given true, which is not supported: `datasets` no"
+                " longer runs code"
                 " from datasets; convert the dataset to parquet"
             ],
         ),

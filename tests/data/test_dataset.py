@@ -227,7 +227,8 @@ def test_blends_get_exact_shares(tmp_path: Path, weights: list[float]) -> None:
                 source.name: epochs for source, epochs in dataset.epochs("training", count)
             }
             assert found_epochs == {name: so_far[name] / sizes[name] for name in names}
-    # Each sequence of a source at most once an epoch, and all of them in the epochs before the last.
+    # Each sequence of a source at most once an epoch, and all of them in the epochs before the
+    # last.
     for name, size in sizes.items():
         epochs: dict[int, list[int]] = {}
         for source, epoch, number in drawn:
@@ -249,7 +250,8 @@ def test_shares_far_into_a_run(weights: list[float], index: int) -> None:
     counts = Split("training", [RandomSource(4, 9, 0)] * len(weights), weights, 0).counts(index)
     assert sum(counts) == index
     for weight, count in zip(weights, counts, strict=True):
-        # Besides the half sequences, weights are rounded to 2^-53 of all: 2^40 of those are below 0.001.
+        # Besides the half sequences, weights are rounded to 2^-53 of all: 2^40 of those are below
+        # 0.001.
         assert (
             abs(count - index * weight / sum(weights))
             <= 0.5 * math.ceil(math.log2(len(weights))) + 0.002
@@ -372,14 +374,16 @@ def test_too_little_names_what_to_do(tmp_path: Path) -> None:
     dataset.require_sequences("validation", 2, 2, "training.validation.iterations", [0.8, 0.2, 0])
     with pytest.raises(
         DataError,
-        match=r"3 batches × 2 sequences = 6 .* leaves 4; lower training\.validation\.iterations to 2, or give",
+        match=r"3 batches × 2 sequences = 6 .* leaves 4; lower training\.validation\.iterations to"
+        r" 2, or give",
     ):
         dataset.require_sequences(
             "validation", 3, 2, "training.validation.iterations", [0.8, 0.2, 0]
         )
     with pytest.raises(
         DataError,
-        match=r"lower training.validation.iterations \(one batch already needs 5 sequences\), and give",
+        match=r"lower training.validation.iterations \(one batch already needs 5 sequences\), and"
+        r" give",
     ):
         dataset.require_sequences(
             "validation", 3, 5, "training.validation.iterations", [0.8, 0.2, 0]
@@ -448,8 +452,10 @@ def test_a_validation_set_that_is_trained_on(tmp_path: Path) -> None:
         assert seen == set(content[: dataset.sequences(name) * 4 + 1]), name
     with pytest.raises(
         DataError,
-        match=r"data\.validation_sets\.same: .*a is trained on \(data\.path\).* data\.split \[1, 0, 0\] leaves that"
-        r" 0 documents.*give validation a larger share \(data\.split=\[99,1,0\]\), or leave the set out",
+        match=r"data\.validation_sets\.same: .*a is trained on \(data\.path\).* data\.split \[1,"
+        r" 0, 0\] leaves that"
+        r" 0 documents.*give validation a larger share \(data\.split=\[99,1,0\]\), or leave the"
+        r" set out",
     ):
         opened(str(tmp_path / "a"), validation_sets={"same": sets["copy"]})
 
@@ -546,7 +552,8 @@ def test_a_share_without_a_document(tmp_path: Path) -> None:
     dataset = opened(hashed(tmp_path / "d.json", [("a", 1)]), split=(0.9, 0.1, 0))
     with pytest.raises(
         DataError,
-        match=r"leaves 0, because its share contains no document; give validation a larger share, or prepare more",
+        match=r"leaves 0, because its share contains no document; give validation a larger share,"
+        r" or prepare more",
     ):
         dataset.require_sequences(
             "validation", 1, 2, "training.validation.iterations", [0.9, 0.1, 0]

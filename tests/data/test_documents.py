@@ -111,8 +111,10 @@ def test_files_of_no_split_are_named(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert rows(source) == ["train"]
     assert describe(source.left_out) == (
-        "old.tar.gz (an archive: unpack it), empty.jsonl (empty), test.jsonl (split test), zoo.jsonl (of no split),"
-        " .git/ (hidden), .gitattributes (hidden), dataset_infos.json (about a dataset), README.md (no table)"
+        "old.tar.gz (an archive: unpack it), empty.jsonl (empty), test.jsonl (split test),"
+        " zoo.jsonl (of no split),"
+        " .git/ (hidden), .gitattributes (hidden), dataset_infos.json (about a dataset), README.md"
+        " (no table)"
     )
     assert describe(source.left_out, 2).endswith("empty.jsonl (empty) and 6 more")
     assert texts(tmp_path, split="test") == ["test"]
@@ -348,7 +350,8 @@ def test_a_column_that_is_in_no_file(tmp_path: Path) -> None:
 def test_a_lone_surrogate_is_one_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
-        b'{"text": "a"}\n{"text": "x\\ud83d"}\n{"text": "\xed\xa0\xbd"}\n{"text": "\\ud83d\\ude00"}\n'
+        b'{"text": "a"}\n{"text": "x\\ud83d"}\n{"text": "\xed\xa0\xbd"}\n{"text":'
+        b' "\\ud83d\\ude00"}\n'
     )
     assert rows(opened(path)) == [
         "a",
@@ -458,7 +461,8 @@ def test_compressed(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(content)[:-20])
     with pytest.raises(
         DataError,
-        match=rf"a.jsonl{suffix}: damaged, or not the format that its name says: .*; download it again",
+        match=rf"a.jsonl{suffix}: damaged, or not the format that its name says: .*; download it"
+        r" again",
     ):
         opened(tmp_path / f"a.jsonl{suffix}")
     (tmp_path / f"a.jsonl{suffix}").write_bytes(b"nothing of the kind")

@@ -75,7 +75,10 @@ def test_chosen_integer(tmp_path: Path, model: Path) -> None:
     )
     assert content(metadata)["datasets"][0]["dtype"] == "int64"
     assert read(metadata) == tokens(model, ["text"])
-    message = r"dataset.data_type: given uint8, which holds numbers up to 255, but .* is 319; uint16 holds it"
+    message = (
+        r"dataset.data_type: given uint8, which holds numbers up to 255, but .* is 319; uint16"
+        r" holds it"
+    )
     with pytest.raises(DataError, match=message):
         prepare(
             configure(tmp_path / "other", tmp_path / "a.txt", model, dataset__data_type="uint8")

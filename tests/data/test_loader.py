@@ -169,7 +169,10 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path, workers: int) -> N
     path = described(tmp_path / "d.json", [("s0", 60, 60), ("s1", 126, 126)])
     with pytest.raises(DataError) as error:
         steps(opened(path), steps=11, vocab_size=99, workers=workers)
-    words = f"{tmp_path / 's1'}: document 20 holds token 99 at position 3, but the model's vocab_size is 99"
+    words = (
+        f"{tmp_path / 's1'}: document 20 holds token 99 at position 3, but the model's vocab_size"
+        " is 99"
+    )
     assert str(error.value).startswith(words)
     assert not threads()
     assert len(steps(opened(path), steps=11, vocab_size=100, workers=workers)) == 11

@@ -136,7 +136,8 @@ def test_more_files_than_the_shell_allows(tmp_path: Path) -> None:
         "import resource, sys; from fast_llm.config.train import DataConfig;"
         "from fast_llm.data.dataset import open_dataset; from fast_llm.errors import DataError\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))\n"
-        "try: print(open_dataset(DataConfig(format='file', path=sys.argv[1], split=[1]), 4, 0, 9).tokens('training'))\n"
+        "try: print(open_dataset(DataConfig(format='file', path=sys.argv[1], split=[1]), 4, 0,"
+        " 9).tokens('training'))\n"
         "except DataError as error: print(error)"
     )
 
@@ -236,7 +237,8 @@ def test_too_little_for_a_validation_set(tmp_path: Path) -> None:
     dataset.require_sequences("old", 1, 24, "batch.batch_size", [1, 0, 0])
     with pytest.raises(
         DataError,
-        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, because its share contains no document;"
+        match=r"data\.split: test needs .* but \[1, 0, 0\] of the documents leaves 0, because its"
+        r" share contains no document;"
         r" lower training\.test_iters \(one .*\), and give test",
     ):
         dataset.require_sequences("test", 2, 8, "training.test_iters", [1, 0, 0])

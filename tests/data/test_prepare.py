@@ -26,7 +26,10 @@ def test_hint_at_more_workers(
 ) -> None:
     (tmp_path / "a.txt").write_text(synthetic.text(0, 1000))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    hint = "tokenize_workers is 1, and this machine has 16 cores: tokenize_workers=16 is up to 16 times as fast."
+    hint = (
+        "tokenize_workers is 1, and this machine has 16 cores: tokenize_workers=16 is up to 16"
+        " times as fast."
+    )
     with caplog.at_level(logging.INFO):
         prepare(configure(tmp_path / "1", tmp_path / "a.txt", model))
         assert hint not in caplog.text
@@ -109,7 +112,10 @@ def test_a_line_that_is_no_json_is_said_once(
 
 
 def test_help_loads_nothing() -> None:
-    code = "import sys, fast_llm.cli\ntry: fast_llm.cli.main(['prepare', '--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    code = (
+        "import sys, fast_llm.cli\ntry: fast_llm.cli.main(['prepare', '--help'])\nexcept"
+        " SystemExit: pass\nprint(*sys.modules)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -167,7 +173,8 @@ def test_help_loads_nothing() -> None:
         (
             {"a.jsonl": '{"text": "x"}\n{"text": oops}'},
             {},
-            r"/a.jsonl:2: not JSON: Expecting value, at character 10 of the line; fix the line or delete it",
+            r"/a.jsonl:2: not JSON: Expecting value, at character 10 of the line; fix the line or"
+            r" delete it",
         ),
         (
             {"a.parquet": "nonsense"},

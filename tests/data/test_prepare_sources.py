@@ -259,7 +259,8 @@ def test_hub_cannot_be_reached(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         DataError,
-        match=r"dataset.path: org/name: no such local file or folder, and not loaded from the Hugging Face Hub: Could",
+        match=r"dataset.path: org/name: no such local file or folder, and not loaded from the"
+        r" Hugging Face Hub: Could",
     ):
         prepare(configure(tmp_path / "out", "org/name", model))
 
@@ -289,8 +290,8 @@ sys.exit(main(["prepare", *sys.argv[1:]]))
     assert result.returncode == 2
     assert asked == "org/name is not a local file or folder: loading it from the Hugging Face Hub."
     assert (
-        "dataset.path: org/name: no such local file or folder, and not loaded from the Hugging Face Hub: "
-        in answer
+        "dataset.path: org/name: no such local file or folder, and not loaded from the Hugging"
+        " Face Hub: " in answer
     )
 
 

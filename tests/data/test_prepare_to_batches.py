@@ -20,7 +20,8 @@ LENGTH = 64
 def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
-    # Real text, and enough of it for several token files of the least size, 100,000 tokens; of all scripts; nasty ones.
+    # Real text, and enough of it for several token files of the least size, 100,000 tokens; of all
+    # scripts; nasty ones.
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))[:30]
     texts = [
         *(file.read_text("utf-8") for file in files),

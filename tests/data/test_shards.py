@@ -29,8 +29,8 @@ def test_finished_is_left_alone(
     with caplog.at_level(logging.INFO):
         prepare(config)
     assert (
-        f"{tmp_path}/data.json: already finished, nothing to do. To prepare it again, delete {tmp_path}/data."
-        in caplog.text
+        f"{tmp_path}/data.json: already finished, nothing to do. To prepare it again, delete"
+        f" {tmp_path}/data." in caplog.text
     )
     # Also when the documents have been deleted, but not if they have become others.
     (source / "0300.py").write_text("shorter")

@@ -226,7 +226,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged")
 
 
-# Up to two flips: three could make two lengths and the start between them wrong in a way that fits together.
+# Up to two flips: three could make two lengths and the start between them wrong in a way that fits
+# together.
 @given(
     version=st.sampled_from([1, 2]),
     flips=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 255)), min_size=1, max_size=2),

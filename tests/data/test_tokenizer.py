@@ -134,7 +134,8 @@ def test_missing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(
         DataError,
-        match=r"has only tokenizer.model; convert it to tokenizer.json .*AutoTokenizer.from_pretrained.*save_pretrained",
+        match=r"has only tokenizer.model; convert it to tokenizer.json"
+        r" .*AutoTokenizer.from_pretrained.*save_pretrained",
     ):
         load(str(tmp_path))
     for path in (str(tmp_path / "nothing"), "./a/b", "gpt2", "a/b/c"):

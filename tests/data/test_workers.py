@@ -251,7 +251,8 @@ def _troubled(
         (
             "few_files",
             2,
-            r"tokenize_workers: only \d+ of 30 worker processes could be started: .*open files.*lower",
+            r"tokenize_workers: only \d+ of 30 worker processes could be started: .*open"
+            r" files.*lower",
         ),
         ("unmade", 1, "the table is gone"),
     ],

@@ -275,7 +275,10 @@ def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
         where.mkdir()
         before = partial(fail, victim=0, way=way, number=number, root=where)
         code, said = fork(folder, prepared, how, before)
-        story = f"seed {seed}, preparation {figures['preparations']}: {way} {number}, exit code {code}\n{said}"
+        story = (
+            f"seed {seed}, preparation {figures['preparations']}: {way} {number}, exit code"
+            f" {code}\n{said}"
+        )
         figures["preparations"] += 1
         if not whole:
             assert code == 0, story

@@ -21,7 +21,8 @@ from tests.data import synthetic
 from tests.faults.damage import everything
 from tests.faults.jobs import command, listens, send
 
-STUCK = 240.0  # seconds after which something that should have ended is said to be stuck, on a busy machine
+# seconds after which something that should have ended is said to be stuck, on a busy machine
+STUCK = 240.0
 VICTIMS = ("worker", "main process", "all")
 # Small ranges, so that there is work for several workers; slow disks, so that many kills fall
 # between two files that belong together.
@@ -132,7 +133,9 @@ class Death:
     number: signal.Signals
     victim: str
     after: float  # seconds
-    files: int  # or once so many more files are there, below 0 so many before all of them; 0 is not to wait for any
+    # or once so many more files are there, below 0 so many before all of them; 0 is not to wait for
+    # any
+    files: int
 
     def come(self, start: Preparation, output: Path, all_of_them: int) -> bool:
         """Wait, then send the signal. Returns whether the preparation was still running."""

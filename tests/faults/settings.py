@@ -337,7 +337,8 @@ def check_answer(
     lines = err.removeprefix("fast-llm train: ").splitlines()
     figures["refused"] += 1
     places = re.compile(
-        r"c\.yaml(:\d+)?: |override |the command line: |^ *[a-z_]+(\.[a-z_0-9]+)+: |/|[a-z]+\.[a-z_]+"
+        r"c\.yaml(:\d+)?: |override |the command line: |^ *[a-z_]+(\.[a-z_0-9]+)+:"
+        r" |/|[a-z]+\.[a-z_]+"
         r"|\d+ mistakes|… and"
     )
     assert all(places.search(line) for line in lines), f"{story}: where?"

@@ -45,7 +45,8 @@ DAMAGED = 0.2  # of the times that a run is down and has two checkpoints
 # thousand steps cost 8 MB, then there is next to nothing (0.01); one that keeps the batch of each
 # step grows by 0.8.
 GROWTH = 0.1
-SLOWER = 1.5  # times the processor's time a step, last third by second: on a shared machine it varies by a tenth
+# times the processor's time a step, last third by second: on a shared machine it varies by a tenth
+SLOWER = 1.5
 
 
 def arguments(folder: Path, name: str, steps: int, *further: str) -> list[str]:
@@ -350,7 +351,10 @@ def _difference(found: Any, expected: Any) -> str:
         for value in (found, expected)
     )
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-    return f"{len(keys)} of {len(other)}, first {keys[0]}: {one.get(keys[0])!r:.80} {other.get(keys[0])!r:.80}"
+    return (
+        f"{len(keys)} of {len(other)}, first {keys[0]}: {one.get(keys[0])!r:.80}"
+        f" {other.get(keys[0])!r:.80}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every command and YAML block of README and guides is run, in order, in one folder, as a reader would.
 
-What a machine without a network, eight GPUs and a hundred gigabytes can not do is run against these stand-ins:
+What a machine without a network, eight GPUs and a hundred gigabytes can not do is run against these
+stand-ins:
 
 - `git clone https://huggingface.co/…`, `git lfs install`: a small Llama takes the place of Llama-3.1-8B
 - `bigcode/the-stack-dedup`: a folder of parquet with a column `content`
@@ -39,8 +40,10 @@ GUIDES = [
     "docs/profiling.md",
 ]
 SMALLER = (
-    "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2 training.validation.iterations=1"
-    " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1 batch.sequence_length=64 data.split=[80,20,0]"
+    "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2"
+    " training.validation.iterations=1"
+    " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1"
+    " batch.sequence_length=64 data.split=[80,20,0]"
 )
 # Files of a few lines, and what else they need to be checked.
 PARTS = {
@@ -150,7 +153,10 @@ def test_guide(guide: str, place: Path) -> None:
             (place / name[1]).write_text(content)
             if name[1] in PARTS:
                 command = f"fast-llm train --config {name[1]} --validate {SMALLER} {PARTS[name[1]]}"
-                command += " pretrained.path=fast-llm-tutorial/pretrained-model training.validation.interval=1"
+                command += (
+                    " pretrained.path=fast-llm-tutorial/pretrained-model"
+                    " training.validation.interval=1"
+                )
                 execute(f"{command} run.experiment_dir=of-{name[1]}", place, environment)
         elif language == "bash":
             for command in content.replace("\\\n", " ").splitlines():

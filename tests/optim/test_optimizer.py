@@ -172,7 +172,8 @@ def test_8_bit_updates_are_near() -> None:
         for step in range(1, 101):
             optimizer.step({"a": steep(step)}, 1e-3, 1.0)
         moved[moments] = (weight["a"] - start)[:3]
-    # A block's largest gradients are about 1; those below 2^-15 of it, or 3e-5, are lost, and their weights stand still for a while.
+    # A block's largest gradients are about 1; those below 2^-15 of it, or 3e-5, are lost, and their
+    # weights stand still for a while.
     for columns, bound in (
         (slice(40, 60), 0.1),
         (slice(60, 80), 0.1),

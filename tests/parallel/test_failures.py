@@ -1,6 +1,7 @@
 """A mistake on one process, on some, on all: one message, and all processes leave with its exit code.
 
-The launcher of these jobs does not end the processes that are left, as the one of another node would not.
+The launcher of these jobs does not end the processes that are left, as the one of another node
+would not.
 """
 
 import errno
@@ -77,17 +78,21 @@ def in_the_plan(ranks: tuple[int, ...], rank: int) -> None:
             2,
             while_building,
             2,
-            f"rank 1 on {HOST}: the command line: training.wandb needs the package wandb: pip install wandb",
+            f"rank 1 on {HOST}: the command line: training.wandb needs the package wandb: pip"
+            " install wandb",
         ),
-        (4, partial(in_a_step, (3,), partial(raises, DataError("a: damaged"))), 2, f"rank 3 on {HOST}: a: damaged"),
+        (4, partial(in_a_step, (3,), partial(raises, DataError("a: damaged"))), 2, "rank 3 on"
+            f" {HOST}: a: damaged"),
         (2, partial(in_a_step, (0, 1), partial(raises, DataError("a: damaged"))), 2, "a: damaged"),
-        (2, each_its_own, 2, f"rank 0 on {HOST}: part 0: damaged\n  rank 1 on {HOST}: part 1: damaged"),
+        (2, each_its_own, 2, f"rank 0 on {HOST}: part 0: damaged\n  rank 1 on {HOST}: part 1:"
+            " damaged"),
         (2, another_is_busy, 2, f"rank 1 on {HOST}: a: damaged"),
         (
             2,
             partial(in_a_step, (0,), full_disk),
             1,
-            f"rank 0 on {HOST}: run/config.yaml: No space left on device; free space on the disk or repair it, then start the"
+            f"rank 0 on {HOST}: run/config.yaml: No space left on device; free space on the disk"
+            " or repair it, then start the"
             f" same command again. {NONE}",
         ),
         (
@@ -107,7 +112,8 @@ def test_one_message(
         assert job.wait() == code, job.said()
         log, _, said = job.said().partition("fast-llm train: ")
         assert said == f"{message}\n"
-        ours = r"\d\d-\d\d \d\d:\d\d:\d\d |[A-Z][\w ]{13}\S| {14}"  # the log, and the lines of the plan
+        # the log, and the lines of the plan
+        ours = r"\d\d-\d\d \d\d:\d\d:\d\d |[A-Z][\w ]{13}\S| {14}"
         assert all(re.match(ours, line) for line in log.splitlines()), log
         assert job.codes() == [code] * world
 

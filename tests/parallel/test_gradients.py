@@ -29,7 +29,8 @@ CUTS = [(12,), (5, 7), (1, 11), (12,), (4, 4, 4), (6, 6), (12,), (11, 1)]
 
 
 def model_config(tied: bool, recompute: str) -> BaseModelConfig:
-    # 255 and 63 do not divide by 2 or 4: shards are uneven, and some are empty (norms of 63 on 4 processes are not).
+    # 255 and 63 do not divide by 2 or 4: shards are uneven, and some are empty (norms of 63 on 4
+    # processes are not).
     transformer = TINY["transformer"] | {
         "hidden_size": 63,
         "kv_channels": 16,
@@ -147,10 +148,11 @@ def in_float64(tied: bool) -> dict[str, np.ndarray]:
 def check_fp32(found: dict[str, np.ndarray], tied: bool = False) -> None:
     """Each gradient is about as near to float64's as that of one process.
 
-    Both are the same sums in other orders, and which order is the processor's choice: no number of ours bounds how far apart
-    they are. The rounding of hundreds of numbers has a norm that hardly depends on the order, so that the two distances are
-    alike: 1.3 times at most, on all processors of tests/test_processors.py. What is wrong in the least, a target too many or a
-    factor rounded to bf16, is a thousand times as far off.
+    Both are the same sums in other orders, and which order is the processor's choice: no number of
+    ours bounds how far apart they are. The rounding of hundreds of numbers has a norm that hardly
+    depends on the order, so that the two distances are alike: 1.3 times at most, on all processors
+    of tests/test_processors.py. What is wrong in the least, a target too many or a factor rounded
+    to bf16, is a thousand times as far off.
     """
     wanted, one = in_float64(tied), reference(torch.float32, tied)
     assert found.keys() == wanted.keys()
@@ -163,8 +165,9 @@ def check_bf16(
 ) -> None:
     """Two results in bf16 are nearer to one another than to float64.
 
-    They round the same weights, and for the most part the same activations: were their errors independent, they would be
-    √2 as far apart as each is off. Measured 0.7 times at most, on all processors of tests/test_processors.py.
+    They round the same weights, and for the most part the same activations: were their errors
+    independent, they would be √2 as far apart as each is off. Measured 0.7 times at most, on all
+    processors of tests/test_processors.py.
     """
     assert all(gradient.dtype == np.float32 for gradient in found.values())
     assert worst(found, one) < worst(one, in_float64(tied))
@@ -182,9 +185,10 @@ def worst(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> floa
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_process_is_near_float64(tied: bool) -> None:
-    # A sum of n products rounds by √n · 2^-24 of its size, if errors are random; n is 255 at most. On the longest way to a gradient
-    # of the second step lie less than a hundred sums (nine a layer and three, forward and back, twice), whose errors add as
-    # squares: 9.5e-6. Measured 2.7e-6 at most.
+    # A sum of n products rounds by √n · 2^-24 of its size, if errors are random; n is 255 at most.
+    # On the longest way to a gradient of the second step lie less than a hundred sums (nine a layer
+    # and three, forward and back, twice), whose errors add as squares: 9.5e-6. Measured 2.7e-6 at
+    # most.
     assert worst(reference(torch.float32, tied), in_float64(tied)) < 2**-24 * (255 * 100) ** 0.5
 
 
@@ -229,15 +233,16 @@ def test_recomputation_changes_nothing(world: int, zero_stage: int, level: str) 
 def test_bf16_is_near_float64() -> None:
     found = spawn(1, gradients, 0, 2, torch.bfloat16)[0]
     assert all(gradient.dtype == np.float32 for gradient in found.values())
-    # Two layers of products whose inputs hold 8 bits (0.4 % an operation, some ten in a row), at weights that one
-    # coarse update has moved: measured 4 %.
+    # Two layers of products whose inputs hold 8 bits (0.4 % an operation, some ten in a row), at
+    # weights that one coarse update has moved: measured 4 %.
     assert worst(found, in_float64(False)) < 0.1
 
 
 @pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 1), (2, 2), (2, 3)])
 def test_bf16_is_the_same_on_several_processes(world: int, zero_stage: int) -> None:
     for found in spawn(world, gradients, zero_stage, 2, torch.bfloat16):
-        # Each micro-batch's gradients are rounded to 8 bits before they are summed in fp32; with other micro-batches, otherwise.
+        # Each micro-batch's gradients are rounded to 8 bits before they are summed in fp32; with
+        # other micro-batches, otherwise.
         check_bf16(found, reference(torch.bfloat16, False))
 
 
@@ -253,8 +258,8 @@ def four_micro_batches(tied: bool = False, cross_entropy: str = "fused") -> dict
 def test_products_that_add_in_fp32(level: str, compiled: bool) -> None:
     """As on a GPU; there the sum is not rounded on the way, here by the CPU's products."""
     found = spawn(1, gradients, 0, 4, torch.bfloat16, False, level, None, True, compiled)[0]
-    # The same micro-batches; after the first step weights half-way between two of bf16 were rounded the other way, and the compiler
-    # spares some roundings.
+    # The same micro-batches; after the first step weights half-way between two of bf16 were rounded
+    # the other way, and the compiler spares some roundings.
     check_bf16(found, four_micro_batches())
 
 

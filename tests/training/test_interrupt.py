@@ -216,7 +216,10 @@ def test_a_launcher_knows_whether_a_run_is_complete(
     assert losses(tmp_path / "run").keys() == {1, 2, 3, 4} and complete.exists()
     monkeypatch.setenv("FAST_LLM_COMPLETE_FILE", str(tmp_path / "nowhere" / "complete"))
     assert run([*arguments, "training.train_iters=4"]) == 0
-    message = f"FAST_LLM_COMPLETE_FILE: {tmp_path}/nowhere/complete: No such file or directory; the launcher may"
+    message = (
+        f"FAST_LLM_COMPLETE_FILE: {tmp_path}/nowhere/complete: No such file or directory; the"
+        " launcher may"
+    )
     assert message in capsys.readouterr().out
 
 

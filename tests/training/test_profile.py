@@ -207,7 +207,10 @@ def test_a_profile_changes_nothing_and_says_where_time_goes(tmp_path: Path, dtyp
     trace = json.loads(gzip.decompress((folder / "step_3_rank_0.json.gz").read_bytes()))
     assert {"training step 3", "aten::mm"} <= {one["name"] for one in trace["traceEvents"]}
     first, second, third = list(said)[:3]
-    line = rf"Profile of step 3: {first} [\d.]+ %, {second} [\d.]+ %, {third} [\d.]+ %; see {folder}/step_3_rank_0\.txt\n"
+    line = (
+        rf"Profile of step 3: {first} [\d.]+ %, {second} [\d.]+ %, {third} [\d.]+ %;"
+        rf" see {folder}/step_3_rank_0\.txt\n"
+    )
     assert re.search(line, logged(profiled))
     assert logged(profiled).count("Profile of step") == 2
 

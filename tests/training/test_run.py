@@ -192,7 +192,8 @@ def test_a_log_that_can_not_be_written_is_told_once(
     assert out.count("on the terminal") == 2
     assert (
         err
-        == f"{tmp_path}/runs/0/logs/logs_rank_0.txt: cannot be written: No space left on device; the log continues here.\n"
+        == f"{tmp_path}/runs/0/logs/logs_rank_0.txt: cannot be written: No space left on device;"
+        " the log continues here.\n"
     )
 
 
@@ -205,7 +206,10 @@ def test_a_folder_that_cannot_be_created() -> None:
 
 
 def test_a_lock_dies_with_its_holder(tokens: Path) -> None:
-    code = f"import time; from pathlib import Path; from fast_llm.training.run import lock; file = lock(Path('{tokens}/run'))"
+    code = (
+        "import time; from pathlib import Path; from fast_llm.training.run import lock; file ="
+        f" lock(Path('{tokens}/run'))"
+    )
     command = [sys.executable, "-c", f"{code}; print('held', flush=True); time.sleep(60)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"

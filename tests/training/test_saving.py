@@ -217,7 +217,10 @@ def test_without_memory_training_waits(
     monkeypatch.setattr(saving, "available_memory", lambda: 360_000)
     assert run(arguments(tmp_path, "run", 8)) == 0
     said = capsys.readouterr().out
-    sentence = "Training waits for each checkpoint to be written: a copy in the host's memory would need 329 kB, and 360 kB"
+    sentence = (
+        "Training waits for each checkpoint to be written: a copy in the host's memory would need"
+        " 329 kB, and 360 kB"
+    )
     assert said.count(sentence) == 1 and said.count("Saved ") == 2 and "paused for" not in said
 
 
