@@ -139,7 +139,7 @@ def _processor() -> str:
 
 
 def run(name: str, *arguments: Any) -> None:
-    """Call a kernel with contiguous tensors and numbers: for bf16 if a tensor is bf16, else fp32."""
+    """Call a kernel with contiguous tensors and numbers: for bf16 if any tensor is, else fp32."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     assert all(x.is_contiguous() for x in tensors), name
     kinds = tuple(_C_TYPES.get(type(x), ctypes.c_void_p) for x in arguments)

@@ -29,7 +29,7 @@ if AVAILABLE:
         chosen,
         row_stride,
         vocabulary,
-        ignored: tl.constexpr,
+        ignore_index: tl.constexpr,
         known: tl.constexpr,
         gradient: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -65,14 +65,18 @@ if AVAILABLE:
         if gradient:
             # Every thread has read the label's logit before any logit is overwritten.
             tl.debug_barrier()
-            scale = tl.where(label != ignored, 1.0, 0.0)
+            scale = tl.where(label != ignore_index, 1.0, 0.0)
             for begin in range(0, vocabulary, BLOCK):
                 inside = begin + offsets < vocabulary
                 x = tl.load(logits + begin + offsets, mask=inside, other=float("-inf")).to(
                     tl.float32
                 )
-                slope = scale * (tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0))
-                tl.store(logits + begin + offsets, slope.to(logits.dtype.element_ty), mask=inside)
+                gradient_x = scale * (
+                    tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0)
+                )
+                tl.store(
+                    logits + begin + offsets, gradient_x.to(logits.dtype.element_ty), mask=inside
+                )
 
     # Triton's kernels may read globals that are constexpr: the numbers of kernels/rounding.py.
     _GOLDEN, _MIX_1, _MIX_2 = tl.constexpr(GOLDEN), tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
@@ -179,51 +183,55 @@ if AVAILABLE:
 
     @triton.jit
     def _rms_norm_backward(  # type: ignore[no-untyped-def]
-        grad_x, parts, grad, residual_grad, x, weight, inverse, rows, width,
-        added: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        grad_x, partial_sums, grad, residual_grad, x, weight, inverse, rows, width,
+        with_residual: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """A program takes ROWS rows at a time, and sums what they add to the weight's gradient."""
         column = tl.arange(0, BLOCK)
-        inside = column < width
-        w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
+        columns_inside = column < width
+        w = tl.load(weight + column, mask=columns_inside, other=0).to(tl.float32)[None, :]
         grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         place = row.to(tl.int64)[:, None] * width + column[None, :]
-        here = (row < rows)[:, None] & inside[None, :]
-        next_x = tl.load(x + place, mask=here, other=0)
-        next_grad = tl.load(grad + place, mask=here, other=0)
+        rows_inside = (row < rows)[:, None] & columns_inside[None, :]
+        next_x = tl.load(x + place, mask=rows_inside, other=0)
+        next_grad = tl.load(grad + place, mask=rows_inside, other=0)
         step = tl.num_programs(0) * ROWS
         for _ in range(tl.program_id(0) * ROWS, rows, step):
             # The next rows are loaded before these are used, so that memory does not wait for sums.
-            mine, here_too = place, here
-            normed, along = next_x.to(tl.float32), next_grad.to(tl.float32)
+            current, current_inside = place, rows_inside
+            normed, g = next_x.to(tl.float32), next_grad.to(tl.float32)
             scale = tl.load(inverse + row, mask=row < rows, other=0)[:, None]
-            if added:
-                other = tl.load(residual_grad + mine, mask=here_too, other=0)
+            if with_residual:
+                other = tl.load(residual_grad + current, mask=current_inside, other=0)
             row += step
             place = row.to(tl.int64)[:, None] * width + column[None, :]
-            here = (row < rows)[:, None] & inside[None, :]
-            next_x = tl.load(x + place, mask=here, other=0)
-            next_grad = tl.load(grad + place, mask=here, other=0)
+            rows_inside = (row < rows)[:, None] & columns_inside[None, :]
+            next_x = tl.load(x + place, mask=rows_inside, other=0)
+            next_grad = tl.load(grad + place, mask=rows_inside, other=0)
             normed *= scale
-            grad_weight += along * normed
-            along *= w
+            grad_weight += g * normed
+            g *= w
             # The component along x only changes the norm of x, which is divided out.
-            share = tl.sum(along * normed, 1)[:, None] / width
-            result = (along - normed * share) * scale
-            if added:
+            share = tl.sum(g * normed, 1)[:, None] / width
+            result = (g - normed * share) * scale
+            if with_residual:
                 result += other.to(tl.float32)
-            tl.store(grad_x + mine, result.to(grad_x.dtype.element_ty), mask=here_too)
-        tl.store(parts + tl.program_id(0) * width + column, tl.sum(grad_weight, 0), mask=inside)
+            tl.store(grad_x + current, result.to(grad_x.dtype.element_ty), mask=current_inside)
+        tl.store(
+            partial_sums + tl.program_id(0) * width + column,
+            tl.sum(grad_weight, 0),
+            mask=columns_inside,
+        )
 
     @triton.jit
-    def _add(total, addend, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _add(main_grad, addend, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < count
-        added = tl.load(total + place, mask=inside) + tl.load(addend + place, mask=inside).to(
+        added = tl.load(main_grad + place, mask=inside) + tl.load(addend + place, mask=inside).to(
             tl.float32
         )
-        tl.store(total + place, added, mask=inside)
+        tl.store(main_grad + place, added, mask=inside)
 
     @triton.jit
     def _amax(x, bits, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -341,13 +349,13 @@ def rms_norm_backward(
     together = max(1, 2048 // block)
     programs = min(triton.cdiv(rows, together), _programs(x.device))
     grad_x = torch.empty_like(x)
-    parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    partial_sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _rms_norm_backward[(programs,)](
-        grad_x, parts, grad, grad if residual_grad is None else residual_grad, x, weight, inverse,
-        rows, width, residual_grad is not None, ROWS=together, BLOCK=block,
+        grad_x, partial_sums, grad, grad if residual_grad is None else residual_grad,
+        x, weight, inverse, rows, width, residual_grad is not None, ROWS=together, BLOCK=block,
         num_warps=min(16, max(4, block * together // 512)),
     )  # fmt: skip
-    return grad_x, parts.sum(0).to(weight.dtype)
+    return grad_x, partial_sums.sum(0).to(weight.dtype)
 
 
 def _programs(device: torch.device) -> int:
