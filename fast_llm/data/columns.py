@@ -57,10 +57,14 @@ class ArrowTable:
             lengths, data, json_inside = _values_as_bytes(array.slice(one, end - one))
             ends = np.cumsum(np.maximum(lengths, 0))
             row = begin + at + one - first
-            for here, there in ranges_by_size(np.maximum(lengths, 0), target):
-                part = data[int(ends[here - 1]) if here else 0 : int(ends[there - 1])]
+            for begin_row, end_row in ranges_by_size(np.maximum(lengths, 0), target):
+                part = data[int(ends[begin_row - 1]) if begin_row else 0 : int(ends[end_row - 1])]
                 yield ColumnTask(
-                    row + here, row + there, lengths[here:there], bytes(part), json_inside
+                    row + begin_row,
+                    row + end_row,
+                    lengths[begin_row:end_row],
+                    bytes(part),
+                    json_inside,
                 )
 
     def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:

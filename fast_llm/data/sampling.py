@@ -278,9 +278,9 @@ class SourceSampler:
 
     def _advance(self, length: int, seed: int, count: int) -> None:
         """Move on by `count` sequences of another length or seed."""
-        there = self.stream.size // length
-        if self.stream is not self.all and count >= there:
-            count -= there
+        available = self.stream.size // length
+        if self.stream is not self.all and count >= available:
+            count -= available
             self.epoch, self.stream = self.epoch + 1, self.all
         if self.stream is self.all:
             more, count = divmod(count, self.all.size // length)
@@ -294,24 +294,24 @@ class SourceSampler:
         epoch."""
         index, stream, epoch = index + self.base, self.stream, self.epoch
         if stream is not self.all:
-            there = stream.size // self.length
-            if index < there:
+            available = stream.size // self.length
+            if index < available:
                 order = keys(self.seed, self.key, epoch, stream.cut)
-                return stream, permute(index, there, order), epoch
-            index, epoch = index - there, epoch + 1
-        there = self.all.size // self.length
-        more, place = divmod(index, there)
+                return stream, permute(index, available, order), epoch
+            index, epoch = index - available, epoch + 1
+        available = self.all.size // self.length
+        more, place = divmod(index, available)
         epoch += more
-        return self.all, permute(place, there, keys(self.seed, self.key, epoch)), epoch
+        return self.all, permute(place, available, keys(self.seed, self.key, epoch)), epoch
 
     def epochs(self, count: int) -> float:
         """How many epochs of the source are complete after `count` more sequences, with a
         fraction."""
         if self.stream is self.all:
             return self.epoch + (self.base + count) / (self.all.size // self.length)
-        there = self.stream.size // self.length
-        if self.base + count >= there:
-            later = self.base + count - there
+        available = self.stream.size // self.length
+        if self.base + count >= available:
+            later = self.base + count - available
             return self.epoch + 1 + later / (self.all.size // self.length)
         unused = self.stream.size - (self.base + count) * self.length
         return self.epoch + 1 - unused / self.all.size
