@@ -30,10 +30,10 @@ from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import cudnn
 from fast_llm.model.linear import upcast_to_fp32
 
-# Without our CPU kernel: PyTorch compiles its 16-bit CPU kernel anew for every length, which takes 5
-# to 10 ms and memory that is never freed. Below 512 tokens its fp32 kernel is as fast: bf16 15.7 ms,
-# fp32 9.3 ms forward and backward at 8 × 256 tokens, 6 heads of 32. So documents shorter than _SHORT
-# are computed in fp32, and longer ones are padded to a multiple of _PADDED.
+# Without our CPU kernel: PyTorch compiles its 16-bit CPU kernel anew for every length, which takes
+# 5 to 10 ms and memory that is never freed. Below 512 tokens its fp32 kernel is as fast: bf16 15.7
+# ms, fp32 9.3 ms forward and backward at 8 × 256 tokens, 6 heads of 32. So documents shorter than
+# _SHORT are computed in fp32, and longer ones are padded to a multiple of _PADDED.
 _SHORT = 512
 _PADDED = 64
 

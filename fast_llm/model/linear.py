@@ -65,7 +65,7 @@ _UPCAST_DTYPES = _dtypes_without_matmul()
 
 @contextmanager
 def upcasting(*dtypes: torch.dtype) -> Iterator[None]:
-    """Compute as on a CPU without matmul instructions for `dtypes`, and with those for all others."""
+    """Compute as on a CPU whose only missing matmul instructions are those for `dtypes`."""
     global _UPCAST_DTYPES
     before, _UPCAST_DTYPES = _UPCAST_DTYPES, dtypes
     try:

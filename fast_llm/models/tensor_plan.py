@@ -1,7 +1,7 @@
-"""The entries of a family's `TENSOR_PLAN`: how tensor parallelism treats each kind of module. No torch.
+"""The entries of a family's `TENSOR_PLAN`: what tensor parallelism does to modules. No torch.
 
-A plan maps patterns of module names to entries, the first that matches counts. Every module that has
-weights of its own must match one. `parallel/tensor.py` says what each entry does to a module.
+A plan maps patterns of module names to entries, the first that matches counts. Every module that
+has weights of its own must match one. `parallel/tensor.py` says what each entry does to a module.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """A linear layer cut by its input features: results are summed over processes, then scattered."""
+    """A linear layer cut by its input features: results are summed over processes, and scattered."""
 
 
 @dataclass(frozen=True)
