@@ -16,7 +16,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """A linear layer cut by its input features: results are summed over processes, and scattered."""
+    """A linear layer cut by its input features: results are summed over processes and scattered."""
 
 
 @dataclass(frozen=True)
