@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 WIDEST = 100  # columns; longer lines are hard to read
+NARROWEST = 40  # labels and texts side by side need as many
 
 BOLD, DIM, RED, YELLOW = "1", "2", "31", "33"
 _JOINED = "\0"  # a space at which no line ends
@@ -28,14 +29,18 @@ def is_terminal(stream: Any) -> bool:
 
 
 def width(stream: Any) -> int:
-    """The columns of the terminal behind the stream, at most WIDEST; WIDEST where there is none."""
-    if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given) > 0:
-        return min(int(given), WIDEST)
-    try:
-        found = os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError, AttributeError):
-        found = 0
-    return min(found or WIDEST, WIDEST)
+    """The columns of the terminal behind the stream, from NARROWEST to WIDEST.
+
+    WIDEST for a stream that is not a terminal.
+    """
+    given = os.environ.get("COLUMNS", "")
+    found = int(given) if given.isdecimal() else 0
+    if not found:
+        try:
+            found = os.get_terminal_size(stream.fileno()).columns
+        except (OSError, ValueError, AttributeError):
+            found = 0
+    return max(min(found or WIDEST, WIDEST), NARROWEST)
 
 
 def wrap_width(stream: Any) -> int | None:

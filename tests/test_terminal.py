@@ -163,7 +163,7 @@ def test_table() -> None:
 
 def test_width(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    for given, expected in (("80", 80), ("200", 100), ("0", 100), ("x", 100)):
+    for given, expected in (("80", 80), ("200", 100), ("0", 100), ("x", 100), ("3", 40)):
         monkeypatch.setenv("COLUMNS", given)
         assert terminal.width(stream) == expected
 
