@@ -333,7 +333,7 @@ def test_a_checkpoint_to_start_from_that_is_none(
         capsys, *SMALL, f"pretrained.path={path}", "pretrained.format=distributed"
     )
     assert problem.endswith(
-        f"{path}: no fast_llm_manifest.json; it is not a complete checkpoint of this project"
+        f"{path}: has no fast_llm_manifest.json; it is not a complete checkpoint of this project"
     )
 
 
@@ -619,7 +619,7 @@ def test_a_manifest_that_training_did_not_write(
     content = json.loads(manifest.read_bytes())
     content.pop("sha256")
     content["info"] |= changes
-    manifest.write_text(json.dumps(content | {"sha256": checkpoints._digest(content)}))
+    manifest.write_text(json.dumps(content | {"sha256": checkpoints.content_digest(content)}))
     (said,) = messages(capsys, *SMALL, MODEL, "run.experiment_dir=run")
     assert said.startswith(
         f"override run.experiment_dir=run: run.experiment_dir: {manifest}: {problem}"

@@ -1,10 +1,11 @@
-"""Folders that are whole or absent, and prove it: checkpoints and exports.
+"""Atomic folders with a manifest: checkpoints and exports.
 
-A folder is written under a hidden name (`.<name>.partial-…`), flushed, given a manifest with the size and
-sha256 of every file and of itself, and renamed. What has a manifest that fits is a checkpoint; names mean
-nothing and strangers are left alone. Deleting begins with a rename too, so that no half folder is ever found.
+A folder is written under a hidden name (`.<name>.partial-…`), flushed, given a manifest with the
+size and sha256 of every file and of the manifest itself, and renamed. A folder is a checkpoint if
+it has a valid manifest, whatever its name; other files and folders are left alone. Deletion also
+starts with a rename, so that a partial folder is never found.
 
-Hashing reads each file once, 1 to 2 GB/s a thread, up to eight files at a time.
+Hashing reads each file once, 1 to 2 GB/s per thread, up to eight files at a time.
 """
 
 import hashlib
@@ -28,16 +29,16 @@ logger = logging.getLogger("fast_llm")
 
 MANIFEST = "fast_llm_manifest.json"
 FORMAT = "fast-llm folder 1"
-LARGEST_MANIFEST = 2**26  # bytes; a checkpoint of a thousand processes has a tenth of it
+LARGEST_MANIFEST = 2**26  # bytes; ten times that of a checkpoint of a thousand processes
 _THREADS = 8
-_LATE = 60.0  # seconds until a file server must show what other machines wrote
+_VISIBLE_WITHIN = 60.0  # seconds for a file server to show what other machines wrote
 _LEFTOVER = re.compile(r"\.(.+)\.(partial|deleted)-[0-9a-f]{8}")
 _REPLACED = re.compile(r"(.+)\.replaced-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a whole folder says of itself."""
+    """The content of a complete folder."""
 
     kind: str  # checkpoint or export
     step: int
@@ -46,7 +47,7 @@ class Manifest:
 
 
 def begin(final: Path) -> Path:
-    """A new folder beside `final`, hidden and with a name that nobody else uses, to be filled and published.
+    """Make a hidden folder with a unique name next to `final`, to be filled and published.
 
     Raises OSError.
     """
@@ -60,7 +61,7 @@ def begin(final: Path) -> Path:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of files of a folder, by name; they are flushed to disk first. Raises OSError."""
+    """Flush files of a folder to disk; their sizes and sha256, by name. Raises OSError."""
 
     def digest(name: str) -> dict[str, Any]:
         with (folder / name).open("rb") as file:
@@ -83,17 +84,17 @@ def publish(
     info: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Give a written folder its manifest and its name, both for good: when this returns they are on disk.
+    """Write the manifest of a `partial` folder and rename it to `final`. Both are then on disk.
 
-    `info` is what JSON can hold. A checkpoint or export that had the name is replaced, and is there under
-    another name until the new one is; anything else that had it is moved aside and stays.
-    Raises OSError, and CheckpointError if a file is not there.
+    `info` must be JSON. A checkpoint or export at `final` is replaced, and kept under another name
+    until the new one is there. Anything else at `final` is moved to another name and kept. Raises
+    OSError, and CheckpointError if a file is missing.
     """
     _wait_for(partial, files)
     content = json.loads(
         json.dumps({"format": FORMAT, "kind": kind, "step": step, "info": info, "files": files})
     )
-    content["sha256"] = _digest(content)
+    content["sha256"] = content_digest(content)
     with (partial / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -109,7 +110,8 @@ def publish(
         final.rename(old)
         if not ours:
             logger.warning(
-                f"{final} was in the way of {kind} {step} and is none; it was moved to {old}."
+                f"{final} exists but is not a checkpoint or export; it was moved to {old}, for"
+                f" {kind} {step}."
             )
     partial.rename(final)
     _flush(final.parent)
@@ -118,16 +120,16 @@ def publish(
 
 
 def _wait_for(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Until all files are seen here; those of other machines may come late through a file server."""
-    deadline = time.monotonic() + _LATE
+    """Wait until all files are visible here. A file server may show other machines' files late."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN
     while True:
         missing = [name for name, entry in files.items() if _size(folder / name) != entry["size"]]
         if not missing:
             return
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"{folder / missing[0]}: written by another process but not to be seen by the first one;"
-                " run.experiment_dir must be on a disk that all machines share"
+                f"{folder / missing[0]}: written by another process but not visible to the first"
+                " one; run.experiment_dir must be on a disk that all machines share"
             )
         time.sleep(0.1)
 
@@ -140,56 +142,56 @@ def _size(path: Path) -> int | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises CheckpointError if there is none, or a damaged one."""
+    """The manifest of a folder. Raises CheckpointError if it is missing or damaged."""
     path = folder / MANIFEST
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             raise CheckpointError(f"{path}: not a file")
         with path.open("rb") as file:
-            data = file.read(
-                min(os.fstat(file.fileno()).st_size, LARGEST_MANIFEST) + 1
-            )  # makes room for all that it is asked for
+            # read() allocates what it is asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_MANIFEST) + 1)
         if len(data) > LARGEST_MANIFEST:
             raise CheckpointError(
                 f"{path}: larger than {LARGEST_MANIFEST} bytes; not a manifest of this project"
             )
         content = json.loads(data)
         claimed = content.pop("sha256")
-        if claimed != _digest(content):
-            raise CheckpointError(f"{path}: damaged, its digest does not fit its content")
+        if claimed != content_digest(content):
+            raise CheckpointError(f"{path}: damaged: its digest differs from that of its content")
         if content["format"] != FORMAT:
             raise CheckpointError(
-                f"{path}: has the format {str(content['format'])[:60]!r}, which this version does not read ({FORMAT!r})"
+                f"{path}: has the format {str(content['format'])[:60]!r}, which this version"
+                f" does not read; it reads {FORMAT!r}"
             )
         manifest = Manifest(content["kind"], content["step"], content["info"], content["files"])
         _check(manifest)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder}: no {MANIFEST}; it is not a complete checkpoint of this project"
+            f"{folder}: has no {MANIFEST}; it is not a complete checkpoint of this project"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     return manifest
 
 
 def _check(manifest: Manifest) -> None:
-    """The digest is no secret: what fits it may still have been written by somebody else."""
+    """Check types and names: a file with a valid digest may still come from another program."""
     if type(manifest.kind) is not str or type(manifest.step) is not int or manifest.step < 0:
-        raise ValueError("kind or step are none")
+        raise ValueError("kind is not a text, or step not a number of 0 or more")
     if type(manifest.info) is not dict or type(manifest.files) is not dict:
-        raise ValueError("info or files are none")
+        raise ValueError("info or files is not an object")
     for name, entry in manifest.files.items():
         outside = any(part in ("", ".", "..") for part in name.split("/"))
         if outside or name == MANIFEST or "\\" in name or "\0" in name:
             raise ValueError(f"{name[:80]!r} is not the name of a file in the folder")
         if type(entry["size"]) is not int or type(entry["sha256"]) is not str:
-            raise ValueError(f"size or sha256 of {name} are none")
+            raise ValueError(f"size or sha256 of {name} has the wrong type")
 
 
 def verify(folder: Path) -> Manifest:
-    """Compare every file with its size and digest. Raises CheckpointError naming file and step."""
+    """Compare every file with its size and digest. Raises CheckpointError for the first damage."""
     manifest = read_manifest(folder)
 
     def damage(name: str, content: bool) -> str | None:
@@ -205,7 +207,9 @@ def verify(folder: Path) -> Manifest:
                 return None
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{path}: its content is not what was saved (sha256 differs); {of}"
+                    return (
+                        f"{path}: its content has changed since it was saved (sha256 differs); {of}"
+                    )
         except OSError as error:
             return f"{path}: {error.strerror}; {of}"
         return None
@@ -216,14 +220,14 @@ def verify(folder: Path) -> Manifest:
                 filter(None, pool.map(lambda name: damage(name, content), manifest.files)), None
             )
 
-    # Sizes first: most damage shows there, before gigabytes are read.
+    # Sizes first: they show most damage, without reading gigabytes.
     if problem := first(False) or first(True):
         raise CheckpointError(problem)
     return manifest
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has a manifest and files of the right sizes. Their content is not read."""
+    """Whether a folder has a valid manifest and files of the right sizes. Reads no contents."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError:
@@ -232,9 +236,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def _manifests(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
-    """Of what is not hidden and has something called a manifest. Strangers of every kind have none."""
+    """The manifest, or its error, of each folder in `root` that is not hidden and has one."""
     try:
-        # os.path.isfile is false, not an error, for symlink loops and folders that can not be read
+        # isfile is false, and raises nothing, for symlink loops and folders without permission.
         entries = [e for e in root.iterdir() if e.name[:1] != "." and os.path.isfile(e / MANIFEST)]
     except OSError:
         return []
@@ -248,7 +252,7 @@ def _manifests(root: Path) -> list[tuple[Path, Manifest | CheckpointError]]:
 
 
 def missing_manifest(root: Path) -> list[Path]:
-    """Folders directly under `root` that hold weights and have lost their manifest: no crash leaves such a one."""
+    """Folders directly under `root` that hold weights but no manifest. Crashes leave none."""
     try:
         found = {path.parent for path in root.glob("*/*.safetensors") if path.parent.name[0] != "."}
     except OSError:
@@ -257,9 +261,10 @@ def missing_manifest(root: Path) -> list[Path]:
 
 
 def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
-    """Every checkpoint or export directly under `root`, by step, the oldest first; of all kinds or of one.
+    """Step and path of the checkpoints and exports directly under `root`, by step, ascending.
 
-    Manifests are read, files are not. Of two with one step the one that is being replaced comes first.
+    `kind`: only "checkpoint" or "export". Manifests are read, files are not. Of two folders with
+    one step, the one being replaced comes first.
     """
     found = [
         (m.step, path)
@@ -274,19 +279,20 @@ def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
 def latest(
     root: Path, kind: str = "checkpoint", content: bool = True, quiet: bool = False
 ) -> Path | None:
-    """The newest checkpoint under `root` that is whole; damaged ones are named in the log and passed over.
+    """The newest undamaged checkpoint under `root`. Damaged ones are skipped, with a warning.
 
-    `content`: whether digests are compared too, or only sizes; `quiet`: the log has named the damaged ones already.
+    `content`: compare digests, not sizes alone. `quiet`: log at debug level, because the damaged
+    ones have been logged before.
     """
     level = logging.DEBUG if quiet else logging.WARNING
     for path in missing_manifest(root):
         logger.log(
             level,
-            f"Passed over: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}",
+            f"Skipped: {path}: holds weights but no {MANIFEST}; it is not a complete {kind}",
         )
     for _, manifest in _manifests(root):
         if isinstance(manifest, CheckpointError):
-            logger.log(level, f"Passed over: {manifest}")
+            logger.log(level, f"Skipped: {manifest}")
     for _, path in reversed(find(root, kind)):
         if not content and is_complete(path):
             return path
@@ -294,12 +300,12 @@ def latest(
             verify(path)
             return path
         except CheckpointError as error:
-            logger.log(level, f"Passed over: {error}")
+            logger.log(level, f"Skipped: {error}")
     return None
 
 
 def unusable(root: Path) -> list[Path]:
-    """What is or was a checkpoint under `root`, where `latest` finds none: all of it is damaged."""
+    """All damaged checkpoints under `root`, to be called where `latest` found no good one."""
     return missing_manifest(root) + [
         path
         for path, m in _manifests(root)
@@ -310,10 +316,10 @@ def unusable(root: Path) -> list[Path]:
 def prune(
     root: Path, keep: int | None, is_permanent: Callable[[int], bool], current: int | None = None
 ) -> None:
-    """Delete all but the newest `keep` whole ones of those that are not permanent, and what crashes left behind.
+    """Delete all but the newest `keep` complete folders that are not permanent; clean up crashes.
 
-    `current`: the step that was just saved. Those of later steps are left alone and not counted: the run could
-    not go on from them, and will replace them.
+    `current`: the step that was just saved. Later steps are neither deleted nor counted: they come
+    from an earlier attempt, and the run will replace them.
     """
     clean(root)
     if keep is None:
@@ -329,9 +335,9 @@ def prune(
 
 
 def clean(root: Path) -> None:
-    """Finish what a crash broke off under `root`: delete what is partial, and finish or undo replacements.
+    """Clean up after a crash: delete partial folders, and complete or undo replacements.
 
-    Nothing may be written there meanwhile.
+    No other process may write to `root` at the same time.
     """
     try:
         entries = list(root.iterdir())
@@ -349,12 +355,12 @@ def clean(root: Path) -> None:
                     entry.rename(final)
                 except OSError as error:
                     logger.warning(
-                        f"{entry} could not be named {final.name} again: {error.strerror}"
+                        f"{entry} could not be renamed to {final.name}: {error.strerror}"
                     )
 
 
 def delete(path: Path) -> None:
-    """Delete a folder so that no part of it can be taken for a whole; a failure is logged."""
+    """Rename a folder to a hidden name, then delete it. A failure is logged."""
     doomed = path.with_name(f".{path.name}.deleted-{secrets.token_hex(4)}")
     try:
         path.rename(doomed)
@@ -365,7 +371,7 @@ def delete(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

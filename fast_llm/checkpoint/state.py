@@ -1,13 +1,13 @@
-"""Training state in and out, through torch's distributed checkpoint (DCP).
+"""Save and load training state with PyTorch's distributed checkpoint (DCP).
 
-DCP's planner knows which process holds which part of a tensor, so that a checkpoint of one layout is read by
-any other. The parts lie in safetensors files whose headers say where in the whole they belong, as DCP's own
-Hugging Face storage has them; that one reads them too. Nothing is pickled: everything that is not a tensor is
-JSON in the folder's manifest.
+DCP's planner knows which process holds which part of a tensor, so any layout can load the
+checkpoint of any other. Parts are stored in safetensors files whose headers say where in the full
+tensor they belong. DCP's Hugging Face storage has the same format, and reads these files. Nothing
+is pickled: whatever is not a tensor is JSON in the manifest of the folder.
 
-Each process writes and hashes its own files; the first publishes the folder when all are done. The same state
-in the same layout gives the same bytes. Host memory: one process's part of one tensor, or with `stage` of all of them:
-then training may change them while a thread writes.
+Each process writes and hashes its own files. The first process publishes the folder when all are
+done. The same state in the same layout gives the same bytes. Host memory: one process's part of one
+tensor; with `stage` of all tensors, and training may change them while a thread writes.
 """
 
 import json
@@ -43,20 +43,18 @@ from fast_llm.checkpoint.weights import (
 from fast_llm.errors import CheckpointError
 from fast_llm.tensors import local_part
 
-LARGEST_FILE_BYTES = (
-    2**32
-)  # bytes, if no single part is larger; files are hashed and read in parallel
+LARGEST_FILE_BYTES = 2**32  # unless one part is larger; files are hashed and read in parallel
 
 
 @torch.no_grad()
 def stage(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> None:
-    """Copy this process's part of each tensor to host memory: `into`, which is made once and serves for every save.
+    """Copy this process's part of each tensor to host memory: into `into`, reused by every save.
 
-    Waits for no other process. Raises RuntimeError if there is no memory.
+    Does not wait for other processes. Raises RuntimeError if memory is short.
     """
     for name, tensor in tensors.items():
         local = local_part(tensor)
-        if name not in into:  # pinned memory: the device copies by itself, at the speed of the bus
+        if name not in into:  # pinned, so that the device copies at the speed of the bus
             into[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
         into[name].copy_(local, non_blocking=True)
     if any(tensor.is_cuda for tensor in tensors.values()):
@@ -64,7 +62,7 @@ def stage(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> None:
 
 
 def staged_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What `stage` takes of host memory."""
+    """The bytes of host memory that `stage` takes."""
     return sum(local_part(tensor).nbytes for tensor in tensors.values())
 
 
@@ -77,12 +75,12 @@ def save(
     group: dist.ProcessGroup | None = None,
     parts: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write `<root>/<step>`, whole or not at all; every process calls it with the tensors that it has a part of.
+    """Write `<root>/<step>` atomically. Every process calls it with the tensors it has a part of.
 
-    `tensors`: tensors, the same on all processes, or DTensors, named `part/name`; `info`: what JSON can hold.
-    `group`: on which processes wait for one another, the default one if not given; give one with patience.
-    `parts`: what `stage` made of `tensors`, to be written instead of their present values.
-    Raises CheckpointError on all processes if one fails; what stood there is still there then.
+    `tensors`: DTensors, or tensors that are the same on all processes, named `part/name`. `info`:
+    JSON. `group`: for synchronisation, with a long timeout; by default the default group. `parts`:
+    local parts from `stage`, written in place of the tensors' current values. Raises
+    CheckpointError on all processes if one fails. An existing folder is then unchanged.
     """
     group = or_default_group(group)
     final = root / str(step)
@@ -96,7 +94,7 @@ def save(
         assert into is not None
         with raise_on_all(what, group):
             writer = _Writer(into)
-            # DCP has an agreement of its own: where it fails, it fails on all processes.
+            # DCP synchronises: if it fails, it fails on all processes.
             dcp.save(
                 dict(tensors),
                 storage_writer=writer,
@@ -121,12 +119,12 @@ def save(
 
 
 def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Fill tensors or DTensors of any layout from a checkpoint, converting dtypes; every process calls it.
+    """Fill tensors or DTensors of any layout from a checkpoint. Every process calls it.
 
-    Of each part (the name up to the first `/`) that is asked for, all tensors must be asked for, by some process, and be
-    there.
-    Digests are not compared here: `folder.verify` and `folder.latest` do. Raises CheckpointError on all processes
-    if one fails; `tensors` are undefined then.
+    Dtypes are converted. For each part (the name up to the first `/`) that is loaded, the
+    checkpoint must hold exactly the tensors that the processes together ask for. Digests are
+    compared by `folder.verify` and `folder.latest`, not here. Raises CheckpointError on all
+    processes if one fails; the values of `tensors` are then undefined.
     """
     group = or_default_group(group)
     wanted = {name for names in all_gather_object(list(tensors), group) for name in names}
@@ -144,7 +142,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
 
 
 class _StagedPlanner(DefaultSavePlanner):
-    """Plans by the tensors themselves, and has their staged parts written."""
+    """Plans with the tensors, and writes their staged parts."""
 
     def __init__(self, parts: Mapping[str, Tensor]):
         super().__init__()
@@ -155,9 +153,9 @@ class _StagedPlanner(DefaultSavePlanner):
 
 
 class _Writer(dcp.StorageWriter):
-    """Writes a process's parts to safetensors files, one part after the other.
+    """Writes a process's parts to safetensors files, one part at a time.
 
-    DCP's own HuggingFaceStorageWriter holds a file twice in memory, and its bytes differ from time to time.
+    DCP's HuggingFaceStorageWriter holds a file twice in memory, and its bytes vary between saves.
     """
 
     def __init__(self, folder: Path):
@@ -171,21 +169,21 @@ class _Writer(dcp.StorageWriter):
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """The plan, unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each process its number, for the names of its files."""
+        """Give each process its number, for the names of its files."""
         return [replace(plan, storage_data=number) for number, plan in enumerate(plans, start=1)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what this process is to write."""
+        """Write this process's files."""
         for number, items in enumerate(_split(plan.items), start=1):
             parts = {
                 item.index.fqn: (_part(item).properties.dtype, tuple(_part(item).chunk.sizes))
                 for item in items
             }
-            assert len(parts) == len(items), "a process has one part of a tensor at most"
+            assert len(parts) == len(items), "a process has at most one part of a tensor"
             by_name = {item.index.fqn: item for item in items}
             offsets = {
                 name: {"saved_offsets": list(_part(by_name[name]).chunk.offsets)}
@@ -208,7 +206,7 @@ class _Writer(dcp.StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """The headers say it all."""
+        """Nothing to do: the files' headers hold all metadata."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -217,7 +215,7 @@ class _Writer(dcp.StorageWriter):
 
 
 class _Listed(FileSystem):
-    """A folder in which only some files are seen."""
+    """A file system that lists only the files `names` of a folder."""
 
     def __init__(self, names: list[str]):
         self.names = names
@@ -227,7 +225,8 @@ class _Listed(FileSystem):
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """Reads the files that a manifest names; DCP's own reads whatever safetensors lie in the folder."""
+    """Reads the files that the manifest names. DCP's own reads every safetensors file in the
+    folder."""
 
     def __init__(self, path: Path):
         super().__init__(str(path))
@@ -249,25 +248,26 @@ class _Reader(dcp.HuggingFaceStorageReader):
             RecursionError,
         ) as error:
             raise CheckpointError(
-                f"{self.path}: a file's header does not say which parts it holds: {error}"
+                f"{self.path}: the header of a file does not describe its parts: {error}"
             ) from error
 
 
 def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: set[str]) -> None:
-    """DCP itself leaves what no file covers as it was, and reads over what is there besides."""
+    """Raise for missing, additional and incomplete tensors, which DCP accepts silently."""
     other = "it is a checkpoint of another model"
     there: dict[str, Any] = found.state_dict_metadata
     parts = {name.partition("/")[0] for name in wanted}
-    strange = sorted(name for name in there.keys() - wanted if name.partition("/")[0] in parts)
-    if strange:
-        raise CheckpointError(f"{path}: holds {strange[0]}, which the model has not; {other}")
+    extra = sorted(name for name in there.keys() - wanted if name.partition("/")[0] in parts)
+    if extra:
+        raise CheckpointError(f"{path}: holds {extra[0]}, which the model does not have; {other}")
     for name, tensor in tensors.items():
         if name not in there:
-            raise CheckpointError(f"{path}: {name} is missing; {other}, or one without it")
+            raise CheckpointError(f"{path}: {name} is missing; {other}, or was saved without it")
         saved: TensorStorageMetadata = there[name]
         if tuple(saved.size) != tuple(tensor.shape):
             raise CheckpointError(
-                f"{path}: {name} has the shape {list(saved.size)}, must be {list(tensor.shape)}; {other}"
+                f"{path}: {name} has the shape {list(saved.size)}, must be {list(tensor.shape)};"
+                f" {other}"
             )
         chunks = {
             tuple(chunk.offsets): math.prod(chunk.sizes)
@@ -280,16 +280,16 @@ def _check(path: Path, found: Metadata, tensors: Mapping[str, Tensor], wanted: s
             or sum(chunks.values()) != covered
             or any(min(c, default=0) < 0 for c in chunks)
         ):
-            raise CheckpointError(f"{path}: the parts of {name} do not make up the whole")
+            raise CheckpointError(f"{path}: the parts of {name} do not cover it exactly")
 
 
 def _part(item: WriteItem) -> TensorWriteData:
-    assert item.tensor_data is not None, "what is not a tensor belongs into info"
+    assert item.tensor_data is not None, "only tensors; other state belongs into info"
     return item.tensor_data
 
 
 def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """What goes into each file."""
+    """The items of each file."""
     files: list[list[WriteItem]] = []
     filled = 0
     for item in items:

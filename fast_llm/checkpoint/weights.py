@@ -1,10 +1,12 @@
-"""Weights in and out as safetensors, whatever they are spread over.
+"""Load and save weights in Hugging Face's format (safetensors), full or sharded.
 
-Reading, each process takes from each file only the slices it holds, straight to where they live; files are
-mapped, so host memory holds one tensor's slice at a time. Writing, weights are rounded to the dtype asked for,
-gathered a batch at a time (256 MiB, or one weight if that is larger), and the first process appends the batch
-to its file. The bytes depend on the weights alone, not on the processes: a safetensors file is the length of
-its header (8 bytes), the header (JSON, padded to 8 bytes) and the tensors one after the other.
+Loading: each process reads only its slices of each file, directly to their device. Files are
+mapped, so host memory holds one slice at a time. Saving: weights are rounded to the dtype, and
+gathered in batches of 256 MiB, or one weight if that is larger; the first process appends each
+batch to its file. The bytes depend on the weights alone, not on the layout.
+
+A safetensors file is the length of its header (8 bytes), the header (JSON, padded to 8 bytes) and
+the tensors.
 """
 
 import json
@@ -40,7 +42,7 @@ _Value = TypeVar("_Value")
 
 
 def all_gather_object(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
-    """The value of each process, on every process."""
+    """The value of each process of `group`, on every process; without a group a list of one."""
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -50,15 +52,16 @@ def all_gather_object(value: _Value, group: dist.ProcessGroup | None) -> list[_V
 
 @contextmanager
 def raise_on_all(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """A block that every process enters; where it fails on one, it raises on all of them when all are through.
+    """A context that every process enters: if one fails in it, all raise when all have left it.
 
-    Failing files raise CheckpointError, `what` with the reason. A fault of ours is raised as it is where it
-    happened. Inside, no process may wait for another after the first thing that can fail on one alone.
+    File errors become CheckpointErrors of `what` with the reason; other exceptions stay as they are
+    on their own process. Inside, no process may wait for another after anything that can fail on
+    one only.
     """
     error: BaseException | None = None
     try:
         yield
-    # The others must hear of it, whatever it is. (DCP's is no Exception.)
+    # Any error must reach the others. DCP's is not an Exception.
     except (Exception, CheckpointException) as problem:
         error = problem
     reasons = [
@@ -74,7 +77,7 @@ def raise_on_all(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """DCP's errors come wrapped, one for each process."""
+    """The errors of all processes in a CheckpointException of DCP; other errors alone."""
     return (
         [cause for cause, _ in error.failures.values()]
         if isinstance(error, CheckpointException)
@@ -101,12 +104,12 @@ def _reason(error: BaseException) -> str:
 
 
 def is_main(group: dist.ProcessGroup | None) -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is the first process, which writes shared files."""
     return group is None or dist.get_rank(group) == 0
 
 
 def or_default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """`group`, or else the default one, or none with one process."""
+    """`group`, or the default group, or None with one process."""
     return dist.group.WORLD if group is None and dist.is_initialized() else group
 
 
@@ -114,10 +117,10 @@ def or_default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
 def load_weights(
     weights: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Fill tensors or DTensors, by name, from a folder of safetensors files, converting dtypes; every process calls it
-    with the weights that it has a part of.
+    """Fill tensors or DTensors, by name, from a folder of safetensors files.
 
-    Raises CheckpointError unless the folder holds every one of them with its shape, and no others.
+    Every process calls it with the weights it has a part of. Dtypes are converted. Raises
+    CheckpointError unless the folder holds all of them in the right shapes, and no others.
     """
     files = weight_files(folder)
     wanted = {
@@ -129,12 +132,12 @@ def load_weights(
     missing = sorted(name for name in wanted if places[name] not in files)
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    strange = sorted(
+    extra = sorted(
         name for name in files.keys() - set(places.values()) if not is_optional_tensor(name)
     )
-    if strange:
+    if extra:
         raise CheckpointError(
-            f"{folder}: holds {len(strange)} tensors that the model has not, first {strange[0]}"
+            f"{folder}: holds {len(extra)} tensors that the model does not have, first {extra[0]}"
         )
     by_file: dict[Path, list[str]] = {}
     for name in weights:
@@ -146,13 +149,14 @@ def load_weights(
                     source = file.get_slice(places[name])
                     if tuple(source.get_shape()) != tuple(weights[name].shape):
                         raise CheckpointError(
-                            f"{path}: {name} has the shape {source.get_shape()}, must be {list(weights[name].shape)}"
+                            f"{path}: {name} has the shape {source.get_shape()}, must be"
+                            f" {list(weights[name].shape)}"
                         )
                     local = local_part(weights[name])
                     if local.numel():
                         local.copy_(source[local_region(weights[name])])
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: can not be read: {_reason(error)}") from error
+            raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
 
 
 @torch.no_grad()
@@ -163,11 +167,11 @@ def save_weights(
     parameters_per_file: int,
     group: dist.ProcessGroup | None = None,
 ) -> list[str]:
-    """Write weights as `model.safetensors`, or as several files with their index. The files' names.
+    """Write weights as `model.safetensors`, or as several files and an index; returns their names.
 
-    Every process calls it with the tensors or DTensors that it has a part of, in the same order. `dtype` None keeps each
-    weight's own.
-    `group`: on which processes wait while one writes; give one with patience. Raises CheckpointError.
+    Every process calls it with the tensors or DTensors it has a part of, in the same order.
+    `dtype`: None keeps that of each weight. `group`: on which processes wait while the first one
+    writes, with a long timeout. Raises CheckpointError.
     """
     group = or_default_group(group)
     own = {
@@ -175,9 +179,8 @@ def save_weights(
         for name, weight in weights.items()
     }
     parts = all_gather_object(own, group)
-    owners = {
-        name: rank for rank, names in reversed([*enumerate(parts)]) for name in names
-    }  # the first that has a part
+    # The first process that has a part of each weight.
+    owners = {name: rank for rank, names in reversed([*enumerate(parts)]) for name in names}
     every = {name: parts[owners[name]][name] for name in sorted(owners, key=_natural_key)}
     plan = _split(every, parameters_per_file)
     total = 0
@@ -216,7 +219,7 @@ def save_weights(
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
-    """Weights that are NaN or infinite, be it by rounding, are of no use to anybody."""
+    """Raise CheckpointError for NaN and infinities, which may come from rounding to fp16."""
     if (
         weight.is_floating_point()
         and weight.numel()
@@ -234,16 +237,16 @@ def _check_finite(name: str, weight: Tensor) -> None:
 def in_file_order(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes in the order that safetensors has in a file: the wider dtypes first, so that all are aligned."""
+    """Dtypes and shapes in safetensors' order: wider dtypes first, so that all are aligned."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 
 def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The beginning of a safetensors file whose tensors follow in this order.
+    """The start of a safetensors file, up to its tensors, which must follow in this order.
 
-    safetensors' own writer puts its metadata in another order each time and wants all tensors at once.
+    safetensors' own writer varies the order of metadata, and needs all tensors in memory.
     """
     content: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
@@ -261,12 +264,12 @@ def safetensors_header(
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, little endian, as safetensors files hold them."""
+    """The bytes of a tensor in a safetensors file, little endian."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """A key to sort names by, layers by their numbers."""
+    """A sort key of names that orders layers by number."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
@@ -274,12 +277,12 @@ _Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _size(tensor: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    """In bytes."""
+    """The size in bytes of a tensor with this dtype and shape."""
     return tensor[0].itemsize * math.prod(tensor[1])
 
 
 def _split(tensors: _Tensors, parameters_per_file: int) -> dict[str, list[str]]:
-    """Which weights each file holds, in the order given."""
+    """The weights of each file, in the given order."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name, (_, shape) in tensors.items():
@@ -315,7 +318,10 @@ def _full_weight(
     owner: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor | None:
-    """All of a weight of which some processes have parts: on the first process, and on those."""
+    """The full weight, on the first process and on those that have a part of it.
+
+    `owner`: the first process with a part; another pipeline stage's weight is sent from there.
+    """
     whole: Tensor | None = None
     if weight is not None:
         whole = weight.detach().to(dtype)
@@ -344,11 +350,11 @@ def export_hugging_face(
     step: int,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write a complete Hugging Face folder, which is there whole or not at all; every process calls it.
+    """Write a complete Hugging Face folder atomically. Every process calls it.
 
-    `files`: small files that go along, by their path in the folder (tokenizer, generation_config.json). A config.json
-    among them is written as it is if it says what `config` says. Raises CheckpointError on all processes if it
-    fails on one; what stood at `path` is still there then.
+    `files`: small files by their path in the folder (tokenizer, generation_config.json). A
+    config.json among them is copied unchanged if its content equals `config`. Raises
+    CheckpointError on all processes if one fails; an existing folder at `path` is then unchanged.
     """
     group = or_default_group(group)
     what = f"{path}: could not be exported"

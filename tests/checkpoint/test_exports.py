@@ -272,7 +272,9 @@ def test_loading_what_does_not_fit(tmp_path: Path) -> None:
     a, b, c = torch.ones(2), torch.ones(3), torch.ones(4)
     with pytest.raises(CheckpointError, match="1 weights are missing, first c"):
         weights.load_weights({"a": a, "b": b, "c": c}, tmp_path)
-    with pytest.raises(CheckpointError, match="holds 1 tensors that the model has not, first b"):
+    with pytest.raises(
+        CheckpointError, match="holds 1 tensors that the model does not have, first b"
+    ):
         weights.load_weights({"a": a}, tmp_path)
     with pytest.raises(CheckpointError, match=r"b has the shape \[3\], must be \[4\]"):
         weights.load_weights({"a": a, "b": c}, tmp_path)

@@ -93,12 +93,10 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(SHAPES, "model-1.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(CheckpointError, match=r"model-1.safetensors: can not be read: .*[Hh]eader"):
+    with pytest.raises(CheckpointError, match=r"model-1.safetensors: cannot be read: .*[Hh]eader"):
         load_weights(reference(), tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"model-1.safetensors: can not be read: No such file"
-    ):
+    with pytest.raises(CheckpointError, match=r"model-1.safetensors: cannot be read: No such file"):
         load_weights(reference(), tmp_path)
 
 

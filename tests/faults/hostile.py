@@ -120,7 +120,7 @@ def seal(checkpoint: Path) -> None:
 def resealed(checkpoint: Path, content: dict[str, Any]) -> None:
     content.pop("sha256", None)
     (checkpoint / folders.MANIFEST).write_text(
-        json.dumps(content | {"sha256": folders._digest(content)})
+        json.dumps(content | {"sha256": folders.content_digest(content)})
     )
 
 

@@ -268,7 +268,7 @@ def live(
                 f"{story}, {event}, exit code {code}\n{said[-5000:]}"
             )
         complete = code == 0 and "Training is complete" in said
-        figures["damaged checkpoints passed over"] += "Passed over" in said
+        figures["damaged checkpoints passed over"] += "Skipped: " in said
     with Job(
         folder, arguments(folder, "disturbed", steps), world
     ) as job:  # what a kill at the very end left undone

@@ -191,7 +191,7 @@ def test_a_model_from_scratch_has_its_tokens(tmp_path: Path, manifest: str) -> N
     if manifest == "before":
         content = json.loads((checkpoint / folders.MANIFEST).read_text())
         del content["info"]["tokens"], content["sha256"]
-        content["sha256"] = folders._digest(content)
+        content["sha256"] = folders.content_digest(content)
         (checkpoint / folders.MANIFEST).write_text(json.dumps(content))
     convert(checkpoint, tmp_path / "converted")
     for folder in (export, tmp_path / "converted"):

@@ -241,9 +241,9 @@ def test_a_damaged_checkpoint_is_named_once(tokens: Path) -> None:
     largest.write_bytes(data)
     with Job(tokens, arguments, 2) as job:
         assert job.wait() == 0
-        named = [line for line in job.said().splitlines() if "Passed over" in line]
+        named = [line for line in job.said().splitlines() if "Skipped: " in line]
     assert len(named) == 1 and re.match(
-        r"\d\d-\d\d \d\d:\d\d:\d\d Passed over: .*checkpoint/2", named[0]
+        r"\d\d-\d\d \d\d:\d\d:\d\d Skipped: .*checkpoint/2", named[0]
     ), named
     time_of_day, _, message = named[0][6:].partition(" ")
     logged = (tokens / "run" / "runs" / "1" / "logs" / "logs_rank_0.txt").read_text().splitlines()
