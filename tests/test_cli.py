@@ -1,4 +1,4 @@
-"""The command itself, as a process: help, exit codes, settings around --config, and what is never loaded."""
+"""The command as a process: help, exit codes, settings around --config, what is not loaded."""
 
 import errno
 import os
@@ -127,8 +127,16 @@ def test_help_loads_next_to_nothing() -> None:
             " shows the usage\n"),
         (["train", "gpt", "--config", "none.yaml"], 2, "fast-llm train: none.yaml: no such file\n"),
         (["train", "training.train_iter=5"], 2, "did you mean training.train_iters?"),
-        (["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"], 0, "with 1 empty rows"),
-        (["train", *SMALL, "data.format=file", "data.path=none.json"], 2, "none.json: no such file"),
+        (
+            ["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"],
+            0,
+            "with 1 empty rows",
+        ),
+        (
+            ["train", *SMALL, "data.format=file", "data.path=none.json"],
+            2,
+            "none.json: no such file",
+        ),
         (["train", *SMALL, "pretrained.path=./none"], 2, "pretrained.path: ./none: no such folder"),
         (["train", "--validate", *SMALL], 0, "Training      10 steps"),
         (["prepare", "output_path=x"], 2, "dataset.path: is missing"),
@@ -329,8 +337,10 @@ _LATE = """
 import os, signal, sys
 from fast_llm import cli
 
+numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+
 class Late:
-    def __del__(self, kill=os.kill, process=os.getpid(), numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+    def __del__(self, kill=os.kill, process=os.getpid(), numbers=numbers):
         for number in numbers:
             kill(process, number)
 

@@ -1,4 +1,4 @@
-"""Every mistake that planning and the command line tell: its exact message, exit code 2, and no torch loaded.
+"""Every mistake that planning and commands report: exact message, exit code 2, torch not loaded.
 
 Mistakes of YAML and settings are in tests/config; those of damaged files with the modules that read
 them. Here a whole command is given one wrong thing, made with small files.
@@ -773,9 +773,14 @@ def test_every_setting_that_names_a_file_is_tried() -> None:
     ids=[f"{i}-{row[0]}-{row[1]}" for i, row in enumerate(PATHS)],
 )
 def test_a_file_or_folder_that_will_not_do(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, setting: str,
-    further: list[str], given: str,
-) -> None:  # fmt: skip
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    setting: str,
+    further: list[str],
+    given: str,
+) -> None:
     """One line, with the setting and where it stands, in a file and on the command line."""
     from tokenizers import Tokenizer, models
 

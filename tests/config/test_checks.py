@@ -251,7 +251,8 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             [*GOOD, f"{above}.init_method_min_{part}=2", f"{TRANSFORMER}.init_method_max=1"],
-            f"{above}.init_method_min_{part}: given 2.0, must be at most init_method_max_{part} 1.0",
+            f"{above}.init_method_min_{part}: given 2.0,"
+            f" must be at most init_method_max_{part} 1.0",
         )
         for above, part in (
             *((TRANSFORMER, part) for part in ("qkv", "attn_proj", "mlp_1", "mlp_2")),

@@ -57,7 +57,8 @@ OLD: dict[str, str] = {
     " tie_word_embeddings"
     " cross_entropy_impl cross_entropy_splits parallel_embeddings sequence_first logit_z_loss"
     " logits_scale_factor"
-    " init_method_std_embed init_method_max_embed init_method_min_embed use_megatron_initialization",
+    " init_method_std_embed init_method_max_embed init_method_min_embed"
+    " use_megatron_initialization",
     "model.base_model.transformer": "num_layers hidden_size num_attention_heads head_groups"
     " kv_channels"
     " ffn_hidden_size gated activation_type add_linear_biases num_experts num_shared_experts"

@@ -213,12 +213,21 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("inner:\n  size: 1\n  size: 2\n", "c.yaml:3: inner.size: given twice, first in line 2;"
             " keep one"),
-        ("inner: {}\ninner:\n  size: 2\n", "c.yaml:2: inner: given twice, first in line 1; keep one"),
-        ("inner:\n  1: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not "1"'),
+        (
+            "inner: {}\ninner:\n  size: 2\n",
+            "c.yaml:2: inner: given twice, first in line 1; keep one",
+        ),
+        (
+            "inner:\n  1: 2\n",
+            'c.yaml:2: inner: the name of a setting must be a plain word, not "1"',
+        ),
         ("inner:\n  yes: 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not'
             ' "yes"'),
         ("inner:\n  [a]: 2\n", "c.yaml:2: inner: the name of a setting must be a plain word"),
-        ("inner:\n  '': 2\n", 'c.yaml:2: inner: the name of a setting must be a plain word, not ""'),
+        (
+            "inner:\n  '': 2\n",
+            'c.yaml:2: inner: the name of a setting must be a plain word, not ""',
+        ),
         ("inner.size: 2\n", "c.yaml:1: inner.size: no dots in the names of a file; write `inner:`"
             " and `size:` below it"),
         ("inner:\n  size: !!int x\n", 'c.yaml:2: inner.size: "x" cannot be read as int'),
@@ -352,8 +361,14 @@ def test_a_value_may_hold_an_equals_sign_and_colons() -> None:
         ("inner.size", "must have the form section.setting=value, e.g. training.train_iters=1000"),
         ("=3", "must have the form section.setting=value, e.g. training.train_iters=1000"),
         ("inner.=3", "must have the form section.setting=value, e.g. training.train_iters=1000"),
-        ("inner..size=3", "must have the form section.setting=value, e.g. training.train_iters=1000"),
-        ("in ner.size=3", "must have the form section.setting=value, e.g. training.train_iters=1000"),
+        (
+            "inner..size=3",
+            "must have the form section.setting=value, e.g. training.train_iters=1000",
+        ),
+        (
+            "in ner.size=3",
+            "must have the form section.setting=value, e.g. training.train_iters=1000",
+        ),
         ("inner.size=", "gives no value; write inner.size=null for none"),
         ("inner.size= ", "gives no value; write inner.size=null for none"),
         ("inner.size=[", "not YAML: expected the node content, but found '<stream end>'; if it is"
@@ -383,7 +398,10 @@ def test_one_mistake_in_an_override(override: str, problem: str) -> None:
     ]
 
 
-AS_IT_IS = """*.jsonl|*|&a|!x y|%x|@x|`x`|#1|a #2|- a|? a|a: b: c|---x|007|0x10|12:30|1e3|1_000|1.50|yes|No|2020-01-05|x:|a: b|> a"""
+AS_IT_IS = (
+    "*.jsonl|*|&a|!x y|%x|@x|`x`|#1|a #2|- a|? a|a: b: c|---x|007|0x10|12:30|1e3|1_000|1.50|yes|No"
+    "|2020-01-05|x:|a: b|> a"
+)
 
 
 @pytest.mark.parametrize("text", AS_IT_IS.split("|"))

@@ -1,4 +1,4 @@
-"""The configuration of `train`, `prepare` and `convert`: the recipe, defaults, and mistakes of every kind."""
+"""Configuration of `train`, `prepare` and `convert`: recipe, defaults, mistakes of every kind."""
 
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,10 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
     ("override", "problem"),
     [
         ("training.train_iters=-1", "given -1, must be an integer of 0 or more"),
-        ("training.train_iters=1e5", "given 100000.0, must be an integer of 0 or more; write 100000"),
+        (
+            "training.train_iters=1e5",
+            "given 100000.0, must be an integer of 0 or more; write 100000",
+        ),
         ("training.train_iters=1e300", "given 1.0e+300, must be an integer of 0 or more"),
         ("training.train_iters=yes", "given true, must be an integer of 0 or more"),
         ("training.train_iters='5'", 'given "5", must be an integer of 0 or more'),
@@ -124,7 +127,10 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
         ("data.split=[1, 2, 3, 4]", "given [1, 2, 3, 4], must be a list of one to three numbers of"
             " 0 or more"),
         ("data.split=[]", "given [], must be a list of one to three numbers of 0 or more"),
-        ("data.split=[1, -1]", "given [1, -1], must be a list of one to three numbers of 0 or more"),
+        (
+            "data.split=[1, -1]",
+            "given [1, -1], must be a list of one to three numbers of 0 or more",
+        ),
         (
             "data.validation_sets={test: x}",
             "test cannot be the name of a set; use letters, digits and _, and none of training,"

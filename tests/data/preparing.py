@@ -1,4 +1,4 @@
-"""What the tests of preparations share: configurations, the documents of a dataset.json, and commands in processes."""
+"""Shared by tests of preparation: configurations, documents of a dataset.json, commands."""
 
 import json
 import subprocess

@@ -84,7 +84,7 @@ def llama(folder: Path, vocab_size: int = 320) -> Path:
 
 
 def gpt2(folder: Path) -> Path:
-    """A folder with a tokenizer like GPT-2's and SmolLM2's: one token is BOS and EOS; nothing is put in front."""
+    """A folder with a tokenizer like GPT-2's: one token is BOS and EOS, and none is prepended."""
     folder.mkdir(parents=True, exist_ok=True)
     token = "<|endoftext|>"
     tokenizer = train(pre_tokenizers.ByteLevel(add_prefix_space=False), special=(token,))

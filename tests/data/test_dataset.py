@@ -68,7 +68,7 @@ def test_permutation_of_many(count: int, seed: int, data: st.DataObject) -> None
 
 
 def test_permutation_looks_random() -> None:
-    """Mean distance of neighbours in a random order of n is (n + 1) / 3, with a deviation below n / 3 / sqrt(n)."""
+    """The mean distance of neighbours in a random order of n is (n + 1) / 3, ± n / 3 / sqrt(n)."""
     n = 10_000
     order = np.array([permute(i, n, _keys(1, 0, 0)) for i in range(n)])
     assert abs(np.abs(np.diff(order)).mean() - n / 3) < 5 * n / 3 / n**0.5  # five deviations
@@ -76,7 +76,7 @@ def test_permutation_looks_random() -> None:
 
 
 def test_order_is_the_documented_one(tmp_path: Path) -> None:
-    """The order of a run must never change: the formula of the docstring, computed independently."""
+    """The order of a run must never change: the docstring's formula, computed independently."""
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -424,7 +424,7 @@ def test_verify(tmp_path: Path) -> None:
 
 
 def test_a_validation_set_that_is_trained_on(tmp_path: Path) -> None:
-    """Only validation's documents of it are used, however its path is spelled; of others, all documents."""
+    """Only its validation documents are used, however its path is spelled; all of other sets."""
     numbered(tmp_path / "a", [5] * 100)
     numbered(tmp_path / "b", [5] * 40, 1000)
     (tmp_path / "copies").mkdir()

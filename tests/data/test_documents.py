@@ -61,7 +61,7 @@ def write(path: Path, *lines: str | dict[str, Any]) -> Path:
     return path
 
 
-# --- which files ----------------------------------------------------------------------------------------------------
+# --- which files --------------------------------------------------------------------------------
 
 
 def test_files_do_not_vanish_by_their_names(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_wrong_paths_are_answered_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         find(SourceConfig(path="data", data_directory="x"))
 
 
-# --- one field --------------------------------------------------------------------------------------------------------
+# --- one field ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_what_is_no_text_is_named(tmp_path: Path, value: str) -> None:
 
 
 def test_other_columns_do_not_matter(tmp_path: Path) -> None:
-    """More keys, other types, nothing that fits, deep nesting, long numbers, and bytes that are no UTF-8."""
+    """More keys, other types, no match, deep nesting, long numbers, invalid UTF-8."""
     deep = "[" * 100_000 + "]" * 100_000
     write(
         tmp_path / "a.jsonl",
@@ -268,7 +268,7 @@ def test_other_columns_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_columns_of_parquet(tmp_path: Path) -> None:
-    """Shards that differ, one without any text, one without the column, one where it holds numbers."""
+    """Shards that differ: one without text, one without the column, one with numbers in it."""
     kinds: list[Any] = [
         pa.array(["a", None], pa.string()),
         pa.array(["a", None], pa.large_string()),
@@ -426,7 +426,7 @@ def test_utf16_is_named(tmp_path: Path) -> None:
         opened(tmp_path / "a.jsonl")
 
 
-# --- compressed -------------------------------------------------------------------------------------------------------
+# --- compressed ---------------------------------------------------------------------------------
 
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -484,7 +484,7 @@ def test_archives_are_no_documents(tmp_path: Path) -> None:
         opened(tmp_path / "x.tar")
 
 
-# --- any text, in any place -------------------------------------------------------------------------------------------
+# --- any text, in any place ---------------------------------------------------------------------
 
 # Half surrogates cannot be written to files of text; what becomes of them is tested above.
 _TEXT = st.text(

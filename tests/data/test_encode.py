@@ -57,7 +57,7 @@ def test_added_tokens_that_are_not_special_are_tokens(tokenizer: Tokenizer) -> N
 
 
 def test_texts_that_the_tokenizer_fails_on(tokenizer: Tokenizer) -> None:
-    """Half a surrogate pair is no character; ten million blanks are too much for its regular expressions."""
+    """Half a surrogate pair is not a character; ten million blanks overflow its regex engine."""
     encoder = _encoder(tokenizer)
     encoded = encoder.encode(["fine", "\ud800", "also fine", " " * 10_000_000 + "x", "fine"])
     assert [content is None for content in encoded] == [False, True, False, True, False]

@@ -58,7 +58,7 @@ def threads() -> list[threading.Thread]:
 def test_labels_positions_and_documents(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], length: int, isolate: bool
 ) -> None:
-    """Token by token: what is predicted, where it stands in its document, and where documents end."""
+    """For each token: its label, its position in its document, and where documents end."""
     dataset = opened(numbered(tmp_path_factory.mktemp("naive") / "a", lengths), length)
     owner = [
         number for number, size in enumerate(lengths) for _ in range(size)

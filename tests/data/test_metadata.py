@@ -1,4 +1,4 @@
-"""Opening datasets: dataset.json, limits of the system, moved folders, and messages for mistakes."""
+"""Opening datasets: dataset.json, system limits, moved folders, and messages for mistakes."""
 
 import json
 import logging
@@ -269,7 +269,7 @@ def test_sources_have_orders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_crash_between_the_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written over an older pair of the same sizes: whatever was renamed, old and new are never read together."""
+    """Old and new files of a pair of equal sizes are never read together."""
 
     def write(tokens: list[int], lengths: list[int]) -> None:
         writer = TokenFileWriter(tmp_path / "x", np.dtype("int32"))
@@ -295,7 +295,7 @@ def test_a_crash_between_the_two_names(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_all_orders_are_alike(count: int) -> None:
-    """Each of the count! orders as often as the others: chi-squared, with the 0.1 % quantile of its distribution."""
+    """All count! orders are equally frequent: chi-squared test at 0.1 %."""
     seen = Counter(
         tuple(permute(i, count, _keys(seed, 0, 0)) for i in range(count)) for seed in range(12_000)
     )
@@ -306,7 +306,7 @@ def test_all_orders_are_alike(count: int) -> None:
 
 
 def test_places_are_uniform() -> None:
-    """Where one index of 1,000 lands over 20,000 epochs, in 20 bins: chi-squared with 19 degrees of freedom."""
+    """The place of one index of 1,000 in 20,000 epochs, in 20 bins: chi-squared, 19 degrees."""
     for index in (0, 1, 999):
         places = np.array([permute(index, 1000, _keys(3, 0, epoch)) for epoch in range(20_000)])
         counts = np.bincount(places // 50, minlength=20)

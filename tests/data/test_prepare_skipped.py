@@ -1,4 +1,4 @@
-"""Documents that cannot be used are skipped, counted and named; what looks odd and is text stays."""
+"""Unusable documents are skipped, counted and named; unusual text is kept."""
 
 import errno
 import logging

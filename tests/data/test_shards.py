@@ -1,4 +1,4 @@
-"""Token files and their records: what a preparation that starts again does and refuses, on one node or several."""
+"""Token files and their records: what a restarted preparation does and refuses."""
 
 import gzip
 import json
@@ -95,7 +95,8 @@ def test_other_settings_are_refused(
     for changes, message in (
         (
             {"tokens_per_shard": 200_000},
-            "was started with tokens_per_shard 100000, now it is 200000; restore it, choose another",
+            "was started with tokens_per_shard 100000, now it is 200000; restore it,"
+            " choose another",
         ),
         ({"tokenizer__bos": False}, "was started with tokenizer.bos 0, now it is null"),
         ({"tokenizer__eos": False}, "was started with tokenizer.eos 1, now it is null"),

@@ -1,4 +1,4 @@
-"""Worker processes: any number of them writes the same bytes, and none is left behind, whatever is killed."""
+"""Any number of worker processes writes the same bytes; none survives a kill."""
 
 import os
 import random

@@ -51,10 +51,12 @@ def tensor(begin: int, end: int, shape: Any = (2,), dtype: str = "F32") -> dict[
 def blobs(canary: Path) -> dict[str, bytes]:
     """What may stand in any file."""
     bomb = pickle.dumps(Bomb(str(canary)))
+    pickled = tensor(0, len(bomb), (len(bomb),), "U8")
     many = {f"t{n}": tensor(0, 8) for n in range(1000)}
+    outside = {"a": "../../secret", "b": "/etc/passwd"}
     return {
         "a pickle": bomb,
-        "a pickle behind a header": safetensors({"a": tensor(0, len(bomb), (len(bomb),), "U8")}, bomb),
+        "a pickle behind a header": safetensors({"a": pickled}, bomb),
         "nothing": b"",
         "zeros": bytes(4096),
         "a header of 2^63 bytes": (2**63).to_bytes(8, "little") + b"{}",
@@ -69,11 +71,17 @@ def blobs(canary: Path) -> dict[str, bytes]:
         "a number of 100,000 digits": b'{"a": ' + b"9" * 100_000 + b"}",
         "not UTF-8": b"\xff\xfe{}",
         "names that lead out": json.dumps(
-            {"weight_map": {"a": "../../secret", "b": "/etc/passwd"}, "datasets": [{"prefix": "../x"}]}
+            {"weight_map": outside, "datasets": [{"prefix": "../x"}]}
         ).encode(),
-        "an index of 2^63 documents": tokenfile.MAGIC + struct.pack("<QBQQ", 1, 8, 2**63, 2**63 + 1) + bytes(64),
-        "an index of negative lengths": tokenfile.MAGIC + struct.pack("<QBQQ", 1, 8, 1, 2) + struct.pack("<iqqq", -5, 0, 0, 1),
-        "an index of 2^31 tokens": tokenfile.MAGIC + struct.pack("<QBQQ", 1, 8, 1, 2) + struct.pack("<iqqq", 2**31 - 1, 0, 0, 1),
+        "an index of 2^63 documents": tokenfile.MAGIC
+        + struct.pack("<QBQQ", 1, 8, 2**63, 2**63 + 1)
+        + bytes(64),
+        "an index of negative lengths": tokenfile.MAGIC
+        + struct.pack("<QBQQ", 1, 8, 1, 2)
+        + struct.pack("<iqqq", -5, 0, 0, 1),
+        "an index of 2^31 tokens": tokenfile.MAGIC
+        + struct.pack("<QBQQ", 1, 8, 1, 2)
+        + struct.pack("<iqqq", 2**31 - 1, 0, 0, 1),
     }  # fmt: skip
 
 

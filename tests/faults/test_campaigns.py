@@ -1,4 +1,4 @@
-"""Each campaign with a small budget; the large ones and their figures are in docs/reliability.md."""
+"""Each campaign with a small budget; docs/reliability.md has the results of large ones."""
 
 from pathlib import Path
 

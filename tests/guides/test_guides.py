@@ -1,9 +1,9 @@
-"""Every command and YAML block of README and guides is run, in order, in one folder, as a reader would.
+"""Every command and YAML block of README and guides runs, in order, in one folder.
 
 What a machine without a network, eight GPUs and a hundred gigabytes can not do is run against these
 stand-ins:
 
-- `git clone https://huggingface.co/…`, `git lfs install`: a small Llama takes the place of Llama-3.1-8B
+- `git clone https://huggingface.co/…`, `git lfs install`: a small Llama replaces Llama-3.1-8B
 - `bigcode/the-stack-dedup`: a folder of parquet with a column `content`
 - `--nproc_per_node 8` becomes 2; four nodes become one
 - Weights & Biases records offline, and TensorBoard says what it would show

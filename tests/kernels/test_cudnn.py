@@ -66,7 +66,8 @@ def test_padding_documents_are_empty() -> None:
         (
             (9, 0),
             ImportError("cudnn"),
-            "the package nvidia-cudnn-frontend is not installed (pip install nvidia-cudnn-frontend)",
+            "the package nvidia-cudnn-frontend is not installed"
+            " (pip install nvidia-cudnn-frontend)",
         ),
         ((9, 0), RuntimeError("No engine\nsupports it"), "No engine"),
         (

@@ -1,4 +1,6 @@
-"""Checks of the Triton kernels, as a program: `TRITON_INTERPRET=1 python -m tests.kernels.triton_checks NAME`.
+"""Checks of the Triton kernels, as a program.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.triton_checks NAME
 
 The kernels then run in Triton's interpreter on the CPU. It is chosen when Triton is imported, so
 test_triton.py starts a process for each check. A check raises AssertionError, or "equal" is

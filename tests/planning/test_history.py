@@ -502,7 +502,7 @@ def test_a_history_that_no_run_wrote() -> None:
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool) -> None:
-    """Joined sequences keep all true labels, get no false ones, and restart attention and positions."""
+    """Joined sequences keep true labels, add no false ones, restart attention and positions."""
     path = numbered(tmp_path / "a", [7] * 60, 0)
     config = TrainConfig(
         data=DataConfig(path=[path], split=[1]), batch=BatchConfig(sequence_length=8, batch_size=4)

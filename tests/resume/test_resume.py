@@ -122,7 +122,7 @@ def rounding(function: Callable[[list[str]], int], arguments_: list[str]) -> int
 
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
 def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
-    """Split masters go through checkpoints and exports bit for bit, and train as fp32 masters do."""
+    """Split masters survive checkpoints and exports bit for bit, and train as fp32 masters."""
     write_tokens(tmp_path / "tokens", 400)
     how = ["model.distributed.training_dtype=bf16", f"optimizer.moments_dtype={moments}"]
     assert spawn(1, rounding, run, arguments(tmp_path, "plain", 8, *how)) == [0]

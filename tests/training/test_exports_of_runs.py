@@ -181,7 +181,7 @@ def from_scratch(folder: Path, *further: str) -> list[str]:
 
 @pytest.mark.parametrize("manifest", ["now", "before"])
 def test_a_model_from_scratch_has_its_tokens(tmp_path: Path, manifest: str) -> None:
-    """Exports and conversions know BOS and EOS; those of older checkpoints by the run's tokenizer."""
+    """Exports and conversions know BOS and EOS; older checkpoints by the run's tokenizer."""
     assert run(from_scratch(tmp_path, f"data.tokenizer.path={tmp_path / 'tokenizer'}")) == 0
     export, checkpoint = (
         tmp_path / "run" / "export" / "llama" / "1",

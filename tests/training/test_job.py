@@ -56,7 +56,8 @@ def test_the_plan_in_numbers(tokens: Path) -> None:
     )
     assert re.search(r"\n {14}exports +5 steps +\d+ kB  all\n", text) and "free at" in text
     assert re.search(
-        r"Split         for +documents +tokens\n {14}training +320 +[\d,]+\n {14}validation +40 +[\d,]+\n {14}test +40 ",
+        r"Split         for +documents +tokens\n {14}training +320 +[\d,]+\n"
+        r" {14}validation +40 +[\d,]+\n {14}test +40 ",
         text,
     )
 

@@ -27,7 +27,8 @@ NAMES = {
         "fast_llm::add_matmul",
         "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN",
         "void"
-        " cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_64x2_tn_align8>(Params)",
+        " cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_64x2_tn_align8>"
+        "(Params)",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>",
         "triton_tem_fused_mm_3",
@@ -79,7 +80,8 @@ NAMES = {
         "aten::copy_",
         "aten::view",
         "void"
-        " at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(TensorIteratorBase&)>",
+        " at::native::unrolled_elementwise_kernel"
+        "<at::native::direct_copy_kernel_cuda(TensorIteratorBase&)>",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
     ],
 }
