@@ -113,11 +113,11 @@ def _processes(config: TrainConfig, processes: int) -> Violations:
 
 def _shard_size(config: TrainConfig, processes: int) -> Violations:
     size, distributed = config.model.multi_stage.shard_size, config.model.distributed
-    sharing = distributed.data_parallel(processes) * distributed.sequence_data_parallel
-    if size is not None and size < sharing and sharing % size:
-        divisors = [str(divisor) for divisor in range(1, sharing + 1) if sharing % divisor == 0]
-        words = f"the {sharing} processes" + (
-            " that share training state" if sharing < processes else ""
+    replicas = distributed.replicas(processes)
+    if size is not None and size < replicas and replicas % size:
+        divisors = [str(divisor) for divisor in range(1, replicas + 1) if replicas % divisor == 0]
+        words = f"the {replicas} processes" + (
+            " that share training state" if replicas < processes else ""
         )
         yield (
             ("model.multi_stage.shard_size",),

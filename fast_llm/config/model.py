@@ -262,6 +262,10 @@ class DistributedConfig(Section):
         model_parallel = self.tensor_parallel * self.pipeline_parallel * self.sequence_data_parallel
         return max(1, processes // model_parallel)
 
+    def replicas(self, processes: int) -> int:
+        """Number of processes that need the same weights: data- times context-parallel ones."""
+        return self.data_parallel(processes) * self.sequence_data_parallel
+
 
 class ModelConfig(Section):
     """The model and how it is computed."""

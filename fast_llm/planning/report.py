@@ -100,7 +100,7 @@ def _processes(spec: RunSpec) -> str:
         return "1 (nothing is sharded)"
     distributed, multi = config.model.distributed, config.model.multi_stage
     words = [f"{count}, zero_stage {multi.zero_stage or 1}"]
-    replicas = distributed.data_parallel(count) * distributed.sequence_data_parallel
+    replicas = distributed.replicas(count)
     group = multi.shard_size or replicas
     if group < replicas:
         words.append(f"sharded in groups of {group}")
@@ -209,8 +209,7 @@ def _background(spec: RunSpec, checkpoint_size: int) -> str:
     """Whether training waits for checkpoints, or the host memory that background saving takes."""
     if not spec.config.training.checkpoint.background:
         return "training waits for checkpoints"
-    distributed = spec.config.model.distributed
-    replicas = distributed.data_parallel(spec.processes) * distributed.sequence_data_parallel
+    replicas = spec.config.model.distributed.replicas(spec.processes)
     copies = replicas // min(spec.config.model.multi_stage.shard_size or replicas, replicas)
     return (
         f"checkpoints are written in the background, from {format_bytes(checkpoint_size * copies)}"
