@@ -372,6 +372,7 @@ def delete(path: Path) -> None:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -226,7 +226,8 @@ class _Listed(FileSystem):
 
 class _Reader(dcp.HuggingFaceStorageReader):
     """Reads the files that the manifest names. DCP's own reads every safetensors file in the
-    folder."""
+    folder.
+    """
 
     def __init__(self, path: Path):
         super().__init__(str(path))

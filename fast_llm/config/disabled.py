@@ -1,5 +1,6 @@
 """Features that one setting turns off, so that the settings of the feature need not be removed from
-the file."""
+the file.
+"""
 
 from typing import Any
 
@@ -38,7 +39,8 @@ DISABLED_BY: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 
 def without_disabled(values: Any) -> Any:
     """The values of a file without the settings that DISABLED_BY says to ignore. Does not change
-    `values`."""
+    `values`.
+    """
 
     def at(path: str) -> Any:
         here = values

@@ -33,7 +33,8 @@ class Document:
     ):
         """`places`: dotted path → where it was written. `source`: the name of the file. `problems`:
         mistakes, which `validate` reports with its own. `broken`: paths of values that could not be
-        read and are not in `values`."""
+        read and are not in `values`.
+        """
         self.values = values
         self.places = places
         self.source = source
@@ -42,7 +43,8 @@ class Document:
 
     def where(self, path: str) -> str:
         """`file:line` of a dotted path, or of the nearest section around it, or of the first
-        setting inside it."""
+        setting inside it.
+        """
         around = path
         while around:
             if around in self.places:

@@ -37,7 +37,6 @@ class _Unsupported:
 
 def unsupported(sentences: Mapping[Any, str]) -> BeforeValidator:
     """In an annotation: single values that are refused. `advice`: value → what to do instead."""
-
     return BeforeValidator(_Unsupported(sentences))
 
 
@@ -114,7 +113,8 @@ def _locate(
     kind: type[BaseModel], loc: tuple[int | str, ...]
 ) -> tuple[str, FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
     """What an error is about: path of the setting, its field, the location inside it, its
-    section."""
+    section.
+    """
     section, field, path = kind, None, ""
     for position, part in enumerate(loc):
         below = nested_sections(field.annotation) if field is not None else [section]
@@ -289,7 +289,8 @@ def nearest_setting(
     path: str, name: str, above: str, siblings: list[str], known: list[str]
 ) -> str | None:
     """The setting that was probably meant: one with a similar name in the section, one with this
-    name elsewhere, or one whose path is similar."""
+    name elsewhere, or one whose path is similar.
+    """
     sibling = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     if sibling:
         return f"{above}.{sibling[0]}" if above else sibling[0]
@@ -307,7 +308,8 @@ def nearest_setting(
 
 def _similarity(one: str, other: str) -> float:
     """Similarity of two dotted paths, from 0 to 1: of the complete paths, or (weighing a little
-    less) of their last names."""
+    less) of their last names.
+    """
 
     def ratio(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()

@@ -63,7 +63,8 @@ Std = Annotated[float, Field(ge=0), Allowed("a number of 0 or more")] | None
 
 class TransformerConfig(Section):
     """The transformer blocks. With `pretrained.path` their shape comes from the model's
-    config.json: leave it out."""
+    config.json: leave it out.
+    """
 
     num_layers: Annotated[int, Field(gt=0, le=10_000), Allowed("an integer from 1 to 10000")] = 12
     """Number of blocks."""
@@ -148,7 +149,8 @@ class TransformerConfig(Section):
 
 class BaseModelConfig(Section):
     """The model. With `pretrained.path` its shape comes from the model's config.json: leave it
-    out."""
+    out.
+    """
 
     vocab_size: Positive = 49152
     """Number of rows of the embedding."""

@@ -1,5 +1,6 @@
 """The constraints on the shape of the model: what must divide what, initialization, and what fp8
-supports."""
+supports.
+"""
 
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ Violations = Iterator[Violation]
 
 
 def tensor_parallel(config: TrainConfig) -> Violations:
+    """What `tensor_parallel` must divide."""
     size, base = config.model.distributed.tensor_parallel, config.model.base_model
     name, above = "model.distributed.tensor_parallel", "model.base_model"
     for path, divided in (
@@ -29,6 +31,7 @@ def tensor_parallel(config: TrainConfig) -> Violations:
 
 
 def heads(config: TrainConfig) -> Violations:
+    """Numbers of heads, groups and channels."""
     transformer, above = config.model.base_model.transformer, "model.base_model.transformer"
     heads, groups = transformer.num_attention_heads, transformer.head_groups
     names = {
@@ -54,6 +57,7 @@ def heads(config: TrainConfig) -> Violations:
 
 
 def rotary(config: TrainConfig) -> Violations:
+    """Rotary position embeddings."""
     rotary, above = (
         config.model.base_model.transformer.rotary,
         "model.base_model.transformer.rotary",
@@ -67,6 +71,7 @@ def rotary(config: TrainConfig) -> Violations:
 
 
 def initialization(config: TrainConfig) -> Violations:
+    """Ranges of the random initialization."""
     base = config.model.base_model
     transformer, above = base.transformer, "model.base_model.transformer"
     lowest, highest = transformer.init_method_min, transformer.init_method_max

@@ -140,7 +140,8 @@ def _default_at(kind: type[BaseModel], path: str) -> str:
 
 def _refused(kind: type[BaseModel], refused: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Refused settings, then refused values, each with its advice. One item for all of a section
-    with the same advice."""
+    with the same advice.
+    """
     items: dict[tuple[str, str], list[str]] = {}
     for path, advice in refused.items():
         items.setdefault((path.rpartition(".")[0], advice), []).append(f"`{path}`")
@@ -160,7 +161,8 @@ def doc_text(section: type[BaseModel]) -> str:
 
 def meaning(section: type[BaseModel], name: str) -> str:
     """The docstring of a setting. Read from the source here: pydantic would take 40 ms at each
-    start."""
+    start.
+    """
     for kind in section.__mro__[: section.__mro__.index(BaseModel)]:
         found = _docstrings(kind.__module__).get(kind.__name__, {})
         if name in found:

@@ -24,7 +24,8 @@ class Section(BaseModel):
     @classmethod
     def _null_means_default(cls, values: Any) -> Any:
         """An empty section means all defaults; null means the default for a setting that is derived
-        from others."""
+        from others.
+        """
         if values is None:
             return {}
         if not isinstance(values, dict):

@@ -46,7 +46,8 @@ class LogsConfig(Interval):
 
 class ValidationConfig(Interval):
     """When the validation loss is measured: before the first step, every `interval` steps, and
-    after the last step. The same sequences are used each time, so the losses can be compared."""
+    after the last step. The same sequences are used each time, so the losses can be compared.
+    """
 
     iterations: Positive | None = None
     """Number of batches (of `batch.batch_size` sequences) that one validation measures. Required
@@ -55,7 +56,8 @@ class ValidationConfig(Interval):
 
 class CallbackConfig(Section):
     """A program that the first process starts after something was saved. Training does not wait for
-    it."""
+    it.
+    """
 
     script: Annotated[str | list[str], Allowed("a command, or a list of its words")] | None = None
     """The command, as a line for a shell or as a list of words. The environment variable
@@ -114,7 +116,8 @@ class SavedConfig(Interval):
 class CheckpointConfig(SavedConfig):
     """Checkpoints, from which the same command resumes: fp32 weights and optimizer state, 12 bytes
     a parameter. With `interval` set, one is also saved after the last step, and when training is
-    interrupted."""
+    interrupted.
+    """
 
     keep: Positive | None = 5
     """Number of newest checkpoints to keep. null keeps all."""
@@ -126,7 +129,8 @@ class CheckpointConfig(SavedConfig):
 
 class ExportConfig(SavedConfig):
     """Exports: Hugging Face folders with weights, configuration and tokenizer, in
-    `export/<format>/<step>/`. With `interval` set, one is also written after the last step."""
+    `export/<format>/<step>/`. With `interval` set, one is also written after the last step.
+    """
 
     keep: Positive | None = None
     """Number of newest exports to keep. null keeps all."""
@@ -155,7 +159,8 @@ class ExportConfig(SavedConfig):
 
 class ShutdownConfig(Interval):
     """Stop after these steps, for queues with a time limit. The process saves a checkpoint and
-    exits with code 0; the same command resumes."""
+    exits with code 0; the same command resumes.
+    """
 
 
 class DoubleCheckConfig(Interval):
@@ -163,13 +168,15 @@ class DoubleCheckConfig(Interval):
     an error. Before the update of such a step, the loss of one micro-batch is computed again, and
     tensors that several processes hold are compared bit for bit. A difference is reported with
     rank, host and tensor, and training stops with exit code 1. A check costs one forward pass of a
-    micro-batch (of all micro-batches with pipeline parallelism)."""
+    micro-batch (of all micro-batches with pipeline parallelism).
+    """
 
 
 class ProfilingConfig(Interval):
     """Profile single steps with PyTorch's profiler. Each writes a table of the time by part and by
     operation, and a trace for Perfetto, to `<experiment_dir>/profile`. The step trains as usual,
-    but is left out of the speed metrics."""
+    but is left out of the speed metrics.
+    """
 
     ranks: Annotated[
         list[Count], Field(min_length=1), Allowed("a list of one or more ranks, each 0 or more")
@@ -181,7 +188,8 @@ class SpikesConfig(Section):
     """What to do about spikes: steps whose loss or gradient norm is far above those of the previous
     steps. With y the values of the last `window` steps and m their median, a spike is a value above
     m + `threshold` × max(1.4826 × median |y - m|, 0.01 × |m|). The update of such a step is not
-    applied. `optimizer.max_nonfinite_steps` handles infinite and NaN gradients."""
+    applied. `optimizer.max_nonfinite_steps` handles infinite and NaN gradients.
+    """
 
     policy: Annotated[
         Literal["none", "skip", "rewind", "stop"],
@@ -208,7 +216,8 @@ class AlertConfig(Interval):
 
 class WandbConfig(Section):
     """Weights & Biases. Giving any of these settings turns it on; `training.wandb: null` turns it
-    off. Without a login or a network, the run is recorded offline."""
+    off. Without a login or a network, the run is recorded offline.
+    """
 
     entity_name: Text | None = None
     """User or team. null means your default entity."""
@@ -254,7 +263,8 @@ class BatchConfig(Section):
     """Number of sequences in a step, and how processes share them. What is left out is derived from
     the rest: batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes,
     where the number of data-parallel processes is the number of processes / (tensor_parallel ×
-    pipeline_parallel × sequence_data_parallel)."""
+    pipeline_parallel × sequence_data_parallel).
+    """
 
     micro_batch_size: Annotated[
         Positive | Literal["auto"] | None, Allowed("an integer above 0, auto or null")
@@ -381,7 +391,8 @@ class GradientScalerConfig(Section):
 
 class OptimizerConfig(Section):
     """AdamW. Weight decay applies to all matrices, including embedding and head, but not to norms
-    and biases."""
+    and biases.
+    """
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay: each update subtracts learning rate × weight_decay × weight."""

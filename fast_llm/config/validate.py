@@ -189,7 +189,8 @@ def _without(values: Values, paths: Iterable[str]) -> Values:
 
 def _without_refused(document: Document, refused: Mapping[str, str], problems: list[str]) -> Values:
     """The values without refused settings, one problem for each. A section's advice serves settings
-    in it without their own."""
+    in it without their own.
+    """
     found: set[str] = set()
 
     def look(value: Any, path: str, advice: str | None) -> None:

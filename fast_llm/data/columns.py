@@ -69,7 +69,8 @@ class ArrowTable:
 
     def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
         """The column in pieces, each with the number of its first row. May leave out pieces before
-        `first`."""
+        `first`.
+        """
         at = first
         try:
             with contextlib.ExitStack() as stack:
@@ -143,7 +144,8 @@ def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Itera
 
 def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
     """Read the metadata of a file. Raises DataError if it is damaged, MissingPackage without
-    pyarrow."""
+    pyarrow.
+    """
     pyarrow = _pyarrow(path)
     try:
         with contextlib.ExitStack() as stack:
@@ -210,7 +212,8 @@ def explain_missing_field(schema: Any, field: str) -> str | None:
 
 def _values_as_bytes(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:
     """[rows] bytes of each value (-1 for null), the bytes of all values, and whether they are
-    JSON."""
+    JSON.
+    """
     import pyarrow
 
     json_inside = is_json_column(array.type)

@@ -105,7 +105,8 @@ class Split:
 
 class Dataset:
     """All splits of a run's data. `metadata`: path of each dataset → its dataset.json ({} for a
-    bare prefix)."""
+    bare prefix).
+    """
 
     def __init__(self, splits: dict[str, Split], metadata: Metadata, length: int, seed: int):
         self.splits = splits
@@ -116,7 +117,8 @@ class Dataset:
 
     def read(self, split: str, index: int) -> PackedSample:
         """Sequence `index` of a split, L + 1 tokens. Raises DataError for a file that can no longer
-        be read."""
+        be read.
+        """
         source, number, _ = self.splits[split].find(index)
         return source.read(number)
 
@@ -326,7 +328,8 @@ def _open_validation_set(
     length: int,
 ) -> Source:
     """A further validation set. Of token files that are also trained on, it has validation's
-    documents only."""
+    documents only.
+    """
     by_size: dict[tuple[int, int], list[TokenFile]] = {}
     for file in training:
         by_size.setdefault((file.documents, file.tokens), []).append(file)
@@ -398,7 +401,8 @@ def _open_path(
 
 def _open_entry(path: Path, entry: Mapping[str, Any]) -> TokenFile:
     """A token file of the dataset.json at `path`. Raises DataError if its sizes are not those
-    listed."""
+    listed.
+    """
     file = TokenFile(resolve_prefix(path, entry["prefix"]))
     for key, found in (
         ("num_tokens", file.tokens),

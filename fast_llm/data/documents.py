@@ -64,7 +64,8 @@ _COMPRESSION_RATIO = 4  # assumed, to estimate the size of compressed text
 @dataclass(frozen=True)
 class Corpus:
     """All documents. Rows are numbered from 0 in the order of the files; a file of text is one
-    row."""
+    row.
+    """
 
     parts: list[tuple[Table, int, int]]
     """Tables, each with the rows [first, last) that are read of it."""
@@ -85,7 +86,8 @@ class Corpus:
     @property
     def reading_changed(self) -> bool:
         """Whether version 0.1 read some of them differently: it guessed types in JSON and did not
-        decompress text files."""
+        decompress text files.
+        """
         return self.kind == "json" or any(
             path.lower().endswith(COMPRESSED)
             for table, _, _ in self.parts
@@ -226,7 +228,8 @@ def _slice(
     tables: list[Table], first: str | None, last: str | None
 ) -> Iterator[tuple[Table, int, int]]:
     """Rows [first, last) of tables laid end to end. Bounds are numbers or percentages; negative
-    ones count from the end."""
+    ones count from the end.
+    """
     rows = [table.rows - table.blank_rows for table in tables]
     total = sum(rows)
 
@@ -317,7 +320,8 @@ def _load(datasets: Any, found: DatasetFiles, processes: int | None) -> Any:
 @contextlib.contextmanager
 def _captured_errors() -> Iterator[list[str]]:
     """The errors that `datasets` logs in the block. Keeps it and the Hub's client from printing
-    them twice."""
+    them twice.
+    """
     logged: list[str] = []
 
     class Collector(logging.Handler):
@@ -350,7 +354,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _reason(error: BaseException) -> str:
     """The first line of the innermost cause: `datasets` wraps it, and its processes send it as
-    text."""
+    text.
+    """
     for cause in _causes(error):
         name, lines = type(cause).__name__, str(cause).strip().splitlines()
         if name == "RemoteTraceback":

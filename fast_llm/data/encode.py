@@ -19,7 +19,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]):
         """Changes `tokenizer`: it no longer produces special tokens. `dtype` must hold the
-        vocabulary."""
+        vocabulary.
+        """
         self.tokenizer = tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

@@ -60,7 +60,8 @@ class DatasetFiles:
 
 def find(config: SourceConfig) -> DatasetFiles:
     """Find the documents. Raises DataError if the configuration names no files, or files of several
-    kinds."""
+    kinds.
+    """
     place = Path(config.path).expanduser()
     if place.exists() and config.config_name is not None:
         raise DataError(
@@ -119,7 +120,8 @@ def similar(place: Path) -> str:
 
 def _matches(path: Path) -> list[str]:
     """The file of this name, or the files that match it as a pattern. Leading folders that exist
-    are taken literally."""
+    are taken literally.
+    """
     if path.is_file():
         return [str(path)]
     base, parts = Path(), list(path.parts)
@@ -212,7 +214,8 @@ def _of_files(
     config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]
 ) -> DatasetFiles:
     """The files of the requested splits. `root`: the folder below which names say the split of a
-    file."""
+    file.
+    """
     if not files:
         also = f"; left out: {describe(left_out)}" if left_out else ""
         raise DataError(f"dataset.path: {config.path}: no files there{also}")
@@ -271,7 +274,8 @@ def _of_files(
 
 def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
     """Files by split. Files whose names say no split are `train` if no file is; else their split is
-    ""."""
+    "".
+    """
     found: dict[str, list[str]] = {}
     for path, name in names.items():
         found.setdefault(_split_of(name), []).append(path)
@@ -295,7 +299,8 @@ def _split_of(name: str) -> str:
 
 def parse_split(text: str) -> list[tuple[str, str | None, str | None]]:
     """Splits and slices of them, written as for `datasets`: train[:10%]+test[5:20]. Raises
-    DataError."""
+    DataError.
+    """
     found = []
     for part in text.split("+"):
         match = _SLICE.fullmatch(part.strip())

@@ -125,7 +125,8 @@ class Loader:
 
     def micro_batch(self, first: int, count: int) -> Batch:
         """`count` sequences from `first` on, padded with rows without targets to the size of a
-        micro-batch. Raises DataError for a token that the model does not have."""
+        micro-batch. Raises DataError for a token that the model does not have.
+        """
         size, length = self.sizes.micro_batch_size, self.dataset.length
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
         tokens[count:], labels[count:] = 0, IGNORE_INDEX

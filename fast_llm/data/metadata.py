@@ -34,7 +34,8 @@ _LARGEST = 2**30  # bytes
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The content of a dataset.json. Raises DataError for a file that is missing, damaged or not a
-    dataset.json."""
+    dataset.json.
+    """
     data = _read_file(path)
     if problem := lfs_problem(path, data):
         raise DataError(problem)
@@ -88,7 +89,8 @@ def _suggestion(folder: Path) -> str:
 
 def _check_entries(path: Path, entries: Any) -> None:
     """Raises DataError unless `datasets` lists token files, each once, with numbers that make
-    sense."""
+    sense.
+    """
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a dataset.json: it has no list `datasets`")
     seen = set()

@@ -162,7 +162,8 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
 
 def _is_finished(job: Job) -> bool:
     """Whether there is nothing left to do. Raises DataError if it was finished with other
-    settings."""
+    settings.
+    """
     if not job.metadata.exists():
         return False
     if read_json(job.metadata).get("format") != FORMAT:
@@ -296,7 +297,8 @@ def _metadata(
     skipped: dict[str, int],
 ) -> dict[str, Any]:
     """The content of the dataset.json. `shards`: the records of token files, by name; `records`:
-    those of ranks too."""
+    those of ranks too.
+    """
     config = job.config.dataset
     tokens = sum(record["tokens"] for _, record in shards)
     examples = [example for record in records for example in record["examples"]]

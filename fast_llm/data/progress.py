@@ -1,5 +1,6 @@
 """What `fast-llm prepare` shows while it runs: rows done, speed, time left, and the documents it
-skips."""
+skips.
+"""
 
 import logging
 import os

@@ -242,7 +242,8 @@ def parse_line(line: bytes, path: str, number: int) -> Any:
 
 def parse(text: str) -> Any:
     """JSON to values; a SkippedDocument for JSON that Python cannot read. Raises
-    json.JSONDecodeError."""
+    json.JSONDecodeError.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -273,7 +274,8 @@ class DamagedFile(Exception):
 
 def open_binary(path: str) -> BinaryIO:
     """A file, decompressed if its name says that it is compressed. Reading it raises DamagedFile if
-    that fails."""
+    that fails.
+    """
     suffix = os.path.splitext(path.lower())[1]
     if suffix == ".zst":
         try:
@@ -317,7 +319,8 @@ class _NormalizedErrors(io.RawIOBase):
 
 class _ZstdStream(io.RawIOBase):
     """Decompresses all frames of a file. The library's own reader accepts a truncated file as
-    complete."""
+    complete.
+    """
 
     def __init__(self, file: BinaryIO, library: Any):
         self.file, self.library = file, library

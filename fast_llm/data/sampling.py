@@ -126,7 +126,8 @@ class Mixture:
 
     def find(self, index: int) -> tuple[int, int]:
         """The source of sequence `index`, and the number of that sequence among those of the
-        source."""
+        source.
+        """
         low, high, inside = 0, len(self.edges) - 1, index
         while high - low > 1:
             middle = (low + high) // 2
@@ -153,7 +154,8 @@ class Mixture:
 
     def _left(self, low: int, middle: int, high: int, share: int) -> int:
         """g(share): how many of the first `share` sequences of sources low … high - 1 go to those
-        below `middle`."""
+        below `middle`.
+        """
         left, total = self.edges[middle] - self.edges[low], self.edges[high] - self.edges[low]
         # `counts` also visits sources whose weights round to 0, which never get a sequence.
         return (2 * share * left + total) // (2 * total) if total else share
@@ -177,7 +179,8 @@ class FullStream:
 
 class RemainingStream:
     """The inputs that remain of a stream after some of its sequences were used. Keeps one bit per
-    sequence."""
+    sequence.
+    """
 
     cut: int
     size: int
@@ -218,7 +221,8 @@ class RemainingStream:
 
     def _select(self, begin: int, end: int) -> NDArray[np.int64]:
         """The numbers of the begin-th to the (end - 1)-th remaining sequence, in ascending
-        order."""
+        order.
+        """
         first = int(np.searchsorted(self._before, begin, "right")) - 1
         last = int(np.searchsorted(self._before, end, "left"))
         assert self._bits is not None
@@ -228,7 +232,8 @@ class RemainingStream:
 
     def ranges(self, begin: int, end: int) -> list[Range]:
         """The source's inputs that are [begin, end) of this stream: ascending ranges, adjacent ones
-        merged."""
+        merged.
+        """
         self.open()
         length, inside = self.length, self.left * self.length
         places: list[Range] = []
@@ -263,7 +268,8 @@ class SourceSampler:
 
     def __init__(self, inputs: int, length: int, seed: int, key: int, drawn: Sequence[Drawn] = ()):
         """`inputs`: number of inputs of the source. `key`: its key number. `drawn`: what it gave
-        before, the oldest first."""
+        before, the oldest first.
+        """
         self.length, self.seed, self.key = length, seed, key
         self.drawn = list(drawn)
         self.all = FullStream(inputs)
@@ -291,7 +297,8 @@ class SourceSampler:
 
     def find(self, index: int) -> tuple[Stream, int, int]:
         """The stream that the index-th sequence is cut from, its number in that stream, and its
-        epoch."""
+        epoch.
+        """
         index, stream, epoch = index + self.base, self.stream, self.epoch
         if stream is not self.all:
             available = stream.size // self.length
@@ -306,7 +313,8 @@ class SourceSampler:
 
     def epochs(self, count: int) -> float:
         """How many epochs of the source are complete after `count` more sequences, with a
-        fraction."""
+        fraction.
+        """
         if self.stream is self.all:
             return self.epoch + (self.base + count) / (self.all.size // self.length)
         available = self.stream.size // self.length
@@ -319,7 +327,8 @@ class SourceSampler:
 
 def add_drawn(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
     """What a source has given, with one more entry; merged with the last one if length and seed are
-    the same."""
+    the same.
+    """
     length, seed, count = more
     found = list(drawn)
     if not count:

@@ -126,7 +126,8 @@ def _intact_record(job: Job, rank: int, number: int) -> dict[str, Any] | None:
 
 def _missing_ranges(job: Job, first: int, last: int) -> list[tuple[int, int, int]]:
     """What is left to do of rows [first, last): number of the first token file, first row, end of
-    the rows."""
+    the rows.
+    """
     missing: list[tuple[int, int, int]] = []
     numbers = sorted(int(path.stem.rpartition("_")[2]) for path in job.records())
     number, row = 0, first

@@ -104,7 +104,8 @@ class Source:
 
     def read(self, number: int) -> PackedSample:
         """Sequence `number`, below `sequences`. Raises DataError for a file that can no longer be
-        read."""
+        read.
+        """
         ranges = self.input_ranges(number)
         if len(ranges) == 1:
             tokens, starts = self._read(ranges[0][0], ranges[0][1] + 1)
@@ -123,7 +124,8 @@ class Source:
 
     def _read(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source's tokens [begin, end), and the indices at which documents begin in them, 0
-        included."""
+        included.
+        """
         tokens = np.empty(end - begin, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
@@ -142,7 +144,8 @@ class Source:
 
     def locate(self, number: int) -> list[DocumentSpan]:
         """The parts of documents that make up sequence `number` and its last target: L + 1
-        tokens."""
+        tokens.
+        """
         ranges = self.input_ranges(number)
         ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
         spans = []
@@ -159,7 +162,8 @@ class Source:
 
 class RandomSource:
     """Random tokens that depend only on a seed and the number of the sequence. For trying things
-    out."""
+    out.
+    """
 
     name = "random"
     tokens = documents = 0
@@ -172,7 +176,8 @@ class RandomSource:
 
     def with_stream(self, stream: Stream) -> "RandomSource":
         """This source: another length or seed makes another source, so nothing of it ever
-        remains."""
+        remains.
+        """
         return self
 
     def read(self, number: int) -> PackedSample:

@@ -32,7 +32,8 @@ _BUCKETS = 2**16
 
 class FileSubset:
     """The documents of a token file that belong to one split: runs of adjacent documents, as ranges
-    of tokens."""
+    of tokens.
+    """
 
     def __init__(
         self,
@@ -43,7 +44,8 @@ class FileSubset:
         identity: Sequence[Any],
     ):
         """`begins`, `ends`: the tokens [begin, end) of each run. `identity`: what tells this subset
-        from others of the file, for fingerprints."""
+        from others of the file, for fingerprints.
+        """
         nonempty = ends > begins
         self.file, self.documents, self.identity = file, documents, tuple(identity)
         self.begins, self.ends = begins[nonempty], ends[nonempty]

@@ -256,7 +256,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 def _values(path: str) -> Iterator[Any]:
     """The elements of an array, or the objects in a file, one at a time: parsed values take ten
-    times the memory of text."""
+    times the memory of text.
+    """
     with _readable(path), open_binary(path) as file:
         content = file.read(_LARGEST_JSON + 1)
     if len(content) > _LARGEST_JSON:
@@ -311,7 +312,8 @@ def _readable(path: str) -> Iterator[None]:
 
 def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | JsonValue":
     """Count the rows of a file. `stop`: an Event that ends it early. Raises DataError if it is not
-    JSON."""
+    JSON.
+    """
     with _readable(path), open_binary(path) as file:
         blocks = _blocks(file)
         block = next(blocks, b"")
@@ -360,7 +362,8 @@ def _count_lines(
     path: str, reader: Reader, block: bytes, blocks: Iterator[bytes], stop: Any
 ) -> JsonLines:
     """Count lines, and parse those that do not look like an object: most damaged lines are
-    truncated."""
+    truncated.
+    """
     # The name of the field, as JSON may spell it.
     spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
     offsets, lines, blank_rows, has = [0], [0], 0, False

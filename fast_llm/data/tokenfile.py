@@ -1,10 +1,10 @@
-"""Tokens of many documents on disk: the `.bin`/`.idx` pair of Megatron-LM and Fast-LLM.
+r"""Tokens of many documents on disk: the `.bin`/`.idx` pair of Megatron-LM and Fast-LLM.
 
 <prefix>.bin holds the tokens of all documents one after the other, nothing else. <prefix>.idx,
 little endian:
 
     offset     size      content
-    0          9         b"MMIDIDX\\0\\0"
+    0          9         b"MMIDIDX\0\0"
     9          8         u64 version: 1 is written, 1 and 2 are read
     17         1         u8 type of a token: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
     18         8         u64 documents N
@@ -74,7 +74,8 @@ class TokenFileInfo:
 
 class TokenFileWriter:
     """Writes a pair of files that is complete or absent: `close` renames the finished files, .idx
-    last."""
+    last.
+    """
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix = prefix
@@ -190,7 +191,8 @@ class TokenFile:
 
     def _read_header(self, head: bytes, content: mmap.mmap, size: int) -> int:
         """Set dtype and number of documents; where the lengths begin. `head`: the first bytes of
-        the index."""
+        the index.
+        """
         version = int.from_bytes(head[9:17], "little")
         if version not in (1, 2):
             raise DataError(f"{self.idx}: version {version}, must be 1 or 2")
@@ -230,7 +232,8 @@ class TokenFile:
 
     def _check_documents(self) -> int:
         """The total number of tokens. Raises DataError unless each document begins where the
-        previous one ends."""
+        previous one ends.
+        """
         itemsize = self.dtype.itemsize
         expected = 0
         for first in range(0, self.documents, _CHUNK):  # copies only a part of the index
@@ -254,7 +257,8 @@ class TokenFile:
     @functools.cached_property
     def identity(self) -> tuple[int, int, str, str, str]:
         """Identifies the content, wherever the files are: sizes, and digests of the first and last
-        mebibyte of both."""
+        mebibyte of both.
+        """
         return (self.documents, self.tokens, self.dtype.str, _ends(self.idx), _ends(self.bin))
 
     def tokens_at(self, begin: int, end: int) -> Tokens:
@@ -290,7 +294,8 @@ class TokenFile:
 
     def start_of(self, document: int) -> int:
         """The first token of a document; the total number of tokens if there is no such
-        document."""
+        document.
+        """
         return (
             self.tokens
             if document >= self.documents
@@ -355,7 +360,8 @@ def _open(path: Path) -> Iterator[tuple[int, int]]:
 
 def _with_file_limit(action: Callable[[], T]) -> T:
     """Call `action`, which opens a file. If too many are open, raise the shell's limit (often
-    1,024) and retry."""
+    1,024) and retry.
+    """
     try:
         return action()
     except OSError as error:

@@ -111,7 +111,8 @@ def fingerprint(path: str | Path) -> str:
 
 def _digest(content: dict[str, Any]) -> str:
     """Equal for equal tokenizers, whatever the order and spacing in the file and the version of
-    `tokenizers`."""
+    `tokenizers`.
+    """
     decisive = {
         key: value
         for key, value in content.items()

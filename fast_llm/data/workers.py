@@ -62,7 +62,8 @@ class RangeTokenizer:
         eos: int | None,
     ):
         """`bos` and `eos`: the tokens written before and after each document; None writes
-        nothing."""
+        nothing.
+        """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
         self.arguments = (reader, loaded, dtype, bos, eos)
         self.reader = reader
@@ -231,7 +232,8 @@ class _Pool:
 
 def _worker_main(connection: Connection) -> None:
     """A worker process: receives the arguments of its RangeTokenizer, then tasks until the pipe
-    closes."""
+    closes.
+    """
     threading.Thread(
         target=_exit_with_parent, args=(multiprocessing.parent_process(),), daemon=True
     ).start()
@@ -260,7 +262,8 @@ def _exit_with_parent(parent: Any) -> None:
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
     """Delay SIGINT and SIGTERM until the end of the block; processes started in it ignore them for
-    good."""
+    good.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
     received: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # which child processes inherit

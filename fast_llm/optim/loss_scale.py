@@ -52,7 +52,8 @@ class LossScale:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from the `state` of a checkpoint; a constant factor keeps its configured
-        value."""
+        value.
+        """
         if self.dynamic:
             self.value = state["value"]
             self.clean_updates = state["clean_updates"]

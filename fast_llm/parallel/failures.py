@@ -48,7 +48,8 @@ class Failures:
 
     def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float = 0.0):
         """`store`: of the rendezvous; None with one process. `timeout`: seconds to get the
-        token."""
+        token.
+        """
         self.root_store = store
         self.rank, self.size = rank, size
         self.answered_requests: set[bytes] = set()

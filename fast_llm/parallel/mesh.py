@@ -159,7 +159,8 @@ class Mesh:
 
 def _find_device() -> tuple[torch.device, ConfigError | None]:
     """The device of this process, and what is wrong if it has none. Makes the GPU the current
-    one."""
+    one.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not torch.cuda.is_available():
         return torch.device("cpu"), None

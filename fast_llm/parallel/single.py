@@ -129,7 +129,8 @@ class SingleWeights:
 
     def _fuse(self, model: nn.Module) -> dict[str, Tensor]:
         """Set `main_grad` of linear layers and head: fp32 gradients, returned by their weights'
-        names."""
+        names.
+        """
         # A tied head has the embedding's name.
         names = {parameter: name for name, parameter in self.working.items()}
         main_grads: dict[str, Tensor] = {}

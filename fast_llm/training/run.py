@@ -176,7 +176,7 @@ _INFINITY = float("inf")
 
 
 def next_run_number(folder: Path | None) -> int:
-    """0 for the first start in this folder, then 1, 2, …"""
+    """Count the starts in this folder: 0 for the first one."""
     if folder is None or not (folder / "runs").is_dir():
         return 0
     numbers = [int(entry.name) for entry in (folder / "runs").iterdir() if entry.name.isdigit()]

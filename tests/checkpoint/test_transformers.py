@@ -183,7 +183,8 @@ def test_exports_from_scratch_are_read_as_they_are_meant(tmp_path: Path, name: s
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_padding_token_is_trained_as_every_other(tmp_path: Path, tied: bool) -> None:
     """transformers gives the embedding of `pad_token_id` no gradient; in continued pretraining nothing is padded, and in
-    published models it often is EOS. All other gradients are the same."""
+    published models it often is EOS. All other gradients are the same.
+    """
     pad = 7
     tokens = torch.randint(20, (2, 24), generator=torch.Generator().manual_seed(0))
     labels = tokens.roll(-1, 1)

@@ -25,7 +25,7 @@ from tests.data.test_tokenfile import write
 
 
 def numbered(prefix: Path, lengths: Sequence[int], start: int = 0) -> str:
-    """A file whose tokens are all different: start, start + 1, …"""
+    """A file with the tokens start, start + 1 and so on."""
     edges = np.cumsum([0, *lengths])
     write(prefix, [list(range(start + a, start + b)) for a, b in pairwise(edges)])
     return str(prefix)

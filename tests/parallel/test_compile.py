@@ -158,5 +158,6 @@ def test_the_compiler_makes_the_same_gradients(
     dtype: torch.dtype, fuse_grad_accumulation: bool, bound: float, kernels: bool, packed: bool
 ) -> None:
     """Every weight's. PyTorch 2.11's dropped some of fp32 without a word: those of queries and keys were zero. The bounds are the
-    rounding of sums in another order; bf16's of queries and keys, which nearly cancel here, reach 1 to 2 %."""
+    rounding of sums in another order; bf16's of queries and keys, which nearly cancel here, reach 1 to 2 %.
+    """
     assert spawn(1, worst_gradient, dtype, fuse_grad_accumulation, kernels, packed)[0] < bound

@@ -150,7 +150,7 @@ def test_when_a_batch_size_changed(every: int, change: int) -> None:
 
 
 def numbered(prefix: Path, lengths: Sequence[int], start: int) -> str:
-    """A file whose tokens are all different: start, start + 1, …"""
+    """A file with the tokens start, start + 1 and so on."""
     writer = TokenFileWriter(prefix, np.dtype("int32"))
     edges = np.cumsum([0, *lengths])
     for a, b in pairwise(edges):

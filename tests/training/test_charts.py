@@ -53,7 +53,7 @@ def wandb_files(folder: Path) -> list[Path]:
 
 
 def wandb_records(path: Path, kind: str) -> Iterator[Any]:
-    """The records of a kind in a file of W&B:
+    """The records of a kind in a file of W&B.
 
     LevelDB's log format, as its own service reads it, with its own messages.
     """
