@@ -176,7 +176,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _agreed(error: UserError) -> UserError:
-    """The error to raise for a mistake in the settings; other processes may have another or none."""
+    """The error to raise for a mistake in the settings, agreed with the other processes."""
     if is_first_process():
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             return error  # torchrun ends the others

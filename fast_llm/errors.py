@@ -31,7 +31,7 @@ def disk_problem(error: OSError) -> str | None:
 
 
 def lfs_problem(path: object, start: bytes) -> str | None:
-    """The message for a file that is a Git LFS pointer, by its first bytes (8 or more); else None."""
+    """The message for a Git LFS pointer, by a file's first bytes (8 or more); else None."""
     pointer = b"version https://git-lfs"
     if len(start) < 8 or not pointer.startswith(start[: len(pointer)]):
         return None

@@ -1,7 +1,7 @@
-"""Model folders in Hugging Face format: fetching them, their small files, and the headers of their weights.
+"""Model folders in Hugging Face format: download, small files, headers of weight files.
 
-Of the weights only headers are read here, by hand and with every length checked, so that mistakes show before torch is
-loaded. What a config.json means is the family's: `models/`.
+Of the weights only headers are read here, by hand and with every length checked, so that mistakes
+show before torch is loaded. What a config.json means is the family's: `models/`.
 """
 
 import json
@@ -30,7 +30,8 @@ from fast_llm.models.llama import (
 
 logger = logging.getLogger("fast_llm")
 
-# Weights in any format, what trainers keep with them, archives and unfinished files: no small files.
+# Weights in any format, what trainers keep with them, archives and unfinished files: no small
+# files.
 _LARGE_FILES = tuple(
     "*." + ending for ending in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5")
 )
@@ -79,7 +80,7 @@ _OTHER_WIDTHS = {
 
 
 def fetch(path: str, weights: bool) -> Path:
-    """The folder of a model: itself, or downloaded from the Hub (`organisation/name`, also `…@revision`).
+    """The folder of a model: local, or downloaded from the Hub (`organisation/name[@revision]`).
 
     Without `weights` only its small files are downloaded, with those in sub-folders.
     """
@@ -91,7 +92,8 @@ def fetch(path: str, weights: bool) -> Path:
     name, _, revision = path.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise CheckpointError(
-            f"{path}: no such folder, and not the name of a model on the Hugging Face Hub (organisation/name);"
+            f"{path}: no such folder, and not the name of a model on the Hugging Face Hub"
+            " (organisation/name);"
             " fetch it with `git lfs install` and `git clone https://huggingface.co/<name>`"
         )
     try:
@@ -108,16 +110,17 @@ def fetch(path: str, weights: bool) -> Path:
     except Exception as error:  # the Hub's client, requests and the disk each have their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: no such folder here, and it could not be fetched from the Hugging Face Hub: {reason};"
+            f"{path}: no such folder here, and it could not be fetched from the Hugging Face Hub:"
+            f" {reason};"
             " check the name, the network, and for gated models `hf auth login`"
         ) from error
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """What an export has from its model's folder, by the path in it (`additional_chat_templates/tools.jinja`).
+    """Files that an export copies from its model's folder, by their path in it.
 
-    That is everything but weights and their index, hidden files, other models in sub-folders, and files that
-    are too large (`LARGEST_SMALL`). What is left out and is no weight is logged.
+    That is everything but weights and their index, hidden files, other models in sub-folders, and
+    files that are too large (`LARGEST_SMALL`). What is left out and is no weight is logged.
     """
     found: dict[str, bytes] = {}
     left_out: list[str] = []
@@ -158,10 +161,11 @@ def _is_small(name: str) -> bool:
 
 
 def _leads_out(path: Path, folder: Path) -> bool:
-    """Whether a link leads to a file that no model's folder holds: a repository could so publish its reader's secrets.
+    """Whether a link leads out of the model's folder: an export could publish secrets through it.
 
-    Links within the folder are followed, and into the folder of the linked config.json or tokenizer.json: that is
-    another model's, or the Hub's cache, where every file is a link to a blob.
+    Links within the folder are followed, and into the folder of the linked config.json or
+    tokenizer.json: that is another model's, or the Hub's cache, where every file is a link to a
+    blob.
     """
     real = os.path.realpath(path)
     allowed = [os.path.realpath(folder)]
@@ -210,7 +214,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, bytes]:
     """Small files for an export of a model that was trained with this sequence length, in tokens.
 
-    tokenizer_config.json's `model_max_length` is raised to it if it is smaller; everything else stays as it is.
+    tokenizer_config.json's `model_max_length` is raised to it if it is smaller; everything else
+    stays as it is.
     """
     files = dict(small)
     text = files.get("tokenizer_config.json", b"").decode("utf-8", "replace")
@@ -229,7 +234,7 @@ def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, 
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds each tensor, from the one file's header or the index. Raises CheckpointError."""
+    """Map tensors to safetensors files, from the only file's header or the index."""
     single = folder / "model.safetensors"
     if single.exists():  # before the index, as transformers does
         return dict.fromkeys(read_header(single), single)
@@ -241,16 +246,19 @@ def weight_files(folder: Path) -> dict[str, Path]:
         for name in sorted(set(listed.values())):
             if not name.endswith(".safetensors") or "/" in name or "\\" in name or "\0" in name:
                 raise CheckpointError(
-                    f"{index}: the file name {name[:80]!r} is not that of a safetensors file in this folder"
+                    f"{index}: the file name {name[:80]!r} is not that of a safetensors file in"
+                    " this folder"
                 )
         return {tensor: folder / name for tensor, name in listed.items()}
     if any(folder.glob("pytorch_model*.bin*")):
         raise CheckpointError(
-            f"{folder}: holds pytorch_model.bin, a pickle that could run code when read; convert it to safetensors"
+            f"{folder}: holds pytorch_model.bin, a pickle that could run code when read; convert"
+            " it to safetensors"
             " (AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) where you trust it)"
         )
     raise CheckpointError(
-        f"{folder}: no model.safetensors and no model.safetensors.index.json; fetch the weights, or set"
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; fetch the weights,"
+        " or set"
         " pretrained.model_weights: no to start from random ones"
     )
 
@@ -278,7 +286,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             length = int.from_bytes(head, "little")
             if not 2 <= length <= min(LARGEST_HEADER, size - 8):
                 raise CheckpointError(
-                    f"{path}: not a whole safetensors file: {size} bytes, of which the header would be {length}"
+                    f"{path}: not a whole safetensors file: {size} bytes, of which the header"
+                    f" would be {length}"
                 )
             header: dict[str, dict[str, Any]] = json.loads(
                 file.read(length), object_pairs_hook=unique
@@ -323,14 +332,16 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         at = end
     if at != size - 8 - length:
         raise CheckpointError(
-            f"{path}: {size} bytes, but its tensors need {8 + length + at}; the file is cut off or damaged: fetch it again"
+            f"{path}: {size} bytes, but its tensors need {8 + length + at}; the file is cut off or"
+            " damaged: fetch it again"
         )
     return header
 
 
 def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
-    """What is wrong with the weights of a folder, from their headers; at most eleven lines. Of a tied model that has a head
-    all the same, head and embedding are compared.
+    """What is wrong with a folder's weights, from their headers; at most eleven lines.
+
+    If a model with tied embeddings has a head, the two are compared.
 
     Raises CheckpointError for files that can not be read at all.
     """
@@ -354,7 +365,8 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
             )
         elif tensor["dtype"] not in _WIDTHS:
             problems.append(
-                f"{files[name]}: {name} has the dtype {tensor['dtype']}, must be one of {', '.join(_WIDTHS)}"
+                f"{files[name]}: {name} has the dtype {tensor['dtype']}, must be one of"
+                f" {', '.join(_WIDTHS)}"
             )
     problems += [
         f"{path}: the tensor {name} is not part of this Llama"
@@ -373,7 +385,7 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
 def _other_head(
     folder: Path, files: Mapping[str, Path], headers: Mapping[Path, dict[str, dict[str, Any]]]
 ) -> list[str]:
-    """Of a model whose config.json says that the embedding is the head: the head that is there and is another one."""
+    """The head of a model with tied embeddings, if its folder has one that differs."""
     one, other = (headers[files[name]].get(name) for name in (HEAD, EMBEDDING))
     if one is None or other is None:
         return [f"{files[HEAD]}: the weight {HEAD} is missing, though the index names it"]
@@ -384,8 +396,10 @@ def _other_head(
     else:
         differs = f"differs from {EMBEDDING}"
     return [
-        f"{files[HEAD]}: {HEAD} {differs}, but {folder / 'config.json'} says tie_word_embeddings: true. To keep this head,"
-        " as transformers does, give model.base_model.tie_word_embeddings: no, or false in config.json; to use the"
+        f"{files[HEAD]}: {HEAD} {differs}, but {folder / 'config.json'} says tie_word_embeddings:"
+        " true. To keep this head,"
+        " as transformers does, give model.base_model.tie_word_embeddings: no, or false in"
+        " config.json; to use the"
         f" embedding instead, remove {HEAD} from the weights"
     ]
 
@@ -419,7 +433,7 @@ def _numbers(path: Path, tensor: Mapping[str, Any], first: int, count: int) -> n
 
 
 def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str:
-    """Which of fp32, bf16 and fp16 the weights of a folder have: what all of them have, else what config.json says, else fp32."""
+    """The dtype of a folder's weights: that of all of them, else config.json's, else fp32."""
     found = {
         tensor["dtype"]
         for path in sorted(set(weight_files(folder).values()))

@@ -177,7 +177,7 @@ class Loader:
         )
 
     def _check(self, packed: PackedSample, index: int) -> None:
-        """Raises DataError for a token that the model does not have: it would read out of bounds."""
+        """Raise DataError for a token beyond the vocabulary: it would read out of bounds."""
         # As an unsigned number a negative one is huge, so the maximum finds both.
         worst = int(packed.tokens.view(np.uint64).max())
         if packed.targets.base is None:  # not a view of the tokens: joined from several ranges

@@ -40,7 +40,7 @@ def training_line(values: Mapping[str, Any], processes: int) -> str:
 
 
 def evaluation_lines(values: Mapping[str, Any], losses: Mapping[str, float | None]) -> list[str]:
-    """A line for each loss of a validation or test record; the first has the tokens and the time."""
+    """A line for each loss of a validation or test record; the first has tokens and time."""
     lines: list[str] = []
     for name, loss in losses.items():
         of_set = "" if name == "language_model_loss" else f" of {name.removesuffix('_loss')}"

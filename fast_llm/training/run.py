@@ -176,7 +176,7 @@ _INFINITY = float("inf")
 
 
 def next_run_number(folder: Path | None) -> int:
-    """Count the starts in this folder: 0 for the first one."""
+    """The number of the next start in this folder, from 0."""
     if folder is None or not (folder / "runs").is_dir():
         return 0
     numbers = [int(entry.name) for entry in (folder / "runs").iterdir() if entry.name.isdigit()]

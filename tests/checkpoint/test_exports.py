@@ -1,4 +1,4 @@
-"""Exports against transformers, and against themselves: other processes, other files, there and back."""
+"""Exports compared with transformers, and with those of other processes and file sizes."""
 
 import json
 import os
@@ -202,7 +202,7 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    """A folder → weights → a checkpoint → weights → a folder: the same bytes throughout, also cut otherwise."""
+    """Folder → weights → checkpoint → weights → folder: equal bytes, for any file size."""
     export(str(tmp_path / "first"), "bf16", FEW)
     source = huggingface.read_json(tmp_path / "first" / "config.json")
     assert huggingface.check_weights(tmp_path / "first", MODEL) == []
@@ -367,7 +367,7 @@ def fail_each(root: str) -> dict[str, str]:
 
 
 def test_an_error_on_one_process_is_one_on_all(tmp_path: Path) -> None:
-    """A full disk is a CheckpointError everywhere, with torch's own errors unwrapped, and what stood there stays."""
+    """A full disk raises CheckpointError, not torch's errors, and older files stay."""
     first, second = spawn(2, fail_each, str(tmp_path), timeout=60)
     for case in BREAKS:
         if BREAKS[case][2] is full:

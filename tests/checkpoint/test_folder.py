@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: damage, strangers, replacements, deletion, and the order of flushes."""
+"""Folders that are complete or absent: damage, unknown files, replacement, deletion, flushes."""
 
 import json
 import logging

@@ -42,7 +42,7 @@ class Stop(BaseException):
 
 
 def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException) -> list[str]:
-    """Let the `number`th (from 0) of the calls to the disk fail; the list fills with those that were made."""
+    """Make call `number` (from 0) to the disk fail; the returned list collects the calls."""
     made: list[str] = []
 
     def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException
 )
 @pytest.mark.parametrize("replace", [False, True])
 def test_every_call_may_be_the_last(tmp_path: Path, stop: BaseException, replace: bool) -> None:
-    """Before and after cleaning up; and once the new one is there, no later failure takes it away."""
+    """Before and after the clean-up; a new folder survives every later failure."""
     seen = []
     for number in range(80):
         root = tmp_path / str(number)
@@ -93,7 +93,7 @@ def test_every_call_may_be_the_last(tmp_path: Path, stop: BaseException, replace
 
 
 def test_unreadable_as_nobody(tmp_path: Path) -> None:
-    """Permissions do not bind root, so a process without its rights looks; unreadable is as good as absent."""
+    """An unreadable folder counts as absent (checked without root, which may read all)."""
     for step in (1, 2, 3):
         write(tmp_path, step, "")
     tmp_path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Tied embeddings whose folder holds a head all the same: what transformers makes of it, and what is done here."""
+"""Tied embeddings in a folder that also holds a head: here and in transformers."""
 
 import json
 from pathlib import Path

@@ -136,7 +136,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not a safetensors file"),
         ({"a": 7}, 8, "not a safetensors file"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', 4, "a name stands twice"),
+        (
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}',
+            4,
+            "a name stands twice",
+        ),
         (b"[]", 0, "not a safetensors file"),
         (b"\xff\xfe", 0, "not a safetensors file"),
         (b"[" * 100_000, 0, "not a safetensors file"),

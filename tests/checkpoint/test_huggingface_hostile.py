@@ -1,4 +1,4 @@
-"""config.json as transformers sees it, headers with any bytes changed, and the Hub's cache without a network."""
+"""config.json as transformers reads it, corrupt headers, and the Hub's cache offline."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def model_of(values: dict[str, Any]) -> BaseModelConfig:
 
 @pytest.mark.parametrize("config", [PUBLISHED, MINIMAL], ids=["published", "minimal"])
 def test_transformers_understands_the_same(config: dict[str, Any]) -> None:
-    """It reads the published spelling and its own defaults, writes its own spelling, and we read that as the same."""
+    """transformers reads the published spelling and writes its own, which we read alike."""
     from transformers import LlamaConfig
 
     written = json.loads(LlamaConfig(**config).to_json_string(use_diff=False))
@@ -126,7 +126,7 @@ GOOD = safetensors()
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """What json and files take is some hundred KiB; a length that is believed takes what the file says."""
+    """Reading takes some hundred KiB; trusting a false length would take what the file says."""
     tracemalloc.start()
     try:
         yield
@@ -145,7 +145,7 @@ def little_memory() -> Iterator[None]:
 def test_any_bytes_changed_in_a_header(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[int, int], length: int, more: bytes
 ) -> None:
-    """A CheckpointError, or a header that fits the file; both also from `check_weights`, which reads it."""
+    """Either CheckpointError or a header that fits the file; also from `check_weights`."""
     blob = bytearray(GOOD)
     for at, value in changes.items():
         blob[at] = value
@@ -191,7 +191,7 @@ def test_a_long_header_costs_no_memory(tmp_path: Path) -> None:
 
 
 def test_the_hub_without_a_network(tmp_path: Path) -> None:
-    """A cache filled as the Hub's client fills it stands in for the Hub; what is not in it can not be had.
+    """The Hub's cache, filled as its client does, replaces the Hub.
 
     In a process of its own, since the client reads its environment once. No torch is loaded for any
     of this.

@@ -1,4 +1,4 @@
-"""What an export has from its model's folder besides weights: from a folder, from links, from the Hub."""
+"""Small files that exports copy: from a model's folder, through links, from the Hub."""
 
 import json
 import logging
@@ -149,7 +149,7 @@ def test_links_to_secrets_are_not_followed(
 
 
 def test_from_the_hub(tmp_path: Path) -> None:
-    """With the Hub's real client, with and without weights; then from its cache, without a network."""
+    """With the Hub's real client, with and without weights; then offline, from its cache."""
     write(tmp_path / "hub" / "models" / "org" / "name", *LARGE, *HIDDEN)
     (tmp_path / "hub" / "models" / "org" / "name" / "sub").mkdir()
     (tmp_path / "hub" / "models" / "org" / "name" / "sub" / "model.safetensors").write_bytes(

@@ -1,4 +1,4 @@
-"""Training state: bit for bit through every layout, strict, whole or absent when something fails."""
+"""Training state: equal bits in every layout, strict, complete or absent after a failure."""
 
 import errno
 import json
@@ -78,7 +78,7 @@ def spread(
 
 
 def exchange(root: str) -> list[str]:
-    """Save from one, two and four processes in every layout, then load each in each; where they were saved."""
+    """Save from 1, 2 and 4 processes in every layout, then load each in each; return the paths."""
     groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4)}
     layouts = [(size, layout) for size in groups for layout in ("sharded", "replicated")] + [
         (4, "grid")
@@ -302,7 +302,7 @@ def test_what_json_can_not_hold_is_a_fault_of_ours(tmp_path: Path) -> None:
 
 
 def attempt(root: str, failure: str) -> str:
-    """Save step 2 over a good one while something fails on the last process; what is raised here."""
+    """Save step 2 over a good one while the last process fails; return what is raised here."""
     tensors = spread({"weight/a": torch.ones(1000, 8)}, "sharded")
     state.save(Path(root), 1, tensors, {})
     state.save(Path(root), 2, tensors, {"old": True})

@@ -1,4 +1,4 @@
-"""Models of transformers through this project and back: the same bits, the same logits, the same config.json."""
+"""Models of transformers, imported and exported: equal bits, logits and config.json."""
 
 import json
 from pathlib import Path
@@ -182,8 +182,9 @@ def test_exports_from_scratch_are_read_as_they_are_meant(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_padding_token_is_trained_as_every_other(tmp_path: Path, tied: bool) -> None:
-    """transformers gives the embedding of `pad_token_id` no gradient; in continued pretraining nothing is padded, and in
-    published models it often is EOS. All other gradients are the same.
+    """transformers gives the embedding of `pad_token_id` no gradient; all others are equal.
+
+    In continued pretraining nothing is padded, and in published models that token often is EOS.
     """
     pad = 7
     tokens = torch.randint(20, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Weights in and out of safetensors: the same bits and bytes in every layout, and a disk that is full."""
+"""Weights to and from safetensors: equal bytes in every layout, and a full disk."""
 
 import json
 import resource
@@ -112,7 +112,7 @@ def export(path: Path, weights: dict[str, Tensor], **changes: Any) -> None:
 
 
 def fill_the_disk(root: str) -> list[str]:
-    """Export while the first process may not write: first large files, then folders, then flushes."""
+    """Export while the first process cannot write: large files, then folders, then flushes."""
     messages = []
     assert dist.group.WORLD is not None
     weights = layouts(dist.group.WORLD)["rows"]

@@ -1,4 +1,4 @@
-"""`fast-llm settings`: what it prints for a section, a setting, a part of a name, and a wrong name."""
+"""`fast-llm settings` for a section, a setting, a part of a name, and a wrong name."""
 
 import io
 
@@ -62,7 +62,8 @@ def test_without_a_path_there_is_a_line_for_each_setting() -> None:
         ("optimizer.lr", "no such setting; did you mean optimizer.learning_rate.base?"),
         ("trainin.checkpoint", "no such setting; did you mean training.checkpoint?"),
         ("zzzz", "no such setting; `fast-llm settings` lists all"),
-        (next(iter(RENAMED)), f"an older name; see `fast-llm settings {next(iter(RENAMED.values()))}`"),
+        (next(iter(RENAMED)), "an older name; see `fast-llm settings"
+            f" {next(iter(RENAMED.values()))}`"),
         (next(iter(REFUSED)), f"not supported: {next(iter(REFUSED.values()))}"),
         (next(iter(PREPARE_REFUSED)), f"not supported: {next(iter(PREPARE_REFUSED.values()))}"),
     ],

@@ -97,7 +97,7 @@ def test_bf16_squares_shrink() -> None:
 
 
 def test_8_bit_squares_shrink() -> None:
-    """As those of bf16. Noise makes the mean of 2,000 walks of 300 steps of at most 2^-3 each uncertain by a per cent."""
+    """As for bf16. The mean of 2,000 walks of 300 steps of at most 2^-3 is uncertain by 1 %."""
     weight = {"a": torch.zeros(2000)}
     optimizer = Optimizer(weight, OptimizerConfig(moments_dtype="int8", beta_2=0.999))
     optimizer.step({"a": torch.ones(2000)}, 0.0, 1.0)
@@ -111,7 +111,7 @@ def test_8_bit_squares_shrink() -> None:
 
 
 def steep(step: int) -> torch.Tensor:
-    """Gradients of 6 · 100 weights over six powers of ten, tiny ones, and in the last row none at all."""
+    """Gradients of 6 · 100 weights over six powers of ten, tiny ones, and a last row of zeros."""
     generator = torch.Generator().manual_seed(step)
     gradient = torch.randn(6, 100, generator=generator)
     gradient[:3] *= torch.logspace(-6, 0, 100)  # within one block
@@ -122,7 +122,7 @@ def steep(step: int) -> torch.Tensor:
 
 
 def test_an_update_with_8_bits_is_an_update_in_float64() -> None:
-    """From the moments that the codes are: the weights exactly but for fp32, the new moments to the next code."""
+    """From dequantized moments: weights equal but for fp32, new moments to the next level."""
     config = OptimizerConfig(moments_dtype="int8", weight_decay=0.1, beta_2=0.95)
     weight = {"a": torch.randn(6, 100, generator=torch.Generator().manual_seed(0))}
     optimizer = Optimizer(weight, config)
@@ -155,13 +155,14 @@ def test_where_the_gradient_was_always_zero_nothing_moves(moments: str) -> None:
         optimizer.step({"a": steep(step)}, 1e-2, 1.0)
     assert torch.equal(weight["a"][5], start[5]) and not torch.equal(weight["a"][:3], start[:3])
     assert weight["a"].isfinite().all()
-    # |m| ≤ (1 - β1) / sqrt((1 - β2) (1 - β1²/β2)) sqrt(v), 7.3, by Cauchy and Schwarz, and after few steps at most sqrt(steps); codes are
-    # off by an eighth each. What is below a block's range is divided by more than it should be.
+    # |m| ≤ (1 - β1) / sqrt((1 - β2) (1 - β1²/β2)) sqrt(v), 7.3, by Cauchy and Schwarz, and after
+    # few steps at most sqrt(steps). Levels are off by an eighth each. What is below a block's range
+    # is divided by more than it should be.
     assert ((weight["a"] - start).abs() <= 50 * 1e-2 * 7.3 * 1.2).all()
 
 
 def test_8_bit_updates_are_near() -> None:
-    """A wide block's weights all go where fp32 has them go: 12 % off by chance, an error of its own at each step."""
+    """Weights of a wide block follow those of fp32: within 12 %, with independent errors a step."""
     start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
     moved = {}
     for moments in ("fp32", "int8"):

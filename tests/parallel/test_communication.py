@@ -1,4 +1,4 @@
-"""What processes send in a step: collectives and bytes, counted, against the formulas of docs/layouts.md."""
+"""Collectives and bytes of a step, counted and compared with the formulas of docs/layouts.md."""
 
 from collections import Counter
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_the_model_is_the_one_that_the_formulas_mean() -> None:
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero(root: Path, zero: int) -> None:
-    """Two micro-batches: weights are gathered once, or twice a block each; gradients reduced once, or each."""
+    """Two micro-batches: weights gathered once or twice a block, gradients once or twice."""
     units, micro, weights = (
         BLOCKS + 2,
         2,
@@ -118,7 +118,7 @@ def test_zero(root: Path, zero: int) -> None:
 
 
 def test_tensor_parallelism(root: Path) -> None:
-    """Into and out of attention and MLP of each block, out of the embedding, into the head, forward and backward."""
+    """Around attention and MLP of each block, after the embedding, before the head; both passes."""
     micro, activations = 2, 4 * SEQUENCES * LENGTH * HIDDEN  # bytes of a step's residual stream
     sums = 2 * (2 * BLOCKS + 1)
     told = 2 * 2 * 4 * SEQUENCES * LENGTH  # log Σ exp and a logit of each token, from two
@@ -146,7 +146,7 @@ def test_tensor_parallelism(root: Path) -> None:
 
 
 def test_context_parallelism(root: Path) -> None:
-    """Keys and values of each block, gathered forward, their gradients reduced backward; and ZeRO over the same two."""
+    """Each block gathers keys and values, and reduces their gradients; ZeRO over both."""
     micro, weights, keys = 2, 4 * PARAMETERS, 4 * SEQUENCES * LENGTH * 2 * HEADS * WIDTH
     check(
         root,

@@ -76,7 +76,7 @@ def graphs(
 
 
 def many_and_one(*how: Any) -> tuple[int, int]:
-    """For four blocks and four micro-batches, and for one block and three: from the second on sizes are dynamic."""
+    """Graphs of four blocks and four micro-batches, and of one and three: sizes become dynamic."""
     many = graphs(4, 4, *how)
     torch._dynamo.reset()
     counters.clear()
@@ -109,7 +109,7 @@ def test_recomputed_ones_as_well(level: str) -> None:
 def worst_gradient(
     dtype: torch.dtype, fuse_grad_accumulation: bool, kernels: bool, packed: bool
 ) -> float:
-    """How far compiled blocks' gradients are from those without the compiler, of each weight: the greatest, relative."""
+    """Largest relative difference of a weight's gradient with and without the compiler."""
     cpu_kernels.load()  # as training does before anything is compiled
     if not kernels:
         with cpu_kernels.disabled():
@@ -157,7 +157,9 @@ def worst_gradient_here(dtype: torch.dtype, fuse_grad_accumulation: bool, packed
 def test_the_compiler_makes_the_same_gradients(
     dtype: torch.dtype, fuse_grad_accumulation: bool, bound: float, kernels: bool, packed: bool
 ) -> None:
-    """Every weight's. PyTorch 2.11's dropped some of fp32 without a word: those of queries and keys were zero. The bounds are the
-    rounding of sums in another order; bf16's of queries and keys, which nearly cancel here, reach 1 to 2 %.
+    """For every weight: PyTorch 2.11 dropped fp32 gradients of queries and keys, which were zero.
+
+    The bounds are the rounding of sums in another order. In bf16 the gradients of queries and keys,
+    which nearly cancel here, differ by 1 to 2 %.
     """
     assert spawn(1, worst_gradient, dtype, fuse_grad_accumulation, kernels, packed)[0] < bound

@@ -1,4 +1,4 @@
-"""A mistake on one process, on some, on all: one message, and all processes leave with its exit code.
+"""A mistake on one, some or all processes: one message, and all exit with its code.
 
 The launcher of these jobs does not end the processes that are left, as the one of another node
 would not.

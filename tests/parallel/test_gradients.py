@@ -1,4 +1,7 @@
-"""Gradients of every ZeRO stage × accumulation × number of processes, as near to float64 as those of one process without FSDP2."""
+"""Gradients of every ZeRO stage, accumulation and number of processes, against float64.
+
+They are as near to float64 as those of one process without FSDP2.
+"""
 
 import functools
 
@@ -74,7 +77,10 @@ def gradients(
     compiled: bool = False,
     cross_entropy: str = "fused",
 ) -> dict[str, np.ndarray]:
-    """Of the second of two steps, so that weights that were not updated everywhere would show. Stage 0: no FSDP2."""
+    """Gradients of the second of two steps, which show weights that were not updated everywhere.
+
+    Stage 0: without FSDP2.
+    """
     mesh = Mesh(60, 60, shard_size)
     config = model_config(tied, recompute)
     with torch.device("meta"):
@@ -266,7 +272,7 @@ def test_products_that_add_in_fp32(level: str, compiled: bool) -> None:
 @pytest.mark.parametrize("cross_entropy", ["fused", "torch"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_cross_entropy_that_adds_in_fp32(tied: bool, cross_entropy: str) -> None:
-    """To the sum that the embedding's gradient is added to as well, if they are one; torch's gives it to the weight."""
+    """It adds to the embedding's `main_grad` if tied; torch's loss gives the weight a gradient."""
     found = spawn(
         1, gradients, 0, 4, torch.bfloat16, tied, "none", None, True, False, cross_entropy
     )[0]

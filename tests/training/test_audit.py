@@ -61,8 +61,8 @@ def test_all_damage_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "2 mistakes" in said
     for path, what in zip(damaged, ("checkpoint 2", "export 3"), strict=True):
         assert (
-            f"{path}: its content has changed since it was saved (sha256 differs); {what} is damaged"
-            in said
+            f"{path}: its content has changed since it was saved (sha256 differs); {what} is"
+            " damaged" in said
         )
 
 
