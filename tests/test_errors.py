@@ -267,9 +267,8 @@ def test_a_model_of_the_hub_without_a_network(
 ) -> None:
     (problem,) = messages(capsys, *SMALL, "pretrained.path=nobody/nothing")
     assert problem.startswith(
-        "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: no such folder"
-        " here, and it could"
-        " not be fetched from the Hugging Face Hub: "
+        "override pretrained.path=nobody/nothing: pretrained.path: nobody/nothing: not a local"
+        " folder, and downloading it from the Hugging Face Hub failed: "
     )
 
 
@@ -278,9 +277,8 @@ def test_a_model_of_the_hub_without_its_client(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert messages(capsys, *SMALL, "pretrained.path=a/b") == [
-        "override pretrained.path=a/b: pretrained.path: a/b is no folder here; fetching it from"
-        " the Hub needs the"
-        " package huggingface_hub: pip install huggingface_hub"
+        "override pretrained.path=a/b: pretrained.path: a/b is not a local folder; downloading"
+        " it from the Hub needs the package huggingface_hub: pip install huggingface_hub"
     ]
 
 

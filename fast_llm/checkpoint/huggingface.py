@@ -19,7 +19,8 @@ import numpy as np
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.dtypes import BY_NAME
-from fast_llm.errors import CheckpointError, MissingPackage, lfs_problem
+from fast_llm.errors import CheckpointError, lfs_problem
+from fast_llm.hub import download
 from fast_llm.models.llama import (
     EMBEDDING,
     HEAD,
@@ -89,31 +90,17 @@ def fetch(path: str, weights: bool) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{path}: a file; give the folder with config.json and the weights")
-    name, _, revision = path.partition("@")
+    name, _, _ = path.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise CheckpointError(
             f"{path}: no such folder, and not the name of a model on the Hugging Face Hub"
             " (organisation/name);"
             " fetch it with `git lfs install` and `git clone https://huggingface.co/<name>`"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingPackage(
-            "huggingface_hub", f"{path} is no folder here; fetching it from the Hub"
-        ) from error
     # Of weights only what lies directly in the repository: some hold a second copy in a folder.
     ignored = [".*", "*/.*", *(f"*/{pattern}" for pattern in _LARGE_FILES)]
     ignored += [pattern for pattern in _LARGE_FILES if pattern != "*.safetensors" or not weights]
-    try:
-        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=ignored))
-    except Exception as error:  # the Hub's client, requests and the disk each have their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path}: no such folder here, and it could not be fetched from the Hugging Face Hub:"
-            f" {reason};"
-            " check the name, the network, and for gated models `hf auth login`"
-        ) from error
+    return download(path, CheckpointError, ignore=ignored)
 
 
 def small_files(folder: Path) -> dict[str, bytes]:

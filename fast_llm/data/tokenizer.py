@@ -18,7 +18,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fast_llm.errors import DataError, MissingPackage, lfs_problem
+from fast_llm.errors import DataError, lfs_problem
+from fast_llm.hub import download
 
 MAIN = "tokenizer.json"
 FILES = (
@@ -145,26 +146,8 @@ def _find(path: str) -> Path:
             f"{path}: no such file or folder, and not a model on the Hugging Face Hub"
             " (organisation/name)"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingPackage(
-            "huggingface_hub", f"{path} is not a local folder; loading it from the Hub"
-        ) from error
-    name, _, revision = path.partition("@")
-    try:
-        folder = snapshot_download(
-            name, revision=revision or None, allow_patterns=[*FILES, *_IDS, f"{TEMPLATES}*.jinja"]
-        )
-    except Exception as error:
-        text = str(error).strip()
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise DataError(
-            f"{path}: not a local folder, and downloading it from the Hugging Face Hub failed:"
-            f" {reason.rstrip('. ')}. Without a network, give the model's folder; for a gated"
-            " model, run `hf auth login` first"
-        ) from error
-    return _in_folder(Path(folder), path)
+    patterns = [*FILES, *_IDS, f"{TEMPLATES}*.jinja"]
+    return _in_folder(download(path, DataError, allow=patterns), path)
 
 
 def _in_folder(folder: Path, path: str) -> Path:

@@ -319,7 +319,7 @@ def test_without_the_network_both_possibilities_are_named(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     message = (
-        "org/name: no such folder here, and it could not be fetched .*: Name or service not known;"
+        "org/name: not a local folder, and downloading it .* failed: Name or service not known;"
         " check"
     )
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -235,6 +235,6 @@ assert "torch" not in sys.modules
     assert len(lines) == 5, "one line for each mistake"
     for name, line in zip(("some/other", "some/model@nowhere"), lines[3:], strict=True):
         assert line.startswith(
-            f"{name}: no such folder here, and it could not be fetched from the Hugging Face Hub: "
+            f"{name}: not a local folder, and downloading it from the Hugging Face Hub failed: "
         )
-        assert "check the name, the network" in line
+        assert "check the name and the network" in line

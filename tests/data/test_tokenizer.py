@@ -148,7 +148,9 @@ def test_missing(tmp_path: Path) -> None:
 def test_from_the_hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: None
+    ) -> str:
         asked.append(
             (
                 name,
@@ -176,7 +178,7 @@ def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         DataError,
-        match=r"org/name: not a local folder, and downloading it .* Without a network, give",
+        match=r"org/name: not a local folder, and downloading it .*; check the name and the network, give a",
     ):
         load("org/name")
 

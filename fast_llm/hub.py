@@ -1,0 +1,39 @@
+"""Downloads from the Hugging Face Hub, into its cache (HF_HOME)."""
+
+from pathlib import Path
+
+from fast_llm.errors import MissingPackage, UserError
+
+
+def download(
+    path: str,
+    failure: type[UserError],
+    *,
+    allow: list[str] | None = None,
+    ignore: list[str] | None = None,
+) -> Path:
+    """The folder of `path`, a repository's `organisation/name` or `organisation/name@revision`.
+
+    `allow` and `ignore`: patterns of files to download or not. Raises MissingPackage without
+    huggingface_hub, `failure` if the download fails.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingPackage(
+            "huggingface_hub", f"{path} is not a local folder; downloading it from the Hub"
+        ) from error
+    name, _, revision = path.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore
+            )
+        )
+    except Exception as error:  # the Hub's client, its connection and the disk each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise failure(
+            f"{path}: not a local folder, and downloading it from the Hugging Face Hub failed:"
+            f" {reason.rstrip('. ')}; check the name and the network, give a local folder, or for a"
+            " gated model run `hf auth login`"
+        ) from error
