@@ -178,7 +178,7 @@ def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         DataError,
-        match=r"org/name: not a local folder, and downloading it .*; check the name and the network, give a",
+        match=r"org/name: not a local folder, and downloading it .*; check the name and",
     ):
         load("org/name")
 
