@@ -376,7 +376,7 @@ def _pretrained(config: TrainConfig) -> Violations:
 
 
 def _steps(config: TrainConfig) -> Violations:
-    """0 steps are allowed where something is measured or saved."""
+    """0 steps are allowed if something is measured or saved."""
     training = config.training
     if not (
         training.train_iters

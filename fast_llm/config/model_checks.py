@@ -99,7 +99,7 @@ def initialization(config: TrainConfig) -> Violations:
 
 
 def fp8(config: TrainConfig) -> Violations:
-    """What PyTorch's fp8 products can do."""
+    """Dtypes and shapes that PyTorch's fp8 matmuls support."""
     name, distributed, shape = (
         "model.distributed.fp8",
         config.model.distributed,
@@ -110,13 +110,13 @@ def fp8(config: TrainConfig) -> Violations:
     if distributed.training_dtype != "bf16":
         yield (
             (name, "model.distributed.training_dtype"),
-            f"given yes, which goes with training_dtype: bf16, not {distributed.training_dtype}",
+            f"given yes, which requires training_dtype: bf16, not {distributed.training_dtype}",
         )
     if distributed.tensor_parallel > 1:
         yield (
             (name, "model.distributed.tensor_parallel"),
             "given yes, which is not supported with tensor_parallel:"
-            f" {distributed.tensor_parallel}; set one of them back",
+            f" {distributed.tensor_parallel}; turn one of them off",
         )
     channels = shape.kv_channels or 0
     sizes = {
@@ -128,11 +128,11 @@ def fp8(config: TrainConfig) -> Violations:
         if value % 16:
             yield (
                 (name, f"model.base_model.transformer.{size}"),
-                f"given yes, which needs {size} {value} to be a multiple of 16",
+                f"given yes, which requires {size} {value} to be a multiple of 16",
             )
     if config.batch.sequence_length // distributed.sequence_data_parallel % 16:
         yield (
             (name, "batch.sequence_length"),
-            "given yes, which needs a process's part of sequence_length"
+            "given yes, which requires each process's part of sequence_length"
             f" {config.batch.sequence_length} to be a multiple of 16",
         )

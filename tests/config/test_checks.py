@@ -241,8 +241,8 @@ BROKEN: list[tuple[list[str], str]] = [
             f"{TRANSFORMER}.rotary.type=llama3",
             f"{TRANSFORMER}.rotary.low_frequency_factor=4",
         ],
-        f"{TRANSFORMER}.rotary.high_frequency_factor: given 4.0, must be above"
-        " low_frequency_factor 4.0",
+        f"{TRANSFORMER}.rotary.high_frequency_factor: given 4.0, must be above low_frequency_factor"
+        " 4.0",
     ),
     (
         [*GOOD, f"{TRANSFORMER}.init_method_min=2", f"{TRANSFORMER}.init_method_max=1"],
@@ -251,8 +251,8 @@ BROKEN: list[tuple[list[str], str]] = [
     *(
         (
             [*GOOD, f"{above}.init_method_min_{part}=2", f"{TRANSFORMER}.init_method_max=1"],
-            f"{above}.init_method_min_{part}: given 2.0,"
-            f" must be at most init_method_max_{part} 1.0",
+            f"{above}.init_method_min_{part}: given 2.0, must be at most init_method_max_{part}"
+            " 1.0",
         )
         for above, part in (
             *((TRANSFORMER, part) for part in ("qkv", "attn_proj", "mlp_1", "mlp_2")),
@@ -270,16 +270,17 @@ BROKEN: list[tuple[list[str], str]] = [
     ),
     (
         [*FP8, "model.distributed.training_dtype=fp16"],
-        "model.distributed.fp8: given yes, which goes with training_dtype: bf16, not fp16",
+        "model.distributed.fp8: given yes, which requires training_dtype: bf16, not fp16",
     ),
     (
         [*FP8, "model.base_model.transformer.ffn_hidden_size=100"],
-        "model.distributed.fp8: given yes, which needs ffn_hidden_size 100 to be a multiple of 16",
+        "model.distributed.fp8: given yes, which requires ffn_hidden_size 100 to be a multiple"
+        " of 16",
     ),
     (
         [*FP8, "batch.sequence_length=100"],
-        "model.distributed.fp8: given yes, which needs a process's part of sequence_length 100 to"
-        " be a multiple of 16",
+        "model.distributed.fp8: given yes, which requires each process's part of sequence_length"
+        " 100 to be a multiple of 16",
     ),
     (
         ["data.format=random"],
@@ -602,8 +603,8 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", *FP8],
         2,
-        f"{AXES}.fp8: given yes, which is not supported with tensor_parallel: 2; set one of them"
-        " back",
+        f"{AXES}.fp8: given yes, which is not supported with tensor_parallel: 2; turn one of them"
+        " off",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=8"],
