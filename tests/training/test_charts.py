@@ -92,7 +92,7 @@ def test_the_learning_rate_is_the_one_that_is_applied(tokens: Path) -> None:
     assert run(settings(tokens, "training.train_iters=2", "training.tensorboard=yes", scale)) == 0
     assert records(tokens / "run")[2]["learning_rate"] == 0.25e-2
     assert curve(tokens / "run", "Training/learning_rate")[2] == pytest.approx(0.25e-2)
-    assert "learning rate: 2.500e-03" in logged(tokens / "run")
+    assert "lr 2.5e-3" in logged(tokens / "run")
 
 
 def test_tensorboard_after_going_back_and_after_a_kill(tokens: Path) -> None:
