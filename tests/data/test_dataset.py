@@ -31,7 +31,7 @@ def numbered(prefix: Path, lengths: Sequence[int], start: int = 0) -> str:
     return str(prefix)
 
 
-def described(path: Path, shards: Sequence[tuple[str, int, float]]) -> str:
+def write_metadata(path: Path, shards: Sequence[tuple[str, int, float]]) -> str:
     """A dataset.json of token files with their weights: [(prefix, tokens, weight)]."""
     entries = [
         {"prefix": prefix, "num_tokens": tokens, "weight": weight}
@@ -137,7 +137,7 @@ def test_windows_are_the_concatenated_documents(
             begins += [(len(everything), number, document)] if size else []
             first = 1000 * number + sum(lengths[:document])
             everything += range(first, first + size)
-    path = described(folder / "d.json", shards)
+    path = write_metadata(folder / "d.json", shards)
     if len(everything) < length + 1:
         with pytest.raises(DataError, match=r"fewer than one sequence|holds no tokens"):
             opened(path, length)
@@ -188,7 +188,7 @@ def test_each_shard_is_split(tmp_path: Path) -> None:
     shards = [(f"s{n}", 300, 300) for n in range(3)]
     for n in range(3):
         numbered(tmp_path / f"s{n}", [3] * 100, 1000 * n)
-    dataset = opened(described(tmp_path / "d.json", shards), 1, split=(0.9, 0.1, 0))
+    dataset = opened(write_metadata(tmp_path / "d.json", shards), 1, split=(0.9, 0.1, 0))
     seen = {
         int(t)
         for i in range(dataset.sequences("validation"))
@@ -263,7 +263,7 @@ def test_weights_inside_a_dataset_json(tmp_path: Path) -> None:
     for name in "abc":
         numbered(tmp_path / name, [401], 1000 * ord(name))
     dataset = opened(
-        described(tmp_path / "d.json", [("a", 401, 0.25), ("b", 401, 0.25), ("c", 401, 0.5)])
+        write_metadata(tmp_path / "d.json", [("a", 401, 0.25), ("b", 401, 0.25), ("c", 401, 0.5)])
     )
     assert len(dataset.splits["training"].sources) == 2
     drawn = Counter(int(dataset.read("training", i).tokens[0]) // 1000 for i in range(800))
@@ -430,7 +430,7 @@ def test_a_validation_set_that_is_trained_on(tmp_path: Path) -> None:
     (tmp_path / "copies").mkdir()
     for name in ("a.bin", "a.idx"):
         (tmp_path / "copies" / name).write_bytes((tmp_path / name).read_bytes())
-    both = described(tmp_path / "both.json", [("a", 500, 500), ("b", 200, 200)])
+    both = write_metadata(tmp_path / "both.json", [("a", 500, 500), ("b", 200, 200)])
     sets = {
         "same": str(tmp_path / "a"),
         "copy": str(tmp_path / "copies" / ".." / "copies" / "a"),

@@ -16,7 +16,7 @@ from fast_llm.data.loader import Loader
 from fast_llm.errors import DataError
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
-from tests.data.test_dataset import described, numbered, opened
+from tests.data.test_dataset import numbered, opened, write_metadata
 from tests.data.test_tokenfile import write
 
 
@@ -166,7 +166,7 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path, workers: int) -> N
     good = [[1, 2, 3]] * 20
     write(tmp_path / "s0", good)
     write(tmp_path / "s1", [*good, [4, 5, 6, 99, 7, 8], *good])
-    path = described(tmp_path / "d.json", [("s0", 60, 60), ("s1", 126, 126)])
+    path = write_metadata(tmp_path / "d.json", [("s0", 60, 60), ("s1", 126, 126)])
     with pytest.raises(DataError) as error:
         steps(opened(path), steps=11, vocab_size=99, workers=workers)
     words = (

@@ -26,7 +26,7 @@ from fast_llm.errors import DataError
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000000\n"
 
 
-def made(
+def write_dataset(
     folder: Path, shards: int = 2, documents: int = 10, weights: list[float] | None = None
 ) -> Path:
     """A dataset.json of ours: token t of shard s is 1000·s + t, documents have ten tokens."""
@@ -70,7 +70,7 @@ def order(dataset: Dataset, count: int = 40) -> list[int]:
 
 @pytest.mark.parametrize("name", ["s0.bin", "s1.idx", "dataset.json"])
 def test_pointer_instead_of_a_file(tmp_path: Path, name: str) -> None:
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     (tmp_path / "d" / name).write_bytes(POINTER)
     with pytest.raises(
         DataError,
@@ -80,7 +80,7 @@ def test_pointer_instead_of_a_file(tmp_path: Path, name: str) -> None:
 
 
 def test_metadata_of_version_0_2(tmp_path: Path) -> None:
-    made(tmp_path / "d")
+    write_dataset(tmp_path / "d")
     # One line of prefix, num_documents, num_tokens and weight, next to the token files.
     entries = [
         {"prefix": f"s{n}", "num_documents": 10, "num_tokens": 100, "weight": 0.5} for n in range(2)
@@ -96,13 +96,13 @@ def test_metadata_of_version_0_2(tmp_path: Path) -> None:
 
 
 def test_format_file_takes_any_name(tmp_path: Path) -> None:
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     path.rename(tmp_path / "d" / "metadata")
     assert opened(tmp_path / "d" / "metadata").tokens("training") == 200
 
 
 def test_paths_that_are_nearly_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     with pytest.raises(DataError, match=r"s0\.idx, must be without \.idx: .*/s0$"):
         opened(tmp_path / "d" / "s0.idx", form="list")
     with pytest.raises(DataError, match=r"/d: a folder; give the dataset\.json in it"):
@@ -123,7 +123,7 @@ def test_paths_that_are_nearly_right(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_prefix_that_no_file_can_have(tmp_path: Path) -> None:
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     path.write_text(json.dumps({"datasets": [{"prefix": "s0\ud800"}]}))
     with pytest.raises(DataError, match="must name files inside"):
         opened(path)
@@ -131,7 +131,7 @@ def test_a_prefix_that_no_file_can_have(tmp_path: Path) -> None:
 
 def test_more_files_than_the_shell_allows(tmp_path: Path) -> None:
     """40 pairs with a limit of 64 files: the limit is raised; if it cannot be, it is named."""
-    made(tmp_path / "d", shards=40, documents=1)
+    write_dataset(tmp_path / "d", shards=40, documents=1)
     program = (
         "import resource, sys; from fast_llm.config.train import DataConfig;"
         "from fast_llm.data.dataset import open_dataset; from fast_llm.errors import DataError\n"
@@ -150,7 +150,7 @@ def test_more_files_than_the_shell_allows(tmp_path: Path) -> None:
 
 
 def test_files_are_closed(tmp_path: Path) -> None:
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     before = len(os.listdir("/proc/self/fd"))
     dataset = opened(path)
     assert len(os.listdir("/proc/self/fd")) > before
@@ -160,7 +160,7 @@ def test_files_are_closed(tmp_path: Path) -> None:
 
 def test_moved_data_keeps_its_order(tmp_path: Path) -> None:
     """Neither the order nor the fingerprint depends on where files lie or what they are called."""
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     shutil.copytree(tmp_path / "d", tmp_path / "elsewhere")
     one, two = opened(path), opened(tmp_path / "elsewhere" / "dataset.json")
     assert order(one) == order(two) and one.fingerprint() == two.fingerprint()
@@ -174,7 +174,7 @@ def test_moved_data_keeps_its_order(tmp_path: Path) -> None:
 
 
 def test_replaced_tokens_change_the_fingerprint(tmp_path: Path) -> None:
-    path = made(tmp_path / "d")
+    path = write_dataset(tmp_path / "d")
     before = opened(path).fingerprint()
     tokens = np.fromfile(tmp_path / "d" / "s1.bin", "<i4")
     tokens[50] += 1
@@ -183,7 +183,7 @@ def test_replaced_tokens_change_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_verify_names_all_that_is_wrong(tmp_path: Path) -> None:
-    path = made(tmp_path / "d", shards=3)
+    path = write_dataset(tmp_path / "d", shards=3)
     sizes = sum(file.stat().st_size for file in (tmp_path / "d").glob("s*"))
     assert verify(path) == sizes
     flipped = bytearray((tmp_path / "d" / "s0.bin").read_bytes())
@@ -199,7 +199,7 @@ def test_verify_names_all_that_is_wrong(tmp_path: Path) -> None:
 
 
 def test_weights_of_zero_leave_out(tmp_path: Path) -> None:
-    path = made(tmp_path / "d", weights=[1, 0])
+    path = write_dataset(tmp_path / "d", weights=[1, 0])
     assert max(order(opened(path))) < 1000
 
 
@@ -207,7 +207,7 @@ def test_a_source_without_validation_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of five sources weighted by hand, only the long one has a document for validation."""
-    path = made(tmp_path / "d", shards=5, weights=[1, 2, 3, 4, 5])
+    path = write_dataset(tmp_path / "d", shards=5, weights=[1, 2, 3, 4, 5])
     writer = TokenFileWriter(tmp_path / "d" / "s4", np.dtype("int32"))
     writer.append_many(np.arange(1000), np.full(100, 10))
     writer.close()
@@ -225,8 +225,8 @@ def test_a_source_without_validation_is_told(
 
 
 def test_too_little_for_a_validation_set(tmp_path: Path) -> None:
-    made(tmp_path / "d")
-    made(tmp_path / "other")
+    write_dataset(tmp_path / "d")
+    write_dataset(tmp_path / "other")
     other = tmp_path / "other" / "s1"  # of the sizes of one that is trained on, but not its content
     dataset = opened([str(tmp_path / "d" / "s0")], form="list", validation_sets={"old": str(other)})
     with pytest.raises(
@@ -245,7 +245,7 @@ def test_too_little_for_a_validation_set(tmp_path: Path) -> None:
 
 
 def test_random_data_with_a_validation_set(tmp_path: Path) -> None:
-    made(tmp_path / "d")
+    write_dataset(tmp_path / "d")
     dataset = opened([], form="random", validation_sets={"old": str(tmp_path / "d" / "s0")})
     assert dataset.validation_sets == ["old"] and dataset.read("old", 0).tokens.max() < 100
 
@@ -260,7 +260,7 @@ def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_sources_have_orders_of_their_own(tmp_path: Path) -> None:
     """Two sources of one size must not go through their sequences in step."""
-    path = made(tmp_path / "d", weights=[1, 2])
+    path = write_dataset(tmp_path / "d", weights=[1, 2])
     drawn = order(opened(path, seed=3), 72)  # 24 sequences of each at least once
     first, second = (
         [token % 1000 for token in drawn if token // 1000 == source][:24] for source in range(2)
