@@ -143,7 +143,7 @@ def _train(parsed: argparse.Namespace) -> int:
     try:
         from fast_llm.config.compat import REFUSED, RENAMED
         from fast_llm.config.train import TrainConfig
-        from fast_llm.config.validate import locating, validate
+        from fast_llm.config.validate import adding_locations, validate
 
         document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
         validate(TrainConfig, document, REFUSED, RENAMED)  # before imports that take 0.15 s
@@ -172,7 +172,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
     gc.freeze()  # the objects of 2,000 modules stay; a full collection would take 0.2 s for them
     with early:
-        return train(spec, interrupt, locating(document, TrainConfig))
+        return train(spec, interrupt, adding_locations(document, TrainConfig))
 
 
 def _agreed(error: UserError) -> UserError:
@@ -206,7 +206,7 @@ def _prepare(parsed: argparse.Namespace) -> int:
     from fast_llm.config.compat import PREPARE_REFUSED
     from fast_llm.config.prepare import PrepareConfig
     from fast_llm.config.section import dump
-    from fast_llm.config.validate import locating, validate
+    from fast_llm.config.validate import adding_locations, validate
 
     document = _read(parsed, PrepareConfig, "fast-llm prepare gpt_memmap --config prepare.yaml")
     config = validate(PrepareConfig, document, PREPARE_REFUSED)
@@ -219,7 +219,7 @@ def _prepare(parsed: argparse.Namespace) -> int:
     logging.getLogger("fast_llm").setLevel(logging.INFO)
     from fast_llm.data.prepare import prepare
 
-    with locating(document, PrepareConfig):
+    with adding_locations(document, PrepareConfig):
         prepare(config)
     return 0
 
@@ -228,7 +228,7 @@ def _convert(parsed: argparse.Namespace) -> int:
     from fast_llm.config.compat import CONVERT_REFUSED
     from fast_llm.config.prepare import ConvertConfig
     from fast_llm.config.section import dump
-    from fast_llm.config.validate import locating, validate
+    from fast_llm.config.validate import adding_locations, validate
 
     example = "fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL"
     document = _read(parsed, ConvertConfig, example)
@@ -238,7 +238,7 @@ def _convert(parsed: argparse.Namespace) -> int:
         return 0
     from fast_llm.training.convert import convert
 
-    with locating(document, ConvertConfig, "input.path"):
+    with adding_locations(document, ConvertConfig, "input.path"):
         convert(config)
     return 0
 

@@ -62,7 +62,7 @@ class Document:
             value = value[key]
         return value
 
-    def under(self, values: Values, source: str) -> "Document":
+    def with_defaults(self, values: Values, source: str) -> "Document":
         """This document on top of other values, which apply where nothing is written.
 
         A value that is written differently becomes a problem that names both places.

@@ -78,7 +78,7 @@ def validate(
 _PATHS = re.compile(r"(.*\.)?(path|experiment_dir|output_path|validation_sets)")
 
 
-def located(problem: str, document: Document, kind: type[Section], default: str = "") -> str:
+def with_location(problem: str, document: Document, kind: type[Section], default: str = "") -> str:
     """A problem that was found after validation, preceded by its place and setting as those of
     `validate` are.
 
@@ -117,18 +117,18 @@ def located(problem: str, document: Document, kind: type[Section], default: str 
 
 
 @contextmanager
-def locating(document: Document, kind: type[Section], default: str = "") -> Iterator[None]:
+def adding_locations(document: Document, kind: type[Section], default: str = "") -> Iterator[None]:
     """UserErrors raised in the block are preceded by the place of their setting."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(
-            [located(problem, document, kind, default) for problem in error.problems]
+            [with_location(problem, document, kind, default) for problem in error.problems]
         ) from error
     except UserError as error:
         if not error.args or error.exit_code != UserError.exit_code:
             raise
-        error.args = (located(str(error), document, kind, default),)
+        error.args = (with_location(str(error), document, kind, default),)
         raise
 
 

@@ -21,7 +21,7 @@ from fast_llm.config.checks import check
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.document import Document
 from fast_llm.config.train import TrainConfig
-from fast_llm.config.validate import located, locating, validate
+from fast_llm.config.validate import adding_locations, validate, with_location
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import ConfigError, MissingPackage, UserError
@@ -105,7 +105,9 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     weights = weights and document.get("pretrained.model_weights", True) is True
     document, pretrained = with_pretrained_model(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
-    missing = [located(problem, document, TrainConfig) for problem in _missing_packages(config)]
+    missing = [
+        with_location(problem, document, TrainConfig) for problem in _missing_packages(config)
+    ]
     if wrong := check(config, document, processes) + missing:
         raise ConfigError(wrong)
 
@@ -162,7 +164,7 @@ class _Problems:
         `setting`: the one at fault if the error names none.
         """
         try:
-            with locating(self.document, TrainConfig, setting):
+            with adding_locations(self.document, TrainConfig, setting):
                 return action()
         except UserError as error:
             self.found.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
@@ -171,7 +173,7 @@ class _Problems:
     def add(self, problems: list[str], setting: str = "data.path") -> None:
         """Add problems; `setting`: for those that name none."""
         self.found += [
-            located(problem, self.document, TrainConfig, setting) for problem in problems
+            with_location(problem, self.document, TrainConfig, setting) for problem in problems
         ]
 
     def raise_any(self) -> None:
@@ -388,7 +390,9 @@ def _warnings(
         _long_sequences(config, pretrained.folder),
         disk_warning(folder, config, parameters, resumed.completed_steps),
     )
-    placed = [located(warning, document, TrainConfig) for warning in about_settings if warning]
+    placed = [
+        with_location(warning, document, TrainConfig) for warning in about_settings if warning
+    ]
     return [*filter(None, [_nothing_saved(config)]), *placed]
 
 

@@ -16,7 +16,7 @@ from fast_llm.checkpoint import huggingface
 from fast_llm.config.document import Document
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.types import path_text
-from fast_llm.config.validate import locating
+from fast_llm.config.validate import adding_locations
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError, ConfigError, UserError
@@ -55,7 +55,7 @@ def with_pretrained_model(document: Document, weights: bool) -> tuple[Document, 
     assert model.config is not None
     place = f"{model.folder}/config.json"
     values = {"model": {"base_model": architecture(model.config, place)}}
-    return document.under(values, place), model
+    return document.with_defaults(values, place), model
 
 
 def _find(document: Document, experiment: Path | None, weights: bool) -> PretrainedModel:
@@ -95,7 +95,7 @@ def _of_checkpoint(document: Document, checkpoint: Path) -> PretrainedModel:
     config = (
         huggingface.read_json(kept / "config.json") if (kept / "config.json").exists() else None
     )
-    with locating(document, TrainConfig, "pretrained.path"):
+    with adding_locations(document, TrainConfig, "pretrained.path"):
         info = checkpoints.verify(checkpoint).info
     files = huggingface.small_files(kept) if kept.is_dir() else {}
     if config is not None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from fast_llm.checkpoint import folder as folders
 from fast_llm.config.document import read
 from fast_llm.config.train import TrainConfig
-from fast_llm.config.validate import locating, validate
+from fast_llm.config.validate import adding_locations, validate
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.metadata import verify as verify_dataset
 from fast_llm.data.sampling import Mixture, SourceSampler
@@ -129,7 +129,7 @@ def inspect_step(run: str, step: int) -> StepData:
     config = validate(TrainConfig, document)
     if not 1 <= step <= config.training.train_iters:
         raise DataError(f"step {step}: {folder} has the steps 1 to {config.training.train_iters}")
-    with locating(document, TrainConfig, "data.path"):
+    with adding_locations(document, TrainConfig, "data.path"):
         history, skipped_ranges, note = _history(folder, config)
     first = history.first_sequence(step, skipped_ranges)
     count = history.batch_entry_at(step).batch_size

@@ -524,10 +524,10 @@ def test_constraints_are_checked_for_valid_settings(yaml: Any) -> None:
 
 def test_values_laid_underneath(yaml: Any) -> None:
     document = yaml("inner:\n  size: 3\n  active: yes\n  name:\nother: 7\n")
-    laid = document.under({"inner": {"name": "a", "size": 3}}, "config.json")
+    laid = document.with_defaults({"inner": {"name": "a", "size": 3}}, "config.json")
     assert laid.get("inner.name") == "a" and laid.where("inner.name") == "config.json"
     assert laid.problems == () and laid.get("inner.active") is True
-    laid = document.under({"inner": {"size": 4}, "other": {"size": 1}}, "config.json")
+    laid = document.with_defaults({"inner": {"size": 4}, "other": {"size": 1}}, "config.json")
     with pytest.raises(ConfigError) as caught:
         validate(Outer, laid)
     assert [problem.rpartition("/")[2] for problem in caught.value.problems] == [
@@ -538,7 +538,7 @@ def test_values_laid_underneath(yaml: Any) -> None:
     ]
     assert (
         read(None, ["x.add_linear_biases=no"])
-        .under({"x": {"add_linear_biases": "nowhere"}}, "j")
+        .with_defaults({"x": {"add_linear_biases": "nowhere"}}, "j")
         .problems
         == ()
     )
