@@ -155,6 +155,8 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
         )
     sources = [
         (f"{source.tokens:,}", f"{epochs:.3g}", source.name)
+        if source.tokens
+        else ("unlimited", "-", source.name)  # format: random
         for source, epochs in dataset.epochs("training", sequences)
     ]
     if sources:
