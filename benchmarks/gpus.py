@@ -4,7 +4,7 @@
 
 Takes a quarter of an hour on two GPUs. Needs PyTorch for CUDA, Triton and pydantic.
 
-faults   A process is killed, the launcher is told to stop, or a process is stopped as if it hung.
+faults   A process is killed, the launcher gets SIGTERM, or a process is stopped as if it hung.
          Each run is started again and must end with the bits (losses, gradient norms) of an
          undisturbed run.
 layouts  A model of SmolLM2's widths and four layers takes eight steps on the same random tokens, in
@@ -123,7 +123,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 def train(folder: Path, processes: int, settings: dict[str, object]) -> list[dict[str, float]]:
-    """The metrics of a run's steps; none if it failed, which is told."""
+    """The metrics of a run's steps; none if it failed, which is printed."""
     if start(folder, processes, settings).wait():
         print(f"failed: {folder.with_suffix('.said').read_text()[-4000:]}", flush=True)
         return []
@@ -164,7 +164,7 @@ def faults(folder: Path, gpus: int) -> list[str]:
 
     for name, what in (
         ("one process killed", kill),
-        ("told to stop", tell),
+        ("SIGTERM", tell),
         ("one process hangs", hang),
     ):
         where = folder / name.replace(" ", "-")
@@ -186,12 +186,12 @@ def faults(folder: Path, gpus: int) -> list[str]:
         same = found == whole
         if not same:
             wrong.append(f"{name}: ends otherwise")
-        told = [
+        reported = [
             line for line in said.splitlines() if "This run hung" in line or "stopped by" in line
         ]
         print(
             f"{name}: exit code {run.returncode} after {seconds:.1f} s and {done} of 300 steps;"
-            f" {'; '.join(told[:2])};"
+            f" {'; '.join(reported[:2])};"
             f" started again it ends {'with the same bits' if same else 'OTHERWISE'}",
             flush=True,
         )

@@ -49,7 +49,7 @@ def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -
 
 
 def open_(path: Path, length: int) -> Dataset:
-    """The whole of it for training."""
+    """Open a dataset with all documents for training."""
     return open_dataset(
         DataConfig(format="file", path=[str(path)], split=[1]), length, 0, VOCABULARY
     )

@@ -101,7 +101,7 @@ def _worker(
         store = dist.FileStore(str(Path(folder) / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         results.put((rank, None, function(*args)))
-        if dist.is_initialized():  # training leaves the group by itself
+        if dist.is_initialized():  # training has left the group
             dist.barrier()
             dist.destroy_process_group()
     except BaseException:

@@ -136,7 +136,7 @@ def kill_and_resume() -> Rows:
 def loss_by_transformers(
     folder: Path, place: Path, config: Path, settings: dict[str, Any]
 ) -> float:
-    """The validation loss of a Hugging Face folder in bf16, each document by itself."""
+    """The validation loss of a Hugging Face folder in bf16, attention within documents."""
     from transformers import AutoModelForCausalLM
 
     here = Path.cwd()

@@ -177,8 +177,8 @@ def arguments(root: Path, name: str, layout: str, steps: int = 5) -> list[str]:
     ]
 
 
-def whole(checkpoint: Path, given: list[str]) -> dict[str, Tensor]:
-    """All that a checkpoint holds."""
+def read_checkpoint(checkpoint: Path, given: list[str]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, read by one process."""
     config = validate(TrainConfig, read(None, given))
     tensors = {
         f"{part}/{name}": torch.full(shape, torch.nan)
@@ -261,8 +261,8 @@ def test_five_steps(root: Path, layout: str) -> None:
         and "only the latter are compared" not in log.read_text()
     )
     given = arguments(root, layout, layout)
-    wanted = whole(root / expected / "checkpoint" / "5", given)
-    found = whole(root / layout / "checkpoint" / "5", given)
+    wanted = read_checkpoint(root / expected / "checkpoint" / "5", given)
+    found = read_checkpoint(root / layout / "checkpoint" / "5", given)
     for name, tensor in wanted.items():
         if name.startswith("exp_avg/"):
             assert tensor.any() and found[name].any(), f"{name}: no gradient"

@@ -82,7 +82,7 @@ def until(what: str, condition: Callable[[], Any], explain: Callable[[], str] = 
     """Poll until a condition is true; its value. Raises AssertionError after PATIENCE."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s in vain: {what}\n{explain()}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE:.0f} s: {what}\n{explain()}"
         time.sleep(0.05)
     return value
 
