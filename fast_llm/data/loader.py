@@ -1,9 +1,9 @@
 """This process's micro-batches, starting at any sequence of the run.
 
-With b sequences per micro-batch and P data-parallel processes, micro-batch m of process r holds the
-sequences s + (m·P + r)·b … + b of a step that begins at sequence s, if they belong to that step.
-Threads read ahead; NumPy copies without holding Python's lock. An error in a thread is raised where
-the batch is taken. To resume, start at another s.
+A step begins at sequence s. With b sequences per micro-batch and P data-parallel processes,
+micro-batch m of process r holds the sequences s + (m·P + r)·b … + b of that step, as far as it has
+them. Threads read ahead; NumPy copies without holding Python's lock. An error in a thread is raised
+where the batch is taken. To resume, start at another s.
 
 Letters: B sequences of a micro-batch, S tokens of a sequence.
 """

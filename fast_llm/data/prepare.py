@@ -11,7 +11,7 @@
 
 Rows are cut into ranges of about a megabyte of text. Worker processes read and tokenize them
 (workers.py); this process writes the results in the order of the rows (shards.py). So the bytes
-depend on documents, tokenizer and settings, not on the number of workers, and an interrupted job
+depend on documents, tokenizer and settings, not on the number of workers. An interrupted job
 resumes with the token files that have no record. Several nodes each take a contiguous part of the
 rows and share only the folder.
 

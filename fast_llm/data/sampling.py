@@ -21,18 +21,18 @@ the weights of the sources before s) / (sum of all weights)). For sources lo …
 sequence that goes to any of them (at first all of them, and t = i): mid = (lo + hi) // 2, g(t) =
 ⌊t·(W_mid - W_lo)/(W_hi - W_lo) + ½⌋. If g(t + 1) > g(t), it is the g(t)-th sequence of sources lo …
 mid - 1, else the (t - g(t))-th of the others. When one source is left, t counts its sequences and
-is its u above. So in any number of sequences, also in a single batch, every source has its share to
-within half a sequence per halving, however small its weight.
+is its u above. So every source has its share of any number of sequences, also of a single batch, to
+within half a sequence per halving. Weights may be arbitrarily small.
 
 Changes. When weights or sources change at sequence i, the mixture starts again with t = 0 at i, and
 each source continues from its own count. Its key number never changes: the first sources of a run
 are numbered from 0 by their place; a new source takes the next number that no other has had.
 
-When L or the seed changes after c > 0 of the n sequences of an epoch (or of what remains of one),
+L or the seed may change after c > 0 of the n sequences of an epoch, or of what remains of one. Then
 the unused inputs are joined in ascending order, including those after n·L. These M inputs are the
-rest of the epoch: n' = M // L' sequences, number k of which holds the joined inputs [k·L', k·L' +
-L'), in the order of π over n' with the keys of "<seed> <s> <e> <g>", where g counts how often the
-epoch was interrupted, this time included. The next epoch is complete.
+rest of the epoch: n' = M // L' sequences. Number k holds the joined inputs [k·L', k·L' + L'). Their
+order is π over n' with the keys of "<seed> <s> <e> <g>"; g counts how often the epoch was
+interrupted, this time included. The next epoch is complete.
 """
 
 import functools

@@ -1,11 +1,11 @@
 """Which documents are trained on, and which ones validation and test have.
 
 By hash (`"split": "hash-1"` in dataset.json): documents d = 0 … N - 1 are numbered through all
-token files in the order of dataset.json and ranked by h(d) = mix(d + KEY mod 2^64), with mix of
-sampling.py. The lowest round(share · N) belong to training's share, the next ones to validation's,
-the rest to test's. h is a bijection of 64-bit numbers, so no two documents are equal. Every split
-has documents from everywhere and its exact share of them, and keeps its documents when its share
-grows.
+token files, in the order of dataset.json. They are ranked by h(d) = mix(d + KEY mod 2^64), with mix
+of sampling.py. The lowest round(share · N) belong to training's share, the next ones to
+validation's, the rest to test's. h is a bijection of 64-bit numbers, so no two are equal.
+Every split has documents from everywhere and its exact share of them, and keeps its documents when
+its share grows.
 
 By position (token files without dataset.json, and those that version 0.1 prepared): of each token
 file the first documents are trained on, the next ones are validation's, the last ones test's.

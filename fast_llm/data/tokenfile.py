@@ -14,7 +14,7 @@ little endian:
     34+12N     8·(N+1)   i64 0 … N
 
 Version 2 has one more byte at offset 17. If it is 1, the ranges that are masked in the loss follow
-the first bytes, as i32 [N] numbers of ranges, then i32 [all of them, 2]. They are ignored.
+the first bytes: i32 [N] numbers of ranges, then i32 [ranges, 2]. They are ignored.
 
 Every length and offset is checked against the sizes of the files before anything is mapped or
 allocated. Opening reads the index once (12 bytes a document) and copies none of it: it is

@@ -2,8 +2,8 @@
 
 The parent process sends each worker a task (some rows, about a megabyte of text) and receives their
 tokens. Results come back in the order of the rows, whatever the number of workers. Each worker has
-a pipe of its own and ends when its pipe or its parent is gone, so that a killed process never
-leaves another one waiting.
+its own pipe and ends when its pipe or its parent is gone. So a killed process never leaves another
+one waiting.
 
 A task costs what tokenizing costs (encode.py). Up to three results per worker are held in memory,
 some MB each.
@@ -155,10 +155,9 @@ class _Pool:
     """Worker processes, each with its own pipe, and a thread per task in flight that waits for the
     answer.
 
-    ProcessPoolExecutor hangs when a process is killed while it holds the lock of the shared queue,
-    or after it sent half an answer through a pipe that other processes keep open. Workers are
-    killed in practice: by the out-of-memory killer. Processes are spawned, since forked ones
-    inherit the locks of other threads.
+    The out-of-memory killer does kill workers. ProcessPoolExecutor then hangs if the process held
+    the lock of the shared queue, or had sent half an answer through a pipe that others keep open.
+    Processes are spawned, since forked ones inherit the locks of other threads.
     """
 
     def __init__(self, corpus: Corpus, range_tokenizer: RangeTokenizer, workers: int):
