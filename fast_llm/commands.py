@@ -180,14 +180,13 @@ examples:
 class Parser(argparse.ArgumentParser):
     """One line for a mistake; headings of the help stand out on a terminal."""
 
-    color = False  # Python 3.14 has colours of its own
-
     def __init__(self, **more: Any):
         def shaped(prog: str) -> argparse.HelpFormatter:
             columns = width(sys.stdout)
             return argparse.RawDescriptionHelpFormatter(prog, width=columns, max_help_position=28)
 
         super().__init__(formatter_class=shaped, allow_abbrev=False, **more)
+        self.color = False  # Python 3.14 would add its own colours to ours
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
