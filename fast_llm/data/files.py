@@ -219,28 +219,7 @@ def _of_files(
     if not files:
         also = f"; left out: {describe(left_out)}" if left_out else ""
         raise DataError(f"dataset.path: {config.path}: no files there{also}")
-    kinds: dict[str, str] = {}
-    for path in files:
-        kinds.setdefault(_kind(path), path)
-    if len(kinds) > 1:
-        examples = ", ".join(
-            f"{os.path.basename(path)} ({kind})" for kind, path in sorted(kinds.items())
-        )
-        raise DataError(
-            f"dataset.path: {config.path} has files of several kinds: {examples}; choose some with"
-            " dataset.data_files"
-        )
-    (kind,) = kinds
-    if kind == "csv":
-        raise DataError(
-            f"dataset.path: {files[0]}: csv is not read; convert it to jsonl or parquet"
-        )
-    if kind == "archive":
-        raise DataError(
-            f"dataset.path: {files[0]}: archives are not read; unpack it and give the folder"
-        )
-    if kind == "file" and config.split != "train":
-        raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
+    kind = _common_kind(config, files)
     sizes = {path: os.path.getsize(path) for path in files}
     if not any(sizes.values()):
         raise DataError(f"dataset.path: {config.path}: all files are empty")
@@ -270,6 +249,33 @@ def _of_files(
                 (names[path], f"split {split}" if split else "of no split") for path in some
             ]
     return DatasetFiles(config, kind, splits, digest.hexdigest(), sizes, left_out)
+
+
+def _common_kind(config: SourceConfig, files: list[str]) -> str:
+    """The kind of all files. Raises DataError for several kinds, or one that is not read."""
+    kinds: dict[str, str] = {}
+    for path in files:
+        kinds.setdefault(_kind(path), path)
+    if len(kinds) > 1:
+        examples = ", ".join(
+            f"{os.path.basename(path)} ({kind})" for kind, path in sorted(kinds.items())
+        )
+        raise DataError(
+            f"dataset.path: {config.path} has files of several kinds: {examples}; choose some with"
+            " dataset.data_files"
+        )
+    (kind,) = kinds
+    if kind == "csv":
+        raise DataError(
+            f"dataset.path: {files[0]}: csv is not read; convert it to jsonl or parquet"
+        )
+    if kind == "archive":
+        raise DataError(
+            f"dataset.path: {files[0]}: archives are not read; unpack it and give the folder"
+        )
+    if kind == "file" and config.split != "train":
+        raise DataError(f"dataset.split: given {config.split}, but files of text are all `train`")
+    return kind
 
 
 def _by_split(names: dict[str, str]) -> dict[str, list[str]]:
