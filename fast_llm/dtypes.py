@@ -22,8 +22,8 @@ class Dtype:
 DTYPES = (
     Dtype("fp64", "float64", "F64", 8, ("double",)),
     Dtype("fp32", "float32", "F32", 4, ("float",)),
-    Dtype("bf16", "bfloat16", "BF16", 2),
     Dtype("fp16", "float16", "F16", 2, ("half",)),
+    Dtype("bf16", "bfloat16", "BF16", 2),
 )
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}

@@ -1,7 +1,8 @@
-"""Model folders in Hugging Face format: download, small files, headers of weight files.
+"""Model folders in Hugging Face format: download, small files, and headers of the weights. No
+torch.
 
-Of the weights only headers are read here, by hand and with every length checked, so that mistakes
-show before torch is loaded. What a config.json means is the family's: `models/`.
+Only the headers of weights are read here, with every length checked, so that errors are reported
+before torch is loaded. `models/` interprets config.json.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 
 from fast_llm.checkpoint.folder import MANIFEST
 from fast_llm.config.model import BaseModelConfig
-from fast_llm.dtypes import BY_NAME
+from fast_llm.dtypes import BY_NAME, BY_SAFETENSORS
 from fast_llm.errors import CheckpointError, lfs_problem
 from fast_llm.hub import download
 from fast_llm.models.llama import (
@@ -31,42 +32,22 @@ from fast_llm.models.llama import (
 
 logger = logging.getLogger("fast_llm")
 
-# Weights in any format, what trainers keep with them, archives and unfinished files: no small
+# Files that exports do not copy: weights in any format, state of trainers, archives, unfinished
 # files.
-_LARGE_FILES = tuple(
-    "*." + ending for ending in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5")
+# fmt: off
+_LARGE_FILES = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5",
+    "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.npy", "*.pkl", "*.pickle",
+    "*.tflite", "*.mlmodel", "*.distcp", "*.zip", "*.tar", "*.gz", "*.tgz", "*.bz2", "*.xz",
+    "*.7z", "*.zst", "*.parquet", "*.arrow", "*.partial", "*.incomplete", "*.lock",
 )
-_LARGE_FILES += (
-    "*.msgpack",
-    "*.onnx",
-    "*.onnx_data",
-    "*.ot",
-    "*.npz",
-    "*.npy",
-    "*.pkl",
-    "*.pickle",
-    "*.tflite",
-)
-_LARGE_FILES += (
-    "*.mlmodel",
-    "*.distcp",
-    "*.zip",
-    "*.tar",
-    "*.gz",
-    "*.tgz",
-    "*.bz2",
-    "*.xz",
-    "*.7z",
-    "*.zst",
-)
-_LARGE_FILES += ("*.parquet", "*.arrow", "*.partial", "*.incomplete", "*.lock")
+# fmt: on
 LARGEST_SMALL = 2**26  # bytes of a small file
 LARGEST_TOKENIZER = 2**28  # bytes of tokenizer.json and the like
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-LARGEST_TOTAL = 2**29  # bytes of all small files: every process holds them
-LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+LARGEST_TOTAL = 2**29  # bytes of all small files, which every process holds
+LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 LARGEST_JSON = 2**26  # bytes
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of the dtypes that weights may have
 _OTHER_WIDTHS = {
     "I64": 8,
     "U64": 8,
@@ -81,33 +62,34 @@ _OTHER_WIDTHS = {
 
 
 def fetch(path: str, weights: bool) -> Path:
-    """The folder of a model: local, or downloaded from the Hub (`organisation/name[@revision]`).
+    """The folder of a model: `path`, or a download of organisation/name[@revision] from the Hub.
 
-    Without `weights` only its small files are downloaded, with those in sub-folders.
+    Without `weights` only small files are downloaded, including those in sub-folders.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise CheckpointError(f"{path}: a file; give the folder with config.json and the weights")
-    name, _, _ = path.partition("@")
+    name = path.partition("@")[0]
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise CheckpointError(
             f"{path}: no such folder, and not the name of a model on the Hugging Face Hub"
-            " (organisation/name);"
-            " fetch it with `git lfs install` and `git clone https://huggingface.co/<name>`"
+            " (organisation/name); fetch it with `git lfs install` and"
+            " `git clone https://huggingface.co/<name>`"
         )
-    # Of weights only what lies directly in the repository: some hold a second copy in a folder.
+    # Weights in sub-folders are ignored: some repositories hold a second copy there.
     ignored = [".*", "*/.*", *(f"*/{pattern}" for pattern in _LARGE_FILES)]
     ignored += [pattern for pattern in _LARGE_FILES if pattern != "*.safetensors" or not weights]
     return download(path, CheckpointError, ignore=ignored)
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """Files that an export copies from its model's folder, by their path in it.
+    """The files of a model's folder that exports copy, by path
+    (`additional_chat_templates/tools.jinja`).
 
-    That is everything but weights and their index, hidden files, other models in sub-folders, and
-    files that are too large (`LARGEST_SMALL`). What is left out and is no weight is logged.
+    All files but weights and their index, hidden files, other models in sub-folders, and files
+    above `LARGEST_SMALL`. Other files that are left out are logged.
     """
     found: dict[str, bytes] = {}
     left_out: list[str] = []
@@ -148,11 +130,10 @@ def _is_small(name: str) -> bool:
 
 
 def _leads_out(path: Path, folder: Path) -> bool:
-    """Whether a link leads out of the model's folder: an export could publish secrets through it.
+    """Whether a link leads out of the model: exports could then publish private files of the user.
 
-    Links within the folder are followed, and into the folder of the linked config.json or
-    tokenizer.json: that is another model's, or the Hub's cache, where every file is a link to a
-    blob.
+    Links within the folder are allowed, and links into the folder of the linked config.json or
+    tokenizer.json: another model, or the Hub's cache, where every file is a link to a blob.
     """
     real = os.path.realpath(path)
     allowed = [os.path.realpath(folder)]
@@ -164,18 +145,19 @@ def _leads_out(path: Path, folder: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that people may have got wrong. Raises CheckpointError."""
+    """The JSON object in a file. Raises CheckpointError if it is missing, too large or
+    malformed.
+    """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
             raise CheckpointError(f"{path}: not a file")
         with path.open("rb") as file:
-            data = file.read(
-                min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1
-            )  # makes room for all that it is asked for
+            # read() allocates what it is asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1)
         if problem := lfs_problem(path, data):
             raise CheckpointError(problem)
         if len(data) > LARGEST_JSON:
-            raise CheckpointError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; not a model's")
+            raise CheckpointError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; not of a model")
         content = json.loads(data)
     except FileNotFoundError as error:
         original = any(
@@ -190,7 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: no such file; {path.parent} is not a complete model folder{hint}"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -199,10 +181,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, bytes]:
-    """Small files for an export of a model that was trained with this sequence length, in tokens.
+    """The small files for an export of a model trained with `sequence_length` tokens.
 
-    tokenizer_config.json's `model_max_length` is raised to it if it is smaller; everything else
-    stays as it is.
+    `model_max_length` of tokenizer_config.json is raised to that if it is smaller. All else is
+    unchanged.
     """
     files = dict(small)
     text = files.get("tokenizer_config.json", b"").decode("utf-8", "replace")
@@ -214,14 +196,17 @@ def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, 
     if type(stated) is int and stated < sequence_length:
         content["model_max_length"] = sequence_length
         changed = re.sub(r'("model_max_length"\s*:\s*)\d+', rf"\g<1>{sequence_length}", text)
-        if json.loads(changed) != content:  # the name stands elsewhere, too
+        if json.loads(changed) != content:  # the name occurs elsewhere, too
             changed = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         files["tokenizer_config.json"] = changed.encode()
     return files
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Map tensors to safetensors files, from the only file's header or the index."""
+    """The safetensors file of each tensor, from the header of the only file or from the index.
+
+    Raises CheckpointError.
+    """
     single = folder / "model.safetensors"
     if single.exists():  # before the index, as transformers does
         return dict.fromkeys(read_header(single), single)
@@ -239,75 +224,32 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return {tensor: folder / name for tensor, name in listed.items()}
     if any(folder.glob("pytorch_model*.bin*")):
         raise CheckpointError(
-            f"{folder}: holds pytorch_model.bin, a pickle that could run code when read; convert"
-            " it to safetensors"
-            " (AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) where you trust it)"
+            f"{folder}: holds pytorch_model.bin, a pickle that could run code when read; convert it"
+            " to safetensors (AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) where you"
+            " trust it)"
         )
     raise CheckpointError(
-        f"{folder}: no model.safetensors and no model.safetensors.index.json; fetch the weights,"
-        " or set"
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; fetch the weights, or"
+        " set"
         " pretrained.model_weights: no to start from random ones"
     )
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Names, dtypes, shapes and places of a safetensors file's tensors; every number is checked.
+    """Dtype, shape and offsets of each tensor of a safetensors file, by name.
 
-    Raises CheckpointError unless the tensors fill the file exactly.
+    Every number is checked. Raises CheckpointError unless the tensors fill the file exactly.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name stands twice")
-        return found
-
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: not a file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            if problem := lfs_problem(path, head):
-                raise CheckpointError(problem)
-            length = int.from_bytes(head, "little")
-            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path}: not a whole safetensors file: {size} bytes, of which the header"
-                    f" would be {length}"
-                )
-            header: dict[str, dict[str, Any]] = json.loads(
-                file.read(length), object_pairs_hook=unique
-            )
+        header, start, size = _parse_header(path)
         header.pop("__metadata__", None)
-        spans = []
-        for name, tensor in header.items():
-            begin, end = tensor["data_offsets"]
-            count = (_WIDTHS | _OTHER_WIDTHS).get(tensor["dtype"])
-            if count is None:
-                raise CheckpointError(
-                    f"{path}: {name} has the unknown dtype {str(tensor['dtype'])[:20]}"
-                )
-            for extent in tensor["shape"]:
-                if type(extent) is not int or not 0 <= extent < 2**63:
-                    raise CheckpointError(f"{path}: {name} has an impossible shape")
-                count *= extent
-            if (
-                type(begin) is not int
-                or type(end) is not int
-                or not 0 <= begin <= end
-                or end - begin != count
-            ):
-                raise CheckpointError(
-                    f"{path}: {name} does not lie where its header says; the file is damaged"
-                )
-            spans.append((begin, end, name))
+        spans = [(*_span(path, name, tensor), name) for name, tensor in header.items()]
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path}: no such file, though it is named beside; fetch it again"
+            f"{path}: no such file, but the index names it; download it again"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
     at = 0
@@ -317,20 +259,66 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 f"{path}: {name} does not follow the tensor before it; the file is damaged"
             )
         at = end
-    if at != size - 8 - length:
+    if at != size - start:
         raise CheckpointError(
-            f"{path}: {size} bytes, but its tensors need {8 + length + at}; the file is cut off or"
-            " damaged: fetch it again"
+            f"{path}: {size} bytes, but its tensors need {start + at}; the file is truncated or"
+            " damaged: download it again"
         )
     return header
 
 
+def _parse_header(path: Path) -> tuple[dict[str, dict[str, Any]], int, int]:
+    """The JSON header of a safetensors file, where its tensors start, and the file's size."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return found
+
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path}: not a file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        if problem := lfs_problem(path, head):
+            raise CheckpointError(problem)
+        length = int.from_bytes(head, "little")
+        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path}: not a complete safetensors file: {size} bytes, of which the header would"
+                f" be {length}"
+            )
+        header = json.loads(file.read(length), object_pairs_hook=unique)
+    return header, 8 + length, size
+
+
+def _span(path: Path, name: str, tensor: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a tensor begins and ends among the tensors of its file, in bytes."""
+    begin, end = tensor["data_offsets"]
+    dtype = tensor["dtype"]
+    known = BY_SAFETENSORS.get(dtype)
+    count = known.bytes if known else _OTHER_WIDTHS.get(dtype)
+    if count is None:
+        raise CheckpointError(f"{path}: {name} has the unknown dtype {str(dtype)[:20]}")
+    for extent in tensor["shape"]:
+        if type(extent) is not int or not 0 <= extent < 2**63:
+            raise CheckpointError(f"{path}: {name} has an impossible shape")
+        count *= extent
+    if type(begin) is not int or type(end) is not int:
+        count = -1
+    if count < 0 or not 0 <= begin <= end or end - begin != count:
+        raise CheckpointError(
+            f"{path}: the offsets of {name} do not fit its shape; the file is damaged"
+        )
+    return begin, end
+
+
 def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
-    """What is wrong with a folder's weights, from their headers; at most eleven lines.
+    """The problems of the weights in a folder, found in their headers; at most eleven.
 
-    If a model with tied embeddings has a head, the two are compared.
-
-    Raises CheckpointError for files that can not be read at all.
+    If a tied model has a head, its numbers are compared with the embedding.
+    Raises CheckpointError for files that cannot be read.
     """
     expected = shapes(model)
     files = weight_files(folder)
@@ -350,10 +338,10 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
             problems.append(
                 f"{files[name]}: {name} has the shape {tensor['shape']}, must be {list(shape)}"
             )
-        elif tensor["dtype"] not in _WIDTHS:
+        elif tensor["dtype"] not in BY_SAFETENSORS:
             problems.append(
                 f"{files[name]}: {name} has the dtype {tensor['dtype']}, must be one of"
-                f" {', '.join(_WIDTHS)}"
+                f" {', '.join(BY_SAFETENSORS)}"
             )
     problems += [
         f"{path}: the tensor {name} is not part of this Llama"
@@ -372,29 +360,28 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
 def _other_head(
     folder: Path, files: Mapping[str, Path], headers: Mapping[Path, dict[str, dict[str, Any]]]
 ) -> list[str]:
-    """The head of a model with tied embeddings, if its folder has one that differs."""
+    """The problem if a model with tied embeddings has a head that differs from its embedding."""
     one, other = (headers[files[name]].get(name) for name in (HEAD, EMBEDDING))
     if one is None or other is None:
         return [f"{files[HEAD]}: the weight {HEAD} is missing, though the index names it"]
     if one["shape"] != other["shape"]:
         differs = f"has the shape {one['shape']}, {EMBEDDING} {other['shape']}"
-    elif one["dtype"] in _WIDTHS and _equal(files[HEAD], one, files[EMBEDDING], other):
+    elif one["dtype"] in BY_SAFETENSORS and _equal(files[HEAD], one, files[EMBEDDING], other):
         return []
     else:
         differs = f"differs from {EMBEDDING}"
     return [
         f"{files[HEAD]}: {HEAD} {differs}, but {folder / 'config.json'} says tie_word_embeddings:"
-        " true. To keep this head,"
-        " as transformers does, give model.base_model.tie_word_embeddings: no, or false in"
-        " config.json; to use the"
-        f" embedding instead, remove {HEAD} from the weights"
+        " true. To keep this head, as transformers does, give model.base_model.tie_word_embeddings:"
+        f" no, or false in config.json; to use the embedding instead, remove {HEAD} from the"
+        " weights"
     ]
 
 
 def _equal(
     file: Path, tensor: Mapping[str, Any], other_file: Path, other: Mapping[str, Any]
 ) -> bool:
-    """Whether two tensors of one shape, of any dtypes, hold the same numbers."""
+    """Whether two tensors with the same shape hold the same numbers; dtypes may differ."""
     count = int(np.prod(tensor["shape"], dtype=np.int64))
     for first in range(0, count, 2**22):
         length = min(2**22, count - first)
@@ -406,21 +393,27 @@ def _equal(
 
 
 def _numbers(path: Path, tensor: Mapping[str, Any], first: int, count: int) -> np.ndarray[Any, Any]:
-    """Some elements of a tensor of a safetensors file, in a dtype that holds them exactly."""
+    """`count` elements of a tensor in a safetensors file, in a dtype that represents them
+    exactly.
+    """
     dtype = tensor["dtype"]
+    width = BY_SAFETENSORS[dtype].bytes
     kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
-            file.seek(8 + header + tensor["data_offsets"][0] + first * _WIDTHS[dtype])
-            data = np.frombuffer(file.read(count * _WIDTHS[dtype]), kind)
+            file.seek(8 + header + tensor["data_offsets"][0] + first * width)
+            data = np.frombuffer(file.read(count * width), kind)
     except OSError as error:
-        raise CheckpointError(f"{path}: can not be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return (data.astype("<u4") << 16).view("<f4") if dtype == "BF16" else data
 
 
 def stored_dtype(folder: Path, config: Mapping[str, Any]) -> str:
-    """The dtype of a folder's weights: that of all of them, else config.json's, else fp32."""
+    """The dtype of the weights in a folder: fp32, bf16 or fp16.
+
+    It is that of all weights if they have one, otherwise that of config.json, otherwise fp32.
+    """
     found = {
         tensor["dtype"]
         for path in sorted(set(weight_files(folder).values()))

@@ -76,7 +76,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     ]
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match=r"model-2.safetensors: no such file, though it is named beside"
+        CheckpointError, match=r"model-2.safetensors: no such file, but the index names it"
     ):
         huggingface.check_weights(tmp_path, MODEL)
 
@@ -102,20 +102,20 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7, "the file is cut off or"
-            " damaged"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9, "the file is cut off or"
-            " damaged"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, "a does not lie where"
-            " its header says"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "a does not lie where"
-            " its header says"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "a does not lie where"
-            " its header says"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, 8, "does not lie where"
-            " its header says"),
-        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, 8, "does not"
-            " lie where"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7,
+            "the file is truncated or damaged"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9,
+            "the file is truncated or damaged"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4,
+            "the offsets of a do not fit its shape"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8,
+            "the offsets of a do not fit its shape"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8,
+            "the offsets of a do not fit its shape"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, 8,
+            "the offsets of a do not fit its shape"),
+        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}}, 8,
+            "the offsets of a do not fit its shape"),
         ({"a": {"dtype": "F32", "shape": [2**80], "data_offsets": [0, 8]}}, 8, "a has an"
             " impossible shape"),
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "a has an impossible"
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (
             b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}',
             4,
-            "a name stands twice",
+            "a name occurs twice",
         ),
         (b"[]", 0, "not a safetensors file"),
         (b"\xff\xfe", 0, "not a safetensors file"),
@@ -168,7 +168,7 @@ def test_headers_that_lie_are_refused(tmp_path: Path, header: Any, data: int, me
 def test_what_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(
-        CheckpointError, match=r"model.safetensors: not a whole safetensors file: \d+ bytes"
+        CheckpointError, match=r"model.safetensors: not a complete safetensors file: \d+ bytes"
     ):
         huggingface.check_weights(tmp_path, MODEL)
 
@@ -177,7 +177,7 @@ def test_a_long_header_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", huggingface.LARGEST_HEADER + 1))
         file.truncate(2 * huggingface.LARGEST_HEADER)  # a hole, which takes no disk
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         huggingface.read_header(tmp_path / "model.safetensors")
 
 

@@ -282,7 +282,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     path = state.save(tmp_path, 1, {"weight/a": torch.ones(8)}, {})
     (file,) = path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="the file is cut off or damaged"):
+    with pytest.raises(CheckpointError, match="the file is truncated or damaged"):
         state.load(path, {"weight/a": torch.empty(8)})
 
 
