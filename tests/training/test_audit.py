@@ -72,7 +72,7 @@ def test_a_checkpoint_without_a_manifest_is_named(
     (copy / "checkpoint" / "2" / folders.MANIFEST).unlink()
     assert main(["verify", str(copy)]) == 2
     assert (
-        f"{copy}/checkpoint/2: no {folders.MANIFEST}; it is not a complete"
+        f"{copy}/checkpoint/2: has no {folders.MANIFEST}; it is not a complete"
         in capsys.readouterr().err
     )
 
