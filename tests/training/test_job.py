@@ -22,7 +22,7 @@ from fast_llm.planning.report import describe_run
 from fast_llm.training.job import train
 from fast_llm.training.run import lock
 from tests.faults.jobs import Job
-from tests.helpers import needs_compiler, spawn
+from tests.helpers import needs_compiler, slow, spawn
 from tests.training.runs import losses, records, run, settings, write_tokens
 
 
@@ -313,6 +313,7 @@ def run_compiled(arguments: list[str]) -> tuple[int, bool]:
     return run(arguments), counters["stats"]["unique_graphs"] > 0
 
 
+@slow
 @needs_compiler
 def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
