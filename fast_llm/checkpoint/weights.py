@@ -190,7 +190,7 @@ def save_weights(
         total += sum(_size(every[name]) for name in names)
         for number, batch in enumerate(_batches(every, names)):
             with raise_on_all(f"{folder / file_name}: could not be written", group):
-                wholes = {
+                full_weights = {
                     name: _full_weight(weights.get(name), *every[name], owners[name], group)
                     for name in batch
                 }
@@ -198,11 +198,11 @@ def save_weights(
                     with (folder / file_name).open("ab" if number else "wb") as file:
                         if not number:
                             file.write(safetensors_header(tensors, {}))
-                        for name, whole in wholes.items():
-                            assert whole is not None
-                            _check_finite(name, whole)
-                            file.write(tensor_bytes(whole))
-                del wholes
+                        for name, full in full_weights.items():
+                            assert full is not None
+                            _check_finite(name, full)
+                            file.write(tensor_bytes(full))
+                del full_weights
     written = list(plan)
     if len(plan) > 1:
         index = {
@@ -322,21 +322,19 @@ def _full_weight(
 
     `owner`: the first process with a part; another pipeline stage's weight is sent from there.
     """
-    whole: Tensor | None = None
+    full: Tensor | None = None
     if weight is not None:
-        whole = weight.detach().to(dtype)
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        full = weight.detach().to(dtype)
+        full = full.full_tensor() if isinstance(full, DTensor) else full
     if owner > 0 and group is not None:  # another pipeline stage's
         rank = dist.get_rank(group)
         if rank == owner:
-            assert whole is not None
-            dist.send(
-                whole.cpu().contiguous().flatten().view(torch.uint8), group=group, group_dst=0
-            )
+            assert full is not None
+            dist.send(full.cpu().contiguous().flatten().view(torch.uint8), group=group, group_dst=0)
         elif rank == 0:
-            whole = torch.empty(shape, dtype=dtype)
-            dist.recv(whole.flatten().view(torch.uint8), group=group, group_src=owner)
-    return whole
+            full = torch.empty(shape, dtype=dtype)
+            dist.recv(full.flatten().view(torch.uint8), group=group, group_src=owner)
+    return full
 
 
 def export_hugging_face(

@@ -11,9 +11,8 @@ context     each sequence is cut over it
 data        the batch is split over it
 pipeline    the layers are divided over it
 
-Training state is sharded over context × data. These processes are split once more: `shard`
-neighbours hold the state between them, and `copies` such groups hold the same state (hybrid
-sharding).
+Training state is sharded over context × data. With hybrid sharding these processes form `copies`
+groups: the `shard` processes of each group hold one copy of the state between them.
 
 There are three groups of all processes:
 

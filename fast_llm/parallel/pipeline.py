@@ -150,7 +150,7 @@ class Pipeline:
         if plans is None:
             return self._run(batches, 1.0, self.schedule.eval)
         # PyTorch 2.13's eval also visits backward actions, and fails if two stages of a process are
-        # neighbours. So it is given the forward actions only.
+        # adjacent. So it is given the forward actions only.
         full = plans[self.axis.rank]
         plans[self.axis.rank] = [
             action for action in full if action.computation_type.value in _FORWARD

@@ -71,15 +71,15 @@ class SingleWeights:
         if not self.master_low_bits:
             yield self.tensors
             return
-        whole = {
+        masters = {
             name: join_master(p.detach(), self.master_low_bits[name]).cpu()
             for name, p in self.working.items()
         }
-        yield whole
+        yield masters
         if changed:
             for name, parameter in self.working.items():
                 split_master_(
-                    whole.pop(name).to(parameter.device),
+                    masters.pop(name).to(parameter.device),
                     parameter.detach(),
                     self.master_low_bits[name],
                 )
