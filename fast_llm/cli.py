@@ -146,7 +146,8 @@ def _train(parsed: argparse.Namespace) -> int:
         from fast_llm.config.validate import adding_locations, validate
 
         document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
-        validate(TrainConfig, document, REFUSED, RENAMED)  # before imports that take 0.15 s
+        if document.get("pretrained.path") is None:
+            validate(TrainConfig, document, REFUSED, RENAMED)  # before imports that take 0.15 s
         from fast_llm.planning.preflight import preflight
         from fast_llm.training.run import EarlyLog
 

@@ -304,6 +304,17 @@ def test_a_shape_that_contradicts_the_models(
     ]
 
 
+def test_mistakes_in_settings_do_not_hide_those_of_the_model(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["training.train_iters=-1", "model.base_model.transformer.hidden_size=16"]
+    for path, about_the_model in ((MODEL, "says 8"), ("pretrained.path=none", "no such folder")):
+        count, *problems = messages(capsys, *SMALL, path, *wrong)
+        assert count == "2 mistakes"
+        assert sum("training.train_iters: given -1" in problem for problem in problems) == 1
+        assert sum(about_the_model in problem for problem in problems) == 1
+
+
 def test_weights_that_are_missing_or_do_not_fit(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,7 +103,7 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     """
     folder = experiment_folder(document)
     weights = weights and document.get("pretrained.model_weights", True) is True
-    document, pretrained = with_pretrained_model(document, weights)
+    document, pretrained = _complete(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     missing = [
         with_location(problem, document, TrainConfig) for problem in _missing_packages(config)
@@ -149,6 +149,28 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
         changes=resumed.changes + data_changes,
         warnings=_warnings(document, config, pretrained, costs.parameters, resumed),
     )
+
+
+def _complete(document: Document, weights: bool) -> tuple[Document, PretrainedModel]:
+    """The document with the pretrained model's settings, and the model.
+
+    Raises ConfigError. A mistake in a setting is found before weights are fetched, and is reported
+    together with what is wrong with the model.
+    """
+    mistakes: list[str] = []
+    try:
+        validate(TrainConfig, document, REFUSED, RENAMED)
+    except ConfigError as error:
+        mistakes = error.problems
+    try:
+        return with_pretrained_model(document, weights and not mistakes)
+    except UserError as error:
+        if not mistakes:
+            raise
+        found = error.problems if isinstance(error, ConfigError) else [str(error)]
+        if any("pretrained.path: " in mistake for mistake in mistakes):
+            found = []  # the same mistake
+        raise ConfigError(mistakes + found) from error
 
 
 class _Problems:
