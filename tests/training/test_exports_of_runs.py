@@ -255,8 +255,8 @@ def test_two_models_do_not_share_a_folder_of_small_files(
     output = tmp_path / "kept" / "checkpoints" / "two"
     assert cli.main(["convert", f"input.path={tmp_path}/two", f"output.path={output}", *into]) == 2
     assert (
-        f"{tmp_path}/kept/pretrained: holds the files of another model, which this one's would"
-        " replace; choose an output.path two folders below one of its own, as in"
+        f"{tmp_path}/kept/pretrained: has the files of another model, which this one's would"
+        " replace; choose an output.path in a folder of its own, as in"
         " <folder>/checkpoint/0"
     ) in capsys.readouterr().err
     assert not output.exists()
