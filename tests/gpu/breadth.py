@@ -14,7 +14,7 @@ import torch
 
 from tests.gpu.checks import Rows, report
 from tests.gpu.recipe import DATA, finished
-from tests.gpu.runs import Started, difference, start
+from tests.gpu.runs import KEYS, Started, difference, start
 
 GPUS = torch.cuda.device_count()
 SMALL: dict[str, Any] = {
@@ -47,9 +47,16 @@ PLAIN = {
     "run.enable_triton_kernels": "no",
     "model.base_model.transformer.use_flash_attention": "no",
 }
+LOSS, NORM = KEYS
 # fp32: sums in another order, six updates long. bf16 against fp32: 2^-9 a rounding; a gradient's
-# norm differs by some 1e-3 and after six updates by more. fp8 has 3 bits.
-BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-2, "fp8": 5e-2}
+# norm differs by some 1e-3 and after six updates by more. fp8 rounds by 2^-4: its losses differ by
+# 3e-3 after six updates, and the norms by 2 to 7 %, most at the step at which they fall fastest.
+BOUNDS: dict[str, dict[tuple[str, ...], float]] = {
+    "fp32": {KEYS: 1e-4},
+    "bf16": {KEYS: 2e-2},
+    "fp16": {KEYS: 1e-2},
+    "fp8": {(LOSS,): 1e-2, (NORM,): 1e-1},
+}
 
 
 def settings() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -149,12 +156,12 @@ def compare(kinds: dict[str, tuple[str, dict[str, Any]]], gpus: int) -> Rows:
             if isinstance(other, str):
                 yield f"{what}: {other}", float("inf"), 0
                 continue
-            validation = other.records("validation")
-            far = [
-                abs(validation[s]["language_model_loss"] / r["language_model_loss"] - 1)
-                for s, r in exact[1].items()
-            ]
-            yield what, max(difference(other.records(), exact[0]), *far), BOUNDS[kind]
+            for keys, bound in BOUNDS[kind].items():
+                worst = difference(other.records(), exact[0], keys)
+                if LOSS in keys:
+                    evaluated = difference(other.records("validation"), exact[1], [LOSS])
+                    worst = max(worst, evaluated)
+                yield what if keys == KEYS else f"{what}: {keys[0]}", worst, bound
 
 
 def main() -> None:

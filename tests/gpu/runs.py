@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,14 @@ def wait_for(condition: Any, run: Started, seconds: float = 300) -> None:
 
 
 def difference(
-    found: Mapping[int, Mapping[str, Any]], exact: Mapping[int, Mapping[str, Any]]
+    found: Mapping[int, Mapping[str, Any]],
+    exact: Mapping[int, Mapping[str, Any]],
+    keys: Sequence[str] = KEYS,
 ) -> float:
     """Largest relative difference of losses and gradient norms; infinite if the steps differ."""
     if not exact or found.keys() != exact.keys():
         return float("inf")
-    pairs = [(found[step][key], exact[step][key]) for step in exact for key in KEYS]
+    pairs = [(found[step][key], exact[step][key]) for step in exact for key in keys]
     worst = max(abs(one / other - 1) for one, other in pairs)
     return worst if worst == worst else float("inf")
 
