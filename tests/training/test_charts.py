@@ -231,7 +231,7 @@ def test_wandbs_identity_that_cannot_be_written(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(charts, "write_whole", full)
+    monkeypatch.setattr(charts, "write_atomically", full)
     assert run(settings(tokens, "training.train_iters=1", WANDB)) == 0
     assert (
         logged(tokens / "run").count(
