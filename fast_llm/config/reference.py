@@ -49,7 +49,8 @@ file are reported at once.
 One setting turns off a feature, whatever else the file says about it:
 
 - `training.validation.interval=null`: no validation.
-- `training.checkpoint.interval=null`: no checkpoints, and no shutdown.
+- `training.checkpoint.interval=null`: no shutdown, and no checkpoints but the one that is saved
+  when a signal stops training.
 - `training.export.interval=null`: no exports.
 - `run.experiment_dir=null`: nothing is written.
 - `model.distributed.pipeline_parallel=1`: no pipeline parallelism.

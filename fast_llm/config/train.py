@@ -1,8 +1,10 @@
 """The YAML file of `fast-llm train`, section by section, in its order; the sections `model` and
 `pretrained` are in model.py.
 
-The text under a setting is its documentation: the command's help and docs/settings.md show it.
-Constraints across sections are in checks.py; what Fast-LLM 0.2 had is in compat.py.
+The text under a setting is its documentation: the command's help shows it, and
+`python -m fast_llm.config.reference > docs/settings.md` writes it to the page of settings. Sections
+derived from `Interval` (section.py) have `interval` and `offset`. Constraints across sections are
+in checks.py; what Fast-LLM 0.2 had is in compat.py.
 """
 
 import re
@@ -55,8 +57,8 @@ class ValidationConfig(Interval):
 
 
 class CallbackConfig(Section):
-    """A program that the first process starts after something was saved. Training does not wait for
-    it.
+    """A program that the first process starts after each checkpoint or export. Training does not
+    wait for it.
     """
 
     script: Annotated[str | list[str], Allowed("a command, or a list of its words")] | None = None
@@ -98,7 +100,7 @@ class CallbackConfig(Section):
 
 
 class SavedConfig(Interval):
-    """When something is saved, and how many of the saved folders are kept."""
+    """When checkpoints or exports are written, and how many are kept."""
 
     keep_every: Positive | None = None
     """Keep one in this many saved folders permanently, in addition to `keep`: those of steps that
@@ -114,17 +116,18 @@ class SavedConfig(Interval):
 
 
 class CheckpointConfig(SavedConfig):
-    """Checkpoints, from which the same command resumes: fp32 weights and optimizer state, 12 bytes
-    a parameter. With `interval` set, one is also saved after the last step, and when training is
-    interrupted.
+    """Checkpoints, from which the same command resumes: fp32 weights and both moments (12 bytes a
+    parameter; 8 with bf16 or int8 moments, as int8 is stored as bf16), counters, settings and what
+    identifies the data. With `interval` set, one is also saved after the last step. When a signal
+    stops training and `run.experiment_dir` is set, one is saved even without `interval`.
     """
 
     keep: Positive | None = 5
     """Number of newest checkpoints to keep. null keeps all."""
     background: bool = True
-    """Write checkpoints in the background while training continues. This copies the training state
-    to the memory of the host: 12 bytes a parameter, once for each copy of it
-    (`model.multi_stage.shard_size`). If the memory is too small, training waits instead."""
+    """Write checkpoints in the background while training continues. This copies a checkpoint's
+    tensors to host memory, once for each group of `model.multi_stage.shard_size` processes. If the
+    memory is too small, training waits instead."""
 
 
 class ExportConfig(SavedConfig):
@@ -158,24 +161,24 @@ class ExportConfig(SavedConfig):
 
 
 class ShutdownConfig(Interval):
-    """Stop after these steps, for queues with a time limit. The process saves a checkpoint and
-    exits with code 0; the same command resumes.
+    """Stop after every `interval` steps, for queues with a time limit. The process saves a
+    checkpoint and exits with code 0; the same command resumes.
     """
 
 
 class DoubleCheckConfig(Interval):
     """Checks for silent data corruption: chips or memory that compute or store wrong values without
-    an error. Before the update of such a step, the loss of one micro-batch is computed again, and
-    tensors that several processes hold are compared bit for bit. A difference is reported with
-    rank, host and tensor, and training stops with exit code 1. A check costs one forward pass of a
-    micro-batch (of all micro-batches with pipeline parallelism).
+    an error. Every `interval` steps, before the update, the loss of one micro-batch is computed
+    again, and tensors that several processes hold are compared bit for bit. A difference is
+    reported with rank, host and tensor, and training stops with exit code 1. A check costs one
+    forward pass of a micro-batch (of all micro-batches with pipeline parallelism).
     """
 
 
 class ProfilingConfig(Interval):
     """Profile single steps with PyTorch's profiler. Each writes a table of the time by part and by
-    operation, and a trace for Perfetto, to `<experiment_dir>/profile`. The step trains as usual,
-    but is left out of the speed metrics.
+    operation, and a trace for Perfetto, to `<experiment_dir>/profile`. The step trains as usual;
+    the speed metrics count it as an average step.
     """
 
     ranks: Annotated[
@@ -195,9 +198,9 @@ class SpikesConfig(Section):
         Literal["none", "skip", "rewind", "stop"],
         unsupported({False: "to ignore spikes, set policy: none"}),
     ] = "none"
-    """`none`: do not look for spikes. `skip`: continue with the next step. `rewind`: go back to the
-    newest checkpoint and continue with the data after the spike. `stop`: end training with exit
-    code 1."""
+    """`none`: do not look for spikes. `skip`: drop this update; the batch is not trained again.
+    `rewind`: go back to the newest checkpoint and continue with the data after the spike. `stop`:
+    end training with exit code 1."""
     window: Annotated[int, Field(ge=4, le=10_000), Allowed("an integer from 4 to 10000")] = 128
     """Number of previous steps to compare with. No spike is detected before there are as many."""
     threshold: PositiveFloat = 6.0
@@ -244,8 +247,8 @@ class TrainingConfig(Section):
     ) = None
     """Number of steps whose batches each of these threads keeps ready. null means 2."""
     timeout: Seconds | None = 3600
-    """Seconds that processes wait for each other during saves, exports and reading of weights. null
-    means a week."""
+    """Seconds that processes wait for each other during saves, exports and reading weights. Within
+    a step they wait `model.distributed.timeout`. null means a week."""
     logs: LogsConfig = LogsConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -260,10 +263,11 @@ class TrainingConfig(Section):
 
 
 class BatchConfig(Section):
-    """Number of sequences in a step, and how processes share them. What is left out is derived from
-    the rest: batch_size = micro_batch_size × sequential_micro_batches × data-parallel processes,
-    where the number of data-parallel processes is the number of processes / (tensor_parallel ×
-    pipeline_parallel × sequence_data_parallel).
+    """Number of sequences in a step, and how processes share them. Omitted settings are derived
+    from the rest: batch_size = micro_batch_size × sequential_micro_batches × data-parallel
+    processes, where the number of data-parallel processes is the number of processes /
+    (tensor_parallel × pipeline_parallel × sequence_data_parallel). If a given batch_size does not
+    divide, the derived numbers are rounded up and the missing rows are empty.
     """
 
     micro_batch_size: Annotated[
@@ -293,11 +297,11 @@ class BatchConfig(Section):
     """Let tokens attend to earlier documents of their sequence, as Fast-LLM 0.2 does. By default
     documents are kept apart, as in the pretraining of Llama 3.1: attention stays within a document,
     positions start at 0 in each, and the first token of a document is not predicted from the
-    previous one."""
+    previous document."""
 
 
 class TokenizerConfig(Section):
-    """The tokenizer of data that names none itself."""
+    """The tokenizer for datasets that do not name one."""
 
     path: PathText | None = None
     """Folder or tokenizer.json of the tokenizer that the data was made with. It must equal the
@@ -323,9 +327,9 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_sets: dict[str, PathText] = {}
     """Further datasets whose loss is measured at every validation: name → dataset.json or prefix.
-    The loss is logged as `<name>_loss`. Of data that is also trained on (recognized by content,
-    wherever it is), only validation's share is used; of other data, all documents. Add data of the
-    old domain to see what the model forgets."""
+    The loss is logged as `<name>_loss`. If a set is also trained on (recognized by content, at any
+    path), only its validation share is used, otherwise all its documents. Add data of the old
+    domain to see what the model forgets."""
     data_sample_warn_time_ms: PositiveFloat = 1000
     """Warn if preparing the batches of one step takes longer than this, in milliseconds."""
 
@@ -362,8 +366,9 @@ class LearningRateConfig(Section):
     minimum: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay and after it."""
     decay_style: Literal["constant", "linear", "power", "cosine"] = "constant"
-    """How the rate falls from base to minimum. `constant`: not at all. `linear` and `power`: the
-    same, a straight line (or a power, with decay_power). `cosine`: half a cosine."""
+    """How the rate falls from base to minimum, with c the fraction of the decay that is done.
+    `constant`: not at all. `power`: by c^decay_power of the difference. `linear`: an alias of
+    `power`. `cosine`: by ½ (1 - cos(π c^decay_power)) of it."""
     decay_iterations: Positive | None = None
     """Step at which the decay ends, counted from the start of training, so it includes the warmup.
     Required unless decay_style is constant."""
@@ -419,8 +424,9 @@ class OptimizerConfig(Section):
     is too small, never int8; a resumed run with auto keeps its dtype. A run may resume with any
     other."""
     max_nonfinite_steps: Positive = 5
-    """Consecutive steps with infinite or NaN gradients after which training stops. Such steps never
-    change the weights."""
+    """Consecutive steps with infinite or NaN loss or gradients after which training stops. With a
+    dynamic loss scale, it stops only once the scale is at its minimum. Such steps never change the
+    weights."""
 
 
 class RunConfig(Section):
