@@ -22,13 +22,7 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.dtypes import BY_NAME, BY_SAFETENSORS
 from fast_llm.errors import CheckpointError, lfs_problem
 from fast_llm.hub import download
-from fast_llm.models.llama import (
-    EMBEDDING,
-    HEAD,
-    is_optional_tensor,
-    shapes,
-    stored_name,
-)
+from fast_llm.models import Family, family_of
 
 logger = logging.getLogger("fast_llm")
 
@@ -320,12 +314,13 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     If a tied model has a head, its numbers are compared with the embedding.
     Raises CheckpointError for files that cannot be read.
     """
-    expected = shapes(model)
+    family = family_of(model)
+    expected = family.shapes(model)
     files = weight_files(folder)
     headers = {path: read_header(path) for path in sorted(set(files.values()))}
     problems = []
     for weight, shape in expected.items():
-        name = stored_name(weight, expected, files)
+        name = family.stored_name(weight, expected, files)
         if name not in files:
             problems.append(f"{folder}: the weight {name} is missing")
             continue
@@ -346,10 +341,11 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     problems += [
         f"{path}: the tensor {name} is not part of this Llama"
         for name, path in files.items()
-        if name not in expected and not is_optional_tensor(name)
+        if name not in expected and not family.is_optional_tensor(name)
     ]
-    if not problems and model.tie_word_embeddings and HEAD in files and EMBEDDING in files:
-        problems += _other_head(folder, files, headers)
+    both = family.head in files and family.embedding in files
+    if not problems and model.tie_word_embeddings and both:
+        problems += _other_head(folder, family, files, headers)
     return (
         problems
         if len(problems) <= 10
@@ -358,22 +354,26 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
 
 
 def _other_head(
-    folder: Path, files: Mapping[str, Path], headers: Mapping[Path, dict[str, dict[str, Any]]]
+    folder: Path,
+    family: Family,
+    files: Mapping[str, Path],
+    headers: Mapping[Path, dict[str, dict[str, Any]]],
 ) -> list[str]:
     """The problem if a model with tied embeddings has a head that differs from its embedding."""
-    one, other = (headers[files[name]].get(name) for name in (HEAD, EMBEDDING))
+    head, embedding = family.head, family.embedding
+    one, other = (headers[files[name]].get(name) for name in (head, embedding))
     if one is None or other is None:
-        return [f"{files[HEAD]}: the weight {HEAD} is missing, though the index names it"]
+        return [f"{files[head]}: the weight {head} is missing, though the index names it"]
     if one["shape"] != other["shape"]:
-        differs = f"has the shape {one['shape']}, {EMBEDDING} {other['shape']}"
-    elif one["dtype"] in BY_SAFETENSORS and _equal(files[HEAD], one, files[EMBEDDING], other):
+        differs = f"has the shape {one['shape']}, {embedding} {other['shape']}"
+    elif one["dtype"] in BY_SAFETENSORS and _equal(files[head], one, files[embedding], other):
         return []
     else:
-        differs = f"differs from {EMBEDDING}"
+        differs = f"differs from {embedding}"
     return [
-        f"{files[HEAD]}: {HEAD} {differs}, but {folder / 'config.json'} says tie_word_embeddings:"
+        f"{files[head]}: {head} {differs}, but {folder / 'config.json'} says tie_word_embeddings:"
         " true. To keep this head, as transformers does, give model.base_model.tie_word_embeddings:"
-        f" no, or false in config.json; to use the embedding instead, remove {HEAD} from the"
+        f" no, or false in config.json; to use the embedding instead, remove {head} from the"
         " weights"
     ]
 

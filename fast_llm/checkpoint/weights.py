@@ -28,7 +28,7 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.huggingface import weight_files
 from fast_llm.dtypes import DTYPES
 from fast_llm.errors import CheckpointError
-from fast_llm.models.llama import is_optional_tensor, stored_name
+from fast_llm.models import Family
 from fast_llm.tensors import local_part, local_region, torch_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -115,7 +115,10 @@ def or_default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
 
 @torch.no_grad()
 def load_weights(
-    weights: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    family: Family,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Fill tensors or DTensors, by name, from a folder of safetensors files.
 
@@ -128,12 +131,12 @@ def load_weights(
         for names in all_gather_object(list(weights), or_default_group(group))
         for name in names
     }
-    places = {name: stored_name(name, wanted, files) for name in wanted}
+    places = {name: family.stored_name(name, wanted, files) for name in wanted}
     missing = sorted(name for name in wanted if places[name] not in files)
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
     extra = sorted(
-        name for name in files.keys() - set(places.values()) if not is_optional_tensor(name)
+        name for name in files.keys() - set(places.values()) if not family.is_optional_tensor(name)
     )
     if extra:
         raise CheckpointError(

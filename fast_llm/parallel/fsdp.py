@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fast_llm.model.decoder import CausalLM, Head
-from fast_llm.models.llama import EMBEDDING, HEAD
+from fast_llm.models import family_of
 from fast_llm.tensors import local_part, replication_factor
 
 
@@ -63,9 +63,11 @@ class ShardedWeights:
             model.to_empty(device=mesh.device_type)
             assert isinstance(root, FSDPModule)
             self.models.append(root)
+            family = family_of(model.config)
             for name, parameter in model.named_parameters():
-                if name == HEAD and model.config.tie_word_embeddings:
-                    name = EMBEDDING  # in the last stage, whose embedding is on another process
+                if name == family.head and model.config.tie_word_embeddings:
+                    # In the last stage, whose embedding is on another process.
+                    name = family.embedding
                 self.parameters[name] = parameter
 
     @property

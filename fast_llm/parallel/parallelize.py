@@ -16,7 +16,7 @@ from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.decoder import Block, CausalLM
 from fast_llm.model.layers import enable_fp8
 from fast_llm.model.loss import choose_cross_entropy
-from fast_llm.models.llama import TENSOR_PLAN
+from fast_llm.models import family_of
 from fast_llm.parallel.context import apply_context_parallel
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
@@ -51,6 +51,7 @@ def parallelize(
     stages = stages_of_rank(
         multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)
     )
+    plan = family_of(base).tensor_plan
     models = []
     for stage in stages:
         with torch.device("meta"):
@@ -62,9 +63,7 @@ def parallelize(
                 enable_fp8(block)
             apply_recompute(block, base.transformer.mlp_recompute_level)  # 2
             apply_context_parallel(block, mesh.context)  # 3
-        apply_tensor_parallel(
-            model, TENSOR_PLAN, mesh.tensor, distributed.sequence_tensor_parallel
-        )  # 4
+        apply_tensor_parallel(model, plan, mesh.tensor, distributed.sequence_tensor_parallel)  # 4
         if multi_stage.compile_all:
             for block in blocks:
                 block.compile()  # 5

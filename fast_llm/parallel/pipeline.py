@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import CausalLM
-from fast_llm.models.llama import EMBEDDING
+from fast_llm.models import family_of
 from fast_llm.parallel.mesh import Axis
 from fast_llm.tensors import local_part
 
@@ -32,7 +32,6 @@ SCHEDULES = {
     "interleaved_zero_bubble": "InterleavedZeroBubble",
     "zbv_zero_bubble": "ZBVZeroBubble",
 }
-TIED_WEIGHT = EMBEDDING  # the name of the weight that a tied embedding and head share
 _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")  # actions of a pass without gradients
 
 
@@ -122,7 +121,9 @@ class Pipeline:
         self.has_loss = stages - 1 in models
         ends = {0, stages - 1} & models.keys()
         # A tied embedding and head are one weight on two processes, whose gradients must be added.
-        tied = next(iter(models.values())).config.tie_word_embeddings
+        config = next(iter(models.values())).config
+        tied = config.tie_word_embeddings
+        self.tied_weight = family_of(config).embedding  # its name
         self.tied_peer_rank = (
             (axis.size - 1 if axis.rank == 0 else 0) if tied and len(ends) == 1 else None
         )

@@ -12,7 +12,7 @@ from fast_llm.config.batch import derive_batch_sizes
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
-from fast_llm.models.llama import shapes
+from fast_llm.models import family_of
 from fast_llm.models.sizes import QUANTIZATION_BLOCK
 
 # Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128
@@ -115,7 +115,9 @@ class Workload:
         base: BaseModelConfig = config.model.base_model
         t = base.transformer
         block = [
-            shape for name, shape in shapes(base).items() if name.startswith("model.layers.0.")
+            shape
+            for name, shape in family_of(base).shapes(base).items()
+            if name.startswith("model.layers.0.")
         ]
         return Workload(
             layers=t.num_layers,

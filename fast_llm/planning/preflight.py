@@ -25,8 +25,8 @@ from fast_llm.config.validate import adding_locations, validate, with_location
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.errors import ConfigError, MissingPackage, UserError
+from fast_llm.models import family_of
 from fast_llm.models.flops import Cost
-from fast_llm.models.llama import cost
 from fast_llm.planning import history as histories
 from fast_llm.planning.disk import disk_problems, disk_warning
 from fast_llm.planning.history import History
@@ -124,7 +124,8 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     resumed = _Resumed()
     if checkpoint is not None:
         resumed = _resume(checkpoint, config, identity, problems)
-    costs = cost(config.model.base_model, config.batch.sequence_length)
+    base = config.model.base_model
+    costs = family_of(base).cost(base, config.batch.sequence_length)
     if folder is not None:
         problems.add(disk_problems(folder, config, costs.parameters, resumed.completed_steps))
     problems.raise_any()

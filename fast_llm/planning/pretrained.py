@@ -20,7 +20,7 @@ from fast_llm.config.validate import adding_locations
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError, ConfigError, UserError
-from fast_llm.models import architecture, llama
+from fast_llm.models import family_of_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def with_pretrained_model(document: Document, weights: bool) -> tuple[Document, 
     model = replace(model, config=_with_untied_head(document, model.folder, model.config))
     assert model.config is not None
     place = f"{model.folder}/config.json"
-    values = {"model": {"base_model": architecture(model.config, place)}}
+    values = {
+        "model": {"base_model": family_of_json(model.config).architecture(model.config, place)}
+    }
     return document.with_defaults(values, place), model
 
 
@@ -111,7 +113,8 @@ def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, An
             "tie_word_embeddings": bool(settings["model"]["base_model"]["tie_word_embeddings"])
         }
     with suppress(KeyError, TypeError):
-        config = llama.with_length(config, int(settings["batch"]["sequence_length"]))
+        length = int(settings["batch"]["sequence_length"])
+        config = family_of_json(config).with_length(config, length)
     return config
 
 
@@ -122,7 +125,7 @@ def _with_untied_head(document: Document, folder: Path, config: dict[str, Any]) 
     if not asked or not tied or document.get("pretrained.format") == "distributed":
         return config
     try:
-        has_head = llama.HEAD in huggingface.weight_files(folder)
+        has_head = family_of_json(config).head in huggingface.weight_files(folder)
     except CheckpointError:  # a model on the Hub, before its weights are fetched
         has_head = True
     return config | {"tie_word_embeddings": False} if has_head else config

@@ -17,7 +17,7 @@ from fast_llm.config.document import Document
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
-from fast_llm.models.llama import cost
+from fast_llm.models import family_of
 from fast_llm.planning.devices import DEVICES, GPUS_PER_NODE, DeviceSpec
 from fast_llm.planning.layout import MOMENT_BYTES, ParallelLayout, Workload
 from fast_llm.planning.memory import required_bytes
@@ -83,7 +83,8 @@ def require_batch_size(config: TrainConfig) -> int:
 
 def model_flops(config: TrainConfig) -> float:
     """Floating-point operations of a token, forward and backward."""
-    return cost(config.model.base_model, config.batch.sequence_length).model_flops_per_token
+    base = config.model.base_model
+    return family_of(base).cost(base, config.batch.sequence_length).model_flops_per_token
 
 
 # Settings that are `auto`.

@@ -23,7 +23,7 @@ from fast_llm.checkpoint.huggingface import export_files
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.train import CallbackConfig, TrainConfig
 from fast_llm.model.decoder import init_weights
-from fast_llm.models.llama import export_config
+from fast_llm.models import family_of
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.weights import Weights
 from fast_llm.planning.history import History
@@ -126,7 +126,8 @@ class CheckpointManager:
             logger.info("Starting from random weights.")
             return
         if pretrained.format != "distributed":
-            load_weights(tensors, source, self.mesh.slow_group)
+            family = family_of(self.config.model.base_model)
+            load_weights(tensors, source, family, self.mesh.slow_group)
         elif pretrained.optimizer_state:
             self._load_tensors(source, tensors)
             self.train_step.optimizer.updates = folders.read_manifest(source).info["updates"]
@@ -247,6 +248,7 @@ class CheckpointManager:
         dtype = settings.data_type or self.config.model.distributed.training_dtype
         check_state_finite(self.train_step, self.mesh, step, "It was not exported. ")
         model, tokens = self.config.model.base_model, self.spec.special_tokens
+        export_config = family_of(model).export_config
         with self.weights.masters() as tensors:
             export_hugging_face(
                 path,

@@ -19,8 +19,7 @@ from fast_llm.config.prepare import ConvertConfig
 from fast_llm.config.validate import validate
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
-from fast_llm.models import architecture, llama
-from fast_llm.models.llama import shapes
+from fast_llm.models import family_of, family_of_json
 from fast_llm.training.process import quiet_torch_distributed
 
 logger = logging.getLogger("fast_llm")
@@ -67,7 +66,7 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
         trained_in = settings["model"]["distributed"]["training_dtype"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its manifest does not describe a model") from error
-    weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
+    weights = {name: torch.empty(shape) for name, shape in family_of(model).shapes(model).items()}
     state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
     kept = path.parent.parent / "pretrained"
     small = huggingface.small_files(kept) if kept.is_dir() else {}
@@ -78,7 +77,7 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
     export_hugging_face(
         output,
         weights,
-        config=llama.export_config(original, model, wanted, tokens, length),
+        config=family_of(model).export_config(original, model, wanted, tokens, length),
         dtype=wanted,
         files=huggingface.export_files(small, length),
         parameters_per_file=parameters_per_file,
@@ -97,11 +96,12 @@ def _tokens(folder: Path) -> dict[str, int | None]:
 def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
     """Read the weights of a Hugging Face folder in fp32, which is exact for smaller dtypes."""
     original = huggingface.read_json(path / "config.json")
-    model = _model(architecture(original, f"{path}/config.json"), f"{path}/config.json")
+    place = f"{path}/config.json"
+    model = _model(family_of_json(original).architecture(original, place), place)
     if problems := huggingface.check_weights(path, model):
         raise ConfigError(problems)
-    weights = {name: torch.empty(shape) for name, shape in shapes(model).items()}
-    load_weights(weights, path)
+    weights = {name: torch.empty(shape) for name, shape in family_of(model).shapes(model).items()}
+    load_weights(weights, path, family_of(model))
     return model, weights, original
 
 
@@ -145,7 +145,7 @@ def _copy(path: Path, output: Path, dtype: str | None, parameters_per_file: int)
     export_hugging_face(
         output,
         weights,
-        config=llama.export_config(original, model, wanted, {}),
+        config=family_of(model).export_config(original, model, wanted, {}),
         dtype=wanted,
         files=huggingface.small_files(path),
         parameters_per_file=parameters_per_file,

@@ -21,7 +21,7 @@ from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 from fast_llm.optim.schedule import learning_rate
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.parallel.pipeline import TIED_WEIGHT, Pipeline
+from fast_llm.parallel.pipeline import Pipeline
 from fast_llm.parallel.weights import Weights
 from fast_llm.training.spikes import SpikeDetector
 
@@ -73,7 +73,7 @@ class TrainStep:
         self.heartbeat = heartbeat
         self.replication_factor = weights.replication_factor()
         if pipeline is not None and pipeline.tied_peer_rank is not None:
-            self.replication_factor[TIED_WEIGHT] *= 2
+            self.replication_factor[pipeline.tied_weight] *= 2
         # Loss of this process's first micro-batch in the last step, float64; of all micro-batches
         # with a pipeline.
         self.first_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -142,7 +142,8 @@ class TrainStep:
             self.weights.before_micro_batch(first=True, last=True)
             loss_sum = self.pipeline.forward_backward(batches, gradient_scale)
             if self.pipeline.tied_peer_rank is not None:
-                self.pipeline.add_tied_gradient(self.weights.local_gradients()[TIED_WEIGHT])
+                gradients = self.weights.local_gradients()
+                self.pipeline.add_tied_gradient(gradients[self.pipeline.tied_weight])
             self.first_loss = loss_sum
             return loss_sum
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

@@ -18,7 +18,7 @@ from fast_llm.checkpoint import folder, huggingface, state, weights
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.model.decoder import CausalLM
-from fast_llm.models import llama
+from fast_llm.models import FAMILIES, llama
 from fast_llm.models.llama import shapes
 from fast_llm.tensors import torch_dtype
 from tests.helpers import TINY, spawn
@@ -207,7 +207,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     source = huggingface.read_json(tmp_path / "first" / "config.json")
     assert huggingface.check_weights(tmp_path / "first", MODEL) == []
     loaded = {name: torch.full(shape, 9.0) for name, shape in shapes(MODEL).items()}
-    weights.load_weights(loaded, tmp_path / "first")
+    weights.load_weights(loaded, tmp_path / "first", FAMILIES["llama"])
     path = state.save(tmp_path, 1, {f"weight/{name}": t for name, t in loaded.items()}, {})
     back = {name: torch.empty(shape) for name, shape in shapes(MODEL).items()}
     state.load(path, {f"weight/{name}": t for name, t in back.items()})
@@ -234,7 +234,7 @@ def load_spread(path: str) -> int:
         save_file(weights_of_one, f"{path}/model.safetensors", {"format": "pt"})
     dist.barrier()
     found = spread({name: torch.full(t.shape, 9.0) for name, t in expected.items()})
-    weights.load_weights(found, Path(path))
+    weights.load_weights(found, Path(path), FAMILIES["llama"])
     empty = 0
     for name, tensor in spread(
         {name: t.bfloat16().float() for name, t in expected.items()}
@@ -263,7 +263,7 @@ def test_loading_into_plain_tensors(tmp_path: Path) -> None:
         {"format": "pt"},
     )
     found = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes(TIED).items()}
-    weights.load_weights(found, tmp_path)
+    weights.load_weights(found, tmp_path, FAMILIES["llama"])
     assert all(torch.equal(tensor, tensors[name].half().double()) for name, tensor in found.items())
 
 
@@ -271,27 +271,27 @@ def test_loading_what_does_not_fit(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     a, b, c = torch.ones(2), torch.ones(3), torch.ones(4)
     with pytest.raises(CheckpointError, match="1 weights are missing, first c"):
-        weights.load_weights({"a": a, "b": b, "c": c}, tmp_path)
+        weights.load_weights({"a": a, "b": b, "c": c}, tmp_path, FAMILIES["llama"])
     with pytest.raises(
         CheckpointError, match="holds 1 tensors that the model does not have, first b"
     ):
-        weights.load_weights({"a": a}, tmp_path)
+        weights.load_weights({"a": a}, tmp_path, FAMILIES["llama"])
     with pytest.raises(CheckpointError, match=r"b has the shape \[3\], must be \[4\]"):
-        weights.load_weights({"a": a, "b": c}, tmp_path)
+        weights.load_weights({"a": a, "b": c}, tmp_path, FAMILIES["llama"])
     (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
     (tmp_path / weights.INDEX).write_text(
         json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
     )
     with pytest.raises(CheckpointError, match=r"y\.safetensors"):
-        weights.load_weights({"a": a, "b": b}, tmp_path)
+        weights.load_weights({"a": a, "b": b}, tmp_path, FAMILIES["llama"])
     (tmp_path / weights.INDEX).write_text(
         json.dumps({"weight_map": {"a": "x.safetensors", "c": "x.safetensors"}})
     )
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        weights.load_weights({"a": a, "c": c}, tmp_path)
+        weights.load_weights({"a": a, "c": c}, tmp_path, FAMILIES["llama"])
     (tmp_path / "x.safetensors").write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        weights.load_weights({"a": a, "c": c}, tmp_path)
+        weights.load_weights({"a": a, "c": c}, tmp_path, FAMILIES["llama"])
 
 
 def test_beyond_fp16(tmp_path: Path) -> None:

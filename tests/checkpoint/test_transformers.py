@@ -15,7 +15,7 @@ from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.model.decoder import CausalLM
-from fast_llm.models import llama
+from fast_llm.models import FAMILIES, llama
 from fast_llm.models.llama import shapes
 
 LLAMA_3 = {
@@ -67,7 +67,7 @@ def read(folder: Path) -> tuple[BaseModelConfig, dict[str, Tensor], dict[str, An
     model = BaseModelConfig.model_validate(llama.architecture(config, str(folder)))
     assert huggingface.check_weights(folder, model) == []
     weights = {name: torch.full(shape, float("nan")) for name, shape in shapes(model).items()}
-    load_weights(weights, folder)
+    load_weights(weights, folder, FAMILIES["llama"])
     return model, weights, config
 
 

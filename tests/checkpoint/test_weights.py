@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights, save_weights
 from fast_llm.errors import CheckpointError
+from fast_llm.models import FAMILIES
 from tests.helpers import spawn
 
 # More rows than processes, fewer, and as many; vectors; names that do not sort as they come.
@@ -66,7 +67,7 @@ def round_trips(root: str) -> None:
             expected = {key: tensor.clone() for key, tensor in weights.items()}
             for tensor in weights.values():
                 tensor.zero_()
-            load_weights(weights, here / "fp32", group)
+            load_weights(weights, here / "fp32", FAMILIES["llama"], group)
             for key, tensor in weights.items():
                 one, other = (
                     t.to_local() if isinstance(t, DTensor) else t for t in (tensor, expected[key])
@@ -94,10 +95,10 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(CheckpointError, match=r"model-1.safetensors: cannot be read: .*[Hh]eader"):
-        load_weights(reference(), tmp_path)
+        load_weights(reference(), tmp_path, FAMILIES["llama"])
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-1.safetensors: cannot be read: No such file"):
-        load_weights(reference(), tmp_path)
+        load_weights(reference(), tmp_path, FAMILIES["llama"])
 
 
 def export(path: Path, weights: dict[str, Tensor], **changes: Any) -> None:

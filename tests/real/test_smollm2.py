@@ -20,7 +20,7 @@ from fast_llm.config.train import DataConfig
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.tokenfile import TokenFile
 from fast_llm.model.decoder import CausalLM
-from fast_llm.models import llama
+from fast_llm.models import FAMILIES, llama
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.job import train
 from tests.training.runs import records
@@ -77,7 +77,7 @@ def ours(folder: Path, tokens: Tensor) -> Tensor:
     )
     model = CausalLM(config)
     with torch.no_grad():
-        load_weights(dict(model.named_parameters()), folder)
+        load_weights(dict(model.named_parameters()), folder, FAMILIES["llama"])
         found: Tensor = model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape))
     return found
 
