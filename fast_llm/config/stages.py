@@ -9,6 +9,8 @@ from fast_llm.config.train import TrainConfig
 
 _INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
 _PER_STAGE = "model.multi_stage.layers_per_stage"
+# Recomputation levels that save some results for one backward pass.
+_SINGLE_PASS_LEVELS = ("activation", "activation_and_input", "selective")
 _SCHEDULE = "model.multi_stage.pipeline_schedule"
 
 
@@ -152,6 +154,13 @@ def _schedule_problem(config: TrainConfig, batch: BatchSizes) -> tuple[str, str]
             _SCHEDULE,
             f"given {name}, but with zero_stage: 3 it loses gradients: weights are freed before"
             " theirs are made; use zero_stage: 2 or another schedule",
+        )
+    level = config.model.base_model.transformer.mlp_recompute_level
+    if name.endswith("zero_bubble") and level in _SINGLE_PASS_LEVELS:
+        return (
+            _SCHEDULE,
+            f"given {name}, which computes gradients in two passes, but mlp_recompute_level:"
+            f" {level} saves results for one; use full, block or none, or another schedule",
         )
     if name == "zbv_zero_bubble" and config.model.base_model.tie_word_embeddings:
         return (

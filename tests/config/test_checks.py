@@ -719,6 +719,18 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
         " weights are freed before theirs are made; use zero_stage: 2 or another schedule",
     ),
     (
+        [
+            *PIPELINE,
+            f"{STAGES}=2",
+            f"{SCHEDULE}=interleaved_zero_bubble",
+            "model.base_model.transformer.mlp_recompute_level=selective",
+        ],
+        2,
+        f"{SCHEDULE}: given interleaved_zero_bubble, which computes gradients in two passes, but"
+        " mlp_recompute_level: selective saves results for one; use full, block or none, or another"
+        " schedule",
+    ),
+    (
         [*PIPELINE, f"{STAGES}=2", f"{SCHEDULE}=zbv_zero_bubble"],
         2,
         f"{SCHEDULE}: given zbv_zero_bubble, which puts embedding and head on one process as two"

@@ -80,6 +80,7 @@ LAYOUTS = [
     "2 cp=2 recompute=full",
     "4 zero=3 tp=2 sp=yes recompute=selective micro=4",
     "4 pp=2 tp=2 sp=yes recompute=block",
+    "2 pp=2 schedule=interleaved_zero_bubble layers=1 recompute=full",
     # tensor parallelism, with and without sequences cut, with each ZeRO stage and each cross
     # entropy
     "2 tp=2 biases=yes micro=4",
