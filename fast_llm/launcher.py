@@ -1,4 +1,4 @@
-"""torchrun and the environment it sets, as fast-llm meets them.
+"""Changes to torchrun when it starts fast-llm, and the environment that it sets.
 
 `is_first_process` and `process_count` read the environment of a process. `register` changes
 torchrun's own process when it starts fast-llm: torchrun imports the entry points of the group
@@ -6,8 +6,8 @@ torchrun's own process when it starts fast-llm: torchrun imports the entry point
 that a process has reported a user's mistake: torchrun then ends with 2 as well, without its
 traceback and without another attempt. A process that was killed is named in one line.
 
-Nothing here decides how a run goes. If a later torch has other names, torchrun behaves as it does
-without this file.
+None of it affects training. If a later torch has other names, torchrun behaves as it does without
+this file.
 """
 
 import io
@@ -55,7 +55,7 @@ def wait_for_first() -> None:
 
 @contextmanager
 def only_first_prints() -> Iterator[None]:
-    """Silence the other processes, for mistakes in the words of a command: all see the same."""
+    """Silence all processes but the first, for mistakes in the command line: all find the same."""
     if is_first_process():
         yield
         return
@@ -70,8 +70,7 @@ def only_first_prints() -> Iterator[None]:
 def process_count(training: bool) -> int:
     """The number of processes that torchrun started.
 
-    Raises ConfigError if the environment does not say it, or, with `training`, if it does not say
-    which of them this is.
+    Raises ConfigError if WORLD_SIZE is not valid, or, with `training`, if RANK is not.
     """
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) == 0:
@@ -164,7 +163,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     Raises if the error is not a known one.
     """
     name = type(error).__name__
-    if name == "SignalException":  # torchrun itself was asked to end
+    if name == "SignalException":  # torchrun itself received a signal
         return 128 + int(error.sigval), ""  # type: ignore[attr-defined]
     if name == "RendezvousClosedError":
         return 1, "torchrun: another node has ended this job"

@@ -163,13 +163,13 @@ class _Writer(dcp.StorageWriter):
         self.written: list[str] = []
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing to forget."""
+        """Does nothing: each writer saves once."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Does nothing: the folder exists."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan, unchanged."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -206,7 +206,7 @@ class _Writer(dcp.StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Nothing to do: the files' headers hold all metadata."""
+        """Does nothing: the files' headers hold all metadata."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One error message for a run of many processes, and no process that waits for one that has failed.
+"""One error message for a run of many processes; no process waits for a failed one.
 
 The processes share the store of their rendezvous. A process that fails posts its error there. One
 of the failed processes prints all errors, with rank and host unless all are the same. The other
@@ -32,7 +32,7 @@ from fast_llm.terminal import print_error
 # In seconds:
 _RENDEZVOUS = 60.0  # for processes to find each other after an error before the start
 _POLL = 0.5  # between looks at the store
-_COLLECT = 1.0  # for an error that all processes have to reach the store from all of them
+_COLLECT = 1.0  # for all processes to post an error that they share
 _GRACE = 5.0  # for the report of another process, and to exit after it
 # Errors of gloo and NCCL when another process has ended.
 _PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
@@ -47,8 +47,9 @@ class Failures:
     """Shares failures between the processes of a run."""
 
     def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float = 0.0):
-        """`store`: of the rendezvous; None with one process. `timeout`: seconds to get the
-        token.
+        """`store`: of the rendezvous; None with one process.
+
+        `timeout`: seconds to wait for the token.
         """
         self.root_store = store
         self.rank, self.size = rank, size
@@ -237,7 +238,7 @@ class Failures:
             self._release_store(store)
 
     def _release_store(self, store: dist.Store) -> None:
-        """Declare that this process needs the store no more.
+        """Declare that this process no longer needs the store.
 
         The process that serves the store waits for all others to do so.
         """
@@ -306,7 +307,7 @@ class Failures:
         return found
 
     def _watch_store(self, ended: threading.Event, exit_now: Callable[[int], None]) -> None:
-        """The thread: ends this process if another one failed and this one waits for it."""
+        """The thread: ends this process if another one failed and this one is still running."""
         assert self.store is not None
         # A connection of its own: the main thread may be blocked in a call.
         store = self.store.clone() if hasattr(self.store, "clone") else self.store

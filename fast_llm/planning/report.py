@@ -1,4 +1,4 @@
-"""What a person reads before a run: the run, its memory on several GPUs, and layouts compared.
+"""Text about a run before it starts: the run, its memory and time on GPUs, layouts compared.
 
 The functions that end in `_rows` and `_cells` return labels and texts; the others lay them out,
 as lists of labels or as tables under headings.

@@ -1,8 +1,9 @@
 """Restore, save, rewind and export a run: what is due, and how it is done.
 
-A checkpoint holds the fp32 weights, both moments and the counters of `TrainState`. Data order and
-learning rate are functions of these counters. Checkpoints are written by a thread (saving.py);
-exports by all processes together.
+A checkpoint holds the fp32 weights and both moments. Its manifest has the counters of `TrainState`,
+the loss scale, the settings, the history and identity of the data, and the special tokens. Data
+order and learning rate are functions of the counters. Checkpoints are written by a thread
+(saving.py); exports by all processes together.
 """
 
 import logging
@@ -73,7 +74,7 @@ class CheckpointManager:
         train_step: TrainStep,
         heartbeat: Callable[..., None],
     ):
-        """`heartbeat`: called at the begin of each phase, as `Watchdog.heartbeat`."""
+        """`heartbeat`: called at the start of each phase, as `Watchdog.heartbeat`."""
         self.spec = spec
         self.config: TrainConfig = spec.config
         self.mesh = mesh
@@ -163,7 +164,10 @@ class CheckpointManager:
         return path
 
     def rewind_to(self, path: Path) -> None:
-        """Return to a checkpoint, and continue with the data after the current step's."""
+        """Return to a checkpoint, and continue with the data after the current step's.
+
+        `consumed_samples` is kept, so the data since the checkpoint is not repeated.
+        """
         self.heartbeat("reading weights", slow=True)
         state = self.state
         spike, until, ranges = state.step, state.consumed_samples, state.skipped_ranges

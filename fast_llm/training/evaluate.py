@@ -31,7 +31,10 @@ class Evaluator:
         interrupt: Interrupt,
         heartbeat: Callable[..., None],
     ):
-        """`loader`: batches of a split, from a first sequence on, of so many steps."""
+        """`loader(split, first_sequence, steps)`: yields this process's micro-batches of each step.
+
+        `heartbeat(phase)`: tells the watchdog which phase begins.
+        """
         self.spec = spec
         self.config = spec.config.training
         self.mesh = mesh
@@ -85,11 +88,11 @@ class Evaluator:
     ) -> tuple[float, float] | None:
         """Summed loss and number of target tokens over all processes; None if interrupted."""
         total = targets = 0.0
-        with self.loader(split, 0, self.spec.evaluation_steps(split, iterations)) as batches:
+        with self.loader(split, 0, self.spec.evaluation_steps(split, iterations)) as loader:
             self.heartbeat("data", step=step)
-            for batch in batches:
+            for micro_batches in loader:
                 self.heartbeat(phase)
-                own_loss, own_targets = self.train_step.evaluate(batch)
+                own_loss, own_targets = self.train_step.evaluate(micro_batches)
                 loss, count, stops = self.mesh.all_reduce_sum(
                     own_loss, own_targets, float(self.interrupt.signal != 0)
                 )

@@ -11,7 +11,8 @@ step is a spike before the window is full.
 
 The update of a spike is skipped. The policy then continues (`skip`), returns to a checkpoint and
 skips the data since (`rewind`), or ends the run (`stop`). All processes see the same sums, so all
-decide alike. A checkpoint holds the window, so a resumed run decides as an undisturbed one.
+decide alike. A checkpoint holds the window, so a resumed run makes the same decisions as an
+uninterrupted one.
 """
 
 import logging
@@ -71,7 +72,8 @@ def handle_spike(
 ) -> Path | None:
     """Apply the policy to a step whose update was skipped.
 
-    Returns the checkpoint to rewind to, if any.
+    Returns the checkpoint to rewind to, or None with `skip` and if there is no checkpoint. Two
+    spikes may return to the same checkpoint; the data up to the later spike is then skipped.
 
     `spike`: as detected; `rewinds`: of this run so far; `newest`: finds the newest checkpoint.
     Raises TrainingStopped if the policy is `stop`, or after `max_rewinds`.

@@ -61,7 +61,7 @@ class TrainStep:
         heartbeat: Callable[[str], None] = lambda phase: None,
         spikes: SpikeDetector | None = None,
     ):
-        """`heartbeat`: called at the begin of each phase, as `Watchdog.heartbeat`."""
+        """`heartbeat`: called at the start of each phase, as `Watchdog.heartbeat`."""
         self.model = model
         self.weights = weights
         self.optimizer = optimizer

@@ -1,7 +1,7 @@
 """The training loop: load, then step, log, validate, save, export, stop.
 
 What happens at a step is written here and nowhere else. How it is done: step.py, metrics.py,
-evaluate.py, checkpointing.py, spikes.py.
+evaluate.py, checkpointing.py, spikes.py. job.py calls build.py, which makes the Trainer.
 """
 
 import logging
@@ -31,10 +31,7 @@ logger = logging.getLogger("fast_llm")
 
 
 class Trainer:
-    """Trains until `train_iters`, from the newest checkpoint if there is one.
-
-    Every process calls each method.
-    """
+    """Trains until `train_iters`, from the newest checkpoint. Every process calls each method."""
 
     def __init__(
         self,
@@ -49,7 +46,11 @@ class Trainer:
         interrupt: Interrupt,
         heartbeat: Callable[..., None],
     ):
-        """`loader`: opens a split at a sequence, for so many steps; `heartbeat`: begins a phase."""
+        """`loader(split, first_sequence, steps)`: yields this process's micro-batches of each step.
+
+        Micro-batch m of process r of P holds the b sequences from (m·P + r)·b on of the step.
+        `heartbeat(phase)`: tells the watchdog which phase begins.
+        """
         self.spec = spec
         self.config = spec.config.training
         self.mesh = mesh
@@ -67,9 +68,9 @@ class Trainer:
         self.lifecycle = "start"  # then "steps" and "end"
 
     def train(self) -> None:
-        """Train until everything is on disk.
+        """Train until everything is on disk. An error is raised after a running save is complete.
 
-        An error is raised once a checkpoint that is being written is complete.
+        Returns after a signal too: job.py chooses the exit code (SIGTERM 143, SIGUSR1 0).
         """
         try:
             ending = self.load() or self.train_steps() or self.finish()
@@ -100,17 +101,16 @@ class Trainer:
         self.lifecycle = "steps"
         state, train_iters = self.state, self.config.train_iters
         while state.step < train_iters and not self.stopping:
-            with self.loader(
-                "training", state.consumed_samples, train_iters - state.step
-            ) as batches:
+            steps_left = train_iters - state.step
+            with self.loader("training", state.consumed_samples, steps_left) as loader:
                 self.heartbeat("data", step=state.step + 1)
-                for batch in batches:
-                    result = self.run_step(state.step + 1, batch)
-                    self.log(result, batches)
+                for micro_batches in loader:
+                    result = self.run_step(state.step + 1, micro_batches)
+                    self.log(result, loader)
                     self.check_finite(state.step)
                     self.checkpoints.saver.check()
-                    if result.spike and self.rewind(result, batches):
-                        break  # to a loader of the data after the spike
+                    if result.spike and self.rewind(result, loader):
+                        break  # rewind_to keeps consumed_samples: no data is repeated
                     shutdown = self.config.shutdown.due(state.step) and state.step < train_iters
                     with self.metrics.exclude_from_speed():
                         self.run_due(state.step, shutdown)
@@ -126,8 +126,8 @@ class Trainer:
             return f"Stopped by a signal after step {state.step}{self.resume_hint}."
         return ""
 
-    def run_step(self, step: int, batch: Sequence[Batch]) -> StepResult:
-        """Train on one batch, under the profiler and the corruption check where they are due."""
+    def run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
+        """Train on one batch. TrainStep (step.py): forward and backward, one reduction, AdamW."""
         check = partial(self.check_corruption, step) if self.config.double_check.due(step) else None
         with ExitStack() as around:
             if self.config.profiling.due(step):
@@ -137,31 +137,34 @@ class Trainer:
                 around.enter_context(
                     profiled(step, self.config.profiling, folder, self.mesh, self.heartbeat)
                 )
-            result = self.train_step(batch, stop=lambda: self.interrupt.signal != 0, check=check)
+            result = self.train_step(
+                micro_batches, stop=lambda: self.interrupt.signal != 0, check=check
+            )
         self.state.advance(result, self.spec.batch.batch_size)
         self.stopping |= result.stop
         return result
 
-    def log(self, result: StepResult, batches: Loader) -> None:
+    def log(self, result: StepResult, loader: Loader) -> None:
         """Add the step to the metrics, and write a record if one is due."""
         step = self.state.step
         self.heartbeat("log")
         self.metrics.add(step, result)
         if self.config.logs.due(step) or step == self.config.train_iters:
-            self.write_metrics(batches)
+            self.write_metrics(loader)
 
-    def write_metrics(self, batches: Loader) -> None:
+    def write_metrics(self, loader: Loader) -> None:
         """Write a record of the steps since the last one."""
         state = self.state
         self.metrics.write(
-            state.step, state.consumed_samples, state.consumed_tokens, batches.wait_seconds
+            state.step, state.consumed_samples, state.consumed_tokens, loader.wait_seconds
         )
 
     def run_due(self, step: int, shutdown: bool) -> None:
-        """Validate, save and export, as due after a step. A run that stops saves first of all."""
+        """Validate, save and export, as due after a step. A run that is stopping only saves."""
         if self.evaluator.validation_due(step) and not self.stopping:
             self.stopping |= not self.evaluator.validate(step)
         saves = self.run.folder is not None
+        # At a shutdown a checkpoint is due too: config/checks.py demands it.
         if self.checkpoints.save_due(step) or (self.stopping and saves):
             last = self.stopping or shutdown or step == self.config.train_iters
             self.checkpoints.save(last)
@@ -179,10 +182,7 @@ class Trainer:
             self.checkpoints.export()
 
     def finish(self) -> str:
-        """What is due after the last step and missing.
-
-        A finished run that is started again comes here at once.
-        """
+        """Do what is due after the last step. A finished run that is restarted begins here."""
         self.lifecycle = "end"
         step = self.state.step
         self.heartbeat("end of training", step=step, slow=True)
@@ -191,19 +191,18 @@ class Trainer:
         if self.config.test_iters and not self.is_logged("test") and not self.stopping:
             self.stopping |= not self.evaluator.test(step)
         if self.checkpoints.save_due(step):
-            self.checkpoints.save(last=True)
+            self.checkpoints.save(last=True)  # like `export`, nothing if this step has one
         if self.checkpoints.export_due(step) and not self.should_stop():
             self.checkpoints.export()
         if self.stopping:
-            return (
-                f"Stopped by a signal before all was done that is due at the end{self.resume_hint}."
-            )
+            return f"Stopped by a signal before the final evaluation and export{self.resume_hint}."
         return f"Training is complete: {step} steps."
 
     # Decisions that all processes make alike.
 
     def should_stop(self) -> bool:
-        """Whether any process received a signal to stop."""
+        """Whether any process received a signal to stop. A collective; updates `stopping`."""
+        # slow_group waits training.timeout: other processes may still read weights or export.
         received = all_gather_object(self.interrupt.signal != 0, self.mesh.slow_group)
         self.stopping |= any(received)
         return self.stopping
@@ -217,22 +216,23 @@ class Trainer:
         logged: bool = self.mesh.broadcast(found)
         return logged
 
-    def rewind(self, result: StepResult, batches: Loader) -> bool:
+    def rewind(self, result: StepResult, loader: Loader) -> bool:
         """Apply `training.spikes` to a spike; whether the run is at an earlier checkpoint now."""
         state, config = self.state, self.config.spikes
         rewinds = len(state.skipped_ranges)
         path = handle_spike(config, state.step, result.spike, rewinds, self.checkpoints.newest)
-        if path is None:
+        if path is None:  # `skip`, or no checkpoint yet; `stop` has raised
             return False
-        self.write_metrics(batches)
+        self.write_metrics(loader)
         self.checkpoints.rewind_to(path)
         self.metrics.rewind(state.step, state.skipped_ranges[-1])
         return True
 
     def check_finite(self, step: int) -> None:
-        """Raise TrainingStopped after `max_nonfinite_steps` steps that are not finite."""
+        """Raise TrainingStopped after `max_nonfinite_steps` in a row at the smallest loss scale."""
         limit = self.spec.config.optimizer.max_nonfinite_steps
         if self.state.nonfinite_steps >= limit and self.train_step.loss_scale.exhausted:
+            # These steps changed nothing, but an older fault may be in the weights: reported first.
             check_state_finite(self.train_step, self.mesh, step)
             raise TrainingStopped(
                 f"step {step}: loss or gradients were not finite {limit} times in a row"
@@ -242,7 +242,7 @@ class Trainer:
                 resumable=True,
             )
 
-    def check_corruption(self, step: int, batches: Sequence[Batch]) -> None:
+    def check_corruption(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Check for silent data corruption, before the update."""
         state = self.state
         counters: Mapping[str, Any] = {
@@ -256,7 +256,7 @@ class Trainer:
             "the seed": self.spec.config.model.distributed.seed,
         }
         with self.metrics.exclude_from_speed():
-            self.corruption_check(step, batches, counters)
+            self.corruption_check(step, micro_batches, counters)
 
     # How the run ends.
 
@@ -265,7 +265,7 @@ class Trainer:
         """The end of a line that says why the run ends."""
         if self.run.folder is None:
             return "; nothing was saved, because run.experiment_dir is not set"
-        if self.checkpoints.saver.last_started < 0:
+        if self.checkpoints.saver.last_started < 0:  # none saved or restored; also if one failed
             return "; no checkpoint is complete, so the same command starts from the beginning"
         return "; the same command continues"
 
@@ -276,13 +276,13 @@ class Trainer:
 
     def on_failure(self, error: BaseException) -> None:
         """Finish the checkpoint that is being written, if other processes can still take part."""
-        self.mesh.failures.failing = True
+        self.mesh.failures.failing = True  # so another process's failure does not end this one
         seconds = None  # no limit
         if self.mesh.size > 1 and not isinstance(error, TrainingStopped):
-            # The other processes may be gone, and wait for this one only so long.
+            # After a timeout other processes do not answer. Collectives raise a plain RuntimeError.
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 return
-            seconds = self.spec.config.model.distributed.timeout / 2
+            seconds = self.spec.config.model.distributed.timeout / 2  # others wait `timeout`
         if self.checkpoints.saver.busy:
             self.heartbeat("saving", slow=True)
             self.checkpoints.saver.finish_after_failure(seconds)
