@@ -32,14 +32,12 @@ from torch.futures import Future
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.huggingface import read_header
 from fast_llm.checkpoint.weights import (
-    all_gather_object,
     in_file_order,
-    is_main,
-    or_default_group,
     raise_on_all,
     safetensors_header,
     tensor_bytes,
 )
+from fast_llm.collectives import all_gather_object, is_main, or_default_group
 from fast_llm.errors import CheckpointError
 from fast_llm.tensors import local_part
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.huggingface import weight_files
+from fast_llm.collectives import all_gather_object, is_main, or_default_group
 from fast_llm.dtypes import DTYPES
 from fast_llm.errors import CheckpointError
 from fast_llm.models import Family
@@ -38,16 +39,6 @@ _SAFETENSORS_DTYPES = {getattr(torch, dtype.torch): dtype.safetensors for dtype 
     torch.int32: "I32",
     torch.uint8: "U8",
 }
-_Value = TypeVar("_Value")
-
-
-def all_gather_object(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
-    """The value of each process of `group`, on every process; without a group a list of one."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 @contextmanager
@@ -101,16 +92,6 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, CheckpointError)
         else (text.splitlines() or [type(cause).__name__])[0]
     )
-
-
-def is_main(group: dist.ProcessGroup | None) -> bool:
-    """Whether this is the first process, which writes shared files."""
-    return group is None or dist.get_rank(group) == 0
-
-
-def or_default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """`group`, or the default group, or None with one process."""
-    return dist.group.WORLD if group is None and dist.is_initialized() else group
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fast_llm.checkpoint.weights import all_gather_object
+from fast_llm.collectives import all_gather_object
 from fast_llm.errors import TrainingStopped
 from fast_llm.kernels.rounding import INFINITE_LEVEL
 from fast_llm.model.batch import Batch

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.checkpoint.weights import all_gather_object
+from fast_llm.collectives import all_gather_object
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
 from fast_llm.kernels import cpu as cpu_kernels

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import state
-from fast_llm.checkpoint.weights import all_gather_object
+from fast_llm.collectives import all_gather_object
 from fast_llm.errors import CheckpointError
 from fast_llm.planning.disk import format_bytes
 from fast_llm.tensors import distributed_like

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from fast_llm.checkpoint.weights import all_gather_object
+from fast_llm.collectives import all_gather_object
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
