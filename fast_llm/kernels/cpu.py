@@ -128,7 +128,7 @@ def _built() -> Path:
 
 
 def _processor() -> str:
-    """What the compiler's `-march=native` depends on."""
+    """The processor, as far as the compiler's `-march=native` depends on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(

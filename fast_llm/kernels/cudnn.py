@@ -7,7 +7,7 @@ nvidia-cudnn-frontend`). Without it, PyTorch's varlen kernel is used.
 
 cuDNN builds a plan for each shape, which takes a tenth of a second. Every micro-batch has other
 documents, so plans are built for rounded numbers: of documents, of tokens, and of tokens of the
-longest document. The documents that fill up are empty. A run needs one or two dozen plans.
+longest document. Empty documents pad the batch. A run needs one or two dozen plans.
 
 Letters: T tokens, H query heads, K key and value heads, D head dimensions, N documents.
 """
@@ -163,7 +163,7 @@ def _backward(
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is built for; documents and lengths are rounded up."""
+    """The sizes that a plan is built for; documents and lengths are rounded up."""
 
     documents: int
     max_seqlen_q: int

@@ -2,7 +2,7 @@
 
 **Split masters.** An fp32 master weight is stored without loss in two 16-bit parts:
 
-    high        bf16, the nearest to the number (ties away from zero): what the model computes with
+    high        bf16, the nearest to the number (ties away from zero): the model's weight
     low_bits    int16, the remaining bits: the number's bits are high · 2^16 + low_bits
 
 Together they take 4 bytes; an fp32 master next to a bf16 weight takes 6 (TransformerEngine's

@@ -1,4 +1,4 @@
-"""Triton kernels, for what PyTorch and torch.compile do slowly or in several passes over memory.
+"""Triton kernels for operations that take PyTorch several passes over memory.
 
 Triton comes with PyTorch for NVIDIA GPUs. Without it, AVAILABLE is false and callers use PyTorch.
 Tests run the kernels on the CPU in Triton's interpreter (TRITON_INTERPRET=1).

@@ -1,1 +1,5 @@
-"""The model as if there were one device: layers, decoder, loss."""
+"""The model in PyTorch, for one device: layers, decoder, loss.
+
+`models/` describes each family (config.json, shapes, FLOPs) without torch; `config/model.py` has
+the settings.
+"""

@@ -38,14 +38,17 @@ _SHORT = 512
 _PADDED = 64
 
 
-class SequenceLayout(Protocol):
-    """Where the sequences of a micro-batch begin and end. Only `Attention.core` looks inside."""
+class DocumentBoundaries(Protocol):
+    """Where the documents of a micro-batch begin and end. Only `Attention.core` looks inside.
 
-    def to(self, device: torch.device) -> "SequenceLayout":
+    Implemented by `PackedSequences` and, under context parallelism, `VarlenQKV`.
+    """
+
+    def to(self, device: torch.device) -> "DocumentBoundaries":
         """A copy on another device."""
         ...
 
-    def pin(self) -> "SequenceLayout":
+    def pin(self) -> "DocumentBoundaries":
         """A copy in page-locked memory."""
         ...
 

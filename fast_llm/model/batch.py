@@ -1,4 +1,4 @@
-"""The model's input: a micro-batch of packed sequences.
+"""The model's input: a micro-batch of packed sequences. config/batch.py computes batch sizes.
 
 Letters: B sequences of a micro-batch, S tokens of a sequence.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fast_llm.model.attention import SequenceLayout
+from fast_llm.model.attention import DocumentBoundaries
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Batch:
     tokens: Tensor  # int64 B S
     labels: Tensor  # int64 B S, -100 where no token is predicted
     positions: Tensor  # int64 B S
-    documents: SequenceLayout | None  # None: each sequence is one document
+    documents: DocumentBoundaries | None  # None: each sequence is one document
     targets: int  # labels that are not -100
 
     def to(self, device: torch.device) -> "Batch":

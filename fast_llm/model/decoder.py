@@ -3,10 +3,10 @@ initialisation.
 
 Blocks are pre-normalised: grouped-query attention with rotary positions, and a gated MLP (Touvron
 et al. 2023; "The Llama 3 Herd of Models", 2024). The model is written for one device, and its
-parameters carry Hugging Face's names, so that weights need no conversion. What runs in parallel is
-applied from outside: by replacing `Attention.core`, `Block.feed_forward` (what recomputation wraps)
-or any module's `forward`. A pipeline stage is this model with its absent parts replaced by
-identities (`CausalLM.keep`).
+parameters carry Hugging Face's names, so that weights need no conversion. Parallelism is applied
+from outside, by replacing `Attention.core` or any module's `forward`. Recomputation wraps
+`Block.feed_forward`. A pipeline stage is this model with its absent parts replaced by identities
+(`CausalLM.keep`).
 
 Letters: B sequences, S tokens of a sequence, E hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_llm.config.model import BaseModelConfig, TransformerConfig
-from fast_llm.model.attention import SequenceLayout
+from fast_llm.model.attention import DocumentBoundaries
 from fast_llm.model.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm
 from fast_llm.model.linear import linear
 from fast_llm.model.loss import cross_entropy
@@ -37,7 +37,8 @@ class CausalLM(nn.Module):
         self.lm_head = Head(config, cross_entropy_impl)
         self.tie()
 
-    # What `parallel/` knows of a model: four roles.
+    # `parallel/` uses these four roles, and `keep`. Of blocks it uses `Block.feed_forward` and
+    # `Attention.core`; of linear layers and `Head`, `main_grad`.
 
     @property
     def embedding(self) -> nn.Module:
@@ -86,14 +87,15 @@ class CausalLM(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        documents: SequenceLayout | None = None,
+        documents: DocumentBoundaries | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of tokens [B, S] at positions [B, S]; with labels [B, S] their summed
         loss.
 
-        The loss is an fp32 scalar, -Σ log p over labels that are not -100. `documents` says where
-        documents begin and end; None means that each sequence is one document.
+        The loss is an fp32 scalar, -Σ log p over labels that are not -100. TrainStep divides by
+        the number of target tokens, in the update. `documents` says where documents begin and end;
+        None means that each sequence is one document.
         """
         hidden = self.model(tokens, positions, documents)
         out: Tensor = self.lm_head(hidden) if labels is None else self.lm_head(hidden, labels)
@@ -103,7 +105,7 @@ class CausalLM(nn.Module):
 class Head(Linear):
     """Language-model head and its cross entropy.
 
-    With `main_grad`, weight gradients accumulate into it (model/loss.py).
+    If `main_grad` is set, the weight's gradient is added to that tensor (model/loss.py).
     """
 
     def __init__(self, config: BaseModelConfig, cross_entropy_impl: str):
@@ -129,7 +131,7 @@ class Head(Linear):
 
 
 class Decoder(nn.Module):
-    """The model without its head."""
+    """Embedding, blocks and final norm: the model without its head."""
 
     def __init__(self, config: BaseModelConfig):
         super().__init__()
@@ -142,7 +144,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(transformer.hidden_size, transformer.normalization.epsilon)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, documents: SequenceLayout | None
+        self, tokens: Tensor, positions: Tensor, documents: DocumentBoundaries | None
     ) -> Tensor:
         """Hidden states [B, S, E]."""
         hidden = self.embed_tokens(tokens)
@@ -177,7 +179,9 @@ class Block(nn.Module):
             hidden, config.ffn_hidden_size, bias=biases in ("everywhere", "only_mlp")
         )
 
-    def forward(self, hidden: Tensor, angles: Angles, documents: SequenceLayout | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, angles: Angles, documents: DocumentBoundaries | None
+    ) -> Tensor:
         """The residual stream [B, S, E] after this block."""
         normed, hidden = self.input_layernorm.with_residual(hidden)
         return self.feed_forward(hidden + self.self_attn(normed, angles, documents))

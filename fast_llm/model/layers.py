@@ -1,9 +1,9 @@
 """The layers that decoders are made of: linear layers, embedding, RMSNorm, attention and the gated
 MLP.
 
-Written for one device. What runs in parallel is applied from outside, by replacing a module's
-`forward`, `Attention.core` (which mixes tokens) or `RMSNorm.with_residual`. Parameters carry
-Hugging Face's names.
+Written for one device. Parallelism is applied from outside, by replacing a module's `forward`,
+`Attention.core` (which mixes tokens) or `RMSNorm.with_residual`. Parameters carry Hugging Face's
+names.
 
 Letters: B sequences, S tokens of a sequence, E hidden size, H query heads, K key and value heads, D
 head dimensions, F MLP size, V vocabulary.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fast_llm.model.attention import SequenceLayout, attention
+from fast_llm.model.attention import DocumentBoundaries, attention
 from fast_llm.model.embedding import embed
 from fast_llm.model.fp8 import linear_fp8
 from fast_llm.model.linear import linear
@@ -27,9 +27,9 @@ class Linear(nn.Linear):
     """PyTorch's linear layer, with an fp32 gradient that may be accumulated within the matmul, and
     fp8.
 
-    Whoever owns the weights may set `main_grad` (Megatron-LM's name) to an fp32 tensor of the
-    weight's shape: the weight's gradient is then added to it and `weight.grad` stays None. It must
-    be None for layers with a bias.
+    `SingleWeights` may set `main_grad` (Megatron-LM's name) to an fp32 tensor of the weight's
+    shape. The weight's gradient is then added to it, and `weight.grad` stays None. It must be None
+    for layers with a bias.
     """
 
     main_grad: Tensor | None
@@ -75,7 +75,10 @@ class RMSNorm(nn.Module):
         return self.with_residual(x)[0]
 
     def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised x and x itself, whose gradients the backward pass adds in one kernel."""
+        """The normalised x, and x itself.
+
+        x is returned too, so that the backward pass adds both gradients in one kernel.
+        """
         return fused_add_rms_norm(x, self.weight, self.epsilon)
 
 
@@ -101,7 +104,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias)
         self.core: Callable[..., Tensor] = attention
 
-    def forward(self, x: Tensor, angles: Angles, documents: SequenceLayout | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, documents: DocumentBoundaries | None) -> Tensor:
         """[B, S, E] → [B, S, E]."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S H D
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # B S K D

@@ -117,7 +117,7 @@ def _kernel(implementation: str, hidden: Tensor) -> Kernel | None:
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Zero, whose backward pass returns a gradient that the forward pass has computed already."""
+    """Returns 0. Its backward pass returns a gradient that the forward pass has computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor, main_grad: Tensor | None) -> Tensor:

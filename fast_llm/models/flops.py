@@ -1,9 +1,8 @@
-"""What a model costs, whatever its family: parameters, and floating-point operations (FLOPs) per
-token.
+"""The cost of a model of any family: parameters, and floating-point operations (FLOPs) per token.
 
 Counted as "model FLOPs": matmuls alone, a multiplication and an addition each; the backward pass
-costs twice the forward pass; of attention the causal half counts. "Hardware" FLOPs add what flash
-attention recomputes.
+costs twice the forward pass; of attention the causal half counts. "Hardware" FLOPs add the
+recomputation of flash attention.
 """
 
 import re

@@ -1,5 +1,4 @@
-"""Llama 1 to 3.2: what its config.json means, its parameters' names and shapes, and what it costs.
-No torch.
+"""Llama 1 to 3.2: config.json, parameter names and shapes, parameter counts and FLOPs. No torch.
 
 config.json is read in both spellings: the published one (`rope_theta`, `rope_scaling`,
 `torch_dtype`), and that of transformers 5 (`rope_parameters`, `dtype`). It is exported in the
@@ -114,7 +113,7 @@ def _rope_type(rope: Mapping[str, Any]) -> Any:
 
 
 def _problems(config: Mapping[str, Any], rope: tuple[str, Any]) -> list[tuple[str, Any, str]]:
-    """What no Llama here can have: the key, what is given, and what is allowed."""
+    """Unsupported values of a config.json: the key, the value, and the allowed values."""
     problems: list[tuple[str, Any, str]] = []
     if config.get("model_type") != "llama":
         allowed = '"llama": no other models can be trained here'
@@ -174,9 +173,9 @@ def export_config(
 ) -> dict[str, Any]:
     """config.json of an export.
 
-    It equals the source's but for what training changed: dtype, context length, tied embeddings.
-    Without a source it is complete. `tokens`: the ids `bos` and `eos`. `sequence_length`: what the
-    model was trained with, in tokens.
+    It is the source's, with the dtype, context length and tied embeddings of the trained model.
+    Without a source, all keys are made from `model`. `tokens`: the ids `bos` and `eos`.
+    `sequence_length`: of training, in tokens.
     """
     if source is not None:
         # transformers 5's spelling, or the one before.
@@ -274,7 +273,7 @@ def shapes(config: BaseModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
-    """What a token costs in a training step with sequences of `sequence_length`.
+    """Parameters, and FLOPs per token of a training step with sequences of `sequence_length`.
 
     For packed documents, `sequence_length` is Σ length² / Σ length over the documents.
     """

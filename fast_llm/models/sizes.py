@@ -1,4 +1,4 @@
-"""Sizes that both the model and the planner know. No torch."""
+"""Sizes that both the model and the planner use. No torch."""
 
 # Rows of a matrix that are cast to fp32, or accumulated in fp32, at a time on the CPU: they stay in
 # its cache.

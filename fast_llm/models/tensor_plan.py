@@ -1,7 +1,7 @@
-"""The entries of a family's `TENSOR_PLAN`: what tensor parallelism does to modules. No torch.
+"""The entries of a family's `TENSOR_PLAN`: how tensor parallelism cuts each module. No torch.
 
-A plan maps patterns of module names to entries, the first that matches counts. Every module that
-has weights of its own must match one. `parallel/tensor.py` says what each entry does to a module.
+A plan maps patterns of module names to entries; the first match counts. Every module that has
+weights of its own must match one. `parallel/tensor.py` implements each entry.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Gather:
-    """A module, as attention, whose input is gathered and whose inner layers are cut."""
+    """A module with cut inner layers, such as attention: its input is gathered."""
 
 
 @dataclass(frozen=True)

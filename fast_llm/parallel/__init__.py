@@ -1,1 +1,1 @@
-"""The same model over many devices: one file for each dimension, applied from outside."""
+"""Parallelism, applied to the model from outside: one file for each dimension."""

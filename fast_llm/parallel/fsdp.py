@@ -3,7 +3,7 @@
 
 fp32 weights, reduced gradients and the optimizer's moments are always sharded over context × data.
 FSDP2 gathers the weights of one unit at a time, in the training dtype: a block, or an untied head.
-Gradients are reduced in fp32. `zero_stage` decides what is kept, and what is sent:
+Gradients are reduced in fp32. `zero_stage` decides which tensors are kept and which are sent:
 
 zero_stage   gathered weights         full gradients        communication
 1            kept for the step        kept for the step     weights and gradients once a step

@@ -157,7 +157,7 @@ class Mesh:
 
 
 def _find_device() -> tuple[torch.device, ConfigError | None]:
-    """The device of this process, and what is wrong if it has none. Makes the GPU the current
+    """The device of this process, and the problem if it has none. Makes the GPU the current
     one.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

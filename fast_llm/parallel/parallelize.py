@@ -1,8 +1,11 @@
 """How this process's part of the model is made: every kind of parallelism, applied in order.
 
-`parallelize` is the table of docs/architecture.md as code. Each row is a file of this package, and
-changes nothing where its axis of the mesh has one process. The model itself knows nothing of any of
-them.
+Numbers in comments are rows of the table in docs/architecture.md. Rows with a mesh axis (1, 3, 4,
+7) change nothing if the axis has one process. The model contains no communication. It offers
+`keep`, `Attention.core`, `Block.feed_forward`, `main_grad`, and blocks for FSDP2 and the compiler.
+
+A new dimension also needs its memory and time in planning/memory.py and planning/time.py, and a
+layout in tests/layouts/test_layouts.py.
 """
 
 from typing import cast
@@ -69,9 +72,10 @@ def parallelize(
                 block.compile()  # 5
         models.append(model)
     weights: Weights
-    if mesh.weights_mesh is None:
+    if mesh.weights_mesh is None:  # the run has one process, so no pipeline either
         weights = SingleWeights(models[0], dtype, mesh.device, fuse_grad_accumulation=triton)
     else:
+        # Gradients are averaged over context × data. Default: ZeRO 1.
         weights = ShardedWeights(models, mesh.weights_mesh, multi_stage.zero_stage or 1, dtype)  # 6
     if mesh.pipeline.size == 1:
         return models, weights, None
@@ -87,7 +91,7 @@ def uses_triton(config: TrainConfig, device: torch.device) -> bool:
 def _pipeline(
     config: TrainConfig, batch: BatchSizes, mesh: Mesh, models: dict[int, CausalLM], stages: int
 ) -> Pipeline:
-    """The pipeline that runs `models`, by their number among `stages`."""
+    """The pipeline of `stages` stages in all. `models`: stage number → model, on this process."""
     distributed = config.model.distributed
     in_flight = micro_batches_in_flight(config, batch)
     length = config.batch.sequence_length // mesh.context.size

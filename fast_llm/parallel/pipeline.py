@@ -96,7 +96,7 @@ class Pipeline:
         hidden: Tensor,
         device: torch.device,
     ):
-        """`models`: this process's stages of `stages`, by number.
+        """`models`: stage number → model, on this process; `stages`: how many in all.
 
         `in_flight`: micro-batches in the pipeline at a time. `hidden`: a meta tensor with the shape
         [B, S, E] and dtype of the hidden states that stages exchange.

@@ -55,7 +55,7 @@ class SingleWeights:
         self.gradients: dict[str, Tensor] = {}
         self._fused = self._fuse(model) if self.mixed and fuse_grad_accumulation else {}
         self.gradients |= self._fused
-        # Those whose fp32 gradient has no contribution of this step yet.
+        # Weights whose fp32 gradient has no contribution of this step yet.
         self._fresh = self.working.keys() - self._fused.keys()
         if self.mixed:
             for name, parameter in self.working.items():
@@ -65,7 +65,7 @@ class SingleWeights:
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
         """The fp32 weights as checkpoints and exports hold them.
 
-        `changed`: what is written into them becomes the masters' values. Split masters are joined
+        `changed`: values written into them become the masters'. Split masters are joined
         in host memory: 4 bytes per weight there, none on the device.
         """
         if not self.master_low_bits:

@@ -1,6 +1,7 @@
-"""What training, checkpoints and checks need from a model's weights, wherever these live.
+"""The interface to a model's weights, on one device or sharded.
 
-Two classes offer it: `single.SingleWeights` (one device) and `fsdp.ShardedWeights` (ZeRO on FSDP2).
+Training, checkpoints and checks use it. Two classes implement it: `single.SingleWeights` (one
+device) and `fsdp.ShardedWeights` (ZeRO on FSDP2).
 Parameters keep their Hugging Face names everywhere, so every mapping here is by such a name.
 """
 
@@ -25,7 +26,7 @@ class Weights(Protocol):
     def masters(self, changed: bool = False) -> AbstractContextManager[dict[str, Tensor]]:
         """The fp32 weights as checkpoints and exports hold them: tensors or DTensors.
 
-        `changed`: what is written into them inside the context becomes the masters' values.
+        `changed`: values written into them inside the context become the masters' values.
         """
 
     def local(self) -> dict[str, Tensor]:
