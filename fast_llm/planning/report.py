@@ -42,12 +42,12 @@ _MEMORY_CLASSES = {"h100": "80", "h200": "141", "b200": "180"}  # GB, as GPUs ar
 
 
 def describe_run(spec: RunSpec, columns: int | None = None) -> str:
-    """What a run will do, as text of at most so many columns."""
+    """What a run will do, as text of at most `columns` columns."""
     return fields(run_rows(spec), 14, columns)
 
 
 def describe_warnings(spec: RunSpec, columns: int | None = None) -> str:
-    """What is allowed and probably not meant, as text; empty if there is nothing."""
+    """Warnings about allowed settings that are probably mistakes, as text; empty without any."""
     rows = [("Warning", f"{warning}.") for warning in spec.warnings]
     return fields(rows, 14, columns) + "\n" if rows else ""
 
@@ -94,7 +94,7 @@ def _start(spec: RunSpec) -> str:
 
 
 def _processes(spec: RunSpec) -> str:
-    """How processes are arranged."""
+    """The number of processes and the parallelism over them."""
     config, count = spec.config, spec.processes
     if count == 1:
         return "1 (nothing is sharded)"
@@ -125,7 +125,7 @@ def _schedule(spec: RunSpec) -> str:
 
 
 def _batch(spec: RunSpec) -> str:
-    """How a batch is divided."""
+    """The micro-batches of a step and the processes that share them."""
     data_parallel = spec.config.model.distributed.data_parallel(spec.processes)
     words = f"{spec.batch_size} sequences of {spec.config.batch.sequence_length:,} tokens ="
     if spec.config.batch.micro_batch_size == "auto":
@@ -139,7 +139,7 @@ def _batch(spec: RunSpec) -> str:
 
 
 def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
-    """What the run reads. `step_tokens`: tokens of a step."""
+    """The data that the run reads. `step_tokens`: tokens of a step."""
     rows: Rows = []
     training, dataset = spec.config.training, spec.dataset
     sequences = (
@@ -181,7 +181,7 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
 
 
 def _saving_rows(spec: RunSpec) -> Rows:
-    """What the run writes."""
+    """The checkpoints and exports that the run writes, and their size."""
     rows: Rows = []
     config, parameters = spec.config, spec.cost.parameters
     saved, export = config.training.checkpoint, config.training.export
@@ -223,12 +223,12 @@ def _background(spec: RunSpec, checkpoint_size: int) -> str:
 
 
 def describe_gpus(config: TrainConfig, processes: int, columns: int | None = None) -> str:
-    """What a process needs of several GPUs' memory, and how long the run takes there, as text."""
+    """Memory per process and time of the run on several kinds of GPUs, as text."""
     return fields([("Forecast", _gpus_table(config, processes))], 14, columns)
 
 
 def _gpus_table(config: TrainConfig, processes: int) -> str:
-    """Of each kind of GPU: the configuration's memory and time, and the fastest micro-batch."""
+    """A row for each kind of GPU: memory and time as configured, and the fastest micro-batch."""
     lines = []
     for name, gigabytes in _MEMORY_CLASSES.items():
         device = DEVICES[name]
@@ -297,7 +297,7 @@ def compare_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> 
 def describe_layouts(
     config: TrainConfig, processes: int, device: DeviceSpec, columns: int | None = None
 ) -> str:
-    """The configured layout and the fastest ones, as text of at most so many columns."""
+    """The configured layout and the fastest ones, as text of at most `columns` columns."""
     report = compare_layouts(config, processes, device)
     lines = ["As configured", "", fields(forecast_rows(report.configured), 11, columns), ""]
     lines += [f"The fastest that fit {processes} × {device.name.upper()}", ""]
@@ -309,8 +309,8 @@ def describe_layouts(
             lines.append("  nothing to change")
     else:
         lines.append(
-            "None: the batch has too few sequences for so many, or the model is too large for so"
-            " few."
+            "None: the batch has too few sequences for this many GPUs, or the model needs more"
+            " GPUs."
         )
     lines += ["", "By number of GPUs", "", _layout_table(report.by_gpus, columns)]
     return "\n".join(lines)
@@ -409,7 +409,7 @@ def _arrangement(layout: ParallelLayout) -> str:
 
 
 def _changes(config: TrainConfig, settings: Settings) -> Rows:
-    """Settings that differ from the configuration's, as they are written."""
+    """Settings that differ from the configuration's, in YAML."""
 
     def current(path: str) -> Any:
         value: Any = config

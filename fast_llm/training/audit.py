@@ -38,7 +38,7 @@ def verify(paths: list[str]) -> tuple[list[str], list[str]]:
     """Read every file under each path and compare it with its digest.
 
     A path is a dataset.json, a checkpoint, an export, or an experiment folder with all of these.
-    Returns a sentence for each that is intact, and one for each damage.
+    Returns a sentence for each intact one, and one for each fault.
     """
     intact, damaged = list[str](), list[str]()
     for path in [part for given in paths for part in _parts(Path(given).expanduser())]:

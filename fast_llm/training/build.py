@@ -23,7 +23,7 @@ from fast_llm.watchdog.process import Watchdog
 def build_trainer(
     spec: RunSpec, mesh: Mesh, run: Run, interrupt: Interrupt, watchdog: Watchdog
 ) -> Trainer:
-    """Make each part of a run once, in order."""
+    """Build the model, its optimizer and step, then everything else that a Trainer needs."""
     config, heartbeat = spec.config, watchdog.heartbeat
     models, weights, pipeline = parallelize(config, spec.batch, mesh)
     optimizer = Optimizer(

@@ -1,4 +1,4 @@
-"""Charts in TensorBoard and Weights & Biases. Neither can end or delay training.
+"""Charts in TensorBoard and Weights & Biases. A failure of either does not affect training.
 
 A run that resumes or rewinds logs some steps twice. TensorBoard drops the old points after the step
 where a curve continues (`purge_step`). Weights & Biases gets every record, with `iteration` as its
@@ -68,7 +68,7 @@ class TensorBoard:
             self._failed(error)
 
     def rewind(self, step: int) -> None:
-        """The curves continue from an earlier step."""
+        """Continue the curves from an earlier step."""
         self.close()
         if not self.broken:
             self._open(step + 1)

@@ -1,6 +1,6 @@
 """Detect silent data corruption (`training.double_check`).
 
-It means chips or memory that compute or remember wrongly without an error.
+It is caused by chips or memory that compute or store wrong values without an error.
 
 At an interval, before the update, two things must be equal to the bit: the loss of a micro-batch
 and its recomputation; and every value that several processes hold. The layout determines the

@@ -1,4 +1,7 @@
-"""A training job: process group, lock, experiment folder, hang detection, training, exit code."""
+"""A training job: process group, lock, experiment folder, hang detection, training, exit code.
+
+cli.py calls `train`; build.py makes the Trainer, whose `train` is the loop.
+"""
 
 import logging
 import os
