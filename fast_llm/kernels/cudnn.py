@@ -1,7 +1,7 @@
 """Attention within documents by cuDNN, on GPUs from Hopper on: about 1.6 times as fast there as
 PyTorch's varlen kernel.
 
-PyTorch gives whole sequences to cuDNN. Documents that are packed in one sequence (cuDNN's "ragged"
+PyTorch gives full sequences to cuDNN. Documents that are packed in one sequence (cuDNN's "ragged"
 tensors) can be described only through NVIDIA's package cudnn-frontend (`pip install
 nvidia-cudnn-frontend`). Without it, PyTorch's varlen kernel is used.
 

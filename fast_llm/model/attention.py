@@ -128,7 +128,7 @@ def attention(
 ) -> Tensor:
     """Softmax attention: q [B, S, H, D], k and v [B, S, K, D] → [B, S, H, D].
 
-    `flash`: false computes with plain matmuls, which hold the scores of whole documents.
+    `flash`: false computes with plain matmuls, which hold all scores of a document.
     """
     one_per_sequence = documents is None or (
         documents.equal_lengths and documents.max_seqlen == q.shape[1]
@@ -163,7 +163,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tens
 
 
 def _equal_cu_seqlens(q: Tensor) -> Tensor:
-    """Cumulative lengths of documents that are whole sequences."""
+    """Cumulative lengths if each sequence is one document."""
     return torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32)
 
 

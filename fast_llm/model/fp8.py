@@ -1,9 +1,9 @@
-"""Linear layers whose matmuls run in fp8: half the bytes of bf16, and on GPUs from Hopper on twice
-the FLOP/s.
+"""Linear layers with matmuls in fp8: half the bytes of bf16, and twice the FLOP/s on GPUs from
+Hopper on.
 
 Each operand is divided by its own scale, so that its largest magnitude becomes the largest fp8
 number (Micikevicius et al. 2022, "FP8 Formats for Deep Learning"): e4m3 for activations and
-weights, e5m2 with its wider range for gradients. Scales are computed from the tensor at hand, every
+weights, e5m2 with its wider range for gradients. Scales are computed from the tensor itself, every
 time. Matmuls accumulate in fp32; results are bf16, and weight gradients are summed in fp32 as they
 are without fp8.
 

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         bias: bool,
         flash: bool,
     ):
-        """`flash`: false computes with plain matmuls, which hold the scores of whole sequences."""
+        """`flash`: false computes with plain matmuls, which hold all scores of a sequence."""
         super().__init__()
         self.head_dim = head_dim
         self.flash = flash

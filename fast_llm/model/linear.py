@@ -4,8 +4,8 @@ On a CPU without bf16 instructions (AVX2 alone, say) PyTorch computes bf16 matmu
 19 GFLOP/s on two cores that reach 140 in fp32. There the operands are cast to fp32 piece by piece
 in the cache, multiplied in fp32, and the result is rounded once: the same within rounding.
 
-PyTorch computes a weight's gradient in the weight's dtype; accumulating it then reads it, and reads
-and writes the sum: 12 bytes a weight for each micro-batch, and a rounding. With `main_grad`,
+PyTorch computes a weight's gradient in the weight's dtype. Accumulating it then reads the gradient,
+and reads and writes the sum: 12 bytes per weight and micro-batch, and a rounding. With `main_grad`,
 `linear` accumulates within the matmul, in fp32 (Megatron-LM's fused gradient accumulation).
 
 Letters: E input size, F output size, T tokens; M, K and N sizes of any matmul.

@@ -45,6 +45,8 @@ def test_shapes_are_those_of_the_model(name: str, config: BaseModelConfig, lengt
         built = {name: tuple(p.shape) for name, p in CausalLM(config).named_parameters()}
     family = FAMILIES[name]
     assert family.shapes(config) == built
+    assert family.embedding in built
+    assert (family.head in built) == (not config.tie_word_embeddings)
     assert family.cost(config, length).parameters == sum(map(math.prod, built.values()))
 
 
