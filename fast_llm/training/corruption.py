@@ -63,14 +63,16 @@ class CorruptionCheck:
         # Whether passes with and without gradients give equal bits; None until known.
         self.comparable: bool | None = None
 
-    def __call__(self, number: int, batches: Sequence[Batch], counters: Mapping[str, Any]) -> None:
+    def __call__(
+        self, number: int, micro_batches: Sequence[Batch], counters: Mapping[str, Any]
+    ) -> None:
         """Check step `number` after its backward pass; every process calls it.
 
         `counters`: values that must be equal on all processes. Raises TrainingStopped on every
         process.
         """
         started = time.perf_counter()
-        faults = self._check_loss(batches) + self._check_rounding()
+        faults = self._check_loss(micro_batches) + self._check_rounding()
         replicated = dict(counters) | self._replicated_state() | self._gathered_weights()
         reports = all_gather_object(
             Report(socket.gethostname(), faults, replicated), self.mesh.slow_group
@@ -96,15 +98,15 @@ class CorruptionCheck:
             " resume from an earlier one."
         )
 
-    def _check_loss(self, batches: Sequence[Batch]) -> list[str]:
-        again = self._recompute(batches)
+    def _check_loss(self, micro_batches: Sequence[Batch]) -> list[str]:
+        again = self._recompute(micro_batches)
         first = self.step.first_loss.item()
         (differ,) = self.mesh.all_reduce_sum(float(not _equal(first, again)))
         if not differ:
             self.comparable = True
             return []
         # Other kernels or corruption? Every process takes part in another pass.
-        third = self._recompute(batches)
+        third = self._recompute(micro_batches)
         if not _equal(again, third):
             return [
                 f"the loss of the same micro-batch was computed twice and is {again!r} and"
@@ -124,9 +126,11 @@ class CorruptionCheck:
         self.comparable = False
         return []
 
-    def _recompute(self, batches: Sequence[Batch]) -> float:
+    def _recompute(self, micro_batches: Sequence[Batch]) -> float:
         self.step.heartbeat("corruption check")
-        return self.step.loss(batches if self.step.pipeline is not None else batches[:1]).item()
+        return self.step.loss(
+            micro_batches if self.step.pipeline is not None else micro_batches[:1]
+        ).item()
 
     def _check_rounding(self) -> list[str]:
         """On one device: check that the model's weights are the rounded fp32 weights."""

@@ -5,7 +5,8 @@ number is known only after a sum over the processes. So gradients are computed a
 were a target, and one factor corrects that. It is multiplied into the update together with clipping
 and the loss scale, at no cost.
 
-The sum over the processes is the only synchronization with the device in a step.
+One reduction of four numbers is the only synchronization with the device in a step: the loss, the
+target tokens, the squared gradient norm, and whether to stop.
 """
 
 import math
@@ -83,7 +84,7 @@ class TrainStep:
 
     def __call__(
         self,
-        batches: Sequence[Batch],
+        micro_batches: Sequence[Batch],
         stop: Callable[[], bool] = lambda: False,
         check: Callable[[Sequence[Batch]], None] | None = None,
     ) -> StepResult:
@@ -94,14 +95,14 @@ class TrainStep:
         """
         # Gradients are averaged over data and context; this factor makes them sums.
         reduction_size = self.mesh.data.size * self.mesh.context.size
-        tokens = len(batches) * batches[0].tokens.numel() * reduction_size
+        tokens = len(micro_batches) * micro_batches[0].tokens.numel() * reduction_size
         gradient_scale = self.loss_scale.value * reduction_size / tokens
-        loss_sum = self.forward_backward(batches, gradient_scale)
-        targets = sum(batch.targets for batch in batches)
+        loss_sum = self.forward_backward(micro_batches, gradient_scale)
+        targets = sum(batch.targets for batch in micro_batches)
         # Taken before `check`: PyTorch's pipelines drop gradients in a pass without them.
         gradients = self.weights.local_gradients()
         if check is not None:
-            check(batches)
+            check(micro_batches)
         self.heartbeat("sum over processes")
         total_loss, total_targets, square, stops = self.mesh.all_reduce_sum(
             loss_sum * self.contributes,
@@ -132,7 +133,7 @@ class TrainStep:
             loss_mean, norm, rate, scale, int(total_targets), updated, stops > 0, spike
         )
 
-    def forward_backward(self, batches: Sequence[Batch], gradient_scale: float) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[Batch], gradient_scale: float) -> Tensor:
         """Return the summed loss of the micro-batches, float64.
 
         Gradients are those of the loss times `gradient_scale`.
@@ -140,16 +141,18 @@ class TrainStep:
         if self.pipeline is not None:
             self.heartbeat("forward and backward")
             self.weights.before_micro_batch(first=True, last=True)
-            loss_sum = self.pipeline.forward_backward(batches, gradient_scale)
+            loss_sum = self.pipeline.forward_backward(micro_batches, gradient_scale)
             if self.pipeline.tied_peer_rank is not None:
                 gradients = self.weights.local_gradients()
                 self.pipeline.add_tied_gradient(gradients[self.pipeline.tied_weight])
             self.first_loss = loss_sum
             return loss_sum
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(micro_batches):
             self.heartbeat("forward and backward")
-            self.weights.before_micro_batch(first=number == 0, last=number == len(batches) - 1)
+            self.weights.before_micro_batch(
+                first=number == 0, last=number == len(micro_batches) - 1
+            )
             batch = batch.to(self.mesh.device)
             loss = self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
             (loss * gradient_scale).backward()
@@ -159,18 +162,18 @@ class TrainStep:
         return loss_sum
 
     @torch.no_grad()
-    def loss(self, batches: Sequence[Batch]) -> Tensor:
+    def loss(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Return the summed loss of the micro-batches, float64, without gradients."""
         if self.pipeline is not None:
-            return self.pipeline.forward(batches)
+            return self.pipeline.forward(micro_batches)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
+        for batch in micro_batches:
             batch = batch.to(self.mesh.device)
             loss_sum += self.model(batch.tokens, batch.positions, batch.documents, batch.labels)
         return loss_sum
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
         """Return this process's summed loss and number of target tokens, for validation."""
-        return self.loss(batches).item() * self.contributes, sum(
-            batch.targets for batch in batches
+        return self.loss(micro_batches).item() * self.contributes, sum(
+            batch.targets for batch in micro_batches
         ) * self.contributes

@@ -65,10 +65,10 @@ def in_loss(trainer: Trainer) -> None:
     """From now on each pass without gradients is another bit off."""
     before, times = trainer.train_step.loss, 0
 
-    def wrong(batches: Sequence[Batch]) -> Tensor:
+    def wrong(micro_batches: Sequence[Batch]) -> Tensor:
         nonlocal times
         times += 1
-        return before(batches) + times * 1e-6
+        return before(micro_batches) + times * 1e-6
 
     trainer.train_step.loss = wrong  # type: ignore[method-assign]
 
@@ -89,8 +89,8 @@ def in_gathered(trainer: Trainer) -> None:
     """In a weight as this process has it together for a while."""
     before = trainer.train_step.loss
 
-    def wrong(batches: Sequence[Batch]) -> Tensor:
-        loss = before(batches)
+    def wrong(micro_batches: Sequence[Batch]) -> Tensor:
+        loss = before(micro_batches)
         gathered = trainer.checkpoints.weights.models[0].model.layers["1"].mlp.up_proj.weight  # type: ignore
         flip(gathered)
         return loss
