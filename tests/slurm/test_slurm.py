@@ -35,7 +35,7 @@ from pathlib import Path
 from fast_llm import cli
 from fast_llm.training.interrupt import Interrupt
 
-begin = Interrupt.begin
+begin = Interrupt.begin_graceful
 
 def begins(interrupt, *given):
     begin(interrupt, *given)
@@ -50,7 +50,7 @@ def begins(interrupt, *given):
 
     Trainer.check_finite = held
 
-Interrupt.begin = begins
+Interrupt.begin_graceful = begins
 sys.exit(cli.main())
 """
 
