@@ -88,12 +88,12 @@ def test_transformers_computes_the_same(
 
     path = tmp_path / "export"
     export(str(path), dtype, parameters_per_file, model)
-    theirs, told = AutoModelForCausalLM.from_pretrained(
+    theirs, reported = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        told
-    )
+    assert not any(
+        reported[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ), reported
     rounded = {name: t.to(torch_dtype(dtype)).float() for name, t in random_weights(model).items()}
     ours = CausalLM(model)
     ours.load_state_dict(

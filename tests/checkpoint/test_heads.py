@@ -166,7 +166,7 @@ def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
     second = tmp_path / "run" / "export" / "llama" / "2"
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "converted" / name).read_bytes() == (second / name).read_bytes()
-    # Another run begins with the checkpoint: what it is decides, whatever the config.json beside it
+    # Another run begins with the checkpoint, which decides, whatever the config.json next to it
     # says.
     following = [
         *(

@@ -70,8 +70,8 @@ def test_transformers_builds_the_model_of_an_export_from_scratch(
     if rotary == "llama3":
         assert back == model
     else:  # what only llama3 uses is not written
-        beside = {"transformer": {"rotary"}}
-        assert back.model_dump(exclude=beside) == model.model_dump(exclude=beside)
+        excluded = {"transformer": {"rotary"}}
+        assert back.model_dump(exclude=excluded) == model.model_dump(exclude=excluded)
         assert (back.transformer.rotary.type, back.transformer.rotary.theta) == ("default", 5e5)
     config = AutoConfig.from_pretrained(tmp_path)
     assert (config.bos_token_id, config.eos_token_id, config.dtype) == (1, None, torch.bfloat16)

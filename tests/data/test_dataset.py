@@ -68,7 +68,7 @@ def test_permutation_of_many(count: int, seed: int, data: st.DataObject) -> None
 
 
 def test_permutation_looks_random() -> None:
-    """The mean distance of neighbours in a random order of n is (n + 1) / 3, ± n / 3 / sqrt(n)."""
+    """Mean distance of adjacent items in a random order of n: (n + 1) / 3, ± n / 3 / sqrt(n)."""
     n = 10_000
     order = np.array([permute(i, n, _keys(1, 0, 0)) for i in range(n)])
     assert abs(np.abs(np.diff(order)).mean() - n / 3) < 5 * n / 3 / n**0.5  # five deviations

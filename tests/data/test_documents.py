@@ -210,20 +210,20 @@ def test_wrong_paths_are_answered_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "neighbours",
+    "adjacent_texts",
     [
         ["2020-01-05", "2020-01-05T10:00:00Z", "1.50", "12", "true", "null"],
         ["ordinary text", "2020-01-05"],
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-def test_text_is_what_was_written(tmp_path: Path, neighbours: list[str], suffix: str) -> None:
-    for number, text in enumerate(neighbours):
+def test_text_is_what_was_written(tmp_path: Path, adjacent_texts: list[str], suffix: str) -> None:
+    for number, text in enumerate(adjacent_texts):
         if suffix == "parquet":
             pq.write_table(pa.table({"text": [text]}), tmp_path / f"{number}.parquet")
         else:
             write(tmp_path / f"{number}.{suffix}", {"text": text})
-    assert texts(tmp_path) == neighbours
+    assert texts(tmp_path) == adjacent_texts
 
 
 @pytest.mark.parametrize(
@@ -591,7 +591,7 @@ def test_text_read_is_text_written(
     block: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """For any text, any neighbours, any order of files; from any row on, in pieces of any size."""
+    """Any text, any adjacent texts, any order of files; from any row, in pieces of any size."""
     draw = random.Random(seed)
     folder = tmp_path_factory.mktemp("any")
     names = [f"{number:02}" for number in range(len(files))]

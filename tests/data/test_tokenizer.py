@@ -54,7 +54,7 @@ def test_where_special_tokens_are_named(llama: Path) -> None:
     assert (load(str(llama)).bos, load(str(llama)).eos) == (0, 5)
     (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": synthetic.EOS}))
     assert load(str(llama)).eos == 1
-    # What the vocabulary does not have is none.
+    # A token that the vocabulary lacks is None.
     (llama / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
     (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": 320}))
     (llama / "config.json").unlink()

@@ -67,7 +67,7 @@ def blank_page(path: Path, chance: random.Random) -> None:
 
 
 def swap_pages(path: Path, chance: random.Random) -> None:
-    """Two stretches of a file in one another's place."""
+    """Swap two ranges of a file."""
     data = bytearray(path.read_bytes())
     size = min(PAGE, len(data) // 2)
     one, other = (
@@ -178,7 +178,7 @@ def _same_json(now: bytes, before: bytes) -> bool:
         return False
 
 
-class Told(logging.Handler):
+class LogRecorder(logging.Handler):
     """Collects what is logged."""
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class Told(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.text += record.getMessage() + "\n"
 
-    def __enter__(self) -> "Told":
+    def __enter__(self) -> "LogRecorder":
         logging.getLogger("fast_llm").addHandler(self)
         return self
 
@@ -229,9 +229,9 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
             hit[step] = damage(sorted(here.iterdir()), others, chance, figures)
         story = f"seed {seed}, after {figures['checkpoints damaged']}: {hit}"
         good = max(step for step in (3, 6, 9, 12) if not hit.get(step))
-        with Told() as told:
+        with LogRecorder() as reported:
             newest = folders.latest(run / "checkpoint")
-        assert newest == run / "checkpoint" / str(good), f"{story}: {newest}\n{told.text}"
+        assert newest == run / "checkpoint" / str(good), f"{story}: {newest}\n{reported.text}"
         for step, paths in hit.items():
             figures["checkpoints damaged"] += bool(paths)
             if step > good and paths:
@@ -239,8 +239,8 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
                 # asks for.
                 there = {path.name: found for found, path in folders.find(run / "checkpoint")}
                 stale = there.get(str(step), step) != step
-                assert stale or any(_names(told.text, path) for path in paths), (
-                    f"{story}: not named\n{told.text}"
+                assert stale or any(_names(reported.text, path) for path in paths), (
+                    f"{story}: not named\n{reported.text}"
                 )
                 figures["named in the log"] += not stale
                 figures["passed over as another step's"] += stale

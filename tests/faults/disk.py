@@ -178,7 +178,7 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
         lost = "could not be written and are lost" in said or (
             code != 0 and "metrics.jsonl: cannot be written" in said
         )
-        figures["metrics lost, and told"] += lost
+        figures["metrics lost, and reported"] += lost
         resume(folder, world, whole[world], lost, story)
         shutil.rmtree(run)
     figures["kinds of operations that failed"] = len(failed & set(every))
@@ -217,9 +217,9 @@ def check_end(world: int, code: int, said: str, story: str, figures: "Counter[st
         figures["went on and ended well"] += 1
         return
     reason = r"(No space left on device|Input/output error|File too large)"
-    told = [line for line in said.splitlines() if line.startswith("fast-llm train: ")]
-    assert told and re.search(reason, told[0]), story
-    assert world > 1 or len(told) == 1, story
+    printed = [line for line in said.splitlines() if line.startswith("fast-llm train: ")]
+    assert printed and re.search(reason, printed[0]), story
+    assert world > 1 or len(printed) == 1, story
     figures["ended with a line"] += 1
 
 

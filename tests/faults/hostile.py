@@ -298,7 +298,7 @@ def plant(
         if name in ("pytorch_model.bin", "model.safetensors.index.json"):
             (model / "model.safetensors").unlink()
     elif kind == "code":
-        how = "code beside the model"
+        how = "code next to the model"
         config = json.loads((model / "config.json").read_text())
         config |= {
             "auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"},

@@ -91,15 +91,15 @@ def agree(notes: Path, world: int, story: str) -> None:
 
 
 def one_line(said: str, story: str) -> str:
-    """What the user is told, in the one line that there must be, the same by all that say it.
+    """The one line that the user must see, the same from every process that prints it.
 
     A process that loses another one may say that in its own way.
     """
-    told = {line for line in said.splitlines() if line.startswith("fast-llm train: ")}
+    reported = {line for line in said.splitlines() if line.startswith("fast-llm train: ")}
     errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.MULTILINE)
-    assert len(told) == 1 and all("Connection " in error for error in errors), story
+    assert len(reported) == 1 and all("Connection " in error for error in errors), story
     assert len(errors) >= said.count("Traceback"), story
-    return told.pop()
+    return reported.pop()
 
 
 class Bench:
@@ -194,7 +194,7 @@ class Bench:
 
 
 def steps_left_out(bench: Bench, layout: str, story: str) -> int:
-    """Non-finite steps and spikes under a policy, perhaps with a kill, against the run that is told
+    """Non-finite steps and spikes under a policy, perhaps with a kill, against a run that is given
     what to leave out.
     """
     chance, figures = bench.chance, bench.figures
@@ -242,7 +242,7 @@ def steps_left_out(bench: Bench, layout: str, story: str) -> int:
     of_steps = records(run)
     left_out = {step for step, batch in expected.batch_of.items() if batch in expected.left_out}
     assert {step for step, one in of_steps.items() if one["skipped_iters"]} == left_out, (
-        f"{story}: not told in metrics.jsonl"
+        f"{story}: not recorded in metrics.jsonl"
     )
     spiked = {step for step, batch in expected.batch_of.items() if batch in expected.spikes}
     assert {step for step, one in of_steps.items() if one["spikes"]} == spiked, (
@@ -265,11 +265,11 @@ def a_spike_that_stops(bench: Bench, layout: str, story: str) -> int:
     for _ in range(2):  # the same command comes to the same end
         code, said = bench.start(layout, name, ("training.spikes.policy=stop",), faults)
         story += f", stop, {faults}, exit code {code}\n{said}"
-        told = one_line(said, story)
+        reported = one_line(said, story)
         assert (
             code == 1
-            and f"Step {batch} is a spike" in told
-            and "is complete: the same command" in told
+            and f"Step {batch} is a spike" in reported
+            and "is complete: the same command" in reported
         ), story
         _nothing_since(bench, layout, name, batch, story)
     bench.figures["ended with a line"] += 1
@@ -283,12 +283,12 @@ def too_many_in_a_row(bench: Bench, layout: str, story: str) -> int:
     name = bench.name()
     code, said = bench.start(layout, name, ("optimizer.max_nonfinite_steps=3",), faults)
     story += f", in a row, {faults}, exit code {code}\n{said}"
-    told = one_line(said, story)
+    reported = one_line(said, story)
     assert (
         code == 1
-        and f"step {first + 2}: loss or gradients were not finite 3 times in a row" in told
+        and f"step {first + 2}: loss or gradients were not finite 3 times in a row" in reported
     ), story
-    assert " is complete: the same command" in told, story
+    assert " is complete: the same command" in reported, story
     _nothing_since(bench, layout, name, first, story)
     bench.figures["ended with a line"] += 1
     return len(faults)
@@ -329,14 +329,14 @@ def wrong_memory(bench: Bench, layout: str, story: str) -> int:
     story += f", wrong memory, {fault}, exit code {code}\n{said}"
     assert code in (0, 1), story
     if code:
-        told = one_line(said, story)
-        assert " is complete: the same command " in told, story
+        reported = one_line(said, story)
+        assert " is complete: the same command " in reported, story
         figures["ended with a line"] += 1
     if fault.value in HUGE:  # it may be anything; what is published is finite
         figures["huge, and trained on with" if code == 0 else "huge, and ended for it"] += 1
         return 1
     assert code == 1 and re.search(
-        r"holds (NaN or infinities|numbers below zero)|below zero", told
+        r"holds (NaN or infinities|numbers below zero)|below zero", reported
     ), story
     assert (
         max((step for step, _ in folders.find(bench.folder / name / "checkpoint")), default=0)
@@ -385,8 +385,10 @@ def strange_tokens(bench: Bench, layout: str, story: str) -> int:
         assert losses(bench.folder / name) == losses(whole), story
         figures["strange tokens, never read"] += 1
         return 1
-    told = one_line(said, story)
-    assert code == 2 and f"{prefix}: document " in told and f" holds token {token} " in told, story
+    reported = one_line(said, story)
+    assert (
+        code == 2 and f"{prefix}: document " in reported and f" holds token {token} " in reported
+    ), story
     figures["strange tokens, named"] += 1
     return 1
 

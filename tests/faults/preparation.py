@@ -151,7 +151,7 @@ class Death:
                 )
             else:
                 there = time.monotonic() - begun > self.after
-            # The interpreter's own start is none of ours.
+            # The interpreter's start is not our code.
             ready = self.number == signal.SIGKILL or listens(start.process.pid, self.number)
             ready = bool(start.workers()) if self.victim == "worker" else ready
             if there and ready:
@@ -172,18 +172,20 @@ class Death:
 def judge(death: Death, code: int, said: str) -> str:
     """What became of a start that was to die; raises AssertionError if it may not end so."""
     assert "Traceback" not in said and "Exception ignored" not in said
-    told = [line for line in said.splitlines() if line.startswith("fast-llm prepare: ")]
+    reported = [line for line in said.splitlines() if line.startswith("fast-llm prepare: ")]
     if death.victim == "worker":  # which may have had nothing left to do
         assert code in (0, 2)
-        assert len(told) == (code == 2) and all("a worker process died" in line for line in told)
+        assert len(reported) == (code == 2) and all(
+            "a worker process died" in line for line in reported
+        )
         return "ended with a line for want of a worker" if code else "done all the same"
     if code == 0:
-        assert not told
+        assert not reported
         return "done all the same"
     assert code == 128 + death.number
     if death.number == signal.SIGKILL:
         return "killed"
-    assert told == [
+    assert reported == [
         f"fast-llm prepare: stopped by {death.number.name}; the same command resumes it"
     ]
     assert "leaked" not in said
@@ -281,7 +283,7 @@ def die(
         codes = [start.wait() for start in running]
         longest = time.monotonic() - at if len(running) == 1 and met else 0.0
         if met:
-            what = "kills" if death.number == signal.SIGKILL else "told to stop"
+            what = "kills" if death.number == signal.SIGKILL else "asked to stop"
             figures.update((what, f"{death.number.name} to {death.victim}", name))
             figures[judge(death, codes[running.index(hit)], hit.said())] += 1
             figures["as it ended"] += death.files < 0

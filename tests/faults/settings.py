@@ -345,7 +345,7 @@ def check_answer(
     if meant is not None:
         figures["names mistyped"] += 1
         assert any(meant[0] in line for line in lines), f"{story}: {meant} not named"
-        figures["what was meant is told"] += any(
+        figures["what was meant is said"] += any(
             "did you mean" in line and meant[1] in line for line in lines
         )
 

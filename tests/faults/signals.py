@@ -269,7 +269,7 @@ def judge(
         assert there == known
         figures["stopped before the first step"] += 1
     else:
-        # The step at hand is finished; if all had agreed already to go on with it, so is the next.
+        # The step at hand is finished; if all had agreed to begin the next, so is that.
         further = 1 + (case.phase == "update") + (case.phase in _THREADS)
         assert struck["done"] <= max(there) <= min(struck["done"] + further, STEPS)
 
@@ -292,7 +292,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     while figures["signals"] < budget:
         world = chance.choice((*worlds, 1))
         figures["runs"] += 1
-        run = folder / f"told{figures['runs']}"
+        run = folder / f"signalled{figures['runs']}"
         how, story = arguments(folder, run.name), f"seed {seed}, {run.name}, world {world}"
         for _ in range(min(chance.randrange(1, 5), budget - figures["signals"])):
             phase = next(coming)

@@ -1,6 +1,6 @@
 """Every command and YAML block of README and guides runs, in order, in one folder.
 
-What a machine without a network, eight GPUs and a hundred gigabytes can not do is run against these
+What a machine without a network, eight GPUs and a hundred gigabytes cannot do is run against these
 stand-ins:
 
 - `git clone https://huggingface.co/…`, `git lfs install`: a small Llama replaces Llama-3.1-8B

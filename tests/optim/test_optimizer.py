@@ -145,7 +145,7 @@ def test_an_update_with_8_bits_is_an_update_in_float64() -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 def test_where_the_gradient_was_always_zero_nothing_moves(moments: str) -> None:
-    """And nothing becomes infinite or NaN, beside gradients of all sizes in the same block."""
+    """And nothing becomes infinite or NaN, next to gradients of all sizes in the same block."""
     start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
     weight = {"a": start.clone()}
     optimizer = Optimizer(

@@ -121,12 +121,12 @@ def test_tensor_parallelism(root: Path) -> None:
     """Around attention and MLP of each block, after the embedding, before the head; both passes."""
     micro, activations = 2, 4 * SEQUENCES * LENGTH * HIDDEN  # bytes of a step's residual stream
     sums = 2 * (2 * BLOCKS + 1)
-    told = 2 * 2 * 4 * SEQUENCES * LENGTH  # log Σ exp and a logit of each token, from two
+    reported = 2 * 2 * 4 * SEQUENCES * LENGTH  # log Σ exp and a logit of each token, from two
     check(
         root,
         "2 tp=2 tied=no micro=4",
         {"all-reduce": micro * sums + 1, "all-gather": 2 * micro},
-        {"all-reduce": sums * activations + SUM, "all-gather": told},
+        {"all-reduce": sums * activations + SUM, "all-gather": reported},
     )
     norms = 2 * BLOCKS + 1
     check(
@@ -138,7 +138,7 @@ def test_tensor_parallelism(root: Path) -> None:
             "all-reduce": norms + 1,
         },
         {
-            "all-gather": sums * activations + told,
+            "all-gather": sums * activations + reported,
             "reduce-scatter": sums * activations,
             "all-reduce": 4 * HIDDEN * norms + SUM,
         },

@@ -1,6 +1,6 @@
 """What is applied to blocks from outside leaves them alike: they are compiled once, not once each.
 
-PyTorch gives up after eight variants of a function and goes on without the compiler, with no more
+PyTorch gives up after eight variants of a function and continues without the compiler, with no more
 than a warning.
 """
 

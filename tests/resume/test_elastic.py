@@ -211,7 +211,7 @@ def main() -> None:
         make(self, *args, **named)  # type: ignore[arg-type]
         starts.append(self.number)
 
-    def told(self: Loader, number: int) -> object:
+    def reported(self: Loader, number: int) -> object:
         nonlocal read
         if self.split != "training":
             return step(self, number)
@@ -239,7 +239,7 @@ def main() -> None:
 
     Run.__init__ = numbered  # type: ignore
     job.Run = Run  # type: ignore
-    Loader.step = told  # type: ignore
+    Loader.step = reported  # type: ignore
     sys.exit(cli.main(["train", "gpt", *sys.argv[1:]]))
 
 

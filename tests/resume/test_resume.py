@@ -146,7 +146,7 @@ def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
 
 def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
     """On one process and sharded, compiled or not, to the same curve but for the noise of three
-    bits; and it goes on with the same bits.
+    bits; and a resumed run continues with the same bits.
     """
     write_tokens(tmp_path / "tokens", 400)
     transformer = "model.base_model.transformer"

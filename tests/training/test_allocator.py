@@ -31,7 +31,7 @@ def test_what_is_allocated_again_meets_no_page_faults() -> None:
         )
         faults[how] = float(done.stdout)
     # A round's 9 · 2²² numbers of 4 bytes are 37,000 pages of 4 KiB, or 72 of 2 MiB. Of the best
-    # round, since the heap may grow once more, and a busy kernel takes pages back that were not
+    # round, since the heap may grow again, and a busy kernel takes pages back that were not
     # used just now.
     assert faults["as it is"] > 65
     assert faults["keep"] < 10

@@ -98,7 +98,7 @@ def test_the_learning_rate_is_the_one_that_is_applied(tokens: Path) -> None:
 def test_tensorboard_after_going_back_and_after_a_kill(tokens: Path) -> None:
     how = arguments(tokens, "run", "rewind", "training.tensorboard=yes")
     validation = ["training.validation.interval=2", "training.validation.iterations=1"]
-    for kill_at in (7, -4, 0):  # killed after the checkpoint of step 6, told to stop, to the end
+    for kill_at in (7, -4, 0):  # killed after the checkpoint of step 6, asked to stop, to the end
         spawn(1, spiking, [*how, *validation], (8, 14), kill_at)
     for phase, name in (("training", "Training"), ("validation", "Validation")):
         expected = losses(tokens / "run", phase)

@@ -190,7 +190,7 @@ FAULTS: list[tuple[Any, int, str, list[str], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("fault", "world", "rank", "how", "told"),
+    ("fault", "world", "rank", "how", "reported"),
     FAULTS,
     ids=[f"{f[0].__name__} {f[1]}" + "".join(f[3]) for f in FAULTS],
 )
@@ -200,14 +200,14 @@ def test_what_is_wrong_is_named(
     world: int,
     rank: str,
     how: list[str],
-    told: str,
+    reported: str,
 ) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(world, flipping, arguments(tmp_path, "run", *how), fault, rank) == [1] * world
     (log, *_) = sorted((tmp_path / "run" / "runs" / "0" / "logs").glob("logs_rank_*.txt"))
     said = log.read_text()
     assert "Corruption check at step 2: " in said and "values are consistent" in said
-    assert f"Corruption check at step 4: {told}" in said
+    assert f"Corruption check at step 4: {reported}" in said
     # The update of step 4 was not applied.
     assert "step 3/6  loss" in said and "step 4/6  loss" not in said
     newest = folder.latest(tmp_path / "run" / "checkpoint")
@@ -276,7 +276,7 @@ def test_the_odd_one_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "told"),
+    ("part", "value", "reported"),
     [
         ("weight", float("nan"), "holds NaN or infinities"),
         ("exp_avg", -float("inf"), "holds NaN or infinities"),
@@ -289,7 +289,7 @@ def test_the_odd_one_out() -> None:
     ],
 )
 def test_what_no_update_makes_is_neither_saved_nor_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: float, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: float, reported: str
 ) -> None:
     write_tokens(tmp_path / "tokens", 400)
     after = Trainer.check_finite
@@ -317,7 +317,7 @@ def test_what_no_update_makes_is_neither_saved_nor_exported(
         what = "exported" if "export" in due else "saved"
         assert str(error.value).startswith(
             f"step 5: rank 0 on {HOST}: {part} of"
-            f" model.norm.weight{'' if told[0] == ',' else ' '}{told}. It was not {what}. "
+            f" model.norm.weight{'' if reported[0] == ',' else ' '}{reported}. It was not {what}. "
         )
         assert "Checkpoint 3 is complete: the same command continues from it." in str(error.value)
         assert [path.name for path in (tmp_path / part / "checkpoint").iterdir()] == ["3"]

@@ -59,7 +59,7 @@ def test_two_hundred_steps(tmp_path: Path) -> None:
     }
     for name in ("plain", "bf16, plain"):
         assert curves[name][-20:].mean() < 0.6 * curves[name][:5].mean()  # it does learn
-    # Means of 20 steps, of 1.3 nats at the end; measured beside the bounds.
+    # Means of 20 steps, of 1.3 nats at the end; measured along with the bounds.
     for name, other, bound in (
         ("fast", "plain", 1e-5),  # 8e-7
         ("bf16, plain, other sums", "bf16, plain", 3e-3),  # 7e-4
@@ -68,8 +68,8 @@ def test_two_hundred_steps(tmp_path: Path) -> None:
         ("bf16, plain", "plain", 6e-3),  # 2e-3
         ("other sums", "fast", 3e-4),  # 2e-6 to 5e-5
         ("bf16 moments", "fast", 1e-3),  # 1e-4
-        # An update in 8 bits is 12 % off by chance, at each step another way, which moves the curve
-        # as other data would.
+        # Stochastic rounding moves an 8-bit update by 12 %, differently at each step, which moves
+        # the curve as other data would.
         ("int8 moments", "fast", 1e-2),  # 3e-3
     ):
         differences = (curves[name] - curves[other]).view(10, 20).mean(1).abs().max()

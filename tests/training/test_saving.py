@@ -66,7 +66,7 @@ def disturb(
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 

@@ -77,13 +77,13 @@ def spiking(
     arguments_: list[str], bad: tuple[int, ...] = BAD, kill_at: int = 0
 ) -> tuple[int | str, list[int]]:
     """A run of whose `bad` batches loss and gradients are as large as they are not, killed when it
-    has made so many steps, or told to stop if the number is negative; and the batches with which
+    has made so many steps, or asked to stop if the number is negative; and the batches with which
     its steps ended, those that were passed over included.
     """
     step, check, given = Loader.step, Trainer.check_finite, list[int]()
     forward_backward, worse = TrainStep.forward_backward, list[Sequence[Batch]]()
 
-    def told(self: Loader, number: int) -> list[Batch]:
+    def reported(self: Loader, number: int) -> list[Batch]:
         batches = step(self, number)
         if self.split == "training" and self.first_sample // BATCH + number + 1 in bad:
             worse.append(batches)
@@ -102,7 +102,7 @@ def spiking(
         if len(given) == -kill_at:
             tell(self, signal.SIGTERM)
 
-    Loader.step, Trainer.check_finite, TrainStep.forward_backward = told, killed, disturbed  # type: ignore[method-assign, assignment]
+    Loader.step, Trainer.check_finite, TrainStep.forward_backward = reported, killed, disturbed  # type: ignore[method-assign, assignment]
     try:
         return run(arguments_), given
     except (Kill, TrainingStopped) as error:
@@ -185,7 +185,7 @@ def test_rewind(tmp_path: Path, world: int) -> None:
         in said
     )
     # Killed before the first spike, after going back and before a checkpoint, and after one: the
-    # same every time. Told to stop at the spike, it leaves without a checkpoint of a step that is
+    # same every time. Asked to stop at the spike, it leaves without a checkpoint of a step that is
     # to be undone.
     for begin, kill_at, code in ((0, 7, ""), (6, 4, ""), (6, -1, 143), (6, 6, "")):
         expected = [(code, order[begin : begin + (kill_at if kill_at > 0 else 2)])] * world
@@ -206,16 +206,19 @@ def test_inspect_step_knows_skipped_ranges(tmp_path: Path) -> None:
     arguments_ = arguments(tmp_path, "run", "rewind")
     (killed,) = spawn(1, spiking, arguments_, BAD, 10)  # steps 7 and 8 again, no checkpoint since
     assert killed == ("", [*range(1, 9), 9, 10])
-    told = {step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)}
-    assert next(line for line in told[6] if line.startswith("sequence")) == "sequence 40"
+    reported = {step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)}
+    assert next(line for line in reported[6] if line.startswith("sequence")) == "sequence 40"
     for step, first in ((7, 64), (8, 72)):
         expected = [f"sequence {first + i}" for i in range(BATCH)]
-        assert [line for line in told[step] if line.startswith("sequence")] == expected
+        assert [line for line in reported[step] if line.startswith("sequence")] == expected
         assert (
-            "steps 7 to 8, a spike, were undone; the run continued with later data" in told[step][1]
+            "steps 7 to 8, a spike, were undone; the run continued with later data"
+            in reported[step][1]
         )
     assert spawn(1, spiking, arguments_) == [(0, [*range(7, 9), *range(9, 17)])]
-    assert {step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)} == told
+    assert {
+        step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)
+    } == reported
     assert (
         next(
             line
