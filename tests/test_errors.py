@@ -33,6 +33,7 @@ from fast_llm.errors import (
     UserError,
 )
 from fast_llm.planning.preflight import preflight
+from fast_llm.storage import content_digest
 
 CONFIG = {
     "model_type": "llama",
@@ -628,7 +629,7 @@ def test_a_manifest_that_training_did_not_write(
     content = json.loads(manifest.read_bytes())
     content.pop("sha256")
     content["info"] |= changes
-    manifest.write_text(json.dumps(content | {"sha256": checkpoints.content_digest(content)}))
+    manifest.write_text(json.dumps(content | {"sha256": content_digest(content)}))
     (said,) = messages(capsys, *SMALL, MODEL, "run.experiment_dir=run")
     assert said.startswith(
         f"override run.experiment_dir=run: run.experiment_dir: {manifest}: {problem}"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.errors import CheckpointError
+from fast_llm.storage import content_digest
 
 logger = logging.getLogger("fast_llm")
 
@@ -369,11 +370,6 @@ def delete(path: Path) -> None:
         logger.warning(f"{path} could not be deleted: {error.strerror}")
         return
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def content_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content, as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(folder: Path) -> None:

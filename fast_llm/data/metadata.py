@@ -17,7 +17,6 @@ Only `datasets` with a `prefix` each is required; what else is given is checked.
 milliseconds; verifying reads all token files.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 from fast_llm.data.tokenfile import TokenFile, file_digest
 from fast_llm.errors import DataError, lfs_problem
+from fast_llm.storage import content_digest
 
 FORMAT = "fast_llm dataset 1"
 _LARGEST = 2**30  # bytes
@@ -112,12 +112,6 @@ def _check_entries(path: Path, entries: Any) -> None:
         if entry["prefix"] in seen:
             raise DataError(f"{path}: lists {entry['prefix']} twice; add up the weights")
         seen.add(entry["prefix"])
-
-
-def content_digest(content: Mapping[str, Any]) -> str:
-    """The sha256 that a dataset.json has of its own content."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def resolve_prefix(path: Path, prefix: str) -> Path:

@@ -34,7 +34,7 @@ from fast_llm.data import documents, files
 from fast_llm.data.documents import REASONS, Corpus
 from fast_llm.data.encode import Encoder
 from fast_llm.data.job import Job, exclusive_lock, make_job, output_folder
-from fast_llm.data.metadata import FORMAT, content_digest
+from fast_llm.data.metadata import FORMAT
 from fast_llm.data.shards import (
     EXAMPLES,
     check_settings,
@@ -48,6 +48,7 @@ from fast_llm.data.shards import (
 from fast_llm.data.split import HASH
 from fast_llm.data.workers import RangeTokenizer
 from fast_llm.errors import DataError
+from fast_llm.storage import content_digest
 
 logger = logging.getLogger("fast_llm")
 

@@ -14,7 +14,6 @@ send.
 import contextlib
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from fast_llm.data.progress import Progress
 from fast_llm.data.tokenfile import TokenFileWriter
 from fast_llm.data.workers import RangeTokenizer, TokenizedRange, tokenize_pool
 from fast_llm.errors import DataError
+from fast_llm.storage import write_atomically
 
 logger = logging.getLogger("fast_llm")
 
@@ -64,12 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, rank: int, content: dict[str, Any]) -> None:
     """Write a file that is complete or absent, also after a power failure."""
     partial = path.with_name(f"{path.name}.{rank}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n", partial)
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:

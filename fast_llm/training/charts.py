@@ -27,7 +27,8 @@ import yaml
 
 from fast_llm.config.train import TrainConfig, WandbConfig
 from fast_llm.errors import MissingPackage
-from fast_llm.training.run import Run, write_atomically
+from fast_llm.storage import write_atomically
+from fast_llm.training.run import Run
 
 logger = logging.getLogger("fast_llm")
 

@@ -30,6 +30,7 @@ from fast_llm.config.section import dump
 from fast_llm.errors import ConfigError, disk_problem
 from fast_llm.planning.history import read_records
 from fast_llm.planning.preflight import RunSpec
+from fast_llm.storage import write_atomically
 from fast_llm.terminal import RED, YELLOW, style
 
 logger = logging.getLogger("fast_llm")
@@ -239,16 +240,6 @@ def prepare_folder(spec: RunSpec) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists() or target.read_bytes() != content:
                 target.write_bytes(content)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old content or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _truncate_partial_line(path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.errors import CheckpointError
+from fast_llm.storage import content_digest
 
 
 def make(root: Path, step: int, text: str = "", kind: str = "checkpoint") -> Path:
@@ -209,9 +210,7 @@ def forge(path: Path, **changes: Any) -> None:
     content = json.loads((path / folders.MANIFEST).read_bytes())
     content.pop("sha256")
     content |= changes
-    (path / folders.MANIFEST).write_text(
-        json.dumps(content | {"sha256": folders.content_digest(content)})
-    )
+    (path / folders.MANIFEST).write_text(json.dumps(content | {"sha256": content_digest(content)}))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import huggingface, state
 from fast_llm.errors import CheckpointError
+from fast_llm.storage import content_digest
 from tests.helpers import spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -246,9 +247,7 @@ def republish(path: Path, file: Path, tensors: dict[str, Tensor], metadata: dict
     content = json.loads((path / folders.MANIFEST).read_bytes())
     content.pop("sha256")
     content["files"] = folders.digests(path, [p.name for p in path.glob("*.safetensors")])
-    (path / folders.MANIFEST).write_text(
-        json.dumps(content | {"sha256": folders.content_digest(content)})
-    )
+    (path / folders.MANIFEST).write_text(json.dumps(content | {"sha256": content_digest(content)}))
     folders.verify(path)
 
 

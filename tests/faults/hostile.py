@@ -23,6 +23,7 @@ from typing import Any
 
 from fast_llm.checkpoint import folder as folders
 from fast_llm.data import tokenfile
+from fast_llm.storage import content_digest
 from tests.faults.jobs import command, fork
 from tests.training.runs import settings, write_tokens
 
@@ -128,7 +129,7 @@ def seal(checkpoint: Path) -> None:
 def resealed(checkpoint: Path, content: dict[str, Any]) -> None:
     content.pop("sha256", None)
     (checkpoint / folders.MANIFEST).write_text(
-        json.dumps(content | {"sha256": folders.content_digest(content)})
+        json.dumps(content | {"sha256": content_digest(content)})
     )
 
 
