@@ -12,6 +12,7 @@ tensor; with `stage` of all tensors, and training may change them while a thread
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,13 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
     with raise_on_all("", group):
         reader = _Reader(path)
         _check(path, reader.read_metadata(), tensors, wanted)
-    with raise_on_all(f"{path}: could not be loaded", group), torch.no_grad():
+    with (
+        raise_on_all(f"{path}: could not be loaded", group),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        # DCP warns that one process loads alone, which is what the caller wants.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(
             dict(tensors),
             storage_reader=reader,
