@@ -316,7 +316,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         (["prepare", "a.b=1"], 141),
     ],
 )
-def test_nobody_reads_the_output(command: list[str], code: int) -> None:
+def test_output_that_is_closed(command: list[str], code: int) -> None:
     """No fault of what is there to be read; other work was not done."""
     broken = """
 import sys

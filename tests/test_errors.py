@@ -214,7 +214,7 @@ def test_a_wrong_place_among_the_processes(
     )
 
 
-def test_a_mistake_that_all_processes_see_is_told_by_the_first(
+def test_a_mistake_that_all_processes_see_is_reported_by_the_first(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -336,7 +336,7 @@ def test_weights_that_are_missing_or_do_not_fit(
 
 
 @pytest.mark.parametrize("path", ["none", "model"])
-def test_a_checkpoint_to_start_from_that_is_none(
+def test_a_checkpoint_to_start_from_that_is_missing(
     here: Path, capsys: pytest.CaptureFixture[str], path: str
 ) -> None:
     (problem,) = messages(
@@ -452,7 +452,7 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
-def test_mistakes_in_different_things_are_told_together(
+def test_mistakes_in_different_things_are_reported_together(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "model" / "model.safetensors").unlink()

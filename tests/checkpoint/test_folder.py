@@ -274,7 +274,7 @@ def test_forged_manifests_are_refused(tmp_path: Path, changes: dict[str, Any]) -
         "\xff",
     ],
 )
-def test_manifests_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_manifests_are_refused(tmp_path: Path, text: str) -> None:
     path = make(tmp_path, 1)
     (path / folders.MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match="damaged"):
@@ -313,7 +313,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stranger", ["file", "folder", "link"])
-def test_what_is_none_of_ours_is_moved_aside(
+def test_foreign_folders_are_moved_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, stranger: str
 ) -> None:
     precious = tmp_path / "precious"
@@ -371,7 +371,7 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "10").exists()
 
 
-def test_later_steps_that_a_run_could_not_go_on_from_do_not_count(tmp_path: Path) -> None:
+def test_later_steps_that_a_run_could_not_continue_from_do_not_count(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         make(tmp_path, step)
     (tmp_path / "30" / "one.safetensors").write_bytes(
@@ -394,7 +394,7 @@ def test_links_are_not_deleted(tmp_path: Path) -> None:
     assert [step for step, _ in folders.find(root)] == [5, 20]
 
 
-def test_a_folder_that_can_not_be_deleted_is_logged(
+def test_a_folder_that_cannot_be_deleted_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folders.delete(tmp_path / "nothing")

@@ -235,7 +235,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         huggingface.check_weights(tmp_path, MODEL)
 
 
-def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+def test_invalid_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(
         CheckpointError, match=r"config.json: no such file; .* not a complete model folder$"

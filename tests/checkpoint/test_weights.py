@@ -90,7 +90,7 @@ def test_bytes_do_not_depend_on_the_layout(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1 + 2 + 2 + 5
 
 
-def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(SHAPES, "model-1.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").write_bytes(b"\0" * 100)
@@ -139,7 +139,7 @@ def fill_the_disk(root: str) -> list[str]:
     return messages
 
 
-def test_a_full_disk_is_told_on_all_processes_and_harms_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_on_all_processes_and_harms_nothing(tmp_path: Path) -> None:
     messages = spawn(3, fill_the_disk, str(tmp_path))
     assert messages[0] == messages[1] == messages[2]
     size, begin, digests = messages[0]

@@ -295,7 +295,7 @@ def test_a_law_that_is_broken(overrides: list[str], problem: str) -> None:
     assert messages(overrides) == [problem]
 
 
-def test_a_run_that_is_to_stop_without_a_folder_is_told_both() -> None:
+def test_a_run_that_is_to_stop_without_a_folder_is_reported_both() -> None:
     overrides = [*GOOD, "training.shutdown.interval=5", "training.checkpoint.interval=5"]
     assert messages(overrides) == [
         "training.checkpoint.interval: needs a folder to write to: set run.experiment_dir",

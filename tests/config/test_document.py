@@ -108,7 +108,7 @@ def test_values_have_their_yaml_meaning(yaml: Any, written: str, meant: Any) -> 
         assert read(None, [f"x.a={written}"]).get("x.a") == meant
 
 
-def test_not_a_number_is_told_by_the_setting(yaml: Any) -> None:
+def test_not_a_number_is_reported_by_the_setting(yaml: Any) -> None:
     assert wrong(yaml, "inner:\n  share: .nan\n  size: 1.0\n") == [
         "c.yaml:2: inner.share: given .nan, must be a number",
         "c.yaml:3: inner.size: given 1.0, must be an integer above 0; write 1",
@@ -286,7 +286,7 @@ def test_a_long_value_is_shortened(yaml: Any) -> None:
     assert len(problem) < 150 and "…" in problem
 
 
-def test_a_value_of_several_lines_is_told_in_one(yaml: Any) -> None:
+def test_a_value_of_several_lines_is_reported_in_one(yaml: Any) -> None:
     (problem,) = wrong(yaml, 'inner:\n  size: {a: "b\\nc"}\n')
     assert problem.startswith("c.yaml:2: inner.size: given {a: 'b\\nc'}, must be")
 
@@ -296,7 +296,7 @@ def test_a_number_of_thousands_of_digits(yaml: Any) -> None:
     assert problem.startswith("c.yaml:2: inner.size: ") and len(problem) < 150
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(yaml: Any) -> None:
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(yaml: Any) -> None:
     text = (
         "inner:\n  szie: 1\n  share: x\n  size: 0\n  active: maybe\n  active: no\nother: 5\nmore:"
         " 1\n"
@@ -462,7 +462,7 @@ def test_an_override_inside_a_list(yaml: Any) -> None:
 # Older and refused names.
 
 
-def test_older_names_are_taken_and_told_by_their_own(yaml: Any) -> None:
+def test_older_names_are_taken_and_reported_by_their_own(yaml: Any) -> None:
     renamed = {"inner.amount": "inner.size", "inner.title": "other.name"}
     assert validate(Outer, yaml("inner:\n  amount: 4\n  title: a\n"), renamed=renamed) == Outer(
         inner=Inner(size=4), other=Inner(name="a")

@@ -216,7 +216,7 @@ def test_a_name_like_no_other() -> None:
     assert problem.endswith("…, all in docs/settings.md)")
 
 
-def test_a_thousand_wrong_names_are_told_in_time() -> None:
+def test_a_thousand_wrong_names_are_reported_in_time() -> None:
     assert len(wrong(*(f"q{i}=1" for i in range(1000)))) <= 100
 
 

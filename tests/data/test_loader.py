@@ -190,7 +190,7 @@ def test_last_predicted_token_is_checked_too(tmp_path: Path) -> None:
         steps(opened(str(tmp_path / "a")), BatchSizes(1, 1, 1), vocab_size=50)
 
 
-def test_slow_storage_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_storage_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = opened(numbered(tmp_path / "a", [11] * 50))
     with caplog.at_level(logging.WARNING, "fast_llm"):
         steps(dataset, steps=1)

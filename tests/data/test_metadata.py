@@ -203,7 +203,7 @@ def test_weights_of_zero_leave_out(tmp_path: Path) -> None:
     assert max(order(opened(path))) < 1000
 
 
-def test_a_source_without_validation_is_told(
+def test_a_source_without_validation_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of five sources weighted by hand, only the long one has a document for validation."""

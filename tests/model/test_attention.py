@@ -114,7 +114,7 @@ def test_work_grows_with_the_documents_lengths(plain: None) -> None:
         assert pairs.total == 2 * sum(length**2 for length in lengths)
 
 
-def test_neighbours_of_equal_length_share_a_call(plain: None) -> None:
+def test_sequences_of_equal_length_share_a_call(plain: None) -> None:
     q = torch.randn(1, 512, 2, 8)
     with Pairs() as pairs:
         attention(q, q, q, documents(*(16,) * 16, 256), True)

@@ -207,7 +207,7 @@ def too_little(arguments_: list[str]) -> int:
     return run(arguments_)
 
 
-def test_too_little_memory_is_told(tmp_path: Path) -> None:
+def test_too_little_memory_is_reported(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(1, too_little, arguments(tmp_path, "run", 1)) == [0]
     text = "".join(
@@ -219,7 +219,7 @@ def test_too_little_memory_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_other_layouts_go_on_with_the_same_data(tmp_path: Path) -> None:
+def test_other_layouts_continue_with_the_same_data(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(1, run, arguments(tmp_path, "whole", 8)) == [0]
     for world, zero_stage, shard_size, steps in (
@@ -309,7 +309,7 @@ def wait_for(run_folder: Path, step: int, process: "subprocess.Popen[str]") -> N
     raise AssertionError("the run did not get that far")
 
 
-def told_after_three_steps(arguments_: list[str], number: signal.Signals) -> int:
+def signalled_after_three_steps(arguments_: list[str], number: signal.Signals) -> int:
     before = Trainer.check_finite
 
     def signalled(trainer: Trainer, step: int) -> None:
@@ -324,12 +324,15 @@ def told_after_three_steps(arguments_: list[str], number: signal.Signals) -> int
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
 )
-def test_all_leave_as_the_one_that_was_told(
+def test_all_leave_as_the_one_that_was_signalled(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """torchrun would take a node whose processes return 0 for one that is done."""
     write_tokens(tmp_path / "tokens", 400)
-    assert spawn(2, told_after_three_steps, arguments(tmp_path, "run", 8), number) == [code, code]
+    assert spawn(2, signalled_after_three_steps, arguments(tmp_path, "run", 8), number) == [
+        code,
+        code,
+    ]
     newest = folder.latest(tmp_path / "run" / "checkpoint")
     assert newest is not None and newest.name == "4"
 
@@ -341,7 +344,7 @@ def test_what_was_broken_off_is_done_by_the_next_start(
     write_tokens(tmp_path / "tokens", 400)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "check_finite", Trainer.check_finite)
-        assert told_after_three_steps(arguments(tmp_path, "run", 8), signal.SIGTERM) == 143
+        assert signalled_after_three_steps(arguments(tmp_path, "run", 8), signal.SIGTERM) == 143
     newest = folder.latest(tmp_path / "run" / "checkpoint")
     assert newest is not None and newest.name == "4"
     assert (

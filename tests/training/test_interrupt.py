@@ -20,7 +20,7 @@ from tests.faults.jobs import STUCK, Job
 from tests.training.runs import losses, run, settings, write_tokens
 
 
-def waits_in_vain(folder: str, begins: bool) -> None:
+def waits_until_stopped(folder: str, begins: bool) -> None:
     """For another process, in the middle of C++."""
     import torch.distributed as dist
 
@@ -38,7 +38,7 @@ def test_who_waits_for_others_hears_the_second_signal(
     tmp_path: Path, begins: bool, numbers: str
 ) -> None:
     process = multiprocessing.get_context("forkserver").Process(
-        target=waits_in_vain, args=(str(tmp_path), begins)
+        target=waits_until_stopped, args=(str(tmp_path), begins)
     )
     process.start()
     while not (tmp_path / "ready").exists():

@@ -120,7 +120,7 @@ def test_a_missing_package(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "pip install wandb" in text and "pip install tensorboard" in text
 
 
-def test_a_folder_that_can_not_be_written(tokens: Path) -> None:
+def test_a_folder_that_cannot_be_written(tokens: Path) -> None:
     (tokens / "file").write_text("")
     assert "is a file" in problems(
         settings(tokens, f"run.experiment_dir={tokens}/file/run", "training.train_iters=1")

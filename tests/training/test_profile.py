@@ -292,7 +292,7 @@ def test_no_run_ends_for_a_profile(
     )
 
 
-def test_a_step_that_fails_is_told_and_not_its_profile(
+def test_a_failed_step_is_reported_and_not_its_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tokens(tmp_path / "tokens")

@@ -175,7 +175,7 @@ def test_records_are_kept_while_the_disk_is_full(
     assert "metrics.jsonl: 1 records could not be written and are lost." in capsys.readouterr().out
 
 
-def test_a_log_that_can_not_be_written_is_told_once(
+def test_a_log_that_cannot_be_written_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(tmp_path, 0, 1, True, 0)

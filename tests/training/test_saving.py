@@ -91,7 +91,7 @@ def full_at_first(root: Path, rank: str) -> int:
 
 
 @pytest.mark.parametrize(("world", "rank"), [(1, "0"), (2, "1")])
-def test_training_goes_on_and_bytes_are_the_same(tmp_path: Path, world: int, rank: str) -> None:
+def test_training_continues_and_bytes_are_the_same(tmp_path: Path, world: int, rank: str) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(world, full_at_first, tmp_path, rank) == [0] * world
     how = ("model.multi_stage.zero_stage=2", "training.checkpoint.background=no")
