@@ -76,6 +76,19 @@ inline float exponential(float x) {
     return x < -87.0f ? 0.0f : inside;
 }
 
+// tanh x with a relative error of 2e-7: an odd polynomial near 0 (Cephes), e^2x elsewhere.
+inline float hyperbolic_tangent(float x) {
+    float square = x * x, size = std::fabs(x);
+    float sum = -5.70498872745e-3f;
+    sum = sum * square + 2.06390887954e-2f;
+    sum = sum * square - 5.37397155531e-2f;
+    sum = sum * square + 1.33314422036e-1f;
+    sum = sum * square - 3.33332819422e-1f;
+    float near = sum * square * x + x;
+    float far = std::copysign(1 - 2 / (exponential(2 * size) + 1), x);
+    return size < 0.625f ? near : far;
+}
+
 struct Range {
     int64_t begin, end;
 };
@@ -139,19 +152,18 @@ void rms_norm_backward(T *grad_x, T *grad_weight, const T *grad, const T *x, con
     for (int64_t e = 0; e < width; e++) put(grad_weight[e], float(sums[e]));
 }
 
-// ---- Rotary positions: pairs (i, i + D/2) of each head of x [T, H, D], rotated by the angles
-// [T, D] of its token
+// ---- Rotary positions: pairs (i, i + D'/2) of each head of x [T, H, D], rotated by the angles
+// [T, D'] of its token; the dimensions behind D' are kept
 
 template <class T>
 void rotate(T *out, const T *x, const float *cos, const float *sin, int64_t rows, int64_t heads,
-            int64_t width,
-            double direction) {
-    int64_t half = width / 2;
+            int64_t width, int64_t rotated, double direction) {
+    int64_t half = rotated / 2;
     float sign = float(direction);
 #pragma omp parallel for if (rows * heads * width > SMALL)
     for (int64_t t = 0; t < rows; t++) {
         // The first half of the sines is negated.
-        const float *c = cos + t * width, *s = sin + t * width + half;
+        const float *c = cos + t * rotated, *s = sin + t * rotated + half;
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + (t * heads + h) * width;
             T *to = out + (t * heads + h) * width;
@@ -161,6 +173,7 @@ void rotate(T *out, const T *x, const float *cos, const float *sin, int64_t rows
                 put(to[d], first * c[d] - second * turn);
                 put(to[d + half], second * c[d] + first * turn);
             }
+            std::copy(from + rotated, from + width, to + rotated);
         }
     }
 }
@@ -192,7 +205,7 @@ void swiglu_backward(T *grad_gate, T *grad_up, const T *grad, const T *gate, con
 template <class T>
 void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *chosen, int64_t rows,
                    int64_t vocabulary,
-                   int64_t ignore_index, int64_t known, int64_t gradient) {
+                   int64_t ignore_index, int64_t known, int64_t gradient, double z_loss) {
 #pragma omp parallel for if (rows * vocabulary > SMALL)
     for (int64_t t = 0; t < rows; t++) {
         T *row = logits + t * vocabulary;
@@ -218,9 +231,11 @@ void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *cho
             continue;
         }
         float log_sum = log_sums[t];
-        float own = label >= 0 ? exponential(get(row[label]) - log_sum) - 1 : 0;
+        float factor = z_loss != 0 ? float(1 + 2 * z_loss * log_sum) : 1.0f;
+        float own = label >= 0 ? exponential(get(row[label]) - log_sum) * factor - 1 : 0;
 #pragma omp simd
-        for (int64_t v = 0; v < vocabulary; v++) put(row[v], exponential(get(row[v]) - log_sum));
+        for (int64_t v = 0; v < vocabulary; v++)
+            put(row[v], exponential(get(row[v]) - log_sum) * factor);
         if (label >= 0) put(row[label], own);
     }
 }
@@ -231,6 +246,10 @@ void cross_entropy(T *logits, const int64_t *labels, float *log_sums, float *cho
 // maximum and sum are then vector operations, and the weights have the layout that the next matmul
 // takes. Nothing of size length² is kept: the backward pass recomputes the weights from log Σ exp of
 // each query (Dao et al. 2022).
+//
+// With a window, a query sees itself and the window - 1 tokens before it. Blocks of keys that no
+// query of a block sees are left out. Other blocks are masked, the diagonal block comes first: each
+// query then has a finite maximum from the start.
 //
 // A unit is a document under one key head. Its tasks are the query heads of that key head, block by
 // block. Threads get ranges of tasks with equal work.
@@ -283,12 +302,60 @@ template <class T> void transpose_paired(T *to, const T *block, int64_t width) {
 struct Shape {
     const int32_t *cu_seqlens; // cumulative lengths of documents, from 0
     int64_t documents, queries, keys, width;
+    int64_t window; // tokens that a query sees, itself included; 0: no limit
+    float scale;    // of scores
+    float softcap;  // limit of scores; 0: none
+
+    Shape(const int32_t *cu_seqlens, int64_t documents, int64_t queries, int64_t keys,
+          int64_t width, int64_t window, double scale, double softcap)
+        : cu_seqlens(cu_seqlens), documents(documents), queries(queries), keys(keys), width(width),
+          window(window), scale(scale ? float(scale) : 1 / std::sqrt(float(width))),
+          softcap(float(softcap)) {}
 
     int64_t group() const { return queries / keys; }
     int64_t length(int64_t document) const {
         return cu_seqlens[document + 1] - cu_seqlens[document];
     }
     int64_t blocks(int64_t document) const { return (length(document) + BLOCK - 1) / BLOCK; }
+    bool windowed(int64_t document) const { return window && window < length(document); }
+    // The first block of keys that block b of queries sees.
+    int64_t first(int64_t document, int64_t b) const {
+        return windowed(document) ? std::max<int64_t>(0, b * BLOCK - window + 1) / BLOCK : 0;
+    }
+    // How many blocks of keys the blocks of queries see, all together.
+    int64_t pairs(int64_t document) const {
+        int64_t count = blocks(document), sum = count * (count + 1) / 2;
+        if (windowed(document))
+            for (int64_t b = 0; b < count; b++) sum -= first(document, b);
+        return sum;
+    }
+    // The block of keys that is at place n of those of block b: ascending, or from the diagonal
+    // block down.
+    int64_t block_at(int64_t document, int64_t b, int64_t n) const {
+        return windowed(document) ? b - n : n;
+    }
+    // Mask scores [keys, queries] of block c of keys and block b of queries.
+    void mask(float *scores, int64_t document, int64_t b, int64_t c) const {
+        constexpr float none = -std::numeric_limits<float>::infinity();
+        if (c == b)
+            for (int64_t j = 0; j < BLOCK; j++) std::fill_n(scores + j * BLOCK, j, none);
+        if (!windowed(document) || (b - c) * BLOCK + BLOCK - 1 < window) return;
+        for (int64_t j = 0; j < BLOCK; j++) {
+            int64_t seen = std::max<int64_t>(0, window - (b - c) * BLOCK + j); // queries before it
+            if (seen < BLOCK) std::fill_n(scores + j * BLOCK + seen, BLOCK - seen, none);
+        }
+    }
+    // Limit a block of scores. `slopes`, if given, become the gradient of limited by unlimited ones.
+    void limit(float *scores, float *slopes) const {
+        if (!softcap) return;
+        float inner = scale / softcap, outer = softcap / scale;
+#pragma omp simd
+        for (int64_t at = 0; at < BLOCK * BLOCK; at++) {
+            float bounded = hyperbolic_tangent(scores[at] * inner);
+            scores[at] = bounded * outer;
+            if (slopes) slopes[at] = 1 - bounded * bounded;
+        }
+    }
 };
 
 // Call enter(unit), task(unit, head, block) and leave(unit, unshared) for this thread's tasks.
@@ -296,19 +363,18 @@ struct Shape {
 template <class Enter, class Task, class Leave>
 void for_each_task(const Shape &shape, Enter enter, Task task, Leave leave) {
     int64_t total = 0;
-    for (int64_t document = 0; document < shape.documents; document++) {
-        int64_t blocks = shape.blocks(document);
-        total += shape.queries * blocks * (blocks + 1) / 2;
-    }
+    for (int64_t document = 0; document < shape.documents; document++)
+        total += shape.queries * shape.pairs(document);
     Range range = thread_range(total);
     int64_t work = 0;
     for (int64_t document = 0; document < shape.documents; document++) {
-        int64_t blocks = shape.blocks(document), unit = shape.group() * blocks * (blocks + 1) / 2;
+        int64_t blocks = shape.blocks(document), unit = shape.group() * shape.pairs(document);
         for (int64_t key = 0; key < shape.keys; key++, work += unit) {
             if (work + unit <= range.begin || work >= range.end) continue;
             int64_t at = work, done = 0;
             for (int64_t head = key * shape.group(); head < (key + 1) * shape.group(); head++)
-                for (int64_t block = 0; block < blocks; at += ++block)
+                for (int64_t block = 0; block < blocks;
+                     at += block + 1 - shape.first(document, block), block++)
                     if (range.begin <= at && at < range.end) {
                         if (!done++) enter(document, key);
                         task(document, key, head, block);
@@ -320,11 +386,11 @@ void for_each_task(const Shape &shape, Enter enter, Task task, Leave leave) {
 
 template <class T>
 void attention(T *out, float *log_sums, const T *q, const T *k, const T *v,
-               const int32_t *cu_seqlens, int64_t documents,
-               int64_t queries, int64_t keys, int64_t width) {
-    const Shape shape{cu_seqlens, documents, queries, keys, width};
+               const int32_t *cu_seqlens, int64_t documents, int64_t queries, int64_t keys,
+               int64_t width, int64_t window, double softmax_scale, double softcap) {
+    const Shape shape(cu_seqlens, documents, queries, keys, width, window, softmax_scale, softcap);
     const int64_t tokens = cu_seqlens[documents], area = BLOCK * width;
-    const float scale = 1 / std::sqrt(float(width));
+    const float scale = shape.scale;
 #pragma omp parallel
     {
         std::vector<T> k_rows, v_transposed, block(area), packed(area), weights(BLOCK * BLOCK);
@@ -349,12 +415,12 @@ void attention(T *out, float *log_sums, const T *q, const T *k, const T *v,
             alignas(64) float top[BLOCK], sum[BLOCK], factor[BLOCK];
             std::fill_n(top, BLOCK, -std::numeric_limits<float>::infinity());
             std::fill_n(sum, BLOCK, 0.0f);
-            for (int64_t c = 0; c <= b; c++) {
+            for (int64_t n = 0; n <= b - shape.first(document, b); n++) {
+                int64_t c = shape.block_at(document, b, n);
                 float *s = scores.data();
                 matmul(BLOCK, BLOCK, width, k_rows.data() + c * area, packed.data(), s, false);
-                if (c == b)
-                    for (int64_t j = 0; j < BLOCK; j++)
-                        std::fill_n(s + j * BLOCK, j, -std::numeric_limits<float>::infinity());
+                shape.limit(s, nullptr);
+                shape.mask(s, document, b, c);
                 std::copy_n(top, BLOCK, factor);
                 for (int64_t j = 0; j < BLOCK; j++)
 #pragma omp simd
@@ -373,12 +439,12 @@ void attention(T *out, float *log_sums, const T *q, const T *k, const T *v,
                             sum[i] += weight;
                             put(weights[j * BLOCK + i * P + p], weight);
                         }
-                if (c)
+                if (n)
                     for (int64_t d = 0; d < width; d++)
 #pragma omp simd
                         for (int64_t i = 0; i < BLOCK; i++) sums[d * BLOCK + i] *= factor[i];
                 matmul(width, BLOCK, BLOCK, v_transposed.data() + c * area, weights.data(),
-                       sums.data(), c > 0);
+                       sums.data(), n > 0);
             }
             for (int64_t i = 0; i < rows; i++) {
                 T *row = out + ((first + i) * queries + head) * width;
@@ -393,13 +459,14 @@ void attention(T *out, float *log_sums, const T *q, const T *k, const T *v,
 
 template <class T>
 void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T *out,
-                        const float *log_sums, const T *q,
-                    const T *k, const T *v, const int32_t *cu_seqlens, int64_t documents,
-                        int64_t queries, int64_t keys,
-                    int64_t width) {
-    const Shape shape{cu_seqlens, documents, queries, keys, width};
+                        const float *log_sums, const T *q, const T *k, const T *v,
+                        const int32_t *cu_seqlens, int64_t documents, int64_t queries,
+                        int64_t keys, int64_t width, int64_t window, double softmax_scale,
+                        double softcap) {
+    const Shape shape(cu_seqlens, documents, queries, keys, width, window, softmax_scale, softcap);
     const int64_t tokens = cu_seqlens[documents], area = BLOCK * width;
-    const float scale = 1 / std::sqrt(float(width));
+    const float scale = shape.scale;
+    const bool capped = shape.softcap;
     // The sums of a unit that several threads share: gradients by keys, then by values. A thread has
     // at most two.
     struct Part {
@@ -427,7 +494,7 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
             g_paired(area), weights(BLOCK * BLOCK), slopes(BLOCK * BLOCK),
                 slopes_paired(BLOCK * BLOCK);
         std::vector<float> scores(BLOCK * BLOCK), grad_weights(BLOCK * BLOCK), grad_query(area),
-            sums;
+            sums, caps(BLOCK * BLOCK);
         auto enter = [&](int64_t document, int64_t key) {
             int64_t blocks = shape.blocks(document);
             for (auto *kept : {&k_rows, &k_transposed, &v_rows}) kept->resize(blocks * area);
@@ -463,15 +530,15 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
                                  get(out[from + i * queries * width + d]);
                 delta[i] = along;
             }
-            for (int64_t c = 0; c <= b; c++) {
+            for (int64_t n = 0; n <= b - shape.first(document, b); n++) {
+                int64_t c = shape.block_at(document, b, n);
                 float *s = scores.data(), *w = grad_weights.data();
                 matmul(BLOCK, BLOCK, width, k_rows.data() + c * area, q_transposed.data(), s,
                        false);
                 matmul(BLOCK, BLOCK, width, v_rows.data() + c * area, g_transposed.data(), w,
                        false);
-                if (c == b)
-                    for (int64_t j = 0; j < BLOCK; j++)
-                        std::fill_n(s + j * BLOCK, j, -std::numeric_limits<float>::infinity());
+                shape.limit(s, caps.data());
+                shape.mask(s, document, b, c);
                 constexpr int64_t P = PAIR<T>;
                 for (int64_t j = 0; j < BLOCK; j += P)
                     for (int64_t p = 0; p < P; p++)
@@ -480,6 +547,7 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
                             int64_t at = (j + p) * BLOCK + i;
                             float weight = exponential(s[at] * scale - log_sum[i]);
                             float slope = weight * (w[at] - delta[i]) * scale;
+                            if (capped) slope *= caps[at];
                             put(weights[at], weight);
                             put(slopes[at], slope);
                             put(slopes_paired[j * BLOCK + i * P + p], slope);
@@ -489,7 +557,7 @@ void attention_backward(T *grad_q, T *grad_k, T *grad_v, const T *grad, const T 
                 matmul(BLOCK, width, BLOCK, weights.data(), g_paired.data(),
                        sums.data() + values + c * area, true);
                 matmul(width, BLOCK, BLOCK, k_transposed.data() + c * area, slopes_paired.data(),
-                       grad_query.data(), c > 0);
+                       grad_query.data(), n > 0);
             }
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t d = 0; d < width; d++)

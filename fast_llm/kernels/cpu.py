@@ -43,15 +43,15 @@ _SCHEMAS = {
     "rms_norm_backward": "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor grad, Tensor x,"
     " Tensor weight, Tensor inverse, int rows, int width",
     "rotate": "Tensor(a!) out, Tensor x, Tensor cos, Tensor sin, int rows, int heads, int width,"
-    " float direction",
+    " int rotated, float direction",
     "swiglu": "Tensor(a!) out, Tensor gate, Tensor up, int count",
     "swiglu_backward": "Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor grad, Tensor gate,"
     " Tensor up, int count",
     "cross_entropy": "Tensor(a!) logits, Tensor labels, Tensor(b!) log_sums, Tensor(c!) chosen,"
-    " int rows, int vocabulary, int ignore_index, bool known, bool gradient",
+    " int rows, int vocabulary, int ignore_index, bool known, bool gradient, float z_loss",
     "attention_backward": "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor grad,"
     " Tensor out, Tensor log_sums, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
-    " int documents, int queries, int keys, int width",
+    " int documents, int queries, int keys, int width, int window, float scale, float softcap",
 }
 _C_TYPES = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
 
@@ -75,9 +75,12 @@ def usable(x: Tensor, matmul: bool = False) -> bool:
     )
 
 
-def load() -> str:
-    """Compile the kernels if needed and load them; returns why that failed, or an empty string."""
-    if _Loaded.problem is None:
+def load(again: bool = False) -> str:
+    """Compile the kernels if needed and load them; returns why that failed, or an empty string.
+
+    Only the first call does so, unless `again`.
+    """
+    if again or _Loaded.problem is None:
         _Loaded.problem = ""
         try:
             library = ctypes.CDLL(str(_built()))
@@ -165,6 +168,7 @@ def softmax_cross_entropy_(
     ignore_index: int,
     gradient: bool,
     log_sums: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`softmax_cross_entropy_` of kernels/triton.py, on the CPU."""
     known = log_sums is not None
@@ -173,7 +177,7 @@ def softmax_cross_entropy_(
     chosen = torch.empty_like(log_sums)
     sizes = logits.shape
     torch.ops.fast_llm.cross_entropy(
-        logits, labels, log_sums, chosen, *sizes, ignore_index, known, gradient
+        logits, labels, log_sums, chosen, *sizes, ignore_index, known, gradient, z_loss
     )
     return log_sums, chosen
 

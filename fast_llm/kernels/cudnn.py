@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast_llm.kernels.sinks import add_sinks, sink_gradient
 
-class _Loaded:
+
+class Loaded:
     """The library, once loaded. A plain attribute: torch.compile would trace into a function."""
 
     library: ModuleType | None = None
+    windows: bool = False  # whether it computes windows of packed documents correctly
 
 
 def load(device: torch.device) -> str:
@@ -39,10 +42,11 @@ def load(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "it has no fast kernels for this GPU"
     try:
-        _Loaded.library = import_module("cudnn")
+        Loaded.library = import_module("cudnn")
         _check(device)
+        Loaded.windows = _computes_windows(device)
     except Exception as error:  # whichever it raises, PyTorch's kernel is used instead
-        _Loaded.library = None
+        Loaded.library = None
         if isinstance(error, ImportError):
             return (
                 "the package nvidia-cudnn-frontend is not installed"
@@ -52,10 +56,16 @@ def load(device: torch.device) -> str:
     return ""
 
 
-def usable(q: Tensor) -> bool:
+def unload() -> None:
+    """Return to PyTorch's kernels."""
+    Loaded.library = None
+
+
+def usable(q: Tensor, window: int | None = None) -> bool:
     """Whether cuDNN is loaded and supports queries [T, H, D] of this dtype and size."""
     return (
-        _Loaded.library is not None
+        Loaded.library is not None
+        and (window is None or Loaded.windows)
         and q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
@@ -71,14 +81,18 @@ def attention(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    window: int | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention: q [T, H, D], k and v [T', K, D] → [T, H, D].
 
     `cu_seqlens_q` and `cu_seqlens_k`, int32 [N + 1], are the documents' cumulative lengths, from 0.
     None for keys means those of the queries. A document's last query sees all its keys, the one
-    before all but one, and so on.
+    before all but one, and so on. With a `window`, a query sees that many tokens, itself included.
+    `scale`: the factor of scores; D^-½ by default. `sinks` [H]: see kernels/sinks.py.
     """
-    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale, sinks
     out: Tensor = _Attention.apply(q, k, v, *ends)  # type: ignore[no-untyped-call]
     return out
 
@@ -90,26 +104,33 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor,
         cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+        window: int | None, scale: float | None, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale
         out, log_sums = torch.ops.fast_llm.ragged_attention(q, k, v, *ends)
-        ctx.save_for_backward(q, k, v, out, log_sums, cu_seqlens_q, cu_seqlens_k)
-        ctx.longest = max_seqlen_q, max_seqlen_k
+        if sinks is not None:
+            out, log_sums = add_sinks(out, log_sums, sinks)
+        ctx.save_for_backward(q, k, v, out, log_sums, cu_seqlens_q, cu_seqlens_k, sinks)
+        ctx.numbers = max_seqlen_q, max_seqlen_k, window, scale
         attended: Tensor = out
         return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.fast_llm.ragged_attention_backward(
-            grad.contiguous(), *ctx.saved_tensors, *ctx.longest
-        )
-        return *gradients, None, None, None, None
+        *saved, sinks = ctx.saved_tensors
+        grad, out, log_sums = grad.contiguous(), saved[3], saved[4]
+        gradients = torch.ops.fast_llm.ragged_attention_backward(grad, *saved, *ctx.numbers)
+        of_sinks = None if sinks is None else sink_gradient(grad, out, log_sums, sinks)
+        return *gradients, None, None, None, None, None, None, of_sinks
 
 
 # Custom operators: opaque to the compiler, and recomputation can keep their results.
-_CU_SEQLENS = "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_CU_SEQLENS = (
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+    " int? window=None, float? scale=None"
+)
 torch.library.define(
     "fast_llm::ragged_attention",
     f"(Tensor q, Tensor k, Tensor v, {_CU_SEQLENS}) -> (Tensor, Tensor)",
@@ -136,9 +157,9 @@ def _empty_gradients(
 @torch.library.impl("fast_llm::ragged_attention", "cuda")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int,
+    max_seqlen_q: int, max_seqlen_k: int, window: int | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale
     shape, layout = _shape_and_layout(q, k, *ends)
     out, log_sums = _empty_results(q, k, v)
     values = layout | {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums}
@@ -150,8 +171,9 @@ def _forward(
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    window: int | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, scale
     shape, layout = _shape_and_layout(q, k, *ends)
     grad_q, grad_k, grad_v = _empty_gradients(grad, q, k, v)
     given = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums, "grad": grad}
@@ -163,7 +185,7 @@ def _backward(
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a plan is built for; documents and lengths are rounded up."""
+    """What a plan is built for; numbers of documents and lengths are rounded up."""
 
     documents: int
     max_seqlen_q: int
@@ -172,11 +194,13 @@ class Shape:
     head_dim: int
     kv_heads: int
     self_attention: bool  # queries and keys have the same cumulative lengths
+    window: int | None
+    scale: float
 
 
 def _shape_and_layout(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int,
+    max_seqlen_q: int, max_seqlen_k: int, window: int | None, scale: float | None,
 ) -> tuple[Shape, dict[str, Tensor]]:  # fmt: skip
     documents, layout = _ragged_layout(
         q, k, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -189,6 +213,8 @@ def _shape_and_layout(
         head_dim=q.shape[2],
         kv_heads=k.shape[1],
         self_attention=cu_seqlens_k is None,
+        window=window,
+        scale=1 / math.sqrt(q.shape[2]) if scale is None else scale,
     )
     return shape, layout
 
@@ -222,9 +248,9 @@ def _ragged_layout(
 
 @cache
 def _handle(device: torch.device) -> Any:
-    assert _Loaded.library is not None
+    assert Loaded.library is not None
     with torch.cuda.device(device):
-        return _Loaded.library.create_handle()
+        return Loaded.library.create_handle()
 
 
 @dataclass(frozen=True)
@@ -288,7 +314,7 @@ def _plan(
     device: torch.device, dtype: torch.dtype, shape: Shape, tokens: tuple[int, int] | None = None
 ) -> Plan:
     """A plan of the forward pass; or of the backward pass, for so many `tokens` (queries, keys)."""
-    library = _Loaded.library
+    library = Loaded.library
     assert library is not None
     kinds = library.data_type
     kind = kinds.BFLOAT16 if dtype == torch.bfloat16 else kinds.HALF
@@ -304,13 +330,15 @@ def _plan(
     # as long.
     alignment = "TOP_LEFT" if shape.self_attention else "BOTTOM_RIGHT"
     options = {
-        "attn_scale": 1 / math.sqrt(shape.head_dim),
+        "attn_scale": shape.scale,
         "use_padding_mask": True,
         "seq_len_q": tensors.by_name["query_lengths"],
         "seq_len_kv": tensors.by_name["key_lengths"],
         "diagonal_alignment": getattr(library.diagonal_alignment, alignment),
         "diagonal_band_right_bound": 0,
     }
+    if shape.window is not None:  # cuDNN counts the query itself, FlashAttention does not
+        options["diagonal_band_left_bound"] = shape.window
     if tokens is None:
         out, log_sums = graph.sdpa(name="attention", q=q, k=k, v=v, generate_stats=True, **options)
         tensors.output("out", "queries", out)
@@ -338,7 +366,7 @@ def _build(graph: Any, library: ModuleType) -> None:
 
 
 def _run(plan: Plan, values: dict[str, Tensor]) -> None:
-    library = _Loaded.library
+    library = Loaded.library
     assert library is not None
     handle = _handle(plan.device)
     stream = torch.cuda.current_stream(plan.device).cuda_stream
@@ -354,7 +382,22 @@ def _check(device: torch.device) -> None:
         _compare(device, (1, 70, 200), kept)
 
 
-def _compare(device: torch.device, lengths: tuple[int, ...], kept: tuple[int, ...]) -> None:
+def _computes_windows(device: torch.device) -> bool:
+    """Whether windows are supported, and equal to fp32: shorter and longer than a document."""
+    try:
+        for kept in ((1, 70, 200), (1, 70, 263)):
+            _compare(device, (1, 70, 200), kept, window=64)
+    except Exception:  # whichever it raises, PyTorch's kernel is used instead
+        return False
+    return True
+
+
+def _compare(
+    device: torch.device,
+    lengths: tuple[int, ...],
+    kept: tuple[int, ...],
+    window: int | None = None,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     ends = [
         torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=device)
@@ -364,22 +407,29 @@ def _compare(device: torch.device, lengths: tuple[int, ...], kept: tuple[int, ..
     k, v = (torch.randn(sum(kept), 2, 64, generator=generator).to(device) for _ in range(2))
     rounded = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     exact = [x.detach().float().requires_grad_() for x in rounded]
+    key_ends = None if kept == lengths else ends[1]
     q, k, v = rounded
-    out = attention(q, k, v, ends[0], None if kept == lengths else ends[1], max(lengths), max(kept))
-    parts = []
-    for one, two, three in zip(
-        exact[0].split(lengths), exact[1].split(kept), exact[2].split(kept), strict=True
-    ):
-        seen = torch.ones(len(one), len(two), dtype=torch.bool, device=device).tril(
-            len(two) - len(one)
+    out = attention(q, k, v, ends[0], key_ends, max(lengths), max(kept), window)
+    parts = [
+        _reference(*document, window)
+        for document in zip(
+            exact[0].split(lengths), exact[1].split(kept), exact[2].split(kept), strict=True
         )
-        two, three = two.repeat_interleave(2, 1), three.repeat_interleave(2, 1)
-        scores = torch.einsum("qhd,khd->hqk", one, two) / 8
-        parts.append(
-            torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), three)
-        )
+    ]
     expected = torch.cat(parts)
     found = out, *torch.autograd.grad(out, rounded, grad.bfloat16())
     wanted = expected, *torch.autograd.grad(expected, exact, grad.bfloat16().float())
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
     assert worst < 1e-2, f"its results are off by {worst:.1e}"  # bf16's rounding makes 3e-3
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attention of one document's queries [T, 4, 64] with an explicit mask."""
+    offset = len(k) - len(q)
+    seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(offset)
+    if window is not None:
+        seen = seen.triu(offset - window + 1)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 8
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)

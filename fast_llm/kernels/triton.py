@@ -32,6 +32,7 @@ if AVAILABLE:
         ignore_index: tl.constexpr,
         known: tl.constexpr,
         gradient: tl.constexpr,
+        z_loss: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """One row: online softmax (Milakov & Gimelshein 2018), then the gradient in place."""
@@ -71,9 +72,10 @@ if AVAILABLE:
                 x = tl.load(logits + begin + offsets, mask=inside, other=float("-inf")).to(
                     tl.float32
                 )
-                gradient_x = scale * (
-                    tl.exp(x - log_sum) - tl.where(begin + offsets == label, 1.0, 0.0)
-                )
+                probability = tl.exp(x - log_sum)
+                if z_loss:
+                    probability *= 1.0 + 2.0 * z_loss * log_sum
+                gradient_x = scale * (probability - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(
                     logits + begin + offsets, gradient_x.to(logits.dtype.element_ty), mask=inside
                 )
@@ -278,11 +280,13 @@ def softmax_cross_entropy_(
     ignore_index: int,
     gradient: bool,
     log_sums: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """log Σ exp of each row of logits [T, V], and its label's logit, both fp32 [T].
 
-    The loss is their difference. With `gradient`, the gradient of the summed loss replaces the
-    logits. The logit of a negative label is 0; a label equal to `ignore_index` has no gradient.
+    The loss is their difference, plus z_loss · (log Σ exp)². With `gradient`, the gradient of the
+    summed loss replaces the logits. The logit of a negative label is 0; a label equal to
+    `ignore_index` has no gradient.
     `log_sums` are given if they are known already, as those of a larger vocabulary; then only the
     gradient is computed.
     """
@@ -293,7 +297,7 @@ def softmax_cross_entropy_(
     block = min(8192, triton.next_power_of_2(logits.shape[1]))
     _softmax_cross_entropy[(len(labels),)](
         logits, labels, log_sums, chosen, logits.stride(0), logits.shape[1],
-        ignore_index, known, gradient, BLOCK=block, num_warps=8,
+        ignore_index, known, gradient, z_loss, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return log_sums, chosen
 

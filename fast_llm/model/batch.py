@@ -20,6 +20,9 @@ class Batch:
     positions: Tensor  # int64 B S
     documents: DocumentBoundaries | None  # None: each sequence is one document
     targets: int  # labels that are not -100
+    sources: Tensor | None = None  # int64 B, the source of each sequence, if there are several
+    fim: tuple[int, ...] = ()  # counts of fill-in-the-middle, over all of the micro-batch
+    padding: tuple[int, ...] = ()  # inputs without a token, of each source, as `fim`
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on a device; from page-locked memory the copy is asynchronous."""
@@ -31,6 +34,9 @@ class Batch:
             self.positions.to(device, non_blocking=True),
             None if self.documents is None else self.documents.to(device),
             self.targets,
+            None if self.sources is None else self.sources.to(device, non_blocking=True),
+            self.fim,
+            self.padding,
         )
 
     def pin(self) -> "Batch":
@@ -41,4 +47,7 @@ class Batch:
             self.positions.pin_memory(),
             None if self.documents is None else self.documents.pin(),
             self.targets,
+            None if self.sources is None else self.sources.pin_memory(),
+            self.fim,
+            self.padding,
         )

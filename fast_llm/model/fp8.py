@@ -50,26 +50,33 @@ class _LinearFp8(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         transposed, scale, weight, weight_scale = ctx.saved_tensors
+        by_x, by_weight = ctx.needs_input_grad[:2]  # false of frozen weights, and of their inputs
         grad_scale = _scale(grad, E5M2)
         quantized_grad, transposed_grad = torch.ops.fast_llm.quantize_fp8(
-            grad.flatten(0, -2), grad_scale, E5M2, True, True
+            grad.flatten(0, -2), grad_scale, E5M2, by_x, by_weight
         )
-        _, transposed_weight = torch.ops.fast_llm.quantize_fp8(
-            weight, weight_scale, E4M3, False, True
-        )
-        grad_x = torch._scaled_mm(
-            quantized_grad, transposed_weight.t(), grad_scale, weight_scale, out_dtype=grad.dtype
-        )
-        grad_weight = torch._scaled_mm(
-            transposed_grad, transposed.t(), grad_scale, scale, out_dtype=grad.dtype
-        )
-        grad_x = grad_x.view(ctx.shape)
-        if ctx.main_grad is None:
-            return grad_x, grad_weight, None
-        torch.ops.fast_llm.add(ctx.main_grad, grad_weight)
-        return grad_x, None, None
+        grad_x = grad_weight = None
+        if by_x:
+            _, transposed_weight = torch.ops.fast_llm.quantize_fp8(
+                weight, weight_scale, E4M3, False, True
+            )
+            grad_x = torch._scaled_mm(
+                quantized_grad,
+                transposed_weight.t(),
+                grad_scale,
+                weight_scale,
+                out_dtype=grad.dtype,
+            ).view(ctx.shape)
+        if by_weight:
+            grad_weight = torch._scaled_mm(
+                transposed_grad, transposed.t(), grad_scale, scale, out_dtype=grad.dtype
+            )
+            if ctx.main_grad is not None:
+                torch.ops.fast_llm.add(ctx.main_grad, grad_weight)
+                grad_weight = None
+        return grad_x, grad_weight, None
 
 
 def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:

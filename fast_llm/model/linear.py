@@ -130,10 +130,10 @@ class _AccumulatingLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight, main_grad = ctx.saved_tensors
         torch.ops.fast_llm.add_matmul(main_grad, grad.flatten(0, -2), x.flatten(0, -2))
-        return grad @ weight, None, None
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
 # A custom operator, opaque to torch.compile, which must only know that `main_grad` changes.

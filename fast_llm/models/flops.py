@@ -40,6 +40,7 @@ class Cost:
     """The cost of one model at one sequence length."""
 
     parameters: int
+    active_parameters: int  # that compute one token: of a router's experts, those it chooses
     model_flops_per_token: float  # forward and backward
     hardware_flops_per_token: float
 

@@ -33,6 +33,49 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class ExpertRows:
+    """The linear layers of all experts, cut by their output features."""
+
+
+@dataclass(frozen=True)
+class ExpertColumns:
+    """The linear layers of all experts, cut by their input features: results are partial sums."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """The experts of a layer: their result is summed over processes and scattered."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A router, replicated. Each process computes a part of its gradient, from its part of each
+    expert.
+    """
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """An activation with trained numbers, replicated.
+
+    Each process has other columns of the MLP, so gradients are always summed.
+    """
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """A norm of each head of queries or keys, with one weight for all heads: replicated.
+
+    Each process normalises other heads, so gradients are always summed.
+    """
+
+
+@dataclass(frozen=True)
+class ProjectionNorm:
+    """A norm over all heads of queries or keys, cut with them; squares are summed."""
+
+
+@dataclass(frozen=True)
 class VocabEmbedding:
     """The embedding, cut by vocabulary."""
 
@@ -42,7 +85,21 @@ class VocabHead:
     """The language-model head and its cross entropy, cut by vocabulary."""
 
 
-Entry = Rows | Columns | Gather | Norm | VocabEmbedding | VocabHead
+Entry = (
+    Rows
+    | Columns
+    | Gather
+    | Norm
+    | HeadNorm
+    | ProjectionNorm
+    | ExpertRows
+    | ExpertColumns
+    | Scatter
+    | Route
+    | Scalars
+    | VocabEmbedding
+    | VocabHead
+)
 TensorPlan = Mapping[str, Entry]
 
 

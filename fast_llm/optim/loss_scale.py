@@ -8,7 +8,7 @@ communication.
 
 from typing import Any
 
-from fast_llm.config.train import GradientScalerConfig
+from fast_llm.config.optimizer import GradientScalerConfig
 
 
 class LossScale:

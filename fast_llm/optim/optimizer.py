@@ -8,7 +8,9 @@ ours (kernels/triton.py) for others and for split masters on a GPU.
     m = β1 m + (1-β1) g;  v = β2 v + (1-β2) g²
     w -= lr · ( (m / (1-β1^t)) / (sqrt(v / (1-β2^t)) + ε) + λ w )
 
-λ is `weight_decay` for matrices, including embedding and head, and 0 for norms and biases.
+λ is `weight_decay` for matrices, including embedding and head, and 0 for norms and biases. Patterns
+of names change λ and lr of single parameters, or freeze them (config/parameter_rules.py). Frozen
+parameters have no moments here.
 
 Bytes per weight: 8 for fp32 moments, 4 for bf16, 2.03 for 8-bit ones. The second moment in bf16 and
 both 8-bit moments use stochastic rounding (kernels/rounding.py).
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.optimizer import OptimizerConfig
+from fast_llm.config.parameter_rules import rule_of
 from fast_llm.kernels import triton as triton_kernels
 from fast_llm.kernels.rounding import (
     dequantize,
@@ -32,6 +35,7 @@ from fast_llm.kernels.rounding import (
     stochastic_round_,
     zero_block_absmax,
 )
+from fast_llm.tensors import Stored
 
 
 def squared_norm(gradients: Mapping[str, Tensor], replication_factor: Mapping[str, int]) -> Tensor:
@@ -60,6 +64,10 @@ def clip_factor(norm: float, limit: float | None) -> float:
 _DTYPES = {"bf16": (torch.bfloat16, torch.bfloat16), "int8": (torch.int8, torch.uint8)}
 
 
+def _dequantize_to_bf16(quantized: Tensor, block_absmax: Tensor) -> Tensor:
+    return dequantize(quantized, block_absmax, torch.bfloat16)
+
+
 class Optimizer:
     """AdamW's moments for a set of named weights, and the update."""
 
@@ -70,14 +78,15 @@ class Optimizer:
         master_low_bits: Mapping[str, Tensor] | None = None,
         use_kernel: bool = False,
     ):
-        """Moments of `weights`, which `step` updates in place.
+        """Moments of `weights`, which `step` updates in place; frozen ones are left out.
 
         Weights with two or more dimensions decay; a shard has as many as its weight. They are fp32,
         or bf16 with the low bits of their fp32 masters in `master_low_bits` (kernels/rounding.py).
         `use_kernel`: use the project's kernel, which needs Triton.
         """
         self.config = config
-        self.weights = dict(weights)
+        rules = {name: rule_of(config, name, weight.dim()) for name, weight in weights.items()}
+        self.weights = {name: w for name, w in weights.items() if not rules[name].frozen}
         self.master_low_bits = dict(master_low_bits or {})
         self.use_kernel = use_kernel
         self.updates = 0
@@ -92,16 +101,12 @@ class Optimizer:
             for name, w in self.weights.items()
             if config.moments_dtype == "int8"
         }
-        self.groups = {
-            decay: [
-                name
-                for name, weight in self.weights.items()
-                if weight.numel() and (weight.dim() > 1) == (decay > 0)
-            ]
-            for decay in {config.weight_decay, 0.0}
-        }
-        if config.weight_decay == 0:
-            self.groups = {0.0: [name for name, weight in self.weights.items() if weight.numel()]}
+        # (weight decay, learning rate scale) → names
+        self.groups: dict[tuple[float, float], list[str]] = {}
+        for name, weight in self.weights.items():
+            if weight.numel():
+                group = rules[name].weight_decay, rules[name].learning_rate_scale
+                self.groups.setdefault(group, []).append(name)
 
     @contextmanager
     def moments(
@@ -129,12 +134,37 @@ class Optimizer:
                     value = given.pop(name).to(quantized.device).float()
                     quantize_(value, quantized, self.block_absmax[name][which])
 
+    def stored(self, weights: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+        """Both moments as checkpoints hold them, by moment and weight, without computing them.
+
+        `weights`: as checkpoints hold them. 8-bit moments are stored as `moments` gives them.
+        """
+        found: dict[str, dict[str, Stored]] = {}
+        for which, name in enumerate(("exp_avg", "exp_avg_sq")):
+            moment: dict[str, Tensor] = getattr(self, name)
+            found[name] = {
+                weight: Stored.of(
+                    weights[weight].like,
+                    (value, self.block_absmax[weight][which]),
+                    _dequantize_to_bf16,
+                    torch.bfloat16,
+                )
+                if self.block_absmax
+                else Stored.of(weights[weight].like, (value,), dtype=value.dtype)
+                for weight, value in moment.items()
+            }
+        return found
+
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, factor: float) -> None:
-        """Update the weights with `factor` times the gradients, which are fp32."""
+        """Update the weights with `factor` times the gradients, which are fp32.
+
+        `learning_rate`: before the factors of the settings.
+        """
         self.updates += 1
         plain = self.config.moments_dtype not in _DTYPES and not self.master_low_bits
-        for decay, names in self.groups.items():
+        for (decay, scale), names in self.groups.items():
+            rate = learning_rate * scale
             if plain:
                 self._update(
                     names,
@@ -142,7 +172,7 @@ class Optimizer:
                     gradients,
                     self.exp_avg,
                     self.exp_avg_sq,
-                    learning_rate,
+                    rate,
                     decay,
                     factor,
                 )
@@ -151,13 +181,9 @@ class Optimizer:
                 # Stochastic rounding differs in each step and weight, and repeats on resumption.
                 seed = zlib.crc32(f"{self.updates} {name}".encode())
                 if self.use_kernel:
-                    self._update_with_kernel(
-                        name, gradients[name], learning_rate, decay, factor, seed
-                    )
+                    self._update_with_kernel(name, gradients[name], rate, decay, factor, seed)
                 else:
-                    self._update_with_fp32_copies(
-                        name, gradients, learning_rate, decay, factor, seed
-                    )
+                    self._update_with_fp32_copies(name, gradients, rate, decay, factor, seed)
 
     def _update_with_kernel(
         self,
@@ -176,7 +202,7 @@ class Optimizer:
             self.exp_avg_sq[name],
             self.block_absmax.get(name),
             step=self.updates,
-            learning_rate=learning_rate * self.config.default_learning_rate_scale,
+            learning_rate=learning_rate,
             weight_decay=decay,
             betas=(self.config.beta_1, self.config.beta_2),
             epsilon=self.config.epsilon,
@@ -248,7 +274,7 @@ class Optimizer:
             amsgrad=False,
             beta1=self.config.beta_1,
             beta2=self.config.beta_2,
-            lr=learning_rate * self.config.default_learning_rate_scale,
+            lr=learning_rate,
             weight_decay=decay,
             eps=self.config.epsilon,
             maximize=False,

@@ -14,6 +14,12 @@ zero_stage   gathered weights         full gradients        communication
 On a mesh of [copies, shard] the table holds within each group of `shard` processes. The sharded
 gradients of the groups are summed once a step (hybrid sharding), so that groups exchange only
 1 / shard of the gradients.
+
+Frozen parameters are sharded and gathered as all others are, and are left out of reductions.
+
+With expert parallelism the experts of a block are a unit of their own, on their own mesh
+(mesh.py). Their gradients are sums over the processes that share them, so they are divided by the
+number of all processes, not by that of their mesh.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,19 +32,35 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fast_llm.model.decoder import CausalLM, Head
+from fast_llm.model.experts import Experts
 from fast_llm.models import family_of
-from fast_llm.tensors import local_part, replication_factor
+from fast_llm.tensors import Stored, local_part, replication_factor
+
+
+def named_weights(model: CausalLM) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a pipeline stage. The head of a tied model has the embedding's name."""
+    family = family_of(model.config)
+    for name, parameter in model.named_parameters():
+        if name == family.head and model.config.tie_word_embeddings:
+            name = family.embedding  # in the last stage; its embedding is on another process
+        yield name, parameter
 
 
 class ShardedWeights:
     """The weights of a model, sharded over the processes of a mesh. Implements `Weights`."""
 
     def __init__(
-        self, models: Sequence[CausalLM], mesh: DeviceMesh, zero_stage: int, dtype: torch.dtype
+        self,
+        models: Sequence[CausalLM],
+        mesh: DeviceMesh,
+        zero_stage: int,
+        dtype: torch.dtype,
+        expert_mesh: DeviceMesh | None = None,
     ):
         """Shard `models`: the model, or this process's pipeline stages.
 
         They may be on the meta device. The shards are allocated here, with undefined values.
+        `expert_mesh`: over which experts are sharded, with expert parallelism.
         """
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
@@ -53,6 +75,18 @@ class ShardedWeights:
         self.parameters: dict[str, nn.Parameter] = {}
         for model in models:
             for block in model.blocks.values():
+                for module in block.modules():
+                    if expert_mesh is not None and isinstance(module, Experts):
+                        unit = fully_shard(
+                            module,
+                            mesh=expert_mesh,
+                            mp_policy=policy,
+                            reshard_after_forward=zero_stage == 3,
+                        )
+                        unit.set_gradient_divide_factor(mesh.size())
+                        # gloo has no reduction that also multiplies. Without a reduction, FSDP2
+                        # would divide twice.
+                        unit.set_force_sum_reduction_for_comms(expert_mesh.size(-1) > 1)
                 fully_shard(
                     block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero_stage == 3
                 )
@@ -63,12 +97,7 @@ class ShardedWeights:
             model.to_empty(device=mesh.device_type)
             assert isinstance(root, FSDPModule)
             self.models.append(root)
-            family = family_of(model.config)
-            for name, parameter in model.named_parameters():
-                if name == family.head and model.config.tie_word_embeddings:
-                    # In the last stage, whose embedding is on another process.
-                    name = family.embedding
-                self.parameters[name] = parameter
+            self.parameters |= dict(named_weights(model))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -79,6 +108,12 @@ class ShardedWeights:
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
         """The fp32 weights as checkpoints and exports hold them; writing into them changes them."""
         yield self.tensors
+
+    def stored(self) -> dict[str, Stored]:
+        """The fp32 weights as checkpoints and exports hold them."""
+        return {
+            name: Stored.of(tensor, (local_part(tensor),)) for name, tensor in self.tensors.items()
+        }
 
     def local(self) -> dict[str, Tensor]:
         """The shard of each fp32 weight on this process. It may be empty."""

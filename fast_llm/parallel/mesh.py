@@ -14,6 +14,10 @@ pipeline    the layers are divided over it
 Training state is sharded over context × data. With hybrid sharding these processes form `copies`
 groups: the `shard` processes of each group hold one copy of the state between them.
 
+Expert parallelism has no processes of its own. It divides those of `shard`: groups of `expert`
+adjacent processes divide the experts of a layer, and exchange tokens. So experts are sharded over
+the other `shard / expert` processes, all other weights over `shard`.
+
 There are three groups of all processes:
 
 default             a collective that waits longer than `model.distributed.timeout` ends the run
@@ -23,6 +27,7 @@ checkpoint_group    waits as long; used by the thread that writes checkpoints du
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -52,6 +57,10 @@ class Mesh:
     tensor, context, data, pipeline     the four axes
     copies                  how many groups of processes hold the same training state
     weights_mesh            over which weights are sharded: [shard] or [copies, shard]
+    expert                  the axis of expert parallelism
+    expert_weights_mesh     over which experts are sharded, if that is another mesh
+    experts_mesh            over which experts and their matrices are cut: [expert] or
+                            [expert, tensor]
     slow_group, checkpoint_group        see above
 
     With one process the mesh and the groups are None.
@@ -66,6 +75,7 @@ class Mesh:
         tensor: int = 1,
         context: int = 1,
         pipeline: int = 1,
+        expert: int = 1,
         failures: Failures | None = None,
     ):
         """Join the other processes, if there are any. Timeouts are in seconds.
@@ -86,7 +96,9 @@ class Mesh:
         self.slow_group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         self.weights_mesh: DeviceMesh | None = None
-        self.pipeline = self.data = self.context = self.tensor = Axis(0, 1, None)
+        self.expert_weights_mesh: DeviceMesh | None = None
+        self.experts_mesh: DeviceMesh | None = None
+        self.pipeline = self.data = self.context = self.tensor = self.expert = Axis(0, 1, None)
         if self.size == 1:
             return
         self._init_process_group(timeout)
@@ -109,6 +121,18 @@ class Mesh:
         )
         # DTensor needs both cuts of a weight, by tensor and by shard, on one mesh.
         self.tensor = _axis(spread, "tensor")
+        if expert > 1:
+            self._add_experts((pipeline, self.copies, shard // expert, expert, tensor))
+
+    def _add_experts(self, sizes: tuple[int, ...]) -> None:
+        """Divide the processes that share training state into those with different experts."""
+        names = ("pipeline", "copies", "shard", "expert", "tensor")
+        experts = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        self.expert = _axis(experts, "expert")
+        self.expert_weights_mesh = (
+            experts["copies", "shard"] if self.copies > 1 else experts["shard"]
+        )
+        self.experts_mesh = experts["expert", "tensor"] if sizes[-1] > 1 else experts["expert"]
 
     def _init_process_group(self, timeout: float) -> None:
         if dist.is_initialized():
@@ -124,17 +148,24 @@ class Mesh:
             device_id=self.device if cuda else None,
         )
 
-    def all_reduce_sum(self, *numbers: torch.Tensor | float) -> list[float]:
-        """Sum each number over all processes, in float64.
+    def all_reduce_sum(
+        self, *numbers: torch.Tensor | float, further: Sequence[torch.Tensor] = ()
+    ) -> list[float]:
+        """Sum each number over all processes, in float64; then each element of `further`.
 
-        This is the only synchronisation with the device in a step.
+        This is the only synchronisation with the device in a step. `further` has a collective of
+        its own: the order of additions depends on the size of a collective, and the sums of
+        `numbers` must not depend on what else is summed.
         """
         stacked = torch.stack(
             [torch.as_tensor(number, dtype=torch.float64, device=self.device) for number in numbers]
         )
+        joined = torch.cat([each.double().flatten() for each in further]) if further else None
         if self.size > 1:
             dist.all_reduce(stacked)
-        values: list[float] = stacked.tolist()
+            if joined is not None:
+                dist.all_reduce(joined)
+        values: list[float] = (stacked if joined is None else torch.cat((stacked, joined))).tolist()
         return values
 
     def barrier(self) -> None:

@@ -1,7 +1,7 @@
 """How this process's part of the model is made: every kind of parallelism, applied in order.
 
 Numbers in comments are rows of the table in docs/architecture.md. Rows with a mesh axis (1, 3, 4,
-7) change nothing if the axis has one process. The model contains no communication. It offers
+5, 8) change nothing if the axis has one process. The model contains no communication. It offers
 `keep`, `Attention.core`, `Block.feed_forward`, `main_grad`, and blocks for FSDP2 and the compiler.
 
 A new dimension also needs its memory and time in planning/memory.py and planning/time.py, and a
@@ -13,6 +13,8 @@ from typing import cast
 import torch
 
 from fast_llm.config.batch import BatchSizes
+from fast_llm.config.optimizer import OptimizerConfig
+from fast_llm.config.parameter_rules import is_frozen
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.kernels import triton as triton_kernels
@@ -21,7 +23,8 @@ from fast_llm.model.layers import enable_fp8
 from fast_llm.model.loss import choose_cross_entropy
 from fast_llm.models import family_of
 from fast_llm.parallel.context import apply_context_parallel
-from fast_llm.parallel.fsdp import ShardedWeights
+from fast_llm.parallel.experts import apply_expert_parallel
+from fast_llm.parallel.fsdp import ShardedWeights, named_weights
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.pipeline import Pipeline, keep_stage, stages_of_rank
 from fast_llm.parallel.recompute import apply_recompute
@@ -45,6 +48,7 @@ def parallelize(
         config.model.distributed,
         config.model.multi_stage,
     )
+    base = base.for_context(config.batch.sequence_length)
     triton = uses_triton(config, mesh.device)
     dtype = torch_dtype(distributed.training_dtype)
     cross_entropy = choose_cross_entropy(
@@ -54,7 +58,7 @@ def parallelize(
     stages = stages_of_rank(
         multi_stage.pipeline_schedule, mesh.pipeline.rank, mesh.pipeline.size, len(sizes)
     )
-    plan = family_of(base).tensor_plan
+    plan = family_of(base).tensor_plan(base)
     models = []
     for stage in stages:
         with torch.device("meta"):
@@ -66,21 +70,35 @@ def parallelize(
                 enable_fp8(block)
             apply_recompute(block, base.transformer.mlp_recompute_level)  # 2
             apply_context_parallel(block, mesh.context)  # 3
-        apply_tensor_parallel(model, plan, mesh.tensor, distributed.sequence_tensor_parallel)  # 4
+        apply_expert_parallel(model, plan, mesh)  # 4
+        apply_tensor_parallel(model, plan, mesh.tensor, distributed.sequence_tensor_parallel)  # 5
+        _freeze(model, config.optimizer)  # after row 5, which makes new parameters
         if multi_stage.compile_all:
             for block in blocks:
-                block.compile()  # 5
+                block.compile()  # 6
         models.append(model)
     weights: Weights
     if mesh.weights_mesh is None:  # the run has one process, so no pipeline either
         weights = SingleWeights(models[0], dtype, mesh.device, fuse_grad_accumulation=triton)
     else:
         # Gradients are averaged over context × data. Default: ZeRO 1.
-        weights = ShardedWeights(models, mesh.weights_mesh, multi_stage.zero_stage or 1, dtype)  # 6
+        weights = ShardedWeights(
+            models,
+            mesh.weights_mesh,
+            multi_stage.zero_stage or 1,
+            dtype,
+            mesh.expert_weights_mesh,
+        )  # 7
     if mesh.pipeline.size == 1:
         return models, weights, None
     by_stage = dict(zip(stages, models, strict=True))
-    return models, weights, _pipeline(config, batch, mesh, by_stage, len(sizes))  # 7
+    return models, weights, _pipeline(config, batch, mesh, by_stage, len(sizes))  # 8
+
+
+def _freeze(model: CausalLM, config: OptimizerConfig) -> None:
+    """Let the parameters that the settings freeze have no gradient."""
+    for name, parameter in named_weights(model):
+        parameter.requires_grad_(not is_frozen(config, name))
 
 
 def uses_triton(config: TrainConfig, device: torch.device) -> bool:

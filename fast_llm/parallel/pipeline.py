@@ -78,7 +78,7 @@ class _Stage(PipelineStage):
         batch = self.batches[fwd_chunk_id]
         further = {"positions": batch.positions, "documents": batch.documents}
         if self.is_last:
-            further["labels"] = batch.labels
+            further |= {"labels": batch.labels, "sources": batch.sources}
         args = (batch.tokens,) if self.is_first else ()
         return super().forward_one_chunk(fwd_chunk_id, args, further, save_forward_output)
 

@@ -34,6 +34,7 @@ _SAVED_OPERATIONS = {
     # Collectives of tensor parallelism cost as much as matmuls.
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.linear.default,
@@ -41,6 +42,7 @@ _SAVED_OPERATIONS = {
     torch.ops.fast_llm.attention.default,
     torch.ops.fast_llm.ragged_attention.default,
     torch.ops.fast_llm.matmul.default,
+    torch.ops.fast_llm.grouped_matmul.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -57,7 +59,7 @@ def apply_recompute(block: Block, level: str) -> None:
         save = level == "selective"
         block.forward = _recomputed(block.forward, save_matmuls=save)  # type: ignore
     elif level == "activation":
-        block.mlp.forward = _recomputed(block.mlp.forward, save_matmuls=True)  # type: ignore
+        block.mlp.forward = _recomputed(block.mlp.forward, save_matmuls=True)
     else:
         keep = level == "activation_and_input"
         block.feed_forward = _recomputed(block.feed_forward, save_matmuls=keep)  # type: ignore

@@ -9,6 +9,8 @@ On a GPU, bf16 weights have split masters (kernels/rounding.py): the model's wei
 16 bits, a second tensor the low 16. This saves two bytes a weight. On a CPU it would cost one more
 pass over memory.
 
+A frozen parameter (`requires_grad` is false) has a master, which checkpoints hold, but no gradient.
+
 Bytes per weight: 2 (model) + 4 (master; 2 if split) + 4 (gradient), and the optimizer's moments. In
 fp32: 8.
 """
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fast_llm.kernels.rounding import join_master, split_master_
+from fast_llm.model.experts import GroupedLinear
 from fast_llm.model.layers import Linear
+from fast_llm.tensors import Stored
 
 
 class SingleWeights:
@@ -55,11 +59,12 @@ class SingleWeights:
         self.gradients: dict[str, Tensor] = {}
         self._fused = self._fuse(model) if self.mixed and fuse_grad_accumulation else {}
         self.gradients |= self._fused
+        self._trained = {name for name, p in self.working.items() if p.requires_grad}
         # Weights whose fp32 gradient has no contribution of this step yet.
-        self._fresh = self.working.keys() - self._fused.keys()
+        self._fresh = self._trained - self._fused.keys()
         if self.mixed:
-            for name, parameter in self.working.items():
-                parameter.register_post_accumulate_grad_hook(self._accumulate(name))
+            for name in self._trained:
+                self.working[name].register_post_accumulate_grad_hook(self._accumulate(name))
 
     @contextmanager
     def masters(self, changed: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -84,6 +89,15 @@ class SingleWeights:
                     self.master_low_bits[name],
                 )
 
+    def stored(self) -> dict[str, Stored]:
+        """The fp32 weights as checkpoints and exports hold them; split masters are not joined."""
+        if not self.master_low_bits:
+            return {name: Stored.of(master, (master,)) for name, master in self.tensors.items()}
+        return {
+            name: Stored.of(p, (p.detach(), self.master_low_bits[name]), join_master)
+            for name, p in self.working.items()
+        }
+
     def local(self) -> dict[str, Tensor]:
         """The weights that this process updates: the masters, or the model's weights if split."""
         return (
@@ -107,7 +121,7 @@ class SingleWeights:
         if first:
             if self._fused:
                 torch._foreach_zero_(list(self._fused.values()))
-            self._fresh = self.working.keys() - self._fused.keys()
+            self._fresh = self._trained - self._fused.keys()
             if not self.mixed:
                 for parameter in self.working.values():
                     parameter.grad = None
@@ -135,7 +149,9 @@ class SingleWeights:
         names = {parameter: name for name, parameter in self.working.items()}
         main_grads: dict[str, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, Linear) and module.bias is None:
+            if not isinstance(module, Linear | GroupedLinear) or module.bias is not None:
+                continue
+            if module.weight.requires_grad:
                 module.main_grad = torch.zeros_like(module.weight, dtype=torch.float32)
                 main_grads[names[module.weight]] = module.main_grad
         return main_grads

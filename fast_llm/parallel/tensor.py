@@ -14,10 +14,10 @@ sequence    all-gather     reduce-scatter               reduce-scatter    all-ga
 Weights become DTensors, whose conversions communicate. The model computes with their local parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +33,31 @@ from torch.distributed.tensor import (
 
 from fast_llm.model.decoder import CausalLM, Head
 from fast_llm.model.embedding import embed
-from fast_llm.model.layers import Embedding, RMSNorm
+from fast_llm.model.experts import Router
+from fast_llm.model.layers import XIELU, Embedding, RMSNorm
 from fast_llm.model.linear import linear
-from fast_llm.model.loss import VocabShard, cross_entropy
+from fast_llm.model.loss import VocabShard, cap_logits
 from fast_llm.model.norm import fused_add_rms_norm
+from fast_llm.model.swiglu import xielu
 from fast_llm.models.tensor_plan import (
     Columns,
     Entry,
+    ExpertColumns,
+    ExpertRows,
     Gather,
+    HeadNorm,
     Norm,
+    ProjectionNorm,
+    Route,
     Rows,
+    Scalars,
+    Scatter,
     TensorPlan,
     VocabEmbedding,
     VocabHead,
     find_entry,
 )
+from fast_llm.parallel.experts import grouped_local
 from fast_llm.parallel.mesh import Axis
 
 
@@ -62,20 +72,15 @@ def apply_tensor_parallel(
     if axis.device_mesh is None:
         return
     entries = {name: find_entry(plan, name) for name, _ in model.named_modules()}
-    for name, module in model.named_modules():
-        for kind, weight in list(module.named_parameters(recurse=False)):
-            placement = _placement(entries[name], kind)
-            cut = distribute_tensor(
-                weight.detach(), axis.device_mesh, [placement], src_data_rank=None
-            )
-            module.register_parameter(kind, nn.Parameter(cut))
-    model.tie()
+    _cut_parameters(model, entries, axis.device_mesh)
     residual: Placement = Shard(1) if sequence else Replicate()
     gather = partial(_gather, mesh=axis.device_mesh, residual=residual)
     scatter = partial(_scatter, mesh=axis.device_mesh, residual=residual)
     # One function for all modules of a kind, bound to each. The compiler would compile a `partial`
     # of each module anew for each block.
-    norm = partial(_norm, sequence=sequence)
+    norm, head_norm = partial(_norm, partial_grad=sequence), partial(_norm, partial_grad=True)
+    sum_squares = partial(_sum_squares, mesh=axis.device_mesh)
+    projection_norm = partial(_projection_norm, size=axis.size, sum_squares=sum_squares)
     columns = partial(_columns, sequence=sequence, scatter=scatter)
     for name, module in model.named_modules():
         if isinstance(module, nn.Identity):  # absent in this pipeline stage
@@ -87,22 +92,56 @@ def apply_tensor_parallel(
                 module.forward = MethodType(columns, module)
             case Gather():
                 module.forward = _gathered(module.forward, gather)
+                if getattr(module, "sinks", None) is not None:
+                    module.core = partial(_with_local_sinks, module.core)
             case Norm():
                 module.with_residual = MethodType(norm, module)
+            case HeadNorm():
+                module.with_residual = MethodType(head_norm, module)
+            case ProjectionNorm():
+                module.with_residual = MethodType(projection_norm, module)
+            case ExpertRows():
+                module.forward = MethodType(grouped_local, module)
+            case ExpertColumns():
+                module.forward = partial(grouped_local, module, adds_bias=axis.rank == 0)
+            case Scatter():
+                module.forward = _scattered(module.forward, scatter)
+            case Scalars():
+                module.forward = MethodType(_activation, module)
+            case Route():
+                module.forward = MethodType(_route, module)
             case VocabEmbedding():
                 module.forward = partial(_embedding, module, axis, scatter)
             case VocabHead():
                 module.forward = partial(_head, module, axis, gather)
 
 
+def _cut_parameters(model: CausalLM, entries: Mapping[str, Entry | None], mesh: DeviceMesh) -> None:
+    """Make each parameter a DTensor. `entries`: of the plan, by the name of the module."""
+    for name, module in model.named_modules():
+        for kind, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, DTensor):  # experts: cut with expert parallelism
+                continue
+            placement = _placement(entries[name], kind)
+            cut = distribute_tensor(weight.detach(), mesh, [placement], src_data_rank=None)
+            module.register_parameter(kind, nn.Parameter(cut))
+    model.tie()
+
+
 def _placement(entry: Entry | None, kind: str) -> Placement:
     """How the `kind` of parameter ("weight" or "bias") of a module with this entry is placed."""
     match entry:
-        case Rows() | VocabEmbedding() | VocabHead():
+        case Rows() | ProjectionNorm() | VocabEmbedding() | VocabHead():
+            return Shard(0)
+        case ExpertRows():
+            return Shard(1)
+        case ExpertColumns() if kind == "weight":
+            return Shard(2)
+        case Gather() if kind == "sinks":  # one of each head
             return Shard(0)
         case Columns() if kind == "weight":
             return Shard(1)
-        case Columns() | Norm():
+        case Columns() | ExpertColumns() | Norm() | HeadNorm() | Route() | Scalars():
             return Replicate()
     raise AssertionError(f"a module with a parameter {kind!r} is not in the tensor plan: {entry}")
 
@@ -133,6 +172,15 @@ def _gathered(
     return gathered
 
 
+def _scattered(
+    forward: Callable[..., Tensor], scatter: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    def scattered(*inputs: Tensor) -> Tensor:
+        return scatter(forward(*inputs))
+
+    return scattered
+
+
 def _local(weight: Tensor, partial_grad: bool = False) -> Tensor:
     """The local part of a weight. `partial_grad`: each process computes a part of its gradient.
 
@@ -153,8 +201,42 @@ def _columns(
     return out if module.bias is None else out + _local(module.bias, partial_grad=sequence)
 
 
-def _norm(module: RMSNorm, x: Tensor, sequence: bool) -> tuple[Tensor, Tensor]:
-    return fused_add_rms_norm(x, _local(module.weight, partial_grad=sequence), module.epsilon)
+def _route(module: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+    # From its part of each expert, a process has a part of the gradient of the weights.
+    bias = None if module.bias is None else _local(module.bias, partial_grad=True)
+    return module.route(x, _local(module.weight, partial_grad=True), bias)
+
+
+def _with_local_sinks(core: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    *others, sinks = inputs
+    return core(*others, _local(sinks))
+
+
+def _activation(module: XIELU, x: Tensor) -> Tensor:
+    return xielu(x, _local(module.alpha_p, True), _local(module.alpha_n, True))
+
+
+def _norm(module: RMSNorm, x: Tensor, partial_grad: bool) -> tuple[Tensor, Tensor]:
+    weight = module.scale(_local(module.weight, partial_grad))
+    return fused_add_rms_norm(x, weight, module.epsilon)
+
+
+def _projection_norm(
+    module: RMSNorm, x: Tensor, size: int, sum_squares: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    mean = sum_squares(wide) / (size * x.shape[-1])
+    normed = wide * (mean + module.epsilon).rsqrt() * module.scale(_local(module.weight))
+    return normed.to(x.dtype), x
+
+
+def _sum_squares(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of squares [..., 1] over the last dimension, which is cut over processes.
+
+    Each process computes a partial sum of its gradient, because it normalises its own part.
+    """
+    squares = x.square().sum(-1, keepdim=True)
+    return _gather(_scatter(squares, mesh, Replicate()), mesh, Replicate())
 
 
 def _embedding(
@@ -173,23 +255,17 @@ def _head(
     gather: Callable[[Tensor], Tensor],
     hidden: Tensor,
     labels: Tensor | None = None,
+    sources: Tensor | None = None,
 ) -> Tensor:
-    weight, hidden = _local(head.weight), gather(hidden)
+    weight, hidden = _local(head.weight), head.scaled(gather(hidden))
     if labels is None:
         assert axis.device_mesh is not None
         part = DTensor.from_local(
             linear(hidden, weight), axis.device_mesh, [Shard(-1)], run_check=False
         )
-        logits: Tensor = part.full_tensor()
-        return logits
-    return cross_entropy(
-        hidden.flatten(0, 1),
-        weight,
-        labels.flatten(),
-        head.cross_entropy_impl,
-        head.cross_entropy_splits,
-        VocabShard(axis.rank * len(weight), partial(_combine, axis)),
-    )
+        return cap_logits(part.full_tensor(), head.softcap)
+    shard = VocabShard(axis.rank * len(weight), partial(_combine, axis))
+    return head.loss(hidden, weight, labels, sources, shard)
 
 
 def _combine(axis: Axis, log_sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

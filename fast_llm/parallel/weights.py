@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fast_llm.tensors import Stored
+
 
 class Weights(Protocol):
     """The model's weights, their fp32 masters and gradients, on this process."""
@@ -28,6 +30,9 @@ class Weights(Protocol):
 
         `changed`: values written into them inside the context become the masters' values.
         """
+
+    def stored(self) -> dict[str, Stored]:
+        """The fp32 weights as checkpoints and exports hold them, without computing them."""
 
     def local(self) -> dict[str, Tensor]:
         """The part of each weight that this process updates. Some parts may be empty."""

@@ -53,14 +53,14 @@ def test_swiglu_of_large_numbers() -> None:
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-# The same checks as of the Triton kernel in tests/kernels/test_triton.py.
+# The same checks as for the Triton kernel in tests/kernels/test_triton.py.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("vocabulary", [5, 301, 9001, 128_256])
 def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> None:
     logits = (4 * torch.randn(6, vocabulary)).to(dtype)
-    logits[1, 3] = 60  # a peak: nothing else is left of its softmax
+    logits[1, 3] = 60  # a peak: its softmax has a single 1
     labels = torch.randint(vocabulary, (6,))
-    labels[2], labels[4] = -100, -1  # ignored, and of another part of the vocabulary
+    labels[2], labels[4] = -100, -1  # ignored labels, and labels of another shard of the vocabulary
     exact = logits.double()
     wanted = torch.where(labels[:, None] == -100, 0, exact.softmax(-1))
     wanted[labels >= 0] -= F.one_hot(labels[labels >= 0], vocabulary)
@@ -72,12 +72,16 @@ def test_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> Non
     assert torch.equal(chosen, torch.where(labels < 0, 0, own).float())
     cpu_kernels.softmax_cross_entropy_(logits, labels, -100, True)
     assert distance(logits, wanted) < bound
+    again = before.clone()
     cpu_kernels.softmax_cross_entropy_(before, labels, -100, True, log_sums)
     assert torch.equal(before, logits)
+    cpu_kernels.softmax_cross_entropy_(again, labels, -100, True, log_sums, 0.01)
+    of_z_loss = 0.02 * exact.logsumexp(-1)[:, None] * exact.softmax(-1)
+    wanted += torch.where(labels[:, None] == -100, 0, of_z_loss)
+    assert distance(again, wanted) < bound
 
 
-# Heads of other sizes than 64, no groups and large ones, blocks that are full, one more and one
-# less.
+# Head sizes other than 64; no groups and large groups; full blocks, and one token more or less.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize(
     ("heads", "keys", "width"), [(4, 4, 16), (8, 1, 2), (3, 3, 66), (2, 1, 128)]
@@ -145,14 +149,12 @@ def test_results_are_deterministic_and_nan_stays_nan(dtype: torch.dtype) -> None
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(cpu_kernels._Loaded, "library", None)
-    monkeypatch.setattr(cpu_kernels._Loaded, "problem", None)
-    assert "no-such-compiler" in cpu_kernels.load()
-    assert not cpu_kernels.usable(torch.ones(1))
-    x = torch.randn(4, 8)
-    assert torch.allclose(
-        rms_norm(x, torch.ones(8), 0.0), x / x.square().mean(-1, keepdim=True).sqrt(), atol=1e-6
-    )
+    with cpu_kernels.disabled():
+        assert "no-such-compiler" in cpu_kernels.load(again=True)
+        assert not cpu_kernels.usable(torch.ones(1))
+        x = torch.randn(4, 8)
+        expected = x / x.square().mean(-1, keepdim=True).sqrt()
+        assert torch.allclose(rms_norm(x, torch.ones(8), 0.0), expected, atol=1e-6)
 
 
 def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,8 +165,8 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cpu_kernels._built() == path and ctypes.CDLL(str(path)).kernel
     assert sorted((tmp_path / "fast_llm").iterdir()) == [path]
     path.unlink()
-    monkeypatch.setattr(cpu_kernels._Loaded, "problem", None)
-    assert "returned non-zero exit status" in cpu_kernels.load()
+    with cpu_kernels.disabled():
+        assert "returned non-zero exit status" in cpu_kernels.load(again=True)
 
 
 def _short(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is asked of cuDNN: rounded sizes of plans, and offsets of documents. Needs no GPU.
+"""Arguments that cuDNN gets: rounded sizes of plans, and offsets of documents. Needs no GPU.
 
 tests/gpu compares the results with float64.
 """
@@ -94,7 +94,7 @@ def test_why_cudnn_is_not_used(
         monkeypatch.setattr(cudnn, "import_module", lambda name: torch)
         monkeypatch.setattr(cudnn, "_check", fails)
     assert cudnn.load(torch.device("cuda", 0)) == reason
-    assert cudnn._Loaded.library is None
+    assert cudnn.Loaded.library is None
 
 
 def test_unusable_before_it_is_loaded() -> None:

@@ -18,7 +18,7 @@ KINDS = [torch.int8, torch.uint8]
 
 
 def test_split_masters_are_exact() -> None:
-    """Every pattern of the upper 16 bits but NaN, with some of the lower ones."""
+    """All upper 16 bits but NaN, each with some of the lower 16 bits."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         numbers = ((upper << 16) + lower).view(torch.float32)
@@ -53,7 +53,7 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 
 
 def wild(count: int, kind: torch.dtype, spread: float = 8.0) -> torch.Tensor:
-    """Numbers of very different sizes, some of them 0; no negative ones for uint8."""
+    """Numbers of very different sizes, some of them 0; no negative numbers for uint8."""
     generator = torch.Generator().manual_seed(count)
     numbers = torch.randn(count, generator=generator) * torch.exp(
         spread * torch.randn(count, generator=generator)
@@ -77,7 +77,7 @@ def packed(
 def test_quantizing_again_gives_the_same_bytes(
     kind: torch.dtype, seed: int | None, count: int
 ) -> None:
-    """Also from the bf16 numbers of a checkpoint."""
+    """The bf16 numbers of a checkpoint also give the same bytes."""
     codes, largest, numbers = packed(wild(count, kind), kind, seed)
     stored = dequantize(codes, largest, torch.bfloat16)
     assert torch.equal(stored.float(), numbers)
@@ -87,7 +87,7 @@ def test_quantizing_again_gives_the_same_bytes(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_quantized_number_and_absmax(kind: torch.dtype) -> None:
-    """For each block_absmax of finite numbers, each quantized number with a level above 0."""
+    """Each finite block_absmax, with each quantized number above 0."""
     full = MAX_QUANTIZED[kind]
     for top in range(0x7F8):
         some = torch.arange(min(max(full - top + 1, 1), full), full)
@@ -104,7 +104,7 @@ def test_every_quantized_number_and_absmax(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_blocks_hold_the_same_numbers(kind: torch.dtype) -> None:
-    """As under another layout, if no number is too small for its new block."""
+    """Other blocks have the same numbers, unless one is too small for its new block."""
     numbers = packed(wild(5000, kind, spread=1.0), kind, seed=5)[2]
     for begin, end in ((1, 5000), (37, 4000), (200, 201), (90, 90)):
         assert torch.equal(packed(numbers[begin:end], kind)[2], numbers[begin:end])
@@ -112,7 +112,10 @@ def test_other_blocks_hold_the_same_numbers(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantization_error(kind: torch.dtype) -> None:
-    """At most 1/16 of a power of two; below a block's range, int8 has 0 and uint8 its smallest."""
+    """At most 1/16 of a power of two.
+
+    Below a block's range int8 has 0, uint8 its smallest number.
+    """
     numbers = wild(2**16 + 5, kind)
     codes, _, found = packed(numbers, kind)
     largest = torch.cat([part.abs().max().expand(len(part)) for part in numbers.split(BLOCK)])

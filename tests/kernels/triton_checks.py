@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.optimizer import OptimizerConfig
 from fast_llm.kernels import triton as triton_kernels
 from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.model.loss import cross_entropy
@@ -24,7 +24,8 @@ from fast_llm.optim.optimizer import Optimizer
 def softmax_cross_entropy() -> None:
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         for vocabulary in (5, 301, 8192, 9001):
-            _softmax_cross_entropy(dtype, bound, vocabulary)
+            for z_loss in (0.0, 0.01):
+                _softmax_cross_entropy(dtype, bound, vocabulary, z_loss)
     hidden = torch.randn(9, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
     labels = torch.randint(50, (9,))
@@ -36,7 +37,9 @@ def softmax_cross_entropy() -> None:
     assert torch.allclose(losses[0], losses[1])
 
 
-def _softmax_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) -> None:
+def _softmax_cross_entropy(
+    dtype: torch.dtype, bound: float, vocabulary: int, z_loss: float
+) -> None:
     kernel = triton_kernels.softmax_cross_entropy_
     logits = (4 * torch.randn(6, vocabulary)).to(dtype)
     logits[1, 3] = 60  # a peak: the rest of its softmax is 0
@@ -44,13 +47,14 @@ def _softmax_cross_entropy(dtype: torch.dtype, bound: float, vocabulary: int) ->
     labels[2] = -100
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, labels, ignore_index=-100, reduction="none")
-    (wanted,) = torch.autograd.grad(expected.sum(), exact)
+    squares = torch.where(labels != -100, torch.logsumexp(exact, -1).square(), 0)
+    (wanted,) = torch.autograd.grad(expected.sum() + z_loss * squares.sum(), exact)
     before = logits.clone()
     log_sums, chosen = kernel(logits, labels, -100, False)
     assert torch.equal(logits, before)
-    again = kernel(logits, labels, -100, True)
+    again = kernel(logits, labels, -100, True, None, z_loss)
     assert torch.equal(again[0], log_sums) and torch.equal(again[1], chosen)
-    kernel(before, labels, -100, True, log_sums)
+    kernel(before, labels, -100, True, log_sums, z_loss)
     assert torch.equal(before, logits)
     losses = torch.where(labels == -100, 0, log_sums - chosen)
     assert (losses - expected).norm() < 1e-5 * expected.norm(), (dtype, vocabulary)

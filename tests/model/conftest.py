@@ -17,7 +17,7 @@ def plain() -> Iterator[None]:
 
 @pytest.fixture(params=[pytest.param("kernels", marks=needs_compiler), "plain"])
 def ways(request: pytest.FixtureRequest) -> None:
-    """Run a test with our CPU kernels, and without them."""
+    """Run a test with our CPU kernels, and again without them."""
     if request.param == "plain":
         request.getfixturevalue("plain")
     else:

@@ -21,7 +21,7 @@ def test_many_occurrences_are_summed_exactly(dtype: torch.dtype, bound: float) -
     wanted = torch.zeros(7, 5, dtype=torch.float64)
     wanted.index_add_(0, tokens.flatten(), cotangent.double().flatten(0, 1))
     assert gradient.dtype == dtype
-    # One rounding. Summed in bf16, 500 numbers of one sign are off by a tenth or more.
+    # One rounding. Summed in bf16, 500 numbers of one sign are wrong by a tenth or more.
     assert (gradient.double() - wanted).norm() < bound * wanted.norm()
     assert not gradient[4:].any()
 

@@ -27,8 +27,8 @@ def test_scales_use_the_whole_range(dtype: torch.dtype, size: float) -> None:
     x = (torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
     short, scale = quantized(x, dtype)
     assert short.float().abs().max() == torch.finfo(dtype).max
-    # Half a unit of three bits (or two), uniformly distributed: relative to numbers between 1 and
-    # 2, 2^-4 (2^-3) / √3 · ~0.7.
+    # Half a unit of three bits (or two), uniformly distributed, relative to numbers between 1 and
+    # 2: 2^-4 (2^-3) / √3 · ~0.7.
     assert distance(short.double() * scale.double(), x.double()) < (0.03 if dtype == E4M3 else 0.06)
 
 

@@ -30,7 +30,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted).norm() / wanted.norm())
 
 
-# More columns than are cast at a time, as many, fewer; wide and tall matrices.
+# More columns than are cast at a time, as many, and fewer; wide and tall matrices.
 SIZES = [(3, 1500, 7), (5, 1024, 1024), (64, 33, 2049), (1, 1, 1), (1025, 65, 2)]
 
 

@@ -12,7 +12,8 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.validate import validate
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.decoder import CausalLM, init_weights
-from fast_llm.models.llama import architecture, shapes
+from fast_llm.models.llama import FAMILY
+from fast_llm.models.parameters import shapes
 
 
 def random_llama(seed: int) -> LlamaForCausalLM:
@@ -62,7 +63,7 @@ def random_llama(seed: int) -> LlamaForCausalLM:
 
 
 def ours(reference: LlamaForCausalLM, cross_entropy: str = "fused") -> CausalLM:
-    values = architecture(reference.config.to_dict(), "config.json")
+    values = FAMILY.architecture(reference.config.to_dict(), "config.json")
     model = CausalLM(validate(BaseModelConfig, Document(values, {}, "")), cross_entropy)
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
     assert not missing and not unexpected

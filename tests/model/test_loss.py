@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fast_llm.errors import ConfigError
 from fast_llm.model.linear import upcasting
-from fast_llm.model.loss import choose_cross_entropy, cross_entropy
+from fast_llm.model.loss import ZLoss, choose_cross_entropy, cross_entropy
 from fast_llm.models.sizes import FP32_LOGITS, LOGITS_PER_CHUNK, chunk_length
 from tests.model.test_attention import Largest
 
@@ -42,6 +42,16 @@ def test_loss_and_gradients(
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == dtype
         assert (one.double() - other.double()).norm() <= bound * other.double().norm()
+    terms = torch.full((45,), float("nan"))
+    kept = cross_entropy(hidden, weight, labels, implementation, splits, token_losses=terms)
+    assert torch.equal(kept, loss)
+    for one, other in zip(torch.autograd.grad(kept * 0.25, (hidden, weight)), found, strict=True):
+        assert torch.equal(one, other)
+    exact = F.cross_entropy(
+        hidden.double() @ weight.double().T, labels, ignore_index=-100, reduction="none"
+    )
+    assert (terms.double() - exact).abs().max() <= bound * 8  # losses are up to 16
+    assert not terms[labels == -100].any()
     if implementation == "fused":
         total = torch.full((301, 19), 2.0)
         for _ in range(2):
@@ -59,6 +69,46 @@ def test_loss_and_gradients(
         assert abs(
             cross_entropy(hidden, weight, labels, implementation, splits).item() - expected.item()
         ) <= (bound * expected.item())
+
+
+def z_loss(coefficient: float) -> ZLoss:
+    return ZLoss(coefficient, torch.zeros((), dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("ways")
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize("implementation", ["torch", "fused"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_z_loss(
+    dtype: torch.dtype, bound: float, implementation: str, softcap: float | None
+) -> None:
+    """Its gradient equals float64's. The returned loss is the cross entropy."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(45, 19, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(301, 19, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(301, (45,), generator=generator)
+    labels[3:20] = -100
+    logits = hidden.double() @ weight.double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    squares = torch.logsumexp(logits, -1)[labels != -100].square().sum()
+    cross = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    wanted = torch.autograd.grad((cross + 0.1 * squares) * 0.25, (hidden, weight))
+    given = z_loss(0.1)
+    loss = cross_entropy(
+        hidden, weight, labels, implementation, None, softcap=softcap, z_loss=given
+    )
+    found = torch.autograd.grad(loss * 0.25, (hidden, weight))
+    assert abs(loss.item() - cross.item()) <= bound * cross.item()
+    assert abs(given.total.item() - squares.item()) <= bound * squares.item()
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.double() - other.double()).norm() <= bound * other.double().norm()
+    before = given.total.item()
+    with torch.no_grad():
+        cross_entropy(hidden, weight, labels, implementation, None, softcap=softcap, z_loss=given)
+    assert given.total.item() == before
 
 
 @pytest.mark.usefixtures("ways")
@@ -89,7 +139,7 @@ def test_the_length_of_a_chunk() -> None:
 
 @upcasting()
 def test_evaluation_makes_no_gradients() -> None:
-    # PyTorch's counter of FLOPs does not know the matmul that accumulates, which fp32 needs.
+    # PyTorch's FLOP counter does not count the accumulating matmul of fp32.
     hidden, weight = torch.randn(40, 8).bfloat16(), torch.randn(100, 8).bfloat16()
     labels = torch.randint(100, (40,))
     for needs, expected in (
@@ -126,7 +176,7 @@ def test_the_gradient_of_the_head_is_rounded_once() -> None:
     expected = F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum")
     (wanted,) = torch.autograd.grad(expected, exact)
     (found,) = torch.autograd.grad(cross_entropy(hidden, weight, labels, "fused", 512), weight)
-    # Summed in bf16, 512 chunks of one token are off by 3 %; each alone is rounded to 0.2 %.
+    # Summed in bf16, 512 chunks of one token have an error of 3 %; each alone is rounded to 0.2 %.
     assert (found.double() - wanted).norm() < 5e-3 * wanted.norm()
 
 

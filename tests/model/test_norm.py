@@ -34,7 +34,7 @@ def test_norm_and_its_gradients(dtype: torch.dtype, bound: float, shape: tuple[i
     for one, other in ((found, expected), *zip(gradients, wanted, strict=True)):
         assert one.dtype == dtype
         assert (one.double() - other).norm() < bound * other.norm()
-    assert torch.equal(cotangent, kept)  # it belongs to others
+    assert torch.equal(cotangent, kept)  # the residual is not this function's to change
 
 
 @pytest.mark.usefixtures("ways")

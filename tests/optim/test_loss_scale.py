@@ -1,6 +1,6 @@
 """The fp16 loss scale, step by step."""
 
-from fast_llm.config.train import GradientScalerConfig
+from fast_llm.config.optimizer import GradientScalerConfig
 from fast_llm.optim.loss_scale import LossScale
 
 
@@ -10,7 +10,7 @@ def test_it_halves_and_doubles() -> None:
     for finite in (False, False, False, True, True, True, False, False, False, False, False):
         scale.update(finite)
         seen.append(scale.value)
-    # Two failures are put up with before the first halving, and again after a doubling.
+    # The first halving takes two overflows, and so does the next one after a doubling.
     assert seen == [8, 4, 2, 2, 2, 4, 4, 2, 2, 2, 2]
     assert scale.exhausted
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.optimizer import OptimizerConfig
 from fast_llm.kernels.rounding import join_master, split_master_
 from fast_llm.optim.optimizer import Optimizer, clip_factor, squared_norm
 
@@ -67,30 +67,30 @@ def test_bf16_moments_are_near() -> None:
     assert 0 < (exact["a.weight"] - rounded["a.weight"]).norm() < 0.02 * moved
 
 
-def test_halves_are_fp32() -> None:
-    """Weights in two halves go through the very numbers that fp32 weights do."""
-    whole, high = weights(), {name: weight.to(torch.bfloat16) for name, weight in weights().items()}
-    low = {name: torch.empty_like(weight, dtype=torch.int16) for name, weight in whole.items()}
-    for name, weight in whole.items():
+def test_split_masters_equal_fp32() -> None:
+    """Split masters have exactly the values of fp32 masters."""
+    fp32, high = weights(), {name: weight.to(torch.bfloat16) for name, weight in weights().items()}
+    low = {name: torch.empty_like(weight, dtype=torch.int16) for name, weight in fp32.items()}
+    for name, weight in fp32.items():
         split_master_(weight, high[name], low[name])
-    one, other = Optimizer(whole, OptimizerConfig()), Optimizer(high, OptimizerConfig(), low)
+    one, other = Optimizer(fp32, OptimizerConfig()), Optimizer(high, OptimizerConfig(), low)
     for step in range(1, 11):
         one.step(gradients(step), 1e-3, 0.5)
         other.step(gradients(step), 1e-3, 0.5)
-    for name, weight in whole.items():
+    for name, weight in fp32.items():
         assert torch.equal(join_master(high[name], low[name]), weight)
         assert torch.equal(one.exp_avg_sq[name], other.exp_avg_sq[name])
 
 
 def test_bf16_squares_shrink() -> None:
-    """With beta_2 0.999 an average that is rounded to the nearest would never get smaller again."""
+    """With beta_2 0.999, rounding to the nearest would never let an average shrink."""
     weight = {"a": torch.zeros(2000)}
     optimizer = Optimizer(weight, OptimizerConfig(moments_dtype="bf16", beta_2=0.999))
     optimizer.step({"a": torch.ones(2000)}, 0.0, 1.0)
     before = optimizer.exp_avg_sq["a"].float().mean().item()
     for _ in range(300):
         optimizer.step({"a": torch.zeros(2000)}, 0.0, 1.0)
-    # 2,000 random walks of 300 steps of at most 2^-8 each: within 1 %.
+    # 2,000 random walks of 300 steps of at most 2^-8: within 1 %.
     assert optimizer.exp_avg_sq["a"].float().mean().item() == pytest.approx(
         before * 0.999**300, rel=0.01
     )
@@ -122,7 +122,7 @@ def steep(step: int) -> torch.Tensor:
 
 
 def test_an_update_with_8_bits_is_an_update_in_float64() -> None:
-    """From dequantized moments: weights equal but for fp32, new moments to the next level."""
+    """From dequantized moments: weights equal up to fp32, new moments up to one level."""
     config = OptimizerConfig(moments_dtype="int8", weight_decay=0.1, beta_2=0.95)
     weight = {"a": torch.randn(6, 100, generator=torch.Generator().manual_seed(0))}
     optimizer = Optimizer(weight, config)
@@ -145,7 +145,7 @@ def test_an_update_with_8_bits_is_an_update_in_float64() -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 def test_where_the_gradient_was_always_zero_nothing_moves(moments: str) -> None:
-    """And nothing becomes infinite or NaN, next to gradients of all sizes in the same block."""
+    """No infinity or NaN either, with gradients of all sizes in the same block."""
     start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
     weight = {"a": start.clone()}
     optimizer = Optimizer(
@@ -162,7 +162,7 @@ def test_where_the_gradient_was_always_zero_nothing_moves(moments: str) -> None:
 
 
 def test_8_bit_updates_are_near() -> None:
-    """Weights of a wide block follow those of fp32: within 12 %, with independent errors a step."""
+    """Weights of a wide block follow fp32's within 12 % a step, with independent errors."""
     start = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
     moved = {}
     for moments in ("fp32", "int8"):
@@ -188,7 +188,7 @@ def test_8_bit_updates_are_near() -> None:
 
 
 def test_moments_move_between_dtypes() -> None:
-    """Those of 8 bits are read into any other as they are, and back into the same codes."""
+    """8-bit moments are read exactly into any other dtype, and back into the same bytes."""
     optimizers = {
         moments: Optimizer(weights(), OptimizerConfig(moments_dtype=moments))
         for moments in ("fp32", "bf16", "int8")

@@ -13,7 +13,7 @@ from tests.helpers import spawn
 from tests.layouts.test_layouts import MODEL, arguments
 from tests.training.runs import run, write_tokens
 
-# Gathers count what comes out, reductions what goes in: the whole in either case.
+# Gathers count their output, reductions their input: the full tensor in either case.
 KINDS = {
     "_allgather_base_": ("all-gather", 0),
     "all_gather_into_tensor": ("all-gather", None),
@@ -27,7 +27,7 @@ KINDS = {
 
 
 class Counting(TorchDispatchMode):
-    """Collectives by kind: how many, and how many bytes."""
+    """Counts collectives by kind, and their bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ class Counting(TorchDispatchMode):
 
 
 def count(overrides: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of the last step that this process trains."""
+    """Counts of the last step that this process trains."""
     seen = Counting()
     original = TrainStep.__call__
 
@@ -67,14 +67,14 @@ BLOCKS, HIDDEN, HEADS, WIDTH = (
     32,
     4,
     6,
-)  # of the tables' model: layers, hidden size, key and value heads, head size
+)  # the model of the tables: layers, hidden size, key and value heads, head size
 SEQUENCES, LENGTH = 8, 24  # of a step
 PARAMETERS = (
     2 * 128 * HIDDEN
     + HIDDEN
     + BLOCKS * (2 * HIDDEN + (8 + 8 + 4 + 4) * WIDTH * HIDDEN + 3 * 56 * HIDDEN)
 )
-SUM = 4 * 8  # the step's one sum: loss, targets, squared norm, wish to stop
+SUM = 4 * 8  # the step's one sum: loss, targets, squared norm, request to stop
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_zero(root: Path, zero: int) -> None:
 
 
 def test_tensor_parallelism(root: Path) -> None:
-    """Around attention and MLP of each block, after the embedding, before the head; both passes."""
+    """Around attention and MLP, after the embedding, before the head; in both passes."""
     micro, activations = 2, 4 * SEQUENCES * LENGTH * HIDDEN  # bytes of a step's residual stream
     sums = 2 * (2 * BLOCKS + 1)
     reported = 2 * 2 * 4 * SEQUENCES * LENGTH  # log Σ exp and a logit of each token, from two
@@ -165,7 +165,7 @@ def test_context_parallelism(root: Path) -> None:
 
 
 def test_pipeline_parallelism(root: Path) -> None:
-    """Hidden states forward, their gradients backward, a micro-batch at a time."""
+    """Hidden states forward and their gradients backward, one micro-batch at a time."""
     micro, activations = 4, 4 * SEQUENCES * LENGTH * HIDDEN
     check(
         root,

@@ -17,7 +17,7 @@ from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.attention import PackedSequences
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import Block, CausalLM, init_weights
-from fast_llm.models.llama import TENSOR_PLAN
+from fast_llm.models.parameters import tensor_plan
 from fast_llm.parallel.context import apply_context_parallel, shard_batch
 from fast_llm.parallel.fsdp import ShardedWeights
 from fast_llm.parallel.mesh import Mesh
@@ -31,8 +31,8 @@ from tests.helpers import TINY, some_fast, spawn
 def graphs(
     layers: int, steps: int, level: str, tensor: int, context: int, sequence: bool, packed: bool
 ) -> int:
-    """How many were made for a model's blocks in `steps` micro-batches and a validation."""
-    cpu_kernels.load()  # as training does before anything is compiled
+    """The number of graphs that are compiled for a model's blocks."""
+    cpu_kernels.load()  # before compilation, as in training
     mesh = Mesh(60, 60, tensor=tensor, context=context)
     values = TINY | {"transformer": TINY["transformer"] | {"num_layers": layers}}
     config = validate(BaseModelConfig, Document(values, {}, ""))
@@ -42,7 +42,7 @@ def graphs(
         assert isinstance(block, Block)
         apply_recompute(block, level)
         apply_context_parallel(block, mesh.context)
-    apply_tensor_parallel(model, TENSOR_PLAN, mesh.tensor, sequence)
+    apply_tensor_parallel(model, tensor_plan(model.config), mesh.tensor, sequence)
     for block in model.model.layers.values():
         block.compile(backend="aot_eager")
     weights: Weights
@@ -110,7 +110,7 @@ def worst_gradient(
     dtype: torch.dtype, fuse_grad_accumulation: bool, kernels: bool, packed: bool
 ) -> float:
     """Largest relative difference of a weight's gradient with and without the compiler."""
-    cpu_kernels.load()  # as training does before anything is compiled
+    cpu_kernels.load()  # before compilation, as in training
     if not kernels:
         with cpu_kernels.disabled():
             return worst_gradient_here(dtype, fuse_grad_accumulation, packed)
@@ -118,7 +118,7 @@ def worst_gradient(
 
 
 def worst_gradient_here(dtype: torch.dtype, fuse_grad_accumulation: bool, packed: bool) -> float:
-    """The same with the kernels that there are."""
+    """The same with the CPU kernels of this machine."""
     config = validate(BaseModelConfig, Document(TINY, {}, ""))
     documents = (
         PackedSequences((9, 14, 9), torch.tensor([0, 9, 23, 32], dtype=torch.int32), 14)

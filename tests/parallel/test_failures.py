@@ -21,7 +21,7 @@ from tests.faults.jobs import Job
 from tests.training.runs import settings, write_tokens
 
 HOST = socket.gethostname()
-NONE = "No checkpoint is complete: the same command starts from the beginning."
+NONE = "No checkpoint is complete: the same command starts this run from its beginning."
 
 
 def raises(error: BaseException) -> None:
@@ -33,7 +33,7 @@ def full_disk() -> None:
 
 
 def in_a_step(ranks: tuple[int, ...], fault: Callable[[], None], rank: int) -> None:
-    """Instead of looking at the third step's numbers."""
+    """Fail at the third step, in place of the check of its numbers."""
     from fast_llm.training.trainer import Trainer
 
     def failing(trainer: Trainer, step: int) -> None:

@@ -27,7 +27,7 @@ from tests import exact
 from tests.helpers import TINY, some_fast, spawn
 
 SEQUENCES, LENGTH = 8, 12
-# Where documents end in each sequence, so that micro-batches have different numbers of targets.
+# The ends of documents differ, so that micro-batches have different numbers of targets.
 CUTS = [(12,), (5, 7), (1, 11), (12,), (4, 4, 4), (6, 6), (12,), (11, 1)]
 
 
@@ -77,7 +77,7 @@ def gradients(
     compiled: bool = False,
     cross_entropy: str = "fused",
 ) -> dict[str, np.ndarray]:
-    """Gradients of the second of two steps, which show weights that were not updated everywhere.
+    """Gradients of the second of two steps, which depend on the first update of every process.
 
     Stage 0: without FSDP2.
     """
@@ -132,7 +132,7 @@ def reference(dtype: torch.dtype, tied: bool) -> dict[str, np.ndarray]:
 
 @functools.cache
 def in_float64(tied: bool) -> dict[str, np.ndarray]:
-    """The same two steps."""
+    """The same two steps in float64."""
     config = model_config(tied, "none")
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in CausalLM(config).named_parameters()}
@@ -262,10 +262,10 @@ def four_micro_batches(tied: bool = False, cross_entropy: str = "fused") -> dict
 @pytest.mark.parametrize("compiled", some_fast([False, True], lambda compiled: not compiled))
 @pytest.mark.parametrize("level", ["none", "activation", "full", "selective", "block"])
 def test_products_that_add_in_fp32(level: str, compiled: bool) -> None:
-    """As on a GPU; there the sum is not rounded on the way, here by the CPU's products."""
+    """As on a GPU, where the sum is not rounded in between; here by the CPU's matmuls."""
     found = spawn(1, gradients, 0, 4, torch.bfloat16, False, level, None, True, compiled)[0]
-    # The same micro-batches; after the first step weights half-way between two of bf16 were rounded
-    # the other way, and the compiler spares some roundings.
+    # The same micro-batches. After the first step, weights halfway between two bf16 numbers were
+    # rounded the other way, and the compiler omits some roundings.
     check_bf16(found, four_micro_batches())
 
 
