@@ -3,9 +3,10 @@
     python benchmarks/loader.py [--tokens 200_000_000] [--document 400] [--length 4096] [--shards 8]
 
 Writes random int32 token files to a temporary folder, with documents of 0.5 to 1.5 times
-`--document` tokens. Measures on one core: opening, reading sequences (`Dataset.read`), finding them
-(permutation and mixture only), and complete batches (`Loader`: also labels, positions and
-documents), in the step itself and in threads. Prints a table in Markdown.
+`--document` tokens, or with `--sigma` log-normal lengths with this median. Measures on one core:
+opening, reading sequences (`Dataset.read`), finding them (permutation and mixture only), and
+complete batches (`Loader`: also labels, positions and documents), in the step itself and in
+threads. Both ways of packing are read by turns. Prints a table in Markdown.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,10 +28,13 @@ from fast_llm.data.loader import Loader
 from fast_llm.data.tokenfile import TokenFileWriter
 
 VOCABULARY = 128_256
+Packing = Literal["concatenate", "best_fit"]
 BATCH = BatchSizes(batch_size=32, micro_batch_size=2, micro_batches=16)
 
 
-def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -> Path:
+def write(
+    folder: Path, tokens: int, document: int, sigma: float, shards: int, edited: bool
+) -> Path:
     """A dataset.json; `edited`: each shard weighted by hand, so that it is a source of its own."""
     random = np.random.default_rng(0)
     entries = []
@@ -38,6 +44,9 @@ def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -
             writer = TokenFileWriter(prefix, np.dtype("int32"))
             while writer.tokens < tokens // shards:
                 lengths = random.integers(document // 2, document * 3 // 2, 10_000)
+                if sigma:
+                    drawn = random.lognormal(np.log(document), sigma, 10_000)
+                    lengths = np.maximum(drawn, 1).astype(np.int64)
                 writer.append_many(
                     random.integers(VOCABULARY, size=lengths.sum(), dtype=np.int32), lengths
                 )
@@ -48,28 +57,37 @@ def write(folder: Path, tokens: int, document: int, shards: int, edited: bool) -
     return path
 
 
-def open_(path: Path, length: int) -> Dataset:
-    """Open a dataset with all documents for training."""
-    return open_dataset(
-        DataConfig(format="file", path=[str(path)], split=[1]), length, 0, VOCABULARY
-    )
+def open_(path: Path, length: int, packing: Packing) -> Dataset:
+    """Open a dataset with all documents for training, ready to be read."""
+    config = DataConfig(format="file", path=[str(path)], split=[1], packing=packing)
+    dataset = open_dataset(config, length, 0, VOCABULARY)
+    dataset.splits["training"].open()
+    return dataset
 
 
-def read_rate(dataset: Dataset, length: int) -> tuple[float, float]:
-    """Tokens read a second, the best of five rounds, and seconds to find one sequence."""
+def read_rates(datasets: Sequence[Dataset], length: int) -> list[tuple[float, float, float]]:
+    """For each dataset: tokens read a second, the best and the worst of five rounds, and seconds to
+    find one sequence.
+    """
     count = max(1, 10_000_000 // length)
-    reading, finding = [], []
+    reading: list[list[float]] = [[] for _ in datasets]
+    finding: list[list[float]] = [[] for _ in datasets]
     for turn in range(5):
         indices = range(turn * count, (turn + 1) * count)
-        started = time.perf_counter()
-        for index in indices:
-            dataset.read("training", index)
-        reading.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        for index in indices:
-            dataset.splits["training"].find(index)
-        finding.append(time.perf_counter() - started)
-    return count * length / min(reading), min(finding) / count
+        for place, dataset in enumerate(datasets):
+            started = time.perf_counter()
+            for index in indices:
+                dataset.read("training", index)
+            reading[place].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            for index in indices:
+                dataset.splits["training"].find(index)
+            finding[place].append(time.perf_counter() - started)
+    size = count * length
+    return [
+        (size / min(read), size / max(read), min(find) / count)
+        for read, find in zip(reading, finding, strict=True)
+    ]
 
 
 def batch_rate(dataset: Dataset, length: int, workers: int) -> float:
@@ -106,6 +124,7 @@ def main() -> None:
     parser.add_argument(
         "--document", type=int, default=400, help="tokens of a document, on average"
     )
+    parser.add_argument("--sigma", type=float, default=0.0, help="of log-normal lengths")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--shards", type=int, default=8)
     wanted = parser.parse_args()
@@ -116,24 +135,37 @@ def main() -> None:
         f" {wanted.shards} files, documents of {wanted.document}, sequences of {wanted.length}\n"
     )
     print(
-        "| sources | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2, M"
-        " tokens/s |"
+        "| sources | packing | open, ms | find, µs | read, M tokens/s | batches, workers 0 | 1 | 2,"
+        " M tokens/s |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for edited in (False, True):
-            path = write(Path(folder), wanted.tokens, wanted.document, wanted.shards, edited)
-            started = time.perf_counter()
-            dataset = open_(path, wanted.length)
-            opening = time.perf_counter() - started
-            rate, finding = read_rate(dataset, wanted.length)
-            batches = [batch_rate(dataset, wanted.length, workers) for workers in (0, 1, 2)]
-            print(
-                f"| {len(dataset.splits['training'].sources)} | {opening * 1e3:.1f} |"
-                f" {finding * 1e6:.1f} | {rate / 1e6:.0f} | "
-                + " | ".join(f"{batch / 1e6:.0f}" for batch in batches)
-                + " |"
+            path = write(
+                Path(folder), wanted.tokens, wanted.document, wanted.sigma, wanted.shards, edited
             )
+            compare(path, wanted.length)
+
+
+def compare(path: Path, length: int) -> None:
+    """Print a row for each way of packing."""
+    packings: list[Packing] = ["concatenate", "best_fit"]
+    datasets, opening = [], []
+    for packing in packings:
+        started = time.perf_counter()
+        datasets.append(open_(path, length, packing))
+        opening.append(time.perf_counter() - started)
+    rates = read_rates(datasets, length)
+    for packing, dataset, seconds, (best, worst, finding) in zip(
+        packings, datasets, opening, rates, strict=True
+    ):
+        batches = [batch_rate(dataset, length, workers) for workers in (0, 1, 2)]
+        print(
+            f"| {len(dataset.splits['training'].sources)} | {packing} | {seconds * 1e3:.1f} |"
+            f" {finding * 1e6:.1f} | {worst / 1e6:.0f} to {best / 1e6:.0f} | "
+            + " | ".join(f"{batch / 1e6:.0f}" for batch in batches)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

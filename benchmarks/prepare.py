@@ -69,7 +69,7 @@ def measure_prepare(texts: list[str], folder: Path, counts: list[int]) -> None:
             file.write(json.dumps({"text": text}) + "\n")
     for count in counts:
         for size in (2**18, 2**20, 2**22):
-            workers._RANGE_BYTES = size
+            workers.RANGE_BYTES = size
             output = folder / f"out_{count}_{size}"
             values = {
                 "output_path": str(output),

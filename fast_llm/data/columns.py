@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fast_llm.data.reading import ColumnTask, Task, is_json_column
+from fast_llm.data.object_store import StoredObject
+from fast_llm.data.reading import ColumnTask, Task, is_json_column, open_ranges
 from fast_llm.data.tables import BLOCK, ranges_by_size
 from fast_llm.errors import DataError, MissingPackage, lfs_problem
 
@@ -114,15 +115,22 @@ def _pyarrow(path: str) -> Any:
 
 def _open_parquet(stack: contextlib.ExitStack, path: str) -> Any:
     # Read pages when they are needed: a row group may be larger than memory.
+    source: Any = path
+    if isinstance(path, StoredObject):
+        source = stack.enter_context(open_ranges(path))
     return stack.enter_context(
-        _pyarrow(path).parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
+        _pyarrow(path).parquet.ParquetFile(source, buffer_size=BLOCK, pre_buffer=False)
     )
 
 
 def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Iterator[Any]:
     """The record batches of an arrow file, with only the column `field` if there is one."""
     pyarrow = _pyarrow(path)
-    source = stack.enter_context(pyarrow.memory_map(path))
+    source = stack.enter_context(
+        pyarrow.PythonFile(stack.enter_context(open_ranges(path)), "r")
+        if isinstance(path, StoredObject)
+        else pyarrow.memory_map(path)
+    )
     options = None
 
     def opened() -> tuple[Any, bool]:
@@ -168,7 +176,7 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
                     size += batch.nbytes
                 schema = schema or pyarrow.schema([])
     except (OSError, ValueError) as error:
-        with open(path, "rb") as beginning:
+        with open_ranges(path) as beginning:
             if problem := lfs_problem(path, beginning.read(64)):
                 raise DataError(problem) from None
         raise DataError(
@@ -186,6 +194,15 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
         explain_missing_field(schema, field) if rows else None,
         edges,
     )
+
+
+def column_names(path: str, parquet: bool) -> list[str]:
+    """The columns of a file that `open_arrow` has opened."""
+    with contextlib.ExitStack() as stack:
+        if parquet:
+            return list(_open_parquet(stack, path).schema_arrow.names)
+        batch = next(_batches(stack, path, None), None)
+        return [] if batch is None else list(batch.schema.names)
 
 
 def explain_missing_field(schema: Any, field: str) -> str | None:

@@ -11,15 +11,19 @@ import functools
 import hashlib
 import json
 import logging
-import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from fast_llm.config.train import DataConfig
-from fast_llm.data.metadata import read_metadata, resolve_prefix, size_of, verify
+from fast_llm.data.entries import Metadata, open_entries, open_path
+from fast_llm.data.fim import Fim
+from fast_llm.data.metadata import resolve_prefix, size_of, verify
 from fast_llm.data.sampling import Drawn, Mixture, SourceSampler
-from fast_llm.data.source import DocumentSpan, PackedSample, RandomSource, Source
+from fast_llm.data.source import DocumentSpan, PackedSample, RandomSource, Source, short_names
 from fast_llm.data.split import (
     VERSIONS,
     FileSubset,
@@ -28,16 +32,31 @@ from fast_llm.data.split import (
     split_by_position,
 )
 from fast_llm.data.tokenfile import TokenFile
+from fast_llm.data.tokenizer import Loaded, fingerprint_for, same_ids
 from fast_llm.errors import DataError
 
 logger = logging.getLogger("fast_llm")
 
 SPLITS = ("training", "validation", "test")
-Metadata = dict[str, dict[str, Any]]  # path of a dataset → its dataset.json; {} for a bare prefix
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order of sequences, from sequence `first` on: until the next one begins."""
+
+    first: int
+    mixture: Mixture
+    samplers: list[SourceSampler]  # one for each source
+
+    def epochs(self, index: int) -> list[float]:
+        """How many epochs of each source are complete before sequence `index`."""
+        counts = self.mixture.counts(max(0, index - self.first))
+        pairs = zip(self.samplers, counts, strict=True)
+        return [sampler.epochs(count) for sampler, count in pairs]
 
 
 class Split:
-    """Weighted sources, and the order in which sequences are drawn from them."""
+    """Weighted sources, and the orders in which sequences are drawn from them."""
 
     def __init__(
         self,
@@ -45,50 +64,89 @@ class Split:
         sources: Sequence[Source | RandomSource],
         weights: Sequence[float],
         seed: int,
+        labels: Sequence[str] = (),
     ):
-        self.name, self.sources, self.seed = name, sources, seed
-        self.mixture = Mixture.of(weights)
-        self.first = 0  # the sequence at which this order begins
-        self.samplers = [
-            SourceSampler(source.inputs, source.length, seed, key)
-            for key, source in enumerate(sources)
-        ]
+        """`labels`: for each source, its entry of `data.sources`."""
+        self.name, self.sources, self.weights, self.seed = name, sources, weights, seed
+        self.labels = labels
+        self.mixture = Mixture.of(weights)  # without stages
+        samplers = [source.sampler(seed, key) for key, source in enumerate(sources)]
+        self.orders = [Order(0, self.mixture, samplers)]  # the first in force, and later ones
 
-    def continue_from(
+    def order(
         self,
         first: int,
         edges: Sequence[int],
         keys: Sequence[int],
         drawn: Sequence[Sequence[Drawn]],
-    ) -> None:
-        """Continue the order of a run whose settings changed at sequence `first`.
+    ) -> Order:
+        """The order of a run whose settings or stage change at sequence `first`.
 
-        `edges`: of the mixture. `keys` and `drawn`: for each source, its key number and what it had
-        given by then.
+        `edges`: of the mixture. `keys` and `drawn`: for each source, its key number and what it
+        has given by then.
         """
-        self.mixture, self.first = Mixture(edges), first
-        self.samplers = [
-            SourceSampler(source.inputs, source.length, self.seed, key, given)
+        samplers = [
+            source.sampler(self.seed, key, given)
             for source, key, given in zip(self.sources, keys, drawn, strict=True)
         ]
+        return Order(first, Mixture(edges), samplers)
+
+    def edges(self, weights: Mapping[str, float]) -> list[int]:
+        """The edges of the mixture in a stage with these weights of the entries of `data.sources`;
+        without any, those of the configuration.
+        """
+        if not weights:
+            return self.mixture.edges
+        totals: dict[str, float] = defaultdict(float)
+        for label, weight in zip(self.labels, self.weights, strict=True):
+            totals[label] += weight
+        pairs = zip(self.labels, self.weights, strict=True)
+        shares = [weights.get(label, 0) * (weight / totals[label]) for label, weight in pairs]
+        return Mixture.of(shares).edges
 
     def open(self) -> None:
         """Compute what is left of interrupted epochs, so that no step waits for it."""
-        for sampler in self.samplers:
-            sampler.stream.open()
+        for order in self.orders:
+            for sampler in order.samplers:
+                sampler.open()
+
+    def order_at(self, index: int) -> Order:
+        """The order in force at sequence `index`."""
+        place = bisect.bisect_right(self.orders, index, key=lambda order: order.first) - 1
+        if place < 0:
+            raise IndexError(
+                f"sequence {index} belongs to an earlier order, which ended at"
+                f" {self.orders[0].first}"
+            )
+        return self.orders[place]
+
+    def order_after(self, sequences: int) -> Order:
+        """The order in force at the last of the first `sequences` sequences."""
+        return self.order_at(max(self.orders[0].first, sequences - 1))
 
     def find(self, index: int) -> tuple[Source | RandomSource, int, int]:
         """The source of sequence `index`, its number in that source, and its epoch."""
-        if index < self.first:
-            raise IndexError(
-                f"sequence {index} belongs to an earlier order, which ended at {self.first}"
-            )
-        place, inside = self.mixture.find(index - self.first)
-        stream, number, epoch = self.samplers[place].find(inside)
+        order = self.order_at(index)
+        place, inside = order.mixture.find(index - order.first)
+        stream, number, epoch = order.samplers[place].find(inside)
         return self.sources[place].with_stream(stream), number, epoch
 
+    def shares(self, first: int, last: int) -> list[float]:
+        """The share of each source in the sequences [first, last); without any, in the mixture."""
+        if last <= first:
+            edges = self.mixture.edges
+            return [(high - low) / edges[-1] for low, high in pairwise(edges)]
+        totals = [0] * len(self.sources)
+        ends = [*(order.first for order in self.orders[1:]), last]
+        for order, end in zip(self.orders, ends, strict=True):
+            low, high = (max(0, min(at, end, last) - order.first) for at in (first, end))
+            before, after = order.mixture.counts(low), order.mixture.counts(high)
+            given = zip(totals, before, after, strict=True)
+            totals = [total + b - a for total, a, b in given]
+        return [total / sum(totals) for total in totals]
+
     def counts(self, sequences: int) -> list[int]:
-        """How many of the first `sequences` sequences of this order each source has."""
+        """How many of the first `sequences` sequences each source has, without stages."""
         return self.mixture.counts(sequences)
 
     @functools.cached_property
@@ -113,6 +171,9 @@ class Dataset:
         self.metadata = metadata
         self.length = length
         self.seed = seed
+        self.fim: Fim | None = None  # of training
+        self.source_names: list[str] = []  # of training, validation and test, by number
+        self.validation_metadata: Metadata = {}  # of the further validation sets
         self.validation_sets = [name for name in splits if name not in SPLITS]
 
     def read(self, split: str, index: int) -> PackedSample:
@@ -120,7 +181,12 @@ class Dataset:
         be read.
         """
         source, number, _ = self.splits[split].find(index)
-        return source.read(number)
+        packed = source.read(number)
+        if source.number:
+            packed = replace(packed, source=source.number)
+        if self.fim is not None and split == "training":
+            return self.fim.sequence(packed, index)
+        return packed
 
     def locate(self, split: str, index: int) -> list[DocumentSpan]:
         """The parts of documents that make up that sequence."""
@@ -135,6 +201,25 @@ class Dataset:
         """Number of tokens in a split."""
         return sum(source.tokens for source in self._sources(split))
 
+    def padding(self, split: str, sequences: int = 0) -> float:
+        """Expected share of a split's inputs that hold no token (`data.packing`): of the first
+        `sequences` sequences, or 0 for a split without stages.
+        """
+        if split not in self.splits:
+            return 0.0
+        found = self.splits[split]
+        shares = found.shares(0, sequences)
+        pairs = zip(shares, found.sources, strict=True)
+        return sum(share * source.padding for share, source in pairs)
+
+    def masked(self, first: int, last: int) -> float:
+        """Expected share of the tokens of sequences [first, last) of training that are masked."""
+        found = self.splits["training"]
+        pairs = list(zip(found.shares(first, last), found.sources, strict=True))
+        tokens = [(share * (1 - source.padding), source) for share, source in pairs]
+        hidden = sum(n * source.masked_tokens / max(1, source.tokens) for n, source in tokens)
+        return hidden / sum(n for n, _ in tokens)
+
     def documents(self, split: str) -> int:
         """Number of documents in a split."""
         return sum(source.documents for source in self._sources(split))
@@ -142,12 +227,28 @@ class Dataset:
     def _sources(self, split: str) -> Sequence[Source | RandomSource]:
         return self.splits[split].sources if split in self.splits else ()
 
+    @property
+    def masked_sources(self) -> list[Source | RandomSource]:
+        """The sources of training with tokens that are masked."""
+        return [source for source in self._sources("training") if source.masked]
+
     def epochs(self, split: str, sequences: int) -> list[tuple[Source | RandomSource, float]]:
         """How many epochs of each source are in the first `sequences` sequences of a run."""
         found = self.splits[split]
-        counts = found.counts(max(0, sequences - found.first))
-        samplers = zip(found.sources, found.samplers, counts, strict=True)
-        return [(source, sampler.epochs(count)) for source, sampler, count in samplers]
+        order = found.order_after(sequences)
+        return list(zip(found.sources, order.epochs(sequences), strict=True))
+
+    def inputs_by_source(self, split: str, sequences: int) -> list[int]:
+        """How many inputs of each source are in the first `sequences` sequences of a run, padding
+        included.
+        """
+        found = self.splits[split]
+        order = found.order_after(sequences)
+        counts = order.mixture.counts(max(0, sequences - order.first))
+        return [
+            count * self.length + sum(entry[0] * entry[2] for entry in sampler.drawn)
+            for sampler, count in zip(order.samplers, counts, strict=True)
+        ]
 
     def require_sequences(
         self, split: str, iterations: int, batch_size: int, setting: str, shares: Sequence[float]
@@ -184,25 +285,28 @@ class Dataset:
             f" {available:,}{none}; {advice}give {split} a larger share, or prepare more data"
         )
 
-    def check_vocabulary(self, vocab_size: int, model_tokenizer: str | None) -> None:
+    def check_vocabulary(self, vocab_size: int, model_tokenizer: Loaded | None) -> None:
         """Raises DataError for data made with another tokenizer, or with tokens that the model does
         not have.
-
-        `model_tokenizer`: the fingerprint of the model's tokenizer.
         """
         for path, metadata in self.metadata.items():
-            fingerprint = metadata.get("tokenizer", {}).get("fingerprint")
-            if fingerprint and model_tokenizer and fingerprint != model_tokenizer:
+            described = metadata.get("tokenizer", {})
+            fingerprint = described.get("fingerprint")
+            copy = described.get("path")
+            place = resolve_prefix(Path(path), copy) if isinstance(copy, str) else None
+            if fingerprint and model_tokenizer and not same_ids(model_tokenizer, described, place):
                 raise DataError(
                     f"{path}: made with another tokenizer than the model's (fingerprint"
-                    f" {fingerprint[:12]}…, the model's is {model_tokenizer[:12]}…); prepare the"
+                    f" {fingerprint[:12]}…, the model's is"
+                    f" {fingerprint_for(model_tokenizer, described)[:12]}…); prepare the"
                     " data again with tokenizer.path set to the model's folder"
                 )
             largest = metadata.get("max_token_id")
             if isinstance(largest, int) and largest >= vocab_size:
                 raise DataError(
                     f"{path}: holds token {largest}, but the model's vocab_size is {vocab_size};"
-                    " prepare the data with the model's own tokenizer"
+                    " prepare the data with the model's own tokenizer, or, if this is it, give the"
+                    " model rows for its new tokens: fast-llm extend-vocabulary MODEL OUT"
                 )
 
     def check_digests(self, max_bytes: int = 2**30) -> None:
@@ -234,7 +338,9 @@ class Dataset:
                 content.append(["random", source.vocab_size])
                 continue
             content += [[*subset.identity, *subset.file.identity] for subset in source.subsets]
-            content.append("source")
+            content.append("source" if not source.best_fit else "best_fit")
+            if source.masked:
+                content.append(["masks", *source.mask_digests])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -244,19 +350,17 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
     Raises DataError for files that are missing, damaged or hold nothing to train on.
     """
     metadata: Metadata = {}
-    single = len(config.path) == 1
-    weighted = (
-        [(1.0, config.path[0])]
-        if single
-        else list(zip(config.path[::2], config.path[1::2], strict=True))
-    )
     subsets: dict[TokenFile, list[FileSubset]] = {}
-    opened = []
-    for weight, path in weighted:
-        groups, files = _open_path(path, config.format == "file", metadata)
-        version = metadata[str(Path(path).expanduser())].get("split")
-        subsets |= _split_documents(path, files, version, config.split)
-        opened += [(float(weight) * share, name, group) for share, name, group in groups]
+    best_fit = config.packing == "best_fit"
+    entries = open_entries(config, metadata)
+    for entry in entries:
+        version = metadata[str(Path(entry.path).expanduser())].get("split")
+        subsets |= _split_documents(entry.path, entry.files, version, config.split)
+    opened = [
+        (entry.weight * share, name, files, entry.label)
+        for entry in entries
+        for share, name, files in entry.groups
+    ]
     splits = {}
     for position, split in enumerate(SPLITS):
         if not config.split[position]:
@@ -265,28 +369,45 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
             random = RandomSource(length, vocab_size, seed + position)
             splits[split] = Split(split, [random], [1.0], seed)
             continue
-        weighted_sources = [
-            (weight, Source(name, [subsets[file][position] for file in files], length))
-            for weight, name, files in opened
+        labelled = [
+            (
+                weight,
+                Source(
+                    name,
+                    [subsets[f][position] for f in files],
+                    length,
+                    best_fit,
+                    number,
+                    config.use_loss_masking_spans,
+                ),
+                label,
+            )
+            for number, (weight, name, files, label) in enumerate(opened)
         ]
-        if found := _without_empty(split, weighted_sources):
-            weights, sources = zip(*found, strict=True)
-            splits[split] = Split(split, sources, weights, seed)
+        if found := _without_empty(split, labelled):
+            weights, sources, labels = zip(*found, strict=True)
+            splits[split] = Split(split, sources, weights, seed, labels)
+    further: Metadata = {}
     for name, path in config.validation_sets.items():
-        source = _open_validation_set(name, path, subsets, config.split, length)
+        source = _open_validation_set(name, path, subsets, config, length, further)
         splits[name] = Split(name, [source], [1.0], seed)
-    return Dataset(splits, metadata, length, seed)
+    dataset = Dataset(splits, metadata, length, seed)
+    dataset.source_names = short_names([name for _, name, _, _ in opened]) or ["random"]
+    dataset.validation_metadata = further
+    return dataset
 
 
 def _without_empty(
-    split: str, sources: Sequence[tuple[float, Source]]
-) -> list[tuple[float, Source]]:
+    split: str, sources: Sequence[tuple[float, Source, str]]
+) -> list[tuple[float, Source, str]]:
     """The weighted sources that have a sequence. Raises DataError if one of training has none."""
-    empty = [source for _, source in sources if not source.sequences]
+    empty = [source for _, source, _ in sources if not source.sequences]
     if empty and split == "training":
         first = empty[0]
+        label = next(label for _, source, label in sources if source is first)
         raise DataError(
-            f"{first.name}: {first.tokens:,} tokens for training, fewer than one sequence of"
+            f"{f'data.sources.{label}' if label else first.name}: {first.tokens:,} tokens for"
+            " training, fewer than one sequence of"
             f" {first.length} + 1; lower batch.sequence_length, prepare more data, or leave it out"
         )
     if empty and len(empty) < len(sources):
@@ -296,7 +417,7 @@ def _without_empty(
             f"data.split leaves {split} less than one sequence of {names}{more}; its loss is"
             " measured without them."
         )
-    return [(weight, source) for weight, source in sources if source.sequences]
+    return [one for one in sources if one[1].sequences]
 
 
 def _split_documents(
@@ -324,16 +445,18 @@ def _open_validation_set(
     name: str,
     path: str,
     training: Mapping[TokenFile, list[FileSubset]],
-    shares: Sequence[float],
+    config: DataConfig,
     length: int,
+    metadata: Metadata,
 ) -> Source:
     """A further validation set. Of token files that are also trained on, it has validation's
-    documents only.
+    documents only. Adds the content of a dataset.json to `metadata`.
     """
     by_size: dict[tuple[int, int], list[TokenFile]] = {}
     for file in training:
         by_size.setdefault((file.documents, file.tokens), []).append(file)
-    _, files = _open_path(path, False, {})
+    setting = f"data.validation_sets.{name}"
+    _, files = open_path(path, False, metadata, setting)
     subsets, shared = [], False
     for file in files:
         same = [
@@ -343,7 +466,8 @@ def _open_validation_set(
         ]
         shared |= bool(same)
         subsets.append(training[same[0]][1] if same else all_documents(file))
-    source, setting = Source(path, subsets, length), f"data.validation_sets.{name}"
+    best_fit, masked = config.packing == "best_fit", config.use_loss_masking_spans
+    source = Source(path, subsets, length, best_fit, masked=masked)
     if source.sequences:
         return source
     if not shared:
@@ -351,72 +475,11 @@ def _open_validation_set(
             f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} +"
             " 1"
         )
-    shown = ", ".join(f"{share:g}" for share in shares)
+    shown = ", ".join(f"{share:g}" for share in config.split)
+    trained = "data.sources" if config.format == "mixture" else "data.path"
     raise DataError(
-        f"{setting}: {path} is trained on (data.path), so its loss can only be measured on"
+        f"{setting}: {path} is trained on ({trained}), so its loss can only be measured on"
         f" validation's share of it; data.split [{shown}] leaves that {source.documents:,}"
         f" documents with {source.tokens:,} tokens, fewer than one sequence of {length} + 1; give"
         " validation a larger share (data.split=[99,1,0]), or leave the set out"
     )
-
-
-def _open_path(
-    path: str, is_metadata: bool, metadata: Metadata
-) -> tuple[list[tuple[float, str, list[TokenFile]]], list[TokenFile]]:
-    """The sources of a dataset (share of the dataset, name, token files), and all its token files
-    in order.
-
-    Token files weighted by their number of tokens, as `prepare` does it, form one source; those
-    with other weights form others. `is_metadata`: the path is a dataset.json, whatever its name.
-    Adds its content to `metadata`.
-    """
-    place = Path(path).expanduser()
-    if not is_metadata and place.suffix != ".json":
-        if place.suffix in (".bin", ".idx"):
-            raise DataError(f"data.path: given {path}, must be without {place.suffix}: {path[:-4]}")
-        metadata.setdefault(str(place), {})
-        file = TokenFile(place)
-        return [(1.0, path, [file])], [file]
-    metadata[str(place)] = content = read_metadata(place)
-    groups: dict[str, list[tuple[float, TokenFile]]] = {}
-    files = []
-    for entry in content["datasets"]:
-        file = _open_entry(place, entry)
-        files.append(file)
-        weight = float(entry.get("weight", file.tokens))
-        if file.tokens and weight:
-            groups.setdefault(f"{weight / file.tokens:.3e}", []).append((weight, file))
-    total = math.fsum(weight for group in groups.values() for weight, _ in group)
-    if not groups:
-        raise DataError(f"{place}: holds no tokens, or gives all of them the weight 0")
-    return [
-        (
-            math.fsum(weight for weight, _ in group) / total,
-            path if len(groups) == 1 else f"{path} ({_names(group)})",
-            [file for _, file in group],
-        )
-        for group in groups.values()
-    ], files
-
-
-def _open_entry(path: Path, entry: Mapping[str, Any]) -> TokenFile:
-    """A token file of the dataset.json at `path`. Raises DataError if its sizes are not those
-    listed.
-    """
-    file = TokenFile(resolve_prefix(path, entry["prefix"]))
-    for key, found in (
-        ("num_tokens", file.tokens),
-        ("num_documents", file.documents),
-        ("dtype", file.dtype.name),
-    ):
-        if entry.get(key, found) != found:
-            raise DataError(
-                f"{file.prefix}: its {key} is {found}, but {path} says {entry[key]}; it was"
-                " replaced or belongs to another dataset: prepare the data again"
-            )
-    return file
-
-
-def _names(group: Sequence[tuple[float, TokenFile]]) -> str:
-    first = group[0][1].prefix.name
-    return first if len(group) == 1 else f"{first} and {len(group) - 1} more"

@@ -10,13 +10,16 @@ A document that cannot be used is skipped, so that it does not end a job of hour
 
     empty          no text, or text of which the tokenizer makes no tokens
     not_text       null, a number, a list; no such column in the row or file
+    not_json       a bad line, if dataset.max_bad_lines allows to skip it
     not_utf8       bytes that are not UTF-8, such as images, or half of a surrogate pair
     unreadable     a file that is gone, may not be read, or is compressed and damaged; a row nested
                    thousands of levels deep
-    too_large      more than dataset.max_document_bytes; tokenizing needs a hundred times that
+    too_large      more than dataset.max_document_bytes; tokenizing needs 12 to 110 times that
     untokenizable  the tokenizer fails on it, e.g. on millions of spaces in a row
     ends_itself    its tokens contain BOS or EOS, although the spellings of special tokens are
                    encoded as plain text
+    filtered       dropped by dataset.filter
+    duplicate      equal to an earlier document, if dataset.deduplicate is set
 
 NUL and all other characters are text. A byte order mark at the start of a file is not.
 """
@@ -24,12 +27,13 @@ NUL and all other characters are text. A byte order mark at the start of a file 
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,27 +41,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fast_llm import hub
 from fast_llm.data.columns import ArrowTable, explain_missing_field, open_arrow
-from fast_llm.data.files import HUB, DatasetFiles, parse_split, similar
-from fast_llm.data.reading import COMPRESSED, Reader, Task
+from fast_llm.data.files import HUB, DatasetFiles, parse_split
+from fast_llm.data.reading import (
+    COMPRESSED,
+    NOT_JSON,
+    WRONG_SPANS,
+    Reader,
+    Task,
+    too_many_bad_lines,
+)
 from fast_llm.data.tables import HubTable, JsonLines, JsonValue, TextFiles, open_json
 from fast_llm.errors import DataError, MissingPackage
+from fast_llm.storage import similar
 
 logger = logging.getLogger("fast_llm")
 
+DUPLICATE = "duplicate"
+FILTERED = "filtered"
 CONTAINS_EOS = "ends_itself"  # the name that dataset.json has had since version 0.1
 # The reasons as records and dataset.json name them, and in words.
 REASONS = {
     "empty": "empty",
     "not_text": "not text",
+    NOT_JSON: "not JSON",
     "not_utf8": "not UTF-8",
     "unreadable": "unreadable",
     "too_large": "too large",
     "untokenizable": "the tokenizer failed",
     CONTAINS_EOS: "contains BOS or EOS",
+    WRONG_SPANS: "with wrong spans",
+    FILTERED: "dropped by dataset.filter",
+    DUPLICATE: "duplicate",
 }
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Table = TextFiles | HubTable | JsonLines | JsonValue | ArrowTable
+OpenTable = Callable[[str], Table]
+OpenShared = Callable[
+    [DatasetFiles, list[str], OpenTable, int, threading.Event], list[Table] | None
+]
 _COMPRESSION_RATIO = 4  # assumed, to estimate the size of compressed text
 
 
@@ -94,6 +117,11 @@ class Corpus:
             if isinstance(table, TextFiles)
             for path in table.paths
         )
+
+    @property
+    def filters(self) -> bool:
+        """Whether the user's filter is called."""
+        return self.reader.filter is not None
 
     @property
     def tables_without_field(self) -> list[JsonLines | JsonValue | ArrowTable]:
@@ -133,12 +161,16 @@ class Corpus:
                 yield from table.tasks(before + one - start, before + end - start, one, target)
 
     def sample(self, count: int) -> Iterator[str]:
-        """Texts of about `count` rows, evenly spread."""
+        """Texts of about `count` rows, evenly spread. Of parquet, the first ones of row groups."""
+        found: dict[tuple[int, int], int] = {}  # part and row → rows from there on
         for row in np.linspace(0, len(self) - 1, min(len(self), count)).astype(np.int64).tolist():
             part = int(np.searchsorted(self.starts, row, "right")) - 1
             table, before, _ = self.parts[part]
             near = table.nearby_row(before + row - int(self.starts[part]))
-            for task in table.tasks(near, near + 1, 0, 1):
+            found[part, near] = found.get((part, near), 0) + 1
+        for (part, near), rows in found.items():  # once each: opening and decoding take a while
+            table, _, last = self.parts[part]
+            for task in table.tasks(near, max(near + 1, min(near + rows, last)), 0, 1):
                 yield from (text for text in self.reader.texts(task) if isinstance(text, str))
 
     def name(self, row: int) -> str:
@@ -148,21 +180,32 @@ class Corpus:
         return table.name(before + row - int(self.starts[part]))
 
 
-def open_documents(found: DatasetFiles, loading_workers: int) -> Corpus:
+def open_documents(
+    found: DatasetFiles, loading_workers: int, open_shared: OpenShared | None = None
+) -> Corpus:
     """Open the files that were found and count their rows.
 
+    `open_shared`: opens them together with other ranks, if that is worthwhile (counting.py).
     Raises DataError if they cannot be read or have no such column, MissingPackage if the package
     that reads them is missing, OSError if the disk is full.
     """
     config = found.config
     max_bytes = config.max_document_bytes
+    if config.loss_masking_spans is not None and found.kind != "json":
+        raise DataError(
+            f"dataset.loss_masking_spans: is read from JSON and JSON Lines, but {config.path} is"
+            f" {found.kind}; write its documents to JSON Lines, with columns {config.field} and"
+            f" {config.loss_masking_spans}"
+        )
     if found.kind in ("saved", "hub"):
         rows, digest = _open_hub(found, loading_workers)
         table = HubTable(rows, config.field, config.path)
         parts: list[tuple[Table, int, int]] = [(table, 0, table.rows)]
-        return _corpus(parts, Reader(config.field, max_bytes, rows), digest, found)
+        reader = Reader(config.field, max_bytes, 0, rows, config.deduplicate, config.filter)
+        return _corpus(parts, reader, digest, found)
     assert found.digest is not None
-    reader = Reader(config.field, max_bytes)
+    bad, spans = config.max_bad_lines, config.loss_masking_spans
+    reader = Reader(config.field, max_bytes, bad, None, config.deduplicate, config.filter, spans)
     if found.kind == "file":
         files = found.files["train"]
         sizes = [
@@ -178,20 +221,42 @@ def open_documents(found: DatasetFiles, loading_workers: int) -> Corpus:
     parts_of = parse_split(config.split)
     wanted = {split: found.files[split] for split, _, _ in parts_of}
     tables = _open_tables(
-        found, [path for files in wanted.values() for path in files], loading_workers
+        found,
+        reader,
+        [path for files in wanted.values() for path in files],
+        loading_workers,
+        open_shared,
     )
-    tables_without_field = [table for table in tables.values() if table.missing_field is not None]
-    if tables_without_field and all(
-        table.missing_field is not None or table.rows == table.blank_rows
-        for table in tables.values()
-    ):
-        raise DataError(f"dataset.field: {config.path} {tables_without_field[0].missing_field}")
+    _check_field(config.path, list(tables.values()))
     parts = [
         part
         for split, first, last in parts_of
         for part in _slice([tables[path] for path in wanted[split]], first, last)
     ]
+    _check_bad_rows(parts, config.max_bad_lines)
     return _corpus(parts, reader, found.digest, found)
+
+
+def _check_field(path: str, tables: Sequence[Table]) -> None:
+    """Raise DataError if no table with rows has the field of the documents."""
+    without = [table for table in tables if table.missing_field is not None]
+    if without and all(
+        table.missing_field is not None or table.rows == table.blank_rows for table in tables
+    ):
+        raise DataError(f"dataset.field: {path} {without[0].missing_field}")
+
+
+def _check_bad_rows(parts: list[tuple[Table, int, int]], allowed: int) -> None:
+    """Raises DataError if more lines than allowed are known not to be JSON, in all files."""
+    bad = (
+        table.name(row)
+        for table, first, last in parts
+        if isinstance(table, JsonLines)
+        for row in table.bad_rows
+        if first <= row < last
+    )
+    if (where := next(itertools.islice(bad, allowed, None), None)) is not None:
+        raise too_many_bad_lines(where, allowed)
 
 
 def _corpus(
@@ -201,7 +266,13 @@ def _corpus(
     return Corpus(parts, starts, reader, digest, found.kind, found.left_out)
 
 
-def _open_tables(found: DatasetFiles, paths: list[str], workers: int) -> dict[str, Table]:
+def _open_tables(
+    found: DatasetFiles,
+    reader: Reader,
+    paths: list[str],
+    workers: int,
+    open_shared: OpenShared | None,
+) -> dict[str, Table]:
     """Open tables in threads: reading and decompressing do not hold Python's lock."""
     config = found.config
     size = sum(found.sizes[path] for path in paths)
@@ -213,9 +284,17 @@ def _open_tables(found: DatasetFiles, paths: list[str], workers: int) -> dict[st
 
     def opened(path: str) -> Table:
         if found.kind == "json":
-            return open_json(path, config.field, config.max_document_bytes, stop)
+            table = open_json(path, reader, stop)
+            if stop.is_set():  # it was not read to its end
+                raise CancelledError
+            return table
         return open_arrow(path, config.field, found.kind == "parquet")
 
+    if open_shared is not None:
+        tables = open_shared(found, paths, opened, workers, stop)
+        if tables is not None:
+            return dict(zip(paths, tables, strict=True))
+        stop.clear()
     threads = ThreadPoolExecutor(workers)
     try:
         return dict(zip(paths, threads.map(opened, paths), strict=True))
@@ -282,6 +361,8 @@ def _open_hub(found: DatasetFiles, workers: int) -> tuple[Any, str]:
             )
             # Its log names the file, its exception does not.
             reason = logged[-1] if logged and found.kind != "hub" else _reason(error)
+            if "OfflineModeIsEnabled" in reason:
+                reason = f"{hub.why_unreachable()}, and it is not in the cache of `datasets`"
             near = similar(Path(config.path)) if found.kind == "hub" else ""
             raise DataError(
                 f"dataset.path: {config.path}: {where}{reason.rstrip('. ')}{near}"
@@ -307,14 +388,26 @@ def _load(datasets: Any, found: DatasetFiles, processes: int | None) -> Any:
         if config.split not in saved:
             raise DataError(f"it has no split {config.split}; it has {', '.join(saved)}")
         return saved[config.split]
-    return datasets.load_dataset(
-        config.path.removeprefix(HUB),
-        name=config.config_name,
-        data_dir=config.data_directory,
-        data_files=config.data_files,
-        split=config.split,
-        num_proc=processes,
-    )
+    with contextlib.nullcontext() if hub.is_reachable() else _from_the_cache(datasets):
+        return datasets.load_dataset(
+            config.path.removeprefix(HUB),
+            name=config.config_name,
+            data_dir=config.data_directory,
+            data_files=config.data_files,
+            split=config.split,
+            num_proc=processes,
+        )
+
+
+@contextlib.contextmanager
+def _from_the_cache(datasets: Any) -> Iterator[None]:
+    """Keep `datasets` from asking a Hub that cannot be reached, which it does for half a minute."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Which files `dataset.path` and `dataset.data_files` name.
 
+`s3://` and `gs://` name objects of an object store (object_store.py), found by the same rules.
+
 A name that exists is that file or folder, whatever characters are in it; anything else is a
 pattern. Files named one by one or by a pattern are all read. Of a folder, only tables are read if
 it has some, else all files, and only those of the requested split. Other files of a folder are left
@@ -15,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fast_llm.config.prepare import SourceConfig
-from fast_llm.data.reading import COMPRESSED
+from fast_llm.data.object_store import StoredObject, is_address, list_objects, match_objects
+from fast_llm.data.reading import COMPRESSED, size_of
 from fast_llm.errors import DataError
+from fast_llm.storage import similar
 
 HUB = "hf://datasets/"
 _TABLES = {
@@ -63,6 +67,8 @@ def find(config: SourceConfig) -> DatasetFiles:
     kinds.
     """
     place = Path(config.path).expanduser()
+    if is_address(config.path) and not place.exists():
+        return _in_store(config)
     if place.exists() and config.config_name is not None:
         raise DataError(
             f"dataset.config_name: given {config.config_name}, but {config.path} is a local path,"
@@ -91,7 +97,21 @@ def find(config: SourceConfig) -> DatasetFiles:
             f"dataset.path: {config.path}: no such file or folder{near} For a dataset on the Hub"
             f" give {HUB}{config.path}"
         )
+    if not config.path.startswith(HUB) and (meant := _misspelt_folder(place)):
+        raise DataError(
+            f"dataset.path: {config.path}: no such file or folder; did you mean {meant}? For a"
+            f" dataset on the Hub give {HUB}{config.path}"
+        )
     return DatasetFiles(config, "hub", {}, None, {}, [])
+
+
+def _misspelt_folder(place: Path) -> Path | None:
+    """What exists if the first folder of `folder/name` is spelled as a similar one that exists."""
+    if len(place.parts) != 2:
+        return None
+    folders = [each.name for each in Path().iterdir() if (each / place.name).exists()]
+    near = difflib.get_close_matches(place.parts[0], folders, n=1)
+    return Path(near[0]) / place.name if near else None
 
 
 def _is_local(path: str, place: Path) -> bool:
@@ -103,19 +123,6 @@ def _is_local(path: str, place: Path) -> bool:
         or _kind(path) != "file"
         or ("/" in path and place.parent.is_dir())
     )
-
-
-def similar(place: Path) -> str:
-    """A hint that names existing files with similar names."""
-    folder = place.parent
-    while not folder.is_dir() and folder != folder.parent:
-        folder, place = folder.parent, folder
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(place.name, names, n=3)
-    return f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
 
 
 def _matches(path: Path) -> list[str]:
@@ -132,44 +139,70 @@ def _matches(path: Path) -> list[str]:
 
 
 def _walk(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The files of a folder, sorted; and what is hidden or not a file. Follows links to folders."""
+    """The files of a folder, sorted; and what is not read, with the reason. Follows links.
+
+    What several paths lead to is read once: by the path without links, else by the first one.
+    """
     found: list[str] = []
-    hidden: list[tuple[str, str]] = []
-    above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
+    left_out: list[tuple[str, str]] = []
+    links: list[str] = []  # to files and folders
+    read: dict[str, str] = {}  # without links → the path that is read
+    _walk_without_links(str(root), str(root), found, links, left_out, read)
+    while links:
+        path = links.pop(0)
+        name, real = os.path.relpath(path, root), os.path.realpath(path)
+        if not os.path.exists(path):
+            left_out.append((name, "a broken link"))
+        elif f"{os.path.realpath(os.path.dirname(path))}/".startswith(f"{real}/"):
+            pass  # to a folder that contains it: no document is left out
+        elif real in read:
+            left_out.append((name, f"a link to {os.path.relpath(read[real], root)}"))
+        elif os.path.isdir(path):
+            _walk_without_links(path, str(root), found, links, left_out, read)
+        elif os.path.isfile(path):
+            found.append(path)
+            read[real] = path
+        else:
+            left_out.append((name, "not a file"))
+    return sorted(found), sorted(left_out)
 
-    def unreadable(error: OSError) -> None:
-        hidden.append(
-            (os.path.relpath(str(error.filename), root) + "/", f"cannot be read: {error.strerror}")
-        )
 
-    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        hidden += [
-            (os.path.relpath(os.path.join(folder, name), root) + "/", "hidden")
-            for name in folders
-            if name[0] == "."
-        ]
-        hidden += [
-            (os.path.relpath(os.path.join(folder, name), root), "hidden")
-            for name in files
-            if name[0] == "."
-        ]
-        paths = {name: os.path.join(folder, name) for name in folders if name[0] != "."}
-        for path in paths.values():
-            above[path] = (*above[folder], os.path.realpath(path))
-        # A link to a folder that contains it would never end.
-        folders[:] = [name for name, path in paths.items() if above[path][-1] not in above[folder]]
-        for name in files:
-            path = os.path.join(folder, name)
-            if name[0] != "." and os.path.isfile(path):
-                found.append(path)
-            elif name[0] != ".":
-                hidden.append(
-                    (
-                        os.path.relpath(path, root),
-                        "a broken link" if os.path.islink(path) else "not a file",
-                    )
-                )
-    return sorted(found), sorted(hidden)
+def _walk_without_links(
+    folder: str,
+    root: str,
+    found: list[str],
+    links: list[str],
+    left_out: list[tuple[str, str]],
+    read: dict[str, str],
+) -> None:
+    """Collect files and links below a folder. Folders that are in `read` were walked before."""
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in read:
+            continue
+        read[real] = folder
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+            left_out.append((os.path.relpath(folder, root) + "/", reason))
+            continue
+        for entry in entries:
+            name = os.path.relpath(entry.path, root)
+            if entry.name[0] == ".":
+                left_out.append((name + "/" if entry.is_dir() else name, "hidden"))
+            elif entry.is_symlink():
+                links.append(entry.path)
+            elif entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.is_file():
+                found.append(entry.path)
+                read[os.path.join(real, entry.name)] = entry.path
+            else:
+                left_out.append((name, "not a file"))
 
 
 def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
@@ -188,7 +221,54 @@ def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
         return _of_files(
             config, sorted({path for found in matches.values() for path in found}), root, []
         )
-    files, left_out = _walk(root)
+    return _of_folder(config, *_walk(root), root)
+
+
+def _in_store(config: SourceConfig) -> DatasetFiles:
+    """Find objects by the rules for local files."""
+    root = config.path.rstrip("/")
+    if config.config_name is not None:
+        raise DataError(
+            f"dataset.config_name: given {config.config_name}, but {config.path} is in an object"
+            " store, not on the Hub; leave it out"
+        )
+    if config.data_directory is not None:
+        root = f"{root}/{config.data_directory.strip('/')}"
+    found = list_objects(root)
+    if is_pattern := not found and any(sign in root for sign in "*?["):
+        found = match_objects(root)
+    if is_pattern or found == [root]:
+        if config.data_files is not None or config.data_directory is not None:
+            raise DataError(
+                f"dataset.data_files: dataset.path {config.path} names objects already; give the"
+                " prefix there, or leave data_files and data_directory out"
+            )
+        return _of_files(config, list(found), None, [])
+    if config.data_files is not None:
+        patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files
+        some: set[str] = set()
+        for pattern in patterns:
+            if not (matches := match_objects(f"{root}/{pattern}")):
+                raise DataError(
+                    f"dataset.path: {config.path} with dataset.data_files {pattern}: no files there"
+                )
+            some.update(matches)
+        return _of_files(config, sorted(some), root, [])
+    names = {path: path[len(root) + 1 :] for path in found}
+    if saved := {"dataset_dict.json", "state.json"} & set(names.values()):
+        raise DataError(
+            f"dataset.path: {config.path} has {min(saved)}, so it is a saved dataset, which is only"
+            " read from a local folder; copy it there"
+        )
+    hidden = {name for name in names.values() if any(part[:1] == "." for part in name.split("/"))}
+    files: list[str] = [path for path in found if names[path] not in hidden]
+    return _of_folder(config, files, [(name, "hidden") for name in sorted(hidden)], root)
+
+
+def _of_folder(
+    config: SourceConfig, files: list[str], left_out: list[tuple[str, str]], root: Path | str
+) -> DatasetFiles:
+    """The files to read of all files of a folder. `left_out`: others that are in it."""
     kinds = {path: _kind(path) for path in files}
     for path in files:
         name = os.path.relpath(path, root)
@@ -211,7 +291,10 @@ def _in_folder(config: SourceConfig, place: Path) -> DatasetFiles:
 
 
 def _of_files(
-    config: SourceConfig, files: list[str], root: Path | None, left_out: list[tuple[str, str]]
+    config: SourceConfig,
+    files: list[str],
+    root: Path | str | None,
+    left_out: list[tuple[str, str]],
 ) -> DatasetFiles:
     """The files of the requested splits. `root`: the folder below which names say the split of a
     file.
@@ -220,7 +303,7 @@ def _of_files(
         also = f"; left out: {describe(left_out)}" if left_out else ""
         raise DataError(f"dataset.path: {config.path}: no files there{also}")
     kind = _common_kind(config, files)
-    sizes = {path: os.path.getsize(path) for path in files}
+    sizes = {path: size_of(path) for path in files}
     if not any(sizes.values()):
         raise DataError(f"dataset.path: {config.path}: all files are empty")
     names = {
@@ -232,6 +315,8 @@ def _of_files(
     digest = hashlib.sha256()
     for path in files:
         digest.update(os.fsencode(names[path]) + b"\0%d\0" % sizes[path])
+        if isinstance(path, StoredObject):
+            digest.update(path.version.encode() + b"\0")
     splits = {"train": files}
     if kind != "file" and root is not None and config.data_files is None:
         splits = _by_split({path: names[path] for path in files})

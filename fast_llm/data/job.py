@@ -1,7 +1,9 @@
-"""One rank's part of a preparation: what it writes and where, and its exclusive lock."""
+"""A preparation as one rank sees it: what is written and where, and the rank's exclusive lock."""
 
 import contextlib
 import fcntl
+import gc
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import numpy as np
 
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.data import tokenizer
+from fast_llm.data.filtering import filter_digest
 from fast_llm.errors import DataError
 
 logger = logging.getLogger("fast_llm")
@@ -20,7 +23,7 @@ logger = logging.getLogger("fast_llm")
 
 @dataclass(frozen=True)
 class Job:
-    """One rank's part of a preparation: its settings and the paths it writes."""
+    """A preparation: its settings, its paths, and which of its ranks this process is."""
 
     config: PrepareConfig
     output: Path
@@ -39,22 +42,49 @@ class Job:
         """The dataset.json."""
         return self.output.with_name(self.output.name + ".json")
 
-    def shard(self, number: int, rank: int | None = None) -> Path:
-        """The prefix of a token file."""
-        return self.output / f"shard_{self.rank if rank is None else rank}_{number}"
+    @property
+    def units(self) -> Path:
+        """The folder of the units' results, until all token files are written."""
+        return self.output / "units"
 
-    def record(self, number: int, rank: int | None = None) -> Path:
+    @property
+    def counts(self) -> Path:
+        """The folder of row counts that ranks share (counting.py), until all is written."""
+        return self.output / "counts"
+
+    @property
+    def in_units(self) -> bool:
+        """Whether the work is divided into units; else this process writes all rows in order."""
+        return (
+            self.on_ray or self.world > 1 or self.config.dataset.deduplicate or self.units.exists()
+        )
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether Ray runs the work."""
+        return self.config.distributed.engine == "ray"
+
+    def shard(self, number: int, rank: int = 0) -> Path:
+        """The prefix of a token file. Only earlier versions wrote files of ranks above 0."""
+        return self.output / f"shard_{rank}_{number}"
+
+    def record(self, number: int, rank: int = 0) -> Path:
         """The record of a token file."""
         prefix = self.shard(number, rank)
         return prefix.with_name(prefix.name + ".json")
 
     def records(self) -> list[Path]:
-        """The records of this rank's token files that exist."""
-        return list(self.output.glob(f"shard_{self.rank}_*.json"))
+        """The records of token files that exist."""
+        return list(self.output.glob("shard_0_*.json"))
 
-    def rank_record(self, rank: int) -> Path:
-        """The record of a rank that has finished."""
+    def rank_record(self, rank: int = 0) -> Path:
+        """The record of a preparation that has finished, in earlier versions of each rank."""
         return self.output / f"rank_{rank}.json"
+
+    @property
+    def refused_engine(self) -> Path:
+        """Exists if a fast engine gave wrong tokens (choose_engine.py)."""
+        return self.output / "refused_engine.json"
 
     @property
     def lock(self) -> Path:
@@ -64,26 +94,53 @@ class Job:
 def make_job(config: PrepareConfig) -> Job:
     """What is written and where. Raises DataError for settings that do not fit the tokenizer."""
     rank, world = _rank_and_world(config)
-    loaded = tokenizer.load(config.tokenizer.path)
+    filtering = {}
+    if config.dataset.filter is not None:  # now, not in a worker after an hour of counting
+        filtering["dataset.filter_sha256"] = filter_digest(config.dataset.filter)
+    special_tokens = config.tokenizer.special_tokens
+    collects = gc.isenabled()
+    gc.disable()  # it would walk the vocabulary again and again
+    try:
+        loaded = tokenizer.load(config.tokenizer.path, special_tokens, compare=True)
+    finally:
+        if collects:
+            gc.enable()
     dtype = _dtype(config, loaded)
     bos, eos = _bos_and_eos(config, loaded)
+    output = Path(config.output_path).expanduser()
     settings = {
         "dataset.split": config.dataset.split,
         "dataset.field": config.dataset.field,
-        "tokenizer": loaded.fingerprint,
         "tokenizer.bos": bos,
         "tokenizer.eos": eos,
+        "tokenizer.special_tokens": special_tokens,
+        "tokenizer": _recorded(output, loaded) or loaded.fingerprint(special_tokens, (bos, eos)),
         "dataset.data_type": str(dtype),
+        "dataset.filter": config.dataset.filter,
+        **filtering,
+        "dataset.deduplicate": config.dataset.deduplicate,
         "dataset.max_document_bytes": config.dataset.max_document_bytes,
         "tokens_per_shard": config.tokens_per_shard,
-        "distributed.world_size": world,
+        "distributed.world_size": 1,  # earlier versions divided rows among ranks for good
     }
-    output = Path(config.output_path).expanduser()
+    if config.dataset.loss_masking_spans is not None:
+        settings["dataset.loss_masking_spans"] = config.dataset.loss_masking_spans
     return Job(config, output, rank, world, loaded, dtype, bos, eos, settings)
+
+
+def _recorded(output: Path, loaded: tokenizer.Loaded) -> str | None:
+    """The fingerprint of this tokenizer by an earlier version, if that started the preparation."""
+    for path in (*output.glob("rank_*.json"), *output.glob("shard_*_*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            recorded = json.loads(path.read_bytes())["settings"]["tokenizer"]
+            return loaded.old_fingerprint if recorded == loaded.old_fingerprint else None
+    return None
 
 
 def _rank_and_world(config: PrepareConfig) -> tuple[int, int]:
     """This node's rank, and the number of nodes."""
+    if config.distributed.engine == "ray":
+        return 0, 1
     found = {}
     for name, given, default in (
         ("rank", config.distributed.rank, None),

@@ -4,13 +4,19 @@ tokenizer they were made with.
     {"format": "fast_llm dataset 1",
      "split": "hash-1",                              which documents are trained on (split.py)
      "datasets": [{"prefix": "data/shard_0_0",       relative to the folder of this file
-                   "num_documents": …, "num_tokens": …, "weight": …, "dtype": "uint16",
-                   "sha256": {"bin": "…", "idx": "…"}}, …],
+                   "num_documents": …, "num_tokens": …, "num_bytes": …, "weight": …,
+                   "dtype": "uint16",
+                   "sha256": {"bin": "…", "idx": "…", "rows": "…"}}, …],
+                                                     with masks (masks.py) also
+                                                     "num_masked_tokens" and the digest "masks"
      "tokenizer": {"fingerprint": "…", "vocab_size": …, "bos": …, "eos": …,
                    "writes_bos": …, "writes_eos": …, "path": …},
      "max_token_id": …, "num_documents": …, "num_tokens": …,
+     "num_bytes": …,                                 of text, without BOS and EOS
      "skipped_documents": …, "skipped": {reason: count}, "skipped_examples": [[where, reason], …],
-     "source": {…},                                  what was prepared
+     "bad_lines": [where, …],                        the first lines that were not JSON, if any
+     "source": {…},                                  what was prepared; "files_sha256": of the
+                                                     lines of files.jsonl.gz (origins.py)
      "sha256": "…"}                                  of all of the above
 
 Only `datasets` with a `prefix` each is required; what else is given is checked. Reading takes
@@ -19,12 +25,16 @@ milliseconds; verifying reads all token files.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fast_llm.data.tokenfile import TokenFile, file_digest
+from fast_llm.data.datatrove import SUFFIX, open_token_file
+from fast_llm.data.masks import masks_path
+from fast_llm.data.origins import files_problem, rows_path
+from fast_llm.data.tokenfile import file_digest
 from fast_llm.errors import DataError, lfs_problem
 from fast_llm.storage import content_digest
 
@@ -84,6 +94,9 @@ def _suggestion(folder: Path) -> str:
     sibling = folder.resolve().with_name(folder.resolve().name + ".json")
     if sibling.is_file():
         return f" next to it, {folder.parent / sibling.name if folder.name else sibling}"
+    if found := next(folder.glob(f"*{SUFFIX}"), None):
+        listed = f'{{"datasets": [{{"prefix": "{found.name}"}}, …]}}'
+        return f" that lists its files, {listed}, or one file, {found}"
     return " that `fast-llm prepare` wrote, not a folder"
 
 
@@ -126,29 +139,68 @@ def resolve_prefix(path: Path, prefix: str) -> Path:
 
 
 def verify(path: Path) -> int:
-    """Compare all token files of a dataset.json with their digests. Returns how many bytes were
-    read.
+    """Compare all token files of a dataset.json, and the records of their documents' origins, with
+    their digests. Returns how many bytes were read.
 
     Raises DataError naming every file that is damaged or missing.
     """
     read, wrong = 0, []
-    for entry in read_metadata(path)["datasets"]:
+    content = read_metadata(path)
+    for entry in content["datasets"]:
         prefix = resolve_prefix(path, entry["prefix"])
         try:
-            file = TokenFile(prefix)
+            file = open_token_file(prefix)
         except DataError as error:
             wrong.append(str(error))
             continue
-        for suffix, name in (("bin", file.bin), ("idx", file.idx)):
+        for suffix, name in (
+            ("bin", file.bin),
+            ("idx", file.idx),
+            ("rows", rows_path(prefix)),
+            ("masks", masks_path(prefix)),
+        ):
             expected = entry.get("sha256", {}).get(suffix)
             if expected is None:
+                continue
+            if not name.exists():
+                lost = "masked token" if suffix == "masks" else "document's origin"
+                wrong.append(f"{name}: no such file, so that no {lost} is known")
                 continue
             read += name.stat().st_size
             if file_digest(name) != expected:
                 wrong.append(f"{name}: its content is not what was prepared (sha256 differs)")
+    source = content.get("source")
+    digest = source.get("files_sha256") if isinstance(source, dict) else None
+    if isinstance(digest, str) and (problem := files_problem(prefix.parent, digest)):
+        wrong.append(problem)
     if wrong:
         raise DataError("\n".join(wrong))
     return read
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """The text of a token file."""
+
+    bytes: int  # without BOS and EOS
+    begins_with_bos: bool  # each document
+    added: int  # tokens of each document that are BOS or EOS
+
+
+def text_sizes(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, TextSize]:
+    """The text of each token file, by prefix, whose dataset.json says its size.
+
+    `metadata`: path of each dataset → its dataset.json.
+    """
+    found = {}
+    for path, content in metadata.items():
+        tokenizer = content.get("tokenizer", {})
+        bos, eos = bool(tokenizer.get("writes_bos")), bool(tokenizer.get("writes_eos"))
+        for entry in content.get("datasets", []):
+            if isinstance(entry.get("num_bytes"), int):
+                prefix = str(Path(path).parent / entry["prefix"])
+                found[prefix] = TextSize(entry["num_bytes"], bos, bos + eos)
+    return found
 
 
 def size_of(contents: Sequence[Mapping[str, Any]]) -> int:

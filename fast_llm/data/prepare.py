@@ -2,18 +2,22 @@
 
 `output_path: X` gives
 
-    X/shard_<rank>_<i>.bin, .idx   tokens (tokenfile.py)
-    X/shard_<rank>_<i>.json        record: rows, number of tokens, digests, settings (shards.py)
-    X/rank_<rank>.json             record: this rank has finished
-    X/tokenizer/                   the tokenizer's files
-    X.json                         the dataset.json that training reads; written last, by the last
-                                   rank to finish
+    X/shard_0_<i>.bin, .idx   tokens (tokenfile.py)
+    X/shard_0_<i>.rows.npy    the row of each document (origins.py)
+    X/shard_0_<i>.masks.npy   masked tokens, with dataset.loss_masking_spans (masks.py)
+    X/shard_0_<i>.json        record: rows, number of tokens, digests, settings (shards.py)
+    X/files.jsonl.gz          the file of each row (origins.py)
+    X/rank_0.json             record: all token files are written
+    X/tokenizer/              the tokenizer's files
+    X/units/, X/counts/       results of several ranks, until the token files are written (units.py,
+                              counting.py)
+    X.json                    the dataset.json that training reads; written last
 
 Rows are cut into ranges of about a megabyte of text. Worker processes read and tokenize them
-(workers.py); this process writes the results in the order of the rows (shards.py). So the bytes
-depend on documents, tokenizer and settings, not on the number of workers. An interrupted job
-resumes with the token files that have no record. Several nodes each take a contiguous part of the
-rows and share only the folder.
+(workers.py); this process writes the results in the order of the rows (shards.py). Several ranks
+instead share units of work (ranks.py) and write the same files. So the bytes depend on documents,
+tokenizer and settings, not on the number of workers or ranks. An interrupted job resumes with the
+token files that have no record.
 
 A document is [BOS] text [EOS]. Text inside a document never becomes BOS or EOS. A document that
 cannot be used is skipped and counted; documents.py lists the reasons.
@@ -26,33 +30,44 @@ import errno
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.data import documents, files
+from fast_llm.data.choose_engine import choose_engine, delete_refused, refuse_engine
+from fast_llm.data.counting import open_shared
 from fast_llm.data.documents import REASONS, Corpus
 from fast_llm.data.encode import Encoder
+from fast_llm.data.engine import REFERENCE, DifferentTokens
+from fast_llm.data.filtering import FilterFailed
+from fast_llm.data.inspect.raw import estimate, summary
 from fast_llm.data.job import Job, exclusive_lock, make_job, output_folder
 from fast_llm.data.metadata import FORMAT
+from fast_llm.data.on_ray import prepare_on_ray
+from fast_llm.data.origins import write_files
+from fast_llm.data.ranks import EngineRefused, prepare_units
+from fast_llm.data.reading import NOT_JSON, too_many_bad_lines
 from fast_llm.data.shards import (
+    BAD_LINES,
     EXAMPLES,
     check_settings,
-    rank_is_done,
+    is_complete,
     read_json,
     remaining_rows,
     remove_partial_files,
+    remove_shared_work,
     write_json,
     write_shards,
 )
 from fast_llm.data.split import HASH
-from fast_llm.data.workers import RangeTokenizer
 from fast_llm.errors import DataError
 from fast_llm.storage import content_digest
 
 logger = logging.getLogger("fast_llm")
 
-_SAMPLE_BYTES = 2**18  # of text, tokenized to estimate the size of all
+_SAMPLE_BYTES = 2**18  # of text, tokenized to estimate the size and the time of all
 _LARGE_CORPUS = 2**26  # bytes of text that keep one worker busy for some time
 _READING_VERSION = 2  # version 1 guessed the types of JSON columns and did not decompress texts
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -60,8 +75,8 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EE
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Write token files and, if this is the last rank to finish, their dataset.json, whose path is
-    returned.
+    """Write token files and their dataset.json, whose path is returned. Several ranks do so
+    together.
 
     Called again after an interruption, it resumes. Raises DataError for documents, tokenizers,
     disks and folders that cannot be used, MissingPackage if `datasets` or huggingface_hub is needed
@@ -77,17 +92,28 @@ def prepare(config: PrepareConfig) -> Path:
                     f" {job.output}."
                 )
                 return job.metadata
-            corpus = documents.open_documents(files.find(config.dataset), config.loading_workers)
+            corpus = documents.open_documents(
+                files.find(config.dataset), config.loading_workers, partial(open_shared, job)
+            )
             job.settings.update(_identity(corpus))
             _report(job, corpus)
-            for record in [*job.output.glob("shard_*_*.json"), *job.output.glob("rank_*.json")]:
+            names = ("shard_*_*.json", "rank_*.json", "units/settings.json")
+            for record in (path for name in names for path in job.output.glob(name)):
                 check_settings(record, job.settings)
-            job.metadata.unlink(missing_ok=True)  # it describes token files that are gone
-            missing = remaining_rows(job, corpus)
-            range_tokenizer = RangeTokenizer(corpus.reader, job.loaded, job.dtype, job.bos, job.eos)
-            _check_space(job, corpus, range_tokenizer.encoder)
-            write_shards(job, corpus, missing, range_tokenizer)
-            _finish(job, corpus)
+            if not is_complete(job):
+                job.metadata.unlink(missing_ok=True)  # it describes token files that are gone
+            if not _write(job, corpus):
+                logger.info(
+                    f"Rank {job.rank} has finished its share. {job.metadata} is written by the last"
+                    " rank to finish."
+                )
+                return job.metadata
+            try:
+                _finish(job, corpus)
+            except FileNotFoundError:
+                if job.world == 1 or not job.metadata.exists():
+                    raise
+                # Another rank has finished, and removed what this one was writing.
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise DataError(
@@ -100,6 +126,32 @@ def prepare(config: PrepareConfig) -> Path:
             ) from error
         raise
     return job.metadata
+
+
+def _write(job: Job, corpus: Corpus) -> bool:
+    """Write what is missing. False if other ranks have some of it and cannot be waited for."""
+    sample = _sample(corpus)
+    while True:
+        delete_refused(job)
+        range_tokenizer = choose_engine(job, corpus, sample)
+        _check_space(job, corpus, range_tokenizer.encoder, sample)
+        try:
+            if job.on_ray:
+                prepare_on_ray(job, corpus, range_tokenizer)
+                return True
+            if job.in_units:
+                return prepare_units(job, corpus, range_tokenizer)
+            write_shards(job, corpus, remaining_rows(job, corpus), range_tokenizer)
+            return True
+        except DifferentTokens as error:
+            refuse_engine(job, corpus, error)
+        except FilterFailed as error:
+            raise DataError(
+                f"dataset.filter: {job.config.dataset.filter} fails on {corpus.name(error.row)}:"
+                f" {error.reason}"
+            ) from error
+        except EngineRefused:  # by another rank
+            pass
 
 
 def check(config: PrepareConfig) -> str:
@@ -124,7 +176,7 @@ def check(config: PrepareConfig) -> str:
     vocab = f"{job.loaded.vocab_size:,} tokens, stored as {job.dtype}"
     lines.append(("tokenizer", f"{job.loaded.path}: {vocab}"))
     lines.append(("a document", " and ".join(tokens)))
-    part = f", of which this is rank {job.rank} of {job.world}" if job.world > 1 else ""
+    part = f", shared by {job.world} ranks, of which this is {job.rank}" if job.world > 1 else ""
     finished = "; already finished" if job.metadata.exists() else ""
     lines.append(("written to", f"{job.output}/ and {job.metadata}{part}{finished}"))
     return "".join(f"{name:<12}{text}\n" for name, text in lines)
@@ -137,14 +189,18 @@ def _describe(job: Job, corpus: Corpus) -> list[tuple[str, str]]:
     size = f"about {corpus.bytes / 1e6:,.3g} MB of text"
     lines = [("documents", f"{number:,} in {config.dataset.path}, {size}")]
     if number:
-        needed = _estimate(corpus, Encoder(job.loaded.tokenizer, job.dtype))
+        texts = _sample(corpus)
+        needed = estimate(corpus, Encoder(job.loaded.tokenizer, job.dtype), texts)
         folder = job.output.resolve()
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        tokens = int(float(f"{needed / job.dtype.itemsize:.3g}"))
-        space = f"{needed / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free"
-        lines.append(("tokens", f"about {tokens:,} with BOS and EOS: {space}"))
+        space = f"{needed.file_bytes / 1e6:,.3g} MB, {free / 1e9:,.4g} GB free"
+        removes = ["dataset.filter"] * (config.dataset.filter is not None)
+        removes += ["dataset.deduplicate"] * config.dataset.deduplicate
+        before = f", before {' and '.join(removes)}" if removes else ""
+        lines.append(("tokens", f"about {needed.tokens:,} with BOS and EOS{before}: {space}"))
+        lines += summary(corpus, needed.seconds, config.tokenize_workers)
     if corpus.left_out:
         lines.append(("left out", _files(corpus.left_out)))
     lines += [
@@ -172,25 +228,24 @@ def _is_finished(job: Job) -> bool:
             f"output_path: {job.output}: its metadata would overwrite {job.metadata}; choose"
             " another output_path"
         )
-    if not (job.output / "tokenizer").is_dir() or not all(
-        job.rank_record(rank).exists() for rank in range(job.world)
-    ):
+    if not (job.output / "tokenizer").is_dir() or not is_complete(job):
         return False
     settings = dict(job.settings)
+    del settings["distributed.world_size"]  # of data that is complete it does not matter
     with contextlib.suppress(DataError):  # the documents may have been deleted since
         found = files.find(job.config.dataset)
         if found.digest is not None:
             settings["digest of the documents"] = found.digest
-        record = read_json(job.rank_record(job.rank))
+        record = read_json(job.rank_record())
         if found.kind == "json" and "reading" not in record["settings"]:
             logger.warning(
                 f"{job.metadata}: was written by an earlier version, which could change texts that"
                 " look like dates or numbers, and could leave files out because of their names"
                 " (CHANGELOG.md)."
             )
-    for rank in range(job.world):
-        check_settings(job.rank_record(rank), settings)
-    return all(rank_is_done(job, rank) for rank in range(job.world))
+    check_settings(job.rank_record(), settings)
+    remove_shared_work(job)  # if it was stopped in the last moment
+    return True
 
 
 def _report(job: Job, corpus: Corpus) -> None:
@@ -218,27 +273,39 @@ def _files(left_out: list[tuple[str, str]]) -> str:
     return f"{len(left_out):,} file{'s' if len(left_out) > 1 else ''}: {files.describe(left_out)}"
 
 
-def _estimate(corpus: Corpus, encoder: Encoder) -> float:
-    """Bytes that the token files will take, estimated from a sample of the documents."""
+def _sample(corpus: Corpus) -> list[str]:
+    """Some of the documents, or their beginnings."""
     texts: list[str] = []
     size = 0
     for text in corpus.sample(64):
-        texts.append(text[:_SAMPLE_BYTES])
+        texts.append(text[: _SAMPLE_BYTES // 16])
         size += len(texts[-1].encode())
         if size >= _SAMPLE_BYTES:
             break
-    sample = sum(len(content or b"") for content in encoder.encode(texts))
-    # An index has 20 bytes a document (tokenfile.py); BOS and EOS are two tokens.
-    return sample / max(size, 1) * corpus.bytes + (20 + 2 * encoder.dtype.itemsize) * len(corpus)
+    return texts
 
 
-def _check_space(job: Job, corpus: Corpus, encoder: Encoder) -> None:
+def _bytes_of_documents(corpus: Corpus, encoder: Encoder) -> int:
+    """An index has 20 bytes a document (tokenfile.py); BOS and EOS are two tokens."""
+    return (20 + 2 * encoder.dtype.itemsize) * len(corpus)
+
+
+def _check_space(job: Job, corpus: Corpus, encoder: Encoder, sample: list[str]) -> None:
     """Raises DataError if the token files will probably not fit on the disk."""
     if job.config.dataset.disable_disk_space_check or not len(corpus):
         return
-    total = _estimate(corpus, encoder)
-    written = sum(path.stat().st_size for path in job.output.glob("shard_*.*"))
+    found = [*job.output.glob("shard_*.*"), *job.units.glob("*.bin")]
+    written = 0
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):  # other ranks rename what they write
+            written += path.stat().st_size
     free = shutil.disk_usage(job.output).free
+    # A token has at least a byte of text. Only if that is too much, tokenize a sample.
+    times = 2 if job.in_units else 1
+    most = encoder.dtype.itemsize * corpus.bytes + _bytes_of_documents(corpus, encoder)
+    if times * most <= free:
+        return
+    total = times * estimate(corpus, encoder, sample).file_bytes
     if total - written > free:
         raise DataError(
             f"output_path: {job.output}: the token files will need about"
@@ -247,47 +314,68 @@ def _check_space(job: Job, corpus: Corpus, encoder: Encoder) -> None:
         )
 
 
+def _check_coverage(job: Job, records: list[dict[str, Any]]) -> None:
+    """Raises DataError unless each token file begins where the one before ends."""
+    row = 0
+    for number, record in enumerate(records):
+        if record["first_row"] != row:
+            raise DataError(
+                f"{job.record(number)}: begins with document {record['first_row']}, must begin with"
+                f" {row}; delete {job.output} and prepare again"
+            )
+        row = record["next_row"]
+
+
 def _finish(job: Job, corpus: Corpus) -> None:
-    """Write the dataset.json if all ranks have finished."""
-    missing = [rank for rank in range(job.world) if not rank_is_done(job, rank)]
-    if missing:
-        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        logger.info(
-            f"Rank {job.rank} has finished. {job.metadata} is written when rank {names} has too."
-        )
-        return
+    """Write the dataset.json, and delete what it does not need."""
+    finished = read_json(job.rank_record())
     shards: list[tuple[str, dict[str, Any]]] = []
-    records: list[dict[str, Any]] = []
-    for rank in range(job.world):
-        finished = read_json(job.rank_record(rank))
-        check_settings(job.rank_record(rank), job.settings)
-        found = [
-            (job.shard(number, rank).name, read_json(job.record(number, rank)))
-            for number in range(finished["shards"])
-        ]
-        shards += found
-        records += [*(record for _, record in found), finished]
+    for number in range(finished["shards"]):
+        check_settings(job.record(number), job.settings)
+        shards.append((job.shard(number).name, read_json(job.record(number))))
+    _check_coverage(job, [record for _, record in shards])
+    records = [*(record for _, record in shards), finished]
     skipped = {
         reason: count
         for reason in REASONS
         if (count := sum(record["skipped"].get(reason, 0) for record in records))
     }
+    allowed = job.config.dataset.max_bad_lines
+    if skipped.get(NOT_JSON, 0) > allowed:  # of all ranks together
+        listed = [line for record in records for line in record.get("bad_lines", ())]
+        where = listed[allowed] if allowed < BAD_LINES else job.config.dataset.path
+        raise too_many_bad_lines(where, allowed)
     summary = ", ".join(f"{count:,} {REASONS[reason]}" for reason, count in skipped.items())
     if not shards:
-        for rank in range(job.world):  # so that the next start begins anew
-            job.rank_record(rank).unlink(missing_ok=True)
+        job.rank_record().unlink(missing_ok=True)  # so that the next start begins anew
+        remove_shared_work(job)
         raise DataError(
             f"dataset.path: {job.config.dataset.path} has no document to write:"
             f" {summary or 'there are none'}"
         )
+    if job.config.dataset.loss_masking_spans is not None:
+        _check_masked(job, [record for _, record in shards])
     _copy_tokenizer(job)
     content = _metadata(job, corpus, shards, records, skipped)
+    content["source"]["files_sha256"] = write_files(job.output, job.rank, corpus)
     write_json(job.metadata, job.rank, {**content, "sha256": content_digest(content)})
+    remove_shared_work(job)
+    remove_partial_files(job, of_all_ranks=True)
     logger.info(
         f"{job.metadata}: {content['num_documents']:,} documents, {content['num_tokens']:,} tokens"
         f" as {job.dtype} in {len(shards):,} token file{'s' if len(shards) > 1 else ''}"
         + (f"; skipped {summary}" if summary else "")
     )
+
+
+def _check_masked(job: Job, records: list[dict[str, Any]]) -> None:
+    """Raises DataError if no document has a span: the name of the column is then wrong."""
+    if not any(record["masked_tokens"] for record in records):
+        raise DataError(
+            "dataset.loss_masking_spans: no document has spans in column"
+            f" {job.config.dataset.loss_masking_spans}; give the right column, or leave it out, and"
+            f" delete {job.output}"
+        )
 
 
 def _metadata(
@@ -301,8 +389,13 @@ def _metadata(
     those of ranks too.
     """
     config = job.config.dataset
+    spans = config.loss_masking_spans
     tokens = sum(record["tokens"] for _, record in shards)
+    # Version 0.1 did not count them.
+    counted = all("text_bytes" in record for _, record in shards)
+    text_bytes = sum(record["text_bytes"] for _, record in shards) if counted else None
     examples = [example for record in records for example in record["examples"]]
+    bad_lines = [line for record in records for line in record.get("bad_lines", ())]
     return {
         "format": FORMAT,
         "split": HASH,
@@ -311,27 +404,24 @@ def _metadata(
                 "prefix": f"{job.output.name}/{name}",
                 "num_documents": record["documents"],
                 "num_tokens": record["tokens"],
+                **({"num_bytes": record["text_bytes"]} if counted else {}),
+                **({"num_masked_tokens": record["masked_tokens"]} if spans is not None else {}),
                 "weight": record["tokens"] / tokens,
                 "dtype": str(job.dtype),
                 "sha256": record["sha256"],
             }
             for name, record in shards
         ],
-        "tokenizer": {
-            "fingerprint": job.loaded.fingerprint,
-            "vocab_size": job.loaded.vocab_size,
-            "bos": job.loaded.bos,
-            "eos": job.loaded.eos,
-            "writes_bos": job.bos is not None,
-            "writes_eos": job.eos is not None,
-            "path": f"{job.output.name}/tokenizer",
-        },
+        "tokenizer": _tokenizer_entry(job),
+        "engines": sorted({record.get("engine", REFERENCE) for _, record in shards}),
         "max_token_id": max(record["max_token_id"] for _, record in shards),
         "num_documents": sum(record["documents"] for _, record in shards),
         "num_tokens": tokens,
+        **({} if text_bytes is None else {"num_bytes": text_bytes}),
         "skipped_documents": sum(skipped.values()),
         "skipped": skipped,
         "skipped_examples": examples[:EXAMPLES],
+        **({"bad_lines": bad_lines[:BAD_LINES]} if bad_lines else {}),
         "source": {
             "path": config.path,
             "config_name": config.config_name,
@@ -339,6 +429,8 @@ def _metadata(
             "data_files": config.data_files,
             "split": config.split,
             "field": config.field,
+            **_filter_entry(job),
+            **({"loss_masking_spans": spans} if spans is not None else {}),
             "documents": len(corpus) - corpus.blank_rows,
             "digest": corpus.digest,
             "left_out_files": len(corpus.left_out),
@@ -347,11 +439,36 @@ def _metadata(
     }
 
 
+def _filter_entry(job: Job) -> dict[str, Any]:
+    """What the dataset.json says of the filter, if there is one."""
+    if job.config.dataset.filter is None:
+        return {}
+    sha256 = job.settings["dataset.filter_sha256"]
+    return {"filter": job.config.dataset.filter, "filter_sha256": sha256}
+
+
+def _tokenizer_entry(job: Job) -> dict[str, Any]:
+    """What the dataset.json says of the tokenizer."""
+    special_tokens = job.config.tokenizer.special_tokens
+    return {
+        "fingerprint": job.loaded.fingerprint(special_tokens, (job.bos, job.eos)),
+        "vocab_size": job.loaded.vocab_size,
+        "bos": job.loaded.bos,
+        "eos": job.loaded.eos,
+        "writes_bos": job.bos is not None,
+        "writes_eos": job.eos is not None,
+        "path": f"{job.output.name}/tokenizer",
+    } | ({"special_tokens": special_tokens} if special_tokens else {})
+
+
 def _copy_tokenizer(job: Job) -> None:
     folder = job.output / "tokenizer"
     folder.mkdir(exist_ok=True)
-    for name, file in job.loaded.named_files():
+    for name, content in job.loaded.contents().items():
         partial = folder / f"{name}.{job.rank}.partial"
         partial.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, partial)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(folder / name)

@@ -5,8 +5,8 @@ row: the text exactly as it was written, a SkippedDocument for a row that cannot
 for a blank line.
 
 Only the field is looked at. What other columns hold, and how other rows are written, does not
-matter. A line that is not JSON ends the preparation with its file and line number, since the rest
-of such a file cannot be trusted.
+matter. A line that is not JSON ends the preparation with its file and line number, unless
+`dataset.max_bad_lines` allows to skip it.
 """
 
 import bz2
@@ -16,17 +16,24 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fast_llm.data.masks import masked_text
+from fast_llm.data.object_store import StoredObject, open_object
 from fast_llm.errors import DataError, MissingPackage, lfs_problem
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+NOT_JSON = "not_json"  # the reason for which a bad line is skipped
+WRONG_SPANS = "wrong_spans"
 _BOM = "\ufeff"
+_BLANK = object()  # takes the place of a row
+_NESTING = {dict, list}
+_DEEP = 500  # braces and brackets of a line that may be nested too deeply for Python's json
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,16 @@ class Reader:
     field: str
     max_bytes: int
     """A document with more bytes of UTF-8 is skipped."""
+    max_bad_lines: int = 0
+    """0: a line that is not JSON raises BadLine. Else it is skipped; the caller counts them."""
     table: Any | None = None
     """A datasets.Dataset whose rows come as Arrow tables, or None."""
+    deduplicate: bool = False
+    """Whether documents get a digest of their text."""
+    filter: str | None = None
+    """The user's filter (filtering.py), as module:function."""
+    masks: str | None = None
+    """The column with spans of characters that are masked (masks.py)."""
 
     def texts(self, task: Task) -> Iterator[str | SkippedDocument | None]:
         """The text of each row, in order; None for a blank line.
@@ -145,7 +160,7 @@ class Reader:
     def file(self, path: str) -> str | SkippedDocument:
         """A text file as a document. Its name says whether it is compressed."""
         try:
-            if not path.lower().endswith(COMPRESSED) and os.stat(path).st_size > self.max_bytes:
+            if not path.lower().endswith(COMPRESSED) and size_of(path) > self.max_bytes:
                 return SkippedDocument("too_large")
             with open_binary(path) as file:
                 content = file.read(self.max_bytes + 1)
@@ -169,13 +184,16 @@ class Reader:
         """A parsed row of JSON as a document."""
         if isinstance(parsed, SkippedDocument):
             return parsed
-        return self.document(parsed.get(self.field) if isinstance(parsed, dict) else None)
+        found = self.document(parsed.get(self.field) if isinstance(parsed, dict) else None)
+        if self.masks is None or not isinstance(found, str):
+            return found
+        return masked_text(found, parsed.get(self.masks)) or SkippedDocument(WRONG_SPANS)
 
     def _lines(self, task: LinesTask) -> Iterator[str | SkippedDocument | None]:
         content = task.content
         if content is None:
             try:
-                with open(task.path, "rb") as file:
+                with open_ranges(task.path) as file:
                     file.seek(task.offset)
                     content = file.read(task.size)
             except OSError as error:
@@ -186,8 +204,22 @@ class Reader:
         lines = split_lines(content)[task.skip : task.skip + task.last - task.first]
         if len(lines) != task.last - task.first:
             raise DataError(f"{task.path}: changed while it was read; run the same command again")
+        parse = _fast_parser()
         for number, line in enumerate(lines, task.number + task.skip):
-            yield self.values(parse_line(line, task.path, number)) if line.strip() else None
+            try:
+                row = parse(line)
+            except ValueError:
+                row = self.parse(line, task.path, number) if line.strip() else _BLANK
+            yield None if row is _BLANK else self.values(row)
+
+    def parse(self, line: bytes, path: str, number: int) -> Any:
+        """`parse_line`, with a SkippedDocument for a bad line that may be skipped."""
+        try:
+            return parse_line(line, path, number)
+        except BadLine:
+            if not self.max_bad_lines:
+                raise
+            return SkippedDocument(NOT_JSON)
 
     def _column(self, task: ColumnTask) -> Iterator[str | SkippedDocument]:
         at = 0
@@ -215,6 +247,33 @@ class Reader:
         return self.document(content)
 
 
+def _fast_parser() -> Callable[[bytes], Any]:
+    """`orjson`, which gives the values of Python's `json` where it gives any.
+
+    It raises ValueError for lines that `parse_line` must read: blank or damaged ones, bytes that
+    are not UTF-8, lone surrogates, NaN and large integers.
+    """
+    try:
+        import orjson
+    except ImportError:
+        return _leave_to_json
+
+    def parse(line: bytes) -> Any:
+        value = orjson.loads(line)
+        # Python's limit of nesting is a little lower, and rows beyond it are `unreadable`.
+        inside = value.values() if type(value) is dict else (value,)
+        nests = not _NESTING.isdisjoint(map(type, inside))
+        if nests and line.count(b"{") + line.count(b"[") > _DEEP:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _leave_to_json(line: bytes) -> Any:
+    raise ValueError
+
+
 def is_json_column(kind: Any) -> bool:
     """Whether an Arrow column holds JSON, as `datasets` stores values of several types."""
     return str(getattr(kind, "extension_name", "")) == "arrow.json"
@@ -232,12 +291,25 @@ def parse_line(line: bytes, path: str, number: int) -> Any:
     """A non-blank line of JSON. Bytes that are not UTF-8 become surrogates, so that they matter
     only in the field.
 
-    Raises DataError with file and line.
+    Raises DataError with file and line: BadLine, unless the complete file has another format.
     """
     try:
         return parse(line.decode("utf-8", "surrogateescape").removeprefix(_BOM))
     except json.JSONDecodeError as error:
-        raise invalid_json(path, number, error, line) from None
+        found = invalid_json(path, number, error, line)
+        if not isinstance(found, BadLine):
+            raise found from None
+        advice = f"{found}, or set dataset.max_bad_lines to skip such lines"
+        raise BadLine(advice) from None
+
+
+def too_many_bad_lines(where: str, allowed: int) -> DataError:
+    """The error for a bad line after as many as dataset.max_bad_lines allows."""
+    return DataError(
+        f"{where}: not JSON, after {allowed:,} other such line{'' if allowed == 1 else 's'};"
+        f" dataset.max_bad_lines allows {allowed:,}: fix the lines or delete them, or raise it and"
+        " run the same command again"
+    )
 
 
 def parse(text: str) -> Any:
@@ -262,10 +334,14 @@ def invalid_json(path: str, number: int, error: json.JSONDecodeError, line: byte
         return DataError(
             f"{path}: encoded as UTF-16, must be UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
         )
-    return DataError(
+    return BadLine(
         f"{path}:{number}: not JSON: {error.msg}, at character {error.colno} of the line; fix the"
         " line or delete it"
     )
+
+
+class BadLine(DataError):
+    """A line that is not JSON, in a file that may have others."""
 
 
 class DamagedFile(Exception):
@@ -284,12 +360,29 @@ def open_binary(path: str) -> BinaryIO:
             raise MissingPackage("zstandard", f"reading {path}") from error
         return cast(
             BinaryIO,
-            io.BufferedReader(_NormalizedErrors(_ZstdStream(open(path, "rb"), zstandard)), 2**17),
+            io.BufferedReader(_NormalizedErrors(_ZstdStream(_open(path), zstandard)), 2**17),
         )
     if suffix in COMPRESSED:
         library: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix]
-        return cast(BinaryIO, io.BufferedReader(_NormalizedErrors(library.open(path, "rb")), 2**17))
-    return open(path, "rb")
+        source: Any = open_object(path) if isinstance(path, StoredObject) else path
+        return cast(
+            BinaryIO, io.BufferedReader(_NormalizedErrors(library.open(source, "rb")), 2**17)
+        )
+    return _open(path)
+
+
+def _open(path: str) -> BinaryIO:
+    return open_object(path) if isinstance(path, StoredObject) else open(path, "rb")
+
+
+def open_ranges(path: str) -> BinaryIO:
+    """A file of which some ranges are read, as it is stored."""
+    return open_object(path, ranges=True) if isinstance(path, StoredObject) else open(path, "rb")
+
+
+def size_of(path: str) -> int:
+    """The size of a file in bytes."""
+    return path.size if isinstance(path, StoredObject) else os.stat(path).st_size
 
 
 class _NormalizedErrors(io.RawIOBase):

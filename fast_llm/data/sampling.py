@@ -33,18 +33,26 @@ the unused inputs are joined in ascending order, including those after n·L. The
 rest of the epoch: n' = M // L' sequences. Number k holds the joined inputs [k·L', k·L' + L'). Their
 order is π over n' with the keys of "<seed> <s> <e> <g>"; g counts how often the epoch was
 interrupted, this time included. The next epoch is complete.
+
+Best-fit packing (best_fit.py) makes other sequences of the inputs, and also interrupts an epoch
+when it begins or ends. Their number is then that of its groups and full sequences, their order is π
+as above, and the unused inputs are those that no used sequence holds.
 """
 
 import functools
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fast_llm.data.best_fit import BestFit, PackedStream
 
 UNIT = 2**53  # the sum of all weights
 _MASK = 2**64 - 1
@@ -54,13 +62,16 @@ _CHUNK = 2**18  # numbers permuted together
 _THREADS = 4
 
 Range = tuple[int, int]  # [begin, end)
-Drawn = tuple[int, int, int]  # L, seed, and how many sequences a source gave with these
+# L, seed, and how many sequences a source gave with these; "best_fit" if they were packed so
+Drawn = tuple[int, int, int] | tuple[int, int, int, Literal["best_fit"]]
 
 
 @functools.lru_cache(maxsize=256)
-def keys(seed: int, source: int, epoch: int, cut: int = 0) -> tuple[int, ...]:
-    """The keys of a source's permutation in an epoch that was interrupted `cut` times."""
-    text = f"{seed} {source} {epoch}" + (f" {cut}" if cut else "")
+def keys(seed: int, source: int, epoch: int, cut: int = 0, use: str = "") -> tuple[int, ...]:
+    """The keys of a source's permutation in an epoch that was interrupted `cut` times. `use`: what
+    is permuted, if not sequences.
+    """
+    text = f"{seed} {source} {epoch}" + (f" {cut}" if cut else "") + (f" {use}" if use else "")
     data = hashlib.sha512(text.encode()).digest()
     return tuple(int.from_bytes(data[8 * j : 8 * j + 8], "little") for j in range(8))
 
@@ -72,13 +83,14 @@ def permute(value: int, count: int, keys: Sequence[int]) -> int:
     left, right = divmod(value, b)
     while True:
         for j in range(0, len(keys), 2):
-            left = (left + _mix(right ^ keys[j])) % a
-            right = (right + _mix(left ^ keys[j + 1])) % b
+            left = (left + mix(right ^ keys[j])) % a
+            right = (right + mix(left ^ keys[j + 1])) % b
         if left * b + right < count:
             return left * b + right
 
 
-def _mix(x: int) -> int:
+def mix(x: int) -> int:
+    """The hash of a number; the formula is at the top."""
     x = (x ^ (x >> 30)) * _MULTIPLIERS[0] & _MASK
     x = (x ^ (x >> 27)) * _MULTIPLIERS[1] & _MASK
     return x ^ (x >> 31)
@@ -185,9 +197,7 @@ class RemainingStream:
     cut: int
     size: int
 
-    def __init__(
-        self, parent: "FullStream | RemainingStream", length: int, used: int, keys: Sequence[int]
-    ):
+    def __init__(self, parent: "Stream", length: int, used: int, keys: Sequence[int]):
         """`used`: how many sequences of `length` inputs were used, in the order of `keys`."""
         self.parent, self.length, self.used, self.keys = parent, length, used, keys
         self.sequences = parent.size // length
@@ -260,79 +270,156 @@ class RemainingStream:
         return found
 
 
-Stream = FullStream | RemainingStream
+class ListedStream:
+    """Remaining inputs that are listed. Keeps 24 bytes per range."""
+
+    def __init__(self, ranges: NDArray[np.int64], cut: int):
+        """`ranges` [n, 2]: the source's inputs [begin, end) that remain, ascending. `cut`: how
+        often the epoch was interrupted.
+        """
+        self.places, self.cut = ranges, cut
+        self.filled = np.cumsum(np.append(0, ranges[:, 1] - ranges[:, 0]))
+        self.size = int(self.filled[-1])
+
+    def open(self) -> None:
+        """Does nothing: all is computed."""
+
+    def ranges(self, begin: int, end: int) -> list[Range]:
+        """As of `RemainingStream`."""
+        first = int(np.searchsorted(self.filled, begin, "right")) - 1
+        last = int(np.searchsorted(self.filled, end, "left"))
+        found: list[Range] = [(low, high) for low, high in self.places[first:last].tolist()]
+        if found:
+            low, high = found[0]
+            found[0] = low + begin - int(self.filled[first]), high
+            low, high = found[-1]
+            found[-1] = low, high - (int(self.filled[last]) - end)
+        return found
+
+
+Stream = FullStream | RemainingStream | ListedStream
 
 
 class SourceSampler:
     """The order in which one source gives its sequences, from a given point of a run on."""
 
-    def __init__(self, inputs: int, length: int, seed: int, key: int, drawn: Sequence[Drawn] = ()):
+    def __init__(
+        self,
+        inputs: int,
+        length: int,
+        seed: int,
+        key: int,
+        drawn: Sequence[Drawn] = (),
+        pack: "Callable[[Stream, int], BestFit] | None" = None,
+        packed: bool = False,
+    ):
         """`inputs`: number of inputs of the source. `key`: its key number. `drawn`: what it gave
-        before, the oldest first.
+        before, the oldest first. `pack`: makes packed sequences of a length from a stream, if the
+        source has documents; `packed`: it gives such.
         """
         self.length, self.seed, self.key = length, seed, key
+        self.pack, self.packed = pack, packed
         self.drawn = list(drawn)
         self.all = FullStream(inputs)
         before = list(drawn)
-        self.base = 0  # sequences given before with this length and seed
-        if before and before[-1][:2] == (length, seed):
+        self.base = 0  # sequences given before with this length, seed and packing
+        if before and way_of(before[-1]) == (length, seed, packed):
             self.base = before.pop()[2]
-        self.epoch = 0  # at the last change of length or seed
+        self.epoch = 0  # at the last change
         self.stream: Stream = self.all
-        for cut_at, with_seed, count in before:
-            self._advance(cut_at, with_seed, count)
+        for entry in before:
+            self._advance(*way_of(entry), entry[2])
+        streams: list[Stream] = [self.all, self.stream]
+        self.packings = {stream: self._packing(stream, length, packed) for stream in streams}
+        # It holds the source, which may hold this: files would stay open until the cycle is found.
+        self.pack = None
 
-    def _advance(self, length: int, seed: int, count: int) -> None:
-        """Move on by `count` sequences of another length or seed."""
-        available = self.stream.size // length
+    def open(self) -> None:
+        """Compute what is needed to read, so that no step waits for it."""
+        self.stream.open()
+        for packing in self.packings.values():
+            if packing is not None:
+                packing.open()
+
+    def _packing(self, stream: Stream, length: int, packed: bool) -> "BestFit | None":
+        return self.pack(stream, length) if packed and self.pack is not None else None
+
+    def _advance(self, length: int, seed: int, packed: bool, count: int) -> None:
+        """Move on by `count` sequences of another length, seed or packing."""
+        packing = self._packing(self.stream, length, packed)
+        available = _sequences(self.stream, length, packing)
         if self.stream is not self.all and count >= available:
             count -= available
             self.epoch, self.stream = self.epoch + 1, self.all
-        if self.stream is self.all:
-            more, count = divmod(count, self.all.size // length)
+            packing = self._packing(self.stream, length, packed) if count else None
+        if self.stream is self.all and count:
+            more, count = divmod(count, _sequences(self.all, length, packing))
             self.epoch += more
-        if count:
-            cut = keys(seed, self.key, self.epoch, self.stream.cut)
-            self.stream = RemainingStream(self.stream, length, count, cut)
+        if not count:
+            return
+        order = keys(seed, self.key, self.epoch, self.stream.cut)
+        if packing is None:
+            self.stream = RemainingStream(self.stream, length, count, order)
+        else:
+            deal = keys(seed, self.key, self.epoch, self.stream.cut, "best_fit")
+            # The source's last token has no target.
+            left = np.minimum(packing.remaining(count, order, deal), self.all.size)
+            self.stream = ListedStream(left[left[:, 0] < left[:, 1]], self.stream.cut + 1)
 
-    def find(self, index: int) -> tuple[Stream, int, int]:
-        """The stream that the index-th sequence is cut from, its number in that stream, and its
-        epoch.
-        """
+    def find(self, index: int) -> "tuple[Stream | PackedStream, int, int]":
+        """The stream that has the index-th sequence, its number in that stream, and its epoch."""
         index, stream, epoch = index + self.base, self.stream, self.epoch
-        if stream is not self.all:
-            available = stream.size // self.length
-            if index < available:
-                order = keys(self.seed, self.key, epoch, stream.cut)
-                return stream, permute(index, available, order), epoch
-            index, epoch = index - available, epoch + 1
-        available = self.all.size // self.length
-        more, place = divmod(index, available)
-        epoch += more
-        return self.all, permute(place, available, keys(self.seed, self.key, epoch)), epoch
+        available = self._available(stream)
+        if stream is self.all or index >= available:
+            if stream is not self.all:
+                index, epoch, stream = index - available, epoch + 1, self.all
+                available = self._available(stream)
+            more, index = divmod(index, available)
+            epoch += more
+        number = permute(index, available, keys(self.seed, self.key, epoch, stream.cut))
+        packing = self.packings[stream]
+        if packing is None:
+            return stream, number, epoch
+        deal = keys(self.seed, self.key, epoch, stream.cut, "best_fit")
+        return packing.in_epoch(deal), number, epoch
+
+    def _available(self, stream: Stream) -> int:
+        return _sequences(stream, self.length, self.packings[stream])
 
     def epochs(self, count: int) -> float:
         """How many epochs of the source are complete after `count` more sequences, with a
         fraction.
         """
         if self.stream is self.all:
-            return self.epoch + (self.base + count) / (self.all.size // self.length)
-        available = self.stream.size // self.length
+            return self.epoch + (self.base + count) / self._available(self.all)
+        available = self._available(self.stream)
         if self.base + count >= available:
             later = self.base + count - available
-            return self.epoch + 1 + later / (self.all.size // self.length)
+            return self.epoch + 1 + later / self._available(self.all)
         unused = self.stream.size - (self.base + count) * self.length
+        if self.packed:
+            unused = round(self.stream.size * (1 - (self.base + count) / available))
         return self.epoch + 1 - unused / self.all.size
 
 
+def _sequences(stream: Stream, length: int, packing: "BestFit | None") -> int:
+    """Number of sequences of a stream."""
+    return stream.size // length if packing is None else packing.sequences
+
+
+def way_of(entry: Drawn) -> tuple[int, int, bool]:
+    """Length and seed of sequences that a source gave, and whether they were packed."""
+    return entry[0], entry[1], len(entry) == 4
+
+
 def add_drawn(drawn: Sequence[Drawn], more: Drawn) -> list[Drawn]:
-    """What a source has given, with one more entry; merged with the last one if length and seed are
-    the same.
+    """What a source has given, with one more entry; merged with the last one if length, seed and
+    packing are the same.
     """
-    length, seed, count = more
     found = list(drawn)
-    if not count:
+    if not more[2]:
         return found
-    if found and found[-1][:2] == (length, seed):
-        count += found.pop()[2]
-    return [*found, (length, seed, count)]
+    if found and way_of(found[-1]) == way_of(more):
+        before = found.pop()[2]
+        more = (more[0], more[1], before + more[2], *more[3:])
+    return [*found, more]

@@ -89,7 +89,7 @@ def _subsets_of_file(
     for begin in range(0, file.documents, _BLOCK):
         end = min(begin + _BLOCK, file.documents)
         split = np.searchsorted(bounds, _hash(first + begin, first + end), "right").astype(np.int8)
-        starts = file.starts[begin:end].astype(np.int64) // file.dtype.itemsize
+        starts = file.starts_of(begin, end)
         changes = np.flatnonzero(np.diff(split, prepend=np.int8(previous)))
         earlier = np.append(np.int8(previous), split)[changes]
         for position in range(splits):

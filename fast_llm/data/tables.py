@@ -30,18 +30,22 @@ from numpy.typing import NDArray
 
 from fast_llm.data.reading import (
     COMPRESSED,
+    NOT_JSON,
+    BadLine,
     DamagedFile,
     FilesTask,
     ItemsTask,
     LinesTask,
     Reader,
     RowsTask,
+    SkippedDocument,
     Task,
     invalid_json,
     is_json_column,
     open_binary,
     parse_line,
     split_lines,
+    too_many_bad_lines,
 )
 from fast_llm.errors import DataError
 
@@ -147,6 +151,8 @@ class JsonLines:
     one ends."""
     lines: NDArray[np.int64]
     """[blocks + 1]: lines before each block, and the total."""
+    bad_rows: tuple[int, ...] = ()
+    """Rows that were seen not to be JSON while rows were counted; others may be bad too."""
 
     def name(self, row: int) -> str:
         return f"{self.path}:{row + 1}"
@@ -160,7 +166,8 @@ class JsonLines:
         packed = self.path.lower().endswith(COMPRESSED)
         with contextlib.ExitStack() as stack:
             with _readable(self.path):
-                blocks = _blocks(stack.enter_context(open_binary(self.path))) if packed else None
+                file = stack.enter_context(open_binary(self.path)) if packed else None
+                blocks = None if file is None else _blocks(file, self.path)
             for number in range(len(self.lines) - 1):
                 before, behind = int(self.lines[number]), int(self.lines[number + 1])
                 if before >= last:
@@ -198,10 +205,20 @@ class JsonLines:
         return self.rows
 
 
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Blocks of a file, each of complete lines."""
+def _blocks(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """Blocks of a file, each of complete lines. Raises DataError for a line that is too long to be
+    read, before it fills the memory.
+    """
+    before = 0
     while block := file.read(BLOCK):
-        yield block + file.readline()
+        rest = file.readline(_LARGEST_JSON)
+        if len(rest) == _LARGEST_JSON and not rest.endswith(b"\n"):
+            raise DataError(
+                f"{path}: the line at byte {before + len(block):,} is longer than"
+                f" {_LARGEST_JSON / 2**30:.3g} GiB; write one document in each line"
+            )
+        before += len(block) + len(rest)
+        yield block + rest
 
 
 def _next(blocks: Iterator[bytes], path: str) -> bytes:
@@ -222,6 +239,8 @@ class JsonValue:
     bytes: int
     missing_field: str | None
     blank_rows: int = 0
+    masks: str | None = None
+    """The column with spans of characters that are masked."""
 
     def name(self, row: int) -> str:
         return f"{self.path}, item {row + 1}"
@@ -230,7 +249,8 @@ class JsonValue:
         return row % 64
 
     def tasks(self, first: int, last: int, begin: int, target: int) -> Iterator[Task]:
-        reader, values, size, at = Reader(self.field, self.max_bytes), [], 0, begin
+        reader = Reader(self.field, self.max_bytes, masks=self.masks)
+        values, size, at = list[str | SkippedDocument](), 0, begin
         for row, value in enumerate(_values(self.path)):
             if row < first:
                 continue
@@ -310,16 +330,16 @@ def _readable(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | JsonValue":
+def open_json(path: str, reader: Reader, stop: Any) -> "JsonLines | JsonValue":
     """Count the rows of a file. `stop`: an Event that ends it early. Raises DataError if it is not
     JSON.
     """
     with _readable(path), open_binary(path) as file:
-        blocks = _blocks(file)
+        blocks = _blocks(file, path)
         block = next(blocks, b"")
         found = block.removeprefix(b"\xef\xbb\xbf").lstrip()
         if found.startswith(b"["):
-            return _open_value(path, field, max_bytes)
+            return _open_value(path, reader)
         lines = split_lines(block)
         number = next((number for number, line in enumerate(lines) if line.strip()), None)
         if number is not None:
@@ -329,16 +349,16 @@ def open_json(path: str, field: str, max_bytes: int, stop: Any) -> "JsonLines | 
                 # Perhaps one object that spans several lines. If it is not JSON either, report the
                 # first line.
                 with contextlib.suppress(DataError):
-                    return _open_value(path, field, max_bytes)
-                raise error from None
-        return _count_lines(path, Reader(field, max_bytes), block, blocks, stop)
+                    return _open_value(path, reader)
+                if not (reader.max_bad_lines and isinstance(error, BadLine)):
+                    raise error from None
+        return _count_lines(path, reader, block, blocks, stop)
 
 
-def _open_value(path: str, field: str, max_bytes: int) -> JsonValue:
+def _open_value(path: str, reader: Reader) -> JsonValue:
     rows = size = 0
     seen: dict[str, None] = {}
-    has = False
-    reader = Reader(field, max_bytes)
+    has, field = False, reader.field
     for value in _values(path):
         rows += 1
         if isinstance(value, dict):
@@ -348,9 +368,8 @@ def _open_value(path: str, field: str, max_bytes: int) -> JsonValue:
         has = has or (field == "text" and isinstance(value, str))
         text = value if isinstance(value, str) else reader.values(value)
         size += len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0
-    return JsonValue(
-        path, field, max_bytes, rows, size, None if has else _columns_text(seen, field)
-    )
+    missing = None if has else _columns_text(seen, field)
+    return JsonValue(path, field, reader.max_bytes, rows, size, missing, masks=reader.masks)
 
 
 def _columns_text(seen: dict[str, None], field: str) -> str:
@@ -368,17 +387,21 @@ def _count_lines(
     spellings = {json.dumps(reader.field, ensure_ascii=ascii).encode() for ascii in (False, True)}
     offsets, lines, blank_rows, has = [0], [0], 0, False
     seen: dict[str, None] = {}
+    bad: list[int] = []
     sampled = text = 0
     while block and not stop.is_set():
         has = has or any(spelling in block for spelling in spellings)
         for number, line in _suspicious_lines(block, lines[-1] + 1):
             if line.strip():
-                parse_line(line, path, number)
+                if reader.parse(line, path, number) == SkippedDocument(NOT_JSON):
+                    bad.append(number - 1)
+                if len(bad) > reader.max_bad_lines:
+                    raise too_many_bad_lines(f"{path}:{number}", reader.max_bad_lines)
             else:
                 blank_rows += 1
         first = block[: block.find(b"\n") + 1] or block
         if first.strip():  # a sample, to estimate the bytes of text
-            row = parse_line(first, path, lines[-1] + 1)
+            row = reader.parse(first, path, lines[-1] + 1)
             seen |= dict.fromkeys(row) if isinstance(row, dict) and len(seen) < 100 else {}
             document = reader.values(row)
             sampled += len(first)
@@ -394,6 +417,7 @@ def _count_lines(
         None if has or lines[-1] == blank_rows else _columns_text(seen, reader.field),
         np.array(offsets, np.int64),
         np.array(lines, np.int64),
+        tuple(bad),
     )
 
 

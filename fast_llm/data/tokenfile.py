@@ -14,13 +14,16 @@ little endian:
     34+12N     8·(N+1)   i64 0 … N
 
 Version 2 has one more byte at offset 17. If it is 1, the ranges that are masked in the loss follow
-the first bytes: i32 [N] numbers of ranges, then i32 [ranges, 2]. They are ignored.
+the first bytes: i32 [N] numbers of ranges, then i32 [ranges, 2]. They are ignored; masks.py has
+those of `prepare`.
 
 Every length and offset is checked against the sizes of the files before anything is mapped or
 allocated. Opening reads the index once (12 bytes a document) and copies none of it: it is
 memory-mapped, shared by all processes of a machine. Tokens are read with `pread`, not through a
 map: if a file shrinks or a disk fails, that raises an error that names the file instead of killing
 the process (SIGBUS). A pair uses one file descriptor while it is open.
+
+datatrove.py reads the same from datatrove's files.
 """
 
 import bisect
@@ -36,12 +39,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fast_llm.errors import DataError, lfs_problem
+
+if TYPE_CHECKING:
+    from fast_llm.data.masks import Masks
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = 34
@@ -77,15 +83,20 @@ class TokenFileWriter:
     last.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any]):
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], tag: str = ""):
+        """`tag`: part of the names of the partial files, for processes that may write one pair."""
         self.prefix = prefix
+        self.partial = f".{tag}.partial" if tag else ".partial"
         self.code = CODES[np.dtype(dtype)]
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.lengths: list[NDArray[np.int32]] = []
         self.tokens = 0
         self.documents = 0
         self._digest = hashlib.sha256()
-        self._file: BinaryIO = _partial(prefix, ".bin").open("wb", buffering=2**20)
+        self._file: BinaryIO = self._partial(".bin").open("wb", buffering=2**20)
+
+    def _partial(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix + self.partial)
 
     def append(self, tokens: Tokens) -> None:
         """Append one document."""
@@ -131,7 +142,7 @@ class TokenFileWriter:
             np.arange(self.documents + 1, dtype="<i8").tobytes(),
         )
         digest = hashlib.sha256()
-        with _partial(self.prefix, ".idx").open("wb") as file:
+        with self._partial(".idx").open("wb") as file:
             for part in parts:
                 file.write(part)
                 digest.update(part)
@@ -139,7 +150,7 @@ class TokenFileWriter:
         # An older index must never be next to the new tokens.
         _named(self.prefix, ".idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
-            _partial(self.prefix, suffix).replace(_named(self.prefix, suffix))
+            self._partial(suffix).replace(_named(self.prefix, suffix))
         folder = os.open(self.prefix.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -153,24 +164,26 @@ class TokenFileWriter:
         """Close and delete the partial files."""
         self._file.close()
         for suffix in (".bin", ".idx"):
-            _partial(self.prefix, suffix).unlink(missing_ok=True)
+            self._partial(suffix).unlink(missing_ok=True)
 
 
 class TokenFile:
     """A pair of files, open for reading from any thread."""
 
+    masks: "Masks | None" = None  # of tokens that are no targets
+
     def __init__(self, prefix: Path):
         """Open the pair. Raises DataError that names the file and what is wrong with it."""
         self.prefix = prefix
         self.idx, self.bin = _named(prefix, ".idx"), _named(prefix, ".bin")
-        with _open(self.idx) as (descriptor, size):
+        with open_file(self.idx) as (descriptor, size):
             head = os.pread(descriptor, HEADER + 1, 0)
             if not head.startswith(MAGIC):
                 raise DataError(
                     f"{self.idx}: not an index of tokens (it begins with {head[:9]!r}, not"
                     f" {MAGIC!r}); prepare the data again"
                 )
-            content = _with_file_limit(lambda: mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
+            content = with_file_limit(lambda: mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
         begin = self._read_header(head, content, size)
         count = self.documents
         self.lengths: NDArray[np.int32] = np.frombuffer(content, "<i4", count, begin)
@@ -179,14 +192,14 @@ class TokenFile:
         """[documents]: first byte of each in .bin. Not aligned in memory, so NumPy copies it before
         computing."""
         self.tokens = self._check_documents()
-        with _open(self.bin) as (descriptor, bin_size):
+        with open_file(self.bin) as (descriptor, bin_size):
             if bin_size != self.tokens * self.dtype.itemsize:
                 raise DataError(
                     f"{self.bin}: {bin_size} bytes, but its index lists {self.tokens} tokens of"
                     f" {self.dtype.itemsize} bytes; it is truncated, damaged or belongs to another"
                     " index: prepare the data again"
                 )
-            self._bin = _with_file_limit(lambda: os.dup(descriptor))
+            self._bin = with_file_limit(lambda: os.dup(descriptor))
         weakref.finalize(self, os.close, self._bin)
 
     def _read_header(self, head: bytes, content: mmap.mmap, size: int) -> int:
@@ -222,6 +235,11 @@ class TokenFile:
         if size >= ahead + spans and spans:
             numbers = np.frombuffer(content, "<i4", count, ahead)
             spans += 8 * int(numbers.sum(dtype=np.int64)) if int(numbers.min()) >= 0 else 0
+        if count and version == 1 and size == ahead + 8 * (count + 1) + count:
+            raise DataError(
+                f"{self.idx}: a multimodal index of Megatron-LM, with a mode for each sequence;"
+                " only indices of text are read"
+            )
         if size != ahead + spans + 8 * (count + 1):
             raise DataError(
                 f"{self.idx}: {size} bytes, but its {count} documents need"
@@ -254,12 +272,27 @@ class TokenFile:
             expected = int(ends[-1])
         return expected // itemsize
 
+    def lengths_of(self, first: int, last: int) -> NDArray[np.integer[Any]]:
+        """The tokens of each of the documents [first, last)."""
+        return self.lengths[first:last]
+
+    def starts_of(self, first: int, last: int) -> NDArray[np.int64]:
+        """The first token of each of the documents [first, last)."""
+        starts: NDArray[np.int64] = self.starts[first:last] // self.dtype.itemsize
+        return starts
+
     @functools.cached_property
     def identity(self) -> tuple[int, int, str, str, str]:
         """Identifies the content, wherever the files are: sizes, and digests of the first and last
         mebibyte of both.
         """
-        return (self.documents, self.tokens, self.dtype.str, _ends(self.idx), _ends(self.bin))
+        return (
+            self.documents,
+            self.tokens,
+            self.dtype.str,
+            ends_digest(self.idx),
+            ends_digest(self.bin),
+        )
 
     def tokens_at(self, begin: int, end: int) -> Tokens:
         """Tokens [begin, end) of the file.
@@ -303,7 +336,7 @@ class TokenFile:
         )
 
 
-def _ends(path: Path) -> str:
+def ends_digest(path: Path) -> str:
     """The sha256 of the beginning and the end of a file."""
     with path.open("rb") as file:
         head = file.read(_ENDS)
@@ -321,10 +354,6 @@ def _named(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
-def _partial(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix + ".partial")
-
-
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -332,11 +361,11 @@ def _flush(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[int, int]]:
+def open_file(path: Path) -> Iterator[tuple[int, int]]:
     """A descriptor of a file, and its size. An OSError in the block becomes a DataError."""
     try:
         # Without O_NONBLOCK, opening a pipe without a writer would hang.
-        descriptor = _with_file_limit(
+        descriptor = with_file_limit(
             lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         )
         try:
@@ -350,7 +379,7 @@ def _open(path: Path) -> Iterator[tuple[int, int]]:
             os.close(descriptor)
     except FileNotFoundError as error:
         raise DataError(
-            f"{path}: no such file; is data.path right, and was the data prepared?"
+            f"{path}: no such file; is the path right, and was the data prepared?"
         ) from error
     except OSError as error:
         advice = "; raise the limit with `ulimit -n`, or prepare fewer, larger shards"
@@ -358,7 +387,7 @@ def _open(path: Path) -> Iterator[tuple[int, int]]:
         raise DataError(f"{path}: cannot be read: {error.strerror}{advice}") from error
 
 
-def _with_file_limit(action: Callable[[], T]) -> T:
+def with_file_limit(action: Callable[[], T]) -> T:
     """Call `action`, which opens a file. If too many are open, raise the shell's limit (often
     1,024) and retry.
     """

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from fast_llm.config.prepare import PrepareConfig
 from fast_llm.data import tokenizer
+from fast_llm.data.origins import rows_path
 from fast_llm.data.tokenfile import TokenFile, file_digest
 from tests.data import synthetic
 
@@ -43,7 +45,12 @@ def read(metadata: Path) -> list[list[int]]:
         file = TokenFile(metadata.parent / entry["prefix"])
         assert (file.documents, file.tokens) == (entry["num_documents"], entry["num_tokens"])
         assert str(file.dtype) == entry["dtype"]
-        assert entry["sha256"] == {"bin": file_digest(file.bin), "idx": file_digest(file.idx)}
+        names = {
+            "bin": file.bin,
+            "idx": file.idx,
+            "rows": rows_path(metadata.parent / entry["prefix"]),
+        }
+        assert entry["sha256"] == {suffix: file_digest(name) for suffix, name in names.items()}
         ends = np.cumsum(file.lengths)
         found += [
             file.tokens_at(int(end - n), int(end)).tolist()
@@ -76,9 +83,11 @@ def jsonl(texts: list[str]) -> bytes:
 
 
 _COMMAND = """
-import os, pathlib, sys, time
+import os, pathlib, sys, threading, time
 from fast_llm.cli import main
 if __name__ == "__main__":
+    if "SPAWN" in os.environ:  # workers are not forked from a process with another thread
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
     if "SLOWLY" in os.environ:  # so that it is often killed between two files that belong together
         replace = pathlib.Path.replace
         def slowly(*paths):
@@ -86,6 +95,9 @@ if __name__ == "__main__":
             replace(*paths)
             time.sleep(0.015)
         pathlib.Path.replace = slowly
+    if "LOCAL_LOCKS" in os.environ:  # as on a node that does not see the locks of others
+        import fcntl
+        fcntl.lockf = lambda *given: None
     code = main(["prepare", *sys.argv[1:]])
     print("torch" in sys.modules)
     sys.exit(code)
@@ -93,8 +105,14 @@ if __name__ == "__main__":
 
 
 def start(
-    folder: Path, output: Path, source: Path, model: Path, *further: str
+    folder: Path,
+    output: Path,
+    source: Path | str,
+    model: Path,
+    *further: str,
+    launcher: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
+    """Start the command. `launcher`: arguments of Python before the program."""
     (folder / "run.py").write_text(_COMMAND)
     settings = [
         f"output_path={output}",
@@ -103,12 +121,23 @@ def start(
         "tokens_per_shard=100000",
     ]
     return subprocess.Popen(
-        [sys.executable, str(folder / "run.py"), *settings, *further],
+        [sys.executable, *launcher, str(folder / "run.py"), *settings, *further],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def worker_processes(process: subprocess.Popen[str]) -> list[str]:
+    """The worker processes that a preparation has started, but not Python's own helper."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = children.read_text().split()
+    return [
+        each
+        for each in found
+        if "resource_tracker" not in Path(f"/proc/{each}/cmdline").read_text()
+    ]
 
 
 def _of_session(session: int) -> list[str]:

@@ -20,7 +20,9 @@ from fast_llm.data.metadata import verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
 from fast_llm.data.source import RandomSource
+from fast_llm.data.tokenizer import load
 from fast_llm.errors import DataError
+from tests.data import synthetic
 from tests.data.test_tokenfile import write
 
 
@@ -392,16 +394,19 @@ def test_too_little_names_what_to_do(tmp_path: Path) -> None:
 
 def test_tokenizer_and_vocabulary_must_fit(tmp_path: Path) -> None:
     numbered(tmp_path / "a", [50])
+    llama = load(str(synthetic.llama(tmp_path / "llama")))
+    gpt2 = load(str(synthetic.gpt2(tmp_path / "gpt2")))
     entries = [{"prefix": "a", "num_tokens": 50, "weight": 1.0}]
-    content = {"datasets": entries, "tokenizer": {"fingerprint": "f" * 64}, "max_token_id": 49}
+    made_with = {"fingerprint": llama.fingerprint([], [])}
+    content = {"datasets": entries, "tokenizer": made_with, "max_token_id": 49}
     (tmp_path / "d.json").write_text(json.dumps(content))
     dataset = opened(str(tmp_path / "d.json"))
-    dataset.check_vocabulary(50, "f" * 64)
+    dataset.check_vocabulary(50, llama)
     dataset.check_vocabulary(50, None)
     with pytest.raises(DataError, match="made with another tokenizer"):
-        dataset.check_vocabulary(50, "e" * 64)
+        dataset.check_vocabulary(50, gpt2)
     with pytest.raises(DataError, match="holds token 49, but the model's vocab_size is 49"):
-        dataset.check_vocabulary(49, "f" * 64)
+        dataset.check_vocabulary(49, llama)
 
 
 def test_verify(tmp_path: Path) -> None:

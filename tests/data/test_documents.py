@@ -152,6 +152,43 @@ def test_links(tmp_path: Path) -> None:
     assert source.left_out == [("gone.jsonl", "a broken link"), ("pipe.jsonl", "not a file")]
 
 
+def test_what_several_links_lead_to_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.jsonl", {"text": "b"})
+    here = tmp_path / "here"
+    write(here / "z" / "a.jsonl", {"text": "a"})
+    (here / "a").symlink_to(here / "z")
+    (here / "c").symlink_to(tmp_path / "elsewhere")
+    (here / "d").symlink_to(tmp_path / "elsewhere")
+    (here / "e").mkdir()
+    (here / "e" / "back").symlink_to(tmp_path)  # to a folder around the one that is read
+    (here / "f.jsonl").symlink_to(here / "z" / "a.jsonl")
+    source = opened(here)
+    assert rows(source) == ["b", "a"]
+    assert source.left_out == [
+        ("a", "a link to z"),
+        ("d", "a link to c"),
+        ("f.jsonl", "a link to z/a.jsonl"),
+    ]
+    # What the user names is read as often as it is named.
+    assert texts(here, data_files=["a/*.jsonl", "f.jsonl"]) == ["a", "a"]
+
+
+@pytest.mark.parametrize("form", ['{"text": "%s"}\n', '["%s"]'])
+def test_a_line_that_would_fill_the_memory_is_refused(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(form % ("x" * 3_000_000))
+    assert rows(opened(path, max_document_bytes=10**6)) == [SkippedDocument("too_large")]
+    monkeypatch.setattr(tables, "_LARGEST_JSON", 10**6)
+    with pytest.raises(
+        DataError,
+        match=r"a.json: the line at byte 1,048,576 is longer than 0.000931 GiB; write one document"
+        r" in each line$",
+    ):
+        opened(path)
+
+
 def test_slices(tmp_path: Path) -> None:
     write(
         tmp_path / "train_0.jsonl", "", {"text": "0"}, " ", {"text": "1"}, "\t", {"text": "2"}, ""
@@ -192,6 +229,12 @@ def test_wrong_paths_are_answered_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         DataError, match=r"did you mean data\? For a dataset on the Hub give hf://datasets/dataa$"
     ):
         find(SourceConfig(path="dataa"))
+    (tmp_path / "data" / "news").mkdir()
+    with pytest.raises(
+        DataError, match=r"dta/news: no such file or folder; did you mean data/news\? For a dataset"
+    ):
+        find(SourceConfig(path="dta/news"))
+    assert find(SourceConfig(path="hf://datasets/dta/news")).kind == "hub"
     assert find(SourceConfig(path="hf://datasets/dataa")).kind == "hub"
     assert find(SourceConfig(path="squad")).kind == "hub"
     assert find(SourceConfig(path="org/name")).kind == "hub"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from fast_llm.data import encode
-from fast_llm.data.encode import Encoder
+from fast_llm.data.encode import Encoder, is_panic
 from tests.data import synthetic
 
 
@@ -16,8 +15,8 @@ def tokenizer() -> Tokenizer:
     return synthetic.train(synthetic.llama3_cut())
 
 
-def _encoder(tokenizer: Tokenizer, dtype: Any = np.uint16) -> Encoder:
-    return Encoder(Tokenizer.from_str(tokenizer.to_str()), np.dtype(dtype))
+def _encoder(tokenizer: Tokenizer, dtype: Any = np.uint16, **settings: int) -> Encoder:
+    return Encoder(Tokenizer.from_str(tokenizer.to_str()), np.dtype(dtype), **settings)
 
 
 def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
@@ -26,11 +25,10 @@ def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
     ]
 
 
-def test_in_batches_as_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_CHARACTERS", 100)
+def test_in_batches_as_alone(tokenizer: Tokenizer) -> None:
     texts = [synthetic.text(seed, length) for seed, length in enumerate((1, 300, 5, 40, 40, 40, 2))]
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    assert _tokens(_encoder(tokenizer), texts) == expected
+    assert _tokens(_encoder(tokenizer, characters=100), texts) == expected
 
 
 def test_truncation_and_padding_are_off(tokenizer: Tokenizer) -> None:
@@ -62,3 +60,7 @@ def test_texts_that_the_tokenizer_fails_on(tokenizer: Tokenizer) -> None:
     encoded = encoder.encode(["fine", "\ud800", "also fine", " " * 10_000_000 + "x", "fine"])
     assert [content is None for content in encoded] == [False, True, False, True, False]
     assert encoded[0] == encoded[4] == encoder.encode(["fine"])[0]
+
+
+def test_a_lack_of_memory_is_no_failure_of_the_text() -> None:
+    assert is_panic(ValueError()) and not is_panic(MemoryError())

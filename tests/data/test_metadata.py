@@ -21,7 +21,9 @@ from fast_llm.data.metadata import verify
 from fast_llm.data.sampling import keys as _keys
 from fast_llm.data.sampling import permute
 from fast_llm.data.tokenfile import TokenFile, TokenFileWriter
+from fast_llm.data.tokenizer import load
 from fast_llm.errors import DataError
+from tests.data import synthetic
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000000\n"
 
@@ -90,9 +92,8 @@ def test_metadata_of_version_0_2(tmp_path: Path) -> None:
     dataset = opened(path)
     assert dataset.tokens("training") == 200 and dataset.documents("training") == 20
     assert dataset.sequences("training") == 49  # one source: the sequence over the border counts
-    dataset.check_vocabulary(
-        10, "a" * 64
-    )  # it says nothing of tokenizer and tokens; the loader will look
+    # It says nothing of tokenizer and tokens; the loader will look.
+    dataset.check_vocabulary(10, load(str(synthetic.llama(tmp_path / "model"))))
 
 
 def test_format_file_takes_any_name(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_paths_that_are_nearly_right(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         DataError, match=r"/py: a folder; give the dataset.json that `fast-llm prepare` wrote, not"
     ):
-        opened(tmp_path / "py")
+        opened(tmp_path / "py", form="list")
     (tmp_path / "py.json").write_bytes(path.read_bytes())
     with pytest.raises(
         DataError, match=r"/py: a folder; give the dataset.json next to it, .*/py.json$"

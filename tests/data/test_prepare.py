@@ -45,6 +45,7 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     source.mkdir()
     (source / "a.jsonl").write_bytes(jsonl(TEXTS))
     (source / "b.jsonl").write_text('{"body": "x"}\n\n')
+    (source / "c.jsonl").write_text('{"text": null}\n' * 3 + '{"text": "x"}\n')
     (source / "README.md").write_text("about")
 
     def command(*further: str) -> int:
@@ -60,7 +61,7 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert out.startswith(f"output_path: {tmp_path}/out\n")
     size = sum(len(text.encode()) for text in TEXTS) / 1e6
-    found = re.search(r"^documents   31 in .*/source, about ([\d.]+) MB of text$", out, re.M)
+    found = re.search(r"^documents   35 in .*/source, about ([\d.]+) MB of text$", out, re.M)
     assert found and float(found[1]) == pytest.approx(size, rel=0.15)
     found = re.search(
         r"^tokens      about ([\d,.]+(?:e\+\d+)?) with BOS and EOS: .* GB free$", out, re.M
@@ -68,6 +69,15 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     exact = sum(map(len, tokens(model, TEXTS)))
     assert found and float(found[1].replace(",", "")) == pytest.approx(exact, rel=0.3)
     assert "left out    1 file: README.md (no table)\n" in out
+    assert (
+        f"sample      {source}/a.jsonl:1: {TEXTS[0][:60] + '…'!r}, {len(TEXTS[0].encode())} bytes\n"
+        in out
+    )
+    assert f"no text     {source}/c.jsonl: its first documents are not text\n" in out
+    assert "a.jsonl: its first" not in out
+    assert re.search(
+        r"^time        at most about \w+ to tokenize with tokenize_workers=1$", out, re.M
+    )
     assert f"left out    1 rows of {source}/b.jsonl, which has no column text; it has body\n" in out
     assert f"tokenizer   {model}/tokenizer.json: 320 tokens, stored as uint16\n" in out
     assert (
@@ -79,7 +89,8 @@ def test_check(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     assert command("tokenizer.bos=no", "distributed.world_size=2", "distributed.rank=1") == 0
     out = capsys.readouterr().out
     assert (
-        "a document  begins with no BOS and ends" in out and "of which this is rank 1 of 2" in out
+        "a document  begins with no BOS and ends" in out
+        and "shared by 2 ranks, of which this is 1" in out
     )
     for setting, message in (
         ("dataset.field=content", "dataset.field: "),

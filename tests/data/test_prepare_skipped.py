@@ -158,7 +158,7 @@ def test_lone_surrogates_and_texts_of_any_size(
 def test_a_file_of_millions_of_tokens_is_named(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_LARGE_DOCUMENT", 5000)
+    monkeypatch.setattr(shards, "LARGE_DOCUMENT", 5000)
     (tmp_path / "small.txt").write_text(synthetic.text(0, 10))
     (tmp_path / "wiki.txt").write_text(synthetic.text(0, 6000))
     (tmp_path / "rows.jsonl").write_bytes(jsonl([synthetic.text(0, 6000)]))

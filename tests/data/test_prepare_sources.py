@@ -61,9 +61,10 @@ def test_tables(tmp_path: Path, model: Path, name: str, write: Callable[[Path], 
     assert described["max_token_id"] == max(max(document) for document in read(metadata))
     made_with = described["tokenizer"]
     assert (made_with["bos"], made_with["eos"], made_with["vocab_size"]) == (0, 1, 320)
-    assert made_with["fingerprint"] == tokenizer.fingerprint(model)
-    assert tokenizer.fingerprint(tmp_path / made_with["path"]) == tokenizer.fingerprint(model)
-    assert tokenizer.load(str(tmp_path / made_with["path"])).eos == 1
+    copy = tokenizer.load(str(tmp_path / made_with["path"]))
+    assert copy.eos == 1
+    for loaded in (copy, tokenizer.load(str(model))):
+        assert made_with["fingerprint"] == loaded.fingerprint([], [0, 1])
     # The smallest integer that holds 320 tokens.
     assert described["datasets"][0]["dtype"] == "uint16"
 
@@ -260,9 +261,33 @@ def test_hub_cannot_be_reached(
     with pytest.raises(
         DataError,
         match=r"dataset.path: org/name: no such local file or folder, and not loaded from the"
-        r" Hugging Face Hub: Could",
+        r" Hugging Face Hub: HF_HUB_OFFLINE is set, and it is not in the cache of `datasets`$",
     ):
         prepare(configure(tmp_path / "out", "org/name", model))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its client would repeat for half a minute."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    offline, load_dataset = list[bool](), datasets.load_dataset
+
+    def observed(*given: Any, **further: Any) -> Any:
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        return load_dataset(*given, **further)
+
+    monkeypatch.setattr(datasets, "load_dataset", observed)
+    with pytest.raises(
+        DataError,
+        match=r"^dataset.path: org/name: no such local file or folder, and not loaded from the"
+        r" Hugging Face Hub: no connection to http://127.0.0.1:9, and it is not in the cache of"
+        r" `datasets`$",
+    ):
+        prepare(configure(tmp_path / "out", "org/name", model))
+    assert offline == [True] and not datasets.config.HF_HUB_OFFLINE
 
 
 def test_hub_is_not_there(tmp_path: Path, model: Path) -> None:

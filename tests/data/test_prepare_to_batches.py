@@ -44,7 +44,7 @@ def test_batches_decode_to_the_documents(tmp_path: Path) -> None:
     data = open_dataset(
         DataConfig(format="file", path=[str(metadata)], split=[1]), LENGTH, seed=3, vocab_size=400
     )
-    data.check_vocabulary(400, tokenizer.fingerprint(model))
+    data.check_vocabulary(400, tokenizer.load(str(model)))
     count = data.sequences("training")
     pieces: dict[int, list[int]] = {}
     with Loader(

@@ -109,10 +109,6 @@ def test_other_settings_are_refused(
             'was started with dataset.field "text", now it is "content"',
         ),
         ({"tokenizer__path": str(other)}, "was started with another tokenizer; restore it"),
-        (
-            {"distributed__world_size": 2, "distributed__rank": 1},
-            "was started with distributed.world_size 1, now it is 2",
-        ),
         ({"dataset__data_files": "0*.py"}, None),  # the same files by another name
     ):
         if message is not None:
@@ -198,70 +194,87 @@ def test_stale_metadata_goes(tmp_path: Path, model: Path) -> None:
     assert metadata.read_text() == '{"something": "else"}'
 
 
-def test_several_nodes(
-    tmp_path: Path, large: Path, model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = prepare(configure(tmp_path / "whole", large, model))
+def test_several_ranks(tmp_path: Path, large: Path, model: Path) -> None:
+    whole = prepare(configure(tmp_path / "whole" / "data", large, model))
 
     def node(rank: int) -> Path:
         return prepare(
             configure(
-                tmp_path / "data", large, model, distributed__world_size=3, distributed__rank=rank
+                tmp_path / "ranks" / "data",
+                large,
+                model,
+                distributed__world_size=3,
+                distributed__rank=rank,
             )
         )
 
-    with caplog.at_level(logging.INFO):
-        metadata = node(2)
-    assert f"Rank 2 has finished. {metadata} is written when rank 0, 1 has too." in caplog.text
+    metadata = node(2)  # which does the work of ranks that never start
+    first = everything(tmp_path / "ranks")
+    assert first == everything(tmp_path / "whole")
     node(0)
-    assert not metadata.exists()
+    assert everything(tmp_path / "ranks") == first
+    # What is lost is written again, by any rank.
+    (tmp_path / "ranks" / "data" / "shard_0_1.bin").unlink()
+    (tmp_path / "ranks" / "data" / "shard_0_5.idx").unlink()
     node(1)
-    assert read(metadata) == read(whole)
-    first = everything(tmp_path / "data")
-    assert {name.split("_")[1] for name in first if name.startswith("shard")} == {"0", "1", "2"}
-    # Another order gives the same.
-    described = metadata.read_bytes()
-    shutil.rmtree(tmp_path / "data")
-    for rank in range(3):
-        node(rank)
-    assert everything(tmp_path / "data") == first and metadata.read_bytes() == described
-    # What another node has lost is not passed over.
-    (tmp_path / "data" / "shard_1_0.bin").unlink()
-    node(0)
-    assert not metadata.exists()
-    node(1)
-    assert metadata.read_bytes() == described
+    assert everything(tmp_path / "ranks") == first
+    assert metadata.read_bytes() == whole.read_bytes()
 
 
-def test_what_a_node_left_half_written_goes_though_others_finished(
+def test_data_of_an_earlier_version_on_several_nodes(
     tmp_path: Path, large: Path, model: Path
 ) -> None:
-    for rank in (0, 1, 0):
+    """It divided rows among ranks for good, and each rank wrote its own files."""
+    config = configure(tmp_path / "data", large, model)
+    prepare(config)
+    folder = tmp_path / "data"
+    for path in folder.glob("*_0*.json"):
+        path.write_text(path.read_text().replace('world_size": 1', 'world_size": 2'))
+    rank = content(folder / "rank_0.json")
+    for path in folder.glob("shard_0_7.*"):
+        path.rename(folder / path.name.replace("0_7", "1_0"))
+    for number, shards in ((0, 7), (1, 1)):
+        (folder / f"rank_{number}.json").write_text(json.dumps(rank | {"shards": shards}))
+    before = everything(tmp_path)
+    prepare(config)  # finished
+    assert everything(tmp_path) == before
+    (folder / "shard_1_0.bin").unlink()
+    with pytest.raises(
+        DataError,
+        match=r"data: was started by an earlier version on 2 nodes, whose parts this version cannot"
+        r" complete; choose another output_path, or delete .*data$",
+    ):
+        prepare(config)
+
+
+def test_partial_files_of_a_rank_are_deleted(tmp_path: Path, large: Path, model: Path) -> None:
+    def node(rank: int) -> None:
         prepare(
             configure(
-                tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=rank
+                tmp_path / "data",
+                large,
+                model,
+                distributed__world_size=2,
+                distributed__rank=rank,
             )
         )
+
+    node(0)
     before = everything(tmp_path)
     strays = [
         tmp_path / "data" / "rank_0.json.0.partial",
-        tmp_path / "data" / "shard_0_7.bin.partial",
-    ]
-    strays += [
+        tmp_path / "data" / "shard_0_7.bin.partial",  # of an earlier version
+        tmp_path / "data" / "shard_0_7.idx.0.partial",
         tmp_path / "data" / "tokenizer" / "tokenizer.json.0.partial",
         tmp_path / "data.json.0.partial",
     ]
     for stray in strays:
         stray.write_text("{")
-    other = tmp_path / "data" / "rank_1.json.1.partial"
+    other = tmp_path / "data" / "rank_0.json.1.partial"
     other.write_text("{")  # which may be writing it now
-    prepare(
-        configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=0)
-    )
+    node(0)
     assert other.exists()
-    prepare(
-        configure(tmp_path / "data", large, model, distributed__world_size=2, distributed__rank=1)
-    )
+    node(1)
     assert everything(tmp_path) == before
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fast_llm.data.entries import open_path
 from fast_llm.data.tokenfile import CODES, MAGIC, TokenFile, TokenFileInfo, TokenFileWriter
 from fast_llm.errors import DataError
 
@@ -260,3 +261,23 @@ def test_garbage(folder: Path, tail: bytes, data: bytes) -> None:
             TokenFile(raw(folder / "g", idx, data))
         except DataError as error:
             assert str(error).startswith(f"{Path(folder / 'g')}.")
+
+
+def test_formats_of_others_are_named(tmp_path: Path) -> None:
+    writer = TokenFileWriter(tmp_path / "multimodal", np.dtype("uint16"))
+    for _ in range(3):
+        writer.append(np.arange(5, dtype="uint16"))
+    writer.close()
+    with (tmp_path / "multimodal.idx").open("ab") as index:
+        index.write(b"\x00\x01\x00")  # Megatron-LM appends the modes as int8
+    with pytest.raises(
+        DataError,
+        match=r"multimodal.idx: a multimodal index of Megatron-LM, with a mode for each sequence;"
+        r" only indices of text are read$",
+    ):
+        TokenFile(tmp_path / "multimodal")
+    other = tmp_path / "a.fast_llm_dataset"
+    other.write_bytes(bytes(100))
+    words = "a.fast_llm_dataset is a file of a Fast-LLM version with another"
+    with pytest.raises(DataError, match=f"^data.path: .*{words}"):
+        open_path(str(other), False, {})

@@ -4,12 +4,15 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fast_llm.data.tokenizer import fingerprint, load
+from fast_llm.data.tokenizer import load, same_ids
 from fast_llm.errors import DataError, MissingPackage
 from tests.data import synthetic
+
+TRUNCATION = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,8 @@ def test_llama_begins_with_bos(llama: Path) -> None:
     assert (loaded.bos, loaded.eos, loaded.adds_bos) == (0, 1, True)
     assert loaded.vocab_size == 320
     assert loaded.path == llama / "tokenizer.json"
-    assert loaded.files == [llama / "tokenizer.json", llama / "tokenizer_config.json"]
+    names = ("tokenizer.json", "tokenizer_config.json")
+    assert loaded.files == {name: llama / name for name in names}
     assert load(str(llama / "tokenizer.json")).bos == 0
 
 
@@ -69,31 +73,100 @@ def test_truncation_and_padding_are_off(llama: Path) -> None:
     assert len(load(str(llama)).tokenizer.encode("a b c d e f g h i j k l").ids) > 8
 
 
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "v0.1"
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change entries of a tokenizer.json."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **changes}))
+
+
 def test_fingerprint_is_of_what_decides_tokens(llama: Path) -> None:
     path = llama / "tokenizer.json"
-    before = fingerprint(llama)
-    assert before == fingerprint(path) == load(str(llama)).fingerprint
+
+    def fingerprint(path: Path = llama) -> str:
+        return load(str(path)).fingerprint([], [0, 1])
+
+    before, old = fingerprint(), load(str(llama)).old_fingerprint
+    assert before == fingerprint(path)
     content = json.loads(path.read_text(encoding="utf-8"))
 
     def changed(**changes: object) -> str:
         path.write_text(json.dumps({**content, **changes}))
-        return fingerprint(llama)
+        return fingerprint()
 
     path.write_text(json.dumps(dict(reversed(content.items())), indent=4))
-    assert fingerprint(llama) == before
-    assert changed(truncation={"max_length": 3}, padding={"length": 4}) == before
+    assert fingerprint() == before
+    assert changed(truncation={**TRUNCATION, "max_length": 3}) == before
     # As `tokenizers` wrote it before 0.20.
-    old = {
-        key: value
-        for key, value in content["model"].items()
-        if value is not None and value is not False
-    }
-    assert changed(model={**old, "merges": [" ".join(merge) for merge in old["merges"]]}) == before
+    model = content["model"]
+    spaced = {key: value for key, value in model.items() if value not in (None, False)}
+    assert changed(model={**spaced, "merges": [" ".join(m) for m in model["merges"]]}) == before
+    assert load(str(llama)).old_fingerprint == old
 
-    assert changed(model={**content["model"], "merges": content["model"]["merges"][:-1]}) != before
-    assert changed(model={**content["model"], "ignore_merges": False}) != before
-    assert changed(added_tokens=content["added_tokens"][:1]) != before
-    assert changed(pre_tokenizer=None) != before
+    # A padding token, and what has nothing to do with the ids of documents.
+    added = content["added_tokens"]
+    pad = {**added[1], "id": 320, "content": "<pad>"}
+    assert changed(added_tokens=[*added, pad]) == before
+    assert load(str(llama)).old_fingerprint != old
+    assert changed(post_processor=None, decoder=None) == before
+
+    think = {**pad, "content": "<think>", "special": False}
+    renamed = [added[0], {**added[1], "content": "<|eot|>"}]
+    vocab = {("<|eot|>" if t == synthetic.EOS else t): i for t, i in model["vocab"].items()}
+    for changes in (
+        {"model": {**model, "merges": model["merges"][:-1]}},
+        {
+            "model": {
+                **model,
+                "merges": [model["merges"][1], model["merges"][0], *model["merges"][2:]],
+            }
+        },
+        {"model": {**model, "ignore_merges": False}},
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"added_tokens": [*added, think]},
+        {"added_tokens": renamed, "model": {**model, "vocab": vocab}},  # another EOS
+    ):
+        assert changed(**changes) != before
+
+
+def test_fingerprint_has_the_special_tokens_of_text(llama: Path) -> None:
+    added = json.loads((llama / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    rewrite(llama, added_tokens=[*added, {**added[1], "id": 320, "content": "<fim>"}])
+    loaded = load(str(llama))
+    plain, with_fim = loaded.fingerprint([], [0, 1]), loaded.fingerprint(["<fim>"], [0, 1])
+    assert plain != with_fim == load(str(llama), ["<fim>"]).fingerprint(["<fim>"], [0, 1])
+    described: dict[str, Any] = {"bos": 0, "eos": 1, "writes_bos": True, "writes_eos": True}
+    assert same_ids(loaded, {**described, "fingerprint": plain}, None)
+    assert not same_ids(loaded, {**described, "fingerprint": with_fim}, None)
+    described["special_tokens"] = ["<fim>"]
+    assert same_ids(loaded, {**described, "fingerprint": with_fim}, None)
+    assert not same_ids(loaded, {**described, "fingerprint": plain}, None)
+
+
+def test_data_of_an_earlier_version_is_accepted(tmp_path: Path) -> None:
+    """Version 0.1 wrote another fingerprint. A padding token does not matter; a merge does."""
+    described = json.loads((FIXTURE / "a.json").read_text())["tokenizer"]
+    copy = FIXTURE / described["path"]
+    model = shutil.copytree(copy, tmp_path / "model")
+    loaded = load(str(model))
+    assert described["fingerprint"] == loaded.old_fingerprint != loaded.fingerprint([], [])
+    assert same_ids(loaded, described, None)
+
+    content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    pad = {**content["added_tokens"][0], "id": loaded.vocab_size, "content": "<pad>"}
+    rewrite(model, added_tokens=[*content["added_tokens"], pad])
+    assert same_ids(load(str(model)), described, copy)
+    assert not same_ids(load(str(model)), described, None)  # nothing to compare with
+    assert not same_ids(load(str(model)), described, tmp_path / "missing")
+    damaged = shutil.copytree(copy, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+    assert not same_ids(load(str(model)), described, damaged)
+    rewrite(model, model={**content["model"], "merges": content["model"]["merges"][:-1]})
+    assert not same_ids(load(str(model)), described, copy)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +202,9 @@ def test_too_large(llama: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer.json in it; give the model's folder"):
-        load(str(tmp_path))
-    (tmp_path / "tokenizer.model").touch()
     with pytest.raises(
         DataError,
-        match=r"has only tokenizer.model; convert it to tokenizer.json"
-        r" .*AutoTokenizer.from_pretrained.*save_pretrained",
+        match=r"no tokenizer.json, tekken.json or tokenizer.model in it; give the model's folder",
     ):
         load(str(tmp_path))
     for path in (str(tmp_path / "nothing"), "./a/b", "gpt2", "a/b/c"):
@@ -169,7 +238,7 @@ def test_from_the_hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("meta-llama/Llama-3.1-8B", "main", True, False),
     ]
     (llama / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"meta-llama/Llama-3.1-8B: no tokenizer.json in it"):
+    with pytest.raises(DataError, match=r"meta-llama/Llama-3.1-8B: no tokenizer.json, .* in it"):
         load("meta-llama/Llama-3.1-8B")
 
 

@@ -25,6 +25,7 @@ from tests.data.preparing import (
     read,
     start,
     tokens,
+    worker_processes,
 )
 
 
@@ -47,7 +48,7 @@ def test_number_of_workers_changes_nothing(
     assert described["skipped_examples"][1] == [f"{large}/0200.py", "not_utf8"]
     assert results[0] == results[1]
     # Nor does how much a worker is given at a time.
-    monkeypatch.setattr(workers, "_RANGE_BYTES", 5_000)
+    monkeypatch.setattr(workers, "RANGE_BYTES", 5_000)
     prepare(configure(tmp_path / "4" / "data", large, model, tokenize_workers=2))
     assert everything(tmp_path / "4") == results[0]
     texts = [
@@ -105,16 +106,19 @@ def test_interrupted(
     assert not list((tmp_path / "data").glob("*.partial"))
 
 
-def test_worker_that_is_killed(tmp_path: Path, large: Path, model: Path) -> None:
+@pytest.mark.parametrize("way", ["forked", "spawned"])
+def test_worker_that_is_killed(
+    tmp_path: Path, large: Path, model: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPAWN" if way == "spawned" else "SLOWLY", "1")
     process = start(tmp_path, tmp_path / "data", large, model, "tokenize_workers=2")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    worker, loaded = "", ""
-    while "tokenizers" not in loaded:  # then it is about to begin
+    worker, words, loaded = "", "", ""
+    # Before it executes its program, a spawned process is a copy of its parent.
+    while "tokenizers" not in loaded or ("spawn_main" in words) != (way == "spawned"):
         assert process.poll() is None, process.communicate()
-        for worker in children.read_text().split():
-            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
-                loaded = Path(f"/proc/{worker}/maps").read_text()
-                break
+        for worker in worker_processes(process)[:1]:
+            words = Path(f"/proc/{worker}/cmdline").read_text()
+            loaded = Path(f"/proc/{worker}/maps").read_text()
     assert "libtorch" not in loaded
     os.kill(int(worker), signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
@@ -131,19 +135,13 @@ def test_worker_that_is_killed_in_the_midst_of_an_answer(
     for number in range(4):  # enough to do
         shutil.copytree(large, tmp_path / "source" / str(number))
     process = start(tmp_path, tmp_path / "data", tmp_path / "source", model, "tokenize_workers=2")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
     def computed() -> dict[str, int]:
         """Ticks that each worker has computed."""
         found = {}
-        for worker in children.read_text().split():
-            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
-                found[worker] = sum(
-                    map(
-                        int,
-                        Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[11:13],
-                    )
-                )
+        for worker in worker_processes(process):
+            fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
+            found[worker] = sum(map(int, fields[11:13]))
         return found
 
     while not (tmp_path / "data" / "shard_0_0.json").exists():
@@ -173,7 +171,7 @@ from multiprocessing import util
 from fast_llm import cli
 from fast_llm.data import shards, workers
 
-workers._RANGE_BYTES = 40_000
+workers.RANGE_BYTES = 40_000
 
 def signal_while_starting():
     # To another thread, which Python's handlers never run in.
@@ -191,36 +189,39 @@ def signal_while_starting():
 def killed_at_birth():
     def begun(self):
         raise BrokenPipeError
-    multiprocessing.context.SpawnProcess.start = begun
+    multiprocessing.context.ForkProcess.start = begun
 
 def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
 def killed_as_they_leave():
-    fill = shards._write_range
+    fill = shards.write_range
     def filled(*given):
         skipped = fill(*given)
         for worker in multiprocessing.active_children()[:2]:
             os.kill(worker.pid, signal.SIGKILL)
         time.sleep(0.1)
         return skipped
-    shards._write_range = filled
+    shards.write_range = filled
 
 class Broken(workers.RangeTokenizer):
     def __init__(self, *parts):
         raise OSError(5, "the table is gone")
 
+def endless(worker, task):
+    open(f"{__file__}.{os.getpid()}", "w").close()
+    time.sleep(200)
+
+if sys.argv[-1].startswith("endless"):
+    workers.RangeTokenizer.tokenize = endless
 if __name__ == "__main__":
-    if sys.argv[-1] in globals():
+    if sys.argv[-1] in ("unmade", "endless, spawned"):  # not forked, with another thread
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    if sys.argv[-1] in globals() and sys.argv[-1] != "endless":
         globals()[sys.argv[-1]]()
     sys.exit(cli.main(sys.argv[1:-1]))
 elif sys.argv[-1] == "unmade":
     workers.RangeTokenizer = Broken
-elif sys.argv[-1] == "endless":
-    def endless(worker, task):
-        open(f"{__file__}.{os.getpid()}", "w").close()
-        time.sleep(200)
-    workers.RangeTokenizer.tokenize = endless
 """
 
 
@@ -268,11 +269,12 @@ def test_trouble_with_workers(
     all_gone(process.pid)
 
 
+@pytest.mark.parametrize("trouble", ["endless", "endless, spawned"])
 def test_workers_of_a_parent_that_is_killed_finish_nothing(
-    tmp_path: Path, large: Path, model: Path
+    tmp_path: Path, large: Path, model: Path, trouble: str
 ) -> None:
     """A range may take minutes, and gigabytes."""
-    process = _troubled(tmp_path, large, model, "endless", 3)
+    process = _troubled(tmp_path, large, model, trouble, 3)
     while len(list(tmp_path.glob("command.py.*"))) < 3:  # all have begun
         assert process.poll() is None
         time.sleep(0.01)
