@@ -41,7 +41,8 @@ build/gpu-data/code.json: .venv/installed
 
 # The fast tests, and how much of the package they run; pyproject.toml has the floor.
 coverage: install
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow" --cov --cov-report term:skip-covered --cov-report html:build/coverage
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow" \
+		--cov --cov-report term:skip-covered --cov-report html:build/coverage
 
 check: install
 	$(BIN)/ruff format --check .

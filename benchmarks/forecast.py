@@ -167,11 +167,9 @@ def measured_table() -> list[str]:
         "| Run on one H200 | Sequence | tokens/s | Forecast | Ratio |",
         "|---|---|---|---|---|",
     ]
-    for run in MEASURED:
-        rate = forecast_rate(run, "h200")
-        speeds = f"{run.rate:,} | {rate:,.0f} | {rate / run.rate:.2f}"
-        lines.append(f"| {run.name} | {run.sequence_length:,} | {speeds} |")
-    return lines
+    return lines + [
+        f"| {run.name} | {run.sequence_length:,} | {speeds(run, 'h200')} |" for run in MEASURED
+    ]
 
 
 def published_table() -> list[str]:
@@ -179,11 +177,16 @@ def published_table() -> list[str]:
         "| Published run | GPUs (H100) | Sequence | Published | Forecast | Ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for run in PUBLISHED:
-        rate = forecast_rate(run, "h100")
-        speeds = f"{run.rate:,} | {rate:,.0f} | {rate / run.rate:.2f}"
-        lines.append(f"| {run.name} | {run.gpus} | {run.sequence_length:,} | {speeds} |")
-    return lines
+    return lines + [
+        f"| {run.name} | {run.gpus} | {run.sequence_length:,} | {speeds(run, 'h100')} |"
+        for run in PUBLISHED
+    ]
+
+
+def speeds(run: Run, device: str) -> str:
+    """The cells with the rate, its forecast and their ratio."""
+    rate = forecast_rate(run, device)
+    return f"{run.rate:,} | {rate:,.0f} | {rate / run.rate:.2f}"
 
 
 if __name__ == "__main__":

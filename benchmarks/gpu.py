@@ -146,13 +146,11 @@ def speed(folder: Path) -> None:
 def long_context() -> None:
     """Attention of the first and last of 8 processes: one document of 131,072 tokens, 8B heads."""
     from fast_llm.model.attention import varlen_attention
-    from fast_llm.parallel.context import _varlen_qkv
+    from fast_llm.parallel.context import Sharding
 
     length, size = 131072, 8
     for rank in (0, size - 1):
-        own = _varlen_qkv(None, 1, length, (rank, 2 * size - 1 - rank), size).to(
-            torch.device("cuda")
-        )
+        own = Sharding(rank, size, 1, length).varlen_qkv(None, None).to(torch.device("cuda"))
         q = torch.randn(
             length // size, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True
         )

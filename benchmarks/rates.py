@@ -143,17 +143,17 @@ def documents(batch: int, length: int, work: float) -> None:
                 flush=True,
             )
             continue
-        out = _varlen_kernel(q, k, v, ends, ends, length, length)
+        out = _varlen_kernel(q, k, v, ends, ends, length, length, None, None)
         grad = torch.randn_like(out)
         cells = [
-            rate(work, lambda: _varlen_kernel(q, k, v, ends, ends, length, length)),
+            rate(work, lambda: _varlen_kernel(q, k, v, ends, ends, length, length, None, None)),
             rate(
                 2.5 * work,
                 partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True),
             ),
         ]
         print(f"| {batch} × {length}, by boundaries, {way} | {' | '.join(cells)} |", flush=True)
-    cudnn._Loaded.library = None
+    cudnn.unload()
 
 
 def sustained(length: float = 20.0) -> None:

@@ -40,11 +40,11 @@ from typing import Any
 import torch
 
 from fast_llm.config.model import BaseModelConfig
-from fast_llm.config.train import GradientScalerConfig, OptimizerConfig
+from fast_llm.config.optimizer import GradientScalerConfig, OptimizerConfig
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.model.batch import Batch
 from fast_llm.model.decoder import CausalLM, init_weights
-from fast_llm.models.llama import cost
+from fast_llm.models.parameters import cost
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.mesh import Mesh

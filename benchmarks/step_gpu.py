@@ -4,7 +4,12 @@
                                                [--contenders ours ...] [--json FILE]
 
 The models are eight blocks of Llama-3.1-8B with embedding and head, the most that every contender
-can train on one card, and SmolLM2-135M. Each contender runs in its own process, one after the
+can train on one card; SmolLM2-135M; and twelve blocks of a narrower Qwen3-MoE, which only ours and
+transformers train, both with a load-balancing loss:
+
+    --shape qwen3-moe --contenders ours ours-eager transformers-autocast transformers-bf16-compiled
+
+Each contender runs in its own process, one after the
 other: three warm-up steps of several micro-batches, then nine that count. All clip gradients to
 norm 1 and use fused AdamW. A contender that fails is reported and skipped. Needs PyTorch for CUDA,
 Triton and pydantic; transformers, liger-kernel, litgpt and torchtitan for their contenders.
@@ -64,12 +69,51 @@ SHAPES: dict[
         4,
     ),
     "smollm2": (step_cpu.SHAPE, 1024, 32, 4),
+    "qwen3-moe": (  # 3.3 billion parameters, 1.0 billion active
+        {
+            "family": "qwen3_moe",
+            "vocab_size": 151936,
+            "tie_word_embeddings": False,
+            "transformer": {
+                "num_layers": 12,
+                "hidden_size": 2048,
+                "num_attention_heads": 32,
+                "head_groups": 4,
+                "kv_channels": 128,
+                "ffn_hidden_size": 6144,
+                "qk_norm": "head",
+                "num_experts": 128,
+                "num_experts_per_token": 8,
+                "expert_hidden_size": 256,
+            },
+        },
+        4096,
+        2,
+        4,
+    ),
 }
 DEVICE = torch.device("cuda")
 
 
 def _batch(shape: dict[str, Any], length: int, sequences: int) -> torch.Tensor:
     return torch.randint(shape["vocab_size"], (sequences, length), device=DEVICE)
+
+
+def transformers_model(shape: dict[str, Any]) -> torch.nn.Module:
+    """Theirs of our shape, of any family. Experts are computed by its default, grouped matmuls."""
+    if "family" not in shape:
+        return step_cpu.transformers_model(shape)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fast_llm.config.model import BaseModelConfig
+    from fast_llm.models import family_of
+
+    ours = BaseModelConfig.model_validate(shape)
+    values = family_of(ours).export_config(None, ours, "fp32", {})
+    # With its load-balancing loss, as ours.
+    config = AutoConfig.for_model(**values | {"output_router_logits": True})
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
 def transformers(
@@ -82,7 +126,7 @@ def transformers(
 
         apply_liger_kernel_to_llama()
     with DEVICE:
-        model = step_cpu.transformers_model(shape)
+        model = transformers_model(shape)
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     run = torch.compile(model) if compiled else model
@@ -184,7 +228,9 @@ def ours(size: tuple[Any, ...], settings: list[str]) -> tuple[list[float], float
             for key, value in shape["transformer"].items()
         ]
         words += [
-            f"model.base_model.{key}={shape[key]}" for key in ("vocab_size", "tie_word_embeddings")
+            f"model.base_model.{key}={value}"
+            for key, value in shape.items()
+            if key != "transformer"
         ]
         words += [
             f"batch.sequence_length={length}",
@@ -251,7 +297,7 @@ def main() -> None:
         return
 
     from fast_llm.config.model import BaseModelConfig
-    from fast_llm.models.llama import cost
+    from fast_llm.models.parameters import cost
 
     versions = {"torch": str(torch.__version__)}
     for package in ("transformers", "liger_kernel", "litgpt", "torchtitan", "triton"):

@@ -150,7 +150,8 @@ def one(table: str, settings: list[str]) -> None:
 
     from fast_llm.config.document import read
     from fast_llm.planning.devices import DEVICES
-    from fast_llm.planning.search import forecast_config, read_config
+    from fast_llm.planning.preflight import read_config
+    from fast_llm.planning.search import forecast_config
 
     expected = forecast_config(read_config(read(None, settings), 1), 1, DEVICES["h200"])
     print(

@@ -1,3 +1,3 @@
-"""Continued pretraining of Llama models from one YAML file."""
+"""Continued pretraining of Hugging Face models from one YAML file."""
 
 __version__ = "0.1.0"

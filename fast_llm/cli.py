@@ -5,24 +5,17 @@ several processes that torchrun started, only the first reports a mistake that a
 """
 
 import argparse
-import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from fast_llm import commands
 from fast_llm.errors import ConfigError, UserError, disk_problem
-from fast_llm.launcher import (
-    is_first_process,
-    only_first_prints,
-    process_count,
-    wait_for_first,
-)
+from fast_llm.launcher import is_first_process, only_first_prints, wait_for_first
 from fast_llm.terminal import print_error, width, wrap_width
-from fast_llm.training.interrupt import Interrupt, StopSignal, stop_signals
+from fast_llm.training.interrupt import StopSignal, stop_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,9 +65,14 @@ def _run(parsed: argparse.Namespace) -> int:
         "plan": _plan,
         "prepare": _prepare,
         "convert": _convert,
+        "merge": _merge,
+        "extend-vocabulary": _extend_vocabulary,
+        "report": _report,
+        "inspect": _inspect,
         "verify": _verify,
         "why": _why,
         "demo": _demo,
+        "models": _models,
         "settings": _settings,
         "completion": _completion,
     }
@@ -87,7 +85,7 @@ def _failure(parsed: argparse.Namespace, error: Exception, training: bool) -> in
     if isinstance(error, BrokenPipeError):  # the reader, for example `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # Output alone can be cut short without harm; work that was broken off ends as by SIGPIPE.
-        prints = ("plan", "why", "settings", "completion")
+        prints = ("plan", "inspect", "why", "models", "settings", "completion")
         only_prints = parsed.command in prints or getattr(parsed, "validate", False)
         return 0 if only_prints else 128 + signal.SIGPIPE
     if isinstance(error, UserError):
@@ -116,84 +114,24 @@ def _exit(code: int) -> None:
 
 
 def _read(parsed: argparse.Namespace, kind: Any, example: str) -> Any:
-    """The Document of the file and the settings. Raises ConfigError if neither is given."""
-    from fast_llm.config.document import read
+    from fast_llm.config.document import read_arguments
 
-    settings = list(parsed.settings)
-    if settings and "=" not in settings[0]:
-        word = settings.pop(0)
-        if word != parsed.kind:
-            is_file = word.endswith((".yaml", ".yml"))
-            hint = f"; a file is given as --config {word}" if is_file else ""
-            raise ConfigError([f"{word}: must be {parsed.kind} or a setting a.b=c{hint}"])
-    if parsed.config is None and not settings:
-        raise ConfigError(
-            [f"no settings: give --config FILE, or section.setting=value; for example `{example}`"]
-        )
-    return read(parsed.config, settings, kind)
+    return read_arguments(parsed.config, parsed.settings, kind, parsed.kind, example)
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    interrupt = Interrupt()
-    processes = process_count(training=not parsed.validate)
-    if processes > 1:
-        # PyTorch's C++ warns of closed sockets and process groups, which errors of Python follow.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    early: Any = nullcontext()
-    try:
-        from fast_llm.config.compat import REFUSED, RENAMED
-        from fast_llm.config.train import TrainConfig
-        from fast_llm.config.validate import adding_locations, validate
+    from fast_llm.training.start import start
 
-        document = _read(parsed, TrainConfig, "fast-llm train gpt --config train.yaml")
-        if document.get("pretrained.path") is None:
-            validate(TrainConfig, document, REFUSED, RENAMED)  # before imports that take 0.15 s
-        from fast_llm.planning.preflight import preflight
-        from fast_llm.training.run import EarlyLog
-
-        if not parsed.validate:
-            timestamps = document.get("run.log_timestamps", True) is not False
-            early = EarlyLog(int(os.environ.get("RANK", "0")), timestamps)
-        with early:
-            spec = preflight(document, processes, weights=not parsed.validate)
-    except UserError as error:
-        if processes == 1 or parsed.validate:
-            raise
-        raise _agreed(error) from error
-    if parsed.validate:
-        if is_first_process():
-            from fast_llm.planning.report import describe_gpus, describe_run, describe_warnings
-
-            columns = wrap_width(sys.stdout)
-            print(describe_run(spec, columns))
-            print(describe_gpus(spec.config, spec.processes, columns))
-            print(describe_warnings(spec, columns), end="")
-        return 0
-    from fast_llm.training.job import train
-
-    gc.freeze()  # the objects of 2,000 modules stay; a full collection would take 0.2 s for them
-    with early:
-        return train(spec, interrupt, adding_locations(document, TrainConfig))
-
-
-def _agreed(error: UserError) -> UserError:
-    """The error to raise for a mistake in the settings, agreed with the other processes."""
-    if is_first_process():
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            return error  # torchrun ends the others
-        print_error("fast-llm train", error.report())
-    from fast_llm.parallel.failures import report_before_start
-
-    return report_before_start(error, printed=is_first_process())
+    return start(parsed.config, parsed.settings, parsed.kind, parsed.validate)
 
 
 def _plan(parsed: argparse.Namespace) -> int:
     from fast_llm.config.train import TrainConfig
 
     document = _read(parsed, TrainConfig, "fast-llm plan --config train.yaml --gpus 8")
+    from fast_llm.planning.comparison import describe_layouts
     from fast_llm.planning.devices import DEVICES
-    from fast_llm.planning.report import describe_layouts
-    from fast_llm.planning.search import read_config
+    from fast_llm.planning.preflight import read_config
 
     config = read_config(document, parsed.gpus)
     columns = wrap_width(sys.stdout)
@@ -244,6 +182,50 @@ def _convert(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _extend_vocabulary(parsed: argparse.Namespace) -> int:
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fast_llm").setLevel(logging.INFO)
+    from fast_llm.training.vocabulary import extend_vocabulary
+
+    extend_vocabulary(
+        parsed.model,
+        parsed.output,
+        parsed.tokens,
+        parsed.special_tokens,
+        parsed.initialisation,
+        parsed.multiple_of,
+    )
+    return 0
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fast_llm").setLevel(logging.INFO)
+    from fast_llm.training.merge import merge
+
+    merge(parsed.output, parsed.models, parsed.weights, parsed.base, parsed.dtype)
+    return 0
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from fast_llm.training.inspect import inspect
+
+    for line in inspect(parsed):
+        print(line)
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from fast_llm.report import write_report
+
+    print(f"Wrote {write_report(parsed.runs, parsed.output)}.")
+    return 0
+
+
 def _verify(parsed: argparse.Namespace) -> int:
     from fast_llm.training.audit import verify
 
@@ -273,9 +255,19 @@ def _demo(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(parsed: argparse.Namespace) -> int:
-    from fast_llm.config.lookup import describe
+def _models(parsed: argparse.Namespace) -> int:
+    from fast_llm.planning.support import as_json, as_table
 
+    print(as_json() if parsed.json else as_table(sys.stdout))
+    return 0
+
+
+def _settings(parsed: argparse.Namespace) -> int:
+    from fast_llm.config.lookup import describe, describe_for_editors
+
+    if parsed.schema:
+        print(describe_for_editors(parsed.path))
+        return 0
     print(describe(parsed.path, width(sys.stdout), sys.stdout))
     return 0
 

@@ -5,176 +5,19 @@ completion.py reads the same parsers.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fast_llm import __version__
+from fast_llm.command_texts import GROUPS, MAIN_EXAMPLES, TEXTS
 from fast_llm.terminal import BOLD, nearest, style, width
 
-GROUPS = {
-    "train": {
-        "train": "train a model; the same command resumes a run",
-        "plan": "predict memory, speed and the fastest layout",
-        "convert": "checkpoint to Hugging Face model, or back",
-    },
-    "data": {"prepare": "tokenize documents into token files"},
-    "inspect": {
-        "verify": "compare files with their digests",
-        "why": "show the documents of a training step",
-    },
-    "learn": {
-        "demo": "see everything once, on this machine",
-        "settings": "explain a setting: default, allowed values, meaning",
-        "completion": "print the completion script of a shell",
-    },
-}
 SHELLS = ("bash", "zsh", "fish")
+INITIALISATIONS = ("pieces", "mean", "zero")
 DEVICES = ("h100", "h200", "b200", "a100")
-
-_SETTINGS = """\
-Settings come from the YAML file or the command line, as section.setting=value.
-The command line wins; of a setting given twice the last one wins. Values are
-YAML: training.train_iters=1_000 data.split=[9,1,0] run.experiment_dir=null
-`fast-llm settings` lists all settings, and docs/settings.md explains them."""
-
-_MAIN_EXAMPLES = """\
-examples:
-  fast-llm demo
-  fast-llm prepare gpt_memmap --config prepare.yaml
-  fast-llm train gpt --config train.yaml --validate
-  fast-llm train gpt --config train.yaml training.train_iters=50
-  torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
-  fast-llm settings training.checkpoint
-
-The words gpt and gpt_memmap may be left out.
-`fast-llm COMMAND --help` explains a command."""
-
-# Command → its description, and what follows the options.
-_TEXTS = {
-    "train": (
-        f"""\
-Train a model. If run.experiment_dir has a checkpoint, training resumes from the
-newest one; if training is complete, nothing is done.
-
-{_SETTINGS}""",
-        """\
-examples:
-  # check everything, print the plan, stop
-  fast-llm train gpt --config train.yaml --validate
-  # train on this machine's GPU, or its CPU
-  fast-llm train gpt --config train.yaml
-  fast-llm train gpt --config train.yaml optimizer.learning_rate.base=3e-5
-  # on 8 GPUs of this machine
-  torchrun --nproc_per_node 8 --no-python fast-llm train gpt --config train.yaml
-
-exit codes:
-  0        complete, or stopped by SIGUSR1
-  1        training cannot continue
-  2        a mistake in the settings, the data or a file
-  128 + n  stopped by signal n""",
-    ),
-    "plan": (
-        f"""\
-Predict, without a cluster, whether a layout fits, how long a step takes, what
-limits it, and which layouts are the fastest (docs/planning.md). Needs the YAML
-file and the pretrained model's config.json; no data, weights or GPU.
-
-{_SETTINGS}""",
-        """\
-examples:
-  fast-llm plan --config train.yaml --gpus 8
-  fast-llm plan --config train.yaml --gpus 64 --device h200
-  fast-llm plan --config train.yaml --gpus 16 batch.sequence_length=131072""",
-    ),
-    "prepare": (
-        f"""\
-Tokenize documents into token files. `output_path: data/code` writes data/code/
-and data/code.json, which data.path of `train` names. An interrupted run resumes
-where it stopped.
-
-{_SETTINGS}""",
-        """\
-examples:
-  fast-llm prepare gpt_memmap --config prepare.yaml
-  fast-llm prepare --config prepare.yaml tokenize_workers=32
-  fast-llm prepare output_path=data/code dataset.path=code/*.jsonl.gz \\
-      dataset.field=content tokenizer.path=Llama-3.1-8B
-
-exit codes:
-  0        complete
-  1        the disk failed
-  2        a mistake in the settings, the data or a file
-  128 + n  stopped by signal n""",
-    ),
-    "convert": (
-        f"""\
-Convert a training checkpoint to a Hugging Face folder, or a Hugging Face folder
-to a checkpoint.
-
-{_SETTINGS}""",
-        """\
-examples:
-  fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL
-  fast-llm convert gpt input.path=RUN/checkpoint/1000 output.path=MODEL \\
-      output.data_type=fp32
-  fast-llm convert gpt input.format=llama input.path=MODEL \\
-      output.format=distributed output.path=START/checkpoint/0""",
-    ),
-    "verify": (
-        """\
-Read checkpoints, exports and datasets completely, and compare them with the
-digests that were written with them. An experiment folder stands for everything
-in it.""",
-        """\
-examples:
-  fast-llm verify RUN
-  fast-llm verify RUN/checkpoint/1000 data/code.json""",
-    ),
-    "why": (
-        """\
-Print the documents of each sequence of a training step, and how they begin; for
-a loss that looks odd.""",
-        """\
-examples:
-  fast-llm why RUN 1000
-  fast-llm why RUN 1000 --json | jq .""",
-    ),
-    "demo": (
-        """\
-Make a tokenizer, a corpus of prose and one of code from Python's own files,
-pretrain a small Llama on prose and continue on code with the recipe's YAML;
-then compare, kill and resume. Takes minutes on two cores, and no network.""",
-        """\
-examples:
-  fast-llm demo
-  fast-llm demo /tmp/demo""",
-    ),
-    "settings": (
-        """\
-Print the reference of a section or a setting (docs/settings.md), or a list of
-all settings.""",
-        """\
-examples:
-  fast-llm settings
-  fast-llm settings training.checkpoint
-  fast-llm settings optimizer.learning_rate.base
-  fast-llm settings | grep warmup""",
-    ),
-    "completion": (
-        """\
-Print a script that completes commands, options and settings in a shell. It
-knows the settings of this version: print it again after an update.""",
-        """\
-examples:
-  # this session of bash or zsh
-  eval "$(fast-llm completion bash)"
-  # for good: bash with the package bash-completion; zsh in a folder of $fpath
-  fast-llm completion bash > ~/.local/share/bash-completion/completions/fast-llm
-  fast-llm completion zsh > ~/.zfunc/_fast-llm
-  fast-llm completion fish > ~/.config/fish/completions/fast-llm.fish""",
-    ),
-}
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -241,12 +84,12 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     main = Parser(
         prog="fast-llm",
         usage="fast-llm COMMAND [OPTIONS] [SETTINGS]",
-        description="Continued pretraining of Llama models from one YAML file.\n\n"
+        description="Continued pretraining of Hugging Face models from one YAML file.\n\n"
         + "\n\n".join(
-            f"{group}:\n" + "\n".join(f"  {name:<12}{text}" for name, text in commands.items())
+            f"{group}:\n" + "\n".join(f"  {name:<18} {text}" for name, text in commands.items())
             for group, commands in GROUPS.items()
         ),
-        epilog=_MAIN_EXAMPLES,
+        epilog=MAIN_EXAMPLES,
     )
     main.add_argument("--version", action="version", version=f"fast-llm {__version__}")
     below = main.add_subparsers(
@@ -255,7 +98,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     commands: dict[str, Parser] = {}
     for group in GROUPS.values():
         for name in group:
-            description, epilog = _TEXTS[name]
+            description, epilog = TEXTS[name]
             commands[name] = below.add_parser(
                 name, prog=f"fast-llm {name}", description=description, epilog=epilog
             )
@@ -298,11 +141,18 @@ def _add_others(commands: dict[str, Parser]) -> None:
         default="h100",
         help="which (default: h100)",
     )
+    _add_extend(commands["extend-vocabulary"])
+    _add_merge(commands["merge"])
+    _add_inspect(commands["inspect"])
     commands["verify"].add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
         help="a dataset.json, checkpoint, export or experiment folder",
+    )
+    commands["report"].add_argument("runs", nargs="+", metavar="RUN", help="an experiment folder")
+    commands["report"].add_argument(
+        "-o", "--output", metavar="FILE", help="the page (default: RUN/report.html)"
     )
     commands["why"].add_argument("experiment", metavar="RUN", help="the experiment folder")
     commands["why"].add_argument("step", type=_integer, metavar="STEP", help="counted from 1")
@@ -312,12 +162,97 @@ def _add_others(commands: dict[str, Parser]) -> None:
     commands["demo"].add_argument(
         "folder", nargs="?", default="fast-llm-demo", help="default: fast-llm-demo"
     )
+    commands["models"].add_argument(
+        "--json", action="store_true", help="print JSON alone, for programs"
+    )
     commands["settings"].add_argument(
         "path", nargs="?", default="", metavar="PATH", help="a section or a setting"
+    )
+    commands["settings"].add_argument(
+        "--schema", action="store_true", help="the JSON schema of train, prepare or convert"
     )
     commands["completion"].add_argument(
         "shell", type=_one_of(SHELLS), choices=SHELLS, help="which shell"
     )
+
+
+def _add_inspect(command: Parser) -> None:
+    command.add_argument("settings", nargs="*", metavar="[PATH] SETTING=VALUE", help="what to show")
+    command.add_argument("-c", "--config", metavar="FILE", help="a YAML file")
+    command.add_argument(
+        "--sequence-length", type=_positive, metavar="N", help="instead of the YAML's"
+    )
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument("--document", type=_count, metavar="N", help="decode one, counted from 0")
+    shown.add_argument("--sample", type=_positive, metavar="K", help="decode K, evenly spread")
+    shown.add_argument("--sequence", type=_count, metavar="N", help="decode one, counted from 0")
+    shown.add_argument("--step", type=_positive, metavar="N", help="its sequences, from step 1")
+    command.add_argument("--split", default="training", metavar="NAME", help="of --sequence")
+    command.add_argument("--text", metavar="TEXT", help="to tokenize")
+    command.add_argument("--text-file", metavar="FILE", help="to tokenize; - means stdin")
+    command.add_argument("--duplicates", action="store_true", help="count them in large data too")
+    output = command.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON alone, for programs")
+    output.add_argument("--html", metavar="FILE", help="write a page for a browser")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"given {text}, must be an integer of 0 or more")
+    return int(text)
+
+
+def _add_extend(command: Parser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or a Hub name")
+    command.add_argument("output", metavar="OUT", help="the folder to write")
+    for option, what in (
+        ("--tokens", "text files with a token in each line; text yields these"),
+        ("--special-tokens", "the same for special tokens, which text yields only if listed"),
+    ):
+        command.add_argument(option, nargs="+", default=[], metavar="FILE", help=what)
+    command.add_argument(
+        "--initialisation",
+        type=_one_of(INITIALISATIONS),
+        choices=INITIALISATIONS,
+        default="pieces",
+        help="of new rows (default: pieces)",
+    )
+    command.add_argument(
+        "--multiple-of",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="round vocab_size up to a multiple (default: 1)",
+    )
+
+
+def _add_merge(command: Parser) -> None:
+    command.add_argument("output", metavar="OUT", help="the folder to write")
+    command.add_argument("models", nargs="+", metavar="MODEL", help="what to merge")
+    command.add_argument("--base", metavar="MODEL", help="what the models were trained from")
+    command.add_argument(
+        "--weights",
+        nargs="+",
+        type=_finite,
+        metavar="W",
+        help="one for each model (default: 1); divided by their sum without --base",
+    )
+    command.add_argument(
+        "--dtype",
+        type=_one_of(DTYPES),
+        choices=DTYPES,
+        help="of the weights (default: that of the first model)",
+    )
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"given {text}, must be a number")
+    return value
 
 
 def _integer(text: str) -> int:

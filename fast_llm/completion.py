@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from fast_llm.commands import DEVICES, GROUPS, SHELLS, parsers
+from fast_llm.command_texts import GROUPS
+from fast_llm.commands import DEVICES, SHELLS, parsers
 from fast_llm.config.mistakes import iter_paths, iter_settings
 from fast_llm.config.prepare import ConvertConfig, PrepareConfig
 from fast_llm.config.train import TrainConfig

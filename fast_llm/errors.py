@@ -13,6 +13,7 @@ blocks on a terminal.
 """
 
 import errno
+from typing import Any
 
 # Errors of the disk, not bugs. The code that writes checkpoints and token files has messages of its
 # own.
@@ -56,8 +57,11 @@ class ConfigError(UserError):
     """All mistakes of a configuration at once."""
 
     def __init__(self, problems: list[str]):
+        super().__init__(problems)
         self.problems = problems
-        super().__init__("\n".join(problems))
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
     def report(self) -> str:
         if len(self.problems) == 1:
@@ -83,6 +87,15 @@ class MissingPackage(UserError):
         """
         super().__init__(f"{why} needs the package {packages.split()[0]}: pip install {packages}")
 
+    def __reduce__(self) -> Any:
+        return _unpickled, (type(self), self.args)  # not by __init__, which takes other arguments
+
+
+def _unpickled(kind: type[UserError], arguments: tuple[Any, ...]) -> UserError:
+    error = kind.__new__(kind)
+    error.args = arguments
+    return error
+
 
 class TrainingStopped(UserError):
     """Training cannot continue. Everything that was saved is kept."""
@@ -103,5 +116,8 @@ class ReportedElsewhere(UserError):
     printed = True
 
     def __init__(self, exit_code: int):
+        super().__init__(exit_code)
         self.exit_code = exit_code
-        super().__init__(f"another process reports why the run ends, with exit code {exit_code}")
+
+    def __str__(self) -> str:
+        return f"another process reports why the run ends, with exit code {self.exit_code}"

@@ -5,6 +5,30 @@ from pathlib import Path
 from fast_llm.errors import MissingPackage, UserError
 
 
+def is_reachable() -> bool:
+    """Whether a connection to the Hub can be made. Asked once; slow answers count as made."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # which library answers depends on the version of the client
+        return type(error).__name__ not in ("ConnectError", "ConnectionError")
+    return True
+
+
+def why_unreachable() -> str:
+    """Why the Hub is not asked."""
+    from huggingface_hub import constants
+
+    return (
+        "HF_HUB_OFFLINE is set"
+        if constants.HF_HUB_OFFLINE
+        else (f"no connection to {constants.ENDPOINT}")
+    )
+
+
 def download(
     path: str,
     failure: type[UserError],

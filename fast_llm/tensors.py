@@ -5,6 +5,8 @@ DTensors alike with these. None of them communicates.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,3 +60,46 @@ def distributed_like(weight: Tensor, local: Tensor) -> Tensor:
         shape=weight.shape,
         stride=weight.stride(),
     )
+
+
+def on_host(like: Tensor, local: Tensor) -> Tensor:
+    """`local`, in host memory, as the local part of a tensor like `like`.
+
+    DTensor.from_local would move it to the device of the mesh.
+    """
+    if not isinstance(like, DTensor):
+        return local
+    made: Tensor = DTensor(local, like._spec, requires_grad=False)
+    return made
+
+
+def _same(source: Tensor) -> Tensor:
+    return source
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as checkpoints hold it, and the tensors that this process's part is computed from.
+
+    An fp32 weight may be two halves of a split master; a bf16 moment 8-bit numbers and the largest
+    level of each block.
+    """
+
+    like: Tensor  # without data: dtype, shape, and of a DTensor mesh and placements
+    sources: tuple[Tensor, ...]
+    join: Callable[..., Tensor] = _same  # from the sources, on any device, to the part
+
+    @staticmethod
+    def of(
+        weight: Tensor,
+        sources: tuple[Tensor, ...],
+        join: Callable[..., Tensor] = _same,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Stored":
+        """A tensor with the shape, mesh and placements of `weight`, in `dtype`."""
+        local = torch.empty(local_part(weight).shape, dtype=dtype, device="meta")
+        return Stored(distributed_like(weight, local), sources, join)
+
+    def part(self) -> Tensor:
+        """This process's part, in host memory, with its present values."""
+        return self.join(*(source.cpu() for source in self.sources))

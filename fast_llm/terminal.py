@@ -55,6 +55,11 @@ def style(text: str, stream: Any, *codes: str) -> str:
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m"
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: 1 step, 2,000 steps. `plural`: of the noun if it is not noun + s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The name that was probably meant, as the end of a sentence; empty if none is near."""
     import difflib

@@ -25,7 +25,7 @@ slow = pytest.mark.slow  # of `make test-all`: tests/README.md
 
 
 def some_fast(values: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
-    """Parameters of a test, of which `make test` has those that are fast."""
+    """Parameters of a test; those that are not fast are marked slow."""
     rows = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
     return [value if is_fast(value) else pytest.param(*row, marks=slow) for value, row in rows]
 
@@ -101,7 +101,7 @@ def _worker(
         store = dist.FileStore(str(Path(folder) / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         results.put((rank, None, function(*args)))
-        if dist.is_initialized():  # training has left the group
+        if dist.is_initialized():  # training has destroyed the group
             dist.barrier()
             dist.destroy_process_group()
     except BaseException:
@@ -109,7 +109,7 @@ def _worker(
 
 
 def install(folder: Path) -> None:
-    """Write pyproject.toml's entry points to `folder`, for PYTHONPATH, whatever is installed."""
+    """Write pyproject.toml's entry points to `folder`, which PYTHONPATH then names."""
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     points = tomllib.loads(text)["project"]["entry-points"]
     metadata = folder / "fast_llm-0.dist-info"

@@ -24,7 +24,7 @@ _FILE = re.compile(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)")
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """Its address, while it runs."""
+    """Serve while the context is open. Yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

@@ -1,6 +1,7 @@
-"""The command as a process: help, exit codes, settings around --config, what is not loaded."""
+"""The command as a process: help, exit codes, settings before and after --config, lazy imports."""
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from fast_llm import __version__, cli
+from fast_llm.models import FAMILIES
 from tests.data import synthetic
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "fast_llm/demo/train-config.yaml")
 HEAVY = ("torch", "transformers", "datasets", "triton", "tensorboard", "wandb")
-# Runs the command and tells on the last line of stderr which heavy modules it loaded.
+# Runs the command, and writes to the last line of stderr which heavy modules it loaded.
 PROBE = f"""
 import sys
 from fast_llm.cli import main
@@ -31,7 +33,7 @@ RUN = [
     "data.path=[]",
     "pretrained=null",
     "training.export=null",
-]  # laid over the recipe, for want of its files
+]  # overrides of the recipe, whose files do not exist here
 SMALL = [
     "training.train_iters=10",
     "data.format=random",
@@ -61,10 +63,15 @@ COMMANDS = [
     "train",
     "plan",
     "convert",
+    "merge",
     "prepare",
+    "extend-vocabulary",
+    "report",
+    "inspect",
     "verify",
     "why",
     "demo",
+    "models",
     "settings",
     "completion",
 ]
@@ -73,7 +80,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_comes_at_once_and_without_torch(command: str) -> None:
     best = float("inf")
-    for _ in range(4):  # other processes may be busy
+    for _ in range(4):  # other programs may use the processor
         started = time.perf_counter()
         code, out, err = start(*command.split(), "--help", COLUMNS="80")
         best = min(best, time.perf_counter() - started)
@@ -94,6 +101,18 @@ def test_plan_without_torch() -> None:
     code, out, err = start("plan", *SMALL, "batch.batch_size=8", "--gpus", "2")
     assert (code, err) == (0, "loaded:\n")
     assert "As configured" in out
+
+
+def test_models_without_torch() -> None:
+    code, out, err = start("models")
+    assert (code, err) == (0, "loaded:\n")
+    lines = out.splitlines()
+    assert lines[0].split()[:3] == ["model_type", "family", "TP"]
+    assert [line.split()[0] for line in lines[1:]] == list(FAMILIES)
+    assert "\x1b" not in out
+    code, out, err = start("models", "--json")
+    assert (code, err) == (0, "loaded:\n")
+    assert [one["model_type"] for one in json.loads(out)] == list(FAMILIES)
 
 
 def test_help_loads_next_to_nothing() -> None:
@@ -130,7 +149,7 @@ def test_help_loads_next_to_nothing() -> None:
         (
             ["train", "--validate", *SMALL, "batch.batch_size=3", "batch.micro_batch_size=2"],
             0,
-            "with 1 empty rows",
+            "with 1 empty row",
         ),
         (
             ["train", *SMALL, "data.format=file", "data.path=none.json"],
@@ -317,7 +336,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_output_that_is_closed(command: list[str], code: int) -> None:
-    """No fault of what is there to be read; other work was not done."""
+    """Exit code 0 for commands that only print; other commands were interrupted."""
     broken = """
 import sys
 from fast_llm import cli
@@ -332,7 +351,7 @@ sys.exit(cli.main())
     assert start(*command, code=broken) == (code, "", "")
 
 
-# An object that is done away with as the very last, when Python has given up its handlers.
+# An object that is deleted at the very end, when Python has restored its handlers.
 _LATE = """
 import os, signal, sys
 from fast_llm import cli

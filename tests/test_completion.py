@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fast_llm.commands import GROUPS, SHELLS, parsers
+from fast_llm.command_texts import GROUPS
+from fast_llm.commands import SHELLS, parsers
 from fast_llm.completion import script
 from fast_llm.config.mistakes import iter_settings
 from fast_llm.config.train import TrainConfig
 
-# What is typed, up to TAB; what the command then receives.
+# The line up to TAB, and the arguments that the command then receives.
 PRESSED = [
     ("trai", ["train"]),
     ("train --val", ["train", "--validate"]),
@@ -31,6 +32,7 @@ PRESSED = [
     ("plan --device h1", ["plan", "--device", "h100"]),
     ("verify tr", ["verify", "train.yaml"]),
     ("settings training.checkpoint.keep_", ["settings", "training.checkpoint.keep_every"]),
+    ("models --js", ["models", "--json"]),
     ("completion fi", ["completion", "fish"]),
 ]
 
@@ -69,7 +71,7 @@ def test_tab(shell: str, tmp_path: Path) -> None:
 
 
 def _type(terminal: int, keys: str, made: Path) -> None:
-    """Type, and wait until the file that this makes has its lines."""
+    """Type, and wait until the file that the line creates is complete."""
     os.write(terminal, keys.encode())
     seen = b""
     deadline = time.monotonic() + 30

@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from fast_llm.errors import (
     ConfigError,
     DataError,
     MissingPackage,
+    ReportedElsewhere,
     TrainingStopped,
     UserError,
 )
+from fast_llm.models import FAMILIES
 from fast_llm.planning.preflight import preflight
 from fast_llm.storage import content_digest
 
@@ -248,6 +251,7 @@ def test_a_folder_that_is_no_demo(here: Path, capsys: pytest.CaptureFixture[str]
             " (organisation/name); fetch it"
             " with `git lfs install` and `git clone https://huggingface.co/<name>`",
         ),
+        ("mode", "mode: no such folder; did you mean model?"),
         ("tokens.bin", "tokens.bin: a file; give the folder with config.json and the weights"),
         ("empty", "empty/config.json: no such file; empty is not a complete model folder"),
     ],
@@ -283,14 +287,41 @@ def test_a_model_of_the_hub_without_its_client(
     ]
 
 
-def test_no_llama(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "model" / "config.json").write_text(
-        json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"})
-    )
+def test_another_architecture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = here / "model" / "config.json"
+    allowed = ", ".join(f'"{name}"' for name in sorted(FAMILIES))
+    for kind, reason in (
+        ("deepseek_v3", "; it has multi-head latent attention"),
+        ("unheard_of", ""),
+    ):
+        file.write_text(json.dumps(CONFIG | {"model_type": kind}))
+        assert [line.partition("model/")[2] for line in messages(capsys, *SMALL, MODEL)] == [
+            f'config.json: model_type: given "{kind}", must be one of {allowed}{reason}'
+        ]
+    file.write_text(json.dumps(CONFIG | {"model_type": "qwen2", "hidden_act": "gelu"}))
     assert [line.partition("model/")[2] for line in messages(capsys, *SMALL, MODEL)] == [
-        'config.json: model_type: given "qwen2", must be "llama": no other models can be trained'
-        " here",
-        'config.json: hidden_act: given "gelu", must be "silu"',
+        'config.json: hidden_act: given "gelu", must be "silu"'
+    ]
+
+
+def test_a_format_of_another_family(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = messages(capsys, *SMALL, MODEL, "pretrained.format=qwen3")
+    assert len(said) == 1 and said[0].startswith(
+        "override pretrained.format=qwen3: pretrained.format: given qwen3, but "
+    )
+    assert said[0].endswith("model/config.json says model_type llama; use auto")
+
+
+def test_settings_that_a_family_has_not(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = "model.base_model"
+    own = [f"{base}.transformer.qk_norm=head", f"{base}.family=olmo2"]
+    above = f"{base}.transformer"
+    said = [line.partition(": ")[2] for line in messages(capsys, *SMALL, *own)]
+    assert [line for line in said if line] == [
+        f'{above}.norm_placement: given "pre", but OLMo 2 has "post"; choose another'
+        " model.base_model.family",
+        f'{above}.qk_norm: given "head", but OLMo 2 has "projection"; choose another'
+        " model.base_model.family",
     ]
 
 
@@ -425,7 +456,8 @@ def test_data_of_another_vocabulary(here: Path, capsys: pytest.CaptureFixture[st
     (here / "large.json").write_text(json.dumps({"datasets": [entry], "max_token_id": 99}))
     assert messages(capsys, *SMALL, MODEL, "data.path=large.json", "data.format=file") == [
         "override data.path=large.json: data.path: large.json: holds token 99,"
-        " but the model's vocab_size is 64; prepare the data with the model's own tokenizer"
+        " but the model's vocab_size is 64; prepare the data with the model's own tokenizer, or, if"
+        " this is it, give the model rows for its new tokens: fast-llm extend-vocabulary MODEL OUT"
     ]
 
 
@@ -433,7 +465,7 @@ def test_data_of_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save("model/tokenizer.json")
-    fingerprint = tokenizer.fingerprint("model")
+    fingerprint = tokenizer.load("model").fingerprint([], [])
     entry = {
         "prefix": "tokens",
         "num_tokens": 1000,
@@ -585,7 +617,7 @@ def test_a_full_disk(
     )
 
 
-# Going on.
+# Resuming.
 
 
 @pytest.fixture
@@ -624,7 +656,7 @@ GOING_ON = [*SMALL, MODEL, "run.experiment_dir=run"]
 def test_a_manifest_that_training_did_not_write(
     begun: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], problem: str
 ) -> None:
-    """Its digest is no secret."""
+    """Anyone can compute its digest."""
     manifest = begun / checkpoints.MANIFEST
     content = json.loads(manifest.read_bytes())
     content.pop("sha256")
@@ -722,12 +754,17 @@ def test_settings_that_may_change(begun: Path, capsys: pytest.CaptureFixture[str
 
 
 TEXT = ["output_path=new", "dataset.path=texts", "tokenizer.path=model"]
-PATHS: list[tuple[str, str, list[str]]] = [  # command, setting, and what else it needs
+PATHS: list[tuple[str, str, list[str]]] = [  # command, setting, and further settings
     ("train", "data.path", SMALL),
     (
         "train",
         "data.validation_sets.few",
         [*SMALL, "training.validation.interval=1", "training.validation.iterations=1"],
+    ),
+    (
+        "train",
+        "data.sources.NAME.path",
+        ["data.format=mixture", *(one for one in SMALL if not one.startswith("data.path"))],
     ),
     ("train", "data.tokenizer.path", SMALL),
     ("train", "pretrained.path", SMALL),
@@ -741,7 +778,7 @@ PATHS: list[tuple[str, str, list[str]]] = [  # command, setting, and what else i
     ("convert", "input.path", ["output.path=new", "input.format=llama"]),
     ("convert", "output.path", ["input.path=model", "input.format=llama"]),
 ]
-NO_MISTAKE = {  # a folder that is written to may be missing, or be there
+NO_MISTAKE = {  # a folder that is written to may be missing or exist
     *(
         (setting, name)
         for setting in ("run.experiment_dir", "output_path")
@@ -791,7 +828,7 @@ def test_a_file_or_folder_that_will_not_do(
     further: list[str],
     given: str,
 ) -> None:
-    """One line, with the setting and where it stands, in a file and on the command line."""
+    """One line with the setting and its place, in a file and on the command line."""
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save("model/tokenizer.json")
@@ -829,7 +866,7 @@ def test_a_file_or_folder_that_will_not_do(
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """No permission to read a file, also for root."""
+    """Refuse permission to read a file, also for root."""
     import builtins
     import io
 
@@ -843,3 +880,21 @@ def refuse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     for module in (builtins, io):
         monkeypatch.setattr(module, "open", refusing(open))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError(["a: wrong", "b: wrong"]),
+        DataError("x"),
+        MissingPackage("zstandard lz4", "reading a.zst"),
+        TrainingStopped("x", resumable=True),
+        ReportedElsewhere(3),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling(error: UserError) -> None:
+    """Worker processes send them to the process that prints them."""
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error) and str(found) == str(error) and str(error)
+    assert found.report() == error.report() and vars(found) == vars(error)

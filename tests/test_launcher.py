@@ -22,7 +22,7 @@ TIME = r"\d\d-\d\d \d\d:\d\d:\d\d "  # in front of each line of the log
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """With the entry points of pyproject.toml, whatever is installed here."""
+    """The environment, with pyproject.toml's entry points even if not installed here."""
     folder = tmp_path_factory.mktemp("installed")
     install(folder)
     kept = {
@@ -107,7 +107,7 @@ def test_a_mistake_on_one_of_two_nodes(tmp_path: Path, environment: dict[str, st
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [2, 2], said
     (line,) = "".join(said).splitlines()
-    # Which of the nodes is the first to meet has rank 0, whose own mistake needs no rank.
+    # The node that joins first has rank 0, whose own mistake is printed without a rank.
     place = (
         rf"(rank 1 on {socket.gethostname()}: )?override data.path={tmp_path}/nowhere: data.path: "
     )
@@ -158,7 +158,7 @@ def test_a_command_that_is_not_there(environment: dict[str, str]) -> None:
 
 @slow
 def test_a_crash_is_tried_again(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Restarted processes ignore what the first ones left in torchrun's store."""
+    """Restarted processes ignore the contents of torchrun's store."""
     write_tokens(tmp_path / "tokens", 400)
     command = [*torchrun(2, "--standalone", "--max-restarts", "1")]
     command += settings(
@@ -205,17 +205,17 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, environment: dict[str
         ranks = {
             process.environ()["RANK"]: process for process in psutil.Process(job.pid).children()
         }
-        # With the agent's store, processes of the next attempt would find addresses of these.
+        # With the agent's store, processes of the next attempt would find the old addresses.
         assert ranks["1"].environ()["TORCHELASTIC_USE_AGENT_STORE"] == "False"
         ranks["1"].kill()
         assert job.wait(60) == 1
     log, _, rest = said.read_text().partition("fast-llm train: ")
-    # The log, and the messages of the process that was left and of torchrun.
+    # The log, and the messages of the remaining process and of torchrun.
     assert all(re.match(rf"{TIME}|\w[\w ]{{13}}\S| {{14}}", line) for line in log.splitlines()), log
     assert rest.splitlines() == [
         f"rank 0 on {socket.gethostname()}: another process of this run has ended without a"
         " message; see the log of its host or of the launcher. No checkpoint is complete: the same"
-        " command starts from the beginning.",
+        " command starts this run from its beginning.",
         f"torchrun: rank 1 on {socket.gethostname()} was killed by SIGKILL (process"
         f" {ranks['1'].pid})",
     ]

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Processor:
-    """What is set to emulate it, and what the machine must have."""
+    """The variables that emulate it, and the instructions that the machine must have."""
 
     compiler: str  # of -march
     pytorch: str  # ATEN_CPU_CAPABILITY
@@ -81,7 +81,7 @@ os.execvp("{compiler}", ["{compiler}", *arguments])
 
 
 def possible() -> list[str]:
-    """The processors that this one can emulate."""
+    """The processors that this machine can emulate."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -107,12 +107,12 @@ def emulated(name: str) -> Iterator[dict[str, str]]:
             "ONEDNN_MAX_CPU_ISA": processor.onednn,
             "MKL_CBWR": processor.mkl,
             "CXX": str(compiler),
-            "XDG_CACHE_HOME": folder,  # where the kernels are kept
+            "XDG_CACHE_HOME": folder,  # the cache of our kernels
         }
 
 
 def run(name: str, arguments: list[str], quiet: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run pytest as on this processor."""
+    """Run pytest on an emulated processor."""
     with emulated(name) as environment:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=quiet, text=True)
@@ -131,7 +131,7 @@ def test_numbers(name: str) -> None:
             text=True,
             check=True,
         )
-    # oneDNN has bf16 from AVX-512 on; without its own instructions it widens within the product.
+    # oneDNN has bf16 from AVX-512 on; without bf16 instructions it casts to fp32 within the matmul.
     assert seen.stdout.split() == [PROCESSORS[name].pytorch.upper(), str(name.startswith("avx512"))]
     result = run(name, FEW, quiet=True)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2000:]

@@ -31,8 +31,8 @@ logger = logging.getLogger("fast_llm")
 MANIFEST = "fast_llm_manifest.json"
 FORMAT = "fast-llm folder 1"
 LARGEST_MANIFEST = 2**26  # bytes; ten times that of a checkpoint of a thousand processes
-_THREADS = 8
-_VISIBLE_WITHIN = 60.0  # seconds for a file server to show what other machines wrote
+THREADS = 8  # that read and flush files
+_SHOWN = 20  # folders in a message
 _LEFTOVER = re.compile(r"\.(.+)\.(partial|deleted)-[0-9a-f]{8}")
 _REPLACED = re.compile(r"(.+)\.replaced-[0-9a-f]{8}")
 
@@ -73,7 +73,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
             }
 
     names = list(names)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
@@ -84,14 +84,16 @@ def publish(
     step: int,
     info: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
+    visible_within: float = 60.0,
 ) -> None:
     """Write the manifest of a `partial` folder and rename it to `final`. Both are then on disk.
 
     `info` must be JSON. A checkpoint or export at `final` is replaced, and kept under another name
-    until the new one is there. Anything else at `final` is moved to another name and kept. Raises
-    OSError, and CheckpointError if a file is missing.
+    until the new one is there. Anything else at `final` is moved to another name and kept.
+    `visible_within`: seconds for a file server to show what other machines wrote. Raises OSError,
+    and CheckpointError if a file is missing.
     """
-    _wait_for(partial, files)
+    _wait_for(partial, files, visible_within)
     content = json.loads(
         json.dumps({"format": FORMAT, "kind": kind, "step": step, "info": info, "files": files})
     )
@@ -120,9 +122,9 @@ def publish(
         delete(old)
 
 
-def _wait_for(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _wait_for(folder: Path, files: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
     """Wait until all files are visible here. A file server may show other machines' files late."""
-    deadline = time.monotonic() + _VISIBLE_WITHIN
+    deadline = time.monotonic() + seconds
     while True:
         missing = [name for name, entry in files.items() if _size(folder / name) != entry["size"]]
         if not missing:
@@ -216,7 +218,7 @@ def verify(folder: Path) -> Manifest:
         return None
 
     def first(content: bool) -> str | None:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             return next(
                 filter(None, pool.map(lambda name: damage(name, content), manifest.files)), None
             )
@@ -225,6 +227,14 @@ def verify(folder: Path) -> Manifest:
     if problem := first(False) or first(True):
         raise CheckpointError(problem)
     return manifest
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a training checkpoint; exports have a manifest, too, and a config.json.
+
+    Raises OSError or ValueError for a path that cannot be looked at.
+    """
+    return (folder / MANIFEST).exists() and not (folder / "config.json").exists()
 
 
 def is_complete(folder: Path) -> bool:
@@ -275,6 +285,17 @@ def find(root: Path, kind: str | None = None) -> list[tuple[int, Path]]:
     return sorted(
         found, key=lambda item: (item[0], _REPLACED.fullmatch(item[1].name) is None, item[1].name)
     )
+
+
+def describe_found(folder: Path) -> str:
+    """The checkpoints or exports in an experiment folder or directly in a folder, as a part of a
+    sentence; empty without any.
+    """
+    for root in (folder / "checkpoint", folder):
+        if found := [path.name for _, path in find(root)]:
+            shown = ", ".join(found[-_SHOWN:])
+            return f"{root / found[-1]}" if len(found) == 1 else f"{root}/STEP, with STEP {shown}"
+    return ""
 
 
 def latest(

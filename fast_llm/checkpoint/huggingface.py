@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from fast_llm.checkpoint.folder import MANIFEST
+from fast_llm.checkpoint.folder import MANIFEST, describe_found
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.dtypes import BY_NAME, BY_SAFETENSORS
 from fast_llm.errors import CheckpointError, lfs_problem
 from fast_llm.hub import download
-from fast_llm.models import Family, family_of
+from fast_llm.models import Family, StoredPart, family_of
+from fast_llm.storage import similar
 
 logger = logging.getLogger("fast_llm")
 
@@ -38,7 +39,10 @@ _LARGE_FILES = (
 # fmt: on
 LARGEST_SMALL = 2**26  # bytes of a small file
 LARGEST_TOKENIZER = 2**28  # bytes of tokenizer.json and the like
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt"),
+    "added_tokens.json",
+)
 LARGEST_TOTAL = 2**29  # bytes of all small files, which every process holds
 LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 LARGEST_JSON = 2**26  # bytes
@@ -62,11 +66,17 @@ def fetch(path: str, weights: bool) -> Path:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").exists() and (known := describe_found(folder)):
+            raise CheckpointError(f"{path}: a folder of checkpoints, not a model; give {known}")
         return folder
     if folder.exists():
         raise CheckpointError(f"{path}: a file; give the folder with config.json and the weights")
     name = path.partition("@")[0]
+    if known := describe_found(folder.parent):
+        raise CheckpointError(f"{path}: no such folder; there are {known}")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        if hint := similar(folder, folders=True):
+            raise CheckpointError(f"{path}: no such folder{hint}")
         raise CheckpointError(
             f"{path}: no such folder, and not the name of a model on the Hugging Face Hub"
             " (organisation/name); fetch it with `git lfs install` and"
@@ -154,16 +164,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; not of a model")
         content = json.loads(data)
     except FileNotFoundError as error:
-        original = any(
-            (path.parent / name).exists() for name in ("params.json", "consolidated.00.pth")
-        )
-        hint = (
-            " (it has Meta's own format; take the folder in Hugging Face format)"
-            if original
-            else ""
-        )
         raise CheckpointError(
-            f"{path}: no such file; {path.parent} is not a complete model folder{hint}"
+            f"{path}: no such file; {path.parent} is not a complete model folder"
+            f"{_other_format(path.parent)}"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -172,6 +175,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
+
+
+def _other_format(folder: Path) -> str:
+    """What a folder without config.json or weights holds instead, in brackets."""
+    if any((folder / name).exists() for name in ("params.json", "consolidated.00.pth")):
+        return " (it has Meta's own format; take the folder in Hugging Face format)"
+    if (folder / "adapter_config.json").exists():
+        return (
+            " (it holds an adapter; merge it into its model with peft: merge_and_unload() and"
+            " save_pretrained(…))"
+        )
+    if any(folder.glob("*.gguf")):
+        return " (it holds GGUF weights, which are quantized; take the folder with safetensors)"
+    return ""
 
 
 def export_files(small: Mapping[str, bytes], sequence_length: int) -> dict[str, bytes]:
@@ -223,9 +240,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
             " trust it)"
         )
     raise CheckpointError(
-        f"{folder}: no model.safetensors and no model.safetensors.index.json; fetch the weights, or"
-        " set"
-        " pretrained.model_weights: no to start from random ones"
+        f"{folder}: no model.safetensors and no model.safetensors.index.json"
+        f"{_other_format(folder)}; fetch the weights, or set pretrained.model_weights: no to start"
+        " from random ones"
     )
 
 
@@ -315,7 +332,8 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
     Raises CheckpointError for files that cannot be read.
     """
     family = family_of(model)
-    expected = family.shapes(model)
+    expected = stored_shapes(family, family.shapes(model))
+    further = {constant for name in family.shapes(model) for constant in family.constants(name)}
     files = weight_files(folder)
     headers = {path: read_header(path) for path in sorted(set(files.values()))}
     problems = []
@@ -339,9 +357,9 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
                 f" {', '.join(BY_SAFETENSORS)}"
             )
     problems += [
-        f"{path}: the tensor {name} is not part of this Llama"
+        f"{path}: the tensor {name} is not part of this {family.title}"
         for name, path in files.items()
-        if name not in expected and not family.is_optional_tensor(name)
+        if name not in expected and name not in further and not family.is_optional_tensor(name)
     ]
     both = family.head in files and family.embedding in files
     if not problems and model.tie_word_embeddings and both:
@@ -351,6 +369,17 @@ def check_weights(folder: Path, model: BaseModelConfig) -> list[str]:
         if len(problems) <= 10
         else [*problems[:10], f"{folder}: … and {len(problems) - 10} more"]
     )
+
+
+def stored_shapes(
+    family: Family, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors in files, which may hold parameters in parts or together."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        parts = family.stored_parts(name, shapes) or [StoredPart(name, shape)]
+        found |= {part.name: part.shape for part in parts}
+    return found
 
 
 def _other_head(

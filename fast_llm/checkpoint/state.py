@@ -7,16 +7,15 @@ is pickled: whatever is not a tensor is JSON in the manifest of the folder.
 
 Each process writes and hashes its own files. The first process publishes the folder when all are
 done. The same state in the same layout gives the same bytes. Host memory: one process's part of one
-tensor; with `stage` of all tensors, and training may change them while a thread writes.
+tensor.
 """
 
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
@@ -34,35 +33,15 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint.huggingface import read_header
 from fast_llm.checkpoint.weights import (
     in_file_order,
+    new_folder,
     raise_on_all,
     safetensors_header,
     tensor_bytes,
 )
 from fast_llm.collectives import all_gather_object, is_main, or_default_group
 from fast_llm.errors import CheckpointError
-from fast_llm.tensors import local_part
 
 LARGEST_FILE_BYTES = 2**32  # unless one part is larger; files are hashed and read in parallel
-
-
-@torch.no_grad()
-def stage(tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> None:
-    """Copy this process's part of each tensor to host memory: into `into`, reused by every save.
-
-    Does not wait for other processes. Raises RuntimeError if memory is short.
-    """
-    for name, tensor in tensors.items():
-        local = local_part(tensor)
-        if name not in into:  # pinned, so that the device copies at the speed of the bus
-            into[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-        into[name].copy_(local, non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-
-
-def staged_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """The bytes of host memory that `stage` takes."""
-    return sum(local_part(tensor).nbytes for tensor in tensors.values())
 
 
 @torch.no_grad()
@@ -72,32 +51,26 @@ def save(
     tensors: Mapping[str, Tensor],
     info: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
-    parts: Mapping[str, Tensor] | None = None,
+    part_of: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write `<root>/<step>` atomically. Every process calls it with the tensors it has a part of.
 
     `tensors`: DTensors, or tensors that are the same on all processes, named `part/name`. `info`:
-    JSON. `group`: for synchronisation, with a long timeout; by default the default group. `parts`:
-    local parts from `stage`, written in place of the tensors' current values. Raises
-    CheckpointError on all processes if one fails. An existing folder is then unchanged.
+    JSON. `group`: for synchronisation, with a long timeout; by default the default group.
+    `part_of`: this process's part of a tensor, by name, if `tensors` hold no data (meta device).
+    Raises CheckpointError on all processes if one fails. An existing folder is then unchanged.
     """
     group = or_default_group(group)
     final = root / str(step)
     what = f"{final}: could not be saved"
-    partial: Path | None = None
-    try:
-        with raise_on_all(what, group):
-            if is_main(group):
-                partial = folders.begin(final)
-        into = all_gather_object(partial, group)[0]
-        assert into is not None
+    with new_folder(final, what, group) as into:
         with raise_on_all(what, group):
             writer = _Writer(into)
             # DCP synchronises: if it fails, it fails on all processes.
             dcp.save(
                 dict(tensors),
                 storage_writer=writer,
-                planner=DefaultSavePlanner() if parts is None else _StagedPlanner(parts),
+                planner=DefaultSavePlanner() if part_of is None else _PartsPlanner(part_of),
                 process_group=group,
                 no_dist=group is None,
             )
@@ -108,28 +81,31 @@ def save(
             name: entry for part in all_gather_object(files, group) for name, entry in part.items()
         }
         with raise_on_all(what, group):
-            if partial is not None:
-                folders.publish(partial, final, "checkpoint", step, info, everything)
-    except BaseException:
-        if partial is not None:
-            rmtree(partial, ignore_errors=True)
-        raise
+            if is_main(group):
+                folders.publish(into, final, "checkpoint", step, info, everything)
     return final
 
 
-def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+def load(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    reader: "Reader | None" = None,
+) -> None:
     """Fill tensors or DTensors of any layout from a checkpoint. Every process calls it.
 
     Dtypes are converted. For each part (the name up to the first `/`) that is loaded, the
-    checkpoint must hold exactly the tensors that the processes together ask for. Digests are
-    compared by `folder.verify` and `folder.latest`, not here. Raises CheckpointError on all
-    processes if one fails; the values of `tensors` are then undefined.
+    checkpoint must hold the tensors that the processes together ask for, and no others. With a
+    `reader` of the checkpoint, which was made before, some of its tensors may be asked for.
+    Digests are compared by `folder.verify` and `folder.latest`, not here. Raises CheckpointError on
+    all processes if one fails; the values of `tensors` are then undefined.
     """
     group = or_default_group(group)
     wanted = {name for names in all_gather_object(list(tensors), group) for name in names}
     with raise_on_all("", group):
-        reader = _Reader(path)
-        _check(path, reader.read_metadata(), tensors, wanted)
+        part = reader is not None
+        reader = reader or Reader(path)
+        _check(path, reader.read_metadata(), tensors, set() if part else wanted)
     with (
         raise_on_all(f"{path}: could not be loaded", group),
         torch.no_grad(),
@@ -146,15 +122,17 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
         )
 
 
-class _StagedPlanner(DefaultSavePlanner):
-    """Plans with the tensors, and writes their staged parts."""
+class _PartsPlanner(DefaultSavePlanner):
+    """Plans with tensors that hold no data, and writes this process's parts."""
 
-    def __init__(self, parts: Mapping[str, Tensor]):
+    def __init__(self, part_of: Callable[[str], Tensor]):
         super().__init__()
-        self.parts = parts
+        self.part_of = part_of
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.parts[write_item.index.fqn]
+        name = write_item.index.fqn
+        assert name is not None
+        return self.part_of(name)
 
 
 class _Writer(dcp.StorageWriter):
@@ -229,7 +207,7 @@ class _Listed(FileSystem):
         return [str(Path(path) / name) for name in self.names]
 
 
-class _Reader(dcp.HuggingFaceStorageReader):
+class Reader(dcp.HuggingFaceStorageReader):
     """Reads the files that the manifest names. DCP's own reads every safetensors file in the
     folder.
     """
@@ -240,8 +218,15 @@ class _Reader(dcp.HuggingFaceStorageReader):
         self.fs = _Listed(names)
         for name in names:
             read_header(path / name)
+        self._metadata: Metadata | None = None
 
     def read_metadata(self) -> Metadata:
+        """What the headers of the files describe. They are read once."""
+        if self._metadata is None:
+            self._metadata = self._read_headers()
+        return self._metadata
+
+    def _read_headers(self) -> Metadata:
         try:
             return super().read_metadata()
         except (

@@ -1,5 +1,6 @@
 """The constraints across settings, one function each. Those on the shape of the model are in
-model_checks.py.
+model_checks.py, those on the learning rate in learning_rate.py, those on the data in
+data_checks.py.
 
 Each yields its violations: the dotted paths that it concerns, the one to point at first, and what
 is wrong. `validate` leaves out violations that concern a setting that is wrong itself, so it can
@@ -11,12 +12,18 @@ report all mistakes of a file at once:
 import math
 
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes, with_smallest_micro_batch
+from fast_llm.config.data_checks import data_path, packing, sources, split, stages
 from fast_llm.config.document import Document
+from fast_llm.config.learning_rate import schedule_problems
 from fast_llm.config.model_checks import (
     Violations,
+    activation,
+    experts,
+    export_format,
     fp8,
     heads,
     initialization,
+    layer_kinds,
     rotary,
     tensor_parallel,
 )
@@ -30,14 +37,18 @@ def violations(config: TrainConfig, processes: int) -> Violations:
     yield from _batch(config, processes)
     yield from _processes(config, processes)
     yield from _shard_size(config, processes)
+    yield from _expert_parallel(config, processes)
     yield from _profiled_ranks(config, processes)
     yield from _pipeline(config, processes)
     for constraint in (
         _micro_sequence,
         tensor_parallel,
         _sequence_data_parallel,
-        _data_path,
-        _split,
+        data_path,
+        sources,
+        stages,
+        split,
+        packing,
         _learning_rate,
         _loss_scale,
         _sub_intervals,
@@ -46,6 +57,10 @@ def violations(config: TrainConfig, processes: int) -> Violations:
         _experiment_dir,
         _validation,
         heads,
+        experts,
+        layer_kinds,
+        activation,
+        export_format,
         rotary,
         initialization,
         _pretrained,
@@ -125,6 +140,29 @@ def _shard_size(config: TrainConfig, processes: int) -> Violations:
         )
 
 
+def _expert_parallel(config: TrainConfig, processes: int) -> Violations:
+    distributed, t = config.model.distributed, config.model.base_model.transformer
+    size, name = distributed.expert_parallel, "model.distributed.expert_parallel"
+    number = "model.base_model.transformer.num_experts"
+    if size > 1 and not t.expert_layers():
+        yield (name, number), f"given {size}, but the model has no experts; leave it out"
+        return
+    if t.num_experts % size:
+        yield (
+            (name, number),
+            f"given {size}, must divide the model's num_experts {t.num_experts}, e.g."
+            f" {math.gcd(size, t.num_experts)}",
+        )
+    replicas = distributed.replicas(processes)
+    shard = config.model.multi_stage.shard_size
+    sharing = replicas if shard is None else min(shard, replicas)
+    if sharing % size:
+        yield (
+            (name, "model.multi_stage.shard_size"),
+            f"given {size}, must divide the {sharing} processes that share training state",
+        )
+
+
 def _profiled_ranks(config: TrainConfig, processes: int) -> Violations:
     profiling = config.training.profiling
     if profiling.interval is not None and max(profiling.ranks) >= processes:
@@ -184,90 +222,8 @@ def _micro_sequence(config: TrainConfig) -> Violations:
         )
 
 
-def _data_path(config: TrainConfig) -> Violations:
-    style, given = config.data.format, config.data.path
-    concerned = ("data.path", "data.format")
-    if style == "random":
-        if given:
-            yield concerned, "format: random reads no path; leave it out, or set format: file"
-    elif not given:
-        yield (
-            concerned,
-            f"missing: format: {style} needs it; give the dataset.json of `fast-llm prepare` with"
-            " format: file, or try things with format: random",
-        )
-    elif style == "file":
-        if len(given) != 1 or not isinstance(given[0], str) or not given[0]:
-            yield (
-                concerned,
-                "format: file needs one path, the dataset.json of `fast-llm prepare`; format: list"
-                " takes several",
-            )
-    elif len(given) > 1 or not isinstance(given[0], str) or not given[0]:
-        weights, paths = given[::2], given[1::2]
-        if (
-            len(given) % 2
-            or not all(isinstance(path, str) and path for path in paths)
-            or not all(type(weight) in (int, float) and 0 < weight < math.inf for weight in weights)
-        ):
-            yield (
-                concerned,
-                "format: list needs one path, or weights above 0 and paths in turn: [0.9,"
-                " code/dataset.json, 0.1, prose/dataset.json]",
-            )
-        elif twice := next((path for path in paths if paths.count(path) > 1), None):
-            yield concerned, f"names {twice} twice; name it once, with the sum of its weights"
-
-
-def _split(config: TrainConfig) -> Violations:
-    if config.data.format == "random":
-        return
-    training, split = config.training, config.data.split
-    shown = [int(share) if share == int(share) else share for share in split]
-    for share, wanted, setting, example in (
-        (split[0], training.train_iters > 0, "training.train_iters", "[99, 1, 0]"),
-        (
-            split[1],
-            training.validation.interval is not None,
-            "training.validation.interval",
-            "[99, 1, 0]",
-        ),
-        (split[2], training.test_iters > 0, "training.test_iters", "[98, 1, 1]"),
-    ):
-        if wanted and not share:
-            yield (
-                ("data.split", "data.format", setting),
-                f"given {shown}, which leaves no documents for {setting}; give them a share, e.g."
-                f" {example}",
-            )
-
-
 def _learning_rate(config: TrainConfig) -> Violations:
-    rate, above = config.optimizer.learning_rate, "optimizer.learning_rate"
-    style, end, warmup = (
-        f"{above}.decay_style",
-        f"{above}.decay_iterations",
-        f"{above}.warmup_iterations",
-    )
-    if rate.decay_style == "constant":
-        return  # the rest is not used
-    if rate.decay_iterations is None:
-        yield (
-            (end, style),
-            f"missing: decay_style {rate.decay_style} needs the step at which it ends, e.g."
-            f" {config.training.train_iters or 100_000}",
-        )
-    if rate.decay_iterations is not None and rate.warmup_iterations >= rate.decay_iterations:
-        yield (
-            (warmup, end),
-            f"given {rate.warmup_iterations}, must be below decay_iterations"
-            f" {rate.decay_iterations}, which counts from the start and includes the warmup",
-        )
-    if rate.minimum > rate.base:
-        yield (
-            (f"{above}.minimum", f"{above}.base"),
-            f"given {rate.minimum}, must be at most base {rate.base}",
-        )
+    yield from schedule_problems(config.optimizer.learning_rate, config.training.train_iters)
 
 
 def _loss_scale(config: TrainConfig) -> Violations:

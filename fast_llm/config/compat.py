@@ -13,7 +13,11 @@ RENAMED = {
     "training.export.load_optimizer": "training.export.optimizer_state",
     f"{_TRANSFORMER}.normalization.normalization_type": f"{_TRANSFORMER}.normalization.type",
     f"{_TRANSFORMER}.normalization.layer_norm_eps": f"{_TRANSFORMER}.normalization.epsilon",
+    f"{_TRANSFORMER}.normalization.zero_centered_normalization": (
+        f"{_TRANSFORMER}.normalization.zero_centered"
+    ),
     "model.distributed.distributed_timeout": "model.distributed.timeout",
+    f"{_BASE}.logit_z_loss": f"{_BASE}.z_loss_coefficient",
 }
 
 
@@ -27,15 +31,12 @@ _DEBUGGING = "a debugging aid of Fast-LLM 0.2; use a debugger, or torch.profiler
 # it that have none.
 REFUSED: dict[str, str] = {
     "batch.num_micro_sequences": "sequences are not split into parts; leave it out",
-    "data.fim": "fill-in-the-middle is not applied during training; apply it to the documents"
-    " before `fast-llm prepare`",
     "data.datasets": "describe the data with data.format and data.path (and data.validation_sets)",
     "data.sampling": "model.distributed.seed decides the order of the data; leave it out",
-    "data.use_loss_masking_spans": "every token of a document is a target; leave it out",
     "data.multiprocessing_context": "threads prepare batches (training.num_workers); leave it out",
     "data.tokenizer.format": "tokenizers are read from tokenizer.json; leave it out",
-    "optimizer.learning_rate.schedule": "use decay_style, decay_iterations, warmup_iterations and"
-    " minimum",
+    "optimizer.learning_rate.schedule": "list its pieces under optimizer.learning_rate.stages, or"
+    " use decay_style",
     "pretrained.timeout": "use training.timeout, which applies to reading of weights",
     f"{_BASE}.use_position_embeddings": "positions are rotary (transformer.rotary); leave it out",
     f"{_BASE}.use_absolute_position_embeddings": "positions are rotary (transformer.rotary); leave"
@@ -43,50 +44,54 @@ REFUSED: dict[str, str] = {
     f"{_BASE}.parallel_embeddings": "model.multi_stage.zero_stage and tensor_parallel shard"
     " embeddings; leave it out",
     f"{_BASE}.sequence_first": "the batch is the first dimension of activations; leave it out",
-    f"{_BASE}.logit_z_loss": "the loss is the cross entropy alone; leave it out",
-    f"{_BASE}.logits_scale_factor": "logits are not scaled; leave it out",
+    f"{_BASE}.logits_scale_factor": "set logits_divisor to 1 / logits_scale_factor",
     f"{_BASE}.use_megatron_initialization": "init_method_std decides random weights; leave it out",
     **_all(
         _BASE,
         "prediction_heads prediction_loss_coefficient",
-        "Llama models predict one token; leave it out",
+        "models predict one token; leave it out",
     ),
     **_all(
         _TRANSFORMER,
-        "num_experts num_shared_experts num_experts_per_token expert_routing_type"
-        " expert_auxiliary_loss_coefficient expert_z_loss_coefficient moe_jitter_eps dropless_moe"
-        " dropless_dynamic_shape router_lr_scale",
-        "only dense models are supported; leave it out",
+        "num_shared_experts moe_jitter_eps",
+        "experts are routed without shared ones and without noise; leave it out",
+    ),
+    **_all(
+        _TRANSFORMER,
+        "expert_routing_type dropless_moe dropless_dynamic_shape",
+        "each token has the experts with the largest probabilities, and none is dropped; leave it"
+        " out",
+    ),
+    **_all(
+        _TRANSFORMER,
+        "router_lr_scale",
+        'use optimizer.learning_rate_scales: [<scale>, "*.mlp.gate.weight"]',
     ),
     **_all(
         _TRANSFORMER,
         "mlp_lr_scale attention_lr_scale",
-        "all parameters have the same learning rate; use optimizer.default_learning_rate_scale",
+        'use optimizer.learning_rate_scales: [<scale>, "*.mlp.*", <scale>, "*.self_attn.*"]',
     ),
-    f"{_TRANSFORMER}.attention_softmax_scale_power": "Llama models scale attention by"
-    " kv_channels^-0.5; leave it out",
-    **_all(
-        _TRANSFORMER,
-        "window_size max_window_layers",
-        "Llama models have no attention window; reduce batch.sequence_length to save work",
-    ),
+    f"{_TRANSFORMER}.attention_softmax_scale_power": "set softmax_scale to"
+    " kv_channels^-attention_softmax_scale_power",
+    f"{_TRANSFORMER}.max_window_layers": "name the attention of each layer with layer_types",
     **_all(
         _TRANSFORMER,
         "attention_dropout hidden_dropout",
-        "Llama models are trained without dropout; use optimizer.weight_decay",
+        "models are trained without dropout; use optimizer.weight_decay",
     ),
     f"{_TRANSFORMER}.full_precision_residual": "the residual stream has"
     " model.distributed.training_dtype; fp32 is more precise",
-    f"{_TRANSFORMER}.use_rotary_embeddings": "Llama models always have them; choose"
-    " transformer.rotary.type",
+    f"{_TRANSFORMER}.use_rotary_embeddings": "rotary positions are chosen by"
+    " transformer.rotary.type; leave it out",
     f"{_TRANSFORMER}.rotary_embedding_scale": "set transformer.rotary.theta to"
     " exp(-rotary_embedding_scale)",
     f"{_TRANSFORMER}.triton_rotary": "rotary embedding runs in PyTorch; leave it out",
     **_all(_TRANSFORMER, "debug_transformer debug_transformer_memory random_bias_init", _DEBUGGING),
     **_all(
         f"{_TRANSFORMER}.normalization",
-        "zero_centered zero_centered_normalization initialization_range layer_norm_init_range",
-        "the weights of norms start at 1; leave it out",
+        "initialization_range layer_norm_init_range",
+        "the weights of norms start at 1, or at 0 if zero_centered; leave it out",
     ),
     **_all(
         f"{_TRANSFORMER}.normalization",
@@ -94,11 +99,6 @@ REFUSED: dict[str, str] = {
         "the fastest available kernel is used; leave it out",
     ),
     f"{_TRANSFORMER}.rotary.triton": "the layout is Hugging Face's half-split one; leave it out",
-    **_all(
-        f"{_TRANSFORMER}.rotary",
-        "attention_factor beta_fast beta_slow",
-        "belongs to YaRN, which no Llama model up to 3.2 uses; use type: llama3",
-    ),
     **_all(
         "model.multi_stage",
         "num_grad_buffers num_weight_buffers pipeline_delay",
@@ -172,17 +172,16 @@ REFUSED: dict[str, str] = {
 }
 
 # Refused values: value → what to do instead. A few more are at their settings.
-_OTHER_MODELS = dict.fromkeys(
-    ("starcoder2", "mistral", "mixtral", "qwen2"), "only Llama models are supported"
-)
+_OTHER_MODELS = {
+    "starcoder2": "it has LayerNorm and an MLP without gate",
+}
 EXPORT_FORMATS = {
-    "distributed": "training.checkpoint writes checkpoints; the only format of exports is llama",
-    "fast_llm": "training.checkpoint writes checkpoints; the only format of exports is llama",
-    "auto": "the only format of exports is llama",
+    "distributed": "training.checkpoint writes checkpoints; exports are Hugging Face folders: auto",
+    "fast_llm": "training.checkpoint writes checkpoints; exports are Hugging Face folders: auto",
     **_OTHER_MODELS,
 }
 PRETRAINED_FORMATS = {
-    "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use llama",
+    "fast_llm": "convert it to a Hugging Face folder with Fast-LLM 0.2, and use auto",
     **_OTHER_MODELS,
 }
 LOAD_CONFIGS = {
@@ -190,16 +189,11 @@ LOAD_CONFIGS = {
     "model": "settings other than the shape of the model come from this file only",
     "fast_llm": "settings other than the shape of the model come from this file only",
 }
-ROTARY_TYPES = {
-    "none": "Llama models have rotary positions: use default, or llama3 (Llama 3.1)",
-    "yarn": "no Llama model up to 3.2 uses it; use llama3",
-}
 
 # The same for `prepare`.
 PREPARE_REFUSED: dict[str, str] = {
     "saving_workers": "token files are written while tokenizing; set tokenize_workers",
     "splits": "split when training, with data.split",
-    "dataset.loss_masking_spans": "every token of a document is a target; leave it out",
     "distributed.backend": "nodes share only the output folder; leave it out",
 }
 
@@ -259,6 +253,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {
         "yes",
         "Llama 3.1 was pretrained with separate documents; yes behaves like 0.2.",
     ),
+    "data.use_loss_masking_spans": (
+        "no",
+        "Data that was prepared with masks is trained with them.",
+    ),
     "data.split": ("exactly three numbers", "A share that is left out is 0."),
     "optimizer.beta_1": ("1 is allowed", "With 1 the model does not learn."),
     "optimizer.beta_2": ("1 is allowed", "With 1 the model does not learn."),
@@ -280,14 +278,17 @@ DIFFERENT: dict[str, tuple[str, str]] = {
         "triton, which fails for vocabularies above 65536",
         "auto always works; triton and fused support any vocabulary.",
     ),
-    "model.base_model.transformer.gated": ("no", "Llama models have a gated MLP."),
+    "model.base_model.transformer.gated": (
+        "no",
+        "All families but Apertus have a gate.",
+    ),
     "model.base_model.transformer.activation_type": (
         "gelu; silu if gated",
-        "Llama models use silu.",
+        "All families but Gemma and Apertus use silu.",
     ),
-    "model.base_model.transformer.add_linear_biases": ("yes", "Llama models have no biases."),
-    "model.base_model.transformer.normalization.type": ("layer_norm", "Llama models use rms_norm."),
-    "model.base_model.transformer.rotary.type": ("none", "Llama models have rotary positions."),
+    "model.base_model.transformer.add_linear_biases": ("yes", "Most families have no biases."),
+    "model.base_model.transformer.normalization.type": ("layer_norm", "All families use rms_norm."),
+    "model.base_model.transformer.rotary.type": ("none", "All families have rotary positions."),
     "model.base_model.transformer.use_flash_attention": (
         "has no effect in fp32",
         "PyTorch has such kernels for every dtype.",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from fast_llm.config.mistakes import nested_sections
+from fast_llm.config.mistakes import field_at, item_annotation, nested_sections
 from fast_llm.config.section import Section
 from fast_llm.config.text import UNREADABLE, YamlReader, format_value
 from fast_llm.errors import ConfigError
@@ -42,16 +42,19 @@ class Document:
         self.broken = frozenset(broken)
 
     def where(self, path: str) -> str:
-        """`file:line` of a dotted path, or of the nearest section around it, or of the first
-        setting inside it.
+        """`file:line` of a dotted path, or of the first setting inside it, or of the nearest
+        section around it.
         """
+        if path not in self.places:
+            inside = (place for known, place in self.places.items() if known.startswith(path + "."))
+            if (place := next(inside, None)) is not None:
+                return place
         around = path
         while around:
             if around in self.places:
                 return self.places[around]
             around = around.rpartition(".")[0]
-        inside = (place for known, place in self.places.items() if known.startswith(path + "."))
-        return next(inside, self.source)
+        return self.source
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a dotted path."""
@@ -92,6 +95,19 @@ class Document:
 
         merged = merge(self.values, values, "")
         return Document(merged, places, self.source, (*self.problems, *problems), self.broken)
+
+    def with_value(self, path: str, value: Any) -> "Document":
+        """This document with another value of a setting; None removes it."""
+
+        def changed(here: Values, keys: list[str]) -> Values:
+            rest = {key: old for key, old in here.items() if key != keys[0]}
+            if len(keys) > 1:
+                inner = here.get(keys[0])
+                return rest | {keys[0]: changed(inner if isinstance(inner, dict) else {}, keys[1:])}
+            return rest if value is None else rest | {keys[0]: value}
+
+        values = changed(self.values, path.split("."))
+        return Document(values, self.places, self.source, self.problems, self.broken)
 
 
 def _same(key: str, one: Any, other: Any) -> bool:
@@ -141,7 +157,7 @@ def read(
         broken |= reader.broken
         if value is UNREADABLE:
             broken.add(name)
-        elif (problem := _set(values, keys, value, places, here)) is not None:
+        elif (problem := _set(values, keys, value, places, here, kind)) is not None:
             problems.append(problem)
             broken.add(name)
         else:
@@ -151,15 +167,47 @@ def read(
     return Document(values, places, document.source, problems, broken)
 
 
+def read_arguments(
+    path: str | None, arguments: Sequence[str], kind: type[Section], word: str, example: str
+) -> Document:
+    """Read the file and the settings of a command line.
+
+    `word`: may precede the settings (`gpt`); `example`: a command for the message. Raises
+    ConfigError if neither file nor settings are given.
+    """
+    settings = list(arguments)
+    if settings and "=" not in settings[0]:
+        given = settings.pop(0)
+        if given != word:
+            is_file = given.endswith((".yaml", ".yml"))
+            hint = f"; a file is given as --config {given}" if is_file else ""
+            raise ConfigError([f"{given}: must be {word} or a setting a.b=c{hint}"])
+    if path is None and not settings:
+        raise ConfigError(
+            [f"no settings: give --config FILE, or section.setting=value; for example `{example}`"]
+        )
+    return read(path, settings, kind)
+
+
 def _set(
-    values: Values, keys: Sequence[str], value: Any, places: Mapping[str, str], here: str
+    values: Values,
+    keys: Sequence[str],
+    value: Any,
+    places: Mapping[str, str],
+    here: str,
+    kind: type[Section] | None,
 ) -> str | None:
-    """Set a value at a path; the problem if there is a plain value on the way."""
+    """Set a value at a path; the problem if there is a plain value on the way.
+
+    Text that stands for a section of `kind` (a path alone) becomes this section.
+    """
     section: Any = values
     for position, key in enumerate(keys[:-1]):
         inner = section.get(key)
         if inner is None:
             inner = section[key] = {}
+        if isinstance(inner, str) and kind is not None:
+            inner = section[key] = _as_section(kind, keys[: position + 1], inner)
         if not isinstance(inner, dict):
             above = ".".join(keys[: position + 1])
             what = (
@@ -171,6 +219,19 @@ def _set(
         section = inner
     section[keys[-1]] = value
     return None
+
+
+def _as_section(kind: type[Section], keys: Sequence[str], text: str) -> Any:
+    """The settings of the section that a text at a path stands for; else the text."""
+    field = field_at(kind, ".".join(keys))
+    if field is None:
+        return text
+    allowed = TypeAdapter[Any](Annotated[field.annotation, *(field.metadata or [None])])  # type: ignore[arg-type]
+    try:
+        found = allowed.validate_python(text)
+    except ValidationError:
+        return text
+    return found.model_dump(exclude_unset=True) if isinstance(found, BaseModel) else text
 
 
 def _read_file(path: str | Path | None) -> Document:
@@ -195,12 +256,16 @@ def _wants_text(kind: type[Section], keys: Sequence[str], value: Any, text: str)
     if isinstance(value, str) or value is None or value is UNREADABLE:
         return False
     section: type[BaseModel] = kind
+    is_item = False  # whether the key is the name of an item of a mapping of sections
     for key in keys[:-1]:
+        if is_item:
+            is_item = False
+            continue
         field = section.model_fields.get(key)
         inner = nested_sections(field.annotation) if field is not None else []
-        if not inner:
+        if field is None or not inner:
             return False
-        section = inner[0]
+        section, is_item = inner[0], item_annotation(field.annotation) is not None
     field = section.model_fields.get(keys[-1])
     if field is None:
         return False

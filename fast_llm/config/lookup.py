@@ -15,12 +15,13 @@ from fast_llm.config.compat import (
 from fast_llm.config.mistakes import (
     describe_allowed,
     iter_paths,
+    iter_sections,
     iter_settings,
     nearest_setting,
-    nested_sections,
 )
 from fast_llm.config.prepare import ConvertConfig, PrepareConfig
-from fast_llm.config.reference import default_text, doc_text, meaning, plain
+from fast_llm.config.reference import default_text, doc_text, meaning, plain, section_of
+from fast_llm.config.schema import schema
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.terminal import BOLD, fields, style, wrap
@@ -55,26 +56,35 @@ def describe(path: str, columns: int, stream: Any) -> str:
     )
 
 
+def describe_for_editors(command: str) -> str:
+    """The JSON schema of a command's YAML file. Raises ConfigError for another name."""
+    if command not in _COMMANDS:
+        raise ConfigError(
+            [f"--schema: given {command or 'no file'}, must be one of {', '.join(_COMMANDS)}"]
+        )
+    return schema(_COMMANDS[command])
+
+
 def _listing(command: str, kind: type[BaseModel], stream: Any) -> str:
     label = 2 + max(len(path) for path, _ in iter_settings(kind))
     lines = [style(f"{command}: {doc_text(kind)}", stream, BOLD)]
     for path, _ in iter_settings(kind):
-        section, name = _section(kind, path)
+        section, name = section_of(kind, path)
         lines.append(f"  {path:<{label}}{plain(default_text(section, name))}")
     return "\n".join(lines)
 
 
 def _blocks(kind: type[BaseModel], path: str, columns: int, stream: Any) -> Iterator[str]:
-    section, name = _section(kind, path)
-    inside = nested_sections(section.model_fields[name].annotation)
+    section, name = section_of(kind, path)
+    inside = dict(iter_sections(section.model_fields[name], path))
     if not inside:
         yield _setting(section, name, path, columns, stream)
-    for below in inside:
+    for here, below in inside.items():
         yield "\n".join(
             [style(path, stream, BOLD), wrap(plain(doc_text(below)), columns, "  ", "  ")]
         )
         for inner in below.model_fields:
-            yield from _blocks(kind, f"{path}.{inner}", columns, stream)
+            yield from _blocks(kind, f"{here}.{inner}", columns, stream)
 
 
 def _setting(section: type[BaseModel], name: str, path: str, columns: int, stream: Any) -> str:
@@ -89,14 +99,6 @@ def _setting(section: type[BaseModel], name: str, path: str, columns: int, strea
         rows.append(("  Fast-LLM 0.2", plain(f"{before}. {why}")))
     label = 2 + max(len(row) for row, _ in rows)
     return "\n".join([style(path, stream, BOLD), fields(rows, label, columns, stream)])
-
-
-def _section(kind: type[BaseModel], path: str) -> tuple[type[BaseModel], str]:
-    """The section that a dotted path is in, and its name there."""
-    *above, name = path.split(".")
-    for part in above:
-        kind = nested_sections(kind.model_fields[part].annotation)[0]
-    return kind, name
 
 
 def _unknown(path: str) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
-from fast_llm.config.text import format_value
+from fast_llm.config.text import format_value, with_space
 
 MAX_PROBLEMS = 100  # reported for one file; finding the nearest name takes milliseconds each
 
@@ -48,18 +48,21 @@ def explain(
     for detail in error.errors(include_url=False)[:MAX_PROBLEMS]:
         if detail["type"] == "default_factory_not_called":
             continue  # a consequence of another mistake
-        path, field, inner, section = _locate(kind, detail["loc"])
+        path, field, inner, section, setting = _locate(kind, detail["loc"])
         if detail["type"] == "extra_forbidden":
-            result[path, "name"] = (path, path, _unknown_setting(kind, section, path))
+            result[path, "name"] = (path, setting, _unknown_setting(kind, section, path))
         elif detail["type"] == "missing":
             for here, wanted in _required(path, field):
-                result[here, "missing"] = (here, path, f"is missing; it must be {wanted}")
+                result[here, "missing"] = (here, setting, f"is missing; it must be {wanted}")
         elif detail["type"] == "value_error":
-            result[path, str(detail["ctx"]["error"])] = (path, path, str(detail["ctx"]["error"]))
+            text = str(detail["ctx"]["error"])
+            result[path, text] = (path, setting, text)
         else:
             given = _at(values, path, detail["input"])
             inner_kind = (
-                nested_sections(field.annotation) if field is not None and not inner else []
+                nested_sections(field.annotation)
+                if field is not None and not inner and item_annotation(field.annotation) is None
+                else []
             )
             point, wanted = (
                 path,
@@ -75,6 +78,8 @@ def explain(
                 point, wanted = f"{path}.{inner[0]}", _describe_dict_value(field.annotation)
                 given = given.get(str(inner[0]), detail["input"])
             hint = _hint_inside(inner_kind[0], path, given) if inner_kind else ""
+            if inner_kind and isinstance(given, str) and (meant := with_space(given)):
+                hint = f"; YAML needs a space after the colon: {meant}"
             if (
                 isinstance(given, float)
                 and given.is_integer()
@@ -84,7 +89,7 @@ def explain(
                 hint = f"; write {int(given)}"
             result[point, "value"] = (
                 point,
-                path,
+                setting,
                 f"given {format_value(given)}, must be {wanted}{hint}",
             )
     return list(result.values())
@@ -92,9 +97,12 @@ def explain(
 
 def _at(values: Any, path: str, otherwise: Any) -> Any:
     for key in path.split("."):
-        if not isinstance(values, Mapping) or key not in values:
+        if isinstance(values, list) and key.isdecimal() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, Mapping) and key in values:
+            values = values[key]
+        else:
             return otherwise
-        values = values[key]
     return values
 
 
@@ -111,21 +119,46 @@ def _required(path: str, field: FieldInfo | None) -> Iterator[tuple[str, str]]:
 
 def _locate(
     kind: type[BaseModel], loc: tuple[int | str, ...]
-) -> tuple[str, FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
-    """What an error is about: path of the setting, its field, the location inside it, its
-    section.
+) -> tuple[str, FieldInfo | None, tuple[int | str, ...], type[BaseModel], str]:
+    """What an error is about: path of the setting, its field, the location inside it, its section,
+    and the path of the setting to leave out: the list or mapping that holds it, if one does.
     """
-    section, field, path = kind, None, ""
+    section, field, path, around = kind, None, "", ""
     for position, part in enumerate(loc):
+        item = item_annotation(field.annotation) if field is not None else None
         below = nested_sections(field.annotation) if field is not None else [section]
         if not below:
-            return path, field, loc[position:], section
+            return path, field, loc[position:], section, around or path
         section = below[0]
+        if item is not None:  # this part is the name or number of an item
+            around = around or path
+            field = FieldInfo.from_annotation(item)
+        else:
+            field = section.model_fields.get(str(part)) or _by_other_name(section, str(part))
         path = f"{path}.{part}" if path else str(part)
-        field = section.model_fields.get(str(part))
         if field is None:
-            return path, None, (), section
-    return path, field, (), section
+            return path, None, (), section, around or path
+    return path, field, (), section, around or path
+
+
+def _by_other_name(section: type[BaseModel], name: str) -> FieldInfo | None:
+    """The setting that has this second name."""
+    for field in section.model_fields.values():
+        names = field.validation_alias
+        if isinstance(names, AliasChoices) and name in names.choices:
+            return field
+    return None
+
+
+def is_setting(kind: type[BaseModel], path: str) -> bool:
+    """Whether a dotted path names a setting or section, also one inside a list or mapping."""
+    return field_at(kind, path) is not None
+
+
+def field_at(kind: type[BaseModel], path: str) -> FieldInfo | None:
+    """The setting or section at a dotted path, also one inside a list or mapping."""
+    _, field, inside, _, _ = _locate(kind, tuple(path.split(".")))
+    return None if inside else field
 
 
 def describe_allowed(field: FieldInfo | None) -> str:
@@ -196,6 +229,9 @@ def _hint_inside(section: type[BaseModel], path: str, given: Any) -> str:
     """The setting that was probably meant when a section was given a plain value."""
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         return ""
+    required = [f"{path}.{n}" for n, field in section.model_fields.items() if field.is_required()]
+    if 1 < len(required) == len(section.model_fields):
+        return f"; give {', '.join(required[:-1])} and {required[-1]}"
     likely = ("path", "type", "format") if isinstance(given, str) else ("base", "interval")
     name = next((name for name in likely if name in section.model_fields), None)
     return (
@@ -203,23 +239,36 @@ def _hint_inside(section: type[BaseModel], path: str, given: Any) -> str:
     )
 
 
+ITEMS = {dict: "NAME", list: "N"}  # what stands in a path for the name or number of an item
+
+
+def iter_sections(field: FieldInfo, path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The sections that a setting at `path` consists of, with their dotted paths, in which NAME or
+    N stands for an item of a mapping or list.
+    """
+    container = _container(field.annotation)
+    item = "" if container is None else f".{ITEMS[get_origin(container)]}"
+    for section in nested_sections(field.annotation):
+        yield path + item, section
+
+
 def iter_paths(kind: type[BaseModel], above: str = "") -> Iterator[str]:
     """The dotted paths of all settings and sections."""
     for name, field in kind.model_fields.items():
         here = f"{above}.{name}" if above else name
         yield here
-        for inner in nested_sections(field.annotation):
-            yield from iter_paths(inner, here)
+        for path, section in iter_sections(field, here):
+            yield from iter_paths(section, path)
 
 
-def iter_settings(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+def iter_settings(kind: type[BaseModel], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """All settings that are not sections, with their dotted paths."""
     for name, field in kind.model_fields.items():
-        inner = nested_sections(field.annotation)
-        if not inner:
-            yield name, field
-        for section in inner:
-            yield from ((f"{name}.{below}", found) for below, found in iter_settings(section))
+        here = f"{above}.{name}" if above else name
+        if not nested_sections(field.annotation):
+            yield here, field
+        for path, section in iter_sections(field, here):
+            yield from iter_settings(section, path)
 
 
 def nested_sections(annotation: Any) -> list[type[BaseModel]]:
@@ -227,6 +276,19 @@ def nested_sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [kind for part in get_args(annotation) for kind in nested_sections(part)]
+
+
+def _container(annotation: Any) -> Any:
+    """The list or mapping of sections in an annotation; None without one."""
+    if get_origin(annotation) in ITEMS:
+        return annotation if nested_sections(annotation) else None
+    return next(filter(None, map(_container, get_args(annotation))), None)
+
+
+def item_annotation(annotation: Any) -> Any:
+    """What an item of a list or mapping of sections may be; None for other annotations."""
+    found = _container(annotation)
+    return None if found is None else get_args(found)[-1]
 
 
 # Names that other trainers use.
@@ -296,9 +358,13 @@ def nearest_setting(
         return f"{above}.{sibling[0]}" if above else sibling[0]
     if _OTHER_TRAINERS.get(name) in known:
         return _OTHER_TRAINERS[name]
+    if len(longer := [one for one in siblings if one.startswith(f"{name}_")]) == 1:
+        return f"{above}.{longer[0]}" if above else longer[0]
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
     if namesakes:
         return max(namesakes, key=lambda other: _similarity(path, other))
+    if len(longer := [one for one in known if one.rpartition(".")[2].startswith(f"{name}_")]) == 1:
+        return longer[0]
     return max(
         (other for other in known if _similarity(path, other) >= 0.8),
         key=lambda other: _similarity(path, other),

@@ -4,15 +4,19 @@ number formats.
 As in train.py, the text under a setting is its documentation.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
-from fast_llm.config.compat import LOAD_CONFIGS, PRETRAINED_FORMATS, ROTARY_TYPES
+from fast_llm.config.compat import LOAD_CONFIGS, PRETRAINED_FORMATS
+from fast_llm.config.families import FamilyName
 from fast_llm.config.mistakes import Allowed, unsupported
+from fast_llm.config.rotary import RotaryConfig as RotaryConfig
 from fast_llm.config.section import Section
 from fast_llm.config.types import (
+    Count,
     DType,
+    NonNegativeFloat,
     PathText,
     Positive,
     PositiveFloat,
@@ -26,32 +30,25 @@ class NormalizationConfig(Section):
     """RMSNorm."""
 
     type: Annotated[
-        Literal["rms_norm"], unsupported({"layer_norm": "Llama models use rms_norm"})
+        Literal["rms_norm"],
+        unsupported({"layer_norm": "the families that can be trained use rms_norm"}),
     ] = "rms_norm"
     """Only `rms_norm` is allowed."""
     epsilon: PositiveFloat = 1e-5
     """Added to the mean of squares."""
+    zero_centered: bool = False
+    """Multiply by 1 + weight instead of weight, as Gemma does. Weights then start at 0."""
 
 
-class RotaryConfig(Section):
-    """Rotary position embedding."""
+class AttentionTemperatureConfig(Section):
+    """Sharper attention at positions beyond the trained length (Llama 4, Ministral 3): queries are
+    multiplied by 1 + beta · ln(1 + ⌊position / length⌋).
+    """
 
-    type: Annotated[
-        Literal["default", "llama3"],
-        unsupported(ROTARY_TYPES),
-    ] = "default"
-    """`default`: no scaling. `llama3`: the frequency scaling of Llama 3.1, with the settings
-    below."""
-    theta: PositiveFloat = 10000
-    """Base of the frequencies."""
-    scale_factor: PositiveFloat = 8.0
-    """llama3: factor by which low frequencies are divided."""
-    low_frequency_factor: PositiveFloat = 1.0
-    """llama3: wavelengths above original_context_length / low_frequency_factor are scaled fully."""
-    high_frequency_factor: PositiveFloat = 4.0
-    """llama3: wavelengths below original_context_length / high_frequency_factor are not scaled."""
-    original_context_length: Positive = 8192
-    """llama3: context length of the model before scaling, in tokens."""
+    beta: NonNegativeFloat = 0.1
+    """Strength. 0 changes nothing."""
+    length: Positive = 8192
+    """Positions, in tokens, over which queries do not change."""
 
 
 def _biases(value: Any) -> Any:
@@ -86,24 +83,86 @@ class TransformerConfig(Section):
         json_schema_extra={"default": "4 × hidden_size"},
     )
     """Intermediate size of the MLP."""
-    gated: Annotated[bool, unsupported({False: "Llama models have a gated MLP"})] = True
-    """Only yes is allowed: the MLP is gated."""
+    num_experts: Positive = 1
+    """Number of experts in a block: MLPs of which a router chooses a few for each token. 1 means an
+    ordinary MLP."""
+    num_experts_per_token: Positive = 1
+    """Number of experts that compute a token. At most num_experts."""
+    expert_hidden_size: Positive | None = None
+    """Intermediate size of an expert. null means ffn_hidden_size."""
+    normalize_expert_weights: bool = True
+    """Scale the weights of a token's experts to a sum of 1, as Mixtral does."""
+    layers_without_experts: list[Count] = []
+    """Numbers of blocks, from 0, that have an ordinary MLP of ffn_hidden_size."""
+    expert_auxiliary_loss_coefficient: NonNegativeFloat = 0.001
+    """Weight of the load-balancing loss, which spreads tokens evenly over experts. With
+    `pretrained.path` the default is router_aux_loss_coef of config.json; of gpt-oss at
+    most 0.001, unless its output_router_logits is true."""
+    expert_z_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the z-loss, which keeps the router's logits small."""
+    gated: bool = True
+    """Whether the MLP has a gate. Only MLPs with xielu have none."""
     activation_type: Annotated[
-        Literal["silu"],
-        unsupported(dict.fromkeys(("gelu", "relu", "squared_relu"), "Llama models use silu")),
-    ] = "silu"
-    """Only `silu` is allowed."""
-    add_linear_biases: Annotated[
-        Literal["nowhere", "everywhere", "only_attention", "only_mlp"],
-        BeforeValidator(_biases),
+        Literal["silu", "gelu_pytorch_tanh", "xielu", "clamped_swiglu"],
         unsupported(
-            {"only_attn_qkv": "attention has biases in all its layers (only_attention) or in none"}
+            {
+                "gelu": "gated models use silu, or gelu_pytorch_tanh (Gemma)",
+                **dict.fromkeys(("relu", "squared_relu"), "gated models use silu"),
+            }
         ),
-        Allowed("yes, no, or one of nowhere, everywhere, only_attention, only_mlp"),
+    ] = "silu"
+    """Activation of the gate: `silu`, or `gelu_pytorch_tanh`, GELU in its tanh approximation.
+    `xielu` (Apertus), with two trained parameters, is for MLPs without a gate. `clamped_swiglu`
+    (gpt-oss): g · sigmoid(swiglu_alpha · g) · (u + 1), with g and u limited to swiglu_limit."""
+    swiglu_limit: PositiveFloat = 7.0
+    """clamped_swiglu: limit of g from above, and of u on both sides."""
+    swiglu_alpha: PositiveFloat = 1.702
+    """clamped_swiglu: factor of the gate's sigmoid."""
+    add_linear_biases: Annotated[
+        Literal["nowhere", "everywhere", "only_attention", "only_attn_qkv", "only_mlp"],
+        BeforeValidator(_biases),
+        Allowed("yes, no, or one of nowhere, everywhere, only_attention, only_attn_qkv, only_mlp"),
     ] = "nowhere"
-    """Which linear layers have biases. yes means everywhere, no means nowhere."""
+    """Which linear layers have biases. yes means everywhere, no means nowhere. `only_attn_qkv`:
+    query, key and value projections, as in Qwen2."""
     normalization: NormalizationConfig = NormalizationConfig()
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Norms of a block: `pre`: before attention and MLP, as in Llama. `post`: on their results,
+    before these are added to the residual stream, as in OLMo 2. `both`: as in Gemma."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """Norms of queries and keys, before their rotation. `head`: of each head, with one weight for
+    all heads, as in Qwen3. `projection`: of all heads together, as in OLMo 2."""
+    layer_types: (
+        list[
+            Annotated[
+                Literal["full_attention", "sliding_attention"],
+                Allowed("full_attention or sliding_attention"),
+            ]
+        ]
+        | None
+    ) = None
+    """Attention of each block, from the first to the last: `full_attention`, or
+    `sliding_attention`, which uses window_size. null means sliding_attention for all if
+    window_size is given, else full_attention."""
+    window_size: Positive | None = None
+    """Tokens that a token of a sliding_attention block attends to, itself included. null means no
+    limit."""
+    softmax_scale: PositiveFloat | None = None
+    """Factor of the scores before their softmax. null means kv_channels^-0.5."""
+    attention_softcap: PositiveFloat | None = None
+    """Limit of the scores before their softmax: cap · tanh(score / cap), as in Gemma 2. null means
+    no limit."""
+    attention_sinks: bool = False
+    """A trained score for each head that takes part in its softmax, without a value (gpt-oss)."""
+    attention_temperature: AttentionTemperatureConfig | None = None
+    residual_multiplier: PositiveFloat = 1.0
+    """Factor of what attention and MLP add to the residual stream (Granite)."""
     rotary: RotaryConfig = RotaryConfig()
+    sliding_rotary: RotaryConfig | None = None
+    """Rotary position embedding of sliding_attention blocks, with the settings of `rotary`. null
+    means that of the others."""
+    layers_without_rotary: list[Count] = []
+    """Numbers of blocks, from 0, that have no position embedding, as in SmolLM3."""
     use_flash_attention: bool = True
     """Use attention kernels that never store the scores of a document, in any dtype. `no` uses
     plain matrix multiplications."""
@@ -146,12 +205,56 @@ class TransformerConfig(Section):
     init_method_max_mlp_2: float | None = None
     """Upper limit for the down projection. null means init_method_max."""
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a block has experts instead of an ordinary MLP."""
+        return self.num_experts > 1 and layer not in self.layers_without_experts
+
+    @property
+    def has_mlp_biases(self) -> bool:
+        """Whether MLPs, or routers and experts, have biases."""
+        return self.add_linear_biases in ("everywhere", "only_mlp")
+
+    @property
+    def expert_size(self) -> int:
+        """Intermediate size of an expert."""
+        return self.expert_hidden_size or self.ffn_hidden_size
+
+    def active_ffn_size(self, layer: int) -> int:
+        """Intermediate size of all that computes one token in a block's MLP or experts."""
+        if self.has_experts(layer):
+            return self.num_experts_per_token * self.expert_size
+        return self.ffn_hidden_size
+
+    def expert_layers(self) -> list[int]:
+        """The numbers of the blocks that have experts."""
+        return [layer for layer in range(self.num_layers) if self.has_experts(layer)]
+
+    def is_sliding(self, layer: int) -> bool:
+        """Whether the attention of a block has the window."""
+        if self.layer_types is None:
+            return self.window_size is not None
+        return self.layer_types[layer] == "sliding_attention"
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token of a block attends to, itself included; None means no limit."""
+        return self.window_size if self.is_sliding(layer) else None
+
+    def rotary_of(self, layer: int) -> RotaryConfig | None:
+        """The position embedding of a block; None where it has none."""
+        sliding = self.sliding_rotary is not None and self.is_sliding(layer)
+        rotary = self.sliding_rotary if sliding else self.rotary
+        assert rotary is not None
+        return None if rotary.type == "none" or layer in self.layers_without_rotary else rotary
+
 
 class BaseModelConfig(Section):
     """The model. With `pretrained.path` its shape comes from the model's config.json: leave it
     out.
     """
 
+    family: FamilyName = "llama"
+    """Family of the model, which is `model_type` in config.json: names of parameters, and the
+    config.json of exports."""
     vocab_size: Positive = 49152
     """Number of rows of the embedding."""
     max_position_embeddings: Positive = 2048
@@ -159,6 +262,13 @@ class BaseModelConfig(Section):
     tie_word_embeddings: bool = True
     """Share one matrix between embedding and head. `no` trains the separate head that a pretrained
     folder has although its config.json says `tie_word_embeddings: true`."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor of the embeddings (Gemma: √hidden_size; Granite), rounded to the dtype of
+    computation."""
+    logits_divisor: PositiveFloat = 1.0
+    """Divisor of the logits (Granite)."""
+    logits_softcap: PositiveFloat | None = None
+    """Limit of the logits: cap · tanh(logit / cap), as in Gemma 2. null means no limit."""
     transformer: TransformerConfig = TransformerConfig()
     cross_entropy_impl: Literal["auto", "torch", "fused", "triton"] = "auto"
     """`torch`: computes all logits at once. `fused`: computes the logits of a few tokens at a time
@@ -167,12 +277,25 @@ class BaseModelConfig(Section):
     cross_entropy_splits: Positive | None = None
     """Number of chunks into which fused and triton divide the tokens of a micro-batch. null chooses
     by size."""
+    z_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the z-loss, log(Σ exp(logits))² of each target token, which keeps logits small
+    (PaLM). 0 means none; 1e-4 and 1e-5 are usual. The metric `z_loss` is without this factor;
+    `language_model_loss` stays the cross entropy alone."""
     init_method_std_embed: Std = None
     """Standard deviation for embedding and head. null means transformer.init_method_std."""
     init_method_min_embed: float | None = None
     """Lower limit for embedding and head. null means transformer.init_method_min."""
     init_method_max_embed: float | None = None
     """Upper limit for embedding and head. null means transformer.init_method_max."""
+
+    def for_context(self, length: int) -> Self:
+        """This model with rotary angles for contexts of `length`, in tokens."""
+        transformer, sliding = self.transformer, self.transformer.sliding_rotary
+        rotary = {
+            "rotary": transformer.rotary.for_context(length),
+            "sliding_rotary": None if sliding is None else sliding.for_context(length),
+        }
+        return self.model_copy(update={"transformer": transformer.model_copy(update=rotary)})
 
 
 class MultiStageConfig(Section):
@@ -233,6 +356,7 @@ class DistributedConfig(Section):
     optimizer.moments_dtype."""
     fp8: bool = False
     """Compute the matrix multiplications of the blocks in fp8, on Hopper (or Ada) and later GPUs.
+    Experts and routers are not computed in fp8.
     Weights, sums and everything else keep their dtype. For speed, set `multi_stage.compile_all:
     yes` too. Check the effect on the loss."""
     tensor_parallel: Positive = 1
@@ -248,6 +372,10 @@ class DistributedConfig(Section):
     is equal work for all."""
     pipeline_parallel: Positive = 1
     """Pipeline parallelism: number of groups of processes that share the layers."""
+    expert_parallel: Positive = 1
+    """Expert parallelism: number of adjacent processes that divide the experts of each block, and
+    exchange tokens. Must divide the number of experts, and the processes that share training
+    state: it uses these and needs no others. Use it within a node."""
     timeout: Seconds = 60
     """Seconds that a process waits for others within a step. training.timeout applies to saves,
     exports and reading of weights."""
@@ -284,12 +412,11 @@ class PretrainedConfig(Section):
     """A folder, or a model on the Hugging Face Hub (`meta-llama/Llama-3.1-8B`). null starts from
     random weights."""
     format: Annotated[
-        Literal["llama", "distributed"],
-        BeforeValidator(lambda value: "llama" if value == "auto" else value),
+        Literal["auto", "distributed", FamilyName],
         unsupported(PRETRAINED_FORMATS),
-        Allowed("llama (or auto), or distributed"),
-    ] = "llama"
-    """`llama` (or `auto`): a Hugging Face folder. `distributed`: a checkpoint of this project."""
+    ] = "auto"
+    """`auto`: a Hugging Face folder, whose config.json names the family, or a checkpoint of this
+    project. A family's name: a folder of this family. `distributed`: a checkpoint."""
     model_weights: bool = True
     """Start from the weights of that model. `no` uses only its shape and starts from random
     weights."""

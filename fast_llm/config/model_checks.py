@@ -5,6 +5,8 @@ supports.
 import math
 from collections.abc import Iterator
 
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.rotary import RotaryConfig
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import Violation
 
@@ -15,10 +17,15 @@ def tensor_parallel(config: TrainConfig) -> Violations:
     """What `tensor_parallel` must divide."""
     size, base = config.model.distributed.tensor_parallel, config.model.base_model
     name, above = "model.distributed.tensor_parallel", "model.base_model"
+    t = base.transformer
+    experts = t.expert_layers()
+    mlp_sizes = [(f"{above}.transformer.expert_hidden_size", t.expert_size)] if experts else []
+    if len(experts) < t.num_layers:
+        mlp_sizes.append((f"{above}.transformer.ffn_hidden_size", t.ffn_hidden_size))
     for path, divided in (
         (f"{above}.transformer.head_groups", base.transformer.head_groups),
         (f"{above}.transformer.num_attention_heads", base.transformer.num_attention_heads),
-        (f"{above}.transformer.ffn_hidden_size", base.transformer.ffn_hidden_size),
+        *mlp_sizes,
         (f"{above}.vocab_size", base.vocab_size),
     ):
         if divided % size:
@@ -58,15 +65,133 @@ def heads(config: TrainConfig) -> Violations:
 
 def rotary(config: TrainConfig) -> Violations:
     """Rotary position embeddings."""
-    rotary, above = (
-        config.model.base_model.transformer.rotary,
-        "model.base_model.transformer.rotary",
-    )
-    if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
+    base, above = config.model.base_model, "model.base_model.transformer"
+    for name in ("rotary", "sliding_rotary"):
+        embedding = getattr(base.transformer, name)
+        if embedding is not None and embedding.type != "none":
+            yield from _rotary(embedding, base, f"{above}.{name}", f"{above}.kv_channels")
+
+
+def _rotary(rotary: RotaryConfig, base: BaseModelConfig, above: str, head: str) -> Violations:
+    for kind, higher, lower in (
+        ("llama3", "high_frequency_factor", "low_frequency_factor"),
+        ("yarn", "beta_fast", "beta_slow"),
+    ):
+        high, low = getattr(rotary, higher), getattr(rotary, lower)
+        if rotary.type == kind and high <= low:
+            yield (
+                (f"{above}.{higher}", f"{above}.{lower}", f"{above}.type"),
+                f"given {high}, must be above {lower} {low}",
+            )
+    share, size = rotary.partial_rotary_factor, base.transformer.kv_channels
+    dims = rotary.rotated_dims(size)
+    if size % 2 == 0 and (dims % 2 or not dims):
         yield (
-            (f"{above}.high_frequency_factor", f"{above}.low_frequency_factor", f"{above}.type"),
-            f"given {rotary.high_frequency_factor}, must be above low_frequency_factor"
-            f" {rotary.low_frequency_factor}",
+            (f"{above}.partial_rotary_factor", head),
+            f"given {share}, which rotates {dims} dimensions of a head of {size}; they must be even"
+            " and above 0",
+        )
+    if rotary.type == "dynamic" and dims == 2:
+        yield (f"{above}.type", head), "given dynamic, which needs more than 2 rotated dimensions"
+    if rotary.type == "longrope":
+        yield from _longrope(rotary, dims // 2, above)
+
+
+def _longrope(rotary: RotaryConfig, pairs: int, above: str) -> Violations:
+    for name in ("short_factor", "long_factor"):
+        given = getattr(rotary, name)
+        if given is None:
+            yield (f"{above}.{name}", f"{above}.type"), "is missing; rotary.type: longrope needs it"
+        elif len(given) != pairs:
+            yield (
+                (f"{above}.{name}",),
+                f"given {len(given)} numbers, must be {pairs}: one for each pair of rotated"
+                " dimensions",
+            )
+    if rotary.original_context_length == 1:
+        yield (f"{above}.original_context_length",), "given 1, must be above 1 for longrope"
+
+
+def layer_kinds(config: TrainConfig) -> Violations:
+    """Settings that say which block has which attention and positions."""
+    t, above = config.model.base_model.transformer, "model.base_model.transformer"
+    kinds, window, layers = f"{above}.layer_types", f"{above}.window_size", f"{above}.num_layers"
+    if t.layer_types is not None:
+        if len(t.layer_types) != t.num_layers:
+            yield (
+                (kinds, layers),
+                f"given {len(t.layer_types)} entries, must be num_layers {t.num_layers}",
+            )
+            return
+        if "sliding_attention" in t.layer_types and t.window_size is None:
+            yield (window, kinds), "missing: blocks with sliding_attention need it, e.g. 4096"
+        if "sliding_attention" not in t.layer_types and t.window_size is not None:
+            yield (
+                (window, kinds),
+                f"given {t.window_size}, but no block of layer_types has sliding_attention; set it"
+                " to null",
+            )
+    if beyond := [layer for layer in t.layers_without_rotary if layer >= t.num_layers]:
+        yield (
+            (f"{above}.layers_without_rotary", layers),
+            f"given {beyond[0]}, must be below num_layers {t.num_layers}",
+        )
+        return
+    without = [layer for layer in range(t.num_layers) if t.rotary_of(layer) is None]
+    if t.attention_temperature is not None and without:
+        yield (
+            (f"{above}.attention_temperature", f"{above}.layers_without_rotary", f"{above}.rotary"),
+            f"needs rotary positions in every block, which block {without[0]} has not",
+        )
+
+
+def activation(config: TrainConfig) -> Violations:
+    """The activation of the MLP, and its gate."""
+    t, above = config.model.base_model.transformer, "model.base_model.transformer"
+    if t.gated == (t.activation_type == "xielu"):
+        allowed = "no: xielu is for MLPs without a gate" if t.gated else "yes, or xielu"
+        yield (
+            (f"{above}.gated", f"{above}.activation_type"),
+            f"given {'yes' if t.gated else 'no'} with activation_type {t.activation_type}, must be"
+            f" {allowed}",
+        )
+    elif not t.gated and t.add_linear_biases in ("everywhere", "only_mlp"):
+        yield (
+            (f"{above}.add_linear_biases", f"{above}.gated"),
+            f"given {t.add_linear_biases}, but MLPs without a gate have no biases",
+        )
+
+
+def experts(config: TrainConfig) -> Violations:
+    """Mixture of experts."""
+    t, above = config.model.base_model.transformer, "model.base_model.transformer"
+    number, chosen = f"{above}.num_experts", f"{above}.num_experts_per_token"
+    if t.num_experts_per_token > t.num_experts:
+        yield (
+            (chosen, number),
+            f"given {t.num_experts_per_token}, must be at most num_experts {t.num_experts}",
+        )
+    if beyond := [layer for layer in t.layers_without_experts if layer >= t.num_layers]:
+        yield (
+            (f"{above}.layers_without_experts", f"{above}.num_layers"),
+            f"given {beyond[0]}, must be below num_layers {t.num_layers}",
+        )
+    if t.num_experts == 1:
+        return
+    if t.activation_type not in ("silu", "clamped_swiglu"):
+        yield (
+            (f"{above}.activation_type", number),
+            f"given {t.activation_type}, must be silu or clamped_swiglu with experts",
+        )
+
+
+def export_format(config: TrainConfig) -> Violations:
+    """The family of exports is that which is trained."""
+    asked, family = config.training.export.format, config.model.base_model.family
+    if asked not in ("auto", family):
+        yield (
+            ("training.export.format", "model.base_model.family", "pretrained.path"),
+            f"given {asked}, but the model is {family}; use auto",
         )
 
 

@@ -24,7 +24,13 @@ from fast_llm.config.compat import (
     REFUSED,
     RENAMED,
 )
-from fast_llm.config.mistakes import describe_allowed, nested_sections, refused_values
+from fast_llm.config.mistakes import (
+    ITEMS,
+    describe_allowed,
+    iter_sections,
+    nested_sections,
+    refused_values,
+)
 from fast_llm.config.prepare import ConvertConfig, PrepareConfig
 from fast_llm.config.text import format_value
 from fast_llm.config.train import TrainConfig
@@ -45,6 +51,9 @@ YAML is version 1.1, so `100_000` is a number and `yes` is true; `1e-4` is a num
 command line, text is taken literally (`dataset.data_files=*.jsonl`) and `#` begins no comment.
 Unknown settings, settings given twice and values that are not allowed are errors; all errors of a
 file are reported at once.
+
+Editors complete and check settings with the file that `fast-llm settings train --schema` prints,
+if the first line of the YAML file names it: `# yaml-language-server: $schema=train.schema.json`.
 
 One setting turns off a feature, whatever else the file says about it:
 
@@ -102,8 +111,8 @@ def page() -> str:
 def _sections(kind: type[BaseModel], above: str) -> Iterator[tuple[str, type[BaseModel]]]:
     yield above, kind
     for name, field in kind.model_fields.items():
-        for section in nested_sections(field.annotation):
-            yield from _sections(section, f"{above}.{name}" if above else name)
+        for path, section in iter_sections(field, f"{above}.{name}" if above else name):
+            yield from _sections(section, path)
 
 
 def _section(path: str, section: type[BaseModel]) -> list[str]:
@@ -133,10 +142,16 @@ def default_text(section: type[BaseModel], name: str) -> str:
 
 
 def _default_at(kind: type[BaseModel], path: str) -> str:
+    return default_text(*section_of(kind, path))
+
+
+def section_of(kind: type[BaseModel], path: str) -> tuple[type[BaseModel], str]:
+    """The section that a dotted path is in, and its name there."""
     *above, name = path.split(".")
     for part in above:
-        kind = nested_sections(kind.model_fields[part].annotation)[0]
-    return default_text(kind, name)
+        if part not in ITEMS.values():
+            kind = nested_sections(kind.model_fields[part].annotation)[0]
+    return kind, name
 
 
 def _refused(kind: type[BaseModel], refused: Mapping[str, str]) -> Iterator[tuple[str, str]]:

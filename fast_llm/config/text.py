@@ -196,7 +196,10 @@ class YamlReader:
                 continue
             key = key_node.value
             here = f"{path}.{key}" if path else key
-            if "." in key:
+            is_empty = isinstance(value_node, yaml.ScalarNode) and not value_node.value
+            if is_empty and (meant := with_space(key)):
+                self._problem(line, path, f"YAML needs a space after the colon: {meant}")
+            elif "." in key:
                 above, _, below = key.partition(".")
                 self._problem(
                     line,
@@ -240,6 +243,14 @@ def _character(error: yaml.reader.ReaderError) -> str:
 
 def _is_name(node: yaml.ScalarNode) -> bool:
     return node.tag == _TAG + "str" and bool(node.value) and node.value.isprintable()
+
+
+def with_space(text: str) -> str:
+    """`name:value` with the space that YAML needs after the colon, in backticks; empty for other
+    text.
+    """
+    found = re.fullmatch(r"(\w+):([^\s:/\\][^\s:]*)", text)
+    return f"`{found[1]}: {found[2]}`" if found else ""
 
 
 def _why(error: yaml.MarkedYAMLError) -> str:

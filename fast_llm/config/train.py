@@ -1,5 +1,7 @@
-"""The YAML file of `fast-llm train`, section by section, in its order; the sections `model` and
-`pretrained` are in model.py.
+"""The YAML file of `fast-llm train`, section by section, in its order.
+
+The sections `model` and `pretrained` are in model.py, `training.checkpoint` and `training.export`
+in saving.py, `optimizer` in optimizer.py.
 
 The text under a setting is its documentation: the command's help shows it, and
 `python -m fast_llm.config.reference > docs/settings.md` writes it to the page of settings. Sections
@@ -8,33 +10,29 @@ in checks.py; what Fast-LLM 0.2 had is in compat.py.
 """
 
 import re
-import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from fast_llm.config.compat import EXPORT_FORMATS
 from fast_llm.config.disabled import without_disabled
 from fast_llm.config.mistakes import Allowed, unsupported
+from fast_llm.config.mixture import DataSource, DataStageConfig
 from fast_llm.config.model import ModelConfig, PretrainedConfig
+from fast_llm.config.optimizer import OptimizerConfig
+from fast_llm.config.saving import AverageConfig, CheckpointConfig, ExportConfig
 from fast_llm.config.section import Interval, Section
 from fast_llm.config.types import (
     Count,
-    DType,
-    Fraction,
-    NonNegativeFloat,
-    ParametersPerFile,
     PathText,
     Positive,
     PositiveFloat,
+    Probability,
     Seconds,
     Shares,
     Text,
     WeightedPaths,
     Workers,
-    no_fp64,
     path_text,
-    short_dtype,
 )
 
 
@@ -54,110 +52,6 @@ class ValidationConfig(Interval):
     iterations: Positive | None = None
     """Number of batches (of `batch.batch_size` sequences) that one validation measures. Required
     with `interval`."""
-
-
-class CallbackConfig(Section):
-    """A program that the first process starts after each checkpoint or export. Training does not
-    wait for it.
-    """
-
-    script: Annotated[str | list[str], Allowed("a command, or a list of its words")] | None = None
-    """The command, as a line for a shell or as a list of words. The environment variable
-    FAST_LLM_SAVED holds the folder that was written. null starts nothing."""
-    environment: dict[str, str] = {}
-    """Further environment variables for the command. They are written to config.yaml and to
-    checkpoints, so do not put secrets here: set those where training is started; the command
-    inherits them."""
-
-    @field_validator("script")
-    @classmethod
-    def _begins_with_a_program(cls, value: str | list[str] | None) -> str | list[str] | None:
-        try:
-            words = shlex.split(value) if isinstance(value, str) else value
-        except ValueError as error:
-            raise ValueError(
-                f"given {value}, which is not a valid command line: {str(error).lower()}"
-            ) from error
-        if words is not None and not (words and words[0]):
-            raise ValueError("given no words, must begin with a program; leave it out for none")
-        return value
-
-    @field_validator("environment")
-    @classmethod
-    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(
-                    f"{name} cannot be the name of an environment variable; use letters, digits and"
-                    " _"
-                )
-            if re.search("token|key|secret|password|credential", name, re.IGNORECASE):
-                raise ValueError(
-                    f"{name} looks like a secret, which would be written to config.yaml; set it in"
-                    " the environment that training is started in"
-                )
-        return value
-
-
-class SavedConfig(Interval):
-    """When checkpoints or exports are written, and how many are kept."""
-
-    keep_every: Positive | None = None
-    """Keep one in this many saved folders permanently, in addition to `keep`: those of steps that
-    are multiples of `keep_every` × `interval`, counted from `offset`. With `interval: 1000` and
-    `keep_every: 10` these are the steps 10000, 20000, …"""
-    callback: CallbackConfig = CallbackConfig()
-
-    def is_permanent(self, step: int) -> bool:
-        """Whether what is saved after this step is never deleted."""
-        if self.keep_every is None or self.interval is None:
-            return False
-        return (step - self.offset) % (self.keep_every * self.interval) == 0
-
-
-class CheckpointConfig(SavedConfig):
-    """Checkpoints, from which the same command resumes: fp32 weights and both moments (12 bytes a
-    parameter; 8 with bf16 or int8 moments, as int8 is stored as bf16), counters, settings and what
-    identifies the data. With `interval` set, one is also saved after the last step. When a signal
-    stops training and `run.experiment_dir` is set, one is saved even without `interval`.
-    """
-
-    keep: Positive | None = 5
-    """Number of newest checkpoints to keep. null keeps all."""
-    background: bool = True
-    """Write checkpoints in the background while training continues. This copies a checkpoint's
-    tensors to host memory, once for each group of `model.multi_stage.shard_size` processes. If the
-    memory is too small, training waits instead."""
-
-
-class ExportConfig(SavedConfig):
-    """Exports: Hugging Face folders with weights, configuration and tokenizer, in
-    `export/<format>/<step>/`. With `interval` set, one is also written after the last step.
-    """
-
-    keep: Positive | None = None
-    """Number of newest exports to keep. null keeps all."""
-    format: Annotated[
-        Literal["llama"],
-        unsupported(EXPORT_FORMATS),
-    ] = "llama"
-    """Format of the folder: `llama`, as transformers reads it."""
-    model_weights: Annotated[
-        bool, unsupported({False: "exports always hold weights; to write none set interval: null"})
-    ] = True
-    """Only yes is allowed: exports always hold weights."""
-    optimizer_state: (
-        Annotated[
-            bool,
-            unsupported({True: "a Hugging Face folder holds no optimizer state; checkpoints do"}),
-        ]
-        | None
-    ) = None
-    """Only no is allowed: a Hugging Face folder holds no optimizer state."""
-    parameters_per_file: ParametersPerFile = 2**32
-    """Maximum number of parameters in one safetensors file."""
-    data_type: DType | None = None
-    """Dtype of the exported weights. null means `model.distributed.training_dtype`."""
 
 
 class ShutdownConfig(Interval):
@@ -253,6 +147,9 @@ class TrainingConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
+    averages: dict[str, AverageConfig] = {}
+    """Running averages of the weights: name → settings. For example `ema: {decay: 0.999}`, or
+    `tail: {start: 90_000}`."""
     shutdown: ShutdownConfig = ShutdownConfig()
     spikes: SpikesConfig = SpikesConfig()
     double_check: DoubleCheckConfig = DoubleCheckConfig()
@@ -260,6 +157,16 @@ class TrainingConfig(Section):
     tensorboard: bool = False
     """Also write metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
     wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None
+
+    @field_validator("averages")
+    @classmethod
+    def _names(cls, value: dict[str, AverageConfig]) -> dict[str, AverageConfig]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(
+                    f"{name} cannot be the name of an average; use letters, digits and _"
+                )
+        return value
 
 
 class BatchConfig(Section):
@@ -308,23 +215,68 @@ class TokenizerConfig(Section):
     model's."""
 
 
+class FimConfig(Section):
+    """Fill-in-the-middle (Bavarian et al. 2022): documents of training are cut at two random
+    characters and rearranged. Validation and test are not. The tokens must be the model's own; the
+    tokenizer is the pretrained model's, or that of `data.tokenizer.path`.
+    """
+
+    rate: Probability = 0.0
+    """Probability that a document, or the part of it in a sequence, is rearranged."""
+    max_middle_len: Positive | None = None
+    """Maximum length of the middle, in characters. null has no limit."""
+    split_sample: Text | None = None
+    """Token between the fragments of a document, such as the files of a repository. Each fragment
+    of a document that is chosen by `rate` is then rearranged with `fragment_rate`."""
+    fragment_rate: Probability = 0.0
+    """Probability that a fragment is rearranged."""
+    ignore_prefix: Text | None = None
+    """Documents and fragments that begin with this text stay as they are."""
+    spm_rate: Probability = 0.5
+    """Share of suffix-prefix-middle (SPM); the rest is prefix-suffix-middle (PSM)."""
+    truncate_or_pad: bool = False
+    """Keep the length of each document by cutting or padding its suffix. A sequence keeps its
+    length in any case."""
+    prefix_token: Text = "<fim_prefix>"
+    """Token before the prefix."""
+    middle_token: Text = "<fim_middle>"
+    """Token before the middle."""
+    pad_token: Text = "<fim_pad>"
+    """Token that fills a sequence that became shorter. It is no target there."""
+    suffix_token: Text = "<fim_suffix>"
+    """Token before the suffix."""
+
+
 class DataConfig(Section):
     """The training data."""
 
     format: Annotated[
-        Literal["file", "list", "random"],
+        Literal["file", "list", "mixture", "random"],
         unsupported({"sample": "use random, which also generates tokens"}),
     ] = "list"
-    """`file`: a dataset.json written by `fast-llm prepare`. `list`: prefixes of token files or
-    dataset.json files; either one, or alternately weights and paths (`[0.9, code/dataset.json, 0.1,
-    prose/dataset.json]`). `random`: random tokens, to try things out."""
+    """`file`: a dataset.json written by `fast-llm prepare`. `list`: dataset.json files, prefixes of
+    token files, or `.ds` files of datatrove; either one, or alternately weights and paths (`[0.9,
+    code/dataset.json, 0.1, prose/dataset.json]`). `mixture`: the datasets of `sources`, in shares
+    that may change during training (`stages`). `random`: random tokens, to try things out."""
     path: WeightedPaths = []
     """One path, or a list as described at `format`. Paths are relative to the working directory."""
+    sources: dict[str, DataSource] = {}
+    stages: list[DataStageConfig] = []
     split: Shares = [969, 30, 1]
     """Shares of the documents for training, validation and test. A share that is left out is 0. A
     hash of a document's number in the dataset decides its split. For data whose dataset.json has no
     `split`, the order in each token file decides, from front to back."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become sequences. `concatenate`: joined one after the other, and cut at the
+    ends of sequences. `best_fit` (Ding et al. 2024): a document of up to sequence_length + 1 tokens
+    is never cut; sequences are filled with documents that fit, and the rest is padding. Applies to
+    training, validation and test."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    use_loss_masking_spans: bool = True
+    """Do not train on tokens that the data masks (`dataset.loss_masking_spans` of `prepare`).
+    Validation and test leave them out too. `no` trains on all tokens. Data without masks is not
+    affected."""
+    fim: FimConfig = FimConfig()
     validation_sets: dict[str, PathText] = {}
     """Further datasets whose loss is measured at every validation: name → dataset.json or prefix.
     The loss is logged as `<name>_loss`. If a set is also trained on (recognized by content, at any
@@ -345,6 +297,16 @@ class DataConfig(Section):
             raise ValueError(f"given {value}, at least one share must be above 0")
         return value + [0.0] * (3 - len(value))
 
+    @field_validator("sources")
+    @classmethod
+    def _source_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(
+                    f"{name} cannot be the name of a source; use letters, digits and _"
+                )
+        return value
+
     @field_validator("validation_sets")
     @classmethod
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
@@ -358,75 +320,20 @@ class DataConfig(Section):
         return value
 
 
-class LearningRateConfig(Section):
-    """The learning rate: a linear warmup from 0, then a decay."""
-
-    base: NonNegativeFloat = 1e-4
-    """Peak learning rate."""
-    minimum: NonNegativeFloat = 0.0
-    """Learning rate at the end of the decay and after it."""
-    decay_style: Literal["constant", "linear", "power", "cosine"] = "constant"
-    """How the rate falls from base to minimum, with c the fraction of the decay that is done.
-    `constant`: not at all. `power`: by c^decay_power of the difference. `linear`: an alias of
-    `power`. `cosine`: by ½ (1 - cos(π c^decay_power)) of it."""
-    decay_iterations: Positive | None = None
-    """Step at which the decay ends, counted from the start of training, so it includes the warmup.
-    Required unless decay_style is constant."""
-    decay_power: PositiveFloat = 1.0
-    """Exponent of the fraction of the decay that is done."""
-    warmup_iterations: Count = 0
-    """Steps of the warmup."""
-
-
-class GradientScalerConfig(Section):
-    """Loss scaling against underflow of fp16 gradients."""
-
-    constant: PositiveFloat | None = None
-    """A fixed loss scale, with any dtype. null means a dynamic scale for fp16 and none
-    otherwise."""
-    initial: PositiveFloat = 65536
-    """Dynamic loss scale at the start."""
-    minimum: PositiveFloat = 1.0
-    """Lower limit of the dynamic loss scale."""
-    window: Positive = 1000
-    """Steps without overflow after which the dynamic loss scale doubles."""
-    hysteresis: Positive = 2
-    """Overflows after which the dynamic loss scale is halved."""
-
-
-class OptimizerConfig(Section):
-    """AdamW. Weight decay applies to all matrices, including embedding and head, but not to norms
-    and biases.
+class BranchConfig(Section):
+    """Begin a new run, in its own `run.experiment_dir`, with a checkpoint of another run: for a
+    cooldown, for more steps, or for other data. It continues with the optimizer state, the data
+    position and the loss scale of the checkpoint, and counts steps from there. Settings may differ
+    without `accept_changes`, with two exceptions: the shape of the model, and which parameters are
+    frozen (`optimizer.learning_rate_scales`). Once the branch has a checkpoint of its own, it
+    resumes from that like any run.
     """
 
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay: each update subtracts learning rate × weight_decay × weight."""
-    beta_1: Fraction = 0.9
-    """Decay rate of the average of gradients (first moment)."""
-    beta_2: Fraction = 0.999
-    """Decay rate of the average of squared gradients (second moment)."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the square root of the second moment."""
-    gradient_norm_clipping: PositiveFloat | None = 1.0
-    """Maximum L2 norm of all gradients together. null turns clipping off."""
-    default_learning_rate_scale: NonNegativeFloat = 1.0
-    """Factor on the learning rate."""
-    learning_rate: LearningRateConfig = LearningRateConfig()
-    gradient_scaler: GradientScalerConfig = GradientScalerConfig()
-    moments_dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "int8"],
-        no_fp64,
-        short_dtype,
-        Allowed("auto, fp32, bf16 or int8 (float32, bfloat16)"),
-    ] = "auto"
-    """Dtype of both moments. `bf16` saves 4 bytes a parameter. `int8` saves 6, with one exponent
-    per 128 adjacent values; meant for long sequences. `auto` is fp32, or bf16 on a GPU whose memory
-    is too small, never int8; a resumed run with auto keeps its dtype. A run may resume with any
-    other."""
-    max_nonfinite_steps: Positive = 5
-    """Consecutive steps with infinite or NaN loss or gradients after which training stops. With a
-    dynamic loss scale, it stops only once the scale is at its minimum. Such steps never change the
-    weights."""
+    run: PathText
+    """Experiment folder of the other run. It is only read, and may still be running."""
+    step: Count
+    """Step of the other run after which the branch begins. There must be a checkpoint of it; keep
+    one with `training.checkpoint.keep_every` of the other run."""
 
 
 class RunConfig(Section):
@@ -442,6 +349,7 @@ class RunConfig(Section):
     """Allow torch.compile. `no` disables it everywhere."""
     enable_triton_kernels: bool = True
     """Allow this project's Triton kernels."""
+    branch_from: BranchConfig | None = None
     accept_changes: list[Text] = []
     """Settings that may differ from those of the checkpoint although they change what is trained,
     for example `data.path`, `batch.batch_size`, `batch.sequence_length` or

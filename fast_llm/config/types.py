@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.text import format_value
@@ -37,6 +37,7 @@ Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), Allowed("an integer of 0 
 PositiveFloat = Annotated[float, Field(gt=0), Allowed("a number above 0")]
 NonNegativeFloat = Annotated[float, Field(ge=0), Allowed("a number of 0 or more")]
 Fraction = Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 to below 1")]
+Probability = Annotated[float, Field(ge=0, le=1), Allowed("a number from 0 to 1")]
 Seconds = Annotated[float, Field(gt=0, le=10**9), Allowed("a number of seconds above 0")]
 Workers = Annotated[int, Field(ge=0, le=1024), Allowed("an integer from 0 to 1024")]
 Processes = Annotated[int, Field(ge=1, le=1024), Allowed("an integer from 1 to 1024")]
@@ -60,6 +61,7 @@ DType = Annotated[
     no_fp64,  # pydantic calls validators from the last to the first
     short_dtype,
     Allowed("one of fp32, bf16, fp16 (or float32, bfloat16, float16)"),
+    WithJsonSchema({"enum": ["fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]}),
 ]
 
 
@@ -80,6 +82,7 @@ WeightedPaths = Annotated[
     list[Any],  # text and numbers, which checks.py examines
     BeforeValidator(_weights_and_paths),
     Allowed("a path, or a list of weights and paths in turn"),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": ["string", "number"]}}),
 ]
 Shares = Annotated[
     list[Annotated[float, Field(ge=0, le=10**15)]],

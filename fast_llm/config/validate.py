@@ -14,7 +14,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from fast_llm.config.document import Document, Values
-from fast_llm.config.mistakes import MAX_PROBLEMS, explain, iter_paths, iter_settings
+from fast_llm.config.mistakes import (
+    MAX_PROBLEMS,
+    explain,
+    is_setting,
+    iter_settings,
+)
 from fast_llm.config.section import Section
 from fast_llm.errors import ConfigError, UserError
 
@@ -89,27 +94,28 @@ def with_location(problem: str, document: Document, kind: type[Section], default
         return problem
     every = dict(iter_settings(kind))
     head = re.match(r"[\w.]+(?=[ :])", problem)
-    if head is not None and (
-        head[0] in every or ("." in head[0] and head[0] in set(iter_paths(kind)))
-    ):
+    if head is not None and (head[0] in every or ("." in head[0] and is_setting(kind, head[0]))):
         return f"{document.where(head[0])}: {problem}"
-    if (
-        head is not None
-        and head[0].rpartition(".")[0] in every
-        and document.get(head[0]) is not None
+    around = "" if head is None else head[0].rpartition(".")[0]
+    if head is not None and (
+        (around in every and document.get(head[0]) is not None)
+        or ("." in around and around not in every and is_setting(kind, around))
     ):
         return f"{document.where(head[0])}: {problem}"  # an entry whose name the user chose
     names: dict[str, str] = {}  # value → the setting that names this file or folder
     for path in filter(_PATHS.fullmatch, every):
-        given = document.get(path)
+        around, is_item, key = path.partition(".NAME.")  # an item may be given as its path alone
+        given = document.get(around)
         inside = (
             given.items()
             if isinstance(given, dict)
             else [("", one) for one in (given if isinstance(given, list) else [given])]
         )
         for name, value in inside:
+            here = f"{around}.{name}" if name else path
+            if is_item and isinstance(value, dict):
+                here, value = f"{here}.{key}", value.get(key)
             if isinstance(value, str) and value:
-                here = f"{path}.{name}" if name else path
                 names |= {value: here, str(Path(value).expanduser()): here}
     found = max((value for value in names if problem.startswith(value)), key=len, default=None)
     default = default if found is None else names[found]
@@ -176,13 +182,15 @@ def _with(values: Values, keys: list[str], value: Any) -> Values:
 
 
 def _without(values: Values, paths: Iterable[str]) -> Values:
-    """The values without those at some dotted paths."""
+    """The values without those at some dotted paths. A list with one of them is left out."""
     paths = set(paths)
     kept: Values = {}
     for key, value in values.items():
         if key in paths:
             continue
         inner = {path[len(key) + 1 :] for path in paths if path.startswith(key + ".")}
+        if inner and isinstance(value, list):
+            continue
         kept[key] = _without(value, inner) if inner and isinstance(value, dict) else value
     return kept
 

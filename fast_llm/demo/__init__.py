@@ -24,6 +24,7 @@ from fast_llm.demo.results import (
     show_samples,
 )
 from fast_llm.errors import UserError
+from fast_llm.report import NAME as REPORT
 
 RECIPE = Path(__file__).with_name("train-config.yaml")
 # A Llama of 1.3 million parameters, which two CPU cores train in minutes.
@@ -97,7 +98,8 @@ def demo(name: str) -> None:
     show_losses(undisturbed / "metrics.jsonl", STEPS)
     picture = folder / "losses.svg"
     picture.write_text(draw(curves(folder / "prose-run", undisturbed)))
-    print(f"as a picture: {picture}\n")
+    print(f"as a picture: {picture}")
+    print(f"as a page for a browser: {undisturbed / REPORT}\n")
     show_samples(pretrained, continued)
     checks = [
         compare_logits(undisturbed, STEPS, continued),

@@ -4,17 +4,39 @@ One function a group of tensors that `model/` holds at the same time; sizes are 
 micro-batch (`LocalSizes`). docs/forecasts.md has the formulas. Only arithmetic.
 """
 
-from fast_llm.models.sizes import CHUNK_ROWS, FP32_LOGITS, chunk_length
+from fast_llm.models.sizes import (
+    CHUNK_ROWS,
+    FEWEST_QUERIES,
+    FP32_LOGITS,
+    MOST_QUERIES,
+    chunk_length,
+)
 from fast_llm.planning.layout import LocalSizes
 
 
 def attended_keys(s: LocalSizes) -> float:
-    """Keys that attention reads.
+    """Keys that attention reads, of a block on average.
 
-    With context parallelism these are all keys up to the later of this process's two chunks.
+    With context parallelism these are all keys up to the later of this process's two chunks. With a
+    window they are those of both chunks, and of the window before each.
     """
-    context = s.layout.context
-    return s.tokens * (context + 0.5) if context > 1 else s.tokens
+    if s.layout.context == 1:
+        return s.tokens
+    return mean_over_blocks(s, s.tokens * (s.layout.context + 0.5), s.tokens)
+
+
+def mean_over_blocks(s: LocalSizes, full: float, own: float) -> float:
+    """The mean of `full`, and of `own` and the tokens in the window before both chunks.
+
+    These are of blocks without and with a window that is shorter than a chunk.
+    """
+    windows, layout = s.workload.windows, s.layout
+    chunk = s.workload.sequence_length // (2 * layout.context)
+    before = [
+        2 * layout.micro_batch_size * (window - 1) if window is not None and window <= chunk else -1
+        for window in windows
+    ]
+    return sum(full if tokens < 0 else min(full, own + tokens) for tokens in before) / len(windows)
 
 
 def attention_tensors(s: LocalSizes) -> tuple[float, float]:
@@ -45,10 +67,11 @@ def saved_activations(s: LocalSizes, level: str) -> float:
     `level`: mlp_recompute_level.
     """
     inputs, results = attention_tensors(s)
+    parts = s.workload.mlp_inputs * s.mlp  # gate and up
     if level == "block":
         return s.stream
     if level == "selective":  # results of matmuls and of attention
-        projected = s.queries + 2 * s.keys + 2 * s.mlp
+        projected = s.queries + 2 * s.keys + parts
         return 3 * s.stream + projected + results
     norm_scales = 4 * s.stream_tokens
     normed = s.normed + norm_scales
@@ -58,18 +81,25 @@ def saved_activations(s: LocalSizes, level: str) -> float:
         attention_input = (1 if s.layout.compiled else 3) * hidden + norm_scales
         attention_output = s.tokens * s.query_size
         mlp_input = (1 if s.layout.compiled else 2) * hidden + norm_scales
-        mlp = mlp_input + (2 if fused_gate else 3) * s.mlp + s.tokens * s.ffn
+        mlp = mlp_input + parts + (0 if fused_gate else s.mlp) + s.tokens * s.ffn
     else:
         attention_input = normed
         # Upcast attention gives fp32; the next matmul keeps its result in the compute dtype.
         attention_output = s.queries if s.upcasts else 0
-        mlp = normed + (3 if fused_gate else 4) * s.mlp
+        mlp = normed + parts + (1 if fused_gate else 2) * s.mlp
+    # Tokens sorted by expert, one row for each of a token's experts.
+    mlp += s.workload.expert_rows * s.normed
     mlp_kept = {
         "none": mlp,
-        "activation": normed + 2 * s.mlp + s.stream,  # the result of the last matmul, too
-        "activation_and_input": 2 * s.mlp + s.stream,
+        "activation": normed + parts + s.stream,  # the result of the last matmul, too
+        "activation_and_input": parts + s.stream,
         "full": 0,
     }[level]
+    if s.workload.normed_heads:  # norms keep their inputs
+        attention_input += s.queries + s.keys
+    if s.workload.norms_results:
+        attention_input += s.stream
+        mlp_kept += 0 if level == "full" else s.stream
     # The residual stream is kept at the block's input, and between attention and MLP.
     return 2 * s.stream + attention_input + inputs + results + attention_output + mlp_kept
 
@@ -93,6 +123,23 @@ def recomputed_activations(s: LocalSizes) -> float:
     return everything - saved_activations(s, level)
 
 
+def limited_scores(s: LocalSizes) -> float:
+    """Bytes of attention's scores where PyTorch limits them (model/sdpa.py), in its backward pass.
+
+    Of one block of queries: scores before and after tanh and softmax, and two gradients, in fp32.
+    Our CPU kernel has none.
+    """
+    w, layout = s.workload, s.layout
+    if not w.limits_scores or not w.flash or (s.on_cpu and layout.context == 1):
+        return 0.0
+    heads, longest = s.query_size // w.head_size, w.sequence_length
+    sizes = []
+    for window in w.windows:
+        queries = min(longest, MOST_QUERIES if window is None else max(window, FEWEST_QUERIES))
+        sizes.append(queries * min(longest, queries + (longest if window is None else window)))
+    return 5.0 * 4 * layout.micro_batch_size * heads * max(sizes)
+
+
 def backward_temporaries(s: LocalSizes) -> float:
     """Bytes of activation gradients at the widest place of a block's backward pass.
 
@@ -102,7 +149,7 @@ def backward_temporaries(s: LocalSizes) -> float:
     """
     tokens, hidden, ffn, w = s.tokens, s.hidden, s.ffn, s.dtype_bytes
     weight = hidden * ffn
-    widest: float = max(2 * s.mlp, s.mlp + weight * w)
+    widest: float = max(2 * s.mlp, s.mlp + weight * w, limited_scores(s) - 3 * s.mlp)
     if not s.on_cpu and s.workload.flash:
         attended = attended_keys(s)
         # Gradients of queries and, for each query head, of keys and values in fp32; then in the
@@ -168,7 +215,8 @@ def loss_tensors(s: LocalSizes) -> float:
             upcast_matmul_bytes(chunk, s.vocabulary, s.hidden),
         )
     elif s.on_cpu and s.mixed_precision:
-        scratch += (4 + s.dtype_bytes) * min(CHUNK_ROWS, s.vocabulary) * s.hidden
+        rows = min(CHUNK_ROWS, s.vocabulary) * s.workload.trains_head
+        scratch += (4 + s.dtype_bytes) * rows * s.hidden
     return chunk * s.vocabulary * s.dtype_bytes + scratch
 
 
@@ -177,10 +225,11 @@ def loss_backward_tensors(s: LocalSizes) -> float:
 
     Temporaries are some rows in fp32, or the logits' gradient.
     """
-    gradient = s.vocabulary * s.hidden * s.dtype_bytes
+    gradient = s.vocabulary * s.hidden * s.dtype_bytes * s.workload.trains_head
     if s.upcasts and uses_torch_loss(s):
         logits = s.tokens * s.vocabulary * s.dtype_bytes
         return gradient + logits + upcast_matmul_bytes(s.vocabulary, s.tokens, s.hidden)
     if s.on_cpu:
-        return gradient + 4.0 * min(CHUNK_ROWS, s.vocabulary) * s.hidden
+        rows = min(CHUNK_ROWS, s.vocabulary) * s.workload.trains_head
+        return gradient + 4.0 * rows * s.hidden
     return 0.0 if s.fuses_head_gradient else gradient

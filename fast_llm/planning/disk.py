@@ -3,26 +3,42 @@
 It lists folders and reads the free space of the disk; no file is opened.
 """
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.train import CheckpointConfig, ExportConfig, TrainConfig
+from fast_llm.config.parameter_rules import frozen_names
+from fast_llm.config.saving import CheckpointConfig, ExportConfig
+from fast_llm.config.train import TrainConfig
+from fast_llm.models import family_of
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
-    """The size of a checkpoint: fp32 weights and two moments; 8-bit moments are written in bf16.
+    """The size of a checkpoint: fp32 weights, averages and two moments; 8-bit ones are bf16 there.
 
-    Moments whose dtype is `auto` count as fp32.
+    Moments whose dtype is `auto` count as fp32. Frozen parameters have none.
     """
-    return parameters * (8 if config.optimizer.moments_dtype in ("bf16", "int8") else 12)
+    base = config.model.base_model
+    shapes = family_of(base).shapes(base)
+    frozen = sum(math.prod(shapes[name]) for name in frozen_names(config.optimizer, shapes))
+    moments = 4 if config.optimizer.moments_dtype in ("bf16", "int8") else 8
+    weights = 4 * (1 + len(config.training.averages)) * parameters
+    return weights + moments * (parameters - frozen)
 
 
 def export_bytes(config: TrainConfig, parameters: int) -> int:
     """The size of an export's weights."""
     dtype = config.training.export.data_type or config.model.distributed.training_dtype
     return parameters * (4 if dtype == "fp32" else 2)
+
+
+def export_folders(config: TrainConfig, folder: Path) -> dict[str, Path]:
+    """Where a run's exports go: those of the model, named "", and those of each average."""
+    exports, family = folder / "export", config.model.base_model.family
+    averages = {name: exports / f"{family}-{name}" for name in config.training.averages}
+    return {"": exports / family} | averages
 
 
 def disk_use(
@@ -33,7 +49,6 @@ def disk_use(
     For checkpoints and for exports: how many more than now, and the bytes of one.
     """
     training = config.training
-    exports = folder / "export" / training.export.format
     last = training.train_iters
     return {
         "checkpoints": (
@@ -41,7 +56,10 @@ def disk_use(
             checkpoint_bytes(config, parameters),
         ),
         "exports": (
-            additional_folders(training.export, exports, completed_steps, last),
+            sum(
+                additional_folders(training.export, exports, completed_steps, last)
+                for exports in export_folders(config, folder).values()
+            ),
             export_bytes(config, parameters),
         ),
     }

@@ -1,8 +1,9 @@
 """The history of a run: its batch sizes by step, and its orders of data by sequence.
 
 Sequences are numbered from 0 over the life of a run, including those that were skipped after
-spikes. A change by consent (`run.accept_changes`) adds an entry; past entries never change. Each
-checkpoint's manifest holds the history up to it: the run resumes from it, and `fast-llm why`
+spikes. A change by consent (`run.accept_changes`) adds an entry; past entries never change. The
+stages of `data.stages` that are still to come are orders too; a resume or rewind computes them
+again. Each checkpoint's manifest holds the history: the run resumes from it, and `fast-llm why`
 answers from it. Reading it costs nothing; reconstructing one of version 0.1 reads metrics.jsonl.
 """
 
@@ -10,17 +11,30 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from fast_llm.config.train import DataConfig, TrainConfig
 from fast_llm.data.dataset import Dataset, Split, open_dataset
-from fast_llm.data.sampling import UNIT, Mixture, add_drawn
+from fast_llm.data.sampling import UNIT, Drawn, Mixture, add_drawn
 from fast_llm.data.source import RandomSource, Source
 from fast_llm.errors import DataError, UserError
+from fast_llm.planning.stages import StageSpan, remaining_stages
 
 _GONE = "gone"  # the digest of a source that can no longer be read
+
+
+_Drawn = tuple[PositiveInt, NonNegativeInt, PositiveInt]  # as in sampling.py
+_PackedDrawn = tuple[PositiveInt, NonNegativeInt, PositiveInt, Literal["best_fit"]]
 
 
 class BatchSizeEntry(BaseModel):
@@ -34,13 +48,21 @@ class BatchSizeEntry(BaseModel):
 class SourceState(BaseModel):
     """A source when an order of data begins.
 
-    `drawn`: for each sequence length and seed, how many sequences the source has given so far.
+    `drawn`: for each sequence length, seed and packing, how many sequences the source has given so
+    far. `padding`: share of the inputs of an epoch that hold no token.
     """
 
     name: str
     digest: str
     key: NonNegativeInt  # of its permutation: no two sources of a run share one
-    drawn: list[tuple[PositiveInt, NonNegativeInt, PositiveInt]] = []
+    drawn: list[_Drawn | _PackedDrawn] = []
+    padding: NonNegativeFloat = 0.0
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without padding if there is none, as earlier versions write it."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "padding" or value}
 
 
 class DataOrder(BaseModel):
@@ -49,7 +71,7 @@ class DataOrder(BaseModel):
     index: NonNegativeInt
     sequence_length: PositiveInt
     seed: NonNegativeInt
-    data: dict[str, Any]  # format, path and split, to open the sources again
+    data: dict[str, Any]  # format, path, split, to open the sources again; packing if best_fit
     edges: list[NonNegativeInt]  # of the mixture, as sampling.py has them
     sources: list[SourceState]
     left_out: list[SourceState] = []  # sources of earlier orders, should they return
@@ -65,12 +87,31 @@ class DataOrder(BaseModel):
 
     def states_at(self, index: int) -> list[SourceState]:
         """The sources at sequence `index`, with all that they have given."""
-        drawn_with = self.sequence_length, self.seed
         counts = Mixture(self.edges).counts(index - self.index)
         return [
-            source.model_copy(update={"drawn": add_drawn(source.drawn, (*drawn_with, count))})
+            source.model_copy(update={"drawn": add_drawn(source.drawn, self._drawn(count))})
             for source, count in zip(self.sources, counts, strict=True)
         ]
+
+    def expected_padding(self, sequences: int) -> dict[int, float]:
+        """Inputs of the first `sequences` sequences that hold no token, by the key number of their
+        source: as many as these sequences have on average over an epoch.
+        """
+        if not any(source.padding for source in self.sources):
+            return {}
+        counts = zip(Mixture(self.edges).counts(sequences), self.sources, strict=True)
+        return {
+            source.key: count * source.padding * self.sequence_length for count, source in counts
+        }
+
+    @property
+    def best_fit(self) -> bool:
+        """Whether documents are packed best-fit."""
+        return bool(self.data.get("packing") == "best_fit")
+
+    def _drawn(self, count: int) -> Drawn:
+        drawn = self.sequence_length, self.seed, count
+        return (*drawn, "best_fit") if self.best_fit else drawn
 
 
 class History(BaseModel):
@@ -115,13 +156,23 @@ class History(BaseModel):
         """The order of data that holds for a sequence."""
         return [order for order in self.orders if order.index <= index][-1]
 
-    def tokens(self, samples: int) -> int:
-        """Tokens of the first `samples` sequences."""
-        ends = [*(order.index for order in self.orders[1:]), samples]
-        return sum(
-            max(0, min(end, samples) - order.index) * order.sequence_length
-            for order, end in zip(self.orders, ends, strict=True)
-        )
+    def inputs(self, samples: int) -> int:
+        """Inputs of the first `samples` sequences, padding included."""
+        return sum(count * order.sequence_length for order, count in self._counts(samples))
+
+    def expected_padding(self, samples: int) -> dict[int, float]:
+        """As of `DataOrder`, over all orders."""
+        total: dict[int, float] = {}
+        for order, count in self._counts(samples):
+            for key, padding in order.expected_padding(count).items():
+                total[key] = total.get(key, 0) + padding
+        return total
+
+    def _counts(self, samples: int) -> list[tuple[DataOrder, int]]:
+        """How many of the first `samples` sequences each order has."""
+        ends = [*(order.index for order in self.orders), samples][1:]
+        pairs = zip(self.orders, ends, strict=True)
+        return [(order, max(0, min(end, samples) - order.index)) for order, end in pairs]
 
     def with_batches(self, step: int, samples: int, batch_size: int) -> "History":
         """Copy the history with this batch size after `step`, which `samples` sequences end."""
@@ -131,55 +182,69 @@ class History(BaseModel):
             kept.append(BatchSizeEntry(after=step, index=samples, batch_size=batch_size))
         return History(batches=kept, orders=self.orders)
 
-    def with_data(self, samples: int, config: TrainConfig, split: Split) -> "History":
-        """Copy the history with the data of `split` after `samples` sequences."""
+    def with_data(self, step: int, samples: int, config: TrainConfig, split: Split) -> "History":
+        """Copy the history with the data of `split` after `step`, which `samples` sequences end:
+        the stage that is then in force, and those to come.
+        """
+        size, tokens = self.batches[-1].batch_size, self.inputs(samples)
         kept = [order for order in self.orders if order.index < samples]
-        if not kept:
-            kept = [_order(0, config, split, [])]
-        else:
-            before = kept[-1]
-            states = [*before.states_at(samples), *before.left_out]
-            order = _order(samples, config, split, states)
-            if _equal(before, order):
-                # Only paths changed.
+        for span in remaining_stages(config, step, samples, tokens, size):
+            states = list[SourceState]()
+            if kept:
+                states = [*kept[-1].states_at(span.index), *kept[-1].left_out]
+            order = _order(span, config, split, states)
+            if kept and _equal(kept[-1], order):
+                # Only paths changed, or two stages are alike.
                 named = [
                     old.model_copy(update={"name": new.name})
-                    for old, new in zip(before.sources, order.sources, strict=True)
+                    for old, new in zip(kept[-1].sources, order.sources, strict=True)
                 ]
-                kept[-1] = before.model_copy(update={"data": order.data, "sources": named})
+                kept[-1] = kept[-1].model_copy(update={"data": order.data, "sources": named})
             else:
                 kept.append(order)
         return History(batches=self.batches, orders=kept)
 
-    def describe_sources(self, split: Split) -> list[str]:
-        """For each source of a changed order, where in its data it continues, as text."""
-        if len(self.orders) < 2:
+    def describe_sources(self, before: "History", samples: int, split: Split) -> list[str]:
+        """For each source, where in its data it continues after `samples` sequences, as text; empty
+        if the earlier history `before` has the same order there.
+        """
+        now = self.order_at(samples)
+        if now.index < samples or samples == 0 or _equal(now, before.order_at(samples)):
             return []
-        found = []
-        for source, sampler in zip(self.orders[-1].sources, split.samplers, strict=True):
-            start = f"continues after {sampler.epochs(0):.3g} epochs" if source.drawn else "is new"
-            found.append(f"{source.name}: {start}")
-        return found
+        epochs = split.order_at(samples).epochs(samples)
+        return [
+            f"{source.name}: "
+            + (f"continues after {done:.3g} epochs" if source.drawn else "is new")
+            for source, done in zip(now.sources, epochs, strict=True)
+        ]
 
 
 def new_history(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
     """The history of a new run."""
-    order = _order(0, config, dataset.splits["training"], [])
-    return History(
-        batches=[BatchSizeEntry(after=0, index=0, batch_size=batch_size)], orders=[order]
-    )
+    batches = [BatchSizeEntry(after=0, index=0, batch_size=batch_size)]
+    empty = History.model_construct(batches=batches, orders=[])
+    return empty.with_data(0, 0, config, dataset.splits["training"])
 
 
-def apply_order(split: Split, order: DataOrder) -> None:
-    """Make the training data continue in this order."""
-    keys, drawn = [s.key for s in order.sources], [s.drawn for s in order.sources]
-    split.continue_from(order.index, order.edges, keys, drawn)
+def apply_orders(split: Split, history: History, samples: int) -> None:
+    """Make the training data continue after `samples` sequences as the history says."""
+    now = history.order_at(samples)
+    split.orders = [
+        split.order(
+            order.index,
+            order.edges,
+            [source.key for source in order.sources],
+            [source.drawn for source in order.sources],
+        )
+        for order in history.orders
+        if order.index >= now.index
+    ]
 
 
 def _order(
-    index: int, config: TrainConfig, split: Split, states: Sequence[SourceState]
+    span: StageSpan, config: TrainConfig, split: Split, states: Sequence[SourceState]
 ) -> DataOrder:
-    """The order of data that the configuration asks for.
+    """The order of data that the configuration asks for in a stage.
 
     Sources with known states keep their keys and counts.
     """
@@ -189,23 +254,31 @@ def _order(
         known = next((state for state in states if state.digest == source.digest), None)
         if known is not None:
             states.remove(known)
-            sources.append(known.model_copy(update={"name": source.name}))
+            values = {"name": source.name, "padding": source.padding}
+            sources.append(known.model_copy(update=values))
             continue
-        sources.append(SourceState(name=source.name, digest=source.digest, key=unused))
+        sources.append(
+            SourceState(name=source.name, digest=source.digest, key=unused, padding=source.padding)
+        )
         unused += 1
     return DataOrder(
-        index=index,
+        index=span.index,
         sequence_length=config.batch.sequence_length,
         seed=config.model.distributed.seed,
-        data=_data(config.data),
-        edges=split.mixture.edges,
+        data=data_settings(config.data),
+        edges=split.edges(span.weights),
         sources=sources,
         left_out=states,
     )
 
 
-def _data(config: DataConfig) -> dict[str, Any]:
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """The settings from which the sources can be opened again."""
     values: dict[str, Any] = config.model_dump(mode="json", include={"format", "path", "split"})
+    if config.packing == "best_fit":
+        values["packing"] = config.packing
+    if config.format == "mixture":
+        values["sources"] = {name: source.path for name, source in config.sources.items()}
     return values
 
 
@@ -214,7 +287,7 @@ def _equal(one: DataOrder, other: DataOrder) -> bool:
 
     def essence(order: DataOrder) -> Any:
         digests = [source.digest for source in order.sources]
-        return (order.sequence_length, order.seed, order.edges, digests)
+        return (order.sequence_length, order.seed, order.best_fit, order.edges, digests)
 
     return bool(essence(one) == essence(other))
 
@@ -222,8 +295,15 @@ def _equal(one: DataOrder, other: DataOrder) -> bool:
 def open_sources(
     data: Mapping[str, Any], order: DataOrder, vocab_size: int
 ) -> dict[str, Source | RandomSource]:
-    """The training sources of a `data` section by digest, without those that cannot be opened."""
+    """The training sources of a `data` section by digest, packed as in `order`, without those that
+    cannot be opened.
+    """
+    data = {**data, "packing": "best_fit" if order.best_fit else "concatenate"}
     paths = data["path"][1::2] if len(data["path"]) > 1 else data["path"]
+    if "sources" in data:
+        paths = data["sources"].values()
+        data = {name: value for name, value in data.items() if name != "sources"}
+        data["format"] = "list"
     found: dict[str, Source | RandomSource] = {}
     for path in paths or [None]:
         values = {**data, "path": [] if path is None else [path]}

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from fast_llm.config.batch import derive_batch_sizes
 from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.parameter_rules import frozen_names
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.models import family_of
+from fast_llm.models.parameters import attended_length, norm_names
 from fast_llm.models.sizes import QUANTIZATION_BLOCK
 
 # Bytes of both moments of a weight. 8-bit moments have a two-byte scale for each block of 128
@@ -33,6 +35,7 @@ class ParallelLayout:
     tensor: int = 1
     sequence_parallel: bool = False  # the residual stream is split over the tensor group
     context: int = 1
+    expert: int = 1  # processes that divide the experts of a layer
     pipeline: int = 1
     layers_per_stage: tuple[int, ...] = ()  # from the first stage to the last
     schedule: str = "1f1b"
@@ -58,6 +61,7 @@ class ParallelLayout:
             sequence_parallel=distributed.sequence_tensor_parallel
             and distributed.tensor_parallel > 1,
             context=distributed.sequence_data_parallel,
+            expert=distributed.expert_parallel,
             pipeline=pipeline,
             layers_per_stage=tuple(stage_sizes(config)),
             schedule=schedule_name(config, in_flight) if pipeline > 1 else "",
@@ -83,6 +87,21 @@ class ParallelLayout:
         """Processes of one sharding group: each holds this fraction of the training state."""
         return min(self.shard_size or self.replicas, self.replicas)
 
+    def forward_passes_in_flight(self, pipeline_rank: int) -> int:
+        """The most forward passes of stages whose activations a process holds at once."""
+        stages = len(self.layers_per_stage) // self.pipeline
+        many, depth = self.in_flight, self.pipeline
+        if self.schedule in ("gpipe", "looped_bfs"):
+            return stages * many
+        if self.schedule == "1f1b":
+            return min(many, depth - pipeline_rank)
+        if self.schedule == "zbv_zero_bubble":
+            return min(2 * many, 2 * depth)
+        # Interleaved: all but its last round of stages, and twice its distance from the end
+        # (Narayanan et al. 2021).
+        warm_up = (stages - 1) * depth + 2 * (depth - pipeline_rank - 1) + 1
+        return min(stages * many, warm_up)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -93,11 +112,25 @@ class Workload:
     heads: int
     kv_heads: int
     head_size: int
-    ffn: int
+    ffn: int  # of a token's experts together, in a model with experts
+    mlp_inputs: int  # matrices of the MLP that have its input: gate and up, or up alone
+    expert_rows: int  # copies of a token, one for each of its experts; 0 without experts
     vocabulary: int
     tied_embeddings: bool
-    matrix_parameters: int  # of a block: weights of its matrices
-    vector_parameters: int  # of a block: weights of its norms, and biases
+    # Of a block, on average: blocks with and without experts differ.
+    matrix_parameters: int  # weights of its matrices
+    expert_parameters: int  # of these, weights of experts
+    vector_parameters: int  # weights of its norms, and biases
+    # Trained parameters: the share of each block, and the names of others; all without frozen ones.
+    trained_shares: tuple[float, ...]  # by layer
+    trains_embedding: bool
+    trains_head: bool  # with tied embeddings, the embedding
+    norms: int  # of a block, without those of queries and keys
+    norms_results: bool  # of attention and MLP
+    normed_heads: bool  # queries and keys have norms
+    windows: tuple[int | None, ...]  # of each block's attention, in tokens
+    limits_scores: bool  # attention_softcap
+    attended_length: float  # of sequences, with windows: see models/parameters.py
     sequence_length: int
     dtype_bytes: int  # of the compute dtype
     moment_bytes: float  # of both moments of a weight
@@ -114,34 +147,71 @@ class Workload:
         """The workload of a valid configuration without `auto`."""
         base: BaseModelConfig = config.model.base_model
         t = base.transformer
-        block = [
+        blocks = [
             shape
             for name, shape in family_of(base).shapes(base).items()
-            if name.startswith("model.layers.0.")
+            if name.startswith("model.layers.")
         ]
+        shares, trains_embedding, trains_head = _trained(config)
+        one_chunk = base.cross_entropy_impl == "torch" and base.z_loss_coefficient > 0
         return Workload(
             layers=t.num_layers,
             hidden=t.hidden_size,
             heads=t.num_attention_heads,
             kv_heads=t.head_groups,
             head_size=t.kv_channels,
-            ffn=t.ffn_hidden_size,
+            ffn=max(t.active_ffn_size(layer) for layer in range(t.num_layers)),
+            mlp_inputs=2 if t.gated else 1,
+            expert_rows=t.num_experts_per_token if t.expert_layers() else 0,
             vocabulary=base.vocab_size,
             tied_embeddings=base.tie_word_embeddings,
-            matrix_parameters=sum(math.prod(shape) for shape in block if len(shape) > 1),
-            vector_parameters=sum(shape[0] for shape in block if len(shape) == 1),
+            matrix_parameters=sum(math.prod(shape) for shape in blocks if len(shape) > 1)
+            // t.num_layers,
+            expert_parameters=sum(
+                math.prod(shape)
+                for name, shape in family_of(base).shapes(base).items()
+                if ".experts." in name
+            )
+            // t.num_layers,
+            vector_parameters=sum(shape[0] for shape in blocks if len(shape) == 1) // t.num_layers,
+            trained_shares=shares,
+            trains_embedding=trains_embedding,
+            trains_head=trains_head,
+            norms=sum(name is not None for name in norm_names(t)),
+            norms_results=t.norm_placement != "pre",
+            normed_heads=t.qk_norm != "none",
+            windows=tuple(t.window(layer) for layer in range(t.num_layers)),
+            limits_scores=t.attention_softcap is not None,
+            attended_length=attended_length(t, config.batch.sequence_length),
             sequence_length=config.batch.sequence_length,
             dtype_bytes=4 if config.model.distributed.training_dtype == "fp32" else 2,
             moment_bytes=MOMENT_BYTES[config.optimizer.moments_dtype],
             flash=t.use_flash_attention,
-            loss=base.cross_entropy_impl,
-            loss_chunks=base.cross_entropy_splits,
+            # With a z-loss, `torch` is computed as one chunk of `fused` (model/loss.py).
+            loss="fused" if one_chunk else base.cross_entropy_impl,
+            loss_chunks=1 if one_chunk else base.cross_entropy_splits,
             packed=not config.batch.cross_document_attention and config.data.format != "random",
             fp8=config.model.distributed.fp8,
             split_masters=config.model.distributed.training_dtype == "bf16"
             and config.run.enable_triton_kernels,
             batch_size=batch_size,
         )
+
+
+def _trained(config: TrainConfig) -> tuple[tuple[float, ...], bool, bool]:
+    """The trained share of each block's parameters, and whether embedding and head are trained."""
+    base, optimizer = config.model.base_model, config.optimizer
+    family = family_of(base)
+    sizes = {name: math.prod(shape) for name, shape in family.shapes(base).items()}
+    frozen = set(frozen_names(optimizer, sizes))
+    shares = []
+    for layer in range(base.transformer.num_layers):
+        names = [name for name in sizes if name.startswith(f"model.layers.{layer}.")]
+        trained = sum(sizes[name] for name in names if name not in frozen)
+        shares.append(trained / sum(sizes[name] for name in names))
+    embedding = family.embedding not in frozen
+    head = embedding if base.tie_word_embeddings else family.head not in frozen
+    return tuple(shares), embedding, head
 
 
 class LocalSizes:
@@ -192,7 +262,8 @@ class LocalSizes:
         sizes = layout.layers_per_stage or (workload.layers,)
         self.stages_per_rank = len(layout.layers_per_stage) // layout.pipeline or 1
         own = self._own_stages(len(sizes))
-        self.layers = sum(sizes[stage] for stage in own)
+        numbers = [sum(sizes[:stage]) + place for stage in own for place in range(sizes[stage])]
+        self.layers = len(numbers)
         self.has_embedding, self.has_head = 0 in own, len(sizes) - 1 in own
         self.block_parameters = (
             workload.matrix_parameters // layout.tensor + workload.vector_parameters
@@ -204,6 +275,32 @@ class LocalSizes:
         own_unit = self.sharded and self.has_head and not workload.tied_embeddings
         self.head_parameters = matrix if own_unit else 0
         self.parameters = self.block_parameters * self.layers + self.outside_parameters
+        # Of a block and micro-batch this process computes with, or gathers: its experts alone.
+        experts = workload.expert_parameters // layout.tensor
+        self.own_block_parameters = self.block_parameters - experts + experts // layout.expert
+        self.own_parameters = self.own_block_parameters * self.layers + self.outside_parameters
+        self.own_share = self.own_block_parameters / self.block_parameters
+        self._count_trained([workload.trained_shares[number] for number in numbers])
+
+    def _count_trained(self, shares: list[float]) -> None:
+        """Count this process's trained parameters. `shares`: of each of its blocks."""
+        workload = self.workload
+        matrix = self.vocabulary * self.hidden
+        frozen = matrix * (not workload.trains_embedding) * self.has_embedding
+        if self.has_head and not (self.has_embedding and workload.tied_embeddings):
+            frozen += matrix * (not workload.trains_head)
+        # Of the block with the most, and of all blocks.
+        self.trained_block_parameters = self.block_parameters * max(shares, default=1.0)
+        self.trained_in_blocks = self.block_parameters * sum(shares)
+        self.trained_outside_parameters = self.outside_parameters - frozen
+        self.trained_head_parameters = self.head_parameters * workload.trains_head
+        self.trained_parameters = self.trained_in_blocks + self.trained_outside_parameters
+        # Blocks below the first trained weight have no backward pass. In a pipeline, only the first
+        # stage could have such blocks; they are not left out.
+        below = 0
+        if self.layout.pipeline == 1 and not workload.trains_embedding:
+            below = next((place for place, one in enumerate(shares) if one), self.layers - 1)
+        self.layers_with_backward = self.layers - below
 
     def _own_stages(self, stages: int) -> list[int]:
         if self.layout.schedule == "zbv_zero_bubble":

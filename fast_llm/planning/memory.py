@@ -92,16 +92,14 @@ class ProcessMemory:
             yield self._head_reduction()
         if s.has_head and s.on_cpu:
             yield self._final_norm_backward()
-        for done in sorted({0, min(1, s.layers - 1), s.layers - 1}):
+        last = s.layers_with_backward - 1
+        for done in sorted({0, min(1, last), last}):
             yield self._block_backward(done)
             if s.sharded:
                 yield self._block_reduction(done)
         if s.sharded:
             yield self._embedding_reduction()
         yield self._optimizer()
-        copies_on_gpu = not s.on_cpu and (s.sharded or not s.workload.split_masters)
-        if s.workload.moment_bytes < 4 and copies_on_gpu:
-            yield self._moments_copy()
 
     # Tensors of several phases.
 
@@ -109,19 +107,19 @@ class ProcessMemory:
     def state(self) -> Parts:
         """Weights, masters and moments: there all the time."""
         s = self.s
-        count, moment_bytes = s.parameters, s.workload.moment_bytes
+        count, moment_bytes = s.parameters, s.workload.moment_bytes * s.trained_parameters
         if s.sharded:
             shards = s.layout.shards
             return {
                 "weights": 0.0,
                 "masters": 4 * count / shards,
-                "moments": moment_bytes * count / shards,
+                "moments": moment_bytes / shards,
             }
         master_bytes = 2 if s.workload.split_masters and not s.on_cpu else 4
         return {
             "weights": s.dtype_bytes * count,
             "masters": master_bytes * count if s.mixed_precision else 0,
-            "moments": moment_bytes * count,
+            "moments": moment_bytes,
         }
 
     @cached_property
@@ -141,22 +139,23 @@ class ProcessMemory:
             return 0.0
         if not s.sharded and not s.mixed_precision and not self.accumulates:
             return 0.0
-        sharded = s.sharded and not self.unsharded_gradients
-        return 4 * s.parameters / s.layout.shards if sharded else 4 * s.parameters
+        if s.sharded and not self.unsharded_gradients:
+            return 4 * s.trained_parameters / s.layout.shards
+        return 4 * (s.trained_in_blocks * s.own_share + s.trained_outside_parameters)
 
     @cached_property
     def final_gradients(self) -> float:
         """Gradients at the end of a step."""
-        return 4 * self.s.parameters / self.state_shards
+        return 4 * self.s.trained_parameters / self.state_shards
 
     @cached_property
     def activations(self) -> float:
         """Saved activations of all blocks, and rotary cosines and sines of passes in flight."""
         s, layout = self.s, self.s.layout
-        blocks: float = s.layers
+        blocks: float = s.layers_with_backward
         passes = 1
         if layout.pipeline > 1:
-            passes = forward_passes_in_flight(layout, s.pipeline_rank)
+            passes = layout.forward_passes_in_flight(s.pipeline_rank)
             blocks = s.layers / s.stages_per_rank * passes
         rotary = 8 * s.workload.head_size * s.tokens
         return blocks * self.saved + rotary * passes
@@ -170,7 +169,7 @@ class ProcessMemory:
     def gathered(self, blocks: int) -> float:
         """Gathered weights of this many blocks and outside of blocks, in the compute dtype."""
         s = self.s
-        count = s.block_parameters * blocks + s.outside_parameters
+        count = s.own_block_parameters * blocks + s.outside_parameters
         return count * s.dtype_bytes if s.sharded else 0.0
 
     @cached_property
@@ -188,22 +187,26 @@ class ProcessMemory:
     def carried_reduction(self) -> Parts:
         """The input of the last reduction, which FSDP2 keeps until the next.
 
-        The embedding's is kept into the next micro-batch.
+        The embedding's is kept into the next micro-batch; if the embedding is frozen, that of the
+        lowest trained block, which FSDP2 reduces when the backward pass is over.
         """
         if self.reduces_each_micro_batch and self.accumulates:
-            return {"communication": 4.0 * self._embedding_parameters}
+            last: float = self._trained_embedding_parameters
+            if not self.s.workload.trains_embedding:
+                last = max(last, self.s.trained_block_parameters * self.s.own_share)
+            return {"communication": 4.0 * last}
         return {}
 
     @cached_property
     def carried_after_head(self) -> Parts:
         """The input of the last reduction, after the head's."""
         if self.s.head_parameters and self.reduces_each_micro_batch:
-            return {"communication": 4.0 * self.s.head_parameters}
+            return {"communication": 4.0 * self.s.trained_head_parameters}
         return self.carried_reduction
 
     @property
-    def _embedding_parameters(self) -> int:
-        return self.s.outside_parameters - self.s.head_parameters
+    def _trained_embedding_parameters(self) -> int:
+        return self.s.trained_outside_parameters - self.s.trained_head_parameters
 
     @cached_property
     def reduced_head_gradient(self) -> float:
@@ -211,13 +214,13 @@ class ProcessMemory:
         s = self.s
         if not (s.head_parameters and self.reduces_each_micro_batch) or self.accumulated:
             return 0.0
-        return 4 * s.head_parameters / s.layout.shards
+        return 4 * s.trained_head_parameters / s.layout.shards
 
     @cached_property
     def own_head_gradient(self) -> float:
         """The head's gradient until the embedding's is reduced, if both are one FSDP2 unit."""
         s = self.s
-        one_unit = s.has_head and s.sharded and not s.head_parameters
+        one_unit = s.has_head and s.sharded and not s.head_parameters and s.workload.trains_head
         return s.vocabulary * s.hidden * s.dtype_bytes if one_unit else 0.0
 
     # The phases.
@@ -226,15 +229,16 @@ class ProcessMemory:
     def _loss_gradients(self) -> float:
         """Gradients of hidden states and head that are made with the loss."""
         s = self.s
-        return 0.0 if uses_torch_loss(s) else s.normed + 4 * s.vocabulary * s.hidden
+        of_head = 4 * s.vocabulary * s.hidden * s.workload.trains_head
+        return 0.0 if uses_torch_loss(s) else s.normed + of_head
 
     def _cross_entropy(self) -> StepPhase:
         s = self.s
         arriving = 0
         if s.sharded and s.layout.shards > 1 and not self.stays_gathered:
             # The buffer in which the last unit was gathered; with zero_stage 3 no block is there.
-            unit = s.head_parameters or s.block_parameters
-            freed = 0 if self.keeps_gathered else s.block_parameters
+            unit = s.head_parameters or s.own_block_parameters
+            freed = 0 if self.keeps_gathered else s.own_block_parameters
             arriving = (unit - freed) * s.dtype_bytes
         return StepPhase(
             "in the cross entropy",
@@ -263,7 +267,7 @@ class ProcessMemory:
 
     def _head_reduction(self) -> StepPhase:
         s = self.s
-        sent = s.head_parameters * (s.dtype_bytes + 4)
+        sent = s.trained_head_parameters * (s.dtype_bytes + 4)
         return StepPhase(
             "reducing the head",
             self.constant
@@ -293,17 +297,19 @@ class ProcessMemory:
     def _around_block(self, done: int) -> Parts:
         """Tensors outside the block that is in its backward pass, after `done` other blocks."""
         s = self.s
-        block = s.block_parameters
+        block = s.own_block_parameters
+        trained = min(s.trained_block_parameters * done, s.trained_in_blocks)
         fresh = 0.0  # gradients made in this backward pass, where none were accumulated before
         if not self.accumulated and s.sharded:
-            fresh = 4 * block * done / s.layout.shards
+            fresh = 4 * trained / s.layout.shards
         elif not self.accumulated:
-            fresh = 4 * (block * done + s.vocabulary * s.hidden * s.has_head)
+            head = s.vocabulary * s.hidden * s.has_head * s.workload.trains_head
+            fresh = 4 * (trained + head)
         gathered = self.gathered_after_head
         if not self.keeps_gathered:
             prefetches = s.layout.shards > 1 and done < s.layers - 1
             gathered += block * s.dtype_bytes if s.sharded and prefetches else 0
-        elif not self.stays_gathered:
+        elif s.sharded and not self.stays_gathered:
             gathered -= block * s.dtype_bytes * done
         return self.constant | {
             "gradients": self.accumulated + fresh + self.reduced_head_gradient,
@@ -316,7 +322,8 @@ class ProcessMemory:
         # The reduction of the previous block overlaps.
         carried = self.carried_after_head
         if done:
-            carried = {"communication": 4 * s.block_parameters if s.sharded else 0.0}
+            block = s.trained_block_parameters * s.own_share
+            carried = {"communication": 4 * block if s.sharded else 0.0}
         return StepPhase(
             f"in the backward pass of block {s.layers - done} of {s.layers}",
             self._around_block(done)
@@ -331,13 +338,14 @@ class ProcessMemory:
     def _block_reduction(self, done: int) -> StepPhase:
         s = self.s
         reduced = 0 if self.accumulated else 1 / s.layout.shards
+        block = s.trained_block_parameters * s.own_share
         return StepPhase(
             f"reducing block {s.layers - done} of {s.layers}",
             self._around_block(done)
             | {
                 "activations": self.activations - done * self.saved - self.saved,
-                "temporaries": s.stream + s.block_parameters * s.dtype_bytes,
-                "communication": 4 * s.block_parameters * (1 + reduced),
+                "temporaries": s.stream + block * s.dtype_bytes,
+                "communication": 4 * (block + s.trained_block_parameters * reduced),
             },
         )
 
@@ -345,16 +353,18 @@ class ProcessMemory:
         s = self.s
         blocks = 0.0
         if not self.accumulated:
-            blocks = 4 * s.block_parameters * s.layers / s.layout.shards
+            blocks = 4 * s.trained_in_blocks / s.layout.shards
         freed = 0
         if not self.stays_gathered:
-            freed = s.block_parameters * s.dtype_bytes * (s.layers if self.keeps_gathered else 1)
+            freed = (
+                s.own_block_parameters * s.dtype_bytes * (s.layers if self.keeps_gathered else 1)
+            )
         reduced = 0 if self.accumulated else 4 / s.layout.shards
         return StepPhase(
             "reducing the embedding",
             self.constant
             | {
-                "communication": self._embedding_parameters * (s.dtype_bytes + 4 + reduced),
+                "communication": self._trained_embedding_parameters * (s.dtype_bytes + 4 + reduced),
                 "gradients": self.accumulated + self.reduced_head_gradient + blocks,
                 "gathered weights": self.gathered_after_head - freed,
             },
@@ -376,25 +386,3 @@ class ProcessMemory:
                 "temporaries": fp32_moments,
             },
         )
-
-    def _moments_copy(self) -> StepPhase:
-        # In bf16. One GPU with split masters copies them to host memory one by one instead.
-        copies = 4 * self.s.parameters / self.state_shards
-        parts = {"gradients": self.final_gradients, "temporaries": copies}
-        return StepPhase("copying moments for a checkpoint", self.state | parts)
-
-
-def forward_passes_in_flight(layout: ParallelLayout, pipeline_rank: int) -> int:
-    """The most forward passes of stages whose activations a process holds at once."""
-    stages = len(layout.layers_per_stage) // layout.pipeline
-    many, depth = layout.in_flight, layout.pipeline
-    if layout.schedule in ("gpipe", "looped_bfs"):
-        return stages * many
-    if layout.schedule == "1f1b":
-        return min(many, depth - pipeline_rank)
-    if layout.schedule == "zbv_zero_bubble":
-        return min(2 * many, 2 * depth)
-    # Interleaved: all but its last round of stages, and twice its distance from the end (Narayanan
-    # et al. 2021).
-    warm_up = (stages - 1) * depth + 2 * (depth - pipeline_rank - 1) + 1
-    return min(stages * many, warm_up)

@@ -7,28 +7,36 @@ error. `--validate` prints the resulting `RunSpec` and stops; training continues
 """
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import huggingface
-from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.checks import check
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.document import Document
+from fast_llm.config.parameter_rules import rule_problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import adding_locations, validate, with_location
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset, open_dataset
-from fast_llm.errors import ConfigError, MissingPackage, UserError
-from fast_llm.models import family_of
-from fast_llm.models.flops import Cost
+from fast_llm.data.fim import make_fim
+from fast_llm.errors import ConfigError, DataError, MissingPackage, UserError
+from fast_llm.models import contradictions, family_of
 from fast_llm.planning import history as histories
-from fast_llm.planning.disk import disk_problems, disk_warning
+from fast_llm.planning.branch import (
+    Ancestor,
+    as_ancestor,
+    branch_point,
+    other_origin,
+    recorded_ancestors,
+)
+from fast_llm.planning.disk import disk_problems
 from fast_llm.planning.history import History
 from fast_llm.planning.pretrained import (
     PretrainedModel,
@@ -36,64 +44,19 @@ from fast_llm.planning.pretrained import (
     experiment_folder,
     with_pretrained_model,
 )
-from fast_llm.planning.resume import check_info, compare, run_identity
+from fast_llm.planning.resume import (
+    check_info,
+    compare,
+    optimizer_state_problems,
+    run_identity,
+)
+from fast_llm.planning.run_spec import RunSpec, SpecialTokens, global_batch_size
+from fast_llm.planning.stages import epoch_problems, stage_problems
+from fast_llm.planning.warnings import likely_mistakes
+
+logger = logging.getLogger("fast_llm")
 
 T = TypeVar("T")
-SpecialTokens = dict[str, int | None]  # bos and eos → id
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """A run that can be started."""
-
-    config: TrainConfig
-    processes: int
-    dataset: Dataset
-    cost: Cost
-    pretrained_folder: Path | None
-    pretrained_config: dict[str, Any] | None  # its config.json
-    extra_files: dict[str, bytes]  # copied into exports: tokenizer, generation_config.json
-    special_tokens: SpecialTokens
-    checkpoint: Path | None  # the newest good one, to resume from
-    completed_steps: int  # of that checkpoint
-    consumed_samples: int  # sequences that the completed steps consumed
-    identity: dict[str, Any]  # settings and data that may not change on resume
-    history: History | None  # of batch sizes and data orders; None without training data
-    changes: list[str]  # settings that changed since the checkpoint
-    warnings: list[str]  # about settings that are allowed and probably not intended
-
-    @property
-    def folder(self) -> Path | None:
-        """The experiment folder."""
-        name = self.config.run.experiment_dir
-        return None if name is None else Path(name).expanduser()
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences a step, over all processes."""
-        return global_batch_size(self.config, self.processes)
-
-    @cached_property
-    def batch(self) -> BatchSizes:
-        """The sizes of a batch; `resolve_auto` comes first."""
-        return _batch_sizes(self.config, self.processes)
-
-    def evaluation_steps(self, split: str, iterations: int) -> int:
-        """The batches of a split to evaluate: at most all that an additional set has."""
-        if split in ("validation", "test"):
-            return iterations
-        return min(iterations, self.dataset.sequences(split) // self.batch_size)
-
-
-def _batch_sizes(config: TrainConfig, processes: int) -> BatchSizes:
-    distributed = config.model.distributed
-    data_parallel = distributed.data_parallel(processes)
-    return derive_batch_sizes(config.batch, data_parallel, distributed.pipeline_parallel > 1)
-
-
-def global_batch_size(config: TrainConfig, processes: int) -> int:
-    """Sequences a step over all processes: as given, or derived from the other sizes."""
-    return config.batch.batch_size or _batch_sizes(config, processes).batch_size
 
 
 def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
@@ -105,25 +68,21 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     weights = weights and document.get("pretrained.model_weights", True) is True
     document, pretrained = _complete(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
-    missing = [
-        with_location(problem, document, TrainConfig) for problem in _missing_packages(config)
-    ]
-    if wrong := check(config, document, processes) + missing:
-        raise ConfigError(wrong)
-
+    _check_settings(config, document, processes)
     problems = _Problems(document)
     batch_size = global_batch_size(config, processes)
     loaded = _load_tokenizer(config, pretrained, problems)
     dataset = _open_dataset(config, problems)
     if dataset is not None:
         _check_dataset(config, dataset, batch_size, loaded, problems)
-    checkpoint = _find_checkpoint(folder, problems)
+        _add_fim(config, dataset, loaded, problems)
+    checkpoint, branches = _starting_point(config, folder, problems)
     if checkpoint is None:
         _check_weights(config, pretrained, weights, problems)
     identity = run_identity(config, batch_size, dataset) if dataset is not None else {}
     resumed = _Resumed()
     if checkpoint is not None:
-        resumed = _resume(checkpoint, config, identity, problems)
+        resumed = _resume(checkpoint, config, identity, problems, branches)
     base = config.model.base_model
     costs = family_of(base).cost(base, config.batch.sequence_length)
     if folder is not None:
@@ -132,7 +91,13 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
 
     assert dataset is not None  # else there was a problem
     extra_files, special_tokens = _model_files(pretrained, dataset, loaded)
-    history, data_changes = _continue_history(resumed.info, folder, config, batch_size, dataset)
+    history, data_changes = _continue_history(resumed, config, batch_size, dataset)
+    if (training := dataset.splits.get("training")) is not None:
+        now = resumed.completed_steps, resumed.consumed_samples
+        tokens = history.inputs(now[1]) if history is not None else 0
+        problems.add(stage_problems(config, *now, tokens, batch_size))
+        problems.add(epoch_problems(config, training, *now, batch_size))
+    problems.raise_any()
     return RunSpec(
         config=config,
         processes=processes,
@@ -143,13 +108,43 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
         extra_files=extra_files,
         special_tokens=special_tokens,
         checkpoint=checkpoint,
+        manifest=resumed.manifest,
+        ancestors=resumed.ancestors,
         completed_steps=resumed.completed_steps,
         consumed_samples=resumed.consumed_samples,
         identity=identity,
         history=history,
         changes=resumed.changes + data_changes,
-        warnings=_warnings(document, config, pretrained, costs.parameters, resumed),
+        warnings=likely_mistakes(document, config, pretrained, costs.parameters, resumed.manifest),
     )
+
+
+def read_config(document: Document, processes: int) -> TrainConfig:
+    """Validate a configuration for this many processes, without data or weights.
+
+    Raises ConfigError with all of its mistakes.
+    """
+    document = with_pretrained_model(document, weights=False)[0]
+    config = validate(TrainConfig, document, REFUSED, RENAMED)
+    if problems := check(config, document, processes) + _of_family(document, config):
+        raise ConfigError(problems)
+    return config
+
+
+def _of_family(document: Document, config: TrainConfig) -> list[str]:
+    """Settings of a new model that its family has not, and patterns of parameter names."""
+    base = config.model.base_model
+    patterns = [
+        f"{document.where(setting)}: {setting}: {text}"
+        for setting, text in rule_problems(config.optimizer, family_of(base).shapes(base))
+    ]
+    if isinstance(config.pretrained.path, str):
+        return patterns  # its config.json decides about the rest
+    return patterns + [
+        f"{document.where(path)}: {path}: {text}"
+        for name, text in contradictions(config.model.base_model)
+        for path in [f"model.base_model.{name}"]
+    ]
 
 
 def _complete(document: Document, weights: bool) -> tuple[Document, PretrainedModel]:
@@ -205,6 +200,15 @@ class _Problems:
             raise ConfigError(self.found)
 
 
+def _check_settings(config: TrainConfig, document: Document, processes: int) -> None:
+    """Raise ConfigError for settings that contradict each other, and for missing packages."""
+    missing = [
+        with_location(problem, document, TrainConfig) for problem in _missing_packages(config)
+    ]
+    if wrong := check(config, document, processes) + missing + _of_family(document, config):
+        raise ConfigError(wrong)
+
+
 def _missing_packages(config: TrainConfig) -> list[str]:
     wanted = [
         ("tensorboard", "training.tensorboard: yes", config.training.tensorboard),
@@ -225,9 +229,15 @@ def _load_tokenizer(
 ) -> tokenizer.Loaded | None:
     """The tokenizer that the configuration names, else the pretrained model's."""
     named = config.data.tokenizer.path
-    path = named or (pretrained.folder if "tokenizer.json" in pretrained.files else None)
+    path = named or (pretrained.folder if tokenizer.is_tokenizer(pretrained.files) else None)
     if path is None:
         return None
+    if named is None and tokenizer.MAIN not in pretrained.files:
+        try:
+            return tokenizer.load(str(path))
+        except DataError as error:  # training itself needs no tokenizer
+            logger.warning(f"{error}. The data's tokenizer is not compared with the model's.")
+            return None
     setting = "pretrained.path" if named is None else "data.tokenizer.path"
     return problems.attempt(lambda: tokenizer.load(str(path)), setting)
 
@@ -243,6 +253,17 @@ def _open_dataset(config: TrainConfig, problems: _Problems) -> Dataset | None:
     )
 
 
+def _add_fim(
+    config: TrainConfig, dataset: Dataset, loaded: tokenizer.Loaded | None, problems: _Problems
+) -> None:
+    if config.data.fim.rate:
+        seed, vocabulary = config.model.distributed.seed, config.model.base_model.vocab_size
+        masked = [source.name for source in dataset.masked_sources]
+        dataset.fim = problems.attempt(
+            lambda: make_fim(config.data.fim, loaded, seed, vocabulary, masked), "data.fim"
+        )
+
+
 def _check_dataset(
     config: TrainConfig,
     dataset: Dataset,
@@ -252,9 +273,8 @@ def _check_dataset(
 ) -> None:
     """Check the data's vocabulary and tokenizer, and that each split has enough sequences."""
     training = config.training
-    fingerprint = None if loaded is None else loaded.fingerprint
     vocabulary = config.model.base_model.vocab_size
-    problems.attempt(lambda: dataset.check_vocabulary(vocabulary, fingerprint))
+    problems.attempt(lambda: dataset.check_vocabulary(vocabulary, loaded))
     if os.environ.get("RANK", "0") == "0":
         problems.attempt(dataset.check_digests)
 
@@ -287,18 +307,39 @@ def _model_files(
     own: dict[str, bytes] = {}
     if loaded is not None:
         tokens = {"bos": loaded.bos, "eos": loaded.eos}
-        own = {name: path.read_bytes() for name, path in loaded.named_files()}
+        own = loaded.contents()
     if pretrained.folder is None:
         metadata: dict[str, Any] = next(iter(dataset.metadata.values()), {})
         ids = metadata.get("tokenizer", tokens)
         tokens = {name: ids.get(name) for name in ("bos", "eos")}
         return pretrained.files | (dataset_tokenizer(dataset) or own), tokens
-    if pretrained.files.keys() & {"tokenizer.json", "tokenizer.model"}:
-        return pretrained.files, tokens
+    if tokenizer.is_tokenizer(pretrained.files):
+        converted = loaded is not None and loaded.path.parent == pretrained.folder
+        return (own if converted else {}) | pretrained.files, tokens
     return pretrained.files | dataset_tokenizer(dataset), tokens
 
 
 # Weights and checkpoints.
+
+
+def _starting_point(
+    config: TrainConfig, folder: Path | None, problems: _Problems
+) -> tuple[Path | None, bool]:
+    """The checkpoint from which the run continues, and whether it is another run's."""
+    branch, own = config.run.branch_from, folder is not None and folder.resolve()
+    if branch is not None and Path(branch.run).expanduser().resolve() == own:
+        problems.add(
+            [
+                f"run.branch_from.run: given {branch.run}, which is run.experiment_dir; choose"
+                " another folder for the branch"
+            ]
+        )
+        return None, False
+    checkpoint = _find_checkpoint(folder, problems)
+    if branch is None or checkpoint is not None:
+        return checkpoint, False
+    point = problems.attempt(lambda: branch_point(branch), "run.branch_from")
+    return point, point is not None
 
 
 def _find_checkpoint(folder: Path | None, problems: _Problems) -> Path | None:
@@ -324,13 +365,16 @@ def _check_weights(
     """Compare the headers of the weights with the model's shape, if the weights are here."""
     path, folder = config.pretrained.path, pretrained.folder
     local = path is not None and Path(path).expanduser().is_dir()
-    used = config.pretrained.model_weights and config.pretrained.format == "llama"
+    used = config.pretrained.model_weights and config.pretrained.format != "distributed"
     if folder is not None and used and (local or fetched):
         model = config.model.base_model
         wrong = problems.attempt(
             lambda: huggingface.check_weights(folder, model), "pretrained.path"
         )
         problems.add(wrong or [], "pretrained.path")
+    if folder is not None and config.pretrained.optimizer_state:
+        states = problems.attempt(lambda: optimizer_state_problems(config, folder))
+        problems.add(states or [])
 
 
 @dataclass
@@ -341,46 +385,63 @@ class _Resumed:
     completed_steps: int = 0
     consumed_samples: int = 0
     changes: list[str] = field(default_factory=list)
+    folder: Path | None = None  # of the run that wrote the checkpoint
+    manifest: checkpoints.Manifest | None = None
+    ancestors: list[Ancestor] = field(default_factory=list)
 
 
 def _resume(
-    checkpoint: Path, config: TrainConfig, identity: Mapping[str, Any], problems: _Problems
+    checkpoint: Path,
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    problems: _Problems,
+    branches: bool,
 ) -> _Resumed:
-    """Read the checkpoint's manifest, and compare its settings with the configuration."""
-    manifest = checkpoints.read_manifest(checkpoint)
-    resumed = _Resumed(completed_steps=manifest.step)
-    if problems.attempt(lambda: check_info(checkpoint, manifest), "run.experiment_dir"):
+    """Read the checkpoint's manifest, and compare its settings with the configuration.
+
+    `branches`: it is that of `run.branch_from`.
+    """
+    manifest, branch = checkpoints.read_manifest(checkpoint), config.run.branch_from
+    resumed = _Resumed(
+        completed_steps=manifest.step, folder=checkpoint.parent.parent, manifest=manifest
+    )
+    setting = "run.branch_from" if branches else "run.experiment_dir"
+    if problems.attempt(lambda: check_info(checkpoint, manifest), setting):
         resumed.info, resumed.consumed_samples = manifest.info, manifest.info["samples"]
-        wrong, resumed.changes = compare(manifest.info, config, identity, checkpoint)
+        wrong, resumed.changes = compare(manifest.info, config, identity, checkpoint, branches)
         problems.add(wrong)
+        resumed.ancestors = recorded_ancestors(manifest.info)
+        if branches and branch is not None:
+            resumed.ancestors.append(as_ancestor(branch))
+        elif branch is not None:
+            wrong_origin = other_origin(branch, resumed.ancestors, checkpoint)
+            problems.add([wrong_origin] if wrong_origin else [])
     if manifest.step > config.training.train_iters:
+        remedy = "branch from an earlier step" if branches else "choose another run.experiment_dir"
         problems.add(
             [
                 f"training.train_iters: given {config.training.train_iters}, but {checkpoint} has"
-                f" {manifest.step} steps; raise it, or choose another run.experiment_dir"
+                f" {manifest.step} steps; raise it, or {remedy}"
             ]
         )
     return resumed
 
 
 def _continue_history(
-    info: Mapping[str, Any] | None,
-    folder: Path | None,
-    config: TrainConfig,
-    batch_size: int,
-    dataset: Dataset,
+    resumed: _Resumed, config: TrainConfig, batch_size: int, dataset: Dataset
 ) -> tuple[History | None, list[str]]:
     """Bring the history up to the current settings, and apply it to the data.
 
     Returns it with descriptions of the changes to the data.
-
-    `info`: of the checkpoint's manifest.
     """
+    info, folder = resumed.info, resumed.folder
     split = dataset.splits.get("training")
     if split is None:
         return None, []
     if info is None:
-        return histories.new_history(config, batch_size, dataset), []
+        new = histories.new_history(config, batch_size, dataset)
+        histories.apply_orders(split, new, 0)
+        return new, []
     notes: list[str] = []
     if info.get("history") is not None:
         before = History.model_validate(info["history"])
@@ -390,61 +451,6 @@ def _continue_history(
             info, folder, dataset, config.model.base_model.vocab_size
         )
     now = before.with_batches(info["step"], info["samples"], batch_size)
-    now = now.with_data(info["samples"], config, split)
-    histories.apply_order(split, now.orders[-1])
-    if len(now.orders) > len(before.orders):
-        notes += now.describe_sources(split)
-    return now, notes
-
-
-# Warnings.
-
-
-def _warnings(
-    document: Document,
-    config: TrainConfig,
-    pretrained: PretrainedModel,
-    parameters: int,
-    resumed: _Resumed,
-) -> list[str]:
-    """Warnings about settings that are allowed and probably not intended, one line each."""
-    folder = experiment_folder(document)
-    about_settings = (
-        _long_sequences(config, pretrained.folder),
-        disk_warning(folder, config, parameters, resumed.completed_steps),
-    )
-    placed = [
-        with_location(warning, document, TrainConfig) for warning in about_settings if warning
-    ]
-    return [*filter(None, [_nothing_saved(config)]), *placed]
-
-
-def _nothing_saved(config: TrainConfig) -> str:
-    training = config.training
-    if not training.train_iters:
-        return ""
-    model = "training.export.interval (a Hugging Face model, also after the last step)"
-    state = "training.checkpoint.interval (training state, also after the last step)"
-    if config.run.experiment_dir is None:
-        return f"Nothing will be saved: set run.experiment_dir, and {state} or {model}"
-    if training.checkpoint.interval is None and training.export.interval is None:
-        return f"Nothing that is trained will be saved: set {state} or {model}"
-    if training.checkpoint.interval is None:
-        return (
-            "No checkpoints: a run that crashes starts over. Set training.checkpoint.interval to"
-            " save its state"
-        )
-    return ""
-
-
-def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> str:
-    length, most = config.batch.sequence_length, config.model.base_model.max_position_embeddings
-    if length <= most:
-        return ""
-    where = "model.base_model.max_position_embeddings"
-    if pretrained_folder is not None:
-        where = f"max_position_embeddings of {pretrained_folder}/config.json"
-    return (
-        f"batch.sequence_length: given {length}, above {where}, {most}: positions from {most} on"
-        " are new to the model, and other programs may refuse them. Lower it, or raise the other"
-    )
+    now = now.with_data(info["step"], info["samples"], config, split)
+    histories.apply_orders(split, now, info["samples"])
+    return now, notes + now.describe_sources(before, info["samples"], split)

@@ -20,7 +20,9 @@ from fast_llm.config.validate import adding_locations
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError, ConfigError, UserError
-from fast_llm.models import family_of_json
+from fast_llm.models import FAMILIES, family_of_json
+
+_AUXILIARY = "model.base_model.transformer.expert_auxiliary_loss_coefficient"
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,17 @@ class PretrainedModel:
     folder: Path | None = None
     config: dict[str, Any] | None = None  # config.json
     files: dict[str, bytes] = field(default_factory=dict)  # tokenizer, generation_config.json
+    # `model.base_model` of the run that wrote a checkpoint, if that run has no config.json.
+    settings: dict[str, Any] | None = None
 
 
 def experiment_folder(document: Document) -> Path | None:
     """The experiment folder, if the document names a valid one."""
-    name = document.get("run.experiment_dir")
+    return _folder(document, "run.experiment_dir")
+
+
+def _folder(document: Document, setting: str) -> Path | None:
+    name = document.get(setting)
     try:
         return Path(path_text(name)).expanduser() if isinstance(name, str) else None
     except ValueError:  # reported by validation
@@ -48,16 +56,46 @@ def with_pretrained_model(document: Document, weights: bool) -> tuple[Document, 
 
     `weights`: also fetch those of a model on the Hub. Raises ConfigError.
     """
+    document = _with_format(document)
     model = _find(document, experiment_folder(document), weights)
+    if model.settings is not None:
+        given = {"model": {"base_model": _architecture(model.settings)}}
+        return document.with_defaults(given, str(model.folder)), model
     if model.folder is None or model.config is None:
         return document, model
+    place = f"{model.folder}/config.json"
+    family = family_of_json(model.config, place)
     model = replace(model, config=_with_untied_head(document, model.folder, model.config))
     assert model.config is not None
-    place = f"{model.folder}/config.json"
-    values = {
-        "model": {"base_model": family_of_json(model.config).architecture(model.config, place)}
-    }
+    asked, kind = document.get("pretrained.format"), model.config["model_type"]
+    if isinstance(asked, str) and asked in FAMILIES and asked != kind:
+        raise ConfigError(
+            [
+                f"{document.where('pretrained.format')}: pretrained.format: given {asked}, but"
+                f" {place} says model_type {kind}; use auto"
+            ]
+        )
+    base = family.architecture(model.config, place)
+    if document.get(_AUXILIARY) is not None:  # how to train, not what the model is
+        base["transformer"].pop("expert_auxiliary_loss_coefficient", None)
+    values: dict[str, Any] = {"model": {"base_model": base}}
+    if asked is None:
+        values["pretrained"] = {"format": kind}
     return document.with_defaults(values, place), model
+
+
+def _with_format(document: Document) -> Document:
+    """The document without `pretrained.format: auto`.
+
+    Checkpoints of this project are `distributed`; config.json decides all else.
+    """
+    path, asked = document.get("pretrained.path"), document.get("pretrained.format")
+    if not isinstance(path, str) or asked not in ("auto", None):
+        return document
+    own = False
+    with suppress(OSError, ValueError, RuntimeError):  # reported where the folder is read
+        own = checkpoints.is_checkpoint(Path(path).expanduser())
+    return document.with_value("pretrained.format", "distributed" if own else None)
 
 
 def _find(document: Document, experiment: Path | None, weights: bool) -> PretrainedModel:
@@ -68,13 +106,14 @@ def _find(document: Document, experiment: Path | None, weights: bool) -> Pretrai
         path_text(path)
     except ValueError as error:
         raise _path_error(document, error) from error
-    if document.get("pretrained.format", "llama") == "distributed":
+    if document.get("pretrained.format") == "distributed":
         return _of_checkpoint(document, Path(path).expanduser())
-    if experiment is not None and not Path(path).expanduser().exists():
-        copy = experiment / "pretrained"
-        if (copy / "config.json").exists() and checkpoints.find(experiment / "checkpoint"):
-            # The run has its own weights by now; the model it came from may be gone.
-            return _read(copy)
+    if not Path(path).expanduser().exists():
+        for folder in filter(None, (experiment, _folder(document, "run.branch_from.run"))):
+            copy = folder / "pretrained"
+            if (copy / "config.json").exists() and checkpoints.find(folder / "checkpoint"):
+                # The run has its own weights by now; the model it came from may be gone.
+                return _read(copy)
     try:
         return _read(huggingface.fetch(path, weights))
     except UserError as error:
@@ -102,7 +141,36 @@ def _of_checkpoint(document: Document, checkpoint: Path) -> PretrainedModel:
     files = huggingface.small_files(kept) if kept.is_dir() else {}
     if config is not None:
         config = _as_trained(config, info)
-    return PretrainedModel(checkpoint, config, files)
+    settings = None
+    if config is None:
+        with suppress(KeyError, TypeError):  # a checkpoint of an early version
+            settings = dict(info["settings"]["model"]["base_model"])
+    return PretrainedModel(checkpoint, config, files, settings)
+
+
+def _architecture(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's `model.base_model`, what its weights depend on."""
+    found = _without_ways(settings)
+    found.pop("max_position_embeddings", None)  # of exports; it changes no result
+    found["transformer"] = _without_ways(settings["transformer"])
+    return found
+
+
+def _without_ways(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings but those of how weights begin and how results are computed."""
+    ways = (
+        "init_method",
+        "cross_entropy",
+        "z_loss",
+        "use_flash_attention",
+        "mlp_recompute_level",
+        "expert_",
+    )
+    return {
+        name: value
+        for name, value in settings.items()
+        if not name.startswith(ways) or name == "expert_hidden_size"
+    }
 
 
 def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,18 +182,19 @@ def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, An
         }
     with suppress(KeyError, TypeError):
         length = int(settings["batch"]["sequence_length"])
-        config = family_of_json(config).with_length(config, length)
+        config = family_of_json(config, "config.json").with_length(config, length)
     return config
 
 
 def _with_untied_head(document: Document, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The config.json, untied if the user asks for the separate head that the weights have."""
     asked = document.get("model.base_model.tie_word_embeddings") is False
-    tied = config.get("tie_word_embeddings")
+    family = family_of_json(config, "config.json")
+    tied = config.get("tie_word_embeddings", family.ties)
     if not asked or not tied or document.get("pretrained.format") == "distributed":
         return config
     try:
-        has_head = family_of_json(config).head in huggingface.weight_files(folder)
+        has_head = family.head in huggingface.weight_files(folder)
     except CheckpointError:  # a model on the Hub, before its weights are fetched
         has_head = True
     return config | {"tie_word_embeddings": False} if has_head else config

@@ -4,18 +4,22 @@ Settings that determine training may change only by consent (`run.accept_changes
 shape never. All other changes are listed. It reads one manifest, no tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fast_llm.checkpoint import folder as checkpoints
+from fast_llm.config.model import BaseModelConfig
+from fast_llm.config.parameter_rules import frozen_names
 from fast_llm.config.text import format_value
-from fast_llm.config.train import TrainConfig
+from fast_llm.config.train import FimConfig, TrainConfig
 from fast_llm.config.types import Count, PositiveFloat
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError
+from fast_llm.models import family_of
+from fast_llm.planning.branch import Ancestor
 from fast_llm.planning.history import History
 
 # Settings that determine training; all others may change when a run resumes.
@@ -23,11 +27,17 @@ _FIXED = (
     "data.format",
     "data.path",
     "data.split",
+    "data.packing",
     "batch.sequence_length",
     "batch.cross_document_attention",
     "model.distributed.seed",
 )
+_FIM = "data.fim."  # its settings are recorded if it is used
+_MIXTURE = ("data.sources", "data.stages")  # recorded with `format: mixture`
+_FIM_DEFAULTS = FimConfig().model_dump(mode="json")
+_FROZEN = "optimizer.learning_rate_scales (frozen parameters)"  # recorded if there are any
 _MODEL = "model.base_model"
+_BASE_MODEL = BaseModelConfig().model_dump(mode="json")
 
 
 def run_identity(config: TrainConfig, batch_size: int, dataset: Dataset) -> dict[str, Any]:
@@ -36,17 +46,30 @@ def run_identity(config: TrainConfig, batch_size: int, dataset: Dataset) -> dict
     identity = {name: _value_at(values, name) for name in _FIXED}
     identity["batch.batch_size"] = batch_size
     identity["data (its content)"] = dataset.fingerprint()
+    if config.data.fim.rate:
+        identity |= {_FIM + name: value for name, value in values["data"]["fim"].items()}
+    for setting in _MIXTURE:
+        given = _flatten({setting: _value_at(values, setting)})
+        identity |= {
+            name: value
+            for name, value in given.items()
+            if value not in (None, {}, []) and not name.endswith(".max_epochs")
+        }
+    shapes = family_of(config.model.base_model).shapes(config.model.base_model)
+    if frozen := frozen_names(config.optimizer, shapes):
+        identity[_FROZEN] = frozen
     base = dict(values["model"]["base_model"])
     transformer = {
         name: value
         for name, value in base.pop("transformer").items()
         if not name.startswith("init_method")
         and name not in ("use_flash_attention", "mlp_recompute_level")
+        and not (name.startswith("expert_") and name.endswith("_coefficient"))
     }
     base = {
         name: value
         for name, value in base.items()
-        if not name.startswith(("init_method", "cross_entropy"))
+        if not name.startswith(("init_method", "cross_entropy", "z_loss"))
     }
     return (
         identity
@@ -55,9 +78,13 @@ def run_identity(config: TrainConfig, batch_size: int, dataset: Dataset) -> dict
     )
 
 
-def _value_at(values: Mapping[str, Any], path: str) -> Any:
+def _value_at(values: Any, path: str) -> Any:
+    """The value at a dotted path; None for an item that a list or mapping lacks."""
     for key in path.split("."):
-        values = values[key]
+        if isinstance(values, list):
+            values = dict(enumerate(values)).get(int(key))
+        else:
+            values = None if values is None else values.get(key)
     return values
 
 
@@ -83,7 +110,9 @@ class _Info(BaseModel):
     loss_scale: _LossScale
     spikes: dict[str, list[float]] = {}
     passed_over: list[dict[str, Count]] = []
+    padding: dict[str, Count] = {}
     history: History | None = None
+    ancestors: list[Ancestor] = []
     identity: dict[str, Any]
     settings: _Settings
 
@@ -110,41 +139,136 @@ def check_info(path: Path, manifest: checkpoints.Manifest) -> bool:
 
 
 def compare(
-    info: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any], checkpoint: Path
+    info: Mapping[str, Any],
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    checkpoint: Path,
+    branches: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Compare a run's settings with those in a checkpoint's manifest.
 
-    Returns problems, which are changes without consent, and all changes.
+    Returns problems, which are changes without consent, and all changes. `branches`: a new run
+    begins with the checkpoint of another one, so all but the model may change.
     """
-    problems, changes = [], []
-    for name, value in identity.items():
-        before = info["identity"].get(name)
+    problems, changes, shape = list[str](), list[str](), list[str]()
+    together: dict[str, list[str]] = {setting: [] for setting in _MIXTURE}
+    values = config.model_dump(mode="json")
+    optional = (_FIM, *(f"{setting}." for setting in _MIXTURE))
+    used = {name: _value_at(values, name) for name in info["identity"] if name.startswith(optional)}
+    used |= identity
+    problems += _frozen_problems(info["identity"], identity, checkpoint)
+    for name, value in used.items():
+        if name == _FROZEN:
+            continue  # its patterns are compared below
+        before = _with_defaults(info["identity"].get(name), name)
         if before == value:
             continue
         given, trained = format_value(value), format_value(before)
         changes.append(f"{name}: {trained} → {given}")
         wrong = f"{name}: given {given}, but {checkpoint} was trained with {trained}"
-        if name.startswith(_MODEL):
+        if branches and name.startswith(_MODEL):
+            shape.append(f"{name} {trained}, given {given}")
+        elif branches:
+            continue
+        elif name.startswith(_MODEL):
             problems.append(f"{wrong}; a model cannot change its shape")
         elif not _is_accepted(name, config.run.accept_changes):
             setting = _setting(name)
-            consent = "data.path" if setting == "data" else setting
+            if setting in together:
+                together[setting].append(f"{name}: given {given}, trained with {trained}")
+            mixture = config.data.format == "mixture"
+            consent = {"data": "data.sources" if mixture else "data.path"}.get(setting, setting)
             problems.append(
                 f"{wrong}; set it back, choose another run.experiment_dir, or consent with"
                 f" run.accept_changes=[{consent}]"
             )
+    problems = _without_repeats(problems, together, checkpoint)
+    if shape:
+        problems.append(
+            f"run.branch_from: {checkpoint} has {'; '.join(shape)}; a model cannot change its"
+            " shape: set back what differs"
+        )
     now, then = _flatten(config.model_dump(mode="json")), _flatten(info["settings"])
     for name in sorted(now.keys() | then.keys()):
-        new, old = now.get(name), then.get(name)
-        if new in ("auto", old) or name in identity or name.startswith(("run.", _MODEL)):
+        # Checkpoints lack settings that are newer than they are.
+        new, old = now.get(name), then.get(name, _DEFAULTS.get(name))
+        known = name in used or name in _MIXTURE
+        if new in ("auto", old) or known or name.startswith(("run.", _MODEL, _FIM)):
             continue  # `auto` is not resolved yet
         changes.append(f"{name}: {format_value(old)} → {format_value(new)}")
     return problems, changes
 
 
+def _without_repeats(
+    problems: Sequence[str], together: Mapping[str, list[str]], checkpoint: Path
+) -> list[str]:
+    """One problem for each setting of `together` that has several differences."""
+    kept = list(problems)
+    for setting, found in together.items():
+        if len(found) < 2:
+            continue
+        first = next(i for i, one in enumerate(kept) if one.startswith(f"{setting}."))
+        kept = [one for one in kept if not one.startswith(f"{setting}.")]
+        more = f"; and {len(found) - 2} more" if len(found) > 2 else ""
+        kept.insert(
+            first,
+            f"{setting}: differs from {checkpoint} ({'; '.join(found[:2])}{more}); set it back,"
+            f" choose another run.experiment_dir, or consent with run.accept_changes=[{setting}]",
+        )
+    return kept
+
+
+def optimizer_state_problems(config: TrainConfig, folder: Path) -> list[str]:
+    """A problem if the checkpoint in `folder` has moments of other parameters than are trained."""
+    shapes = family_of(config.model.base_model).shapes(config.model.base_model)
+    manifest = checkpoints.read_manifest(folder)
+    was = set(manifest.info.get("identity", {}).get(_FROZEN, ()))
+    changed = sorted(was ^ set(frozen_names(config.optimizer, shapes)))
+    if not changed:
+        return []
+    return [
+        f"pretrained.optimizer_state: given yes, but {_setting(_FROZEN)} freezes other parameters"
+        f" than {folder} ({changed[0]} and {len(changed) - 1} more), and moments exist of trained"
+        " ones alone; freeze the same, or leave it out"
+    ]
+
+
+def _frozen_problems(
+    before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path
+) -> list[str]:
+    """A problem if other parameters are frozen than were: moments exist of trained ones alone."""
+    was, is_now = set(before.get(_FROZEN, ())), set(now.get(_FROZEN, ()))
+    if was == is_now:
+        return []
+    changed = sorted(was ^ is_now)
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    verb = "freezes" if changed[0] in is_now else "trains"
+    return [
+        f"{_setting(_FROZEN)}: {verb} {changed[0]}{more}, unlike {checkpoint}; set it back, or"
+        " start a new run, in another run.experiment_dir, from an export (pretrained.path)"
+    ]
+
+
+def _with_defaults(before: Any, name: str) -> Any:
+    """A setting's value in a checkpoint. Checkpoints lack settings that are newer than they are."""
+    if name.startswith(_FIM) and before is None:
+        return _FIM_DEFAULTS[name.removeprefix(_FIM)]
+    if name == "data.packing" and before is None:
+        return "concatenate"
+    if not name.startswith(_MODEL):
+        return before
+    default = _value_at({"model": {"base_model": _BASE_MODEL}}, name)
+    if before is None:
+        return default
+    return {**default, **before} if isinstance(default, dict) else before
+
+
 def _setting(name: str) -> str:
-    """The setting of an entry of the identity: `data (its content)` belongs to `data`."""
-    return name.partition(" ")[0]
+    """The setting of an entry of the identity: `data (its content)` belongs to `data`, and what is
+    inside of `data.sources` to it.
+    """
+    name = name.partition(" ")[0]
+    return next((one for one in _MIXTURE if name.startswith(f"{one}.")), name)
 
 
 def _is_accepted(name: str, accepted: list[str]) -> bool:
@@ -157,8 +281,13 @@ def _flatten(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested settings by dotted path."""
     found: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, dict) and value:
             found |= _flatten(value, f"{above}{key}.")
         else:
             found[above + key] = value
     return found
+
+
+_DEFAULTS = _flatten(TrainConfig().model_dump(mode="json"))

@@ -10,19 +10,14 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.checks import check, violations
-from fast_llm.config.compat import REFUSED, RENAMED
-from fast_llm.config.document import Document
+from fast_llm.config.checks import violations
 from fast_llm.config.train import TrainConfig
-from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
 from fast_llm.models import family_of
 from fast_llm.planning.devices import DEVICES, GPUS_PER_NODE, DeviceSpec
 from fast_llm.planning.layout import MOMENT_BYTES, ParallelLayout, Workload
 from fast_llm.planning.memory import required_bytes
-from fast_llm.planning.preflight import RunSpec
-from fast_llm.planning.pretrained import with_pretrained_model
+from fast_llm.planning.run_spec import RunSpec
 from fast_llm.planning.time import Forecast, forecast
 
 Settings = dict[str, Any]  # dotted path → value
@@ -34,18 +29,6 @@ MICRO_BATCH_COUNTS = tuple(
     f"batch.{name}_micro_batches" for name in ("sequential", "depth_first", "breadth_first")
 )
 _MOMENTS, _MICRO_BATCH_SIZE = "optimizer.moments_dtype", "batch.micro_batch_size"
-
-
-def read_config(document: Document, processes: int) -> TrainConfig:
-    """Validate a configuration for this many processes, without data or weights.
-
-    Raises ConfigError with all of its mistakes.
-    """
-    document = with_pretrained_model(document, weights=False)[0]
-    config = validate(TrainConfig, document, REFUSED, RENAMED)
-    if problems := check(config, document, processes):
-        raise ConfigError(problems)
-    return config
 
 
 def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
@@ -148,8 +131,8 @@ def _fitting(
 def resolve_run(spec: RunSpec, memory: float, device_kind: str) -> RunSpec:
     """Resolve `auto` on the device of a run; a resumed run keeps the dtype of its moments."""
     config = spec.config
-    if spec.checkpoint is not None and config.optimizer.moments_dtype == "auto":
-        before = checkpoints.read_manifest(spec.checkpoint).info["settings"]["optimizer"]
+    if spec.manifest is not None and config.optimizer.moments_dtype == "auto":
+        before = spec.manifest.info["settings"]["optimizer"]
         config = with_settings(config, {_MOMENTS: before.get("moments_dtype", "fp32")})
     return replace(spec, config=resolve_auto(config, spec.processes, memory, device_kind))
 

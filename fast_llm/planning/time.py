@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from fast_llm.planning.activations import mean_over_blocks
 from fast_llm.planning.devices import (
     GPUS_PER_NODE,
     HOP_SECONDS,
@@ -104,7 +105,7 @@ class StepTime:
         if s.sharded:  # FSDP2 copies gathered weights
             every_pass = layout.zero_stage == 3 and layout.pipeline == 1
             gathers = layout.micro_batches * 2 if every_pass else 1
-            copies = self.memory_traffic(6 * s.parameters * gathers)
+            copies = self.memory_traffic(6 * s.own_parameters * gathers)
             step["gradient accumulation"] = step.get("gradient accumulation", 0.0) + copies
         step["pipeline bubble"] = self.bubble_micro_batches() * sum(micro_batch.values())
         return {name: seconds for name, seconds in step.items() if seconds}
@@ -129,7 +130,9 @@ class StepTime:
             fused = 0
             if not s.sharded and self.workload.split_masters:
                 fused = s.parameters - s.outside_parameters
-            separate = s.vocabulary * s.hidden if s.fuses_head_gradient else s.parameters - fused
+            separate = s.own_parameters - fused
+            if s.fuses_head_gradient:
+                separate = s.vocabulary * s.hidden
             seconds["gradient accumulation"] += self.memory_traffic(10 * separate + 6 * fused)
         seconds["communication within blocks"] += s.layers * self.block_communication
         if layout.pipeline > 1:
@@ -166,7 +169,7 @@ class StepTime:
         """The matmuls of a block's MLP, forward."""
         s, fp8 = self.s, self.workload.fp8
         gate_or_up = self.matmul(s.tokens, s.ffn, s.hidden, fp8)
-        return 2 * gate_or_up + self.matmul(s.tokens, s.hidden, s.ffn, fp8)
+        return self.workload.mlp_inputs * gate_or_up + self.matmul(s.tokens, s.hidden, s.ffn, fp8)
 
     @cached_property
     def fp8_quantization(self) -> tuple[float, float]:
@@ -192,7 +195,7 @@ class StepTime:
         Backward computes the scores again: 2.5 times the forward work.
         """
         s, device = self.s, self.device
-        work = 2 * s.tokens * self.workload.sequence_length * s.query_size
+        work = 2 * s.tokens * self.workload.attended_length * s.query_size
         if s.dtype_bytes == 4:
             return work / device.fp32_flops, 2.5 * work / device.fp32_flops
         varlen = self.workload.packed or self.layout.context > 1
@@ -205,7 +208,7 @@ class StepTime:
         s, w = self.s, self.s.dtype_bytes
         rotated = s.tokens * (s.query_size + s.key_size)
         if self.layout.compiled:
-            moved = {
+            moved: dict[str, tuple[float, float]] = {
                 "norms": (8 * s.stream, 8 * s.stream),
                 "rotary": (2 * w * rotated, 2 * w * rotated),
                 "gate": (3 * s.mlp, 5 * s.mlp),
@@ -216,6 +219,10 @@ class StepTime:
                 "rotary": (40 * rotated, 40 * rotated),
                 "gate": (5 * s.mlp, 9 * s.mlp),
             }
+        norms = self.workload.norms / 2  # as many times as in Llama
+        if self.workload.normed_heads:
+            norms += (s.queries + s.keys) / (2 * s.stream)
+        moved["norms"] = moved["norms"][0] * norms, moved["norms"][1] * norms
         return {
             name: (self.memory_traffic(forward), self.memory_traffic(backward))
             for name, (forward, backward) in moved.items()
@@ -314,10 +321,28 @@ class StepTime:
         """
         s, layout = self.s, self.layout
         tensor = self.ring(s.normed, layout.tensor, 1, 8)
-        all_keys = 2 * s.keys * layout.context
+        all_keys: float = 2 * s.keys * layout.context
+        if layout.context > 1:  # with a window, the end of each chunk alone
+            all_keys = all_keys / s.tokens * mean_over_blocks(s, s.tokens, 0)
         context = self.ring(all_keys, layout.context, self.strides["context"])
         recomputed = 1.5 if layout.recompute == "block" else 1.0
-        return recomputed * (tensor + 2 * context)
+        return recomputed * (tensor + 2 * context + 4 * self.expert_exchange)
+
+    @cached_property
+    def expert_exchange(self) -> float:
+        """Rows that one all-to-all of expert parallelism sends to other processes' experts.
+
+        A process sends and receives as many: each of its tokens' rows, but for its own experts'.
+        """
+        s, experts = self.s, self.layout.expert
+        if experts == 1:
+            return 0.0
+        rows = self.workload.expert_rows * s.normed
+        within_node = self.strides["shards"] * experts <= GPUS_PER_NODE
+        device = self.device
+        bandwidth = device.link_bandwidth if within_node else device.network_bandwidth
+        hop = HOP_SECONDS if within_node else NODE_HOP_SECONDS
+        return rows * (1 - 1 / experts) / bandwidth + hop
 
     def _gather(self, parameters: float) -> float:
         """Gather weights of a sharding group."""
@@ -343,7 +368,7 @@ class StepTime:
         if not s.sharded:
             return 0.0
         gather, reduce = self._gather, self._reduce
-        block, outside, others = s.block_parameters, s.outside_parameters, s.layers - 1
+        block, outside, others = s.own_block_parameters, s.outside_parameters, s.layers - 1
         if layout.pipeline > 1:  # all of it before and after the pipeline is filled
             fillings = layout.micro_batches // layout.in_flight
             once = s.layers * gather(block) + gather(outside)

@@ -18,13 +18,16 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import adding_locations, validate
 from fast_llm.data.dataset import open_dataset
 from fast_llm.data.metadata import verify as verify_dataset
+from fast_llm.data.origins import add_origins
 from fast_llm.data.sampling import Mixture, SourceSampler
 from fast_llm.data.source import RandomSource, Source
 from fast_llm.errors import DataError, UserError
+from fast_llm.planning.branch import branch_point
 from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.history import (
     DataOrder,
     History,
+    data_settings,
     new_history,
     open_sources,
     read_records,
@@ -97,8 +100,7 @@ class StepData:
                 text = f": {part['text']!r}" if "text" in part else ""
                 begin = part["first_token"]
                 lines.append(
-                    f"  {part['file']} document {part['document']:,}, tokens {begin:,} to"
-                    f" {begin + part['tokens'] - 1:,}{text}"
+                    f"  {part['name']}, tokens {begin:,} to {begin + part['tokens'] - 1:,}{text}"
                 )
                 counts[part["file"]] += part["tokens"]
         total = sum(counts.values())
@@ -137,7 +139,8 @@ def inspect_step(run: str, step: int) -> StepData:
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
     order = history.order_at(first)
     sources = _sources(order, config)
-    sequences = []
+    sequences: list[dict[str, Any]] = []
+    samplers: dict[int, SourceSampler] = {}
     for index in range(first, first + count):
         place, inside = Mixture(order.edges).find(index - order.index)
         state = order.sources[place]
@@ -147,14 +150,14 @@ def inspect_step(run: str, step: int) -> StepData:
                 f"step {step}: sequence {index:,} is of {state.name}, whose files are missing or"
                 " are not those that the run was trained on; restore them"
             )
-        sampler = SourceSampler(
-            source.inputs, order.sequence_length, order.seed, state.key, state.drawn
-        )
-        stream, number, epoch = sampler.find(inside)
+        if place not in samplers:
+            samplers[place] = source.sampler(order.seed, state.key, state.drawn)
+        stream, number, epoch = samplers[place].find(inside)
         documents = _documents(source.with_stream(stream), number, tokenizer)
         sequences.append(
             {"index": index, "source": state.name, "epoch": epoch, "documents": documents}
         )
+    add_origins([part for sequence in sequences for part in sequence["documents"]])
     rewinds = [one for one in skipped_ranges if one["after"] < step <= one["spike"]]
     return StepData(step, order.sequence_length, sequences, rewinds, note)
 
@@ -183,7 +186,7 @@ def _documents(
 def _sources(order: DataOrder, config: TrainConfig) -> dict[str, Source | RandomSource]:
     """The existing sources of an order by their digests, at their old paths or the current ones."""
     vocabulary = config.model.base_model.vocab_size
-    now = config.data.model_dump(mode="json", include={"format", "path", "split"})
+    now = data_settings(config.data)
     found = open_sources(order.data, order, vocabulary)
     if any(source.digest not in found for source in order.sources):
         found |= open_sources(now, order, vocabulary)
@@ -195,50 +198,73 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
 
     The newest checkpoint has the history up to its step; config.yaml has the later settings.
     """
-    saved = folders.find(folder / "checkpoint", "checkpoint")
+    newest = _newest(folder, config)
     seed, vocabulary = config.model.distributed.seed, config.model.base_model.vocab_size
     records = read_records(folder)
     sizes = [one["batch_size"] for one in records if one.get("phase") == "training"]
     size = config.batch.batch_size or (sizes[-1] if sizes else None)
     if size is None:
         raise DataError(f"{folder}: no step in its metrics.jsonl; training has not begun")
-    info = folders.read_manifest(saved[-1][1]).info if saved else None
-    if info is not None and info.get("history") is not None and _is_unchanged(info, config, size):
+    info = folders.read_manifest(newest).info if newest is not None else None
+    origin = newest.parent.parent if newest is not None else folder  # a branch's may be another run
+    skipped, since = _skipped_ranges(folder, newest)
+    moved = since if config.data.stages else []  # later rewinds move the borders of stages
+    is_unchanged = info is not None and _is_unchanged(info, config, size)
+    if info is not None and info.get("history") is not None and is_unchanged and not moved:
         # Nothing changed since: missing sources matter only to steps with their sequences.
-        return History.model_validate(info["history"]), _skipped_ranges(folder), ""
+        return History.model_validate(info["history"]), skipped + since, ""
     data = open_dataset(config.data, config.batch.sequence_length, seed, vocabulary)
     if info is None:
-        return new_history(config, size, data), _skipped_ranges(folder), ""
+        return new_history(config, size, data), skipped + since, ""
     if info.get("history") is not None:
         history, notes = History.model_validate(info["history"]), list[str]()
     else:
-        history, notes = reconstruct(info, folder, data, vocabulary)
+        history, notes = reconstruct(info, origin, data, vocabulary)
         notes.append(
             "version 0.1 did not record changes of data: steps before a change are shown with the"
             " data after it"
         )
     history = history.with_batches(info["step"], info["samples"], size)
-    history = history.with_data(info["samples"], config, data.splits["training"])
-    return history, _skipped_ranges(folder), "; ".join(notes)
+    training = data.splits["training"]
+    history = history.with_data(info["step"], info["samples"], config, training)
+    for number, one in enumerate(moved, 1):
+        samples = history.first_sequence(one["after"] + 1, skipped + since[:number])
+        history = history.with_data(one["after"], samples, config, training)
+    return history, skipped + since, "; ".join(notes)
+
+
+def _newest(folder: Path, config: TrainConfig) -> Path | None:
+    """The run's newest checkpoint, or that with which a branch without its own begins."""
+    if saved := folders.find(folder / "checkpoint", "checkpoint"):
+        return saved[-1][1]
+    branch = config.run.branch_from
+    return branch_point(branch, content=False) if branch is not None else None
 
 
 def _is_unchanged(info: Mapping[str, Any], config: TrainConfig, size: int) -> bool:
     """Whether the settings that determine the data order equal those of a checkpoint."""
     now, then = config.model_dump(mode="json"), info["settings"]
-    data = all(now["data"][name] == then["data"][name] for name in ("format", "path", "split"))
+    # Checkpoints of earlier versions lack these.
+    earlier: dict[str, Any] = {"sources": {}, "stages": [], "packing": "concatenate"}
+    data = all(
+        now["data"][name] == (earlier | then["data"])[name]
+        for name in ("format", "path", "split", *earlier)
+    )
     seeds = (now["model"]["distributed"]["seed"], then["model"]["distributed"]["seed"])
     lengths = (now["batch"]["sequence_length"], then["batch"]["sequence_length"])
     same = seeds[0] == seeds[1] and lengths[0] == lengths[1]
     return bool(data and same and info["identity"]["batch.batch_size"] == size)
 
 
-def _skipped_ranges(folder: Path) -> list[dict[str, int]]:
+def _skipped_ranges(
+    folder: Path, newest: Path | None
+) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
     """The skipped ranges of the newest checkpoint, and those that the newest start logged since."""
-    saved = folders.find(folder / "checkpoint", "checkpoint")
-    if not saved:
-        return []
-    step, newest = saved[-1]
-    found: list[dict[str, int]] = list(folders.read_manifest(newest).info.get("passed_over", []))
+    if newest is None:
+        return [], []
+    manifest = folders.read_manifest(newest)
+    step = manifest.step
+    found: list[dict[str, int]] = list(manifest.info.get("passed_over", []))
     records = read_records(folder)
     start = max((record["run"] for record in records if "run" in record), default=0)
     since = [
@@ -246,4 +272,4 @@ def _skipped_ranges(folder: Path) -> list[dict[str, int]]:
         for one in records
         if one.get("phase") == "rewind" and one["run"] == start and one["after"] >= step
     ]
-    return found + [{name: one[name] for name in ("after", "spike", "sequences")} for one in since]
+    return found, [{name: one[name] for name in ("after", "spike", "sequences")} for one in since]

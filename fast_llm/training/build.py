@@ -1,21 +1,28 @@
 """Build the parts of a run from its RunSpec: each once, in order."""
 
+from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from fast_llm.data.loader import Loader
+from fast_llm.model.decoder import CausalLM, Head
+from fast_llm.model.loss import ZLoss
 from fast_llm.optim.loss_scale import LossScale
 from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.context import shard_batch
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.parallelize import parallelize, uses_triton
-from fast_llm.planning.preflight import RunSpec
+from fast_llm.planning.run_spec import RunSpec
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.evaluate import Evaluator
+from fast_llm.training.experts import RouterMonitor
 from fast_llm.training.interrupt import Interrupt
-from fast_llm.training.metrics import Metrics
+from fast_llm.training.metrics import Z_LOSS, Metrics
 from fast_llm.training.run import Run
+from fast_llm.training.source_losses import SUMS, SourceMonitor
 from fast_llm.training.spikes import SpikeDetector
-from fast_llm.training.step import TrainStep
+from fast_llm.training.step import PADDING, TrainStep
 from fast_llm.training.trainer import Trainer
 from fast_llm.watchdog.process import Watchdog
 
@@ -32,6 +39,8 @@ def build_trainer(
         weights.master_low_bits,
         use_kernel=uses_triton(config, mesh.device),
     )
+    transformer = config.model.base_model.transformer
+    routers = RouterMonitor(models, transformer, mesh) if transformer.expert_layers() else None
     train_step = TrainStep(
         models[0],
         weights,
@@ -42,9 +51,15 @@ def build_trainer(
         pipeline,
         heartbeat,
         SpikeDetector(config.training.spikes),
+        routers,
     )
+    sources = SourceMonitor(spec.dataset, not config.batch.cross_document_attention, mesh)
+    sources.warn_unknown()
+    _add_sums(spec, train_step, models, sources)
     loader = partial(build_loader, spec, mesh)
-    metrics = Metrics(config, run, mesh, spec.batch, spec.cost, spec.completed_steps)
+    metrics = Metrics(
+        config, run, mesh, spec.batch, spec.cost, spec.completed_steps, sources, routers
+    )
     checkpoints = CheckpointManager(spec, mesh, run, weights, train_step, heartbeat)
     evaluator = Evaluator(spec, mesh, train_step, loader, metrics, interrupt, heartbeat)
     return Trainer(
@@ -59,6 +74,31 @@ def build_trainer(
         interrupt,
         heartbeat,
     )
+
+
+def _add_sums(
+    spec: RunSpec,
+    train_step: TrainStep,
+    models: Sequence[CausalLM],
+    sources: SourceMonitor,
+) -> None:
+    """Let the step sum over all processes what this run's records need."""
+    device = train_step.mesh.device
+    if sources.several:
+        sources.attach(models)
+        train_step.sums[SUMS] = sources.losses.sums
+    if coefficient := spec.config.model.base_model.z_loss_coefficient:
+        z_loss = ZLoss(coefficient, torch.zeros((), dtype=torch.float64, device=device))
+        train_step.sums[Z_LOSS] = z_loss.total
+        for head in (model.head for model in models):
+            if isinstance(head, Head):
+                head.z_loss = z_loss
+    if spec.dataset.fim is not None:
+        train_step.sums["fim"] = torch.zeros(4, dtype=torch.float64, device=device)
+    if spec.config.data.packing == "best_fit":
+        train_step.sums[PADDING] = torch.zeros(
+            len(spec.dataset.source_names), dtype=torch.float64, device=device
+        )
 
 
 def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps: int) -> Loader:
@@ -76,7 +116,12 @@ def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps
         isolate=not config.batch.cross_document_attention,
         workers=config.training.num_workers,
         prefetch=config.training.prefetch_factor or 2,
-        shard=partial(shard_batch, rank=mesh.context.rank, size=mesh.context.size),
+        shard=partial(
+            shard_batch,
+            rank=mesh.context.rank,
+            size=mesh.context.size,
+            window=config.model.base_model.transformer.window_size,
+        ),
         pin=mesh.device.type == "cuda",
         warn_ms=config.data.data_sample_warn_time_ms,
     )

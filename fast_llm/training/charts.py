@@ -33,8 +33,6 @@ from fast_llm.training.run import Run
 logger = logging.getLogger("fast_llm")
 
 Numbers = dict[str, int | float]
-_UPLOAD_SECONDS = 30.0  # that a run waits at its end for the upload
-_MAX_QUEUED = 100_000  # lines of about a kilobyte
 
 
 class TensorBoard:
@@ -102,6 +100,9 @@ def _ignore_tensorboard_threads(default: Callable[[Any], Any], failure: Any) -> 
 class Wandb(logging.Handler):
     """A run in Weights & Biases, through a separate process; log lines go there too."""
 
+    upload_seconds = 30.0  # that a run waits at its end for the upload
+    max_queued = 100_000  # lines of about a kilobyte
+
     def __init__(self, settings: WandbConfig, config: TrainConfig, run: Run):
         super().__init__()
         self.settings = settings
@@ -152,19 +153,19 @@ class Wandb(logging.Handler):
         if alert.status_updates if alert.status_updates is not None else alert.interval is not None:
             self._queue({"alert": {"title": f"Run {status}!", "text": self.folder}})
         self._queue({"finish": int(status == "crashed")})
-        until = time.monotonic() + _UPLOAD_SECONDS
+        until = time.monotonic() + self.upload_seconds
         while self.process is not None and (left := until - time.monotonic()) > 0:
             select.select([self.outlet], [self.inlet] if self.sending else [], [], left)
             self._exchange(finishing=True)
         if self.process is not None:
-            self._end(f"has not taken all records within {_UPLOAD_SECONDS:g} s")
+            self._end(f"has not taken all records within {self.upload_seconds:g} s")
 
     def _queue(self, message: dict[str, Any]) -> None:
         if self.process is None:
             return
         self.queue.append(json.dumps(message).encode() + b"\n")
         self._exchange()
-        if self.process is not None and len(self.queue) > _MAX_QUEUED:
+        if self.process is not None and len(self.queue) > self.max_queued:
             self._end("takes no records")
 
     def _exchange(self, finishing: bool = False) -> None:

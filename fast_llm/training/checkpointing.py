@@ -2,17 +2,15 @@
 
 A checkpoint holds the fp32 weights and both moments. Its manifest has the counters of `TrainState`,
 the loss scale, the settings, the history and identity of the data, and the special tokens. Data
-order and learning rate are functions of the counters. Checkpoints are written by a thread
-(saving.py); exports by all processes together.
+order and learning rate are functions of the counters. Checkpoints and exports are written by a
+thread, from a copy in host memory (saving.py).
 """
 
 import logging
 import os
 import shlex
 import subprocess
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +20,31 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.checkpoint import state as tensor_files
 from fast_llm.checkpoint.huggingface import export_files
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
-from fast_llm.config.train import CallbackConfig, TrainConfig
+from fast_llm.collectives import all_gather_object
+from fast_llm.config.saving import CallbackConfig, CheckpointConfig, ExportConfig
+from fast_llm.config.train import TrainConfig
+from fast_llm.errors import CheckpointError, TrainingStopped
 from fast_llm.model.decoder import init_weights
 from fast_llm.models import family_of
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.weights import Weights
-from fast_llm.planning.history import History
-from fast_llm.planning.preflight import RunSpec
-from fast_llm.tensors import distributed_like
+from fast_llm.planning.branch import describe_ancestors
+from fast_llm.planning.disk import export_folders
+from fast_llm.planning.history import apply_orders
+from fast_llm.planning.run_spec import RunSpec
+from fast_llm.planning.stages import epoch_problems
+from fast_llm.tensors import Stored, distributed_like
+from fast_llm.training.averages import WeightAverages, prefix
 from fast_llm.training.corruption import check_state_finite
 from fast_llm.training.run import Run
-from fast_llm.training.saving import Saver
-from fast_llm.training.step import StepResult, TrainStep
+from fast_llm.training.saving import Saver, Write
+from fast_llm.training.state import TrainState
+from fast_llm.training.step import TrainStep
 
 logger = logging.getLogger("fast_llm")
 
-
-@dataclass
-class TrainState:
-    """The counters of a run, equal on all processes."""
-
-    history: History | None  # of batch sizes and data orders; None without training data
-    step: int = 0
-    consumed_samples: int = 0  # sequences, those of skipped ranges included
-    skipped_ranges: list[dict[str, int]] = field(default_factory=list)  # one for each rewind
-    nonfinite_steps: int = 0  # in a row
-
-    def advance(self, result: StepResult, batch_size: int) -> None:
-        """Count one step."""
-        self.step += 1
-        self.consumed_samples += batch_size
-        if result.targets:  # a step without target tokens says nothing about training's health
-            healthy = result.updated or bool(result.spike)
-            self.nonfinite_steps = 0 if healthy else self.nonfinite_steps + 1
-
-    @property
-    def consumed_tokens(self) -> int:
-        """Tokens of the consumed sequences, whose length may have changed during the run."""
-        return self.history.tokens(self.consumed_samples) if self.history is not None else 0
+_WEIGHT = "weight/"  # before the name of a weight in a checkpoint
+_AVERAGE = "average."
 
 
 class CheckpointManager:
@@ -83,7 +68,17 @@ class CheckpointManager:
         self.train_step = train_step
         self.heartbeat = heartbeat
         self.state = TrainState(spec.history)
+        self.restored_step = -1  # of the checkpoint that this start resumed from
         self.saver = Saver(mesh.checkpoint_group, spec.config.training.checkpoint.background)
+        self.averages = WeightAverages(
+            spec.config.training.averages, weights, mesh, lambda: self.saver.busy
+        )
+        train_step.before_update = self._before_update
+
+    def _before_update(self) -> None:
+        """Let the device finish the copies of the state before it changes."""
+        self.saver.host_copy.before_update()
+        self.averages.host_copy.before_update()
 
     # What is due.
 
@@ -100,24 +95,43 @@ class CheckpointManager:
         at_end = settings.interval is not None and step >= training.train_iters
         return at_end or (step > 0 and settings.due(step))
 
+    @property
+    def rewinds(self) -> int:
+        """How often this run was rewound. Rewinds before the step of a branch are its parent's."""
+        branch = self.config.run.branch_from
+        first = branch.step if branch is not None else 0
+        return sum(skipped["after"] >= first for skipped in self.state.skipped_ranges)
+
     # Restore.
 
     def restore(self) -> None:
         """Resume from the newest checkpoint, or start from the pretrained or random weights."""
         self.heartbeat("reading weights", slow=True)
+        self.averages.begin()
         with self.weights.masters(changed=True) as tensors:
             self.init_or_load(tensors)
         self.weights.sync_model_weights()
         if self.run.is_main and self.run.folder is not None:
             # Also a start that saves nothing removes the unfinished folders of a killed run.
             folders.clean(self.run.folder / "checkpoint")
-            folders.clean(self.run.folder / "export" / self.config.training.export.format)
+            for exports in export_folders(self.config, self.run.folder).values():
+                folders.clean(exports)
         self.mesh.barrier()
+        training, stored = self.config.training, self._stored()
+        if training.checkpoint.interval is None:
+            stored = {n: one for n, one in stored.items() if n.startswith((_WEIGHT, _AVERAGE))}
+        if self.run.folder is not None and (
+            training.checkpoint.interval is not None or training.export.interval is not None
+        ):
+            self.saver.prepare(stored)
 
     def init_or_load(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the weights their first values."""
         checkpoint, pretrained = self.spec.checkpoint, self.config.pretrained
         source = self.spec.pretrained_folder if pretrained.model_weights else None
+        if checkpoint is not None and self.spec.branches:
+            self._branch(checkpoint, tensors)
+            return
         if checkpoint is not None:
             self.restore_state(checkpoint, tensors)
             logger.info(f"Resuming from {checkpoint}, after step {self.state.step}.")
@@ -136,17 +150,60 @@ class CheckpointManager:
             tensor_files.load(source, _named(tensors), self.mesh.slow_group)
         logger.info(f"Starting from the weights of {source}.")
 
-    def restore_state(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights, moments and counters of a checkpoint."""
-        info, state = folders.read_manifest(path).info, self.state
+    def _branch(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with a checkpoint of another run, which may delete or replace it meanwhile."""
+        remedy = "; start again, with a checkpoint that the other run keeps"
+        assert self.spec.manifest is not None
+        try:
+            self.restore_state(checkpoint, tensors, self.spec.manifest.info)
+        except CheckpointError as error:  # on all processes
+            if (checkpoint / folders.MANIFEST).exists():
+                raise
+            raise CheckpointError(
+                f"{checkpoint}: the other run deleted it while it was read{remedy}"
+            ) from error
+        # The first process alone looks again, so that all come to the same result.
+        # Preflights of other machines may have read the checkpoint before it was replaced.
+        read = all_gather_object(self.spec.manifest.info, self.mesh.slow_group)
+        same = all(one == read[0] for one in read)
+        changed = self.mesh.broadcast(self._changed(checkpoint) if self.run.is_main else "")
+        if changed or not same:
+            changed = changed or "replaced"
+            raise CheckpointError(
+                f"{checkpoint}: the other run {changed} it while it was read{remedy}"
+            )
+        logger.info(
+            f"Branching from {checkpoint}, after step {self.state.step}:"
+            f" {describe_ancestors(self.spec.ancestors)}."
+        )
+
+    def _changed(self, checkpoint: Path) -> str:
+        """What another run has done to its checkpoint since the preflight; nothing: ""."""
+        try:
+            return "" if folders.read_manifest(checkpoint) == self.spec.manifest else "replaced"
+        except CheckpointError:
+            return "deleted"
+
+    def restore_state(
+        self, path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None
+    ) -> None:
+        """Load weights, moments and counters of a checkpoint. `info`: its manifest's, if known."""
+        info, state = info or folders.read_manifest(path).info, self.state
         self._load_tensors(path, tensors)
+        for name in self.averages.load(path, info.get("averages", {})):
+            logger.info(f"training.averages.{name} begins here: {path} does not hold it.")
         state.step, state.consumed_samples = info["step"], info["samples"]
         state.skipped_ranges = info.get("passed_over", [])
         state.nonfinite_steps = info["skipped"]
+        state.padding = {int(key): count for key, count in info.get("padding", {}).items()}
+        if "padding" not in info and state.history is not None:  # an earlier version wrote it
+            expected = state.history.expected_padding(state.consumed_samples)
+            state.padding = {key: round(count) for key, count in expected.items()}
         self.train_step.optimizer.updates = info["updates"]
         self.train_step.loss_scale.load(info["loss_scale"])
         self.train_step.spikes.load_state_dict(info.get("spikes", {}))
-        self.saver.last_started = self.saver.last_saved = state.step
+        self.saver.restored(state.step)
+        self.restored_step = state.step
 
     def _load_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         with self.train_step.optimizer.moments(changed=True) as moments:
@@ -171,6 +228,7 @@ class CheckpointManager:
         self.heartbeat("reading weights", slow=True)
         state = self.state
         spike, until, ranges = state.step, state.consumed_samples, state.skipped_ranges
+        padding = state.padding
         with self.weights.masters(changed=True) as tensors:
             self.restore_state(path, tensors)
         self.weights.sync_model_weights()
@@ -186,13 +244,24 @@ class CheckpointManager:
             state.history = state.history.with_batches(
                 state.step, state.consumed_samples, self.spec.batch.batch_size
             )
-        state.consumed_samples = until
+            if self.config.data.stages:  # their borders move by the skipped sequences
+                split = self.spec.dataset.splits["training"]
+                state.history = state.history.with_data(state.step, until, self.config, split)
+                apply_orders(split, state.history, until)
+            for problem in self._exceeded_epochs(until):
+                logger.warning(f"{problem}. A resume is refused until then.")
+        state.consumed_samples, state.padding = until, padding
         if self.run.is_main and self.run.folder is not None:
-            exports = self.run.folder / "export" / self.config.training.export.format
-            for step, folder in folders.find(exports):
-                if step > state.step:
-                    folders.delete(folder)  # its step is undone
+            for exports in export_folders(self.config, self.run.folder).values():
+                for step, folder in folders.find(exports):
+                    if step > state.step:
+                        folders.delete(folder)  # its step is undone
         self.mesh.barrier()
+
+    def _exceeded_epochs(self, samples: int) -> list[str]:
+        """Sources of which the run takes more than `max_epochs` because of skipped data."""
+        split, size = self.spec.dataset.splits["training"], self.spec.batch.batch_size
+        return epoch_problems(self.config, split, self.state.step, samples, size)
 
     # Save and export.
 
@@ -203,7 +272,7 @@ class CheckpointManager:
         finite.
         """
         step = self.state.step
-        if self.saver.last_started == step:
+        if self.saver.last_started["checkpoint"] == step:
             return
         assert self.run.folder is not None
         self.heartbeat("saving", step=step, slow=True)
@@ -211,18 +280,53 @@ class CheckpointManager:
         settings = self.config.training.checkpoint
         root = self.run.folder / "checkpoint"
 
-        def on_saved(path: Path) -> None:
-            if self.run.is_main:
-                folders.prune(root, settings.keep, settings.is_permanent)
-                _start_callback(settings.callback, path)
+        info, group = self._info(), self.mesh.checkpoint_group
 
-        with self.weights.masters() as tensors, self.train_step.optimizer.moments() as moments:
-            self.saver.start(root, step, _named(tensors, *moments), self._info(), on_saved, last)
+        def write(tensors: Mapping[str, Tensor], part_of: Callable[[str], Tensor]) -> Path:
+            path = tensor_files.save(root, step, tensors, info, group, part_of)
+            self._on_written(path, settings, step)
+            return path
+
+        self.saver.start("checkpoint", step, self._stored(), write, last)
+
+    def _on_written(self, path: Path, settings: CheckpointConfig | ExportConfig, step: int) -> None:
+        """Delete what `keep` no longer keeps, and start the callback."""
+        if self.run.is_main:
+            folders.prune(path.parent, settings.keep, settings.is_permanent, current=step)
+            _start_callback(settings.callback, path)
+
+    def _stored(self) -> dict[str, Stored]:
+        """A checkpoint's tensors by their names in it."""
+        weights = self.weights.stored()
+        parts = {"weight": weights} | self.train_step.optimizer.stored(weights)
+        parts |= {f"average.{name}": self.averages.stored(name) for name in self.averages.averages}
+        return {
+            f"{part}/{name}": one for part, named in parts.items() for name, one in named.items()
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """Everything else that a step depends on, by its description; equal on all processes."""
+        state, step = self.state, self.train_step
+        return {
+            "the number of steps": state.step,
+            "the number of sequences": state.consumed_samples,
+            "the number of updates": step.optimizer.updates,
+            "the loss scale": step.loss_scale.state(),
+            "the number of steps skipped": state.nonfinite_steps,
+            "the window of spikes": step.spikes.state_dict(),
+            "the skipped data": state.skipped_ranges,
+            "the seed": self.config.model.distributed.seed,
+        }
 
     def _info(self) -> dict[str, Any]:
         """A checkpoint's manifest; the names are those of its file format."""
-        state, step = self.state, self.train_step
-        return {
+        state, step, ancestors = self.state, self.train_step, self.spec.ancestors
+        further: dict[str, Any] = {}
+        if ancestors:
+            further["ancestors"] = [one.model_dump() for one in ancestors]
+        if state.history is not None and any(order.best_fit for order in state.history.orders):
+            further["padding"] = {str(key): count for key, count in state.padding.items()}
+        return further | {
             "step": state.step,
             "samples": state.consumed_samples,
             "updates": step.optimizer.updates,
@@ -231,44 +335,89 @@ class CheckpointManager:
             "spikes": step.spikes.state_dict(),
             "passed_over": list(state.skipped_ranges),
             "history": state.history.model_dump(mode="json") if state.history is not None else None,
+            "averages": self.averages.counts(),
             "tokens": self.spec.special_tokens,
             "identity": self.spec.identity,
             "settings": self.config.model_dump(mode="json"),
         }
 
-    def export(self) -> None:
-        """Write a Hugging Face folder, unless this step has one.
+    def export(self, last: bool = False) -> None:
+        """Start to write Hugging Face folders of the model and its averages, unless they are there.
 
-        Raises TrainingStopped if weights or moments are not finite.
+        Those of a step after the checkpoint that this start resumed from are replaced: an earlier
+        attempt wrote them, maybe with other settings. `last`: the process is about to end. Raises
+        TrainingStopped if weights or moments are not finite.
         """
         step = self.state.step
         assert self.run.folder is not None
         self.heartbeat("exporting", step=step, slow=True)
-        settings, length = self.config.training.export, self.config.batch.sequence_length
-        path = self.run.folder / "export" / settings.format / str(step)
-        if self.mesh.broadcast(folders.is_complete(path)):
+        if self.saver.last_started["export"] == step:
             return
-        started = time.perf_counter()
+        missing, counts = [], self.averages.counts()
+        for name, root in export_folders(self.config, self.run.folder).items():
+            own = step <= self.restored_step and folders.is_complete(root / str(step))
+            empty = name and not counts[name]
+            if not self.mesh.broadcast(own) and not empty:
+                missing.append((name, root / str(step)))
+        if missing:
+            check_state_finite(self.train_step, self.mesh, step, "It was not exported. ")
+        for name, path in missing:
+            stored = self.averages.stored(name) if name else self.weights.stored()
+            before = prefix(name) if name else _WEIGHT
+            named = {before + weight: one for weight, one in stored.items()}
+            self.saver.start("export", step, named, self._export_writer(path, step, before), last)
+
+    def _export_writer(self, path: Path, step: int, before: str) -> Write:
+        """What writes an export; `before`: what precedes the names of weights in the copy."""
+        settings, length = self.config.training.export, self.config.batch.sequence_length
         dtype = settings.data_type or self.config.model.distributed.training_dtype
-        check_state_finite(self.train_step, self.mesh, step, "It was not exported. ")
         model, tokens = self.config.model.base_model, self.spec.special_tokens
-        export_config = family_of(model).export_config
-        with self.weights.masters() as tensors:
+        family = family_of(model)
+        config = family.export_config(self.spec.pretrained_config, model, dtype, tokens, length)
+        group = self.mesh.checkpoint_group
+
+        def write(tensors: Mapping[str, Tensor], part_of: Callable[[str], Tensor]) -> Path:
             export_hugging_face(
                 path,
-                tensors,
-                config=export_config(self.spec.pretrained_config, model, dtype, tokens, length),
+                {name.removeprefix(before): tensor for name, tensor in tensors.items()},
+                config=config,
                 dtype=dtype,
                 files=export_files(self.spec.extra_files, length),
                 parameters_per_file=settings.parameters_per_file,
                 step=step,
-                group=self.mesh.slow_group,
+                group=group,
+                part_of=lambda name: part_of(before + name),
+                family=family,
             )
-        if self.run.is_main:
-            folders.prune(path.parent, settings.keep, settings.is_permanent)
-            _start_callback(settings.callback, path)
-        self.mesh.barrier()
-        logger.info(f"Exported {path} in {time.perf_counter() - started:.1f} s.")
+            self._on_written(path, settings, step)
+            return path
+
+        return write
+
+    # The end of a run.
+
+    @property
+    def resume_hint(self) -> str:
+        """What the same command does after this run has stopped: the end of a sentence."""
+        if self.run.folder is None:
+            return "; nothing was saved, because run.experiment_dir is not set"
+        if self.saver.last_started["checkpoint"] < 0:  # none saved or restored; also if one failed
+            start = "the same command starts this run from its beginning"
+            return f"; no checkpoint is complete, so {start}"
+        return "; the same command continues"
+
+    def on_failure(self, error: BaseException) -> None:
+        """Finish the checkpoint that is being written, if other processes can still take part."""
+        self.mesh.failures.failing = True  # so another process's failure does not end this one
+        seconds = None  # no limit
+        if self.mesh.size > 1 and not isinstance(error, TrainingStopped):
+            # After a timeout other processes do not answer. Collectives raise a plain RuntimeError.
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                return
+            seconds = self.config.model.distributed.timeout / 2  # others wait `timeout`
+        if self.saver.busy:
+            self.heartbeat("saving", slow=True)
+            self.saver.finish_after_failure(seconds)
 
 
 def _named(tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -276,7 +425,7 @@ def _named(tensors: Mapping[str, Tensor], *moments: Mapping[str, Tensor]) -> dic
 
     Moments are local; they are sharded as their weights are.
     """
-    return {f"weight/{name}": tensor for name, tensor in tensors.items()} | {
+    return {_WEIGHT + name: tensor for name, tensor in tensors.items()} | {
         f"{moment}/{name}": distributed_like(tensors[name], local)
         for moment, locals_ in zip(("exp_avg", "exp_avg_sq"), moments, strict=False)
         for name, local in locals_.items()

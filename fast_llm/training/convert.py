@@ -5,6 +5,8 @@ moments; use it as `pretrained` with `format: distributed`.
 """
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +39,18 @@ def convert(config: ConvertConfig) -> None:
         raise CheckpointError(
             f"{output}: exists already; choose another output.path (or exist_ok=yes to keep it)"
         )
-    if source.format == "distributed":
-        _export(
-            Path(source.path).expanduser(), output, target.data_type, target.parameters_per_file
-        )
-    elif target.format == "distributed":
-        _import(huggingface.fetch(source.path, weights=True), output)
+    path = Path(source.path).expanduser()
+    if source.format == "distributed" or (source.format == "auto" and folders.is_checkpoint(path)):
+        if target.format == "distributed":
+            raise CheckpointError(f"{path}: is already in distributed format; copy the folder")
+        _export(path, output, config)
+        logger.info(f"Wrote {output}.")
+        return
+    path = huggingface.fetch(source.path, weights=True)
+    if target.format == "distributed":
+        _import(path, output, config)
     else:
-        _copy(
-            huggingface.fetch(source.path, weights=True),
-            output,
-            target.data_type,
-            target.parameters_per_file,
-        )
+        _copy(path, output, config)
     logger.info(f"Wrote {output}.")
 
 
@@ -57,8 +58,40 @@ def _model(values: dict[str, Any], source: str) -> BaseModelConfig:
     return validate(BaseModelConfig, Document(values, {}, source))
 
 
-def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: int) -> None:
-    """A checkpoint → a Hugging Face folder."""
+def _check_family(config: ConvertConfig, name: str, path: Path, family: str) -> None:
+    """Raise CheckpointError if `input.format` or `output.format` names another family."""
+    asked = getattr(config, name).format
+    if asked not in ("auto", "distributed", family):
+        raise CheckpointError(
+            f"{name}.format: given {asked}, but the model of {path} is {family}; use auto"
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """What a checkpoint and its run say about the model, without the weights."""
+
+    model: BaseModelConfig
+    dtype: str  # that it trained in
+    step: int
+    length: int  # tokens in a sequence of training; 0 if unknown
+    tokens: Mapping[str, int | None]  # ids of BOS and EOS
+    small: Mapping[str, bytes]  # the small files of the pretrained model
+    original: Mapping[str, Any] | None  # its config.json
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The small files of an export."""
+        return huggingface.export_files(self.small, self.length)
+
+    def config(self, dtype: str) -> dict[str, Any]:
+        """config.json of an export with weights in a dtype."""
+        family = family_of(self.model)
+        return family.export_config(self.original, self.model, dtype, self.tokens, self.length)
+
+
+def describe_checkpoint(path: Path) -> CheckpointModel:
+    """What a checkpoint says about its model. Raises CheckpointError if any file is damaged."""
     info = folders.verify(path).info
     try:
         settings = info["settings"]
@@ -66,22 +99,36 @@ def _export(path: Path, output: Path, dtype: str | None, parameters_per_file: in
         trained_in = settings["model"]["distributed"]["training_dtype"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its manifest does not describe a model") from error
-    weights = {name: torch.empty(shape) for name, shape in family_of(model).shapes(model).items()}
-    state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
     kept = path.parent.parent / "pretrained"
     small = huggingface.small_files(kept) if kept.is_dir() else {}
-    original = huggingface.read_json(kept / "config.json") if "config.json" in small else None
-    wanted = dtype or trained_in
-    length = settings.get("batch", {}).get("sequence_length", 0)
-    tokens = info.get("tokens") or _tokens(kept)
+    return CheckpointModel(
+        model,
+        trained_in,
+        info["step"],
+        settings.get("batch", {}).get("sequence_length", 0),
+        info.get("tokens") or _tokens(kept),
+        small,
+        huggingface.read_json(kept / "config.json") if "config.json" in small else None,
+    )
+
+
+def _export(path: Path, output: Path, config: ConvertConfig) -> None:
+    """A checkpoint → a Hugging Face folder."""
+    found = describe_checkpoint(path)
+    family = family_of(found.model)
+    _check_family(config, "output", path, found.model.family)
+    weights = {name: torch.empty(shape) for name, shape in family.shapes(found.model).items()}
+    state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
+    wanted = config.output.data_type or found.dtype
     export_hugging_face(
         output,
         weights,
-        config=family_of(model).export_config(original, model, wanted, tokens, length),
+        config=found.config(wanted),
         dtype=wanted,
-        files=huggingface.export_files(small, length),
-        parameters_per_file=parameters_per_file,
-        step=info["step"],
+        files=found.files,
+        parameters_per_file=config.output.parameters_per_file,
+        step=found.step,
+        family=family,
     )
 
 
@@ -93,11 +140,15 @@ def _tokens(folder: Path) -> dict[str, int | None]:
     return {"bos": loaded.bos, "eos": loaded.eos}
 
 
-def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
+def _read(
+    path: Path, config: ConvertConfig
+) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[str, Any]]:
     """Read the weights of a Hugging Face folder in fp32, which is exact for smaller dtypes."""
     original = huggingface.read_json(path / "config.json")
     place = f"{path}/config.json"
-    model = _model(family_of_json(original).architecture(original, place), place)
+    model = _model(family_of_json(original, place).architecture(original, place), place)
+    for name in ("input", "output"):
+        _check_family(config, name, path, model.family)
     if problems := huggingface.check_weights(path, model):
         raise ConfigError(problems)
     weights = {name: torch.empty(shape) for name, shape in family_of(model).shapes(model).items()}
@@ -105,7 +156,7 @@ def _read(path: Path) -> tuple[BaseModelConfig, dict[str, torch.Tensor], dict[st
     return model, weights, original
 
 
-def _import(path: Path, output: Path) -> None:
+def _import(path: Path, output: Path, config: ConvertConfig) -> None:
     """A Hugging Face folder → a checkpoint without moments, and its small files in `pretrained`."""
     huggingface.read_json(path / "config.json")
     small = huggingface.small_files(path)
@@ -117,7 +168,7 @@ def _import(path: Path, output: Path) -> None:
             f"{kept}: has the files of another model, which this one's would replace; choose an"
             " output.path in a folder of its own, as in <folder>/checkpoint/0"
         )
-    model, weights, original = _read(path)
+    model, weights, original = _read(path, config)
     dtype = huggingface.stored_dtype(path, original)
     info = {
         "step": 0,
@@ -138,16 +189,17 @@ def _import(path: Path, output: Path) -> None:
         (kept / name).write_bytes(data)
 
 
-def _copy(path: Path, output: Path, dtype: str | None, parameters_per_file: int) -> None:
+def _copy(path: Path, output: Path, config: ConvertConfig) -> None:
     """A Hugging Face folder → another, with another dtype or file size."""
-    model, weights, original = _read(path)
-    wanted = dtype or huggingface.stored_dtype(path, original)
+    model, weights, original = _read(path, config)
+    wanted = config.output.data_type or huggingface.stored_dtype(path, original)
     export_hugging_face(
         output,
         weights,
         config=family_of(model).export_config(original, model, wanted, {}),
         dtype=wanted,
         files=huggingface.small_files(path),
-        parameters_per_file=parameters_per_file,
+        parameters_per_file=config.output.parameters_per_file,
         step=0,
+        family=family_of(model),
     )

@@ -146,11 +146,10 @@ class CorruptionCheck:
         found: dict[str, Any] = {}
         for name, count in step.replication_factor.items():
             if count > 1:
-                parts = {
-                    "weight": local_part(tensors[name]),
-                    "exp_avg": step.optimizer.exp_avg[name],
-                    "exp_avg_sq": step.optimizer.exp_avg_sq[name],
-                }
+                parts = {"weight": local_part(tensors[name])}
+                if name in step.optimizer.weights:  # frozen weights have no moments
+                    parts["exp_avg"] = step.optimizer.exp_avg[name]
+                    parts["exp_avg_sq"] = step.optimizer.exp_avg_sq[name]
                 parts |= zip(
                     ("tops of exp_avg", "tops of exp_avg_sq"),
                     step.optimizer.block_absmax.get(name, ()),

@@ -7,42 +7,38 @@ Each evaluation uses the same sequences: of the validation or test split, and of
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fast_llm.data.loader import Loader
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.planning.preflight import RunSpec
+from fast_llm.planning.run_spec import RunSpec
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
+from fast_llm.training.source_losses import SUMS
 from fast_llm.training.step import TrainStep
 
 logger = logging.getLogger("fast_llm")
 
 
+# (split, first sequence, steps) → this process's micro-batches of each step. Micro-batch m of
+# process r of P holds the b sequences from (m·P + r)·b on of the step.
+MakeLoader = Callable[[str, int, int], Loader]
+
+
+@dataclass(eq=False)
 class Evaluator:
     """Measures losses without training. Every process calls each method."""
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        mesh: Mesh,
-        train_step: TrainStep,
-        loader: Callable[[str, int, int], Loader],
-        metrics: Metrics,
-        interrupt: Interrupt,
-        heartbeat: Callable[..., None],
-    ):
-        """`loader(split, first_sequence, steps)`: yields this process's micro-batches of each step.
+    spec: RunSpec
+    mesh: Mesh
+    train_step: TrainStep
+    loader: MakeLoader
+    metrics: Metrics
+    interrupt: Interrupt
+    heartbeat: Callable[..., None]  # tells the watchdog which phase begins
 
-        `heartbeat(phase)`: tells the watchdog which phase begins.
-        """
-        self.spec = spec
-        self.config = spec.config.training
-        self.mesh = mesh
-        self.train_step = train_step
-        self.loader = loader
-        self.metrics = metrics
-        self.interrupt = interrupt
-        self.heartbeat = heartbeat
+    def __post_init__(self) -> None:
+        self.config = self.spec.config.training
 
     def validation_due(self, step: int) -> bool:
         """Whether validation is due: before the first step, at the interval, and at the end."""
@@ -66,13 +62,16 @@ class Evaluator:
         """`splits`: the split of each metric."""
         started = time.perf_counter()
         losses: dict[str, float | None] = {}
+        by_source: list[float] = []
         tokens = 0
         for metric, split in splits.items():
             found = self._loss(phase, step, split, iterations)
             if found is None:
                 logger.info(f"{phase.capitalize()} at step {step} was interrupted by a signal.")
                 return False
-            total, targets = found
+            total, targets, sums = found
+            if metric == "language_model_loss":
+                by_source = sums
             losses[metric] = total / targets if targets else None
             if not targets:
                 logger.warning(
@@ -80,24 +79,34 @@ class Evaluator:
                     " is no loss: each of its documents has one token."
                 )
             tokens += int(targets)
-        self.metrics.write_evaluation(step, phase, losses, tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.metrics.write_evaluation(step, phase, losses, by_source, tokens, seconds)
         return True
 
     def _loss(
         self, phase: str, step: int, split: str, iterations: int
-    ) -> tuple[float, float] | None:
-        """Summed loss and number of target tokens over all processes; None if interrupted."""
+    ) -> tuple[float, float, list[float]] | None:
+        """Summed loss and number of target tokens over all processes, and the sums by source; None
+        if interrupted.
+        """
         total = targets = 0.0
+        by_source: list[float] = []
         with self.loader(split, 0, self.spec.evaluation_steps(split, iterations)) as loader:
             self.heartbeat("data", step=step)
             for micro_batches in loader:
                 self.heartbeat(phase)
                 own_loss, own_targets = self.train_step.evaluate(micro_batches)
-                loss, count, stops = self.mesh.all_reduce_sum(
-                    own_loss, own_targets, float(self.interrupt.signal != 0)
+                loss, count, stops, *summed = self.mesh.all_reduce_sum(
+                    own_loss,
+                    own_targets,
+                    float(self.interrupt.signal != 0),
+                    further=self.train_step.own_sums(),
                 )
                 total, targets = total + loss, targets + count
+                sums = self.train_step.sums_by_name(summed).get(SUMS, [])
+                zeros = [0.0] * len(sums)
+                by_source = [a + b for a, b in zip(by_source or zeros, sums, strict=True)]
                 if stops:
                     return None
                 self.heartbeat("data")
-        return total, targets
+        return total, targets, by_source

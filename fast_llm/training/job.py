@@ -1,6 +1,6 @@
 """A training job: process group, lock, experiment folder, hang detection, training, exit code.
 
-cli.py calls `train`; build.py makes the Trainer, whose `train` is the loop.
+start.py calls `train`; build.py makes the Trainer, whose `train` is the loop.
 """
 
 import logging
@@ -28,11 +28,11 @@ from fast_llm.parallel.mesh import Mesh
 from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.layout import UPCASTING_CPU, ParallelLayout, Workload
 from fast_llm.planning.memory import required_bytes
-from fast_llm.planning.preflight import RunSpec
 from fast_llm.planning.report import describe_run
+from fast_llm.planning.run_spec import RunSpec
 from fast_llm.planning.search import resolve_run
 from fast_llm.tensors import torch_dtype
-from fast_llm.terminal import wrap_width
+from fast_llm.terminal import counted, wrap_width
 from fast_llm.training.build import build_trainer
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.process import configure_process
@@ -83,6 +83,7 @@ def _train(spec: RunSpec, interrupt: Interrupt, locating: AbstractContextManager
                 tensor=distributed.tensor_parallel,
                 context=distributed.sequence_data_parallel,
                 pipeline=distributed.pipeline_parallel,
+                expert=distributed.expert_parallel,
                 failures=failures,
             )
             interrupt.begin_graceful(lambda: failures.failing or failures.code is not None)
@@ -102,12 +103,12 @@ def exclusive_lock(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
     if spec.folder is not None and mesh.rank == 0:
         try:
             held = lock(spec.folder)
-            root = spec.folder / "checkpoint"
+            root, own = spec.folder / "checkpoint", None if spec.branches else spec.checkpoint
             # The preflight ran before the lock was held. Sizes are compared first: digests are
             # slow.
             if (
-                checkpoints.latest(root, content=False, quiet=True) != spec.checkpoint
-                and checkpoints.latest(root, quiet=True) != spec.checkpoint
+                checkpoints.latest(root, content=False, quiet=True) != own
+                and checkpoints.latest(root, quiet=True) != own
             ):
                 refused = [
                     f"run.experiment_dir: another run saved to {spec.folder} just now; start the"
@@ -282,5 +283,5 @@ def _describe_device(mesh: Mesh) -> str:
     if mesh.device.type == "cuda":
         name = torch.cuda.get_device_name(mesh.device)
         return f"{mesh.size} × {name}" if mesh.size > 1 else name
-    processes = "1 process" if mesh.size == 1 else f"{mesh.size} processes"
-    return f"the CPU ({processes} × {torch.get_num_threads()} threads)"
+    processes = counted(mesh.size, "process", "processes")
+    return f"the CPU ({processes} × {counted(torch.get_num_threads(), 'thread')})"

@@ -2,8 +2,8 @@
 
 A training line fits a terminal of 100 columns behind the time: step, loss, gradient norm, learning
 rate, tokens/s of all processes, memory of this process, time left. What is unusual follows it:
-skipped updates, losses that are not finite, spikes, waiting for data. Everything else is in
-metrics.jsonl.
+skipped updates, losses that are not finite, spikes, waiting for data; then the losses of up to six
+sources. Everything else is in metrics.jsonl.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 from fast_llm.terminal import short_count, short_duration
 
+_MANY_SOURCES = 7  # from which on their losses are in metrics.jsonl only
 _MUCH_WAITING = 0.1  # of a step's time, from which on waiting for data is shown
 
 
@@ -36,6 +37,8 @@ def training_line(values: Mapping[str, Any], processes: int) -> str:
     waiting = values["data_wait_ms"] / values["step_time_ms"]
     if waiting > _MUCH_WAITING:
         parts.append(f"{waiting:.0%} waiting for data")
+    if sources := _sources(values):
+        parts.append(f"({sources})")
     return "  ".join(parts)
 
 
@@ -50,10 +53,28 @@ def evaluation_lines(values: Mapping[str, Any], losses: Mapping[str, float | Non
         else:
             parts.append(f"{values['phase']}{of_set} loss {_loss(loss)}")
             parts.append(f"perplexity {_digits(math.exp(min(loss, 700)))}")
+            prefix = "" if name == "language_model_loss" else name.removesuffix("loss")
+            bits = values.get(f"{prefix}bits_per_byte")
+            if bits is not None:
+                parts.append(f"{_digits(bits)} bits/byte")
         if not lines:
-            parts.append(f"{values['tokens']:,} tokens in {values['seconds']:.1f} s")
+            sets = " of all sets" * (len(losses) > 1)
+            parts.append(f"{values['tokens']:,} tokens{sets} in {values['seconds']:.1f} s")
         lines.append("  ".join(parts))
+        if len(lines) == 1 and (sources := _sources(values)):
+            lines.append(f"{_position(values)}  {values['phase']} by source: {sources}")
     return lines
+
+
+def _sources(values: Mapping[str, Any]) -> str:
+    """The loss of each source of a record, or "" if it has too many of them or none."""
+    found = values.get("sources", {})
+    if len(found) >= _MANY_SOURCES:
+        return ""
+    return ", ".join(
+        f"{name} {'-' if fields['loss'] is None else _loss(fields['loss'])}"
+        for name, fields in found.items()
+    )
 
 
 def _position(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 Every record goes to the log and metrics.jsonl and, if enabled, to TensorBoard and Weights & Biases,
 under the same names. Speed covers training alone: validation, saving and exporting are excluded.
+With best-fit packing, padding is no token: each step counts it, and speed and `consumed_tokens`
+leave it out.
 Model FLOP/s count the causal half of attention. MFU divides them by the device's dense bf16 peak,
 and is left out where the peak is not known.
 """
@@ -9,7 +11,7 @@ and is left out where the peak is not known.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,22 +21,36 @@ import torch
 
 from fast_llm.config.batch import BatchSizes
 from fast_llm.config.train import TrainConfig
+from fast_llm.data.fim import FIM_COUNTS
 from fast_llm.models.flops import Cost, peak_flops
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.report import LiveReport
 from fast_llm.terminal import short_duration
 from fast_llm.training.charts import TensorBoard, Wandb
+from fast_llm.training.experts import RouterMonitor
 from fast_llm.training.log_lines import evaluation_lines, training_line
 from fast_llm.training.run import Run
-from fast_llm.training.step import StepResult
+from fast_llm.training.source_losses import SourceMonitor
+from fast_llm.training.step import PADDING, StepResult
 
 logger = logging.getLogger("fast_llm")
+
+Z_LOSS = "z_loss"  # its name in metrics.jsonl, and in `TrainStep.sums` and `StepResult.sums`
 
 
 class Metrics:
     """Gathers the results of steps and writes them when due."""
 
     def __init__(
-        self, config: TrainConfig, run: Run, mesh: Mesh, batch: BatchSizes, cost: Cost, first: int
+        self,
+        config: TrainConfig,
+        run: Run,
+        mesh: Mesh,
+        batch: BatchSizes,
+        cost: Cost,
+        first: int,
+        sources: SourceMonitor,
+        routers: RouterMonitor | None = None,
     ):
         """`first`: the step from which this start of the run continues."""
         self.config = config
@@ -42,6 +58,9 @@ class Metrics:
         self.mesh = mesh
         self.batch = batch
         self.cost = cost
+        self.sources, self.routers = sources, routers
+        self.inputs = batch.batch_size * config.batch.sequence_length  # of a step
+        self.tokens = 0  # of the steps since this start, without padding
         self.device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else None
         self.start_step = first
         # Time of steps since this start, now and at the last record.
@@ -56,8 +75,18 @@ class Metrics:
         self.wandb: Wandb | None = None
         if run.is_main and config.training.tensorboard and run.folder is not None:
             self.tensorboard = TensorBoard(run.folder / "tensorboard", first)
+        self.report = LiveReport(run.folder) if run.is_main and run.folder is not None else None
         if run.is_main and config.training.wandb is not None:
             self.wandb = Wandb(config.training.wandb, config, run)
+
+    def is_logged(self, phase: str, step: int) -> bool:
+        """Whether metrics.jsonl has a record of a phase at a step. Every process calls it."""
+        found = any(
+            record.get("phase") == phase and record.get("step") == step
+            for record in self.run.recorded()
+        )
+        logged: bool = self.mesh.broadcast(found)
+        return logged
 
     @contextmanager
     def exclude_from_speed(self) -> Iterator[None]:
@@ -89,16 +118,12 @@ class Metrics:
     def add(self, step: int, result: StepResult) -> None:
         """Add the result of one step."""
         self._steps.append(result)
+        self.tokens += self.inputs - _padding(result)
         if not result.targets:
             self._warn_no_targets(step)
         if self.run.progress is not None:
             elapsed = self.train_seconds + time.perf_counter() - self._since
-            rate = (
-                (step - self.start_step)
-                * self.batch.batch_size
-                * self.config.batch.sequence_length
-                / elapsed
-            )
+            rate = self.tokens / elapsed
             left = elapsed / (step - self.start_step) * (self.config.training.train_iters - step)
             self.run.progress.show(
                 step,
@@ -121,20 +146,27 @@ class Metrics:
     def rewind(self, step: int, record: dict[str, Any]) -> None:
         """Continue from an earlier step; `record`: the skipped range, for metrics.jsonl."""
         self.run.record({"run": self.run.number, "step": step, "phase": "rewind", **record})
-        self.start_step = step
+        self.start_step, self.tokens = step, 0
         self.train_seconds = self.train_seconds_at_last = self.data_seconds_at_last = 0.0
         self._since = time.perf_counter()
         self._steps.clear()
+        if self.routers is not None:
+            self.routers.discard()
         if self.tensorboard is not None:
             self.tensorboard.rewind(step)
 
     def write(
-        self, step: int, consumed_samples: int, consumed_tokens: int, data_seconds: float
+        self,
+        step: int,
+        consumed_samples: int,
+        consumed_tokens: int,
+        padding: Sequence[int],
+        data_seconds: float,
     ) -> None:
         """Write a training record for the steps since the last one.
 
-        `consumed_samples`, `consumed_tokens`: by the run; `data_seconds`: waited for data since
-        this start.
+        `consumed_samples`, `consumed_tokens`: by the run; `padding`: in these samples, of each
+        source; `data_seconds`: waited for data since this start.
         """
         now = time.perf_counter()
         self.train_seconds += now - self._since
@@ -149,8 +181,11 @@ class Metrics:
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_tokens,
             **_results(steps),
+            **_mean_z_loss(steps),
+            **self.sources.training(steps, consumed_samples, padding),
+            **(self.routers.summary() if self.routers is not None else {}),
             **self._speed(
-                step, step_seconds, (data_seconds - self.data_seconds_at_last) / len(steps)
+                step, steps, step_seconds, (data_seconds - self.data_seconds_at_last) / len(steps)
             ),
             **self._progress(step),
             **self._memory(),
@@ -169,17 +204,22 @@ class Metrics:
             "train_iters": self.config.training.train_iters,
         }
 
-    def _speed(self, step: int, step_seconds: float, data_seconds: float) -> dict[str, Any]:
+    def _speed(
+        self, step: int, steps: list[StepResult], step_seconds: float, data_seconds: float
+    ) -> dict[str, Any]:
         """Times of a step, and throughput per process."""
-        tokens = self.batch.batch_size * self.config.batch.sequence_length
-        rate = tokens / step_seconds / self.mesh.size
-        model_flops = self.cost.model_flops_per_token * tokens / step_seconds / self.mesh.size
-        hardware_flops = self.cost.hardware_flops_per_token * tokens / step_seconds / self.mesh.size
+        padding = sum(map(_padding, steps)) / (len(steps) * self.inputs)
+        rate = self.inputs * (1 - padding) / step_seconds / self.mesh.size
+        model_flops = self.cost.model_flops_per_token * rate
+        hardware_flops = (
+            self.cost.hardware_flops_per_token * self.inputs / step_seconds / self.mesh.size
+        )
         peak = peak_flops(self.device_name) if self.device_name else None
         return {
             "step_time_ms": step_seconds * 1e3,
             "step_time_average_ms": self.train_seconds / (step - self.start_step) * 1e3,
             "data_wait_ms": data_seconds * 1e3,
+            **({PADDING: padding} if PADDING in steps[0].sums else {}),
             "tokens_per_sec_per_gpu": rate,
             "model_tflops": model_flops / 1e12,
             "hardware_tflops": hardware_flops / 1e12,
@@ -197,30 +237,51 @@ class Metrics:
         }
 
     def write_evaluation(
-        self, step: int, phase: str, losses: dict[str, float | None], tokens: int, seconds: float
+        self,
+        step: int,
+        phase: str,
+        losses: dict[str, float | None],
+        by_source: Sequence[float],
+        tokens: int,
+        seconds: float,
     ) -> None:
         """Write the losses of a `validation` or `test`.
 
         `losses`: `language_model_loss`, and one for each further set; None for a set without target
-        tokens.
+        tokens. `by_source`: the sums of `SourceLosses` over the sequences of the former.
         """
-        values = {**self._header(step, phase), **losses, "tokens": tokens, "seconds": seconds}
+        values = {
+            **self._header(step, phase),
+            **losses,
+            **self.sources.evaluation(losses, by_source),
+            "tokens": tokens,
+            "seconds": seconds,
+        }
         self._send(step, phase.capitalize(), values)
         for line in evaluation_lines(values, losses):
             logger.info(line)
+        if self.report is not None:
+            self.report.write()
 
     def close(self, status: str) -> None:
         """Flush everything; `status` (ended, crashed) is for an alert of Weights & Biases."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.report is not None:
+            self.report.write(wait=True)
         if self.wandb is not None:
             self.wandb.finish(status)
 
     def _send(self, step: int, phase: str, values: dict[str, Any]) -> None:
         self.run.record(values)
+        of_sources = {
+            f"sources/{source}/{name}": value
+            for source, fields in values.get("sources", {}).items()
+            for name, value in fields.items()
+        }
         numbers = {
             name: value
-            for name, value in values.items()
+            for name, value in (values | of_sources).items()
             if isinstance(value, int | float) and name not in ("step", "iteration", "run")
         }
         if self.tensorboard is not None:
@@ -243,6 +304,23 @@ class Metrics:
         return values | {"global_max_reserved": self.global_max_reserved}
 
 
+def _padding(result: StepResult) -> int:
+    """Inputs of a step that hold no token."""
+    return int(sum(result.sums.get(PADDING, ())))
+
+
+def _mean_z_loss(steps: list[StepResult]) -> dict[str, float]:
+    """The mean of (log Σ exp)² over the target tokens of each step, and then over steps.
+
+    Without the coefficient; nothing if there is no z-loss.
+    """
+    if Z_LOSS not in steps[0].sums:
+        return {}
+    used = [result for result in steps if result.updated or result.spike]
+    means = [result.sums[Z_LOSS][0] / result.targets for result in used]
+    return {Z_LOSS: sum(means) / len(means) if means else math.nan}
+
+
 def _results(steps: list[StepResult]) -> dict[str, Any]:
     """What the steps computed: means, sums, and the last step's norm, rate and loss scale."""
     losses = [result.loss for result in steps if result.updated or result.spike]
@@ -255,4 +333,12 @@ def _results(steps: list[StepResult]) -> dict[str, Any]:
         "nan_iters": sum(result.targets > 0 and not math.isfinite(result.loss) for result in steps),
         "spikes": sum(bool(result.spike) for result in steps),
         "target_tokens": sum(result.targets for result in steps),
+        **_fim(steps),
     }
+
+
+def _fim(steps: list[StepResult]) -> dict[str, int]:
+    """Counts of fill-in-the-middle, if the run has it."""
+    counts = [result.sums["fim"] for result in steps if "fim" in result.sums]
+    sums = (int(sum(values)) for values in zip(*counts, strict=True))
+    return dict(zip(FIM_COUNTS, sums, strict=True)) if counts else {}

@@ -8,7 +8,7 @@
 ├── tensorboard/             with `training.tensorboard`
 ├── profile/                 with `training.profiling`
 ├── checkpoint/<step>/       training state
-└── export/llama/<step>/     Hugging Face folders
+└── export/<family>/<step>/  Hugging Face folders
 
 Without `run.experiment_dir` nothing is written, and the log goes only to the terminal.
 """
@@ -29,7 +29,7 @@ from typing import Any, TextIO
 from fast_llm.config.section import dump
 from fast_llm.errors import ConfigError, disk_problem
 from fast_llm.planning.history import read_records
-from fast_llm.planning.preflight import RunSpec
+from fast_llm.planning.run_spec import RunSpec
 from fast_llm.storage import write_atomically
 from fast_llm.terminal import RED, YELLOW, style
 

@@ -1,4 +1,5 @@
-"""Write checkpoints in the background: copy to host memory, then write in a thread.
+"""Write checkpoints in the background: copy to host memory (checkpoint/staging.py), then write in a
+thread.
 
 At most one checkpoint is being written. A failed write is retried from the same copy until a newer
 checkpoint is due. The run fails only if its last checkpoint cannot be written. The threads of all
@@ -13,106 +14,151 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.checkpoint import state
+from fast_llm.checkpoint.staging import HostCopy, copied_bytes
 from fast_llm.collectives import all_gather_object
 from fast_llm.errors import CheckpointError
 from fast_llm.planning.disk import format_bytes
-from fast_llm.tensors import distributed_like
+from fast_llm.tensors import Stored
 
 logger = logging.getLogger("fast_llm")
 
 _PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds between attempts, doubled each time
 _LAST_PAUSE, _LAST_ATTEMPTS = 1.0, 3  # when the process is about to end
 _MEMORY_FRACTION = 0.9  # of the available memory, at most, for the copy
-_CGROUP = Path("/sys/fs/cgroup")
 # How urgently the thread must end: not, a newer checkpoint is due, the process ends.
 _NOT, _SUPERSEDED, _LAST = 0, 1, 2
 
+# Writes a folder from tensors that hold no data, and a function that returns this process's part.
+Write = Callable[[Mapping[str, Tensor], Callable[[str], Tensor]], Path]
+
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time."""
+    """Writes the checkpoints and exports of a run, one at a time."""
 
     def __init__(self, group: dist.ProcessGroup | None, background: bool):
         """`group`: for the saver alone; `background`: train while writing, if memory allows."""
         self.group = group
         self.background = background
-        self.last_started = -1  # the newest step whose checkpoint is complete or being written
+        self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        # The newest step whose checkpoint, or export, is complete or being written.
+        self.last_started = {"checkpoint": -1, "export": -1}
+        self.started_step = -1  # the newest step of which either was started
         self.last_saved = -1  # the newest step whose checkpoint is complete
-        self.host_copy: dict[str, Tensor] = {}
+        self.host_copy = HostCopy()
+        self.copied_step = -1  # the step that `host_copy` is of
+        self.allocation: threading.Thread | None = None  # of the memory for the copy
+        self.checked: set[str] = set()  # names that there is memory for
         self.thread: threading.Thread | None = None
         self.urgency = _NOT
         self.wake = threading.Event()
-        self.error: CheckpointError | None = None
+        self.errors: dict[str, CheckpointError] = {}  # of the last checkpoint and export
         self.unexpected_error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """Whether a checkpoint or export is being written."""
         return self.thread is not None and self.thread.is_alive()
+
+    def prepare(self, stored: Mapping[str, Stored]) -> None:
+        """Allocate memory for the copy in a thread; every process calls it.
+
+        Page-locked memory takes seconds, for which the first checkpoint would stop training.
+        """
+        self._check_memory(stored)
+        if self.background:
+            self.allocation = threading.Thread(
+                target=self._allocate, args=(stored,), name="checkpoint memory", daemon=True
+            )
+            self.allocation.start()
+
+    def _allocate(self, stored: Mapping[str, Stored]) -> None:
+        try:
+            self._use_device()
+            self.host_copy.allocate(stored)
+        except BaseException as error:
+            self.unexpected_error = error
+
+    def _use_device(self) -> None:
+        """Make this process's GPU that of the calling thread: a new thread begins with GPU 0."""
+        if self.device is not None:
+            torch.cuda.set_device(self.device)
 
     def start(
         self,
-        root: Path,
+        kind: str,
         step: int,
-        tensors: Mapping[str, Tensor],
-        info: Mapping[str, Any],
-        on_saved: Callable[[Path], None],
+        stored: Mapping[str, Stored],
+        write: Write,
         last: bool = False,
     ) -> None:
-        """Start to save a step, as `state.save` does; every process calls it.
+        """Start to write the checkpoint or export (`kind`) of a step; every process calls it.
 
-        `on_saved`: called with the complete folder, in the thread; `last`: the process is about to
-        end. Waits for the previous checkpoint. Its failure is logged, and `last_started` is -1
-        then.
+        `write`: called in the thread, with tensors that hold no data, and a function that returns
+        this process's part of one by its name. `last`: the process is about to end.
+
+        Waits for what is being written of another step. Its failure is logged, and `last_started`
+        is -1 then. The device still copies `stored` when this returns: call
+        `host_copy.before_update` before its sources change.
         """
         began = time.perf_counter()
-        if self.busy:
-            logger.info(
-                f"Training waits: the checkpoint of step {self.last_started} is still being"
-                " written."
-            )
-        self._join(_SUPERSEDED)
-        self._check_memory(tensors)
-        parts: Mapping[str, Tensor] | None = None
-        if self.background:
-            state.stage(tensors, self.host_copy)
-            parts = self.host_copy
-            # From now on only the copy is needed, and the layout of DTensors.
-            tensors = {
-                name: distributed_like(t, self.host_copy[name].to("meta"))
-                if isinstance(t, DTensor)
-                else self.host_copy[name]
-                for name, t in tensors.items()
-            }
+        if self.copied_step != step or not stored.keys() <= self.host_copy.copies.keys():
+            self._copy(step, stored)
+        background = self.background
+        tensors = {name: one.like for name, one in stored.items()}
         stopped = time.perf_counter() - began
 
-        def write() -> None:
-            path = state.save(root, step, tensors, info, self.group, parts)
-            self.last_saved = step
-            on_saved(path)
-            seconds = time.perf_counter() - began
+        def part_of(name: str) -> Tensor:
+            return self.host_copy.part(name, stored[name]) if background else stored[name].part()
+
+        def attempt() -> None:
+            self.host_copy.wait()
+            path = write(tensors, part_of)
+            if kind == "checkpoint":
+                self.last_saved = step
             logger.info(
-                f"Saved {path} in {seconds:.1f} s"
-                + (f"; training paused for {stopped:.1f} s." if parts else ".")
+                f"{'Saved' if kind == 'checkpoint' else 'Exported'} {path} in"
+                f" {time.perf_counter() - began:.1f} s"
+                + (f"; training paused for {stopped:.1f} s." if background else ".")
             )
 
-        self.last_started, self.error, self.unexpected_error = step, None, None
-        self.urgency = _LAST if last else _NOT if self.background else _SUPERSEDED
+        self.last_started[kind] = self.started_step = step
+        self.urgency = _LAST if last else _NOT if background else _SUPERSEDED
         self.wake.clear()
         self.thread = threading.Thread(
-            target=self._write_with_retries, args=(write,), name="checkpoint", daemon=True
+            target=self._write_with_retries,
+            args=(kind, attempt, self.thread),
+            name="checkpoint",
+            daemon=True,
         )
         self.thread.start()
-        if not self.background:
+        if not background:
             self._join(self.urgency)
+
+    def _copy(self, step: int, stored: Mapping[str, Stored]) -> None:
+        """Start the copy of this step's state, after what is being written of another step."""
+        if self.busy:
+            kind, other = max(self.last_started.items(), key=lambda item: item[1])
+            logger.info(f"Training waits: the {kind} of step {other} is still being written.")
+        self._join(_SUPERSEDED)
+        if step != self.started_step:  # errors of the same step are raised by `wait`
+            self.errors = {}
+        self.unexpected_error = None
+        self._check_memory(stored)
+        if self.background:
+            self.host_copy.copy(stored)
+            self.copied_step = step
+
+    def restored(self, step: int) -> None:
+        """The run is at the checkpoint of this step. Later steps, if any, are undone."""
+        self.last_started = {"checkpoint": step, "export": -1}
+        self.last_saved, self.copied_step = step, -1
 
     def check(self) -> None:
         """Raise an error of the thread that is not a failed write: a bug, or a lost process."""
@@ -120,53 +166,55 @@ class Saver:
             raise self.unexpected_error
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is complete.
+        """Wait until the newest checkpoint and export are complete.
 
-        Raises CheckpointError on every process if it cannot be written.
+        Raises CheckpointError on every process if one cannot be written.
         """
         self._join(_LAST)
-        if self.error is not None:
-            raise self.error
+        for error in self.errors.values():
+            raise error
 
     def drain(self) -> None:
         """Wait until nothing is being written. A failed write is logged, not raised."""
         self._join(_SUPERSEDED)
 
     def finish_after_failure(self, seconds: float | None) -> None:
-        """Wait for the checkpoint that is being written, at most `seconds`.
+        """Wait for what is being written, at most `seconds`.
 
         For a run that ends by an error. Other processes may be gone, so failures are logged, not
         raised.
         """
         if self.busy:
-            logger.info(
-                f"Training has failed; the checkpoint of step {self.last_started} is being"
-                " finished."
-            )
+            kind, step = max(self.last_started.items(), key=lambda item: item[1])
+            logger.info(f"Training has failed; the {kind} of step {step} is being finished.")
             self.urgency = _LAST
             self.wake.set()
             assert self.thread is not None
             self.thread.join(seconds)
-            if self.error is not None:
-                logger.error(f"{self.error}")
+            for error in self.errors.values():
+                logger.error(f"{error}")
 
     def _join(self, urgency: int) -> None:
         """Wait for the thread."""
+        if self.allocation is not None:
+            self.allocation.join()
+            self.allocation = None
         if self.thread is not None:
             self.urgency = urgency
             self.wake.set()
             self.thread.join()
             self.thread = None
-        if self.error is not None:
-            self.last_started = -1
+        for kind in self.errors:
+            self.last_started[kind] = -1
         self.check()
 
-    def _check_memory(self, tensors: Mapping[str, Tensor]) -> None:
-        """At the first save: turn `background` off if a host lacks memory for the copies."""
-        if not self.background or self.host_copy:
+    def _check_memory(self, stored: Mapping[str, Stored]) -> None:
+        """Turn `background` off if a host lacks memory for copies that were not made before."""
+        if not self.background or stored.keys() <= self.checked:
             return
+        self.checked.update(stored)
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        needed, free = state.staged_bytes(tensors) * local_processes, available_memory()
+        needed, free = copied_bytes(stored) * local_processes, available_memory()
         short = [
             one
             for one in all_gather_object((needed, free), self.group)
@@ -174,19 +222,28 @@ class Saver:
         ]
         if short:
             logger.warning(
-                "Training waits for each checkpoint to be written: a copy in the host's memory"
-                f" would need {format_bytes(short[0][0])}, and {format_bytes(short[0][1])} are"
+                "Training waits for each checkpoint and export to be written: a copy in the host's"
+                f" memory would need {format_bytes(short[0][0])}, and"
+                f" {format_bytes(short[0][1])} are"
                 " available."
             )
             self.background = False
 
-    def _write_with_retries(self, write: Callable[[], None]) -> None:
-        """The thread: retry until a write succeeds, a newer checkpoint is due, or the run ends."""
+    def _write_with_retries(
+        self, kind: str, attempt: Callable[[], None], previous: threading.Thread | None
+    ) -> None:
+        """The thread: retry until a write succeeds, another step's is due, or the run ends.
+
+        `previous`: another thread, which writes the same step and is waited for.
+        """
         pause, last_attempts = _PAUSE, 0
         try:
+            self._use_device()
+            if previous is not None:
+                previous.join()
             while True:
                 try:
-                    write()
+                    attempt()
                     return
                 except CheckpointError as error:
                     problem = error
@@ -198,13 +255,13 @@ class Saver:
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 urgency = self._max_urgency()
                 if urgency == _SUPERSEDED:
-                    logger.warning(f"{problem}. Training continues without this checkpoint.")
-                    self.error = problem
+                    logger.warning(f"{problem}. Training continues without this {kind}.")
+                    self.errors[kind] = problem
                     return
                 if urgency == _LAST:
                     last_attempts += 1
                     if last_attempts == _LAST_ATTEMPTS:
-                        self.error = CheckpointError(
+                        self.errors[kind] = CheckpointError(
                             f"{problem} (at the end, after {last_attempts} attempts)"
                         )
                         return
@@ -227,18 +284,21 @@ def describe_saved(folder: Path | None) -> str:
     except (OSError, CheckpointError) as error:
         return f"Whether a checkpoint is complete could not be found out: {error}."
     if newest is None:
-        return "No checkpoint is complete: the same command starts from the beginning."
+        return "No checkpoint is complete: the same command starts this run from its beginning."
     return f"Checkpoint {newest.name} is complete: the same command continues from it."
 
 
-def available_memory() -> int:
-    """Bytes of memory that this host, or a container with a limit, has available."""
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this host, or a container with a limit, has available.
+
+    `cgroup`: the folder of the container's limits, of Linux's cgroup v2.
+    """
     available = psutil.virtual_memory().available
     with suppress(OSError, ValueError, StopIteration):  # other operating systems, no limit
         limit, used = (
-            int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
+            int((cgroup / name).read_text()) for name in ("memory.max", "memory.current")
         )
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        lines = (cgroup / "memory.stat").read_text().splitlines()
         cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         available = min(available, limit - used + cached)
     return available

@@ -87,7 +87,7 @@ def handle_spike(
         )
     if config.policy == "rewind":
         path = newest()
-        if path is not None and rewinds == config.max_rewinds:
+        if path is not None and rewinds >= config.max_rewinds:
             raise TrainingStopped(
                 f"{text}. The run was rewound {rewinds} times already"
                 " (training.spikes.max_rewinds). Look at the data of these steps with `fast-llm"

@@ -5,20 +5,20 @@ evaluate.py, checkpointing.py, spikes.py. job.py calls build.py, which makes the
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fast_llm.collectives import all_gather_object
 from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.planning.preflight import RunSpec
+from fast_llm.planning.run_spec import RunSpec
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.corruption import CorruptionCheck, check_state_finite
-from fast_llm.training.evaluate import Evaluator
+from fast_llm.training.evaluate import Evaluator, MakeLoader
 from fast_llm.training.interrupt import Interrupt, describe_stop
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.profile import profiled
@@ -30,42 +30,27 @@ from fast_llm.training.step import StepResult, TrainStep
 logger = logging.getLogger("fast_llm")
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains until `train_iters`, from the newest checkpoint. Every process calls each method."""
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        mesh: Mesh,
-        run: Run,
-        train_step: TrainStep,
-        checkpoints: CheckpointManager,
-        evaluator: Evaluator,
-        loader: Callable[[str, int, int], Loader],
-        metrics: Metrics,
-        interrupt: Interrupt,
-        heartbeat: Callable[..., None],
-    ):
-        """`loader(split, first_sequence, steps)`: yields this process's micro-batches of each step.
+    spec: RunSpec
+    mesh: Mesh
+    run: Run
+    train_step: TrainStep
+    checkpoints: CheckpointManager
+    evaluator: Evaluator
+    loader: MakeLoader
+    metrics: Metrics
+    interrupt: Interrupt
+    heartbeat: Callable[..., None]  # tells the watchdog which phase begins
+    stopping: bool = False
+    lifecycle: str = "start"  # then "steps" and "end"
 
-        Micro-batch m of process r of P holds the b sequences from (m·P + r)·b on of the step.
-        `heartbeat(phase)`: tells the watchdog which phase begins.
-        """
-        self.spec = spec
-        self.config = spec.config.training
-        self.mesh = mesh
-        self.run = run
-        self.train_step = train_step
-        self.checkpoints = checkpoints
-        self.state = checkpoints.state
-        self.evaluator = evaluator
-        self.loader = loader
-        self.metrics = metrics
-        self.interrupt = interrupt
-        self.heartbeat = heartbeat
-        self.corruption_check = CorruptionCheck(train_step, mesh)
-        self.stopping = False
-        self.lifecycle = "start"  # then "steps" and "end"
+    def __post_init__(self) -> None:
+        self.config = self.spec.config.training
+        self.state = self.checkpoints.state
+        self.corruption_check = CorruptionCheck(self.train_step, self.mesh)
 
     def train(self) -> None:
         """Train until everything is on disk. An error is raised after a running save is complete.
@@ -73,17 +58,22 @@ class Trainer:
         Returns after a signal too: job.py chooses the exit code (SIGTERM 143, SIGUSR1 0).
         """
         try:
-            ending = self.load() or self.train_steps() or self.finish()
+            stopped = self.load() or self.train_steps() or self.finish()
+            ending = (
+                f"{stopped}{self.checkpoints.resume_hint}."
+                if stopped
+                else f"Training is complete: {self.state.step} steps."
+            )
             self.heartbeat("saving", step=self.state.step, slow=True)
             self.checkpoints.saver.wait()
             logger.info(ending)
         except BaseException as error:
-            self.on_failure(error)
+            self.checkpoints.on_failure(error)
             if isinstance(error, TrainingStopped) and error.resumable:
                 raise TrainingStopped(f"{error} {describe_saved(self.run.folder)}") from error
             raise
 
-    # The loop. Each part returns why the run ends there, or nothing.
+    # The loop. Each part returns why the run stops there, or nothing.
 
     def load(self) -> str:
         """Restore the run, then do what an interrupted start left undone at its last step."""
@@ -93,7 +83,7 @@ class Trainer:
             if not self.should_stop():
                 self.run_pending()
         if self.stopping:
-            return f"Stopped by a signal before the first step of this start{self.resume_hint}."
+            return "Stopped by a signal before the first step of this start"
         return ""
 
     def train_steps(self) -> str:
@@ -115,15 +105,12 @@ class Trainer:
                     with self.metrics.exclude_from_speed():
                         self.run_due(state.step, shutdown)
                     if shutdown:
-                        return (
-                            f"Stopping after step {state.step}, as training.shutdown asks"
-                            f"{self.resume_hint}."
-                        )
+                        return f"Stopping after step {state.step}, as training.shutdown asks"
                     if self.stopping:
                         break
                     self.heartbeat("data", step=state.step + 1)
         if self.stopping:
-            return f"Stopped by a signal after step {state.step}{self.resume_hint}."
+            return f"Stopped by a signal after step {state.step}"
         return ""
 
     def run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
@@ -141,6 +128,7 @@ class Trainer:
                 micro_batches, stop=lambda: self.interrupt.signal != 0, check=check
             )
         self.state.advance(result, self.spec.batch.batch_size)
+        self.checkpoints.averages.update(step)
         self.stopping |= result.stop
         return result
 
@@ -156,7 +144,11 @@ class Trainer:
         """Write a record of the steps since the last one."""
         state = self.state
         self.metrics.write(
-            state.step, state.consumed_samples, state.consumed_tokens, loader.wait_seconds
+            state.step,
+            state.consumed_samples,
+            state.consumed_tokens,
+            state.padding_by_source,
+            loader.wait_seconds,
         )
 
     def run_due(self, step: int, shutdown: bool) -> None:
@@ -169,14 +161,18 @@ class Trainer:
             last = self.stopping or shutdown or step == self.config.train_iters
             self.checkpoints.save(last)
         if self.checkpoints.export_due(step) and not self.stopping:
-            self.checkpoints.export()
+            self.checkpoints.export(last=shutdown or step == self.config.train_iters)
 
     def run_pending(self) -> None:
         """Do what is due at the step that is resumed from, and validate before the first step."""
         step = self.state.step
         if step > 0 and step >= self.config.train_iters:
             return  # finish does it
-        if self.evaluator.validation_due(step) and (step == 0 or not self.is_logged("validation")):
+        if self.spec.branches:
+            return  # the other run did it
+        if self.evaluator.validation_due(step) and (
+            step == 0 or not self.metrics.is_logged("validation", step)
+        ):
             self.stopping |= not self.evaluator.validate(step)
         if self.checkpoints.export_due(step) and not self.stopping:
             self.checkpoints.export()
@@ -186,17 +182,18 @@ class Trainer:
         self.lifecycle = "end"
         step = self.state.step
         self.heartbeat("end of training", step=step, slow=True)
-        if self.evaluator.validation_due(step) and not self.is_logged("validation"):
+        if self.evaluator.validation_due(step) and not self.metrics.is_logged("validation", step):
             self.stopping |= not self.evaluator.validate(step)
-        if self.config.test_iters and not self.is_logged("test") and not self.stopping:
+        tested = not self.config.test_iters or self.metrics.is_logged("test", step)
+        if not tested and not self.stopping:
             self.stopping |= not self.evaluator.test(step)
         if self.checkpoints.save_due(step):
             self.checkpoints.save(last=True)  # like `export`, nothing if this step has one
         if self.checkpoints.export_due(step) and not self.should_stop():
-            self.checkpoints.export()
+            self.checkpoints.export(last=True)
         if self.stopping:
-            return f"Stopped by a signal before the final evaluation and export{self.resume_hint}."
-        return f"Training is complete: {step} steps."
+            return "Stopped by a signal before the final evaluation and export"
+        return ""
 
     # Decisions that all processes make alike.
 
@@ -207,19 +204,10 @@ class Trainer:
         self.stopping |= any(received)
         return self.stopping
 
-    def is_logged(self, phase: str) -> bool:
-        """Whether metrics.jsonl has a record of a phase at the current step."""
-        found = any(
-            record.get("phase") == phase and record.get("step") == self.state.step
-            for record in self.run.recorded()
-        )
-        logged: bool = self.mesh.broadcast(found)
-        return logged
-
     def rewind(self, result: StepResult, loader: Loader) -> bool:
         """Apply `training.spikes` to a spike; whether the run is at an earlier checkpoint now."""
         state, config = self.state, self.config.spikes
-        rewinds = len(state.skipped_ranges)
+        rewinds = self.checkpoints.rewinds
         path = handle_spike(config, state.step, result.spike, rewinds, self.checkpoints.newest)
         if path is None:  # `skip`, or no checkpoint yet; `stop` has raised
             return False
@@ -244,45 +232,12 @@ class Trainer:
 
     def check_corruption(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Check for silent data corruption, before the update."""
-        state = self.state
-        counters: Mapping[str, Any] = {
-            "the number of steps": state.step,
-            "the number of sequences": state.consumed_samples,
-            "the number of updates": self.train_step.optimizer.updates,
-            "the loss scale": self.train_step.loss_scale.state(),
-            "the number of steps skipped": state.nonfinite_steps,
-            "the window of spikes": self.train_step.spikes.state_dict(),
-            "the skipped data": state.skipped_ranges,
-            "the seed": self.spec.config.model.distributed.seed,
-        }
         with self.metrics.exclude_from_speed():
-            self.corruption_check(step, micro_batches, counters)
+            self.corruption_check(step, micro_batches, self.checkpoints.counters())
 
-    # How the run ends.
-
-    @property
-    def resume_hint(self) -> str:
-        """The end of a line that says why the run ends."""
-        if self.run.folder is None:
-            return "; nothing was saved, because run.experiment_dir is not set"
-        if self.checkpoints.saver.last_started < 0:  # none saved or restored; also if one failed
-            return "; no checkpoint is complete, so the same command starts from the beginning"
-        return "; the same command continues"
+    # Signals.
 
     def on_signal(self) -> tuple[str, str]:
         """Describe what a signal to stop does now. Called from another thread."""
         saves, saved = self.run.folder is not None, self.checkpoints.saver.last_saved
         return describe_stop(self.lifecycle, self.state.step, saves, saved)
-
-    def on_failure(self, error: BaseException) -> None:
-        """Finish the checkpoint that is being written, if other processes can still take part."""
-        self.mesh.failures.failing = True  # so another process's failure does not end this one
-        seconds = None  # no limit
-        if self.mesh.size > 1 and not isinstance(error, TrainingStopped):
-            # After a timeout other processes do not answer. Collectives raise a plain RuntimeError.
-            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                return
-            seconds = self.spec.config.model.distributed.timeout / 2  # others wait `timeout`
-        if self.checkpoints.saver.busy:
-            self.heartbeat("saving", slow=True)
-            self.checkpoints.saver.finish_after_failure(seconds)

@@ -19,7 +19,7 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.model.decoder import CausalLM
 from fast_llm.models import FAMILIES, llama
-from fast_llm.models.llama import shapes
+from fast_llm.models.parameters import shapes
 from fast_llm.tensors import torch_dtype
 from tests.helpers import TINY, spawn
 
@@ -43,7 +43,7 @@ def random_weights(model: BaseModelConfig = MODEL) -> dict[str, torch.Tensor]:
 
 
 def spread(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As FSDP2 has them."""
+    """The weights as DTensors, sharded as FSDP2 shards them."""
     if not dist.is_initialized():
         return tensors
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -59,7 +59,7 @@ def export(
     weights.export_hugging_face(
         Path(path),
         spread(random_weights(model)),
-        config=llama.export_config(None, model, dtype, {"bos": 1, "eos": 2}),
+        config=llama.FAMILY.export_config(None, model, dtype, {"bos": 1, "eos": 2}),
         dtype=dtype,
         files=SMALL,
         parameters_per_file=parameters_per_file,
@@ -117,7 +117,7 @@ def test_transformers_computes_the_same(
 
 
 def test_several_files_and_their_index(tmp_path: Path) -> None:
-    """The index is as transformers writes it, no file is larger than asked, and bits are right."""
+    """Index and bits equal those of transformers; no file is larger than the limit."""
     export(str(tmp_path / "export"), "bf16", FEW)
     path = tmp_path / "export"
     index = json.loads((path / weights.INDEX).read_text())
@@ -147,7 +147,7 @@ def test_several_files_and_their_index(tmp_path: Path) -> None:
 
 
 def test_the_bytes_are_those_of_safetensors_itself(tmp_path: Path) -> None:
-    """Also with dtypes of several widths, scalars and empty tensors."""
+    """The file equals that of safetensors, also with several dtypes, scalars and empty tensors."""
     tensors = {
         "b": torch.randn(3, 2),
         "a": torch.randn(5).bfloat16(),
@@ -176,7 +176,7 @@ def exports_of_two(root: str) -> None:
 
 
 def test_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
-    """Twice, and from one process or two: the same bytes, the manifest's too."""
+    """Repeated exports, from one process or two, have the same bytes and the same manifest."""
     export(str(tmp_path / "one"))
     export(str(tmp_path / "again"))
     export(str(tmp_path / "one-cut"), "fp32", FEW)
@@ -216,7 +216,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     weights.export_hugging_face(
         tmp_path / "second",
         back,
-        config=llama.export_config(source, MODEL, "bf16", {}),
+        config=llama.FAMILY.export_config(source, MODEL, "bf16", {}),
         dtype="bf16",
         files=SMALL,
         parameters_per_file=FEW,
@@ -226,7 +226,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 
 def load_spread(path: str) -> int:
-    """Fill DTensors and compare this process's parts; how many are empty."""
+    """Fill DTensors and compare this process's parts. Returns how many of them are empty."""
     expected = random_weights() | {"odd": torch.arange(21.0).view(7, 3), "row": torch.ones(1, 4)}
     if dist.get_rank() == 0:
         Path(path).mkdir()
@@ -247,12 +247,12 @@ def load_spread(path: str) -> int:
 
 
 def test_loading_into_shards(tmp_path: Path) -> None:
-    """Uneven and empty ones too."""
+    """Shards may be uneven or empty."""
     assert spawn(2, load_spread, str(tmp_path / "model")) == [0, 1]
 
 
 def test_loading_into_plain_tensors(tmp_path: Path) -> None:
-    """In another dtype than the file's; the spare tensors of published folders are left out."""
+    """Into another dtype than the file's; additional tensors of published folders are ignored."""
     tensors = random_weights(TIED) | {
         "lm_head.weight": torch.ones(2),
         "model.rotary_emb.inv_freq": torch.ones(2),
@@ -306,7 +306,7 @@ def test_beyond_fp16(tmp_path: Path) -> None:
     [(float("nan"), "fp32"), (-float("inf"), None), (float("inf"), "bf16"), (3.4e38, "bf16")],
 )
 def test_what_is_not_finite_is_not_exported(tmp_path: Path, value: float, dtype: str) -> None:
-    """Also what is so by rounding: bf16 ends at 3.39e38."""
+    """A weight that only rounding makes infinite is refused too: bf16 ends at 3.39e38."""
     with pytest.raises(
         CheckpointError,
         match=r"model\.safetensors: could not be written: a holds NaN or infinities",
@@ -330,12 +330,12 @@ BREAKS = {  # what fails, and on which process
     "save: write on 0": (state._Writer, "write_data", full, 0),
     "save: write on 1": (state._Writer, "write_data", full, 1),
     "save: fault on 1": (state._Writer, "write_data", fault, 1),
-    "load: read on 1": (state._Reader, "read_data", full, 1),
+    "load: read on 1": (state.Reader, "read_data", full, 1),
 }
 
 
 def fail_each(root: str) -> dict[str, str]:
-    """An export and a checkpoint that succeed, then each failure; what this process saw."""
+    """Make a good export and checkpoint, then each failure. Returns what this process saw."""
     export(f"{root}/export")
     tensors = {f"weight/{name}": tensor for name, tensor in spread(random_weights()).items()}
     state.save(Path(root), 1, tensors, {})
@@ -355,14 +355,14 @@ def fail_each(root: str) -> dict[str, str]:
                         Path(root) / "1", {name: tensor.clone() for name, tensor in tensors.items()}
                     )
                 seen[case] = "no error"
-            except (Exception, CheckpointException) as error:  # DCP's is no Exception
+            except (Exception, CheckpointException) as error:  # DCP's error is not an Exception
                 seen[case] = f"{type(error).__name__}: {error}"
         dist.barrier()
         assert sorted(os.listdir(root)) == ["1", "export"], f"{case}: leftovers"
         assert contents(Path(root) / "export") == before
         assert folder.verify(Path(root) / "1").info == {}
         dist.barrier()
-    state.load(Path(root) / "1", tensors)  # the processes still understand one another
+    state.load(Path(root) / "1", tensors)  # the processes can still communicate
     return seen
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fast_llm.checkpoint import folder as folders
+from fast_llm.config.saving import CheckpointConfig
 from fast_llm.errors import CheckpointError
 from fast_llm.storage import content_digest
 
@@ -131,7 +132,7 @@ def be_a_folder(path: Path, place: random.Random) -> None:
 
 def be_a_pipe(path: Path, place: random.Random) -> None:
     path.unlink()
-    os.mkfifo(path)  # reading it would wait for ever
+    os.mkfifo(path)  # reading it would block
 
 
 @pytest.mark.parametrize("damage", [flip, cut, lengthen, blank, remove, be_a_folder, be_a_pipe])
@@ -164,7 +165,7 @@ def test_damage_of_the_manifest_is_found(
         damage(path / folders.MANIFEST, place)
         try:
             if json.loads((path / folders.MANIFEST).read_bytes()) == before:
-                continue  # white space became other white space
+                continue  # other white space
         except (OSError, ValueError):
             pass
         with pytest.raises(CheckpointError, match=r"20"):
@@ -177,11 +178,11 @@ def test_damage_of_the_manifest_is_found(
 def test_weights_without_a_manifest_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good, headless = make(tmp_path, 10), make(tmp_path, 20)
-    (headless / folders.MANIFEST).unlink()
+    good, unlisted = make(tmp_path, 10), make(tmp_path, 20)
+    (unlisted / folders.MANIFEST).unlink()
     assert folders.latest(tmp_path) == good
     assert (
-        f"Skipped: {headless}: holds weights but no fast_llm_manifest.json; it is not a"
+        f"Skipped: {unlisted}: holds weights but no fast_llm_manifest.json; it is not a"
         " complete" in caplog.text
     )
 
@@ -206,7 +207,7 @@ def test_files_of_another_step_are_found(tmp_path: Path) -> None:
 
 
 def forge(path: Path, **changes: Any) -> None:
-    """A manifest whose own digest is right."""
+    """Make a manifest whose digest fits its content."""
     content = json.loads((path / folders.MANIFEST).read_bytes())
     content.pop("sha256")
     content |= changes
@@ -338,12 +339,12 @@ def test_foreign_folders_are_moved_aside(
 
 def test_a_replacement_that_broke_off_is_undone_or_finished(tmp_path: Path) -> None:
     make(tmp_path, 10)
-    # Died between the two renames: the old one is there under another name.
+    # Killed between the two renames: the old folder is there under another name.
     old = make(tmp_path, 20, "old").rename(tmp_path / "20.replaced-01234567")
     assert folders.latest(tmp_path) == old
     folders.clean(tmp_path)
     assert folders.verify(tmp_path / "20").info["text"] == "old"
-    # Died after them: both are there, and the new one counts.
+    # Killed after them: both are there, and the new one counts.
     (tmp_path / "20").rename(old)
     make(tmp_path, 20, "new")
     assert folders.latest(tmp_path) == tmp_path / "20"
@@ -360,6 +361,15 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     folders.prune(tmp_path, 2, lambda step: step == 20)
     assert [step for step, _ in folders.find(tmp_path)] == [20, 40, 100]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["100", "20", "40"]
+
+
+def test_permanent_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+    """The example of the documentation of keep_every."""
+    saved = CheckpointConfig(interval=10, keep=2, keep_every=2)
+    for step in range(10, 70, 10):
+        make(tmp_path, step)
+        folders.prune(tmp_path, saved.keep, saved.is_permanent)
+    assert [step for step, _ in folders.find(tmp_path)] == [20, 30, 40, 50, 60]
 
 
 def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
@@ -409,21 +419,19 @@ def test_deleting_that_broke_off_is_finished(tmp_path: Path) -> None:
     assert not doomed.exists()
 
 
-def test_files_that_do_not_show_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_VISIBLE_WITHIN", 0.2)
+def test_files_that_do_not_show_are_named(tmp_path: Path) -> None:
     partial = folders.begin(tmp_path / "1")
+    files = {"x": {"size": 1, "sha256": ""}}
     with pytest.raises(
         CheckpointError, match=r"x: written by another process .* on a disk that all machines share"
     ):
-        folders.publish(
-            partial, tmp_path / "1", "checkpoint", 1, {}, {"x": {"size": 1, "sha256": ""}}
-        )
+        folders.publish(partial, tmp_path / "1", "checkpoint", 1, {}, files, visible_within=0.2)
 
 
 def test_everything_is_flushed_before_it_is_relied_upon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files, then the folder that names them, then the rename, then the folder that names that."""
+    """The order: files, the folder that holds them, the rename, the parent folder."""
     make(tmp_path, 20, "old")
     log: list[str] = []
 

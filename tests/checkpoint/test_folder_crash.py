@@ -27,7 +27,7 @@ def write(root: Path, step: int, text: str) -> None:
 
 
 def content(path: Path | None) -> str:
-    """What a whole folder was written with; fails on a mixture."""
+    """The text that a folder was written with. Fails if its files come from several writes."""
     assert path is not None, "nothing is left"
     manifest = folder.verify(path)
     text: str = manifest.info["text"]
@@ -38,7 +38,7 @@ def content(path: Path | None) -> str:
 
 
 class Stop(BaseException):
-    """A kill, as far as Python code can tell."""
+    """Stands for a kill: no code of the package catches it."""
 
 
 def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException) -> list[str]:
@@ -57,7 +57,7 @@ def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException
     for name in ("fsync", "rename", "open", "mkdir", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, failing(name, getattr(os, name)))
     monkeypatch.setattr(Path, "open", failing("Path.open", Path.open))
-    monkeypatch.setattr(folder, "_THREADS", 1)
+    monkeypatch.setattr(folder, "THREADS", 1)
     return made
 
 
@@ -66,7 +66,7 @@ def break_call(monkeypatch: pytest.MonkeyPatch, number: int, stop: BaseException
 )
 @pytest.mark.parametrize("replace", [False, True])
 def test_every_call_may_be_the_last(tmp_path: Path, stop: BaseException, replace: bool) -> None:
-    """Before and after the clean-up; a new folder survives every later failure."""
+    """The disk fails before and after the clean-up; a new folder survives every later failure."""
     seen = []
     for number in range(80):
         root = tmp_path / str(number)
@@ -93,7 +93,7 @@ def test_every_call_may_be_the_last(tmp_path: Path, stop: BaseException, replace
 
 
 def test_unreadable_as_nobody(tmp_path: Path) -> None:
-    """An unreadable folder counts as absent (checked without root, which may read all)."""
+    """An unreadable folder counts as absent. Checked without root, which may read everything."""
     for step in (1, 2, 3):
         write(tmp_path, step, "")
     tmp_path.chmod(0o755)

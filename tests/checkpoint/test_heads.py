@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from fast_llm import cli
 from fast_llm.config.document import read
 from fast_llm.errors import UserError
-from fast_llm.models import llama
+from fast_llm.models import parameters
 from fast_llm.planning.preflight import preflight
 from tests.checkpoint.test_transformers import logits, make
 from tests.training.runs import losses, run, write_tokens
 
-EMBEDDING, HEAD = llama.EMBEDDING, llama.HEAD
+EMBEDDING, HEAD = parameters.EMBEDDING, parameters.HEAD
 MESSAGE = (
     r"{file}: lm_head\.weight {differs}, but .*config\.json says tie_word_embeddings: true\. To"
     r" keep this head, as"
@@ -29,7 +29,7 @@ MESSAGE = (
 
 
 def tied(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A tied model's folder; its weights."""
+    """Make a tied model's folder. Returns its weights."""
     make(folder, {"tie_word_embeddings": True}, dtype)
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
     return tensors
@@ -140,7 +140,7 @@ def test_an_equal_head_is_dropped_and_one_alone_is_both(tmp_path: Path, sharded:
 
 
 def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
-    """Loss and logits are transformers'; exports, runs that continue and conversions have it."""
+    """Loss and logits equal transformers'; exports, resumed runs and conversions have the head."""
     write_tokens(tmp_path / "tokens")
     weights = tied(tmp_path / "model")
     save(tmp_path / "model", {**weights, HEAD: weights[EMBEDDING].flip(0).contiguous()})
@@ -156,7 +156,7 @@ def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
     ours = AutoModelForCausalLM.from_pretrained(export)
     assert torch.equal(logits(ours), logits(theirs))
     assert json.loads((export / "config.json").read_text())["tie_word_embeddings"] is False
-    # It continues, also without its source, and converts.
+    # The run resumes, also without its source, and converts.
     (tmp_path / "model").rename(tmp_path / "gone")
     assert run(arguments(tmp_path, untied, *steps, "training.train_iters=2")) == 0
     checkpoint = tmp_path / "run" / "checkpoint" / "2"
@@ -166,8 +166,7 @@ def test_the_head_is_trained_if_asked_for(tmp_path: Path) -> None:
     second = tmp_path / "run" / "export" / "llama" / "2"
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "converted" / name).read_bytes() == (second / name).read_bytes()
-    # Another run begins with the checkpoint, which decides, whatever the config.json next to it
-    # says.
+    # Another run starts from the checkpoint. The checkpoint decides, whatever config.json says.
     following = [
         *(
             a

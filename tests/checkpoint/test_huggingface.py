@@ -11,12 +11,12 @@ import pytest
 from fast_llm.checkpoint import huggingface
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.errors import CheckpointError, MissingPackage
-from fast_llm.models.llama import shapes
+from fast_llm.models.parameters import shapes
 from tests.helpers import TINY
 
 
 def write(path: Path, header: dict[str, Any] | bytes, data: int | None = None) -> None:
-    """A safetensors file, written from the format's description alone."""
+    """Write a safetensors file from the description of the format."""
     if isinstance(header, dict) and data is None:
         data = max(
             (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
@@ -27,7 +27,7 @@ def write(path: Path, header: dict[str, Any] | bytes, data: int | None = None) -
 
 
 def tensors(named: dict[str, tuple[int, ...]], dtype: str = "BF16") -> dict[str, Any]:
-    """The header of tensors that lie one after the other."""
+    """The header of tensors that are stored in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in named.items():
@@ -176,7 +176,7 @@ def test_what_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) ->
 def test_a_long_header_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", huggingface.LARGEST_HEADER + 1))
-        file.truncate(2 * huggingface.LARGEST_HEADER)  # a hole, which takes no disk
+        file.truncate(2 * huggingface.LARGEST_HEADER)  # a sparse range, which takes no disk space
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         huggingface.read_header(tmp_path / "model.safetensors")
 
@@ -244,6 +244,15 @@ def test_invalid_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(CheckpointError, match="it has Meta's own format"):
         huggingface.read_json(path)
+    (tmp_path / "params.json").unlink()
+    (tmp_path / "model.q4.gguf").touch()
+    with pytest.raises(CheckpointError, match="it holds GGUF weights, which are quantized"):
+        huggingface.read_json(path)
+    with pytest.raises(CheckpointError, match="it holds GGUF weights, which are quantized"):
+        huggingface.weight_files(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match="it holds an adapter; merge it into its model"):
+        huggingface.read_json(path)
     for text, message in (
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
@@ -262,7 +271,7 @@ def test_invalid_json_is_named(tmp_path: Path) -> None:
         huggingface.read_json(path)
 
 
-# Where the model comes from
+# The sources of a model.
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,27 @@ from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.validate import validate
 from fast_llm.errors import CheckpointError, UserError
 from fast_llm.models import llama
-from fast_llm.models.llama import shapes
+from fast_llm.models.parameters import shapes
 from tests.helpers import TINY
-from tests.models.test_llama import MINIMAL, PUBLISHED
+from tests.models.published import LLAMA_8B_JSON
+from tests.models.test_llama import MINIMAL
 
 
 def model_of(values: dict[str, Any]) -> BaseModelConfig:
     return validate(BaseModelConfig, Document(values, {}, "test"))
 
 
-@pytest.mark.parametrize("config", [PUBLISHED, MINIMAL], ids=["published", "minimal"])
+@pytest.mark.parametrize("config", [LLAMA_8B_JSON, MINIMAL], ids=["published", "minimal"])
 def test_transformers_understands_the_same(config: dict[str, Any]) -> None:
-    """transformers reads the published spelling and writes its own, which we read alike."""
+    """transformers reads the published spelling; what it writes has the same meaning here."""
     from transformers import LlamaConfig
 
-    written = json.loads(LlamaConfig(**config).to_json_string(use_diff=False))
+    # LlamaConfig changes the dictionaries that it is given.
+    written = json.loads(LlamaConfig(**deepcopy(config)).to_json_string(use_diff=False))
     assert "rope_parameters" in written and not written.get("rope_scaling")
-    assert llama.architecture(written, "transformers") == llama.architecture(config, "ours")
+    assert llama.FAMILY.architecture(written, "transformers") == llama.FAMILY.architecture(
+        config, "ours"
+    )
 
 
 @pytest.mark.parametrize("rotary", ["default", "llama3"])
@@ -64,12 +69,12 @@ def test_transformers_builds_the_model_of_an_export_from_scratch(
         },
     }
     model = model_of({**TINY, "tie_word_embeddings": tied, "transformer": transformer})
-    exported = llama.export_config(None, model, "bf16", {"bos": 1, "eos": None})
+    exported = llama.FAMILY.export_config(None, model, "bf16", {"bos": 1, "eos": None})
     (tmp_path / "config.json").write_text(json.dumps(exported))
-    back = model_of(llama.architecture(huggingface.read_json(tmp_path / "config.json"), ""))
+    back = model_of(llama.FAMILY.architecture(huggingface.read_json(tmp_path / "config.json"), ""))
     if rotary == "llama3":
         assert back == model
-    else:  # what only llama3 uses is not written
+    else:  # llama3's fields are not written for other types
         excluded = {"transformer": {"rotary"}}
         assert back.model_dump(exclude=excluded) == model.model_dump(exclude=excluded)
         assert (back.transformer.rotary.type, back.transformer.rotary.theta) == ("default", 5e5)
@@ -83,7 +88,7 @@ def test_transformers_builds_the_model_of_an_export_from_scratch(
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_value_anywhere_in_config(data: st.DataObject) -> None:
-    """A user's mistake by name or an architecture; no other exception."""
+    """Any value gives either an architecture or a ConfigError that names the setting."""
     values = st.one_of(
         st.none(),
         st.booleans(),
@@ -103,10 +108,10 @@ def test_any_value_anywhere_in_config(data: st.DataObject) -> None:
             }
         ),
     )
-    keys = st.sampled_from([*PUBLISHED, "head_dim", "rope_parameters", "partial_rotary_factor"])
-    config = PUBLISHED | data.draw(st.dictionaries(keys, values, min_size=1, max_size=3))
+    keys = st.sampled_from([*LLAMA_8B_JSON, "head_dim", "rope_parameters", "partial_rotary_factor"])
+    config = LLAMA_8B_JSON | data.draw(st.dictionaries(keys, values, min_size=1, max_size=3))
     try:
-        model_of(llama.architecture(config, "config.json"))
+        model_of(llama.FAMILY.architecture(config, "config.json"))
     except UserError as error:
         assert str(error)
 
@@ -126,7 +131,7 @@ GOOD = safetensors()
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Reading takes some hundred KiB; trusting a false length would take what the file says."""
+    """Reading takes some hundred KiB, although the file claims a much larger header."""
     tracemalloc.start()
     try:
         yield
@@ -145,7 +150,7 @@ def little_memory() -> Iterator[None]:
 def test_any_bytes_changed_in_a_header(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[int, int], length: int, more: bytes
 ) -> None:
-    """Either CheckpointError or a header that fits the file; also from `check_weights`."""
+    """A changed header gives a CheckpointError, or still fits the file. `check_weights` too."""
     blob = bytearray(GOOD)
     for at, value in changes.items():
         blob[at] = value
@@ -181,7 +186,7 @@ def test_the_good_header_is_read(tmp_path: Path) -> None:
 
 
 def test_a_long_header_costs_no_memory(tmp_path: Path) -> None:
-    """A sparse file of 1 GiB that claims to be a header throughout."""
+    """A sparse file of 1 GiB claims to be one long header."""
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
         file.write((2**30 - 8).to_bytes(8, "little"))
@@ -200,7 +205,7 @@ def test_the_hub_without_a_network(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--some--model"
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(json.dumps(PUBLISHED))
+    (snapshot / "config.json").write_text(json.dumps(LLAMA_8B_JSON))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = """

@@ -78,7 +78,7 @@ def test_what_is_too_large_is_named(
     write(tmp_path)
     for name in ("a.txt", "video.mp4", "tokenizer.json"):
         (tmp_path / name).write_bytes(bytes(2**20 + 1))
-    os.mkfifo(tmp_path / "pipe")  # would be waited for
+    os.mkfifo(tmp_path / "pipe")  # reading it would block
     with caplog.at_level(logging.WARNING):
         found = huggingface.small_files(tmp_path)
     assert found.keys() == SMALL.keys() and len(found["tokenizer.json"]) > 2**20
@@ -106,7 +106,7 @@ def test_the_hubs_cache_is_made_of_links(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_links_to_a_model(tmp_path: Path) -> None:
-    """As `cp -rs` makes it, and with another model's tokenizer."""
+    """A folder of links as `cp -rs` makes it; also with another model's tokenizer."""
     model = write(tmp_path / "model")
     shutil.copytree(
         model, tmp_path / "links", copy_function=lambda source, target: os.symlink(source, target)
@@ -128,7 +128,7 @@ def test_a_folder_of_links_to_a_model(tmp_path: Path) -> None:
 def test_links_to_secrets_are_not_followed(
     tmp_path: Path, name: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A repository that somebody clones and publishes again could so take files of theirs along."""
+    """A cloned repository must not copy the user's files into an export."""
     model, secrets = write(tmp_path / "model"), tmp_path / "home"
     secrets.mkdir()
     (secrets / "config.json").write_bytes(b"secret")
@@ -193,7 +193,7 @@ def test_exports_hold_files_in_folders(tmp_path: Path) -> None:
     export_hugging_face(
         path, weights, config=config, dtype="fp32", files=SMALL, parameters_per_file=9, step=1
     )
-    for name, content in SMALL.items():  # config.json too: it says what it said
+    for name, content in SMALL.items():  # config.json too
         assert (path / name).read_bytes() == content
     assert set(folders.verify(path).files) == {*SMALL, "model.safetensors"}
     assert huggingface.small_files(path) == SMALL

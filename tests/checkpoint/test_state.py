@@ -24,7 +24,7 @@ from tests.helpers import spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-# Nothing that four processes could share evenly: seven rows, three, one, none.
+# Sizes that four processes cannot share evenly: seven rows, three, one, none.
 SHAPES: dict[str, tuple[int, ...]] = {
     "weight/a": (7, 3),
     "weight/b": (3, 2, 2),
@@ -39,7 +39,7 @@ ODD_BITS = (0x7FC00001, 0xFFC0DEAD, 0x80000000, 0x00000001, 0x7F800000, 0xFF8000
 
 
 def reference(seed: int = 0) -> dict[str, Tensor]:
-    """Half of the tensors in bf16; with NaNs that carry something, -0, denormals and infinities."""
+    """Tensors, half of them bf16, with NaNs of several bits, -0, denormals and infinities."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, shape in SHAPES.items():
@@ -67,7 +67,7 @@ def spread(
     assert group is not None
     mesh = DeviceMesh.from_group(group, "cpu")
     places: list[list[Placement]] = [[Shard(0)]] * 3
-    if layout == "grid":  # rows over one axis; over the other columns, the same rows, or nothing
+    if layout == "grid":  # rows over one axis; over the other: columns, the same rows, or nothing
         mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
         places = [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(0)]]
     found: dict[str, Tensor] = {}
@@ -80,7 +80,7 @@ def spread(
 
 
 def exchange(root: str) -> list[str]:
-    """Save from 1, 2 and 4 processes in every layout, then load each in each; return the paths."""
+    """Save from 1, 2 and 4 processes in every layout, and load each in each. Returns the paths."""
     groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4)}
     layouts = [(size, layout) for size in groups for layout in ("sharded", "replicated")] + [
         (4, "grid")
@@ -144,7 +144,7 @@ class Toy(nn.Module):
 
 
 def train(root: str, start: str | None, steps: int, zero: bool) -> list[Any]:
-    """Steps of AdamW on FSDP2, from a checkpoint or from the start; the weights."""
+    """Train with AdamW on FSDP2, from a checkpoint or from the start. Returns the weights."""
     torch.manual_seed(0)
     model = Toy()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -245,7 +245,7 @@ def test_strange_files_in_a_checkpoint_are_not_read(tmp_path: Path) -> None:
 
 
 def republish(path: Path, file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Forge a checkpoint whose digests are right."""
+    """Make a checkpoint whose digests are right."""
     save_file(tensors, file, metadata)
     content = json.loads((path / folders.MANIFEST).read_bytes())
     content.pop("sha256")
@@ -256,7 +256,7 @@ def republish(path: Path, file: Path, tensors: dict[str, Tensor], metadata: dict
 
 @pytest.mark.parametrize("places", [[0], [4], [-4], [2], [2**40]])
 def test_parts_must_make_up_the_whole(tmp_path: Path, places: list[int]) -> None:
-    # torch itself leaves what no file covers undefined.
+    # torch leaves undefined what no file covers.
     path = state.save(tmp_path, 1, {"weight/a": torch.ones(8)}, {})
     (file,) = path.glob("*.safetensors")
     half = {"DCP_SHARDING_INFO": json.dumps({"weight/a": {"saved_offsets": places}})}
@@ -304,7 +304,10 @@ def test_what_json_cannot_hold_is_a_bug(tmp_path: Path) -> None:
 
 
 def attempt(root: str, failure: str) -> str:
-    """Save step 2 over a good one while the last process fails; return what is raised here."""
+    """Save step 2 over a good one while the last process fails.
+
+    Returns the error on this process.
+    """
     tensors = spread({"weight/a": torch.ones(1000, 8)}, "sharded")
     state.save(Path(root), 1, tensors, {})
     state.save(Path(root), 2, tensors, {"old": True})

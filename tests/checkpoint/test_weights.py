@@ -28,7 +28,7 @@ def reference() -> dict[str, Tensor]:
 
 
 def layouts(group: dist.ProcessGroup) -> dict[str, dict[str, Tensor]]:
-    """The same weights in every layout that the processes of a group allow."""
+    """The same weights in every layout of a group of processes."""
     row, grid = DeviceMesh.from_group(group, "cpu"), None
     places: dict[str, list[Any]] = {"rows": [Shard(0)]}
     if dist.get_world_size(group) == 4:
@@ -113,7 +113,7 @@ def export(path: Path, weights: dict[str, Tensor], **changes: Any) -> None:
 
 
 def fill_the_disk(root: str) -> list[str]:
-    """Export while the first process cannot write: large files, then folders, then flushes."""
+    """Export while the first process cannot write: weight files, then small files, then flushes."""
     messages = []
     assert dist.group.WORLD is not None
     weights = layouts(dist.group.WORLD)["rows"]

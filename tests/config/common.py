@@ -1,4 +1,4 @@
-"""What tests of the configuration share."""
+"""Shared by the tests of the configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.document import read
-from fast_llm.config.mistakes import iter_paths, nested_sections
+from fast_llm.config.mistakes import iter_paths, iter_settings
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
@@ -23,7 +23,7 @@ def load(*overrides: str, path: Path | None = None) -> TrainConfig:
 
 
 def wrong(*overrides: str, kind: Any = TrainConfig, refused: Any = REFUSED) -> list[str]:
-    """What is wrong with overrides, without their names in front."""
+    """The mistakes in overrides, without the names of the overrides."""
     with pytest.raises(ConfigError) as caught:
         validate(kind, read(None, overrides), refused, RENAMED)
     return [
@@ -35,9 +35,5 @@ def wrong(*overrides: str, kind: Any = TrainConfig, refused: Any = REFUSED) -> l
     ]
 
 
-def leaves(kind: type[Any] = TrainConfig, above: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, field in kind.model_fields.items():
-        inside = nested_sections(field.annotation)
-        found += leaves(inside[0], f"{above}{name}.") if inside else [(above + name, field)]
-    return found
+def leaves(kind: type[Any] = TrainConfig) -> list[tuple[str, Any]]:
+    return list(iter_settings(kind))

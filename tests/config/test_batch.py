@@ -69,7 +69,7 @@ def test_what_does_not_divide_is_padded(
         (
             {"size": 40, "micro": 2, "depth": 2},
             (40, 2, 5),
-        ),  # in fillings of as many as there are, checked elsewhere
+        ),  # with the number of rounds given, which test_checks.py covers
         ({"size": 40, "micro": 2, "breadth": 5}, (40, 2, 5)),
         ({"micro": 2, "depth": 2, "breadth": 3}, (48, 2, 6)),
     ],
@@ -132,7 +132,7 @@ def test_sizes_multiply_out_and_keep_what_was_given(processes: int, values: dict
     try:
         found = sizes(processes, **values)
     except ConfigError as error:
-        # A process would have nothing to do, or the given number of micro-batches is wrong.
+        # A process would have no work, or the given number of micro-batches is wrong.
         assert len(error.problems) == 1
         size, micro = values.get("size"), values.get("micro", 1)
         many = {values[name] for name in ("depth", "sequential") if name in values}

@@ -1,4 +1,4 @@
-"""Every constraint across settings: broken alone, with its exact message and place, and kept."""
+"""Every constraint across settings: violated alone, with its exact message and place, and kept."""
 
 import ast
 import sys
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fast_llm.config import checks, model_checks
+from fast_llm.config import checks, data_checks, model_checks
+from fast_llm.config import learning_rate as rate_checks
 from fast_llm.config.checks import check, violations
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.disabled import DISABLED_BY
@@ -18,6 +19,7 @@ from fast_llm.config.section import dump
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
+from tests.config import mixtures
 
 # The smallest configuration that keeps all constraints; overrides are laid over it.
 GOOD = ["training.train_iters=10", "data.format=random"]
@@ -28,7 +30,7 @@ RATE = "optimizer.learning_rate"
 
 
 def messages(overrides: list[str], processes: int = 1) -> list[str]:
-    """What is wrong, without the place in the file."""
+    """The mistakes of overrides, without their places in the file."""
     document = read(None, overrides)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
     found = [f"{paths[0]}: {text}" for paths, text in violations(config, processes)]
@@ -105,6 +107,12 @@ BROKEN: list[tuple[list[str], str]] = [
         "data.path: names a twice; name it once, with the sum of its weights",
     ),
     (
+        [*FILES, "data.packing=best_fit", "data.fim.rate=0.5"],
+        "data.packing: given best_fit, which never cuts a document that fits; fill-in-the-middle"
+        " (data.fim) makes documents longer unless data.fim.truncate_or_pad=yes: set that, or"
+        " packing=concatenate",
+    ),
+    (
         [*FILES, "data.split=[0, 1, 0]"],
         "data.split: given [0, 1, 0], which leaves no documents for training.train_iters; give"
         " them a share, e.g. [99, 1, 0]",
@@ -150,6 +158,74 @@ BROKEN: list[tuple[list[str], str]] = [
             f"{RATE}.minimum=1e-3",
         ],
         f"{RATE}.minimum: given 0.001, must be at most base 0.0001",
+    ),
+    *(
+        ([*GOOD, *(f"{RATE}.{one}" for one in given)], f"{RATE}.{problem}")
+        for given, problem in (
+            (
+                ["decay_style=wsd", "decay_iterations=10"],
+                "cooldown: missing: decay_style wsd needs the length of its decay, in steps or as a"
+                " fraction of decay_iterations, e.g. 1 or 0.1",
+            ),
+            (
+                ["decay_style=wsd", "cooldown=5"],
+                "decay_iterations: missing: decay_style wsd needs the step at which it ends, e.g."
+                " 10",
+            ),
+            (
+                ["decay_style=wsd", "decay_iterations=10", "cooldown=0.8", "warmup_iterations=3"],
+                "cooldown: given 0.8; its 8 steps and warmup_iterations 3 must together be at most"
+                " decay_iterations 10, which counts from the start",
+            ),
+            (
+                ["cooldown=5"],
+                "cooldown: given 5, but decay_style constant has no cooldown; set decay_style to"
+                " wsd or inverse_sqrt, or leave it out",
+            ),
+            (
+                ["decay_style=cosine", "decay_iterations=10", "cooldown_style=1-sqrt"],
+                'cooldown_style: given "1-sqrt", but decay_style cosine has no cooldown; set'
+                " decay_style to wsd or inverse_sqrt, or leave it out",
+            ),
+            (
+                ["decay_style=inverse_sqrt"],
+                "warmup_iterations: given 0, but decay_style inverse_sqrt counts its decay in"
+                " lengths of the warmup; set it, e.g. 1000",
+            ),
+            (
+                ["decay_style=inverse_sqrt", "warmup_iterations=1", "decay_iterations=10"],
+                "decay_iterations: given 10, but decay_style inverse_sqrt ends only with a"
+                " cooldown; set cooldown, or leave it out",
+            ),
+            (
+                ["decay_style=wsd", "decay_iterations=10", "cooldown=5", "decay_power=2"],
+                "decay_power: given 2.0, but decay_style wsd has none; leave it out, and choose"
+                " cooldown_style",
+            ),
+            (
+                ["stages=[{until: 9, shape: linear, end_rate: 1}]", "base=1e-3", "minimum=1e-5"],
+                "stages: given with base, minimum, which the stages replace: leave out one or the"
+                " other",
+            ),
+            (
+                ["stages=[{until: 9, shape: linear, end_rate: 1}, {until: 9, shape: constant}]"],
+                "stages.1.until: given 9, must be above 9, the last step of the stage before it",
+            ),
+            (
+                ["stages=[{until: 9, shape: linear}]"],
+                "stages.0.end_rate: missing: shape linear needs the rate at which it ends",
+            ),
+            (
+                ["stages=[{until: 9, shape: constant, start_rate: 1, end_rate: 1}]"],
+                "stages.0.end_rate: given 1.0, but shape constant has none; leave it out, or set"
+                " start_rate",
+            ),
+            (
+                ["stages=[{until: 9, shape: constant}]"],
+                "stages.0.start_rate: missing: the first stage is constant and needs its rate, e.g."
+                " 1e-4",
+            ),
+        )
     ),
     (
         [*GOOD, "optimizer.gradient_scaler.minimum=8", "optimizer.gradient_scaler.initial=4"],
@@ -245,6 +321,122 @@ BROKEN: list[tuple[list[str], str]] = [
         " 4.0",
     ),
     (
+        [*GOOD, f"{TRANSFORMER}.rotary.type=yarn", f"{TRANSFORMER}.rotary.beta_slow=32"],
+        f"{TRANSFORMER}.rotary.beta_fast: given 32.0, must be above beta_slow 32.0",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.gated=no"],
+        f"{TRANSFORMER}.gated: given no with activation_type silu, must be yes, or xielu",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.activation_type=xielu"],
+        f"{TRANSFORMER}.gated: given yes with activation_type xielu, must be no: xielu is for MLPs"
+        " without a gate",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.activation_type=xielu",
+            f"{TRANSFORMER}.gated=no",
+            f"{TRANSFORMER}.add_linear_biases=yes",
+        ],
+        f"{TRANSFORMER}.add_linear_biases: given everywhere, but MLPs without a gate have no"
+        " biases",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.rotary.partial_rotary_factor=0.51"],
+        f"{TRANSFORMER}.rotary.partial_rotary_factor: given 0.51, which rotates 65 dimensions of a"
+        " head of 128; they must be even and above 0",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.rotary.type=longrope",
+            f"{TRANSFORMER}.rotary.short_factor=[1,2]",
+            f"{TRANSFORMER}.rotary.long_factor={[1] * 64}",
+        ],
+        f"{TRANSFORMER}.rotary.short_factor: given 2 numbers, must be 64: one for each pair of"
+        " rotated dimensions",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.rotary.type=longrope",
+            f"{TRANSFORMER}.rotary.short_factor={[1] * 64}",
+        ],
+        f"{TRANSFORMER}.rotary.long_factor: is missing; rotary.type: longrope needs it",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.rotary.type=longrope",
+            f"{TRANSFORMER}.rotary.original_context_length=1",
+            f"{TRANSFORMER}.rotary.short_factor={[1] * 64}",
+            f"{TRANSFORMER}.rotary.long_factor={[1] * 64}",
+        ],
+        f"{TRANSFORMER}.rotary.original_context_length: given 1, must be above 1 for longrope",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.rotary.type=dynamic", f"{TRANSFORMER}.kv_channels=2"],
+        f"{TRANSFORMER}.rotary.type: given dynamic, which needs more than 2 rotated dimensions",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.layer_types=[full_attention]"],
+        f"{TRANSFORMER}.layer_types: given 1 entries, must be num_layers 12",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.num_layers=2",
+            f"{TRANSFORMER}.layer_types=[full_attention, sliding_attention]",
+        ],
+        f"{TRANSFORMER}.window_size: missing: blocks with sliding_attention need it, e.g. 4096",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.num_layers=1",
+            f"{TRANSFORMER}.layer_types=[full_attention]",
+            f"{TRANSFORMER}.window_size=64",
+        ],
+        f"{TRANSFORMER}.window_size: given 64, but no block of layer_types has sliding_attention;"
+        " set it to null",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.num_experts=4", f"{TRANSFORMER}.num_experts_per_token=5"],
+        f"{TRANSFORMER}.num_experts_per_token: given 5, must be at most num_experts 4",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.layers_without_experts=[12]"],
+        f"{TRANSFORMER}.layers_without_experts: given 12, must be below num_layers 12",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.num_experts=4",
+            f"{TRANSFORMER}.activation_type=gelu_pytorch_tanh",
+        ],
+        f"{TRANSFORMER}.activation_type: given gelu_pytorch_tanh, must be silu or clamped_swiglu"
+        " with experts",
+    ),
+    (
+        [*GOOD, f"{TRANSFORMER}.layers_without_rotary=[3, 12]"],
+        f"{TRANSFORMER}.layers_without_rotary: given 12, must be below num_layers 12",
+    ),
+    (
+        [
+            *GOOD,
+            f"{TRANSFORMER}.layers_without_rotary=[3]",
+            f"{TRANSFORMER}.attention_temperature.length=64",
+        ],
+        f"{TRANSFORMER}.attention_temperature: needs rotary positions in every block, which block 3"
+        " has not",
+    ),
+    (
+        [*GOOD, "training.export.format=qwen3"],
+        "training.export.format: given qwen3, but the model is llama; use auto",
+    ),
+    (
         [*GOOD, f"{TRANSFORMER}.init_method_min=2", f"{TRANSFORMER}.init_method_max=1"],
         f"{TRANSFORMER}.init_method_min: given 2.0, must be at most init_method_max 1.0",
     ),
@@ -287,6 +479,7 @@ BROKEN: list[tuple[list[str], str]] = [
         "training.train_iters: is 0, and nothing is measured or saved either: set the number of"
         " steps, e.g. 100_000",
     ),
+    *mixtures.BROKEN,
 ]
 
 
@@ -310,6 +503,7 @@ def test_a_run_that_is_to_stop_without_a_folder_is_reported_both() -> None:
         FILES,
         [*GOOD, "batch.micro_sequence_length=2048"],
         [*GOOD, "model.base_model.cross_entropy_splits=4"],
+        *mixtures.MET,
         ["training.train_iters=10", "data.path=[0.9, a, 0.1, b]"],
         ["training.train_iters=10", "data.path=['0.9', a, '1e-1', b]"],
         ["training.train_iters=10", "data.path=[a]", "data.split=[1]"],
@@ -334,6 +528,9 @@ def test_a_run_that_is_to_stop_without_a_folder_is_reported_both() -> None:
             f"{RATE}.minimum=1e-3",
         ],  # constant
         [*GOOD, f"{RATE}.base=0"],
+        [*GOOD, f"{RATE}.decay_style=wsd", f"{RATE}.decay_iterations=10", f"{RATE}.cooldown=0.5"],
+        [*GOOD, f"{RATE}.decay_style=inverse_sqrt", f"{RATE}.warmup_iterations=1"],
+        [*GOOD, f"{RATE}.stages=[{{until: 2, shape: linear, end_rate: 1e-3}}]"],
         [
             *GOOD,
             "run.experiment_dir=x",
@@ -374,7 +571,7 @@ def test_constraints_that_are_met(overrides: list[str]) -> None:
 
 FOLDER = "run.experiment_dir=x"
 SAVES = [FOLDER, "training.checkpoint.interval=10", "training.checkpoint.keep_every=2"]
-# What is set, what turns it off, and what is then as if it had not been set.
+# The settings, the one that turns them off, and the settings that then have no effect.
 OFF: list[tuple[list[str], str, list[str]]] = [
     (
         [
@@ -457,6 +654,11 @@ OFF: list[tuple[list[str], str, list[str]]] = [
     ),
     (
         [f"{RATE}.decay_style=cosine", f"{RATE}.decay_iterations=10", f"{RATE}.minimum=1e-5"],
+        f"{RATE}.decay_style=constant",
+        [],
+    ),
+    (
+        [f"{RATE}.decay_style=wsd", f"{RATE}.decay_iterations=10", f"{RATE}.cooldown=5"],
         f"{RATE}.decay_style=constant",
         [],
     ),
@@ -567,7 +769,7 @@ SHAPE = [
     f"{TRANSFORMER}.head_groups=4",
 ]
 PIPELINE = [*SHAPE, f"{AXES}.pipeline_parallel=2", "batch.batch_size=8", "batch.micro_batch_size=1"]
-# Of layouts: what is set, the processes, the message.
+# The settings of a layout, the number of processes, the message.
 LAYOUTS: list[tuple[list[str], int, str]] = [
     (
         [
@@ -610,6 +812,21 @@ LAYOUTS: list[tuple[list[str], int, str]] = [
         [*SHAPE, f"{AXES}.tensor_parallel=8"],
         8,
         f"{AXES}.tensor_parallel: given 8, must divide the model's head_groups 4, e.g. 4",
+    ),
+    (
+        [*SHAPE, f"{AXES}.expert_parallel=2"],
+        2,
+        f"{AXES}.expert_parallel: given 2, but the model has no experts; leave it out",
+    ),
+    (
+        [*SHAPE, f"{AXES}.expert_parallel=4", f"{TRANSFORMER}.num_experts=6"],
+        4,
+        f"{AXES}.expert_parallel: given 4, must divide the model's num_experts 6, e.g. 2",
+    ),
+    (
+        [*SHAPE, f"{AXES}.expert_parallel=3", f"{TRANSFORMER}.num_experts=6"],
+        4,
+        f"{AXES}.expert_parallel: given 3, must divide the 4 processes that share training state",
     ),
     (
         [*SHAPE, f"{AXES}.tensor_parallel=2", "model.base_model.vocab_size=1001"],
@@ -774,7 +991,8 @@ def test_layouts_that_can_be(overrides: list[str], processes: int) -> None:
 
 def test_every_constraint_is_violated_above() -> None:
     sources = {
-        str(module.__file__): Path(str(module.__file__)) for module in (checks, model_checks)
+        str(module.__file__): Path(str(module.__file__))
+        for module in (checks, data_checks, model_checks, rate_checks)
     }
     yields = {
         (name, node.lineno)
@@ -821,7 +1039,8 @@ def test_constraints_and_single_settings_are_reported_together(tmp_path: Path) -
         "c.yaml:4: data.path: missing: format: file needs it; give the dataset.json of `fast-llm"
         " prepare` with format: file, or try things with format: random",
         "c.yaml:6: data.splitt: no such setting; did you mean data.split? (allowed: format, path,"
-        " split, tokenizer, validation_sets, data_sample_warn_time_ms)",
+        " sources, stages, split, packing, tokenizer, use_loss_masking_spans, fim, validation_sets,"
+        " data_sample_warn_time_ms)",
         "c.yaml:8: batch.batch_size: batch_size 1 / micro_batch_size 2 = 1 micro-batch for 2"
         " processes: 1 would have nothing to do; raise it, lower micro_batch_size or start fewer",
     ]

@@ -101,7 +101,7 @@ NAMES = [f"{section}.{name}" for section, names in OLD.items() for name in names
 
 
 def sentence(path: str) -> str | None:
-    """What is said about a refused setting, or its section."""
+    """The message about a refused setting, or about its section."""
     while path:
         if path in REFUSED:
             return REFUSED[path]
@@ -146,7 +146,8 @@ def test_settings_that_refusals_point_to_exist() -> None:
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_older_names_do_what_the_new_ones_do(old: str, new: str) -> None:
-    value = {"type": "rms_norm", "epsilon": "1e-6", "timeout": "7"}.get(new.rpartition(".")[2])
+    values = {"type": "rms_norm", "epsilon": "1e-6", "timeout": "7", "z_loss_coefficient": "1e-4"}
+    value = values.get(new.rpartition(".")[2])
     value = value or ("yes" if "weights" in new else "no")
     assert load(f"{old}={value}") == load(f"{new}={value}")
     (problem,) = wrong(f"{old}={value}", f"{new}={value}")

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from fast_llm.config.document import read
+from fast_llm.config.mixture import DataSourceConfig
 from fast_llm.config.section import Interval, Section, dump
+from fast_llm.config.train import TrainConfig
 from fast_llm.config.types import Positive, Text
 from fast_llm.config.validate import validate
 from fast_llm.errors import ConfigError
@@ -37,7 +39,7 @@ class Outer(Section):
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Any:
-    """Writes a text (or bytes) to c.yaml and reads it."""
+    """Write a text (or bytes) to c.yaml and read it."""
 
     def write(text: str | bytes, *overrides: str) -> Any:
         path = tmp_path / "c.yaml"
@@ -48,7 +50,7 @@ def yaml(tmp_path: Path) -> Any:
 
 
 def wrong(yaml: Any, text: str | bytes, *overrides: str, **more: Any) -> list[str]:
-    """All that is wrong with a text, as an Outer."""
+    """All mistakes of a text, read as an Outer."""
     with pytest.raises(ConfigError) as caught:
         validate(Outer, yaml(text, *overrides), **more)
     return [re.sub(r"/\S*/c\.yaml", "c.yaml", problem) for problem in caught.value.problems]
@@ -125,7 +127,7 @@ def test_an_empty_section_is_all_defaults(yaml: Any) -> None:
     assert validate(Outer, yaml("inner:\nother: {}\n")) == Outer()
 
 
-# What cannot be read at all.
+# Files that cannot be read.
 
 
 @pytest.mark.parametrize(
@@ -200,12 +202,12 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    monkeypatch.setattr(Path, "open", refuse)  # root may read every file
     with pytest.raises(ConfigError, match=r"c\.yaml: cannot be read: Permission denied"):
         read(tmp_path / "c.yaml")
 
 
-# Smaller mistakes, which do not hide others.
+# Smaller mistakes, which are reported together.
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,11 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
         ("inner.size: 2\n", "c.yaml:1: inner.size: no dots in the names of a file; write `inner:`"
             " and `size:` below it"),
+        ("inner: {size:2}\n", "c.yaml:1: inner: YAML needs a space after the colon: `size: 2`"),
+        ("inner: {share:0.2}\n", "c.yaml:1: inner: YAML needs a space after the colon:"
+            " `share: 0.2`"),
+        ("inner:\n  size:2\n", 'c.yaml:1: inner: given "size:2", must be a section of settings;'
+            " YAML needs a space after the colon: `size: 2`"),
         ("inner:\n  size: !!int x\n", 'c.yaml:2: inner.size: "x" cannot be read as int'),
         ("inner:\n  size: 0b\n", 'c.yaml:2: inner.size: given "0b", must be an integer above 0'),
         (f"inner:\n  size: {2**63}\n", "c.yaml:2: inner.size: the number 9223372036854775808… is"
@@ -274,7 +281,7 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )  # fmt: skip
 def test_one_mistake(yaml: Any, text: str, problem: str) -> None:
     assert wrong(yaml, text) == [problem]
-    # And in company of another, whose line is right too.
+    # Together with a second mistake, whose line is right too.
     assert wrong(yaml, text + "other:\n  size: 0\n") == [
         problem,
         f"c.yaml:{text.count(chr(10)) + 2}: other.size: given 0, must be an integer above 0",
@@ -319,6 +326,35 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(yaml: Any) -
 
 
 # Overrides.
+
+
+def test_an_override_inside_a_source_that_is_a_path_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "data:\n  format: mixture\n  sources:\n    code: c.json\n    prose: p.json\n"
+    file = Path("sources.yaml")
+    file.write_text(text)
+    given = ["data.sources.code.weight=2", "data.sources.prose.max_epochs=3"]
+    sources = validate(TrainConfig, read(file, given, TrainConfig)).data.sources
+    assert sources == {
+        "code": DataSourceConfig(path="c.json", weight=2),
+        "prose": DataSourceConfig(path="p.json", max_epochs=3),
+    }
+    file.write_text("data:\n  path: d.json\n")
+    with pytest.raises(ConfigError) as caught:
+        validate(TrainConfig, read(file, ["data.path.weight=2"], TrainConfig))
+    assert caught.value.problems == [
+        'override data.path.weight=2: data.path is "d.json" (sources.yaml:2), a value, which has no'
+        " settings inside"
+    ]
+
+
+def test_a_section_of_overrides_alone_is_where_they_are(yaml: Any) -> None:
+    """Not in the line of the section of the file around it."""
+    document = yaml("other:\n  size: 3\n", "other.inside.a=1")
+    assert document.where("other.inside") == "override other.inside.a=1"
+    assert document.where("other.name").endswith("c.yaml:1")
 
 
 def test_overrides_win_and_the_last_wins(yaml: Any) -> None:
@@ -406,7 +442,7 @@ AS_IT_IS = (
 
 @pytest.mark.parametrize("text", AS_IT_IS.split("|"))
 def test_text_of_the_command_line_is_what_it_is(text: str) -> None:
-    """Where text is wanted, whatever YAML would make of it."""
+    """A setting that wants text gets the text as typed, however YAML would read it."""
     document = read(None, [f"inner.name={text}", f"other.name= \t{text} "], Outer)
     assert validate(Outer, document).inner.name == validate(Outer, document).other.name == text
     quoted = text.replace("\\", "\\\\")
@@ -500,7 +536,7 @@ def test_refused_names_say_what_to_use(yaml: Any) -> None:
     ]
 
 
-# Constraints, and values from elsewhere.
+# Constraints, and values from other sources.
 
 
 def test_constraints_are_checked_for_valid_settings(yaml: Any) -> None:
@@ -515,7 +551,7 @@ def test_constraints_are_checked_for_valid_settings(yaml: Any) -> None:
         "c.yaml:1: inner.active: must be active",
     ]
     assert sorted(wrong(yaml, "inner:\n  size: 3\n", constraints=constraints)) == sorted(both)
-    # other.size is wrong in itself: nothing is said of its relation to inner.size.
+    # other.size is wrong itself: its relation to inner.size is not reported.
     assert wrong(yaml, "inner:\n  size: 3\nother:\n  size: 0\n", constraints=constraints) == [
         "c.yaml:1: inner.active: must be active",
         "c.yaml:4: other.size: given 0, must be an integer above 0",

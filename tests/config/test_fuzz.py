@@ -1,4 +1,4 @@
-"""Whatever is done to a file, its mistakes are reported in lines; nothing else is raised."""
+"""Random changes to a file: mistakes are reported with their lines; no other error is raised."""
 
 import copy
 from functools import partial

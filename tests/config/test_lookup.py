@@ -1,4 +1,4 @@
-"""`fast-llm settings` for a section, a setting, a part of a name, and a wrong name."""
+"""`fast-llm settings` for a section, a setting, a part of a name, and an unknown name."""
 
 import io
 
@@ -61,6 +61,9 @@ def test_without_a_path_there_is_a_line_for_each_setting() -> None:
     [
         ("optimizer.lr", "no such setting; did you mean optimizer.learning_rate.base?"),
         ("trainin.checkpoint", "no such setting; did you mean training.checkpoint?"),
+        ("z_loss", "no such setting; did you mean model.base_model.z_loss_coefficient?"),
+        ("model.base_model.z_loss", "no such setting; did you mean"
+            " model.base_model.z_loss_coefficient?"),
         ("zzzz", "no such setting; `fast-llm settings` lists all"),
         (next(iter(RENAMED)), "an older name; see `fast-llm settings"
             f" {next(iter(RENAMED.values()))}`"),

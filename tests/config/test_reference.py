@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 
@@ -31,17 +31,38 @@ def test_every_setting_and_section_is_documented(kind: type[Section]) -> None:
 
 @pytest.mark.parametrize(("path", "field"), leaves())
 def test_every_setting_says_what_it_must_be(path: str, field: Any) -> None:
-    if path.endswith(("environment", "validation_sets")):  # names are the user's
+    if path.endswith(("environment", "validation_sets")):  # the user chooses these names
         assert wrong(f"{path}={{zzz: [1]}}")[0].startswith(f"{path}.zzz: given [1], must be text")
         return
-    (problem,) = wrong(f"{path}={{zzz: [1]}}")
-    assert problem.startswith(f"{path}: given {{zzz: [1]}}, must be ")
-    assert not problem.endswith("must be ") and "something" not in problem and "<" not in problem
-    # A null is taken where the message says so, and nowhere else.
-    if " or null" in problem or field.default_factory is not None:
-        load(f"{path}=null")
+    if path.startswith("run.branch_from."):  # all of its settings are required
+        found = wrong(f"{path}={{zzz: [1]}}")
+        assert any(p.startswith(f"{path}: given {{zzz: [1]}}, must be ") for p in found)
+        return
+    around, is_item, name = path.partition(".N.")
+
+    def assigned(value: str) -> list[str]:
+        if is_item:  # of a list, which the command line gives as one
+            required = {"until": "1", "shape": "constant"} if "rate" in around else {}
+            inside = ", ".join(f"{key}: {one}" for key, one in {**required, name: value}.items())
+            return [f"{around}=[{{{inside}}}]"]
+        needed = "data.sources.NAME.path"  # a source must have it
+        return [f"{needed}=x"] * (path.startswith("data.sources.") and path != needed) + [
+            f"{path}={value}"
+        ]
+
+    (problem,) = wrong(*assigned("{zzz: [1]}"))
+    if is_item:
+        path = f"{around}.0.{name}"
+    if field.annotation and get_origin(field.annotation) is dict and is_item:
+        assert problem.startswith(f"{path}.zzz: given [1], must be ")
     else:
-        assert wrong(f"{path}=null")[0].startswith(f"{path}: given null, must be ")
+        assert problem.startswith(f"{path}: given {{zzz: [1]}}, must be ")
+    assert not problem.endswith("must be ") and "something" not in problem and "<" not in problem
+    # null is allowed exactly where the message says so.
+    if " or null" in problem or field.default_factory is not None:
+        load(*assigned("null"))
+    else:
+        assert wrong(*assigned("null"))[0].startswith(f"{path}: given null, must be ")
 
 
 def test_the_page_of_settings_is_current() -> None:

@@ -14,6 +14,7 @@ from fast_llm.config.prepare import ConvertConfig, PrepareConfig
 from fast_llm.config.section import dump
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import validate
+from fast_llm.errors import ConfigError
 from tests.config.common import RECIPE, TEXT, load, wrong
 
 
@@ -141,8 +142,12 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
         ("optimizer.gradient_norm_clipping=0", "given 0, must be a number above 0 or null"),
         (
             "optimizer.learning_rate.decay_style=cosin",
-            'given "cosin", must be one of constant, linear, power, cosine',
+            'given "cosin", must be one of constant, linear, power, cosine, wsd, inverse_sqrt',
         ),
+        ("optimizer.learning_rate.cooldown=1.0", "given 1.0, must be a number of steps above 0, a"
+            " fraction below 1 such as 0.1, or null"),
+        ("optimizer.learning_rate.stages=[]", "given [], must be a list of one or more stages or"
+            " null"),
         (
             "optimizer.learning_rate=1e-4",
             "given 0.0001, must be a section of settings; did you mean"
@@ -173,6 +178,29 @@ def test_what_is_dumped_reads_to_an_equal_configuration(
 )  # fmt: skip
 def test_values_that_are_not_allowed(override: str, problem: str) -> None:
     assert wrong(override) == [f"{override.partition('=')[0]}: {problem}"]
+
+
+def test_mistakes_inside_a_list_of_sections(tmp_path: Path) -> None:
+    """Each has the line of its item."""
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "optimizer:\n  learning_rate:\n    stages:\n"
+        "    - {until: 5, shape: linear, end_rate: 1e-4}\n"
+        "    - {until: 9, shape: konstant}\n"
+        "    - {until: 12, shape: linear, endrate: 1e-5}\n"
+        "    - 13\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(path=path)
+    above = "optimizer.learning_rate.stages"
+    assert caught.value.problems == [
+        f'{path}:5: {above}.1.shape: given "konstant", must be one of constant, linear, cosine,'
+        " 1-sqrt",
+        f"{path}:6: {above}.2.endrate: no such setting; did you mean {above}.2.end_rate? (allowed:"
+        " until, shape, start_rate, end_rate)",
+        f"{path}:7: {above}.3: given 13, must be a section of settings with until, shape,"
+        " start_rate or end_rate",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +289,8 @@ def test_a_thousand_wrong_names_are_reported_in_time() -> None:
             [
                 "output_path: given 5, must be text (numbers and dates in quotes)",
                 "dataset.path: given 6, must be text (numbers and dates in quotes)",
-                "tokenizer: given 7, must be a section of settings with path, bos or eos",
+                "tokenizer: given 7, must be a section of settings with path, bos, eos,"
+                " special_tokens or engine",
             ],
         ),
         (
@@ -287,7 +316,7 @@ def test_a_thousand_wrong_names_are_reported_in_time() -> None:
                 "input={path: a, format: llama}",
                 "output={path: b, format: distributed, data_type: bf16}",
             ],
-            ["output: data_type belongs to format: llama; a checkpoint holds fp32 weights"],
+            ["output: data_type belongs to a Hugging Face folder; a checkpoint holds fp32 weights"],
         ),
     ],
 )

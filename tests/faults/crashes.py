@@ -32,10 +32,10 @@ from fast_llm.errors import DataError
 from tests import helpers  # noqa: F401  tells the server what to load
 from tests.faults.jobs import command
 
-RETURNED = "returned"  # in the folder: the call had returned
+RETURNED = "returned"  # a file in the folder: the call had returned
 
 
-# What is done, and what is found afterwards: the number that it was done with.
+# The operations, and the number that their result was written with.
 
 
 def save(root: Path, step: int, value: float) -> None:
@@ -45,7 +45,7 @@ def save(root: Path, step: int, value: float) -> None:
 
 
 def saved(root: Path) -> float | None:
-    """The step of the newest complete checkpoint; all its files must be of one save."""
+    """The step of the newest complete checkpoint, all of whose files must come from one save."""
     newest = folders.latest(root)
     if newest is None:
         return None
@@ -91,7 +91,7 @@ def write_tokens(root: Path, value: float) -> None:
 
 
 def tokens(root: Path) -> float | None:
-    """None also for a pair that is refused."""
+    """The tokens of a pair; None also for a pair that is refused."""
     try:
         file = TokenFile(root / "tokens")
     except DataError:
@@ -109,8 +109,8 @@ class Way:
     work: Callable[[Path], Any]
     clean: Callable[[Path], Any]
     found: Callable[[Path], float | None]
-    may_find: set[float | None]  # until the work has returned; after that 3
-    left: set[str]  # in the folder, once the work was done again
+    may_find: set[float | None]  # while the work runs; 3 afterwards
+    left: set[str]  # files in the folder after the work was repeated
 
 
 def _two_saves(root: Path) -> None:
@@ -141,14 +141,13 @@ PATHS = {
 }
 
 
-# How it dies, and what a power cut leaves.
+# The kinds of death, and what a power cut leaves.
 
 
 class Disk:
-    """What would be there after a power cut: contents of files and names in folders as they were
-    when last flushed.
+    """The disk after a power cut: the contents and names that were flushed.
 
-    Kept in a folder by inode; those that were flushed stay open, so that no number comes again.
+    Kept in a folder, by inode. Flushed files stay open, so that no inode number is used again.
     """
 
     def __init__(self, store: Path):
@@ -156,7 +155,7 @@ class Disk:
         store.mkdir(exist_ok=True)
 
     def flushed(self, handle: int) -> None:
-        """What a file or folder now is, is safe."""
+        """Record the current content of a file or folder as flushed."""
         number = os.fstat(handle).st_ino
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         os.open(path, os.O_RDONLY)
@@ -169,17 +168,16 @@ class Disk:
             shutil.copyfile(path, self.store / str(number))
 
     def everything(self, root: Path) -> None:
-        """All that is there is safe."""
+        """Record all current contents as flushed."""
         for path in [root.parent, root, *root.rglob("*")]:
             if path.exists():
                 handle = os.open(path, os.O_RDONLY)
                 self.flushed(handle)
 
     def after_power_cut(self, root: Path, into: Path, keeps_names: Callable[[], bool]) -> None:
-        """Make in `into` what is left of `root`.
+        """Make in `into` what a power cut leaves of `root`.
 
-        `keeps_names`: whether a folder's names are as they were when the power failed, or as they
-        were when it was last flushed.
+        `keeps_names`: whether folders have their names at the power cut, or those last flushed.
         """
         places = {path.stat().st_ino: path for path in [root, *root.rglob("*")] if path.exists()}
 
@@ -207,7 +205,7 @@ class Disk:
 
 
 def die_at(number: int, root: Path, disk: Disk) -> None:
-    """Kill this process just before its `number`-th change below `root`."""
+    """Kill this process before its `number`-th change below `root`."""
     done = 0
 
     def count(path: Any) -> None:
@@ -238,8 +236,9 @@ def die_at(number: int, root: Path, disk: Disk) -> None:
 def one_death(
     folder: Path, name: str, number: int, chance: random.Random, figures: "Counter[str]"
 ) -> bool:
-    """Die at the `number`-th change of a path and look at what is left; whether the path was longer
-    than that.
+    """Die at the `number`-th change of an operation and check what is left.
+
+    Returns whether the operation had more changes.
     """
     path = PATHS[name]
     here = folder / f"{name} {number}"
@@ -292,7 +291,7 @@ def one_death(
 
 
 def _in_child(folder: str, budget: int, seed: int, results: Any) -> None:
-    """In a process that has no threads, so that it may fork."""
+    """Run a function in a process without threads, which may fork."""
     torch.set_num_threads(1)
     state.LARGEST_FILE_BYTES = 60  # a file for each tensor
     chance = random.Random(seed)
@@ -301,7 +300,7 @@ def _in_child(folder: str, budget: int, seed: int, results: Any) -> None:
         for name in PATHS:
             number = 1
             while one_death(Path(folder), name, number, chance, figures):
-                # A small budget leaves out some, others with every seed.
+                # A small budget leaves out some of the cases; the seed decides which.
                 number += 1 if budget >= 250 else chance.randrange(1, 2 * max(1, 250 // budget))
                 assert number < 1000, "no end"
             figures[f"changes of {name}"] = number - 1
@@ -311,7 +310,7 @@ def _in_child(folder: str, budget: int, seed: int, results: Any) -> None:
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: of 250 on, every change is a death."""
+    """Crash at random changes. `budget`: from 250 on, at every change."""
     context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     process = context.Process(

@@ -36,29 +36,29 @@ STEPS = 12
 PAGE = 4096
 
 
-# What happens to a file.
+# Kinds of damage.
 
 
 def flip(path: Path, chance: random.Random) -> None:
-    """One bit."""
+    """Flip one bit."""
     data = bytearray(path.read_bytes())
     data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     path.write_bytes(data)
 
 
 def cut(path: Path, chance: random.Random) -> None:
-    """The end is lost."""
+    """Cut off the end."""
     data = path.read_bytes()
     path.write_bytes(data[: chance.randrange(len(data))])
 
 
 def lengthen(path: Path, chance: random.Random) -> None:
-    """There is more than there was."""
+    """Append bytes."""
     path.write_bytes(path.read_bytes() + chance.randbytes(chance.randrange(1, 9)))
 
 
 def blank_page(path: Path, chance: random.Random) -> None:
-    """A page of zeros, as after a crash of a file system."""
+    """Write a page of zeros, as a file system may leave it after a crash."""
     data = bytearray(path.read_bytes())
     begin = chance.randrange(-(-len(data) // PAGE)) * PAGE
     end = min(begin + PAGE, len(data))
@@ -82,22 +82,22 @@ def swap_pages(path: Path, chance: random.Random) -> None:
 
 
 def blank(path: Path, chance: random.Random) -> None:
-    """Nothing but zeros."""
+    """Replace the content by zeros."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
 def empty(path: Path, chance: random.Random) -> None:
-    """Nothing at all."""
+    """Truncate to zero bytes."""
     path.write_bytes(b"")
 
 
 def remove(path: Path, chance: random.Random) -> None:
-    """Gone."""
+    """Delete the file."""
     path.unlink()
 
 
 def folder_instead(path: Path, chance: random.Random) -> None:
-    """A folder of that name."""
+    """Put a folder in place of the file."""
     path.unlink()
     path.mkdir()
 
@@ -120,7 +120,7 @@ DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
 
 
 def swapped(paths: list[Path], chance: random.Random) -> list[Path]:
-    """Two files under one another's name; those with a wrong content."""
+    """Exchange two files. Returns those with a wrong content."""
     one, other = chance.sample(paths, 2)
     before = one.read_bytes(), other.read_bytes()
     one.write_bytes(before[1])
@@ -129,7 +129,7 @@ def swapped(paths: list[Path], chance: random.Random) -> list[Path]:
 
 
 def replaced(paths: list[Path], others: list[Path], chance: random.Random) -> list[Path]:
-    """A file by one from elsewhere."""
+    """Replace a file by one of another folder."""
     one, other = chance.choice(paths), chance.choice(others)
     same = one.read_bytes() == other.read_bytes()
     shutil.copyfile(other, one)
@@ -139,7 +139,7 @@ def replaced(paths: list[Path], others: list[Path], chance: random.Random) -> li
 def damage(
     paths: list[Path], others: list[Path], chance: random.Random, figures: "Counter[str]"
 ) -> list[Path]:
-    """Damage one or two of several files; those that are not what they were."""
+    """Damage one or two of several files. Returns the names of the damaged files."""
     kind = chance.randrange(len(DAMAGES) + 2)
     if kind == len(DAMAGES):
         name, hit = "swapped", swapped(paths, chance)
@@ -179,7 +179,7 @@ def _same_json(now: bytes, before: bytes) -> bool:
 
 
 class LogRecorder(logging.Handler):
-    """Collects what is logged."""
+    """Collects log records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class LogRecorder(logging.Handler):
 
 
 def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
-    """`budget` damaged checkpoints, of which every 50th is gone on from."""
+    """Damage `budget` checkpoints; every 50th run is resumed."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     write_tokens(folder / "tokens", 400)
@@ -235,8 +235,8 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
         for step, paths in hit.items():
             figures["checkpoints damaged"] += bool(paths)
             if step > good and paths:
-                # The manifest of another step in its place makes it one of that step, which nobody
-                # asks for.
+                # With the manifest of another step, the folder counts as that step's, and is not
+                # looked for.
                 there = {path.name: found for found, path in folders.find(run / "checkpoint")}
                 stale = there.get(str(step), step) != step
                 assert stale or any(_names(reported.text, path) for path in paths), (
@@ -244,8 +244,8 @@ def checkpoints(folder: Path, budget: int, seed: int) -> "Counter[str]":
                 )
                 figures["named in the log"] += not stale
                 figures["passed over as another step's"] += stale
-        if good < 12 and figures["checkpoints damaged"] // 50 >= figures["gone on from"]:
-            figures["gone on from"] += 1
+        if good < 12 and figures["checkpoints damaged"] // 50 >= figures["resumed"]:
+            figures["resumed"] += 1
             with Job(folder, settings(folder, *how, f"run.experiment_dir={run}"), 2) as job:
                 assert job.wait() == 0, f"{story}\n{job.said()}"
                 assert f"checkpoint/{good}, after step {good}." in job.said(), (
@@ -269,7 +269,7 @@ def _names(text: str, path: Path) -> bool:
 
 
 def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
-    """`budget` damaged datasets, of which every tenth is made again."""
+    """Damage `budget` datasets; every tenth is prepared again."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     folder.mkdir()
@@ -300,7 +300,7 @@ def datasets(folder: Path, budget: int, seed: int) -> "Counter[str]":
             verify(metadata)
             raise AssertionError(f"{story}: not found by verify")
         except DataError as error:
-            # An index that is another's is found by its tokens, and the other way round.
+            # An index of another pair is found by the tokens, and the tokens by the index.
             assert any(str(path.with_suffix("")) in str(error) for path in hit), f"{story}: {error}"
             figures["found by verify"] += 1
         for small in (True, False):
@@ -361,7 +361,7 @@ def start(metadata: Path, small: bool) -> str:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """All files but the lock, by name."""
+    """The content of all files but the lock, by name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -370,7 +370,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: damaged checkpoints; and 30 % as many datasets."""
+    """Damage `budget` checkpoints, and 30 % as many datasets."""
     found = checkpoints(folder, budget, seed)
     data = datasets(folder / "data", budget * 3 // 10, seed)
     assert (

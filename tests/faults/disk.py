@@ -33,7 +33,7 @@ WAYS = ("once", "full", "limit")
 
 
 class Failing:
-    """An open file whose writes count."""
+    """An open file whose writes are counted."""
 
     def __init__(self, file: Any, tick: Any):
         self._file, self._tick = file, tick
@@ -118,12 +118,12 @@ def fail(rank: int, victim: int, way: str, number: int, root: Path, until: int =
 
 
 def trace(folder: Path) -> list[str]:
-    """The operations so far; the last one failed, if one did."""
+    """The operations so far. If one failed, it is the last."""
     return (folder / "operations").read_text().splitlines()
 
 
 def place(hit: str) -> str:
-    """What part of a run an operation belongs to."""
+    """The part of a run that an operation belongs to."""
     path = hit.partition(" ")[2]
     for name in ("checkpoint", "export", "metrics.jsonl", "runs"):
         if path.startswith(name):
@@ -132,12 +132,12 @@ def place(hit: str) -> str:
 
 
 def kind(operation: str) -> str:
-    """What it does to which file, whatever its step."""
+    """The kind of operation, without the number of a step."""
     return re.sub(r"\.partial-\w+|\.deleted-\w+|\d+", "N", operation)
 
 
 def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
-    """`budget` runs on a disk that fails."""
+    """`budget` runs on a failing disk."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     write_tokens(folder / "tokens", 400)
@@ -146,7 +146,7 @@ def runs(folder: Path, budget: int, seed: int) -> "Counter[str]":
     failed = set()
     waiting: list[tuple[int, int, str, str]] = []
     while figures["runs"] < budget:
-        if not waiting:  # each kind of operation once in each way, in another order every time
+        if not waiting:  # each kind of operation once in each way of failing, in random order
             waiting = [(*one, way) for one in every for way in WAYS[:2]] + [
                 (*one, WAYS[2]) for one in every[::9]
             ]
@@ -242,14 +242,14 @@ def resume(folder: Path, world: int, whole: dict[str, Any], lost: bool, story: s
 
 
 def prepared(rank: int, settings: list[str]) -> int:
-    """Prepare, in a process of its own."""
+    """Prepare a dataset in a new process."""
     from fast_llm import cli
 
     return cli.main(["prepare", *settings])
 
 
 def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
-    """`budget` preparations on a disk that fails."""
+    """`budget` preparations on a failing disk."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     folder.mkdir()
@@ -300,7 +300,7 @@ def preparations(folder: Path, budget: int, seed: int) -> "Counter[str]":
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: runs, and half as many preparations."""
+    """`budget` runs, and half as many preparations."""
     found = runs(folder, budget, seed) + preparations(folder / "data", budget // 2, seed)
     return {
         **dict(sorted(found.items())),

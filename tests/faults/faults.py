@@ -22,33 +22,32 @@ from fast_llm.training.trainer import Trainer
 
 STEPS, INTERVAL, WINDOW, BATCH, VOCABULARY = 24, 4, 4, 8, 128
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
-HUGE = (1e30, 3e38)  # a gradient whose square fp32 does not hold counts as not finite
+HUGE = (1e30, 3e38)  # a gradient whose square exceeds fp32 counts as not finite
 SPIKE = 1e6
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes wrong at the step with this batch (counted from 1): by what it reads it is known
-    again after a kill.
+    """The value that is wrong at the step with this batch (counted from 1).
+
+    After a kill the step is recognized by its batch.
     """
 
     batch: int
     place: str  # loss, gradient, weight, exp_avg, exp_avg_sq
     value: float
-    rank: int | None  # None is all
-    chosen: int  # which tensor and element
+    rank: int | None  # None: all ranks
+    chosen: int  # tensor and element
 
 
 @dataclass
 class Course:
-    """What a run comes to by its policy: the batch of each step, and those whose update is left
-    out.
-    """
+    """The expected steps of a run under its policy: each step's batch, and the skipped updates."""
 
     batch_of: dict[int, int] = field(default_factory=dict)
     left_out: set[int] = field(default_factory=set)
-    spikes: set[int] = field(default_factory=set)  # of those that were left out
+    spikes: set[int] = field(default_factory=set)  # of the skipped updates
     skipped_ranges: list[dict[str, int]] = field(default_factory=list)
 
 
@@ -143,9 +142,7 @@ def disturb(
 
 
 def _guide(trainer: Trainer, reference: Course) -> None:
-    """Let every update be made, and those that are to be left out be undone; and give each step its
-    batch.
-    """
+    """Apply every update, undo those that are to be skipped, and give each step its batch."""
     step, loader = trainer.train_step, trainer.loader
     update, optimizer = step.optimizer.step, step.optimizer
 
@@ -175,7 +172,7 @@ def _guide(trainer: Trainer, reference: Course) -> None:
 
 
 def _note_state(trainer: Trainer, path: Path) -> None:
-    """Digests of all that this process holds, by name and part."""
+    """Digests of all tensors of this process, by name and part."""
     step = trainer.train_step
     found = {}
     with step.weights.masters() as masters:
@@ -201,7 +198,7 @@ def _note_state(trainer: Trainer, path: Path) -> None:
 
 
 def misread(rank: int, sequence: int, place: int, token: int) -> None:
-    """Reads of this sequence return a token outside the vocabulary."""
+    """Make reads of this sequence return a token outside the vocabulary."""
     read = Dataset.read
 
     def wrong(self: Dataset, split: str, index: int) -> PackedSample:

@@ -34,7 +34,7 @@ def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]
         (folder / "c" / folders.MANIFEST).write_bytes(data)
         with contextlib.suppress(
             ValueError, TypeError, RecursionError
-        ):  # so that more than its digest is looked at
+        ):  # so that code behind the check of the digest is reached
             resealed(folder / "c", dict(json.loads(data)))
         folders.read_manifest(folder / "c")
 
@@ -67,7 +67,7 @@ def targets(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], Any], str]
 
 
 def changed(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """A few changes at random."""
+    """Make a few random changes."""
     new = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4))):
         at = chance.randrange(len(new) + 1)
@@ -91,7 +91,7 @@ def changed(data: bytes, other: bytes, chance: random.Random) -> bytes:
 
 
 class Reached:
-    """The steps from line to line that one call makes in a module."""
+    """Records the pairs of consecutive lines that one call runs in a module."""
 
     def __init__(self, module: str):
         self.module, self.last = module, 0

@@ -27,11 +27,11 @@ from fast_llm.storage import content_digest
 from tests.faults.jobs import command, fork
 from tests.training.runs import settings, write_tokens
 
-MEMORY = 2**30  # bytes that a process may take beyond what it has
+MEMORY = 2**30  # bytes that a process may use beyond its start
 
 
 class Bomb:
-    """Unpickling it leaves a canary."""
+    """Unpickling it creates a canary file."""
 
     def __init__(self, canary: str):
         self.canary = canary
@@ -50,7 +50,7 @@ def tensor(begin: int, end: int, shape: Any = (2,), dtype: str = "F32") -> dict[
 
 
 def blobs(canary: Path) -> dict[str, bytes]:
-    """What may stand in any file."""
+    """Contents that any file may have."""
     bomb = pickle.dumps(Bomb(str(canary)))
     pickled = tensor(0, len(bomb), (len(bomb),), "U8")
     many = {f"t{n}": tensor(0, 8) for n in range(1000)}
@@ -87,7 +87,7 @@ def blobs(canary: Path) -> dict[str, bytes]:
 
 
 def put(path: Path, how: str, content: dict[str, bytes], outside: Path) -> None:
-    """Something hostile in the place of a file."""
+    """Put something hostile in place of a file."""
     path.unlink(missing_ok=True)
     if how == "a link out":
         path.symlink_to(outside / "secret")
@@ -116,8 +116,8 @@ PLACES = (
 )
 
 
-def seal(checkpoint: Path) -> None:
-    """Make the manifest fit whatever lies in the folder: its digest is no secret."""
+def write_digests(checkpoint: Path) -> None:
+    """Make the manifest fit the folder's content: anyone can compute its digest."""
     content = json.loads((checkpoint / folders.MANIFEST).read_bytes())
     for name in content["files"]:
         path = checkpoint / name
@@ -154,7 +154,7 @@ FORGED: list[Callable[[dict[str, Any]], Any]] = [
 
 
 def run(rank: int, given: tuple[str, list[str]]) -> int:
-    """The command, with little memory and a watch over what it starts, unpickles and writes."""
+    """Run the command with little memory, and record what it starts, unpickles and writes."""
     import torch
 
     from fast_llm import cli
@@ -199,7 +199,7 @@ KINDS = (
 
 
 def files(folder: Path, budget: int, seed: int) -> "Counter[str]":
-    """`budget` hostile files."""
+    """Test `budget` hostile files."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     outside, inside = folder / "outside", folder / "inside"
@@ -275,7 +275,7 @@ def plant(
     content: dict[str, bytes],
     chance: random.Random,
 ) -> str:
-    """Put a hostile file of a kind where a run reads one; what it is and where."""
+    """Put a hostile file of a kind where a run reads one. Returns the file and its place."""
     checkpoint, model = inside / "run" / "checkpoint" / "1", inside / "model"
     target = checkpoint / "shard-00001-00001.safetensors"
     if kind == "checkpoint":
@@ -284,7 +284,7 @@ def plant(
         put(target, how, content, outside)
         (checkpoint / ".metadata").write_bytes(content["a pickle"])
         if target.name != folders.MANIFEST:
-            seal(checkpoint)
+            write_digests(checkpoint)
     elif kind == "manifest":
         forged = json.loads((checkpoint / folders.MANIFEST).read_bytes())
         number = chance.randrange(len(FORGED))

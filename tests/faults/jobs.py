@@ -23,11 +23,11 @@ from tests import helpers  # noqa: F401  tells the server what to load
 
 _context = multiprocessing.get_context("forkserver")
 TIMEOUT = 8.0  # model.distributed.timeout of these runs
-STUCK = 60.0  # seconds after which something that should have ended is said to be stuck
+STUCK = 60.0  # seconds after which a process that should have ended counts as stuck
 
 
 def nothing(rank: int) -> None:
-    """A run as it is."""
+    """Change nothing."""
 
 
 class Job:
@@ -66,7 +66,7 @@ class Job:
         self._folder.cleanup()
 
     def kill_all(self) -> None:
-        """Whatever is left of it."""
+        """Kill all processes that are left."""
         self.launcher.kill()
         self.launcher.join()
         for rank in self.ranks:
@@ -81,7 +81,7 @@ class Job:
         return code
 
     def wait_ranks(self, seconds: float = STUCK) -> None:
-        """Until no rank is left, whether or not there is a launcher."""
+        """Wait until no rank is left, whether or not the launcher lives."""
         deadline = time.monotonic() + seconds
         while left := [rank for rank in self.ranks if alive(rank)]:
             assert time.monotonic() < deadline, (
@@ -90,18 +90,18 @@ class Job:
             time.sleep(0.005)
 
     def codes(self) -> list[int]:
-        """Each rank's exit code, as a shell tells it."""
+        """Each rank's exit code, as a shell reports it."""
         lines = (self.folder / "codes").read_text().splitlines()
         found = {int(rank): int(code) for rank, code in map(str.split, lines)}
         return [found[rank] for rank in self.ranks]
 
     def said(self) -> str:
-        """By all of them, on standard output and error."""
+        """Standard output and error of all processes."""
         return (self.folder / "said").read_text(errors="replace")
 
 
 def send(process: int, number: signal.Signals) -> None:
-    """A signal to a process that may be gone."""
+    """Send a signal to a process, which may be gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, number)
 
@@ -112,6 +112,17 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def reached(run: Path) -> int:
+    """The step of the newest record; 0 if there is none."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().split(b'"step": ')
+        return int(lines[-1].split(b",")[0]) if len(lines) > 1 else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def listens(process: int, number: signal.Signals) -> bool:
@@ -181,8 +192,7 @@ def _rank(
 
     from fast_llm import cli
 
-    code = 1
-    try:
+    def main() -> int:
         os.setsid()
         torch.set_num_threads(1)
         if world > 1:
@@ -194,8 +204,7 @@ def _rank(
             }
             os.environ |= {name: str(value) for name, value in places.items()}
             store = dist.FileStore(str(folder / "store"), world)
-            # Their own way of joining takes an address and a port; a file is faster and never
-            # taken.
+            # Joining through a file is faster than through an address, and needs no free port.
             dist.init_process_group(
                 "gloo",
                 store=store,
@@ -204,17 +213,11 @@ def _rank(
                 timeout=timedelta(seconds=TIMEOUT + 2),
             )
         before(rank)
-        # As the process that it is: signals are its own until it has ended.
+        # Signal handlers stay installed until the process has ended.
         sys.argv = ["fast-llm", "train", "gpt", *arguments]
-        code = cli.main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return cli.main()
+
+    _end_with(main)
 
 
 def fork(
@@ -224,7 +227,7 @@ def fork(
     before: Callable[[int], None] = nothing,
     stuck: float = STUCK,
 ) -> tuple[int, str]:
-    """The exit code of `function(0, arguments)` in a process of its own, and what it said."""
+    """Run `function(0, arguments)` in a new process. Returns its exit code and its output."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="fork-") as place:
         process = _context.Process(
             target=_alone, args=(Path(place) / "said", function, arguments, before)
@@ -244,10 +247,19 @@ def _alone(
 ) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
+
+    def main() -> int:
+        before(0)
+        return function(0, arguments)
+
+    _end_with(main)
+
+
+def _end_with(main: Callable[[], int]) -> None:
+    """End this process with the exit code of `main`; 1 and a traceback if it raises."""
     code = 1
     try:
-        before(0)
-        code = function(0, arguments)
+        code = main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

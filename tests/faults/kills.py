@@ -1,7 +1,8 @@
 """SIGKILL at random times: to one rank, all ranks or the launcher, at world sizes 1, 2 and 4.
 
 No start gets stuck, and no published checkpoint is lost. A run that is killed again and again ends
-with the losses, weights and export of the undisturbed run, bit for bit.
+with the losses, weights and export of the undisturbed run, bit for bit. Its data is a mixture in
+stages, and many kills are at a border of two: one between saves, one at a save.
 """
 
 import os
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.checkpoint import folder as folders
-from tests.faults.jobs import STUCK, TIMEOUT, Job, alive, command, nothing, send
+from fast_llm.training.audit import inspect_step
+from tests.faults.jobs import STUCK, TIMEOUT, Job, alive, command, nothing, reached, send
 from tests.training.runs import losses, settings, weights, write_tokens
 
 STEPS, INTERVAL = 24, 3
 WORLDS = (1, 2, 4)
 VICTIMS = ("one rank", "all ranks", "launcher")
+BORDERS = (8, 15)  # last steps of stages
+STAGES = "[{until: 8, weights: {a: 0.8, b: 0.2}}, {until: 15, weights: {b: 1}}, {weights: {a: 1}}]"
 
 
 def slow_disk(rank: int) -> None:
-    """Flushing takes a while, so that many kills fall into saves."""
+    """Make flushing slow, so that many kills hit a save."""
     fsync = os.fsync
 
     def slow(handle: int) -> None:
@@ -34,7 +38,7 @@ def slow_disk(rank: int) -> None:
 
 
 def arguments(folder: Path, name: str, *further: str) -> list[str]:
-    """A run that saves often, validates and exports."""
+    """The settings of a run that saves often, validates and exports."""
     return settings(
         folder,
         f"training.train_iters={STEPS}",
@@ -51,8 +55,24 @@ def arguments(folder: Path, name: str, *further: str) -> list[str]:
     )
 
 
+def staged(folder: Path, name: str) -> list[str]:
+    """These settings with a mixture in stages."""
+    return [
+        *(one for one in arguments(folder, name) if not one.startswith("data.path=")),
+        "data.format=mixture",
+        f"data.sources={{a: {folder}/tokens, b: {folder}/more}}",
+        f"data.stages={STAGES}",
+    ]
+
+
+def sources(run: Path) -> list[list[str]]:
+    """The sources of each step's sequences."""
+    steps = [inspect_step(str(run), step) for step in range(1, STEPS + 1)]
+    return [[sequence["source"] for sequence in step.sequences] for step in steps]
+
+
 def result(run: Path) -> dict[str, Any]:
-    """All that a run comes to."""
+    """The losses, weights and exports of a run."""
     export = run / "export" / "llama" / str(STEPS) / "model.safetensors"
     return {
         "losses": losses(run),
@@ -63,20 +83,21 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def published(run: Path) -> list[int]:
-    """The steps of the checkpoints that are there."""
+    """The steps of the published checkpoints."""
     return [step for step, _ in folders.find(run / "checkpoint")]
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     """`budget`: kills."""
     write_tokens(folder / "tokens", 400)
+    write_tokens(folder / "more", 200)
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     longest = 0.0
     undisturbed: dict[int, Any] = {}
     seconds: dict[int, float] = {}
     for world in WORLDS[: max(1, budget // 3)]:
-        with Job(folder, arguments(folder, f"whole{world}"), world, slow_disk) as job:
+        with Job(folder, staged(folder, f"whole{world}"), world, slow_disk) as job:
             started = time.monotonic()
             assert job.wait() == 0, job.said()
             seconds[world] = time.monotonic() - started
@@ -93,10 +114,11 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
                 folder, name, world, seconds[world], doomed, chance, figures, story
             )
             longest = max(longest, took)
-        with Job(folder, arguments(folder, name), world) as job:
-            # The last kill may have left something undone.
+        with Job(folder, staged(folder, name), world) as job:
+            # The last kill may have left work undone.
             assert job.wait() == 0, f"{story}\n{job.said()}"
         assert result(run) == undisturbed[world], f"{story}: another result"
+        assert sources(run) == sources(folder / f"whole{world}"), f"{story}: other data"
         for part in ("checkpoint", "export/llama"):
             assert not list((run / part).glob(".*")), f"{story}: something was left behind"
     assert budget < 100 or figures["inside a save"] >= budget / 5, (
@@ -133,15 +155,19 @@ def start(
     slow, victim = chance.random() < 0.7, chance.choice(VICTIMS)
     after = chance.uniform(0, seconds)
     disk = slow_disk if slow else nothing
-    with Job(folder, arguments(folder, name), world, disk, chance.random() < 0.5) as job:
+    with Job(folder, staged(folder, name), world, disk, chance.random() < 0.5) as job:
         if doomed:
-            wait(job, after, run if chance.random() < 0.4 else None, chance)
+            place = chance.random()
+            border = chance.choice(BORDERS) + chance.choice((-1, 0, 1)) if place > 0.7 else 0
+            figures["at a border"] += wait_for_step(job, run, border) if border else 0
+            if not border:
+                wait(job, after, run if place < 0.4 else None, chance)
         if not doomed or not job.launcher.is_alive():
             assert job.wait() == 0, f"{story}\n{job.said()}"
         else:
             known = published(run)
             figures.update(("kills", f"world {world}", victim))
-            longest = kill(job, victim, chance, arguments(folder, name), run, figures)
+            longest = kill(job, victim, chance, staged(folder, name), run, figures)
             assert max(published(run), default=0) >= max(known, default=0), (
                 f"{story}: lost, had {known}"
             )
@@ -177,6 +203,13 @@ def wait(job: Job, after: float, run: Path | None, chance: random.Random) -> Non
         seen |= {*run.glob("checkpoint/.*.partial-*"), *run.glob("export/llama/.*.partial-*")}
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.05))
+
+
+def wait_for_step(job: Job, run: Path, step: int) -> bool:
+    """Wait until the run has logged this step; whether it has, and is not far beyond."""
+    while job.launcher.is_alive() and reached(run) < step:
+        time.sleep(0.001)
+    return reached(run) <= step + 1
 
 
 def kill(

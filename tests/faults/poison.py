@@ -74,7 +74,7 @@ def published_is_good(run: Path, story: str) -> list[int]:
 
 
 def agree(notes: Path, world: int, story: str) -> None:
-    """All ranks decided alike as far as they came, and hold the same where they hold the same."""
+    """Check that all ranks decided alike, and that their copies are equal."""
     files = [notes / f"decisions_{rank}" for rank in range(world)]
     decided = [file.read_text().splitlines() if file.exists() else [] for file in files]
     shortest = min(map(len, decided))
@@ -103,7 +103,7 @@ def one_line(said: str, story: str) -> str:
 
 
 class Bench:
-    """A folder with data, in which runs are made, and what has been counted."""
+    """A folder with data in which runs are made, and the counts so far."""
 
     def __init__(self, folder: Path, chance: random.Random, figures: "Counter[str]"):
         self.folder, self.chance, self.figures = folder, chance, figures
@@ -166,7 +166,7 @@ class Bench:
         return code, said
 
     def whole(self, layout: str) -> Path:
-        """A run of this layout that nothing happens to."""
+        """The undisturbed run of this layout."""
         if layout not in self.undisturbed:
             code, said = self.start(layout, f"whole {layout}")
             assert code == 0, said
@@ -295,7 +295,7 @@ def too_many_in_a_row(bench: Bench, layout: str, story: str) -> int:
 
 
 def _nothing_since(bench: Bench, layout: str, name: str, batch: int, story: str) -> None:
-    """The last checkpoint has the weights of the undisturbed run before this batch."""
+    """The last checkpoint must have the weights of the undisturbed run before this batch."""
     whole, run = bench.whole(layout), bench.folder / name
     last = (batch - 1) // INTERVAL * INTERVAL
     found = [step for step, _ in folders.find(run / "checkpoint")]
@@ -308,7 +308,7 @@ def _nothing_since(bench: Bench, layout: str, name: str, batch: int, story: str)
 
 
 def wrong_memory(bench: Bench, layout: str, story: str) -> int:
-    """A number in weights or moments is overwritten, once."""
+    """Overwrite one number in weights or moments, once."""
     chance, figures = bench.chance, bench.figures
     whole = bench.whole(layout)
     place = chance.choice(("weight", *MOMENTS))
@@ -381,7 +381,7 @@ def strange_tokens(bench: Bench, layout: str, story: str) -> int:
         job.wait_ranks(STUCK)
     story += f", token {token}, {where}, exit code {code}\n{said}"
     published_is_good(bench.folder / name, story)
-    if code == 0 and prefix.name != "tokens":  # it was not among those that were read
+    if code == 0 and prefix.name != "tokens":  # the token was not read
         assert losses(bench.folder / name) == losses(whole), story
         figures["strange tokens, never read"] += 1
         return 1

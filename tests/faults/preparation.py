@@ -21,7 +21,7 @@ from tests.data import synthetic
 from tests.faults.damage import everything
 from tests.faults.jobs import command, listens, send
 
-# seconds after which something that should have ended is said to be stuck, on a busy machine
+# seconds after which a process that should have ended counts as stuck, on a busy machine
 STUCK = 240.0
 VICTIMS = ("worker", "main process", "all")
 # Small ranges, so that there is work for several workers; slow disks, so that many kills fall
@@ -31,7 +31,7 @@ import os, pathlib, sys, time
 if __name__ == "__main__":
     from fast_llm import cli
     from fast_llm.data import workers
-    workers._RANGE_BYTES = 40_000
+    workers.RANGE_BYTES = 40_000
     replace, fsync = pathlib.Path.replace, os.fsync
     def slow(call):
         def slowly(*given):
@@ -68,9 +68,10 @@ def sources(folder: Path) -> dict[str, list[str]]:
 class Preparation:
     """One start of `fast-llm prepare`, in a session of its own."""
 
-    def __init__(self, folder: Path, settings: list[str]):
+    def __init__(self, folder: Path, settings: list[str], before: str = ""):
+        """`before`: what the program does first."""
         script = folder / "command.py"
-        script.write_text(_COMMAND)
+        script.write_text(f"{before}{_COMMAND}")
         self.said_to = folder / f"said-{time.monotonic_ns()}"
         with self.said_to.open("wb") as said:
             self.process = subprocess.Popen(
@@ -85,7 +86,7 @@ class Preparation:
         return self.said_to.read_text(errors="replace")
 
     def running(self) -> list[int]:
-        """Its processes that are left, the main one with them."""
+        """Its running processes, the main one included."""
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -97,7 +98,7 @@ class Preparation:
         return found
 
     def workers(self) -> list[int]:
-        """Those that tokenize, or are about to."""
+        """The processes that tokenize or will tokenize."""
         found = []
         for process in self.running():
             try:
@@ -109,7 +110,7 @@ class Preparation:
         return found
 
     def wait(self) -> int:
-        """The exit code as a shell tells it, once no process is left."""
+        """The exit code as a shell reports it, once no process is left."""
         try:
             code = self.process.wait(STUCK)
         except subprocess.TimeoutExpired:
@@ -128,7 +129,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Death:
-    """What happens to a start, and when."""
+    """The signal that ends a start, its receivers and its time."""
 
     number: signal.Signals
     victim: str
@@ -169,11 +170,11 @@ class Death:
         return True
 
 
-def judge(death: Death, code: int, said: str) -> str:
-    """What became of a start that was to die; raises AssertionError if it may not end so."""
+def check(death: Death, code: int, said: str) -> str:
+    """Check how a start that got a signal ended. Raises AssertionError if that is not allowed."""
     assert "Traceback" not in said and "Exception ignored" not in said
     reported = [line for line in said.splitlines() if line.startswith("fast-llm prepare: ")]
-    if death.victim == "worker":  # which may have had nothing left to do
+    if death.victim == "worker":  # which may have had no work left
         assert code in (0, 2)
         assert len(reported) == (code == 2) and all(
             "a worker process died" in line for line in reported
@@ -243,13 +244,13 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
 
 
 def starts(folder: Path, name: str, settings: list[str], where: Path) -> list[Preparation]:
-    """Start one preparation, or one for each node."""
+    """Start a preparation: one process, or one for each node."""
     nodes = [[f"distributed.rank={node}"] for node in range(2)] if name == "two nodes" else [[]]
     return [Preparation(folder, [f"output_path={where}/data", *settings, *node]) for node in nodes]
 
 
 def choose(name: str, seconds: float, chance: random.Random) -> Death:
-    """How and when a preparation ends that takes so many seconds."""
+    """Choose how and when to end a preparation that takes `seconds`."""
     number = (
         signal.SIGKILL if chance.random() < 0.75 else chance.choice((signal.SIGTERM, signal.SIGINT))
     )
@@ -285,7 +286,7 @@ def die(
         if met:
             what = "kills" if death.number == signal.SIGKILL else "asked to stop"
             figures.update((what, f"{death.number.name} to {death.victim}", name))
-            figures[judge(death, codes[running.index(hit)], hit.said())] += 1
+            figures[check(death, codes[running.index(hit)], hit.said())] += 1
             figures["as it ended"] += death.files < 0
             figures["with a file half written"] += bool(list(where.rglob("*.partial")))
         assert all(

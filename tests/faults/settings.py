@@ -128,7 +128,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 
 def paths(values: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The places of all settings and sections."""
+    """The paths of all settings and sections."""
     found = []
     if isinstance(values, dict):
         for key, value in values.items():
@@ -137,7 +137,7 @@ def paths(values: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def mistyped(name: str, chance: random.Random) -> str:
-    """One letter left out, doubled, or two in one another's place."""
+    """A word with a letter left out or doubled, or with two letters exchanged."""
     at = chance.randrange(len(name) - 1)
     return chance.choice(
         [
@@ -151,7 +151,7 @@ def mistyped(name: str, chance: random.Random) -> str:
 def mutated(
     values: dict[str, Any], chance: random.Random, figures: "Counter[str]"
 ) -> tuple[str, list[str], tuple[str, str] | None]:
-    """The text of a file, overrides, and a mistyped name with what was meant."""
+    """A changed file, overrides, and a mistyped name with the correct one."""
     values = yaml.safe_load(yaml.safe_dump(values))
     meant: tuple[str, str] | None = None
     overrides: list[str] = []
@@ -211,7 +211,7 @@ def mutated(
 
 
 def tell(folder: Path, overrides: list[str]) -> tuple[int | None, str, str]:
-    """What the command says to a file, in this process; the exit code is None for a traceback."""
+    """Run the command on a file in this process. Returns the exit code, None for a traceback."""
     out, err = io.StringIO(), io.StringIO()
     code: int | None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -228,13 +228,13 @@ def tell(folder: Path, overrides: list[str]) -> tuple[int | None, str, str]:
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: configurations; one in a hundred runs in a process of its own."""
+    """`budget` configurations; one in a hundred runs in a new process."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     bases = correct(folder)
     before = sorted(folder.rglob("*"))
     here = os.getcwd()
-    os.chdir(folder)  # where a canary would appear
+    os.chdir(folder)  # where a canary would be created
     slowest = 0.0
     try:
         while figures["configurations"] < budget:
@@ -324,9 +324,9 @@ def check_answer(
     story: str,
     figures: "Counter[str]",
 ) -> None:
-    """A plan, or a message whose every line says where.
+    """Check that the answer is a plan, or that each line of the message names a place.
 
-    `meant`: the mistyped and the right name.
+    `meant`: the mistyped and the correct name.
     """
     assert code in (0, 2) and "Traceback" not in err, story
     if code == 0:

@@ -32,15 +32,15 @@ STEPS = 10
 WORLDS = (1, 2, 4)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TARGETS = ("one rank", "all ranks", "launcher")
-TIMES = ("once", "twice", "late")  # late: a second one, of which a process dies
+TIMES = ("once", "twice", "late")  # late: a second signal, which ends the process
 ENDS = 30.0  # seconds in which a job must end, on a busy machine
-_LATER = 2.2  # seconds until a second signal is another wish, and a bit
+_LATER = 2.2  # seconds until a second signal counts as a new one, with a margin
 _THREADS = (
     "writing a checkpoint",
     "publishing",
 )  # mostly of the saver's thread, while training continues
 
-# How a phase is recognized: by its heartbeat, or by a function that is called.
+# A phase is recognized by its heartbeat, or by a function that is called.
 MARKS: tuple[str, ...] = (
     "reading weights",
     "data",
@@ -65,7 +65,7 @@ CALLS = {
     "writing an export": ("fast_llm.training.checkpointing", "export_hugging_face"),
     "leaving the others": ("fast_llm.parallel.mesh", "Mesh.close"),
 }
-# There is no training yet to be finished: SIGTERM and SIGINT end a process as any other.
+# Before training, SIGTERM and SIGINT end a process as they end any other.
 EARLY = ("plan", "before the processes meet", "while the processes meet")
 ONCE = {
     *EARLY,
@@ -83,11 +83,11 @@ ONCE |= {"end of training"}
 
 @dataclass(frozen=True)
 class Case:
-    """What is sent, when and to whom."""
+    """The signals, their time and their receivers."""
 
     phase: str
-    count: int  # which time that the phase is entered
-    rank: int  # that sends
+    count: int  # the occurrence of the phase
+    rank: int  # the rank that sends
     target: str
     number: signal.Signals
     times: str
@@ -157,7 +157,7 @@ def strike(case: Case, noted: threading.Event) -> None:
     launcher = os.getppid()
     ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     others = [int(process) for process in ranks if int(process) != os.getpid()]
-    # A process that does not listen yet dies of a signal: the others would report its loss.
+    # A process without handlers dies of a signal, and the others would report its loss.
     heard = [signal.SIGUSR1] if case.phase in EARLY else list(SIGNALS)
     while not all(
         listens(process, number) or not alive(process) for process in others for number in heard
@@ -178,7 +178,7 @@ def strike(case: Case, noted: threading.Event) -> None:
 
 
 def arguments(folder: Path, name: str) -> list[str]:
-    """A run that does everything there is in few steps."""
+    """The settings of a run that uses every phase in few steps."""
     return kills.arguments(
         folder,
         name,
@@ -191,7 +191,7 @@ def arguments(folder: Path, name: str) -> list[str]:
 
 
 def result(run: Path) -> dict[str, Any]:
-    """All that a run comes to."""
+    """The losses, weights and exports of a run."""
     return {
         **{phase: losses(run, phase) for phase in ("training", "validation", "test")},
         "weights": weights(run / "checkpoint" / str(STEPS)),
@@ -214,10 +214,10 @@ def choose(phase: str, world: int, chance: random.Random) -> Case:
     return Case(phase, count, rank, target, number, times, chance.choice(SIGNALS))
 
 
-def judge(
+def check(
     case: Case, job: Job, run: Path, known: list[int], note: Path, figures: "Counter[str]"
 ) -> None:
-    """Whether a job that was sent signals ended as it should."""
+    """Check how a job that was sent signals ended."""
     struck, codes, there = json.loads(note.read_text()), job.codes(), published(run)
     said = job.said()
     assert "Traceback" not in said
@@ -259,7 +259,7 @@ def judge(
         figures["complete all the same"] += 1
         return
     assert "Stopped by a signal" in said
-    # Of two that come while a process is not running it may hear in another order.
+    # Of two signals that arrive while a process is stopped, either may be handled first.
     wishes = {case.number} if case.times == "once" else {case.number, case.second}
     assert len(set(codes)) == 1 and codes[0] in {
         0 if number == signal.SIGUSR1 else 128 + number for number in wishes
@@ -269,7 +269,7 @@ def judge(
         assert there == known
         figures["stopped before the first step"] += 1
     else:
-        # The step at hand is finished; if all had agreed to begin the next, so is that.
+        # The current step is finished, and the next one too if all had agreed to begin it.
         further = 1 + (case.phase == "update") + (case.phase in _THREADS)
         assert struck["done"] <= max(there) <= min(struck["done"] + further, STEPS)
 
@@ -335,7 +335,7 @@ def start(
     how = arguments(folder, run.name)
     with Job(folder, how, world, partial(arm, case=case, note=note)) as job:
         code = job.wait()
-        if not note.exists():  # nothing was left to do of that phase
+        if not note.exists():  # the phase had no work left
             assert code == 0 and "Training is complete" in job.said(), f"{story}\n{job.said()}"
             return None
         took: float = time.monotonic() - json.loads(note.read_text())["time"]
@@ -350,7 +350,7 @@ def start(
         )
         try:
             assert took < ENDS, f"took {took:.0f} s"
-            judge(case, job, run, known, note, figures)
+            check(case, job, run, known, note, figures)
         except AssertionError as error:
             raise AssertionError(
                 f"{story}\n{error}\n{job.codes()}, had {known}, has {published(run)},"

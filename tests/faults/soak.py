@@ -25,12 +25,12 @@ from fast_llm.checkpoint import folder as folders
 from fast_llm.training.trainer import Trainer
 from tests.faults import damage, disk
 from tests.faults.faults import NOT_FINITE, SPIKE, Fault, disturb
-from tests.faults.jobs import STUCK, Job, command, send
+from tests.faults.jobs import STUCK, Job, command, reached, send
 from tests.training.runs import losses, records, settings, weights, write_tokens
 
 BATCH, WINDOW, SAVE, VALIDATE, EXPORT = 4, 16, 40, 100, 250
-SAMPLE = 10  # steps between looks at a process
-HUNG = 6.0  # model.distributed.timeout where a rank is going to stop
+SAMPLE = 10  # steps between measurements of a process
+HUNG = 6.0  # model.distributed.timeout where a rank will be stopped
 EVENTS = {
     "one rank killed": 4,
     "all ranks killed": 3,
@@ -45,7 +45,8 @@ DAMAGED = 0.2  # of the times that a run is down and has two checkpoints
 # thousand steps cost 8 MB, then there is next to nothing (0.01); one that keeps the batch of each
 # step grows by 0.8.
 GROWTH = 0.1
-# times the processor's time a step, last third by second: on a shared machine it varies by a tenth
+# times the processor's time a step, last third against second: it varies by a tenth on a shared
+# machine
 SLOWER = 1.5
 
 
@@ -96,11 +97,11 @@ def faults(steps: int, world: int, chance: random.Random) -> list[Fault]:
     return found
 
 
-# What is looked at in a process.
+# The measurements of a process.
 
 
 def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None:
-    """Note what this process uses, while it writes no checkpoint."""
+    """Record the resources of this process while it writes no checkpoint."""
     disturb(rank, numbers, None)
     start, page = Trainer.train, os.sysconf("SC_PAGESIZE")
     seen = np.zeros((steps // SAMPLE + 1, 6))
@@ -128,7 +129,7 @@ def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None
             add(step, result)
             if (
                 step % SAMPLE == SAMPLE - 1 and not self.checkpoints.saver.busy
-            ):  # else the saver's thread and its files count
+            ):  # otherwise the saver's thread and files would count
                 seen[count] = look(step)
                 count += 1
 
@@ -140,7 +141,7 @@ def watched(rank: int, numbers: Sequence[Fault], into: Path, steps: int) -> None
 
 
 def growth(uses: np.ndarray, story: str, long: bool) -> dict[str, float]:
-    """Whether a process grew, by what it used after a warm-up third."""
+    """Check that a process did not grow after a third of its life, the warm-up."""
     step, resident, files, threads, children, seconds = uses[len(uses) // 3 :].T
     assert len(step) > 3, story
     slope = float(np.polyfit(step, resident, 1)[0]) * 100
@@ -170,11 +171,11 @@ def _halves(values: np.ndarray, middle: int) -> tuple[np.ndarray, np.ndarray]:
     return values[:middle], values[middle:]
 
 
-# What happens to the run.
+# The faults.
 
 
 def flip_newest(run: Path, chance: random.Random) -> bool:
-    """One bit of the newest of at least two checkpoints."""
+    """Flip one bit of the newest of at least two checkpoints."""
     found = folders.find(run / "checkpoint")
     if len(found) < 2:
         return False
@@ -182,19 +183,8 @@ def flip_newest(run: Path, chance: random.Random) -> bool:
     return True
 
 
-def reached(run: Path) -> int:
-    """The step of the newest record; 0 if there is none."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().split(b'"step": ')
-        return int(lines[-1].split(b",")[0]) if len(lines) > 1 else 0
-    except (OSError, ValueError):
-        return 0
-
-
 def interfere(job: Job, event: str, chance: random.Random) -> None:
-    """What happens to the processes."""
+    """Inject faults into the processes."""
     if event == "launcher killed":
         job.launcher.kill()
         time.sleep(
@@ -214,7 +204,7 @@ def interfere(job: Job, event: str, chance: random.Random) -> None:
 def full_disk(
     rank: int, numbers: Sequence[Fault], victim: int, number: int, until: int, root: Path
 ) -> None:
-    """One process cannot write for a while."""
+    """Make the disk of one process full for a while."""
     disturb(rank, numbers, None)
     disk.fail(rank, victim, "full", number, root, until)
 
@@ -227,10 +217,10 @@ def live(
     chance: random.Random,
     story: str,
 ) -> "Counter[str]":
-    """The run that all of it happens to, until it is complete."""
+    """Run until complete, with all faults."""
     figures: Counter[str] = Counter()
     run, complete = folder / "disturbed", False
-    longest = max(40, min(300, steps // 5))  # steps from a start to what happens next
+    longest = max(40, min(300, steps // 5))  # steps from a start to the next fault
     while not complete:
         figures["starts"] += 1
         assert figures["starts"] < 20 + steps // 10, f"{story}: no end"
@@ -277,7 +267,7 @@ def live(
 
 
 def result(run: Path, steps: int) -> dict[str, Any]:
-    """All that a run comes to."""
+    """The losses, weights and export of a run."""
     of_steps = records(run)
     return {
         "steps": sorted(of_steps),
@@ -292,7 +282,7 @@ def result(run: Path, steps: int) -> dict[str, Any]:
 
 
 def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
-    """`budget`: steps; of 1000 on in two processes."""
+    """`budget`: steps; from 1000 on in two processes."""
     chance = random.Random(seed)
     world, long = 2 if budget >= 1000 else 1, budget >= 5000
     story = f"seed {seed}, {budget} steps, world {world}"
@@ -345,7 +335,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
 
 
 def _difference(found: Any, expected: Any) -> str:
-    """Where two results part, not all of both."""
+    """The first difference of two results."""
     one, other = (
         dict(value) if isinstance(value, dict) else dict(enumerate(value))
         for value in (found, expected)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import (
+    branches,
     crashes,
     damage,
     disk,
@@ -13,6 +14,7 @@ from tests.faults import (
     kills,
     poison,
     preparation,
+    preparation_on_ray,
     settings,
     signals,
     soak,
@@ -23,6 +25,11 @@ pytestmark = pytest.mark.slow
 
 def test_kills(tmp_path: Path) -> None:
     assert kills.campaign(tmp_path, 6, 0)["kills"] == 6
+
+
+def test_branches(tmp_path: Path) -> None:
+    figures = branches.campaign(tmp_path, 3, 0)
+    assert figures["kills"] >= 3 and figures["branched again"] >= 1
 
 
 def test_crashes(tmp_path: Path) -> None:
@@ -61,6 +68,10 @@ def test_signals(tmp_path: Path) -> None:
 
 def test_preparation(tmp_path: Path) -> None:
     assert preparation.campaign(tmp_path, 3, 0)["kills"] == 3
+
+
+def test_preparation_on_ray(tmp_path: Path) -> None:
+    assert preparation_on_ray.campaign(tmp_path, 3, 0)["kills"] == 3
 
 
 def test_poison(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@
                                       (folder FAST_LLM_GPU_DATA, by default build/gpu-data)
 
 kernels   each kernel against float64
-whole     the recipe with all 32 layers
+experts   grouped matmuls and routers
+families  blocks of every family, against the CPU
+recipe    the recipe with all 32 layers
 resume    checkpoint, SIGKILL, resume, export, transformers
-ways      with and without the compiler and cuDNN
+variants  with and without the compiler and cuDNN
 settings  small models, every setting
 layouts   small models, every layout
 
@@ -29,12 +31,18 @@ import torch
 
 # Those of a line run at the same time; what takes a card's memory, and measures its speed, runs
 # alone.
-ORDER = [["kernels", "settings", "resume"], ["ways", "layouts"], ["whole"]]
+ORDER = [
+    ["kernels", "experts", "families", "settings", "resume"],
+    ["variants", "layouts"],
+    ["recipe"],
+]
 PARTS = {
     "kernels": ["tests.gpu.kernels"],
-    "whole": ["tests.gpu.recipe", "whole"],
+    "families": ["tests.gpu.families"],
+    "experts": ["tests.gpu.experts"],
+    "recipe": ["tests.gpu.recipe", "recipe"],
     "resume": ["tests.gpu.recipe", "resume"],
-    "ways": ["tests.gpu.recipe", "ways"],
+    "variants": ["tests.gpu.recipe", "variants"],
     "settings": ["tests.gpu.breadth", "settings"],
     "layouts": ["tests.gpu.breadth", "layouts"],
 }

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tests.models.published import LLAMA_8B_JSON
+
 SPECIAL = [  # Llama 3.1's, from token 128,000 on
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -23,38 +25,6 @@ SPECIAL = [  # Llama 3.1's, from token 128,000 on
     *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
 ]
 BOS, EOS = SPECIAL[:2]
-CONFIG = {  # as meta-llama/Llama-3.1-8B's config.json
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.0.dev0",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
 HEAD = {
     "model.embed_tokens.weight": (128256, 4096),
     "lm_head.weight": (128256, 4096),
@@ -89,7 +59,7 @@ def write_model(folder: Path, layers: int, tokenizer: Path) -> None:
     """Write a Hugging Face folder with random weights in bf16, four files at a time."""
     shutil.copytree(tokenizer, folder)
     (folder / "config.json").write_text(
-        json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2) + "\n"
+        json.dumps(LLAMA_8B_JSON | {"num_hidden_layers": layers}, indent=2) + "\n"
     )
     generator = torch.Generator("cuda").manual_seed(0)
     files = shards(layers)

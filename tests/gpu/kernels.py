@@ -7,153 +7,42 @@ is at most 2e-3 and 2.4e-4; a result is rounded two or three times.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast_llm.checkpoint.staging import HostCopy
 from fast_llm.config.document import Document
 from fast_llm.config.model import BaseModelConfig
-from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.optimizer import OptimizerConfig
 from fast_llm.config.validate import validate
-from fast_llm.kernels import cudnn
 from fast_llm.kernels.rounding import join_master, split_master_
-from fast_llm.model.attention import PackedSequences, attention, varlen_attention
+from fast_llm.model.attention import PackedSequences
 from fast_llm.model.decoder import CausalLM, init_weights
 from fast_llm.model.fp8 import E4M3, E5M2, _scale
 from fast_llm.model.layers import enable_fp8
 from fast_llm.model.linear import linear
-from fast_llm.model.loss import VocabShard, cross_entropy
+from fast_llm.model.loss import SourceLosses, VocabShard, ZLoss, cross_entropy
 from fast_llm.model.norm import fused_add_rms_norm
 from fast_llm.optim.optimizer import Optimizer
-from fast_llm.parallel.context import _gathered_index, _varlen_qkv
 from fast_llm.parallel.single import SingleWeights
+from fast_llm.tensors import Stored
+from tests.gpu.attention import (
+    attention_of_context_parallelism,
+    attention_with_sinks,
+    engine,
+    engines,
+    packed,
+    packed_attention,
+    short,
+    windowed_attention,
+)
 from tests.gpu.checks import Rows, distance, farthest, report
 
 DEVICE = torch.device("cuda", 0)
-LENGTHS = (1, 700, 323, 1000, 24)  # of documents in two sequences of 1,024 tokens
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def engine(name: str) -> Iterator[None]:
-    """Packed attention by `cuDNN` or `PyTorch`; AssertionError if cuDNN is not available."""
-    problem = cudnn.load(DEVICE) if name == "cuDNN" else ""
-    assert not problem, f"cuDNN: {problem}"
-    try:
-        yield
-    finally:
-        cudnn._Loaded.library = None
-        torch._dynamo.reset()
-
-
-def engines(dtype: torch.dtype) -> list[str]:
-    """Those of which a dtype has a choice, if the package is installed."""
-    installed = find_spec("cudnn") is not None
-    return ["PyTorch", "cuDNN"] if installed and dtype != torch.float32 else ["PyTorch"]
-
-
-def packed(lengths: tuple[int, ...]) -> PackedSequences:
-    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
-    return PackedSequences(lengths, ends, max(lengths))
-
-
-def exactly(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of flat [T, H, D] tensors, document by document."""
-    outs = []
-    for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        heads = [x.transpose(0, 1)[None] for x in part]
-        out = F.scaled_dot_product_attention(
-            heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True
-        )
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
-def packed_attention() -> Rows:
-    documents = packed(LENGTHS)
-    for dtype, bound in BOUNDS.items():
-        for width in (64, 128):
-            shapes = ((2, 1024, heads, width) for heads in (8, 2, 2))
-            q, k, v = (
-                torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
-                for shape in shapes
-            )
-            exact = [x.detach().double().flatten(0, 1).requires_grad_() for x in (q, k, v)]
-            expected = exactly(LENGTHS, *exact)
-            wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
-
-            def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return attention(q, k, v, documents, True)
-
-            for name in engines(dtype):
-                for compiled in (False, True):
-                    with engine(name):
-                        function: Callable[..., Tensor] = (
-                            torch.compile(attended) if compiled else attended
-                        )
-                        with torch.no_grad():
-                            before = function(q, k, v)
-                        out = function(q, k, v)
-                        gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-                        with torch.no_grad():
-                            after = function(q, k, v)
-                    found = [x.flatten(0, 1) for x in (out, *gradients, before, after)]
-                    how = f"{short(dtype)}, heads of {width}, {name}{', compiled' * compiled}"
-                    yield (
-                        f"attention within documents, {how}",
-                        farthest(found, (*wanted, expected, expected)),
-                        bound,
-                    )
-
-
-def attention_of_context_parallelism() -> Rows:
-    """Four processes' shares, one after the other, against all at once."""
-    rows, length, size = 2, 1024, 4
-    documents = packed(LENGTHS)
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = (
-            torch.randn(rows * length, heads, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2)
-        )
-        exact = [x.double().requires_grad_() for x in (q, k, v)]
-        expected = exactly(LENGTHS, *exact)
-        wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
-        # Where each token lies among those gathered, process by process.
-        places = torch.from_numpy(
-            _gathered_index(torch.arange(rows * length).numpy(), rows, length, size)
-        ).to(DEVICE)
-        for name in engines(dtype):
-            gathered = [
-                torch.empty_like(x).index_copy_(0, places, x).requires_grad_() for x in (q, k, v)
-            ]
-            outs, quiet = [], []
-            with engine(name):
-                for rank in range(size):
-                    own = _varlen_qkv(
-                        documents, rows, length, (rank, 2 * size - 1 - rank), size
-                    ).to(DEVICE)
-                    part = gathered[0].chunk(size)[rank]
-                    keys, values = (x.index_select(0, own.index) for x in gathered[1:])
-                    outs.append(varlen_attention(part, keys, values, own, True))
-                    with torch.no_grad():
-                        quiet.append(varlen_attention(part, keys, values, own, True))
-                out = torch.cat(outs)
-                gradients = torch.autograd.grad(out.float().square().sum(), gathered)
-            found = [x[places] for x in (out, *gradients, torch.cat(quiet))]
-            how = f"{short(dtype)}, {name}"
-            yield (
-                f"attention of context parallelism, {how}",
-                farthest(found, (*wanted, expected)),
-                BOUNDS[dtype],
-            )
 
 
 def norms() -> Rows:
@@ -199,6 +88,40 @@ def cross_entropies() -> Rows:
                 quiet = cross_entropy(hidden, weight, labels, implementation, None)
             far = farthest((loss, *gradients, quiet), (*wanted, expected))
             yield f"cross entropy {implementation}, {short(dtype)}", far, BOUNDS[dtype]
+            yield from _token_losses(hidden, weight, labels, implementation, (loss, *gradients))
+        squares = torch.logsumexp(exact[0] @ exact[1].T, -1)[labels != -100].square().sum()
+        of_z_loss = torch.autograd.grad(1e-2 * squares, exact)
+        wanted = expected, squares, *(a + b for a, b in zip(wanted[1:], of_z_loss, strict=True))
+        for implementation in ("fused", "triton"):
+            z_loss = ZLoss(1e-2, torch.zeros((), dtype=torch.float64, device=DEVICE))
+            loss = cross_entropy(hidden, weight, labels, implementation, None, z_loss=z_loss)
+            found = loss, z_loss.total, *torch.autograd.grad(loss, (hidden, weight))
+            how = f"cross entropy {implementation} with z-loss, {short(dtype)}"
+            yield how, farthest(found, wanted), BOUNDS[dtype]
+
+
+def _token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, implementation: str, without: Any
+) -> Rows:
+    """The terms of the loss, by source; keeping them changes no bit of loss and gradients."""
+    terms = torch.empty(len(labels), device=DEVICE)
+    loss = cross_entropy(hidden, weight, labels, implementation, None, token_losses=terms)
+    kept = loss, *torch.autograd.grad(loss, (hidden, weight))
+    changed = sum(int((one != other).sum()) for one, other in zip(kept, without, strict=True))
+    name = f"cross entropy {implementation}, {short(hidden.dtype)}"
+    yield f"{name}, numbers that token losses change", changed, 0
+    logits = hidden.detach().double() @ weight.detach().double().T
+    exact = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    by_source = SourceLosses(torch.zeros(2, 3, dtype=torch.float64, device=DEVICE))
+    sources = torch.tensor([0, 2, 2, 0], device=DEVICE)
+    by_source.add(terms, labels.view(4, 250), sources)
+    rows, counts = exact.view(4, 250).sum(1), (labels.view(4, 250) != -100).sum(1)
+    expected = [(each[0] + each[3], 0, each[1] + each[2]) for each in (rows, counts)]
+    yield (
+        f"{name}, sums by source",
+        distance(by_source.sums.cpu(), torch.tensor(expected)),
+        BOUNDS[hidden.dtype],
+    )
 
 
 def cross_entropy_in_two() -> Rows:
@@ -410,11 +333,31 @@ def adamw() -> Rows:
             yield f"AdamW, {how}, squares", distance(ends[1][1], ends[0][1]), 3 * bound
 
 
+def checkpoint_copies() -> Rows:
+    """Bytes that differ when weights are updated while a checkpoint's copy of them is under way."""
+    weights = [torch.randn(2**27, device=DEVICE) for _ in range(4)]
+    stored = {str(number): Stored.of(one, (one,)) for number, one in enumerate(weights)}
+    expected = [one.cpu() for one in weights]
+    copy = HostCopy()
+    for _ in range(2):  # the first one allocates
+        copy.copy(stored)
+        copy.before_update()
+        for one in weights:
+            one.add_(1)
+        copy.wait()
+        parts = [copy.part(name, one) for name, one in stored.items()]
+        different = sum(int((a != b).sum()) for a, b in zip(parts, expected, strict=True))
+        yield "checkpoint's copy during an update: different numbers", different, 0
+        expected = [one.cpu() for one in weights]
+
+
 def main() -> None:
     torch.manual_seed(0)
     report(
         packed_attention,
+        windowed_attention,
         attention_of_context_parallelism,
+        attention_with_sinks,
         norms,
         cross_entropies,
         cross_entropy_in_two,
@@ -422,6 +365,7 @@ def main() -> None:
         products,
         fp8_rounding,
         adamw,
+        checkpoint_copies,
     )
 
 

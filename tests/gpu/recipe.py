@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def whole_model() -> Rows:
+def recipe() -> Rows:
     """All 32 layers, compiled, with cuDNN if installed: six steps, validation and test."""
     with TemporaryDirectory() as name:
         place = Path(name)
@@ -195,7 +195,7 @@ def generated(folder: Path) -> str:
     return text.removeprefix(prompt)
 
 
-def ways() -> Rows:
+def variants() -> Rows:
     """Two full-width layers, with and without the compiler and the cuDNN package."""
     with TemporaryDirectory() as name:
         place = Path(name)
@@ -267,7 +267,7 @@ def main() -> None:
     assert NO_CUDNN.is_dir()
     if not (DATA / "code.json").exists():
         raise SystemExit(f"{DATA}: no data; make it with `python -m tests.gpu.data {DATA}`")
-    known = {"whole": whole_model, "resume": kill_and_resume, "ways": ways}
+    known = {"recipe": recipe, "resume": kill_and_resume, "variants": variants}
     report(*(known[name] for name in sys.argv[1:] or known))
 
 

@@ -58,14 +58,18 @@ def start(
     gpus: int = 1,
     cudnn: bool = True,
     config: Path | None = None,
+    program: str = "fast_llm.cli",
 ) -> Started:
-    """Start `fast-llm train gpt` in `place`, with settings on the command line."""
+    """Start `fast-llm train gpt` in `place`, with settings on the command line.
+
+    `program`: the module that is run, in place of the command.
+    """
     words = (
         []
         if gpus == 1
         else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     )
-    words += ["-m", "fast_llm.cli", "train", "gpt", *(["--config", str(config)] if config else [])]
+    words += ["-m", program, "train", "gpt", *(["--config", str(config)] if config else [])]
     words += [f"{name}={value}" for name, value in settings.items()] + [
         f"run.experiment_dir={folder}"
     ]

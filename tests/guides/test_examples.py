@@ -51,7 +51,7 @@ def model(
     }
 
 
-# Processes, and the model that is continued.
+# Processes, and the pretrained model.
 TRAIN = {
     "cpu": (1, model(30, 576, 9, 3, 1536, 49_152)),
     "from-scratch": (8, None),
@@ -64,7 +64,7 @@ TRAIN = {
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dataset.json of a hundred documents that are longer than any example's sequences."""
+    """dataset.json of a hundred documents, each longer than any example's sequences."""
     folder = tmp_path_factory.mktemp("tokens")
     writer = TokenFileWriter(folder / "tokens", np.dtype("uint16"))
     for number in range(100):
@@ -83,7 +83,7 @@ def test_training_configurations(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Only paths, and the share of validation in little data, are overridden."""
+    """Overridden are only paths, and the validation share of small data."""
     processes, config = TRAIN[name]
     given = []
     if config is None:
@@ -110,7 +110,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def line_of(name: str) -> str:
-    """What a node runs."""
+    """The command line of a node."""
     if name.endswith(".yaml"):
         job = documents(name)[-1]["spec"]
         template = (
@@ -137,7 +137,7 @@ def test_shell_syntax(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_kubernetes_schemas(name: str) -> None:
-    """A PyTorchJob is not Kubernetes' own; its pods are."""
+    """Kubernetes has no schema of a PyTorchJob, but of its pods."""
     checked = []
     for document in documents(name):
         if document["kind"] == "PyTorchJob":
@@ -242,7 +242,7 @@ def networks() -> Iterator[list[list[str]]]:
 
 
 def ends(started: list["subprocess.Popen[str]"]) -> list[str]:
-    """What they say, once all have ended well."""
+    """The outputs, once all commands have ended with exit code 0."""
     try:
         said = [process.communicate(timeout=120)[0] for process in started]
     finally:
@@ -269,7 +269,7 @@ def test_nodes_train_together(tmp_path: Path, name: str) -> None:
 
 @slow
 def test_nodes_of_two_networks(tmp_path: Path) -> None:
-    """Nothing takes a node's own address for that of another."""
+    """A node's own address is not used for another node."""
     with networks() as hosts:
         text = line_of("slurm.sbatch")
         said = ends(

@@ -33,21 +33,31 @@ GUIDES = [
     "docs/training-llama-3.1-8b.md",
     "README.md",
     "docs/quick-start.md",
+    "docs/inspecting.md",
+    "docs/mixing.md",
     "docs/charts.md",
     "docs/launching.md",
     "docs/planning.md",
     "docs/failures.md",
     "docs/profiling.md",
+    "docs/resuming.md",
 ]
-QUICK_START = "docs/quick-start.md"  # others continue with its files
-CONTINUE_QUICK_START = ("docs/charts.md", "docs/failures.md", "docs/profiling.md")
+QUICK_START = "docs/quick-start.md"  # the guides that continue with its files
+CONTINUE_QUICK_START = (
+    "docs/inspecting.md",
+    "docs/mixing.md",
+    "docs/charts.md",
+    "docs/failures.md",
+    "docs/profiling.md",
+    "docs/resuming.md",
+)
 SMALLER = (
     "training.train_iters=4 training.export.interval=2 training.checkpoint.interval=2"
     " training.validation.iterations=1"
     " training.logs.interval=1 batch.batch_size=4 batch.micro_batch_size=1"
     " batch.sequence_length=64 data.split=[80,20,0]"
 )
-# Files of a few lines, and what else they need to be checked.
+# Short YAML files, and the settings that they need to be valid.
 PARTS = {
     "mix.yaml": "data.split=[50,50,0]",
     "watch.yaml": "data.format=random",
@@ -98,14 +108,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"pretrained.path={model}",
             "pretrained.model_weights=no",
             "data.format=random",
+            "training.train_iters=1",
+            "training.logs.interval=1",
             "training.export.interval=1",
             "model.distributed.training_dtype=bf16",
             f"run.experiment_dir={folder}/made",
         ]
     )
-    made = folder / "made" / "export" / "llama" / "0"
+    made = folder / "made" / "export" / "llama" / "1"
     shutil.copytree(made, folder / "fast-llm-tutorial" / "pretrained-model")
-    shutil.copytree(made, folder / "fast-llm-demo" / "prose-run" / "export" / "llama" / "280")
+    prose_run = folder / "fast-llm-demo" / "prose-run"
+    shutil.copytree(made, prose_run / "export" / "llama" / "280")
+    shutil.copy(folder / "made" / "metrics.jsonl", prose_run)
     for name in ("docs", "fast_llm"):
         shutil.copytree(ROOT / name, folder / name)
     from datasets import Dataset
@@ -117,7 +131,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrunk(command: str) -> str:
-    """A command of a guide, as it can be run here."""
+    """A command of a guide, with sizes that this machine can run."""
     if "huggingface.co" in command:
         return "test -f fast-llm-tutorial/pretrained-model/model.safetensors"
     command = re.sub(
@@ -129,7 +143,7 @@ def shrunk(command: str) -> str:
     command = re.sub(r"\btorchrun\b", "python -m torch.distributed.run", command)
     command = command.replace(
         "tensorboard --logdir", "tensorboard --inspect --logdir"
-    )  # what is there, and no server
+    )  # the text of the page, without a server
     if "--config train-config.yaml" in command and " plan " not in command:
         command += " " + SMALLER
     if "--config prepare-config.yaml" in command:
@@ -140,12 +154,12 @@ def shrunk(command: str) -> str:
 @pytest.mark.parametrize("guide", some_fast(GUIDES, QUICK_START.__eq__))
 def test_guide(guide: str, place: Path) -> None:
     if guide in CONTINUE_QUICK_START and not (place / "small-run").exists():
-        follow(QUICK_START, place)  # its test is of the other tier
+        follow(QUICK_START, place)  # its test is in the slow tier
     follow(guide, place)
 
 
 def follow(guide: str, place: Path) -> None:
-    """Run every block of a guide, in order."""
+    """Run each block of a guide, in order."""
     tools = Path(sys.executable).parent
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",
@@ -167,6 +181,8 @@ def follow(guide: str, place: Path) -> None:
                     " training.validation.interval=1"
                 )
                 execute(f"{command} run.experiment_dir=of-{name[1]}", place, environment)
+        elif language == "python" and (name := re.match(r"# file: (\S+)", content)):
+            (place / name[1]).write_text(content)
         elif language == "bash":
             for command in content.replace("\\\n", " ").splitlines():
                 if command.strip() and command not in NOT_RUN:
@@ -206,7 +222,7 @@ def test_the_tree_of_the_architecture_page_is_the_real_one() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in (ROOT / "fast_llm").rglob("*.py"):
         if path.name != "__init__.py":
-            assert f" {path.name} " in page, (
+            assert re.search(rf" {re.escape(path.name)}[ ,:]", page), (
                 f"docs/architecture.md does not describe {path.relative_to(ROOT)}"
             )
         elif path.parent != ROOT / "fast_llm":

@@ -26,7 +26,7 @@ from fast_llm.config.document import read
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import validate
 from fast_llm.demo import RECIPE
-from fast_llm.models.llama import shapes
+from fast_llm.models.parameters import shapes
 from tests.helpers import slow, some_fast, spawn
 from tests.training.runs import losses, records, run_all, settings, weights, write_tokens
 
@@ -39,7 +39,7 @@ MODEL = {
     "transformer.kv_channels": 6,
     "transformer.ffn_hidden_size": 56,
 }
-# The lines of a layout, by short names.
+# The YAML lines of a layout, by short names.
 NAMES = {
     "tp": "model.distributed.tensor_parallel",
     "sp": "model.distributed.sequence_tensor_parallel",
@@ -53,15 +53,18 @@ NAMES = {
     "tied": "model.base_model.tie_word_embeddings",
     "biases": "model.base_model.transformer.add_linear_biases",
     "loss": "model.base_model.cross_entropy_impl",
+    "family": "model.base_model.family",
+    "window": "model.base_model.transformer.window_size",
     "flash": "model.base_model.transformer.use_flash_attention",
     "across": "batch.cross_document_attention",
     "depth": "batch.depth_first_micro_batches",
     "micro": "batch.micro_batch_size",
     "dtype": "model.distributed.training_dtype",
     "moments": "optimizer.moments_dtype",
+    "z": "model.base_model.z_loss_coefficient",
 }
-# What changes the numbers: each has a one-process run of its own to be compared with.
-MEANING = ("tied", "biases", "across", "dtype", "moments")
+# Settings that change the numbers: each has a one-process run of its own as reference.
+MEANING = ("z", "tied", "biases", "across", "dtype", "moments", "family", "window")
 
 # Processes, and lines.
 LAYOUTS = [
@@ -97,6 +100,9 @@ LAYOUTS = [
     "2 cp=2 across=yes",
     "4 cp=2 shard=1 flash=no",
     "4 cp=2 tp=2 sp=yes zero=2 micro=4",
+    # windows shorter and longer than a chunk
+    "2 cp=2 family=mistral window=4",
+    "4 cp=2 tp=2 sp=yes family=mistral window=11 micro=4",
     # pipelines: each schedule, uneven stages, each ZeRO stage
     "2 pp=2",
     "2 pp=2 tied=no schedule=gpipe zero=1",
@@ -113,7 +119,7 @@ LAYOUTS = [
     "4 pp=2 zero=2 schedule=zbv_zero_bubble layers=1 tied=no",
     "4 pp=2 zero=3 shard=1 depth=2 micro=1",
     "4 pp=2 cp=2",
-    # all together
+    # all dimensions together
     "8 pp=2 cp=2 tp=2 sp=yes",
     "8 pp=2 tp=2 sp=yes zero=3 tied=no",
     # bf16
@@ -123,6 +129,11 @@ LAYOUTS = [
     "2 pp=2 dtype=bf16",
     "2 pp=2 schedule=interleaved_zero_bubble layers=1 dtype=bf16",
     "8 pp=2 cp=2 tp=2 sp=yes dtype=bf16",
+    # z-loss
+    "2 tp=2 sp=yes z=0.01 micro=4",
+    "2 cp=2 z=0.01 loss=torch",
+    "2 pp=2 z=0.01 schedule=interleaved_zero_bubble layers=1",
+    "4 pp=2 tp=2 sp=yes z=0.01 dtype=bf16",
     # 8-bit moments
     "3 zero=3 moments=int8",
     "4 zero=2 shard=2 moments=int8",
@@ -131,8 +142,7 @@ LAYOUTS = [
 ]
 
 
-# Of those of four processes and more, the ones that `make test` has: each dimension with each
-# other.
+# The layouts of four or more processes in `make test`: each pair of dimensions once.
 LARGE = {
     "4 zero=2 shard=2",
     "4 zero=3 tp=2 sp=yes recompute=selective micro=4",
@@ -145,12 +155,12 @@ LARGE = {
 
 
 def is_fast(layout: str) -> bool:
-    """Whether `make test` has it."""
+    """Whether `make test` runs the layout."""
     return int(layout.split()[0]) <= 3 or layout in LARGE
 
 
 def words(layout: str) -> dict[str, str]:
-    """What it says, by short names."""
+    """A short name for the layout."""
     return {name: value for name, _, value in (word.partition("=") for word in layout.split()[1:])}
 
 
@@ -168,11 +178,12 @@ def arguments(root: Path, name: str, layout: str, steps: int = 5) -> list[str]:
         f"training.train_iters={steps}",
         f"training.checkpoint.interval={steps}",
         "optimizer.learning_rate.base=1e-3",
-        # Adam divides by the size of a gradient: where that is rounding alone, updates would be
-        # noise.
+        # Adam divides by the size of a gradient: where a gradient is rounding alone, so would be
+        # the update.
         "optimizer.epsilon=1e-4",
         "optimizer.gradient_norm_clipping=0.5",
-        "training.double_check.interval=3",  # what processes must hold alike, they do
+        # also compare the tensors that all processes must hold alike
+        "training.double_check.interval=3",
         f"run.experiment_dir={root}/{name}",
         *lines(layout),
     ]
@@ -199,14 +210,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def meaning(layout: str) -> str:
-    """The one-process layout that trains the same."""
+    """The one-process layout that must train the same."""
     return " ".join(
         ["1", *(f"{name}={value}" for name, value in words(layout).items() if name in MEANING)]
     )
 
 
 def once(function: Callable[..., None]) -> Callable[..., None]:
-    """The first call does it; later ones fail as it did."""
+    """The result of the first call; if that failed, later calls fail with its error."""
     outcomes: dict[tuple[Any, ...], BaseException | None] = {}
 
     def call(*args: Any) -> None:
@@ -224,7 +235,7 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
 
 @once
 def trained(root: Path, world: int, fast: bool) -> None:
-    """The layouts of `world` processes that are fast, or those that are not."""
+    """Train the fast layouts of `world` processes, or the slow ones."""
     layouts = [
         layout for layout in LAYOUTS if int(layout.split()[0]) == world and is_fast(layout) == fast
     ]
@@ -252,6 +263,9 @@ def test_five_steps(root: Path, layout: str) -> None:
     assert one.keys() == other.keys() == set(range(1, 6))
     for step, record in one.items():
         assert other[step]["target_tokens"] == record["target_tokens"]
+        assert ("z_loss" in record) == ("z=" in layout)
+        if "z_loss" in record:
+            assert other[step]["z_loss"] == pytest.approx(record["z_loss"], rel=loss_bound)
         assert other[step]["language_model_loss"] == pytest.approx(
             record["language_model_loss"], rel=loss_bound
         )
@@ -273,7 +287,7 @@ def test_five_steps(root: Path, layout: str) -> None:
     assert np.isfinite(sum(float(tensor.sum()) for tensor in found.values()))
 
 
-# Between which a run may change its mind.
+# Layouts between which a run may change.
 RESUMED = [
     "1",
     "3 zero=3",
@@ -284,8 +298,8 @@ RESUMED = [
 ]
 
 
-# Each with itself and with the next are the twelve pairs of `make test`; `make test-all` has the
-# others too.
+# `make test` has the twelve pairs of each layout with itself and with the next one; `make test-all`
+# has all pairs.
 PAIRS = [(before, after) for before in RESUMED for after in RESUMED]
 FAST_PAIRS = {
     pair for place, one in enumerate(RESUMED) for pair in ((one, one), (RESUMED[place - 1], one))
@@ -294,7 +308,7 @@ FAST_PAIRS = {
 
 @once
 def begun(root: Path) -> None:
-    """Each of these layouts: five steps without a break, and three."""
+    """Train each of these layouts for five steps without a break, and for three."""
     for layout in RESUMED:
         every = [
             arguments(root, f"{layout} to 5", layout),
@@ -306,7 +320,7 @@ def begun(root: Path) -> None:
 
 @once
 def continued(root: Path, fast: bool) -> None:
-    """Two more steps from the three: the pairs that are fast, or those that are not."""
+    """Train two more steps after the three, for the fast pairs or the slow ones."""
     begun(root)
     for layout in RESUMED:
         every = []
@@ -337,7 +351,7 @@ def test_resume(root: Path, before: str, after: str) -> None:
 
 @slow
 def test_one_checkpoint_exports_to_the_same_bytes(root: Path) -> None:
-    """Whatever layout exports it, and although its weights lie on other processes."""
+    """Any layout exports the same bytes, on whichever processes its weights are."""
     begun(root)
     exports = {}
     for layout in RESUMED:
@@ -386,7 +400,7 @@ def test_each_starts_from_a_model_and_validates_alike(root: Path) -> None:
 
 
 def test_the_layouts_of_the_guide_are_valid() -> None:
-    """Each YAML block of docs/layouts.md, over the recipe, on its number of processes."""
+    """Each YAML block of docs/layouts.md, added to the recipe, on its number of processes."""
     guide = (Path(__file__).parent.parent.parent / "docs" / "layouts.md").read_text()
     blocks = re.findall(r"^```yaml\n# processes: (\d+)\n(.*?)^```", guide, flags=re.M | re.S)
     assert len(blocks) == guide.count("```yaml") == 3

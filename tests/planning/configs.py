@@ -1,4 +1,4 @@
-"""Settings that the planner's tests have in common."""
+"""Settings that the planner's tests share."""
 
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.document import read

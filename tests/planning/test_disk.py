@@ -1,4 +1,4 @@
-"""How many checkpoints there are at most, compared with saving and deleting them."""
+"""The most checkpoints at a time, compared with really saving and deleting them."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fast_llm.checkpoint import folder as checkpoints
-from fast_llm.config.train import CheckpointConfig
+from fast_llm.config.saving import CheckpointConfig
 from fast_llm.planning.disk import additional_folders
 
 SAVED = st.builds(
@@ -33,7 +33,7 @@ def test_how_many_more_there_will_be(
     further: int,
     kept_before: int,
 ) -> None:
-    """As many as saving and deleting leave at the fullest moment."""
+    """As many as saving and deleting have at the fullest moment."""
     saved = saved.model_copy(update={"keep": keep})
     root = tmp_path / "checkpoint"
     shutil.rmtree(root, ignore_errors=True)

@@ -46,14 +46,14 @@ OLD = Path(__file__).parents[1] / "fixtures" / "v0.1"
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what version 0.1 wrote, as the working directory: its paths are relative."""
+    """A copy of a run of version 0.1, as the working directory, since its paths are relative."""
     shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
 
 
 def read_by(run_folder: str, steps: Sequence[int]) -> list[dict[str, Any]]:
-    """What steps read, as the fixtures' expected.json has it."""
+    """The tokens that steps read, as in the fixtures' expected.json."""
     return [
         {
             "step": step,
@@ -71,9 +71,7 @@ def read_by(run_folder: str, steps: Sequence[int]) -> list[dict[str, Any]]:
 
 def test_a_run_of_version_0_1_continues_as_it_would_have(old: Path) -> None:
     expected = json.loads((old / "expected.json").read_text())
-    assert (
-        read_by("run", range(1, 21)) == expected["order"]
-    )  # before anything of this version is there
+    assert read_by("run", range(1, 21)) == expected["order"]  # before this version writes anything
     given = ["training.shutdown.interval=null"]
     assert train(preflight(read("run/config.yaml", given), 1, weights=True)) == 0
     assert read_by("run", range(1, 21)) == expected["order"]
@@ -101,7 +99,7 @@ def test_files_of_version_0_1_are_read(old: Path, capsys: pytest.CaptureFixture[
 def test_a_batch_size_that_version_0_1_changed(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its checkpoint does not say when; metrics.jsonl does."""
+    """Its checkpoint does not say when the batch size changed; metrics.jsonl does."""
     expected = json.loads((old / "expected.json").read_text())["order of changed"]
     assert read_by("changed", range(1, 8)) == expected
     assert main(["why", "changed", "2", "--json"]) == 0
@@ -116,7 +114,7 @@ def test_a_batch_size_that_version_0_1_changed(
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
 @pytest.mark.parametrize("change", [0, 1, 4, 7, 9])
 def test_when_a_batch_size_changed(every: int, change: int) -> None:
-    """Whatever was logged, with data that was skipped before and after."""
+    """With any logging interval, and with data skipped before and after."""
     skipped_ranges = [
         {"after": 2, "spike": 3, "sequences": 6},
         {"after": 8, "spike": 9, "sequences": 10},
@@ -145,7 +143,7 @@ def test_when_a_batch_size_changed(every: int, change: int) -> None:
     for step in range(1, 11):
         if step > found.batches[0].after:
             assert found.first_sequence(step, skipped_ranges) == ends[step - 1] - sizes[step - 1]
-    # With a change before the first record one cannot know.
+    # A change before the first record cannot be found.
     assert found.batches[0].after == 0 or 0 < change < every
 
 
@@ -183,7 +181,7 @@ def test_any_history_uses_each_target_once_an_epoch(
     documents: list[list[int]],
     changes: list[dict[str, Any]],
 ) -> None:
-    """Tokens are numbers in turn, so that the right target of each input is the next number."""
+    """Tokens are consecutive numbers, so that each input's right target is the next number."""
     root = tmp_path_factory.mktemp("history")
     documents = [[13, *lengths] for lengths in documents]
     paths = [numbered(root / f"s{n}", lengths, 1000 * n) for n, lengths in enumerate(documents)]
@@ -191,7 +189,7 @@ def test_any_history_uses_each_target_once_an_epoch(
     used: dict[tuple[int, int], list[int]] = defaultdict(list)  # source and epoch → targets
     length_at_begin: dict[tuple[int, int], int] = {}
     length_at_end: dict[tuple[int, int], int] = {}
-    drawn: list[tuple[int, list[int]]] = []  # index and targets of every sequence
+    drawn: list[tuple[int, list[int]]] = []  # index and targets of each sequence
     for change in changes:
         chosen = [(w, p) for w, p in zip(change["weights"], paths, strict=True) if w] or [
             (1, paths[0])
@@ -212,8 +210,8 @@ def test_any_history_uses_each_target_once_an_epoch(
         else:
             history = History.model_validate_json(history.model_dump_json())
             history = history.with_batches(done, samples, change["batch"])
-            history = history.with_data(samples, config, phase)
-            histories.apply_order(phase, history.orders[-1])
+            history = history.with_data(done, samples, config, phase)
+            histories.apply_orders(phase, history, samples)
         for step in range(done + 1, done + change["steps"] + 1):
             assert history.first_sequence(step, []) == samples
             for index in range(samples, samples + change["batch"]):
@@ -233,18 +231,18 @@ def test_any_history_uses_each_target_once_an_epoch(
         assert len(set(targets)) == len(targets)
         total = sum(documents[place]) - 1
         if (place, epoch + 1) in used:
-            # What is left out at the end of an epoch is shorter than a sequence, of the length
-            # before or after it.
+            # The rest that an epoch leaves out is shorter than a sequence, of the length before or
+            # after the change.
             longest = max(length_at_end[place, epoch], length_at_begin[place, epoch + 1])
             assert total - len(targets) < longest
     for place, epoch in used:
         assert all((place, before) in used or sum(documents[place]) < 26 for before in range(epoch))
     check_why(history, drawn)
-    assert history.tokens(samples) == sum(len(targets) for _, targets in drawn)
+    assert history.inputs(samples) == sum(len(targets) for _, targets in drawn)
 
 
 def check_documents(packed: Any, lengths: Sequence[int], start: int) -> None:
-    """No attention across documents or parts of a sequence, and no target in another document."""
+    """Check attention and targets: neither crosses documents or parts of a sequence."""
     borders = set(start + np.cumsum([0, *lengths]))
     inputs = packed.tokens[:-1]
     jumps = {0} | {i for i in range(1, len(inputs)) if inputs[i] != inputs[i - 1] + 1}
@@ -256,7 +254,7 @@ def check_documents(packed: Any, lengths: Sequence[int], start: int) -> None:
 
 
 def check_why(history: History, drawn: Sequence[tuple[int, list[int]]]) -> None:
-    """Afterwards, each sequence is found again by what the history says of it."""
+    """Check that the history finds each sequence again afterwards."""
     from fast_llm.data.sampling import Mixture
 
     for index, targets in drawn:
@@ -293,7 +291,7 @@ TINY = [
     "training.checkpoint.interval=3",
     "run.experiment_dir=run",
 ]
-LIFE = [  # settings, and what of them needs consent
+LIFE = [  # the settings, and those of them that need consent
     (["data.path=[0.9,a,0.1,b]", "batch.batch_size=4", "batch.sequence_length=8"], ""),
     (
         ["data.path=[0.9,a,0.1,b]", "batch.batch_size=6", "batch.sequence_length=8"],
@@ -314,7 +312,7 @@ LIFE = [  # settings, and what of them needs consent
 def test_a_run_with_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real runs: what they read, what `why` says of it afterwards, and what metrics count."""
+    """Real runs: the data that they read, the answers of `why`, and the counts of metrics."""
     monkeypatch.chdir(tmp_path)
     starts = {"a": 0, "b": 1000, "c": 2000}
     for name, start in starts.items():
@@ -368,7 +366,7 @@ def test_a_run_with_changes(
                 begin = begins[part["document"]] + part["first_token"]
                 read_ += range(begin, begin + part["tokens"])
             assert read_ == given[sequence["index"]][: lengths[step - 1] + 1]
-    # Earlier steps are answered for even where a later source is gone, and the other way round.
+    # `why` also answers for earlier steps when a later source is missing, and the other way round.
     (tmp_path / "c.bin").unlink()
     assert main(["why", "run", "9"]) == 0
     capsys.readouterr()
@@ -386,7 +384,7 @@ def lengths_of(index: int, samples: Any, lengths: Sequence[int]) -> int:
 
 
 def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_path: Path) -> None:
-    """Neighbouring sequences that are left become one text, of which longer ones are cut."""
+    """Adjacent sequences that are left become one text, from which longer ones are cut."""
     numbered(tmp_path / "a", [8 * 50 + 1], 0)
     path = str(tmp_path / "a")
     config = TrainConfig(
@@ -399,8 +397,8 @@ def test_a_length_that_changes_in_the_midst_of_an_epoch_reads_what_is_left(tmp_p
         update={"batch": config.batch.model_copy(update={"sequence_length": 40})}
     )
     data = open_dataset(config.data, 40, 1234, 2**31)
-    history = history.with_data(5, longer, data.splits["training"])
-    histories.apply_order(data.splits["training"], history.orders[-1])
+    history = history.with_data(5, 5, longer, data.splits["training"])
+    histories.apply_orders(data.splits["training"], history, 5)
     left = [token for token in range(400) if token not in used]
     drawn = [data.read("training", i).tokens[:-1].tolist() for i in range(5, 14)]
     assert sorted(drawn) == [left[40 * i : 40 * i + 40] for i in range(9)]
@@ -414,7 +412,7 @@ def test_batch_sizes_that_changed_before_a_rewind() -> None:
     source = SourceState(name="a", digest="a", key=0)
     order = DataOrder(index=0, sequence_length=8, seed=0, data={}, edges=[0, 1], sources=[source])
     history = History(batches=[BatchSizeEntry(after=0, index=0, batch_size=8)], orders=[order])
-    history = history.with_batches(6, 48, 4)  # a start with other batches
+    history = history.with_batches(6, 48, 4)  # a start with another batch size
     assert [history.first_sequence(step, []) for step in (1, 6, 7, 9)] == [0, 40, 48, 56]
     # A spike at step 8, at 56 sequences: back to the checkpoint of step 6, or where that is damaged
     # to that of step 3.
@@ -425,7 +423,7 @@ def test_batch_sizes_that_changed_before_a_rewind() -> None:
     earlier = history.with_batches(3, 24, 4)
     passed = [{"after": 3, "spike": 8, "sequences": 32}]
     assert [earlier.first_sequence(step, passed) for step in (3, 4, 5)] == [16, 56, 60]
-    # A start from an earlier checkpoint with the batches of then.
+    # A start from an earlier checkpoint with its batch size.
     assert history.with_batches(3, 24, 8).batches == [
         BatchSizeEntry(after=0, index=0, batch_size=8)
     ]
@@ -502,7 +500,7 @@ def test_a_history_that_no_run_wrote() -> None:
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool) -> None:
-    """Joined sequences keep true labels, add no false ones, restart attention and positions."""
+    """Joined sequences keep their labels, get none across the joint; attention restarts."""
     path = numbered(tmp_path / "a", [7] * 60, 0)
     config = TrainConfig(
         data=DataConfig(path=[path], split=[1]), batch=BatchConfig(sequence_length=8, batch_size=4)
@@ -512,8 +510,8 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
     longer = config.model_copy(
         update={"batch": config.batch.model_copy(update={"sequence_length": 20})}
     )
-    history = history.with_data(28, longer, data.splits["training"])
-    histories.apply_order(data.splits["training"], history.orders[-1])
+    history = history.with_data(7, 28, longer, data.splits["training"])
+    histories.apply_orders(data.splits["training"], history, 28)
     assert any(
         isinstance(source, Source) and len(source.input_ranges(n)) > 1
         for source, n, _ in map(data.splits["training"].find, range(28, 36))
@@ -540,7 +538,7 @@ def test_batches_of_sequences_from_several_places(tmp_path: Path, isolate: bool)
         assert (labels[kept] == tokens[kept] + 1).all()
         assert (
             kept == (((tokens + 1) % 7 != 0) | (not isolate))
-        ).all()  # all but documents' last tokens
+        ).all()  # all but the last token of each document
         if isolate:
             begins = (tokens[:, 1:] != tokens[:, :-1] + 1) | (tokens[:, 1:] % 7 == 0)
             assert (positions[:, 1:] == np.where(begins, 0, positions[:, :-1] + 1)).all()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fast_llm.models.llama import cost
+from fast_llm.models.parameters import cost
 from fast_llm.planning.layout import LocalSizes, ParallelLayout, Workload
 from tests.planning.configs import LLAMA, config
 
@@ -39,7 +39,7 @@ def test_pipeline_ranks_have_all_parameters(pipeline: int, further: list[str], t
     matrix = workload.vocabulary * workload.hidden
     expected = cost(wanted.model.base_model, 4096).parameters - matrix * tied
     first, last = ranks[0], ranks[0 if layout.schedule == "zbv_zero_bubble" else -1]
-    copies = matrix * (tied and first is not last)  # the head's rank holds the tied weight, too
+    copies = matrix * (tied and first is not last)  # the head's rank holds the tied weight too
     assert sum(rank.parameters for rank in ranks) == expected + copies
     assert sum(rank.layers for rank in ranks) == workload.layers
     assert first.has_embedding and last.has_head

@@ -1,5 +1,6 @@
-"""Warnings before the first step: what is not saved, long sequences, a disk that will be full."""
+"""Warnings before the first step, and the words of the plan."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from fast_llm import cli
 from fast_llm.config.document import read
 from fast_llm.planning.preflight import preflight
+from fast_llm.planning.report import describe_run
 from tests.training.runs import run, settings, write_tokens
 
 
@@ -67,6 +69,63 @@ def test_what_will_not_be_saved(
 def test_no_warning_if_nothing_is_trained(tokens: Path) -> None:
     measure = ["training.validation.interval=1", "training.validation.iterations=1"]
     assert warnings(tokens, "training.train_iters=0", *measure) == []
+
+
+def test_averages_that_never_appear(tokens: Path) -> None:
+    """An average that begins too late, and averages without exports."""
+    late = ["training.train_iters=60", "training.averages.tail={start: 55, interval: 10}"]
+    assert warnings(tokens, *late, *SAVES) == [
+        "override training.averages.tail={start: 55, interval: 10}: training.averages.tail.start:"
+        " given 55: the first update would be after step 65 (start + interval), but"
+        " training.train_iters is 60, so this average stays empty"
+    ]
+    just = ["training.train_iters=60", "training.averages.tail={start: 50, interval: 10}"]
+    assert warnings(tokens, *just, *SAVES) == []
+    assert warnings(tokens, *just, SAVES[0]) == [
+        "override training.averages.tail={start: 50, interval: 10}: training.averages: only"
+        " checkpoints will hold the averages, because training.export.interval is null; set it to"
+        " get models of them"
+    ]
+
+
+def plan(folder: Path, *further: str) -> str:
+    spec = preflight(read(None, settings(folder, *further)), 1, weights=False)
+    return describe_run(spec)
+
+
+def test_the_words_of_the_plan(tokens: Path) -> None:
+    shutil.copy(tokens / "tokens.bin", tokens / "docs.bin")
+    shutil.copy(tokens / "tokens.idx", tokens / "docs.idx")
+    found = plan(
+        tokens,
+        "training.train_iters=60",
+        "training.checkpoint={interval: 10, keep: 2, keep_every: 2}",
+        "training.export={interval: 1, keep: 3}",
+        "training.averages.ema={decay: 0.9, interval: 1}",
+        "training.validation={interval: 1, iterations: 1}",
+        f"data.validation_sets.docs={tokens}/docs",
+    )
+    lines = [line.strip() for line in found.splitlines()]
+    at = next(i for i, line in enumerate(lines) if line.startswith("Saving"))
+    assert re.split("  +", lines[at + 1])[::3] == [
+        "checkpoints",
+        "every 20 steps, and the 2 newest of the others",
+    ]
+    assert re.split("  +", lines[at + 2])[::3] == ["exports", "3"]
+    assert re.split("  +", lines[at + 2])[1] == "1 step"
+    assert lines[at + 3].startswith("checkpoints are written in the background, from")
+    assert lines[at + 4].startswith(
+        "Averages      ema: EMA with decay 0.9 of the weights every step;"
+    )
+    assert "of 24 tokens = 2 a micro-batch × 4 micro-batches × 1 process\n" in found
+    assert "at the start, every step and at the end, on the same 192 of " in found
+    assert " tokens, and on docs\n" in found
+    one = plan(tokens, "training.train_iters=1", "batch.batch_size=2")
+    assert (
+        "Batch         2 sequences of 24 tokens = 2 a micro-batch × 1 micro-batch × 1 process\n"
+        in one
+    )
+    assert "Training      1 step of 48 tokens = 48 tokens, " in one
 
 
 def test_sequences_longer_than_the_model_was_made_for(

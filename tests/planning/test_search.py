@@ -50,7 +50,7 @@ def test_what_auto_becomes() -> None:
     rows, level, moments = resolved(h200, "optimizer.moments_dtype=fp32")
     assert (
         rows and level in ("full", "block") and moments == "fp32"
-    )  # as given: blocks are recomputed instead
+    )  # fp32 was given: blocks are recomputed instead
     assert resolved(h200, "batch.micro_batch_size=2", f"{LEVEL}=activation") == (
         2,
         "activation",
@@ -70,7 +70,7 @@ def test_what_auto_becomes() -> None:
         2,
         "fp32",
     )  # padded
-    # More memory is never slower.
+    # More memory never makes the result slower.
     rates = []
     for memory in (60e9, h100, h200, b200):
         found = resolve_auto(config([*LLAMA, "batch.micro_batch_size=auto"]), 8, memory, "cuda")

@@ -35,19 +35,19 @@ def test_time() -> None:
     assert rate(processes=16) > rate("model.multi_stage.zero_stage=3", processes=128)
     pipeline = "model.distributed.pipeline_parallel=4"
     few, many = (rate(pipeline, f"batch.batch_size={size}", processes=8) for size in (32, 256))
-    assert few < many  # a longer filling has a smaller bubble
+    assert few < many  # with more micro-batches at a time the bubble is smaller
     interleaved = [pipeline, "model.multi_stage.layers_per_stage=4", "batch.batch_size=32"]
     assert few < rate(*interleaved, processes=8)
     zero_bubble = "model.multi_stage.pipeline_schedule=interleaved_zero_bubble"
     assert rate(*interleaved, processes=8) < rate(*interleaved, zero_bubble, processes=8)
     moments = [rate(f"optimizer.moments_dtype={dtype}") for dtype in ("fp32", "bf16", "int8")]
-    assert moments == sorted(moments)  # fewer bytes to read and to write
+    assert moments == sorted(moments)  # fewer bytes to read and write
     parts = forecast_config(config(LLAMA), 8, DEVICES["h100"]).parts
     assert max(parts, key=lambda part: parts[part]) == "matmuls"
 
 
 def test_measured_on_an_h200() -> None:
-    """docs/performance.md: eight blocks of Llama-3.1-8B, and all of it, on one H200."""
+    """Eight blocks of Llama-3.1-8B, and the complete model, on one H200 (docs/performance.md)."""
     blocks = [
         "model.base_model.transformer.num_layers=8",
         "batch.batch_size=8",
@@ -57,8 +57,8 @@ def test_measured_on_an_h200() -> None:
         assert rate(*blocks, f"{LEVEL}={level}", processes=1, device="h200") == pytest.approx(
             tokens, rel=0.07
         )
-    # All of it, compiled, with 8-bit moments: GiB of tensors and tokens/s.
-    whole = ["model.multi_stage.compile_all=yes", "optimizer.moments_dtype=int8"]
+    # The complete model, compiled, with 8-bit moments: GiB of tensors and tokens/s.
+    complete = ["model.multi_stage.compile_all=yes", "optimizer.moments_dtype=int8"]
     long = ["batch.sequence_length=8192", "batch.batch_size=32"]
     for settings, gib, tokens, bound in (
         (["batch.micro_batch_size=3", "batch.batch_size=63"], 129.4, 12_432, 0.002),
@@ -70,13 +70,13 @@ def test_measured_on_an_h200() -> None:
             0.04,
         ),  # the compiler keeps less
     ):
-        found = forecast_config(config([*LLAMA, *whole, *settings]), 1, DEVICES["h200"])
+        found = forecast_config(config([*LLAMA, *complete, *settings]), 1, DEVICES["h200"])
         assert found.peak.bytes / 2**30 == pytest.approx(gib, rel=bound)
         assert found.gpu_tokens_per_second == pytest.approx(tokens, rel=0.07)
 
 
 def test_the_tables_of_the_guide() -> None:
-    """The guide has what the benchmark prints."""
+    """The guide has the output of the benchmark."""
     said = subprocess.run(
         [sys.executable, "benchmarks/forecast.py"],
         cwd=ROOT,

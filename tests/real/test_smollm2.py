@@ -73,7 +73,7 @@ def reference(folder: Path) -> Any:
 def ours(folder: Path, tokens: Tensor) -> Tensor:
     """Logits of a folder by this project's own model, in fp32."""
     config = BaseModelConfig.model_validate(
-        llama.architecture(huggingface.read_json(folder / "config.json"), "")
+        llama.FAMILY.architecture(huggingface.read_json(folder / "config.json"), "")
     )
     model = CausalLM(config)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_there_and_back_is_the_same_folder(model: Path, data: Path, tmp_path: Pa
     assert run(arguments) == 0
     loss = records(tmp_path / "run", "validation")[0]["language_model_loss"]
     assert loss == pytest.approx(validation_loss(reference(model), data), rel=1e-5)
-    assert loss < 4  # it knows code: that of a random model is 10.8
+    assert loss < 4  # the model knows code: a random one would have 10.8
     export = tmp_path / "run" / "export" / "llama" / "0"
     names = {path.name for path in model.iterdir()}
     assert {path.name for path in export.iterdir()} == names | {folders.MANIFEST}

@@ -67,24 +67,28 @@ def test_four_and_four_steps_are_eight(
         f"model.distributed.training_dtype={dtype}",
         f"optimizer.moments_dtype={moments}",
     )
-    assert spawn(world, run, arguments(tmp_path, "whole", 8, *how)) == [0] * world
+    assert spawn(world, run, arguments(tmp_path, "uninterrupted", 8, *how)) == [0] * world
     for steps in (4, 8):
         assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert losses(tmp_path / "whole", "validation") == losses(tmp_path / "parts", "validation")
-    whole, parts = (weights(tmp_path / name / "checkpoint" / "8") for name in ("whole", "parts"))
-    assert whole == parts and len(whole) >= 3 * 20
+    assert losses(tmp_path / "uninterrupted") == losses(tmp_path / "parts")
+    assert losses(tmp_path / "uninterrupted", "validation") == losses(
+        tmp_path / "parts", "validation"
+    )
+    uninterrupted, parts = (
+        weights(tmp_path / name / "checkpoint" / "8") for name in ("uninterrupted", "parts")
+    )
+    assert uninterrupted == parts and len(uninterrupted) >= 3 * 20
     exports = [
         tmp_path / name / "export" / "llama" / "8" / "model.safetensors"
-        for name in ("whole", "parts")
+        for name in ("uninterrupted", "parts")
     ]
     assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
-def with_halves(arguments_: list[str], rounded: bool = False) -> int:
-    """As on a GPU: masters in two halves, moments in bf16 or in 8 bits.
+def with_split_masters(arguments_: list[str], rounded: bool = False) -> int:
+    """As on a GPU: split masters, and moments in bf16 or in 8 bits.
 
-    `rounded`: the head's gradient is, as with whole masters.
+    `rounded`: round the head's gradient, as unsplit masters do.
     """
 
     def in_halves(
@@ -111,37 +115,46 @@ def with_halves(arguments_: list[str], rounded: bool = False) -> int:
 
 
 def rounding(function: Callable[[list[str]], int], arguments_: list[str]) -> int:
-    """With products as a processor with bf16 makes them: all are rounded.
+    """Run with matmuls rounded to bf16, as on a processor with bf16 instructions.
 
-    One without does not round those that gradients of masters in halves add to their sums, and from
-    step 2 on the loss differs by 4e-4 from that of whole ones, whose gradients are rounded.
+    Without them, the gradients of split masters are added to their sums unrounded, while those of
+    fp32 masters are rounded: from step 2 on the losses differ by 4e-4.
     """
     with linear.upcasting():
         return function(arguments_)
 
 
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
-def test_masters_in_halves(tmp_path: Path, moments: str) -> None:
+def test_split_masters(tmp_path: Path, moments: str) -> None:
     """Split masters survive checkpoints and exports bit for bit, and train as fp32 masters."""
     write_tokens(tmp_path / "tokens", 400)
     how = ["model.distributed.training_dtype=bf16", f"optimizer.moments_dtype={moments}"]
     assert spawn(1, rounding, run, arguments(tmp_path, "plain", 8, *how)) == [0]
     assert spawn(
-        1, rounding, partial(with_halves, rounded=True), arguments(tmp_path, "rounded", 8, *how)
+        1,
+        rounding,
+        partial(with_split_masters, rounded=True),
+        arguments(tmp_path, "rounded", 8, *how),
     ) == [0]
-    assert spawn(1, rounding, with_halves, arguments(tmp_path, "whole", 8, *how)) == [0]
+    assert spawn(
+        1, rounding, with_split_masters, arguments(tmp_path, "uninterrupted", 8, *how)
+    ) == [0]
     for steps in (4, 8):
-        assert spawn(1, rounding, with_halves, arguments(tmp_path, "parts", steps, *how)) == [0]
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+        assert spawn(
+            1, rounding, with_split_masters, arguments(tmp_path, "parts", steps, *how)
+        ) == [0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "uninterrupted")
     for part in ("checkpoint", "export/llama"):
-        assert weights(tmp_path / "whole" / part / "8") == weights(tmp_path / "parts" / part / "8")
-    # One weight in 65,536 lies half-way between two of bf16 and is rounded the other way; from then
-    # on losses differ by less than bf16's rounding, 2^-9.
+        assert weights(tmp_path / "uninterrupted" / part / "8") == weights(
+            tmp_path / "parts" / part / "8"
+        )
+    # One weight in 65,536 is halfway between two bf16 numbers and is rounded the other way. From
+    # then on losses differ by less than bf16's rounding, 2^-9.
     rounded, plain = losses(tmp_path / "rounded"), losses(tmp_path / "plain")
     assert (rounded[1], rounded[2]) == (plain[1], plain[2])
     assert rounded == pytest.approx(plain, rel=1e-3)
-    assert losses(tmp_path / "whole") != rounded
-    assert losses(tmp_path / "whole") == pytest.approx(plain, rel=1e-3)
+    assert losses(tmp_path / "uninterrupted") != rounded
+    assert losses(tmp_path / "uninterrupted") == pytest.approx(plain, rel=1e-3)
 
 
 def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
@@ -163,14 +176,14 @@ def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
         assert spawn(1, run, arguments(tmp_path, "parts", steps, *fp8)) == [0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "fp8")
     assert spawn(
-        1, with_halves, arguments(tmp_path, "lean", 8, *fp8, "optimizer.moments_dtype=bf16")
+        1, with_split_masters, arguments(tmp_path, "split", 8, *fp8, "optimizer.moments_dtype=bf16")
     ) == [0]
     assert spawn(
         2, run, arguments(tmp_path, "sharded", 8, *fp8, "model.multi_stage.zero_stage=3")
     ) == [0, 0]
     exact = losses(tmp_path / "bf16")
     assert losses(tmp_path / "fp8") != exact
-    for name in ("fp8", "lean", "sharded"):
+    for name in ("fp8", "split", "sharded"):
         # Of the 20 % that are learned; Adam's first steps follow the signs of gradients, and those
         # of small ones change.
         assert losses(tmp_path / name) == pytest.approx(exact, rel=0.02), name
@@ -179,7 +192,7 @@ def test_fp8_trains_as_bf16_does(tmp_path: Path) -> None:
 def test_what_is_auto_is_written_down_and_kept(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
-    assert spawn(1, run, arguments(tmp_path, "whole", 8, "batch.micro_batch_size=8")) == [0]
+    assert spawn(1, run, arguments(tmp_path, "uninterrupted", 8, "batch.micro_batch_size=8")) == [0]
     assert spawn(1, run, arguments(tmp_path, "parts", 4, *auto)) == [0]
     decided = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
     assert (decided["batch"]["micro_batch_size"], decided["optimizer"]["moments_dtype"]) == (
@@ -187,8 +200,8 @@ def test_what_is_auto_is_written_down_and_kept(tmp_path: Path) -> None:
         "fp32",
     )
     assert spawn(1, run, arguments(tmp_path, "parts", 8, *auto)) == [0]
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    # Not what would be chosen for this machine, but what the run began with.
+    assert losses(tmp_path / "parts") == losses(tmp_path / "uninterrupted")
+    # The resumed run keeps its dtype, not the one that this machine would get.
     assert spawn(1, run, arguments(tmp_path, "bf16", 4, "optimizer.moments_dtype=bf16")) == [0]
     assert spawn(1, run, arguments(tmp_path, "bf16", 8, *auto)) == [0]
     assert (
@@ -221,7 +234,7 @@ def test_too_little_memory_is_reported(tmp_path: Path) -> None:
 
 def test_other_layouts_continue_with_the_same_data(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    assert spawn(1, run, arguments(tmp_path, "whole", 8)) == [0]
+    assert spawn(1, run, arguments(tmp_path, "uninterrupted", 8)) == [0]
     for world, zero_stage, shard_size, steps in (
         (2, 3, 2, 2),
         (4, 1, 2, 4),
@@ -233,14 +246,14 @@ def test_other_layouts_continue_with_the_same_data(tmp_path: Path) -> None:
             f"model.multi_stage.shard_size={shard_size}",
         )
         assert spawn(world, run, arguments(tmp_path, "parts", steps, *how)) == [0] * world
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    expected, found = losses(tmp_path / "uninterrupted"), losses(tmp_path / "parts")
     assert expected.keys() == found.keys()
     # Sums over the batch are taken in another order: 6e-8 an addition, magnified a little by eight
     # updates of Adam.
     assert all(abs(found[step] - loss) < 2e-6 * loss for step, loss in expected.items())
     exports = [
         tmp_path / name / "export" / "llama" / "4" / "model.safetensors"
-        for name in ("whole", "parts")
+        for name in ("uninterrupted", "parts")
     ]
     assert exports[0].stat().st_size == exports[1].stat().st_size
 
@@ -249,7 +262,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tokens(tmp_path / "tokens", 400)
-    run(arguments(tmp_path, "whole", 8))
+    run(arguments(tmp_path, "uninterrupted", 8))
     run(arguments(tmp_path, "parts", 4))
     newest = next((tmp_path / "parts" / "checkpoint" / "4").glob("*.safetensors"))
     data = bytearray(newest.read_bytes())
@@ -257,8 +270,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     newest.write_bytes(data)
     run(arguments(tmp_path, "parts", 8))
     assert "checkpoint/2, after step 2" in capsys.readouterr().out
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    # If none is left, the run does not restart from the beginning.
+    assert losses(tmp_path / "uninterrupted") == losses(tmp_path / "parts")
+    # If no checkpoint is left, the run does not start from the beginning.
     for checkpoint in (tmp_path / "parts" / "checkpoint").iterdir():
         (checkpoint / MANIFEST).write_text("{}")
     with pytest.raises(
@@ -300,7 +313,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> Non
 
 
 def wait_for(run_folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    """Until a run has written a step's record."""
+    """Wait until a run has written a step's record."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (run_folder / "metrics.jsonl").exists() and max(records(run_folder), default=0) >= step:
@@ -327,7 +340,7 @@ def signalled_after_three_steps(arguments_: list[str], number: signal.Signals) -
 def test_all_leave_as_the_one_that_was_signalled(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """torchrun would take a node whose processes return 0 for one that is done."""
+    """torchrun takes a node whose processes return 0 for finished."""
     write_tokens(tmp_path / "tokens", 400)
     assert spawn(2, signalled_after_three_steps, arguments(tmp_path, "run", 8), number) == [
         code,
@@ -340,7 +353,7 @@ def test_all_leave_as_the_one_that_was_signalled(
 def test_what_was_broken_off_is_done_by_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 4 is where it stops, and where a validation and an export are due."""
+    """The run stops at step 4, where a validation and an export are due."""
     write_tokens(tmp_path / "tokens", 400)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "check_finite", Trainer.check_finite)
@@ -378,7 +391,7 @@ def test_a_finished_run_writes_what_is_due_and_missing(
     assert (tmp_path / "run" / "export" / "llama" / "4" / "config.json").exists()
     assert 4 in losses(tmp_path / "run", "validation")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    # A kill while the last checkpoint but one was deleted, and one in an export.
+    # A kill while the last checkpoint but one is deleted, and one in an export.
     left = [
         tmp_path / "run" / name
         for name in ("checkpoint/.2.deleted-0123abcd", "export/llama/.4.partial-0123abcd")

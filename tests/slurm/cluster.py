@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-PATIENCE = 300.0  # seconds that a loaded machine may need for anything that is waited for
+PATIENCE = 300.0  # seconds that a loaded machine may need for any state that the tests wait for
 _SEARCHED = (
     f"{os.environ['PATH']}:/usr/sbin:/sbin"  # daemons are in /usr/sbin, which only root searches
 )
@@ -74,12 +74,12 @@ PartitionName=high Nodes={host} State=UP PriorityTier=10 PreemptMode=OFF
 
 
 def missing() -> list[str]:
-    """The programs that this machine does not have."""
+    """The programs that this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=_SEARCHED) is None]
 
 
 def until(what: str, condition: Callable[[], Any], explain: Callable[[], str] = str) -> Any:
-    """Poll until a condition is true; its value. Raises AssertionError after PATIENCE."""
+    """Poll until a condition is true. Returns its value; raises AssertionError after PATIENCE."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {PATIENCE:.0f} s: {what}\n{explain()}"
@@ -102,7 +102,7 @@ class Slurm:
 
     def __init__(self) -> None:
         # Not below pytest's folder, which other users cannot enter: munged and its clients insist.
-        # Unix sockets want short names.
+        # Names of Unix sockets must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="fast-llm-slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         for name in ("munge", "state", "spool"):
@@ -181,7 +181,7 @@ class Slurm:
             )
 
     def command(self, *words: str, check: bool = True, **options: Any) -> str:
-        """Run one of Slurm's commands; what it prints."""
+        """Run one of Slurm's commands. Returns its output."""
         options = {"env": self.environment} | options
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
@@ -193,7 +193,7 @@ class Slurm:
         return done.stdout.strip()
 
     def logs(self) -> str:
-        """The end of what the daemons said."""
+        """The ends of the daemons' logs."""
         files = sorted(
             [*self.folder.glob("*.log"), *self.folder.glob("*.out"), *self.folder.glob("munge/log")]
         )
@@ -215,7 +215,7 @@ def processes(folder: Path, *with_environment: str) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             environment = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended, or belongs to somebody else
+        except OSError:  # the process has ended, or belongs to another user
             continue
         if wanted <= set(environment):
             found.append(int(path.parent.name))
@@ -223,7 +223,7 @@ def processes(folder: Path, *with_environment: str) -> list[int]:
 
 
 def _end(folder: Path) -> None:
-    """Kill what is left of a cluster: daemons first, which would start or end others."""
+    """Kill the rest of a cluster: first the daemons, which would start or end other processes."""
     while found := processes(folder):
         for process in sorted(found):
             with contextlib.suppress(ProcessLookupError):
@@ -253,7 +253,7 @@ class Job:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The output of `scontrol show job`."""
         text = self.slurm.command("scontrol", "--oneliner", "show", "job", self.id)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
@@ -263,7 +263,7 @@ class Job:
 
     @property
     def said(self) -> str:
-        """On standard output and error, in all its starts."""
+        """Standard output and error of all its starts."""
         file = self.place / f"slurm-{self.id}.out"
         return file.read_text(errors="replace") if file.exists() else ""
 
@@ -275,7 +275,7 @@ class Job:
         )
 
     def until_state(self, *states: str) -> dict[str, str]:
-        """Wait for a state; all facts then."""
+        """Wait for a state. Returns all facts of the job."""
 
         def reached() -> dict[str, str] | None:
             facts = self.facts
@@ -290,7 +290,7 @@ class Job:
         self.until("its processes have ended", lambda: not self.processes() and not self._steps())
 
     def _steps(self) -> list[int]:
-        """Slurm's own processes for the job; while one lives it may report the last start's end."""
+        """Slurm's own processes for the job; they may still report the end of the last start."""
         found = []
         for process in processes(self.slurm.folder):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -315,6 +315,6 @@ class Job:
         self.slurm.command("scancel", "--batch", f"--signal={name}", self.id)
 
 
-if __name__ == "__main__":  # the guard
+if __name__ == "__main__":  # the job's guard
     sys.stdin.read()
     _end(Path(sys.argv[1]))

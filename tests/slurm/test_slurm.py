@@ -65,14 +65,14 @@ def slurm() -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> "Training":
-    """A job that nothing happens to."""
+    """A job without disturbance."""
     training = Training(slurm, tmp_path_factory.mktemp("undisturbed"))
     training.job.until_state("COMPLETED", "FAILED")
     return training
 
 
 class Training:
-    """A tiny run in two processes, started by the example as it is."""
+    """A tiny run in two processes, started by the unchanged example."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Training:
         return next(iter(self.processes("torchrun")), None)
 
     def processes(self, name: str) -> list[int]:
-        """Those of the job that run a Python script with this name."""
+        """The job's processes that run a Python script of this name."""
         found = []
         for process in self.job.processes():
             try:
@@ -158,7 +158,7 @@ class Training:
         return found
 
     def stop_asked(self) -> bool:
-        """Whether the batch script has noted that the job is to end."""
+        """Whether the batch script has noted that the job will end."""
         return (self.place / f".fast-llm-{self.job.id}" / "stop").exists()
 
     def saved(self) -> int:
@@ -167,7 +167,7 @@ class Training:
         return int(newest.name) if newest is not None else 0
 
     def resume(self) -> None:
-        """Let the job that was queued again start, and run to its end."""
+        """Start the queued job again, and wait until the run ends."""
         self.hold.unlink(missing_ok=True)
         self.job.start_now()
 
@@ -220,7 +220,7 @@ def test_time_is_nearly_over(slurm: Slurm, undisturbed: Training, tmp_path: Path
 
 
 def test_two_warnings(slurm: Slurm, undisturbed: Training, tmp_path: Path) -> None:
-    """The second comes while the run has not yet saved."""
+    """The second warning comes before the run has saved."""
     training = Training(slurm, tmp_path, hold=True)
     training.until_held()
     ranks = training.ranks()
@@ -240,7 +240,7 @@ def test_two_warnings(slurm: Slurm, undisturbed: Training, tmp_path: Path) -> No
 
 
 def test_a_warning_during_the_start(slurm: Slurm, undisturbed: Training, tmp_path: Path) -> None:
-    """A signal as soon as torchrun exists, or its processes: seconds before they handle it."""
+    """A signal as soon as torchrun or its processes exist: seconds before they handle it."""
     training = Training(slurm, tmp_path, hold=True)
     job = training.job
     for times, started in enumerate((training.torchrun, training.ranks), start=1):
@@ -320,7 +320,7 @@ def test_a_process_is_killed(slurm: Slurm, undisturbed: Training, tmp_path: Path
 
 
 def test_torchrun_is_killed(slurm: Slurm, undisturbed: Training, tmp_path: Path) -> None:
-    """The job fails, also if it had been preempted before; submitted again it resumes."""
+    """The job fails, even if it was preempted before; submitted again, it resumes."""
     training = Training(slurm, tmp_path, "--partition=grace", hold=True)
     training.until_held()
     blocker = preempt(training)
@@ -334,7 +334,7 @@ def test_torchrun_is_killed(slurm: Slurm, undisturbed: Training, tmp_path: Path)
     os.kill(torchrun, signal.SIGKILL)
     facts = training.job.until_state("COMPLETED", "FAILED")
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), training.job.said
-    # Slurm finds processes whose parent has died by cgroups, which this cluster does without.
+    # Slurm needs cgroups to find processes whose parent has died; this cluster has none.
     for process in training.job.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -345,7 +345,7 @@ def test_torchrun_is_killed(slurm: Slurm, undisturbed: Training, tmp_path: Path)
 
 
 def test_a_canceled_job_stays_canceled(slurm: Slurm, tmp_path: Path) -> None:
-    """Also if it had been warned, and was about to queue itself again."""
+    """Even if it was warned before, and was about to requeue itself."""
     training = Training(slurm, tmp_path, hold=True)
     training.until_held()
     ranks = training.ranks()

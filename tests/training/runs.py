@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def settings(folder: Path, *further: str) -> list[str]:
 
 
 def run(arguments: list[str]) -> int:
-    """Train in this process, as one of those that torchrun would start."""
+    """Train in this process, as one of the processes that torchrun would start."""
     torch.set_num_threads(1)
     return train(
         preflight(read(None, arguments), int(os.environ.get("WORLD_SIZE", "1")), weights=True)
@@ -69,7 +70,7 @@ def run(arguments: list[str]) -> int:
 
 
 def tell(trainer: Trainer, number: signal.Signals) -> None:
-    """Send a signal to this process; when this returns, it knows."""
+    """Send a signal to this process. Returns when the process has noticed it."""
     os.kill(os.getpid(), number)
     while not trainer.interrupt.signal:
         time.sleep(0.001)
@@ -79,15 +80,14 @@ def run_all(every: list[list[str]]) -> list[int]:
     """Train several times, one after the other, in these processes: starting them costs more than a
     tiny run.
     """
-    # All in the group that they were started with: DTensor remembers meshes, and these their
-    # groups.
+    # All runs use the first process group: DTensor caches meshes, which keep their groups.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mesh, "close", lambda _: None)
         return [run(arguments) for arguments in every]
 
 
 def records(folder: Path, phase: str = "training") -> dict[int, dict[str, Any]]:
-    """What metrics.jsonl says, by step; the last of a step counts."""
+    """The records of metrics.jsonl by step; the last one of a step counts."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r for r in map(json.loads, lines) if r["phase"] == phase}
 
@@ -107,3 +107,11 @@ def weights(checkpoint: Path) -> dict[str, bytes]:
         for name, tensor in load_file(file).items()
         if tensor.numel()
     }
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; AssertionError after 30 s."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)

@@ -30,8 +30,7 @@ def test_what_is_allocated_again_meets_no_page_faults() -> None:
             [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
         )
         faults[how] = float(done.stdout)
-    # A round's 9 · 2²² numbers of 4 bytes are 37,000 pages of 4 KiB, or 72 of 2 MiB. Of the best
-    # round, since the heap may grow again, and a busy kernel takes pages back that were not
-    # used just now.
+    # A round's 9 · 2²² numbers of 4 bytes are 37,000 pages of 4 KiB, or 72 of 2 MiB. The best round
+    # counts: the heap may grow in another, and a busy kernel may reclaim unused pages.
     assert faults["as it is"] > 65
     assert faults["keep"] < 10

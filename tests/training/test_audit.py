@@ -18,7 +18,7 @@ from tests.training import runs
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
-    """The folder of a run, and its documents."""
+    """A run's folder, and its documents."""
     place = tmp_path_factory.mktemp("audit")
     documents = runs.write_tokens(place / "tokens")
     spawn(1, runs.run, runs.settings(place, *MORE))
@@ -83,7 +83,7 @@ def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_why(made: tuple[Path, list[list[int]]], capsys: pytest.CaptureFixture[str]) -> None:
-    """The documents it names hold the tokens that the step was trained on."""
+    """The documents that it names hold the tokens that the step was trained on."""
     place, documents = made
     assert main(["why", str(place / "run"), "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -149,7 +149,7 @@ def test_a_reader_that_has_enough(made: tuple[Path, list[list[int]]]) -> None:
 def test_why_of_a_batch_size_that_follows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the YAML file gives none, metrics.jsonl says what it was."""
+    """Where the YAML file gives no batch size, metrics.jsonl has it."""
     runs.write_tokens(tmp_path / "tokens")
     how = ["batch.batch_size=null", "training.train_iters=2"]
     assert spawn(1, runs.run, runs.settings(tmp_path, *how)) == [0]

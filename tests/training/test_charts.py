@@ -36,7 +36,7 @@ def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def curve(folder: Path, name: str) -> dict[int, float]:
-    """A curve as TensorBoard reads it; no step comes twice."""
+    """A curve as TensorBoard reads it. Fails if a step comes twice."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     points = events.Scalars(name)
     assert len({point.step for point in points}) == len(points), points
@@ -48,7 +48,7 @@ def logged(folder: Path) -> str:
 
 
 def wandb_files(folder: Path) -> list[Path]:
-    """What W&B recorded offline, a file for each start."""
+    """W&B's offline files, one for each start."""
     return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -66,7 +66,7 @@ def wandb_records(path: Path, kind: str) -> Iterator[Any]:
         _, size, part = struct.unpack("<IHB", data[at : at + 7])
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if part in (1, 4):  # all of a record, or its end
+        if part in (1, 4):  # a complete record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""
@@ -98,7 +98,7 @@ def test_the_learning_rate_is_the_one_that_is_applied(tokens: Path) -> None:
 def test_tensorboard_after_going_back_and_after_a_kill(tokens: Path) -> None:
     how = arguments(tokens, "run", "rewind", "training.tensorboard=yes")
     validation = ["training.validation.interval=2", "training.validation.iterations=1"]
-    for kill_at in (7, -4, 0):  # killed after the checkpoint of step 6, asked to stop, to the end
+    for kill_at in (7, -4, 0):  # killed after the checkpoint of step 6, asked to stop, complete
         spawn(1, spiking, [*how, *validation], (8, 14), kill_at)
     for phase, name in (("training", "Training"), ("validation", "Validation")):
         expected = losses(tokens / "run", phase)
@@ -109,7 +109,7 @@ def test_tensorboard_after_going_back_and_after_a_kill(tokens: Path) -> None:
 
 
 def without_room(arguments: list[str]) -> int:
-    """No file can grow while TensorBoard writes: a full disk, but for all else."""
+    """A full disk for TensorBoard alone: its files cannot grow."""
     send, failed = charts.TensorBoard.send, charts.TensorBoard._failed
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -117,7 +117,7 @@ def without_room(arguments: list[str]) -> int:
         size = max(path.stat().st_size for path in self.folder.iterdir())
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
         send(self, phase, step, numbers)
-        time.sleep(0.05)  # its thread writes
+        time.sleep(0.05)  # of its writer thread
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
     def logged(self: charts.TensorBoard, error: OSError) -> None:
@@ -172,8 +172,8 @@ def test_wandb_after_going_back_and_after_a_kill(tokens: Path) -> None:
         assert sections["training"]["train_iters"] == 14 and sections["batch"]["batch_size"] == 8
         axes = {metric.glob_name: metric.step_metric for metric in wandb_records(path, "metric")}
         assert axes["Training.*"] == axes["Validation.*"] == axes["Test.*"] == "iteration"
-    # Every record of metrics.jsonl is there, those of steps that were made again too, in this
-    # order.
+    # Each record of metrics.jsonl is there in this order, also those of steps that were trained
+    # again.
     lines = [
         json.loads(line) for line in (tokens / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -193,7 +193,7 @@ def test_wandb_after_going_back_and_after_a_kill(tokens: Path) -> None:
         and sorted(set(steps)) == list(range(1, 15))
         and len(steps) > 14
     )
-    # The validation of step 7, which the signal broke off, then those of step 14.
+    # The validation of step 7, which the signal interrupted, then those of step 14.
     alerts = ["Validation results", "Training results", "Validation results", "Run ended!"]
     assert [alert.title for alert in wandb_records(second, "alert")] == alerts
     assert "Weights & Biases records offline; upload the run with `wandb sync " in logged(
@@ -270,7 +270,7 @@ def test_wandb_writes_nothing_to_the_working_directory(
     monkeypatch.setattr("tempfile.tempdir", str(tokens / "tmp"))
     (tokens / "tmp").mkdir()
     (tokens / "here").mkdir()
-    (tokens / "here" / "json.py").write_text("1/0")  # nor is anything taken from there
+    (tokens / "here" / "json.py").write_text("1/0")  # must not be imported
     monkeypatch.chdir(tokens / "here")
     assert run(settings(tokens, "training.train_iters=1", WANDB, "run.experiment_dir=null")) == 0
     assert os.listdir(tokens / "here") == ["json.py"]
@@ -312,7 +312,7 @@ def test_what_becomes_of_wandb_ends_nothing(
     why: str,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(charts, "_UPLOAD_SECONDS", 2.0)
+    monkeypatch.setattr(charts.Wandb, "upload_seconds", 2.0)
     write, hit = Metrics.write, list[psutil.Process]()
 
     def disturbed(self: Metrics, step: int, *counts: Any) -> None:
@@ -337,7 +337,8 @@ def test_what_becomes_of_wandb_ends_nothing(
             one.kill()
     out, err = capfd.readouterr()
     assert out.count(why) == 1 and "Training is complete: 6 steps." in out and err == ""
-    assert out.count("Weights & Biases") == 2  # and that it records offline
+    # and the one that says that the run is recorded offline
+    assert out.count("Weights & Biases") == 2
     assert len(losses(tokens / "run")) == 6
 
 
@@ -345,7 +346,7 @@ def test_a_wandb_that_takes_nothing_is_given_up(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(charts, "_MAX_QUEUED", 20)
+    monkeypatch.setattr(charts.Wandb, "max_queued", 20)
     write = Metrics.write
 
     def disturbed(self: Metrics, step: int, *counts: Any) -> None:

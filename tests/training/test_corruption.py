@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder
-from fast_llm.config.train import OptimizerConfig
+from fast_llm.config.optimizer import OptimizerConfig
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.optim.optimizer import Optimizer
@@ -44,7 +44,7 @@ def arguments(root: Path, name: str, *further: str) -> list[str]:
 
 
 def flip(tensor: Tensor, bit: int = 3) -> None:
-    """One bit of its last element."""
+    """Flip one bit of the last element."""
     dtype = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
     tensor.detach().view(dtype).flatten()[-1:].bitwise_xor_(1 << bit)
 
@@ -62,7 +62,7 @@ def in_counter(trainer: Trainer) -> None:
 
 
 def in_loss(trainer: Trainer) -> None:
-    """From now on each pass without gradients is another bit off."""
+    """From now on, each pass without gradients differs by another bit."""
     before, times = trainer.train_step.loss, 0
 
     def wrong(micro_batches: Sequence[Batch]) -> Tensor:
@@ -74,7 +74,7 @@ def in_loss(trainer: Trainer) -> None:
 
 
 def in_training(trainer: Trainer) -> None:
-    """The pass that trains is what is wrong."""
+    """From now on, the training pass is wrong."""
     before = TrainStep.forward_backward
 
     def wrong(self: TrainStep, batches: Sequence[Batch], seed: float) -> Tensor:
@@ -86,7 +86,7 @@ def in_training(trainer: Trainer) -> None:
 
 
 def in_gathered(trainer: Trainer) -> None:
-    """In a weight as this process has it together for a while."""
+    """From now on, a gathered weight of this process is wrong."""
     before = trainer.train_step.loss
 
     def wrong(micro_batches: Sequence[Batch]) -> Tensor:
@@ -104,7 +104,7 @@ def in_working(trainer: Trainer) -> None:
 
 
 def flipping(arguments_: list[str], fault: Callable[[Trainer], None], rank: str) -> int:
-    """A run in which a process is wrong after step 3, as the command line runs it."""
+    """A run, started by the command line, in which a process computes wrongly after step 3."""
     check = Trainer.check_finite
 
     def faulty(trainer: Trainer, step: int) -> None:
@@ -228,7 +228,7 @@ def test_it_changes_nothing(tmp_path: Path) -> None:
 
 
 def other_kernels(arguments_: list[str]) -> int:
-    """Training's loss has other bits than a pass without gradients, every time."""
+    """Training's loss always has other bits than a pass without gradients."""
     in_training(None)  # type: ignore[arg-type]
     return run(arguments_)
 
@@ -284,7 +284,7 @@ def test_the_odd_one_out() -> None:
             "exp_avg_sq",
             float("inf"),
             "holds NaN or infinities",
-        ),  # the step's numbers stay finite: it moves nothing any more
+        ),  # the step's numbers stay finite: this weight's updates become 0
         ("exp_avg_sq", -1e-6, ", averages of squares, holds numbers below zero"),
     ],
 )

@@ -1,5 +1,6 @@
 """The small files of exports and conversions: config.json, tokenizer, generation_config.json."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -8,17 +9,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder as folders
+from fast_llm.checkpoint import weights
 from fast_llm.data import tokenizer
 from fast_llm.storage import content_digest
 from fast_llm.tensors import torch_dtype
+from fast_llm.training import saving
+from fast_llm.training.trainer import Trainer
 from tests.checkpoint.test_small_files import SMALL
 from tests.checkpoint.test_transformers import LLAMA_3, logits, make
 from tests.data import synthetic
-from tests.training.runs import run, settings, write_tokens
+from tests.helpers import spawn
+from tests.training.runs import run, settings, until, write_tokens
 
 
 def convert(source: Path, output: Path, *further: str) -> None:
@@ -49,7 +55,7 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
     arguments = pretrained(tmp_path, {})
     config = (tmp_path / "model" / "config.json").read_bytes()
     small = {**SMALL, "config.json": config}
-    del small["tokenizer.json"]  # would have to be a real one
+    del small["tokenizer.json"]  # an export needs a real one
     for name, content in small.items():
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / name).write_bytes(content)
@@ -67,7 +73,7 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
         }
 
     assert run(arguments) == 0
-    # The model is in fp32 and was trained in fp32: even config.json is the same bytes.
+    # The model is in fp32 and was trained in fp32: even config.json has the same bytes.
     assert (
         files(tmp_path / "run" / "export" / "llama" / "2")
         == files(tmp_path / "run" / "pretrained")
@@ -82,7 +88,7 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "export")
     shutil.rmtree(
         tmp_path / "run" / "pretrained" / "additional_chat_templates"
-    )  # as an older version left it
+    )  # as an older version wrote it
     (tmp_path / "run" / "pretrained" / "README.md").unlink()
     assert run(arguments) == 0
     left = {
@@ -141,8 +147,8 @@ def test_sequences_longer_than_the_model_states(
     convert(tmp_path / "run" / "checkpoint" / "2", tmp_path / "converted")
     for name in ("config.json", "tokenizer_config.json"):
         assert (tmp_path / "converted" / name).read_bytes() == (export / name).read_bytes()
-    # A run that begins with the checkpoint and trains shorter sequences: the model still knows the
-    # longer ones.
+    # A run that starts from the checkpoint and trains shorter sequences keeps the model's longer
+    # length.
     following = [
         s
         for s in arguments
@@ -261,3 +267,64 @@ def test_two_models_do_not_share_a_folder_of_small_files(
         " <folder>/checkpoint/0"
     ) in capsys.readouterr().err
     assert not output.exists()
+
+
+def full_at_first(root: Path, name: str, *further: str) -> int:
+    """The disk of `run` is full when step 4 is exported first, until step 6 is done."""
+    to_bytes, check, reached, attempts = weights.tensor_bytes, Trainer.check_finite, [0], [0]
+
+    def disturbed(tensor: Tensor) -> memoryview:
+        if name == "run" and not attempts[0]:
+            attempts[0] = 1
+            until(lambda: reached[0] >= 6)
+            raise OSError(errno.ENOSPC, "No space left on device", "the disk")
+        return to_bytes(tensor)
+
+    def checked(trainer: Trainer, step: int) -> None:
+        check(trainer, step)
+        reached[0] = step
+        if step == 7 and name == "run":
+            until(lambda: folders.is_complete(root / name / "export" / "llama" / "4"))
+
+    weights.tensor_bytes = disturbed
+    Trainer.check_finite = checked  # type: ignore[method-assign, assignment]
+    saving._PAUSE = 0.05
+    steps = ["training.train_iters=8", "training.export.interval=4", "training.num_workers=0"]
+    how = [*steps, "training.checkpoint.interval=8", f"run.experiment_dir={root}/{name}"]
+    return run(settings(root, *how, *further))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_continues_during_an_export(tmp_path: Path, world: int) -> None:
+    """A failed write is retried. The bytes are those of an export that training waits for."""
+    write_tokens(tmp_path / "tokens", 400)
+    assert spawn(world, full_at_first, tmp_path, "run") == [0] * world
+    plain = "training.checkpoint.background=no"
+    assert spawn(world, full_at_first, tmp_path, "plain", plain) == [0] * world
+    for step in ("4", "8"):
+        found, expected = (
+            folders.verify(tmp_path / name / "export" / "llama" / step) for name in ("run", "plain")
+        )
+        assert found.files == expected.files, step
+    said = (tmp_path / "run" / "runs" / "0" / "logs" / "logs_rank_0.txt").read_text()
+    failed = "could not be written: No space left on device (the disk). Training continues;"
+    assert failed in said
+    moments = [said.index(part) for part in ("step 6/8  loss", "Training continues;", "step 8/8  ")]
+    assert moments == sorted(moments)
+    assert "Exported" in said and "training paused for" in said
+
+
+def test_exports_of_an_earlier_attempt_are_replaced(tmp_path: Path) -> None:
+    """Those of steps after the checkpoint that a run resumes from; `keep` does not count them."""
+    write_tokens(tmp_path / "tokens", 400)
+    steps = ["training.train_iters=4", "training.checkpoint.interval=2", "training.num_workers=0"]
+    arguments = settings(tmp_path, *steps, "training.export.interval=1")
+    assert run(arguments) == 0
+    exports = tmp_path / "run" / "export" / "llama"
+    before = {step: folders.verify(path).files for step, path in folders.find(exports)}
+    assert before.keys() == {1, 2, 3, 4}
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "4")
+    changed = [*arguments, "optimizer.learning_rate.base=0.02", "training.export.keep=1"]
+    assert run([*changed, "training.train_iters=3"]) == 0
+    after = {step: folders.verify(path).files for step, path in folders.find(exports)}
+    assert after.keys() == {3, 4} and after[3] != before[3] and after[4] == before[4]

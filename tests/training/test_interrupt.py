@@ -21,7 +21,7 @@ from tests.training.runs import losses, run, settings, write_tokens
 
 
 def waits_until_stopped(folder: str, begins: bool) -> None:
-    """For another process, in the middle of C++."""
+    """Wait in C++, in another process, until a signal arrives."""
     import torch.distributed as dist
 
     interrupt = Interrupt()
@@ -50,7 +50,7 @@ def test_who_waits_for_others_hears_the_second_signal(
         os.kill(process.pid, number)
         process.join(2.5)
     process.join(STUCK)
-    # Before the process group exists, the kernel ends the process.
+    # Before the process group exists, the operating system ends the process.
     assert process.exitcode == (-number if numbers == "TERM" else 128 + number)
 
 
@@ -78,7 +78,7 @@ def test_signals_are_given_back() -> None:
     ]
     interrupt = Interrupt()
     interrupt.begin_graceful()
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # the same wish
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # counts as the same signal
         os.kill(os.getpid(), number)
         time.sleep(0.1)
     assert interrupt.signal == signal.SIGUSR1 and interrupt.exit_code == 0
@@ -117,7 +117,7 @@ def test_who_loses_another_process_says_so_in_a_line(tmp_path: Path) -> None:
 
 
 def is_slow(folder: str, rank: int) -> None:
-    """The third step takes seconds."""
+    """Make the third step take seconds."""
     from fast_llm.training.trainer import Trainer
 
     def wait(trainer: Trainer, step: int) -> None:

@@ -127,6 +127,45 @@ def test_a_folder_that_cannot_be_written(tokens: Path) -> None:
     )
 
 
+def test_the_plan_shows_the_learning_rate_at_each_border(tokens: Path) -> None:
+    schedule = [
+        f"optimizer.learning_rate.{one}"
+        for one in (
+            *("decay_style=wsd", "cooldown=4", "cooldown_style=1-sqrt", "decay_iterations=10"),
+            *("warmup_iterations=2", "minimum=1e-3"),
+        )
+    ]
+    arguments = settings(tokens, "training.train_iters=9", *schedule)
+    spec = preflight(read(None, arguments), 1, weights=False)
+    assert (
+        "\nSchedule      step  learning rate  then\n"
+        "              1             0.005  linear warmup\n"
+        "              2              0.01  constant\n"
+        "              6              0.01  1-sqrt cooldown\n"
+        "              9          0.002206  end of training\n"  # 0.001 + 0.009 · (1 - √(3/4))
+    ) in describe_run(spec)
+    assert (
+        "override optimizer.learning_rate.decay_iterations=10: optimizer.learning_rate"
+        ".decay_iterations: the schedule ends at step 10, but training.train_iters is 9: training"
+        " ends with the rate 0.002206" in spec.warnings
+    )
+
+
+def test_a_schedule_may_change_on_resume(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs no consent, is logged, and continues by the number of the update."""
+    rate = "optimizer.learning_rate"
+    shared = settings(tokens, "training.checkpoint.interval=2")
+    assert run([*shared, "training.train_iters=2"]) == 0
+    capsys.readouterr()
+    cooldown = ["decay_style=wsd", "decay_iterations=6", "cooldown=4"]
+    assert run([*shared, "training.train_iters=6", *(f"{rate}.{one}" for one in cooldown)]) == 0
+    output = capsys.readouterr().out
+    assert f'{rate}.decay_style: "constant" → "wsd"' in output
+    assert f"{rate}.cooldown: null → 4" in output
+    rates = [record["learning_rate"] for record in records(tokens / "run").values()]
+    assert rates == pytest.approx([1e-2, 1e-2, 7.5e-3, 5e-3, 2.5e-3, 0])
+
+
 def test_what_may_change_on_resume_and_what_may_not(
     tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +204,7 @@ def test_what_may_change_on_resume_and_what_may_not(
         "batch.batch_size: 8 → 4" in output
         and "optimizer.learning_rate.base: 0.01 → 0.001" in output
     )
-    # Two steps of eight sequences and two of four: no sequence was passed over or seen twice.
+    # Two steps of eight sequences and two of four: each sequence is read once.
     assert records(tokens / "run")[4]["consumed_samples"] == 24
 
 
@@ -187,7 +226,7 @@ def dies_while_they_meet(rank: int) -> None:
 
 
 def test_who_is_lost_while_they_meet_is_not_waited_for(tokens: Path) -> None:
-    """The groups that they make then wait for `training.timeout` later on, a week."""
+    """The groups that they create later wait for `training.timeout`, here a week."""
     arguments = settings(tokens, "training.train_iters=50", "model.distributed.timeout=1")
     with Job(tokens, arguments, 2, dies_while_they_meet, helped=False) as job:
         assert job.wait() == 128 + signal.SIGKILL
@@ -195,12 +234,12 @@ def test_who_is_lost_while_they_meet_is_not_waited_for(tokens: Path) -> None:
 
 
 def be_late(folder: Path) -> bool:
-    """Whether the others were still waiting, or began to, when the last one came."""
+    """Whether the others were still waiting, or began to wait, when the last process came."""
     mesh = Mesh(0.5, 60)
     if mesh.rank == 1:
         while not (folder / "waits").exists():
             time.sleep(0.01)
-        time.sleep(2)  # four times the timeout, however long it took to get here
+        time.sleep(2)  # four times the timeout, whenever the start began
         (folder / "comes").touch()
     else:
         (folder / "waits").touch()
@@ -223,7 +262,7 @@ def speaks_late(rank: int) -> None:
 
 
 def test_the_first_process_tells_why_although_others_have_ended(tokens: Path) -> None:
-    """torchrun ends the others when it sees that one has ended."""
+    """torchrun ends the other processes when it sees that one has ended."""
     arguments = settings(tokens, "model.base_model.vocab_size=100", "training.train_iters=50")
     with Job(tokens, arguments, 2, speaks_late) as job:
         assert job.wait() == 2

@@ -58,11 +58,31 @@ def test_what_is_unusual_follows() -> None:
     assert "  loss nan  grad nan  lr 0  " in training_line(RECORD | nothing, 1)
 
 
+def test_losses_by_source_follow() -> None:
+    sources = {"code": {"loss": 1.23456}, "prose": {"loss": None}}
+    assert training_line(RECORD | {"sources": sources}, 1).endswith(" left  (code 1.2346, prose -)")
+    many = {f"source {number}": {"loss": 1.0} for number in range(7)}
+    assert training_line(RECORD | {"sources": many}, 1) == training_line(RECORD, 1)
+    values = {"step": 5, "train_iters": 10, "phase": "validation", "tokens": 81920, "seconds": 3.21}
+    losses = {"language_model_loss": 2.3456, "prose_loss": 10.5}
+    further = {"sources": sources, "bits_per_byte": 0.81234, "prose_bits_per_byte": 3.5}
+    assert evaluation_lines(values | further, losses) == [
+        "step  5/10  validation loss 2.3456  perplexity 10.44  0.812 bits/byte  81,920 tokens of"
+        " all sets in 3.2 s",
+        "step  5/10  validation by source: code 1.2346, prose -",
+        "step  5/10  validation of prose loss 10.500  perplexity 3.63e+04  3.500 bits/byte",
+    ]
+
+
 def test_evaluation_lines() -> None:
     values = {"step": 5, "train_iters": 10, "phase": "validation", "tokens": 81920, "seconds": 3.21}
     losses = {"language_model_loss": 2.3456, "prose_loss": 10.5, "few_loss": None}
     assert evaluation_lines(values, losses) == [
-        "step  5/10  validation loss 2.3456  perplexity 10.44  81,920 tokens in 3.2 s",
+        "step  5/10  validation loss 2.3456  perplexity 10.44  81,920 tokens of all sets in 3.2 s",
         "step  5/10  validation of prose loss 10.500  perplexity 3.63e+04",
         "step  5/10  validation of few: no target tokens",
+    ]
+    del losses["prose_loss"], losses["few_loss"]
+    assert evaluation_lines(values, losses) == [
+        "step  5/10  validation loss 2.3456  perplexity 10.44  81,920 tokens in 3.2 s"
     ]

@@ -11,9 +11,10 @@ import torch
 
 from fast_llm.checkpoint import folder, state
 from fast_llm.config.document import read
-from fast_llm.config.train import OptimizerConfig, TrainConfig
+from fast_llm.config.optimizer import OptimizerConfig
+from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import validate
-from fast_llm.models.llama import shapes
+from fast_llm.models.parameters import shapes
 from fast_llm.optim.optimizer import Optimizer
 from tests.helpers import spawn
 from tests.training.runs import MODEL, losses, run, run_all, settings, write_tokens

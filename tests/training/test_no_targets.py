@@ -29,7 +29,7 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def some(tmp_path: Path) -> Path:
-    """Half of the sequences have no target."""
+    """Half of the sequences without a target."""
     write(tmp_path / "tokens", [24, *[1] * 24] * 40)
     return tmp_path
 
@@ -119,9 +119,13 @@ def test_micro_batches_without_targets_add_nothing(
         f"model.base_model.cross_entropy_impl={cross_entropy}",
     )
     several = [*common, "batch.micro_batch_size=1", f"run.experiment_dir={some}/several"]
-    whole = [*common, f"batch.micro_batch_size={8 // world}", f"run.experiment_dir={some}/whole"]
-    spawn(world, run_all, [several, whole])
-    one, other = records(some / "several"), records(some / "whole")
+    at_once = [
+        *common,
+        f"batch.micro_batch_size={8 // world}",
+        f"run.experiment_dir={some}/at_once",
+    ]
+    spawn(world, run_all, [several, at_once])
+    one, other = records(some / "several"), records(some / "at_once")
     for step in (1, 2, 3):
         assert 0 < one[step]["target_tokens"] == other[step]["target_tokens"] < 150
         for name in ("language_model_loss", "grad_norm"):

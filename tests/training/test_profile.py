@@ -110,7 +110,7 @@ def test_a_moment_is_that_of_the_event_that_began_last() -> None:
         event("d", 7, 3),
         event("e", 12, 1),
     ]
-    # The other one overlaps without being inside, as an operation that another thread ends.
+    # The other event overlaps without being inside, as an operation that another thread ends.
     across = [event("f", 20, 5), event("g", 22, 6), event("h", 26, 1)]
     assert [
         (begin, end, one["name"]) for begin, end, one in exclusive_intervals([*across, *inside])
@@ -121,12 +121,12 @@ def test_a_moment_is_that_of_the_event_that_began_last() -> None:
 
 
 def test_what_runs_at_the_same_time_counts_once() -> None:
-    """Two streams of a GPU: communication under matmuls costs nothing."""
+    """Two streams of a GPU: communication during matmuls costs nothing."""
     nccl, gemm, copy = "ncclDevKernel_AllGather", "nvjet_tst", "Memcpy HtoD (Pinned -> Device)"
     trace = {
         "traceEvents": [
             event("training step 7", 0, 100, cat="user_annotation"),
-            event("aten::mm", 0, 90),  # starts kernels; does not count on a GPU
+            event("aten::mm", 0, 90),  # starts kernels; not counted on a GPU
             event(gemm, 10, 30, tid=7, cat="kernel"),
             event(nccl, 30, 30, tid=9, cat="kernel"),
             event(copy, 55, 10, tid=11, cat="gpu_memcpy"),
@@ -169,7 +169,7 @@ def arguments(root: Path, name: str, *further: str) -> list[str]:
 
 
 def shares(path: Path) -> dict[str, float]:
-    """What the table says of each part, in percent."""
+    """The table's share of each part, in percent."""
     return {
         name.strip(): float(share)
         for name, share in re.findall(r"^([a-z ]+?)  .* ([\d.]+) %$", path.read_text(), re.M)
@@ -245,7 +245,7 @@ def no_room(*_: Any) -> None:
 
 
 def cut_off(self: Any, path: str) -> None:
-    """What the profiler leaves on a full disk, without a word."""
+    """Write what the profiler leaves on a full disk, without an error."""
     Path(path).write_text('{"traceEvents": [{"ph": "X", "na')
 
 
@@ -306,7 +306,7 @@ def test_a_failed_step_is_reported_and_not_its_profile(
     assert (
         "profiled" not in logged(tmp_path / "run") and not (tmp_path / "run" / "profile").exists()
     )
-    with torch.profiler.profile() as after:  # it was ended
+    with torch.profiler.profile() as after:  # the profile was ended
         torch.ones(3).sum()
     assert any(one.key == "aten::sum" for one in after.key_averages())
 
@@ -356,7 +356,7 @@ def test_a_profiled_step_counts_as_a_usual_one(
         assert len(found) == {1: 7, 3: 3}[every]
         for record in found.values():
             assert record["step_time_ms"] == record["step_time_average_ms"] == 1000
-    # Nothing is known before the first step.
+    # No average is known before the first step.
     assert (
         run(
             arguments(

@@ -11,16 +11,17 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from fast_llm.config.train import DataConfig
 from fast_llm.data.dataset import open_dataset
+from tests.helpers import slow
 from tests.training.runs import losses, run, settings, write_tokens
 
 STEPS = 50
 
 
 def plain_loop(
-    start: Path, tokens: Path, documents: list[np.ndarray]
+    start: Path, tokens: Path, documents: list[np.ndarray], z_loss: float
 ) -> tuple[LlamaForCausalLM, list[float]]:
     """Train transformers' model by PyTorch's AdamW, on the run's sequences: the model, and the loss
-    of each step.
+    of each step. `z_loss`: weight of the mean of (log Σ exp(logits))².
     """
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     groups = [
@@ -39,7 +40,7 @@ def plain_loop(
                 for i in range(8)
             ]
         )
-        for sequence in sequences:  # the data is the documents', whatever the order
+        for sequence in sequences:  # each is a part of the documents
             assert any(
                 torch.equal(flat[k : k + 25], sequence) for k in range(0, len(flat) - 24, 24)
             )
@@ -47,7 +48,8 @@ def plain_loop(
         loss = cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
         expected.append(loss.item())
         optimizer.zero_grad()
-        loss.backward()
+        z = torch.logsumexp(logits, -1).square().mean()
+        (loss + z_loss * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * rate(step)
@@ -63,8 +65,10 @@ def rate(step: int) -> float:
     return 0.5 * (1 + torch.cos(angle).item())
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_fifty_steps_equal_a_plain_loop(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("tied", "z_loss"), [(True, 0.0), (False, 0.0), pytest.param(False, 0.01, marks=slow)]
+)
+def test_fifty_steps_equal_a_plain_loop(tmp_path: Path, tied: bool, z_loss: float) -> None:
     documents = write_tokens(tmp_path / "tokens")
     run(
         settings(
@@ -82,17 +86,18 @@ def test_fifty_steps_equal_a_plain_loop(tmp_path: Path, tied: bool) -> None:
             f"pretrained.path={start}",
             f"training.train_iters={STEPS}",
             f"training.export.interval={STEPS}",
-            "batch.cross_document_attention=yes",  # which a plain loop can do
+            "batch.cross_document_attention=yes",  # a condition of the plain loop
             "data.split=[1,0,0]",
+            f"model.base_model.z_loss_coefficient={z_loss}",
             "optimizer.weight_decay=0.1",
             "optimizer.learning_rate.decay_style=cosine",
             f"optimizer.learning_rate.decay_iterations={STEPS}",
             "optimizer.learning_rate.warmup_iterations=5",
         )
     )
-    model, expected = plain_loop(start, tmp_path / "tokens", documents)
+    model, expected = plain_loop(start, tmp_path / "tokens", documents, z_loss)
     found = losses(tmp_path / "run")
-    assert found[1] > 4 and found[STEPS] < found[1] - 0.5  # it learns
+    assert found[1] > 4 and found[STEPS] < found[1] - 0.5  # the model learns
     for number, wanted in enumerate(expected, start=1):
         assert abs(found[number] - wanted) < 1e-5 * wanted, number
     trained = load_file(tmp_path / "run" / "export" / "llama" / str(STEPS) / "model.safetensors")

@@ -34,7 +34,7 @@ def train_on_nonsense(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_steps_that_are_not_finite_never_touch_the_weights(tokens: Path, world: int) -> None:
-    # The first update is so large that every loss behind it is NaN.
+    # The first update is so large that all later losses are NaN.
     arguments = settings(
         tokens,
         "training.train_iters=20",
@@ -89,7 +89,7 @@ def test_fp16_finds_its_scale(tokens: Path) -> None:
     )
     assert run(arguments) == 0
     skipped = [record["skipped_iters"] for record in records(tokens / "run").values()]
-    assert 0 < sum(skipped) < 12 and skipped[-1] == 0  # the scale came down until gradients fitted
+    assert 0 < sum(skipped) < 12 and skipped[-1] == 0  # the scale fell until gradients were finite
     assert losses(tokens / "run")[16] < losses(tokens / "run")[sum(skipped) + 1]
 
 
@@ -164,7 +164,7 @@ def test_records_are_kept_while_the_disk_is_full(
     write = os.write
     monkeypatch.setattr(
         os, "write", lambda handle, data: write(handle, data[:5])
-    )  # a disk that takes a little at a time
+    )  # the disk accepts a few bytes at a time
     run.record({"step": 3})
     assert [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -15,15 +15,17 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder, state
-from fast_llm.errors import TrainingStopped
+from fast_llm.errors import CheckpointError, TrainingStopped
+from fast_llm.tensors import Stored
 from fast_llm.training import saving
 from fast_llm.training.trainer import Trainer
 from fast_llm.watchdog import watcher
 from tests.helpers import _context, spawn
-from tests.training.runs import losses, run, settings, tell, weights, write_tokens
+from tests.training.runs import losses, run, settings, tell, until, weights, write_tokens
 
 Write = Callable[[str, int], None]
 
@@ -63,15 +65,8 @@ def disturb(
     saving._PAUSE = saving._LAST_PAUSE = 0.05
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.005)
-
-
 def full_at_first(root: Path, rank: str) -> int:
-    """One process's disk is full when step 4 is written first, which takes until step 6 is done."""
+    """Make one process's disk full during the first write of step 4, which lasts until step 6."""
     reached = 0
 
     def before_writing(step: str, attempt: int) -> None:
@@ -182,7 +177,7 @@ def test_failing_to_the_end_is_an_error(tmp_path: Path, background: str) -> None
 
 
 def stopped_while_saving(arguments_: list[str], how: str) -> int | str:
-    """At step 5, while step 4 is written."""
+    """Send a signal at step 5, while step 4 is written."""
 
     def after_step(trainer: Trainer, step: int) -> None:
         if step == 5 and how == "signal" and os.environ["RANK"] == "1":
@@ -218,8 +213,8 @@ def test_without_memory_training_waits(
     assert run(arguments(tmp_path, "run", 8)) == 0
     said = capsys.readouterr().out
     sentence = (
-        "Training waits for each checkpoint to be written: a copy in the host's memory would need"
-        " 329 kB, and 360 kB"
+        "Training waits for each checkpoint and export to be written: a copy in the host's memory"
+        " would need 329 kB, and 360 kB"
     )
     assert said.count(sentence) == 1 and said.count("Saved ") == 2 and "paused for" not in said
 
@@ -252,8 +247,9 @@ def test_a_hang_is_not_excused_by_the_thread_that_saves(tmp_path: Path) -> None:
 
 
 def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] | None:
-    """Of rank 1: all stacks while the training thread waits for its saver, which waits for rank 0;
-    and those of the saver.
+    """Stacks of rank 1 while its training thread waits for its saver, which waits for rank 0.
+
+    Returns all stacks, and the saver's.
     """
     found, saver = "", re.compile(r"/saving\.py.* in _write_with_retries$", re.M)
 
@@ -284,13 +280,31 @@ def stacks_while_saving(arguments_: list[str], looked: Path) -> tuple[str, str] 
     return found, thread
 
 
-def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_container(tmp_path: Path) -> None:
     free = saving.available_memory()
     assert free > 0
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("3000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1000000\n")
-    monkeypatch.setattr(saving, "_CGROUP", tmp_path)
-    assert saving.available_memory() == 3_000_000
+    assert saving.available_memory(tmp_path) == 3_000_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert saving.available_memory() > 3_000_000
+    assert saving.available_memory(tmp_path) > 3_000_000
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failed_checkpoint_is_raised_after_an_export_of_its_step(
+    background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_LAST_PAUSE", 0.01)
+    weight = torch.ones(4)
+    stored = {"weight/a": Stored.of(weight, (weight,))}
+
+    def fails(*_: Any) -> Path:
+        raise CheckpointError("the disk is full")
+
+    saver = saving.Saver(None, background)
+    saver.start("checkpoint", 10, stored, fails, last=True)
+    saver.start("export", 10, stored, lambda *_: Path("written"), last=True)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        saver.wait()
+    assert saver.last_started == {"checkpoint": -1, "export": 10}

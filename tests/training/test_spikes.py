@@ -17,7 +17,7 @@ from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.planning.history import BatchSizeEntry, DataOrder, History, SourceState
 from fast_llm.training.audit import inspect_step
-from fast_llm.training.spikes import SpikeDetector
+from fast_llm.training.spikes import SpikeDetector, handle_spike
 from fast_llm.training.step import TrainStep
 from fast_llm.training.trainer import Trainer
 from tests.helpers import spawn
@@ -34,7 +34,7 @@ def test_what_a_spike_is() -> None:
     assert not any(
         spikes.detect(value, value) for value in [*values[:-1], 99]
     )  # the window is not full
-    values[-1] = 99  # one alone moves neither median
+    values[-1] = 99  # a single one moves neither median
     limit = median(values) + 4 * 1.4826 * median(abs(y - median(values)) for y in values)
     again = SpikeDetector(spikes.config)
     again.load_state_dict(spikes.state_dict())
@@ -45,9 +45,9 @@ def test_what_a_spike_is() -> None:
     assert again.detect(limit * 0.9999, limit * 1.0001).startswith("gradient norm ")
     flat = SpikeDetector(spikes.config)
     assert not any(flat.detect(2.0, 1.0) for _ in range(9))
-    assert not flat.detect(2.079, 1.039)  # a hundredth of the median is no deviation
+    assert not flat.detect(2.079, 1.039)  # a hundredth of the median is not a deviation
     assert flat.detect(2.081, 1.041).count("above") == 2
-    # What lasts is the rule after half a window.
+    # A lasting level becomes normal after half a window.
     assert [bool(flat.detect(3.0, 1.0)) for _ in range(7)] == [True] * 5 + [False] * 2
     off = SpikeDetector(SpikesConfig())
     assert not any(off.detect(value, value) for value in [1.0] * 200 + [9.0])
@@ -70,7 +70,7 @@ def arguments(root: Path, name: str, policy: str, *further: str) -> list[str]:
 
 
 class Kill(Exception):
-    """As if by a signal that nothing can answer."""
+    """Stands for a kill: no code of the package catches it."""
 
 
 def spiking(
@@ -184,9 +184,9 @@ def test_rewind(tmp_path: Path, world: int) -> None:
         "5 steps): rewinding to checkpoint 6; training continues with the data after the spike."
         in said
     )
-    # Killed before the first spike, after going back and before a checkpoint, and after one: the
-    # same every time. Asked to stop at the spike, it leaves without a checkpoint of a step that is
-    # to be undone.
+    # Killed before the first spike; after the rewind and before a checkpoint; and after one: the
+    # same each time. A run that is asked to stop at the spike leaves no checkpoint of a step that
+    # will be undone.
     for begin, kill_at, code in ((0, 7, ""), (6, 4, ""), (6, -1, 143), (6, 6, "")):
         expected = [(code, order[begin : begin + (kill_at if kill_at > 0 else 2)])] * world
         assert (
@@ -204,7 +204,8 @@ def test_rewind(tmp_path: Path, world: int) -> None:
 def test_inspect_step_knows_skipped_ranges(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", 400)
     arguments_ = arguments(tmp_path, "run", "rewind")
-    (killed,) = spawn(1, spiking, arguments_, BAD, 10)  # steps 7 and 8 again, no checkpoint since
+    # steps 7 and 8 again, without a checkpoint since
+    (killed,) = spawn(1, spiking, arguments_, BAD, 10)
     assert killed == ("", [*range(1, 9), 9, 10])
     reported = {step: inspect_step(str(tmp_path / "run"), step).as_text() for step in (6, 7, 8)}
     assert next(line for line in reported[6] if line.startswith("sequence")) == "sequence 40"
@@ -253,6 +254,15 @@ def test_stop_and_too_many_rewinds(tmp_path: Path) -> None:
         )
         newest = folder.latest(tmp_path / policy / "checkpoint")
         assert newest is not None and newest.name == "6"
+
+
+def test_a_run_that_begins_with_too_many_rewinds_stops() -> None:
+    """As a branch of a run that was rewound more often than the branch allows."""
+    config = SpikesConfig(policy="rewind", max_rewinds=2)
+    for rewinds in (2, 3, 50):
+        with pytest.raises(TrainingStopped, match=f"rewound {rewinds} times already"):
+            handle_spike(config, 9, "loss", rewinds, lambda: Path("6"))
+    assert handle_spike(config, 9, "loss", 1, lambda: Path("6")) == Path("6")
 
 
 def test_where_there_is_no_checkpoint_the_step_is_skipped(tmp_path: Path) -> None:

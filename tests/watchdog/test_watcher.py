@@ -26,7 +26,7 @@ from tests import helpers  # noqa: F401
 from tests.training.runs import losses, run, settings, write_tokens
 
 TIMEOUT = 3.0
-LATER = 5.0  # seconds after the timeout within which a job has to be over
+LATER = 5.0  # seconds after the timeout within which a job must end
 _context = multiprocessing.get_context("forkserver")  # tests.helpers tells it what to load
 
 
@@ -41,8 +41,9 @@ def arguments(folder: Path, steps: int, *further: str) -> list[str]:
 
 
 class Job:
-    """Processes of one run, started as torchrun starts them: each its own session, joined by an
-    address.
+    """Processes of one run, started as torchrun starts them.
+
+    They have sessions of their own and meet at an address.
     """
 
     def __init__(
@@ -77,7 +78,10 @@ class Job:
             process.join()
 
     def wait_for(self, name: str) -> float:
-        """Until a process has said that it begins to hang, or that a step is done; now."""
+        """Wait until a process reports that its hang begins, or that a step is done.
+
+        Returns the time.
+        """
         deadline = time.monotonic() + 60
         while not (self.folder / name).exists():
             assert time.monotonic() < deadline and all(p.is_alive() for p in self.processes), (
@@ -87,13 +91,13 @@ class Job:
         return time.monotonic()
 
     def ends_by(self, deadline: float) -> list[int | None]:
-        """The exit codes."""
+        """Wait for the end. Returns the exit codes."""
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0))
         return [process.exitcode for process in self.processes]
 
     def said(self) -> str:
-        """On standard error, by all of them."""
+        """Standard error of all processes."""
         return (self.folder / "stderr").read_text()
 
     def stacks(self, rank: int) -> str:
@@ -160,7 +164,7 @@ def in_the_first_forward(rank: int) -> None:
 
 
 def in_every_forward(rank: int) -> None:
-    """Not a hang: the first time may take long, and what took long before may do so again."""
+    """Slow phases that are no hangs: the first time, and after a slow time that ended."""
     before = CausalLM.forward
 
     def slow_forward(*args: Any) -> Any:
@@ -185,7 +189,7 @@ def with_pythons_lock(rank: int) -> None:
 
 
 def in_no_way_but_unwatched(rank: int) -> None:
-    """Someone kills the watcher."""
+    """Kill the watcher."""
     before = CheckpointManager.restore
 
     def restore(checkpoints: CheckpointManager) -> None:
@@ -344,7 +348,7 @@ def status(rank: int, heartbeats: int, **further: Any) -> Status:
             [2],
             "Stalled: rank 2, process 102 on node1, in step 7",
         ),
-        # Of equal progress, the one that does not wait; but a stopped one first.
+        # Of equal progress, the process that does not wait; but a stopped process first.
         (
             [
                 status(0, 9, is_waiting=True),
@@ -360,7 +364,7 @@ def status(rank: int, heartbeats: int, **further: Any) -> Status:
             [1],
             "stopped by a signal in step 7",
         ),
-        # All alike, as when a device hangs; or some that do not answer.
+        # All equal, as when a device hangs; or some that do not answer.
         (
             [status(rank, 9, is_waiting=True) for rank in range(4)],
             [0, 1, 2, 3],
