@@ -66,7 +66,8 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         world, figures["branches"] = chance.choice(WORLDS), figures["branches"] + 1
         name = f"killed{figures['branches']}"
         story = f"seed {seed}, kill {figures['kills']}, {name}, world {world}"
-        for _ in range(chance.randint(1, 2)):
+        # The first branch is killed once, at its start: so each campaign has one that branches again.
+        for _ in range(chance.randint(1, 2) if figures["kills"] else 1):
             interrupted(folder, name, world, seconds[world], chance, figures, story)
         again(folder, name, world, figures, story)
         assert result(folder / name) == undisturbed[world], f"{story}: another result"
@@ -90,9 +91,12 @@ def interrupted(
 
     `seconds`: until an undisturbed branch has published it.
     """
-    run, in_save = folder / name, chance.random() < 0.5
+    run, in_save, at_start = folder / name, chance.random() < 0.5, not figures["kills"]
     with Job(folder, branch(folder, name), world, slow_disk, chance.random() < 0.5) as job:
-        if in_save:
+        if at_start:
+            while job.launcher.is_alive() and not run.exists():
+                time.sleep(0.001)
+        elif in_save:
             while job.launcher.is_alive() and not list(run.glob("checkpoint/.*.partial-*")):
                 time.sleep(0.001)
         else:

@@ -24,6 +24,7 @@ import yaml
 
 from fast_llm.cli import main
 from fast_llm.data.tokenfile import TokenFileWriter
+from fast_llm.terminal import counted
 from tests.helpers import slow
 from tests.training.runs import losses, settings, write_tokens
 
@@ -264,7 +265,7 @@ def test_nodes_train_together(tmp_path: Path, name: str) -> None:
     said = ends(nodes(line_of(name), tmp_path, count, "training.train_iters=3"))
     assert losses(tmp_path / "run").keys() == {1, 2, 3}
     assert any("Training is complete" in text for text in said)
-    assert f"× {count} processes" in "".join(said)
+    assert f"× {counted(count, 'process', 'processes')}" in "".join(said)
 
 
 @slow
