@@ -157,6 +157,9 @@ class ConvertInput(Section):
     path: PathText
     """Folder of the checkpoint (`<experiment_dir>/checkpoint/<step>`) or of the model, which may
     also be on the Hub."""
+    average: Text | None = None
+    """Convert a running average of the weights that the checkpoint holds, by its name in
+    `training.averages`. null converts the weights."""
 
 
 class ConvertOutput(Section):

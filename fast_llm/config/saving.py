@@ -89,9 +89,10 @@ class CheckpointConfig(SavedConfig):
 
 
 class AverageConfig(Section):
-    """A running average of the weights, in fp32. It is kept in host memory (4 bytes a parameter;
-    on a GPU 4 more for all averages together), saved in checkpoints, and exported beside the model,
-    to `export/<family>-<name>/<step>/`.
+    """A running average of the weights, in fp32. It is kept in host memory (4 bytes a parameter,
+    and 4 more while a checkpoint or export is written; on a GPU 4 more for all averages together),
+    once for each group of `model.multi_stage.shard_size` processes. It is saved in checkpoints, and
+    exported beside the model, to `export/<family>-<name>/<step>/`.
     """
 
     decay: Annotated[Fraction | None, Allowed("a number from 0 to below 1, or null")] = None

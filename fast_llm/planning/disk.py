@@ -28,6 +28,11 @@ def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     return weights + moments * (parameters - frozen)
 
 
+def copied_bytes(config: TrainConfig, parameters: int) -> int:
+    """Host memory for the copy of a checkpoint's tensors: averages are there already."""
+    return checkpoint_bytes(config, parameters) - 4 * len(config.training.averages) * parameters
+
+
 def export_bytes(config: TrainConfig, parameters: int) -> int:
     """The size of an export's weights."""
     dtype = config.training.export.data_type or config.model.distributed.training_dtype

@@ -7,7 +7,7 @@ import math
 from itertools import pairwise
 
 from fast_llm.config.parameter_rules import covered, frozen_names
-from fast_llm.config.saving import AverageConfig, CheckpointConfig, ExportConfig
+from fast_llm.config.saving import CheckpointConfig, ExportConfig
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.data.sampling import UNIT
@@ -16,6 +16,7 @@ from fast_llm.optim.schedule import borders, learning_rate
 from fast_llm.planning.branch import describe_ancestors
 from fast_llm.planning.disk import (
     checkpoint_bytes,
+    copied_bytes,
     disk_use,
     export_bytes,
     format_bytes,
@@ -316,11 +317,8 @@ def _saving_rows(spec: RunSpec) -> Rows:
     if lines:
         rows.append(("Saving", table(("", "every", "size", "kept"), lines, (1, 2))))
     if saved.interval is not None:
-        rows.append(("", _background(spec, checkpoint_bytes(config, parameters))))
-    rows += [
-        ("" if number else "Averages", f"{name}: {_average(average, parameters)}")
-        for number, (name, average) in enumerate(config.training.averages.items())
-    ]
+        rows.append(("", _background(spec, copied_bytes(config, parameters))))
+    rows += _averages(spec, parameters)
     if spec.folder is not None:
         use = disk_use(config, spec.folder, parameters, spec.completed_steps)
         total = format_bytes(sum(count * size for count, size in use.values()))
@@ -342,24 +340,37 @@ def _every(steps: int) -> str:
     return "every step" if steps == 1 else f"every {counted(steps, 'step')}"
 
 
-def _average(average: AverageConfig, parameters: int) -> str:
-    """How an average is made, and the host memory that it takes over all processes."""
-    kind = "uniform mean" if average.decay is None else f"EMA with decay {average.decay:g}"
-    since = f" after step {average.start:,}" if average.start else ""
-    stretch = f", anew every {average.length:,} steps" if average.length else ""
-    return (
-        f"{kind} of the weights {_every(average.interval)}{since}{stretch};"
-        f" {format_bytes(4 * parameters)} of host memory"
-    )
+def _averages(spec: RunSpec, parameters: int) -> list[tuple[str, str]]:
+    """How each average is made, and the host memory that it takes over all processes."""
+    size = 4 * parameters * _copies(spec)
+    rows = []
+    for name, average in spec.config.training.averages.items():
+        kind = "uniform mean" if average.decay is None else f"EMA with decay {average.decay:g}"
+        since = f" after step {average.start:,}" if average.start else ""
+        stretch = f", anew every {average.length:,} steps" if average.length else ""
+        rows.append(
+            f"{name}: {kind} of the weights {_every(average.interval)}{since}{stretch};"
+            f" {format_bytes(size)} of host memory"
+        )
+    if rows:
+        rows.append(
+            f"up to {format_bytes(size)} more on GPUs, for copies of the weights, and"
+            f" {format_bytes(size * len(rows))} while a checkpoint or export is written"
+        )
+    return [("" if number else "Averages", row) for number, row in enumerate(rows)]
 
 
-def _background(spec: RunSpec, checkpoint_size: int) -> str:
+def _copies(spec: RunSpec) -> int:
+    """How many groups of processes hold all weights together: several with hybrid sharding."""
+    replicas = spec.config.model.distributed.replicas(spec.processes)
+    return replicas // min(spec.config.model.multi_stage.shard_size or replicas, replicas)
+
+
+def _background(spec: RunSpec, copied: int) -> str:
     """Whether training waits for checkpoints, or the host memory that background saving takes."""
     if not spec.config.training.checkpoint.background:
         return "training waits for checkpoints"
-    replicas = spec.config.model.distributed.replicas(spec.processes)
-    copies = replicas // min(spec.config.model.multi_stage.shard_size or replicas, replicas)
     return (
-        f"checkpoints are written in the background, from {format_bytes(checkpoint_size * copies)}"
-        " of host memory"
+        "checkpoints are written in the background, from"
+        f" {format_bytes(copied * _copies(spec))} of host memory"
     )

@@ -9,6 +9,7 @@ and backward pass runs, and a thread computes the averages. On the CPU they are 
 A checkpoint holds the averages, so that a resumed run continues them to the bit.
 """
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +18,16 @@ import torch
 from torch import Tensor
 
 from fast_llm.checkpoint import state as tensor_files
-from fast_llm.checkpoint.staging import HostCopy
+from fast_llm.checkpoint.staging import HostCopy, copied_bytes
+from fast_llm.collectives import all_gather_object
 from fast_llm.config.saving import AverageConfig
+from fast_llm.errors import ConfigError
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.weights import Weights
+from fast_llm.planning.disk import format_bytes
 from fast_llm.tensors import Stored, local_part, on_host
+from fast_llm.terminal import counted
+from fast_llm.training.saving import available_memory
 
 
 class Average:
@@ -35,7 +41,9 @@ class Average:
     def begin(self, stored: Mapping[str, Stored]) -> None:
         """Allocate the tensors."""
         for name, one in stored.items():
-            self.tensors[name] = torch.zeros(local_part(one.like).shape, dtype=torch.float32)
+            # Written to: memory that is only reserved would look free to other checks.
+            empty = torch.empty(local_part(one.like).shape, dtype=torch.float32)
+            self.tensors[name] = empty.zero_()
 
     def add(self, name: str, weight: Tensor, in_place: bool) -> None:
         """Move the average of a weight towards its present value.
@@ -69,10 +77,35 @@ class WeightAverages:
         self.error: BaseException | None = None
 
     def begin(self) -> None:
-        """Allocate the averages."""
-        stored = self.weights.stored() if self.averages else {}
+        """Allocate the averages, and on a GPU the copy of the weights that updates need.
+
+        Raises ConfigError on all processes if a host has too little memory.
+        """
+        if not self.averages:
+            return
+        stored = self.weights.stored()
+        self._check_memory(stored)
         for average in self.averages.values():
             average.begin(stored)
+        if self.device is not None:
+            self.host_copy.allocate(stored)
+
+    def _check_memory(self, stored: Mapping[str, Stored]) -> None:
+        parts = sum(4 * local_part(one.like).numel() for one in stored.values())
+        own = parts * len(self.averages)
+        own += copied_bytes(stored) if self.device is not None else 0
+        needed = own * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        hosts = all_gather_object((needed, available_memory()), self.mesh.slow_group)
+        worst = max(hosts, key=lambda host: host[0] - host[1])
+        if worst[0] > worst[1]:
+            raise ConfigError(
+                [
+                    f"training.averages: {counted(len(self.averages), 'average')} need"
+                    f"{'s' * (len(self.averages) == 1)} {format_bytes(worst[0])} of host memory,"
+                    f" but a host has {format_bytes(worst[1])}; use fewer averages, or hosts with"
+                    " more memory"
+                ]
+            )
 
     def update(self, step: int) -> None:
         """Add the weights after a step to the averages that are due."""

@@ -22,6 +22,7 @@ from fast_llm.config.validate import validate
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
 from fast_llm.models import family_of, family_of_json
+from fast_llm.training.averages import prefix
 from fast_llm.training.process import quiet_torch_distributed
 
 logger = logging.getLogger("fast_llm")
@@ -46,6 +47,11 @@ def convert(config: ConvertConfig) -> None:
         _export(path, output, config)
         logger.info(f"Wrote {output}.")
         return
+    if source.average is not None:
+        raise CheckpointError(
+            f"input.average: given {source.average}, but {path} is no checkpoint, and only"
+            " checkpoints hold averages; leave it out, or give a checkpoint"
+        )
     path = huggingface.fetch(source.path, weights=True)
     if target.format == "distributed":
         _import(path, output, config)
@@ -78,6 +84,7 @@ class CheckpointModel:
     tokens: Mapping[str, int | None]  # ids of BOS and EOS
     small: Mapping[str, bytes]  # the small files of the pretrained model
     original: Mapping[str, Any] | None  # its config.json
+    averages: Mapping[str, int]  # how often each running average was updated
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -109,6 +116,7 @@ def describe_checkpoint(path: Path) -> CheckpointModel:
         info.get("tokens") or _tokens(kept),
         small,
         huggingface.read_json(kept / "config.json") if "config.json" in small else None,
+        info.get("averages", {}),
     )
 
 
@@ -117,8 +125,9 @@ def _export(path: Path, output: Path, config: ConvertConfig) -> None:
     found = describe_checkpoint(path)
     family = family_of(found.model)
     _check_family(config, "output", path, found.model.family)
+    before = _prefix(path, found, config.input.average)
     weights = {name: torch.empty(shape) for name, shape in family.shapes(found.model).items()}
-    state.load(path, {f"weight/{name}": weight for name, weight in weights.items()})
+    state.load(path, {before + name: weight for name, weight in weights.items()})
     wanted = config.output.data_type or found.dtype
     export_hugging_face(
         output,
@@ -129,6 +138,23 @@ def _export(path: Path, output: Path, config: ConvertConfig) -> None:
         parameters_per_file=config.output.parameters_per_file,
         step=found.step,
         family=family,
+    )
+
+
+def _prefix(path: Path, found: CheckpointModel, average: str | None) -> str:
+    """What precedes the names of the wanted weights in a checkpoint.
+
+    Raises CheckpointError for an average that it does not hold.
+    """
+    if average is None:
+        return "weight/"
+    if found.averages.get(average):
+        return prefix(average)
+    held = ", ".join(name for name, updates in found.averages.items() if updates) or "none"
+    empty = average in found.averages
+    raise CheckpointError(
+        f"input.average: given {average}, which {path}"
+        f" {'holds without any update' if empty else 'does not hold'}; it holds {held}"
     )
 
 

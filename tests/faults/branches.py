@@ -66,7 +66,7 @@ def campaign(folder: Path, budget: int, seed: int) -> dict[str, Any]:
         world, figures["branches"] = chance.choice(WORLDS), figures["branches"] + 1
         name = f"killed{figures['branches']}"
         story = f"seed {seed}, kill {figures['kills']}, {name}, world {world}"
-        # The first branch is killed once, at its start: so each campaign has one that branches again.
+        # The first branch is killed once, at its start, so that each campaign branches again.
         for _ in range(chance.randint(1, 2) if figures["kills"] else 1):
             interrupted(folder, name, world, seconds[world], chance, figures, story)
         again(folder, name, world, figures, story)

@@ -217,7 +217,7 @@ def test_a_rewind_restores_the_averages(tmp_path: Path) -> None:
 
 def test_the_plan(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
-    from fast_llm.planning.disk import checkpoint_bytes, disk_use
+    from fast_llm.planning.disk import checkpoint_bytes, disk_use, format_bytes
     from fast_llm.planning.report import describe_run
 
     words = arguments(tmp_path, "run", 8)
@@ -225,9 +225,62 @@ def test_the_plan(tmp_path: Path) -> None:
     text = " ".join(describe_run(spec, 100).split())
     assert "Averages ema: EMA with decay 0.9 of the weights every step after step 1; " in text
     assert "stretch: uniform mean of the weights every 2 steps, anew every 4 steps; " in text
+    # 36 kB of weights in fp32; 3 averages, which are not copied for a checkpoint.
+    parameters = spec.cost.parameters
+    assert f"{format_bytes(4 * parameters)} of host memory" in text
+    assert f"{format_bytes(4 * 3 * parameters)} while a checkpoint or export is written" in text
+    assert f"in the background, from {format_bytes(12 * parameters)} of host memory" in text
+    sharded = preflight(read(None, [*words, "model.multi_stage.shard_size=2"]), 4, weights=True)
+    assert f"{format_bytes(8 * parameters)} of host memory" in describe_run(sharded)
     parameters = 1000
     assert checkpoint_bytes(spec.config, parameters) == parameters * 4 * (3 + 3)
     assert disk_use(spec.config, tmp_path / "run", parameters, 0)["exports"][0] == 2 * 4
+
+
+def test_convert_takes_an_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files of a converted average are those of its export; others are refused."""
+    from fast_llm import cli
+
+    write_tokens(tmp_path / "tokens")
+    further = ["training.averages.late={start: 7, interval: 2}"]
+    assert run(arguments(tmp_path, "run", 8, *further)) == 0
+    checkpoint = tmp_path / "run/checkpoint/8"
+
+    def convert(name: str, source: Path = checkpoint, *words: str) -> int:
+        output = tmp_path / f"of {name}"
+        words = (f"input.path={source}", f"output.path={output}", *words)
+        return cli.main(["convert", *words, f"input.average={name}", "output.data_type=fp32"])
+
+    for average in AVERAGES:
+        assert convert(average) == 0
+        ours, exported = tmp_path / f"of {average}", tmp_path / f"run/export/llama-{average}/8"
+        for name in ("model.safetensors", "config.json"):
+            assert (ours / name).read_bytes() == (exported / name).read_bytes()
+    capsys.readouterr()
+    assert convert("emma") == 2
+    held = "it holds ema, tail, stretch"
+    assert f"input.average: given emma, which {checkpoint} does not hold; {held}" in (
+        capsys.readouterr().err
+    )
+    assert convert("late") == 2
+    assert f"given late, which {checkpoint} holds without any update; {held}" in (
+        capsys.readouterr().err
+    )
+    assert convert("any", tmp_path / "of ema", "input.format=auto") == 2
+    assert "is no checkpoint, and only checkpoints hold averages" in capsys.readouterr().err
+
+
+def test_a_host_with_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fast_llm.training import averages
+
+    write_tokens(tmp_path / "tokens")
+    monkeypatch.setattr(averages, "available_memory", lambda: 300_000)
+    words = arguments(tmp_path, "run", 1)
+    parameters = preflight(read(None, words), 1, weights=True).cost.parameters
+    assert parameters * 4 * 2 < 300_000 < parameters * 4 * 3
+    with pytest.raises(ConfigError, match=r"training.averages: 3 averages need .* a host has"):
+        run(words)
+    assert run([word for word in words if not word.startswith("training.averages.ema")]) == 0
 
 
 @pytest.mark.parametrize(
