@@ -73,7 +73,7 @@ if AVAILABLE:
                     tl.float32
                 )
                 probability = tl.exp(x - log_sum)
-                if z_loss:
+                if z_loss != 0:
                     probability *= 1.0 + 2.0 * z_loss * log_sum
                 gradient_x = scale * (probability - tl.where(begin + offsets == label, 1.0, 0.0))
                 tl.store(

@@ -5,7 +5,9 @@ random, and small but for the size of heads, which decides which kernels run.
 
 Bounds: fp32 sums in another order; gradients of query and key norms nearly cancel. bf16 rounds by
 2^-9, and its gradients are compared as one vector. A router near a tie chooses another expert in
-bf16, so of experts only losses are compared there.
+bf16, so of experts only losses are compared there. The slope of xIELU jumps by 0.8 at 0 and at
+-1e-6, as that of transformers does: one of 524,288 activations within rounding of them moves
+gradients by a thousandth (seen at -1.16e-6).
 """
 
 from typing import Any
@@ -126,7 +128,8 @@ def families() -> Rows:
             if exact:
                 far = {key: distance(others[key], each) for key, each in gradients.items()}
                 worst = max(far, key=lambda key: far[key])
-                yield f"{what}: gradient of {worst}", far[worst], 1e-5
+                jumps = transformer.get("activation_type") == "xielu"
+                yield f"{what}: gradient of {worst}", far[worst], 3e-3 if jumps else 1e-5
             elif "num_experts" not in transformer:
                 one, other = (
                     torch.cat([each[key].flatten().float() for key in gradients])
