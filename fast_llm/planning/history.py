@@ -158,17 +158,17 @@ class History(BaseModel):
 
     def inputs(self, samples: int) -> int:
         """Inputs of the first `samples` sequences, padding included."""
-        return sum(count * order.sequence_length for order, count in self._counts(samples))
+        return sum(count * order.sequence_length for order, count in self.counts(samples))
 
     def expected_padding(self, samples: int) -> dict[int, float]:
         """As of `DataOrder`, over all orders."""
         total: dict[int, float] = {}
-        for order, count in self._counts(samples):
+        for order, count in self.counts(samples):
             for key, padding in order.expected_padding(count).items():
                 total[key] = total.get(key, 0) + padding
         return total
 
-    def _counts(self, samples: int) -> list[tuple[DataOrder, int]]:
+    def counts(self, samples: int) -> list[tuple[DataOrder, int]]:
         """How many of the first `samples` sequences each order has."""
         ends = [*(order.index for order in self.orders), samples][1:]
         pairs = zip(self.orders, ends, strict=True)

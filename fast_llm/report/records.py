@@ -10,7 +10,7 @@ import math
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -74,10 +74,10 @@ class Columns:
 class RunRecords:
     """The records of a run. `columns`: by phase. `events`: in the order in which they happened."""
 
-    def __init__(self, folder: Path):
-        """`folder`: the experiment's."""
+    def __init__(self, folder: Path, phases: Sequence[str] = PHASES):
+        """`folder`: the experiment's; `phases`: whose records are kept."""
         self.folder = folder
-        self.columns = {phase: Columns() for phase in PHASES}
+        self.columns = {phase: Columns() for phase in phases}
         self.events: list[Event] = []
         self.train_iters = 0
         self.starts = 0
@@ -122,13 +122,14 @@ class RunRecords:
             if self._start >= 0:
                 begins = self._resumed_after(start)
                 place = step if begins is None else begins
+                if begins is not None:
+                    self.undo(begins)
                 self.events.append(Event(place, "restart", f"start {start + 1}"))
             self._start, self.starts = start, self.starts + 1
         if phase == "rewind":
             spike = record.get("spike", step)
             self.events.append(Event(spike, "rewind", f"spike; rewound to step {step}"))
-            for columns in self.columns.values():
-                columns.undo(step)
+            self.undo(step)
             return
         if phase not in self.columns:
             return
@@ -141,6 +142,11 @@ class RunRecords:
                 self.events.append(Event(step, kind, f"{record[name]} {_WORDS[kind]}"))
                 break  # a spike's update is skipped, too
         self._time(record)
+
+    def undo(self, after: int) -> None:
+        """Drop the records after a step."""
+        for columns in self.columns.values():
+            columns.undo(after)
 
     def _resumed_after(self, start: int) -> int | None:
         """The step after which a start of the run resumed, as its log says."""

@@ -33,9 +33,11 @@ from fast_llm.planning.disk import export_folders
 from fast_llm.planning.history import apply_orders
 from fast_llm.planning.run_spec import RunSpec
 from fast_llm.planning.stages import epoch_problems
+from fast_llm.report.records import RunRecords
 from fast_llm.tensors import Stored, distributed_like
 from fast_llm.training.averages import WeightAverages, prefix
 from fast_llm.training.corruption import check_state_finite
+from fast_llm.training.model_card import losses_at, trained_card, with_card
 from fast_llm.training.run import Run
 from fast_llm.training.saving import Saver, Write
 from fast_llm.training.state import TrainState
@@ -70,6 +72,8 @@ class CheckpointManager:
         self.state = TrainState(spec.history)
         self.restored_step = -1  # of the checkpoint that this start resumed from
         self.saver = Saver(mesh.checkpoint_group, spec.config.training.checkpoint.background)
+        # For model cards; read by the thread that exports.
+        self.validations = RunRecords(run.folder or Path(), ("validation",))
         self.averages = WeightAverages(
             spec.config.training.averages, weights, mesh, lambda: self.saver.busy
         )
@@ -365,24 +369,31 @@ class CheckpointManager:
             stored = self.averages.stored(name) if name else self.weights.stored()
             before = prefix(name) if name else _WEIGHT
             named = {before + weight: one for weight, one in stored.items()}
-            self.saver.start("export", step, named, self._export_writer(path, step, before), last)
+            write = self._export_writer(path, step, name, before)
+            self.saver.start("export", step, named, write, last)
 
-    def _export_writer(self, path: Path, step: int, before: str) -> Write:
-        """What writes an export; `before`: what precedes the names of weights in the copy."""
+    def _export_writer(self, path: Path, step: int, average: str, before: str) -> Write:
+        """What writes an export of the weights or of an average.
+
+        `before`: what precedes the names of weights in the copy.
+        """
         settings, length = self.config.training.export, self.config.batch.sequence_length
         dtype = settings.data_type or self.config.model.distributed.training_dtype
         model, tokens = self.config.model.base_model, self.spec.special_tokens
         family = family_of(model)
         config = family.export_config(self.spec.pretrained_config, model, dtype, tokens, length)
-        group = self.mesh.checkpoint_group
+        group, info = self.mesh.checkpoint_group, self._info()
 
         def write(tensors: Mapping[str, Tensor], part_of: Callable[[str], Tensor]) -> Path:
+            files = export_files(self.spec.extra_files, length)
+            if self.run.is_main:  # the others write no small files
+                files = self._with_card(files, info, dtype, average or None)
             export_hugging_face(
                 path,
                 {name.removeprefix(before): tensor for name, tensor in tensors.items()},
                 config=config,
                 dtype=dtype,
-                files=export_files(self.spec.extra_files, length),
+                files=files,
                 parameters_per_file=settings.parameters_per_file,
                 step=step,
                 group=group,
@@ -393,6 +404,17 @@ class CheckpointManager:
             return path
 
         return write
+
+    def _with_card(
+        self, files: dict[str, bytes], info: Mapping[str, Any], dtype: str, average: str | None
+    ) -> dict[str, bytes]:
+        """The small files of an export with its model card, a problem of which ends no run."""
+        try:
+            losses = losses_at(self.validations, info["step"])
+            return with_card(files, trained_card(info, files, dtype, losses, average))
+        except Exception as error:
+            logger.warning(f"The export of step {info['step']} has no model card: {error}.")
+            return files
 
     # The end of a run.
 

@@ -22,7 +22,9 @@ from fast_llm.config.validate import validate
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
 from fast_llm.models import family_of, family_of_json
+from fast_llm.report.records import RunRecords
 from fast_llm.training.averages import prefix
+from fast_llm.training.model_card import losses_at, trained_card, with_card
 from fast_llm.training.process import quiet_torch_distributed
 
 logger = logging.getLogger("fast_llm")
@@ -84,7 +86,7 @@ class CheckpointModel:
     tokens: Mapping[str, int | None]  # ids of BOS and EOS
     small: Mapping[str, bytes]  # the small files of the pretrained model
     original: Mapping[str, Any] | None  # its config.json
-    averages: Mapping[str, int]  # how often each running average was updated
+    info: Mapping[str, Any]  # of its manifest
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -116,7 +118,7 @@ def describe_checkpoint(path: Path) -> CheckpointModel:
         info.get("tokens") or _tokens(kept),
         small,
         huggingface.read_json(kept / "config.json") if "config.json" in small else None,
-        info.get("averages", {}),
+        info,
     )
 
 
@@ -128,13 +130,16 @@ def _export(path: Path, output: Path, config: ConvertConfig) -> None:
     before = _prefix(path, found, config.input.average)
     weights = {name: torch.empty(shape) for name, shape in family.shapes(found.model).items()}
     state.load(path, {before + name: weight for name, weight in weights.items()})
-    wanted = config.output.data_type or found.dtype
+    wanted, files = config.output.data_type or found.dtype, found.files
+    records = RunRecords(path.parent.parent, ("validation",))
+    losses = losses_at(records, found.step)
+    card = trained_card(found.info, files, wanted, losses, config.input.average)
     export_hugging_face(
         output,
         weights,
         config=found.config(wanted),
         dtype=wanted,
-        files=found.files,
+        files=with_card(files, card),
         parameters_per_file=config.output.parameters_per_file,
         step=found.step,
         family=family,
@@ -148,10 +153,11 @@ def _prefix(path: Path, found: CheckpointModel, average: str | None) -> str:
     """
     if average is None:
         return "weight/"
-    if found.averages.get(average):
+    counts = found.info.get("averages", {})
+    if counts.get(average):
         return prefix(average)
-    held = ", ".join(name for name, updates in found.averages.items() if updates) or "none"
-    empty = average in found.averages
+    held = ", ".join(name for name, updates in counts.items() if updates) or "none"
+    empty = average in counts
     raise CheckpointError(
         f"input.average: given {average}, which {path}"
         f" {'holds without any update' if empty else 'does not hold'}; it holds {held}"

@@ -34,6 +34,7 @@ from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError, DataError
 from fast_llm.models import family_of, family_of_json
 from fast_llm.training.convert import describe_checkpoint
+from fast_llm.training.model_card import merged_card, with_card
 from fast_llm.training.process import quiet_torch_distributed
 
 logger = logging.getLogger("fast_llm")
@@ -96,12 +97,14 @@ def merge(
     parts = [(opened[path], factor) for path, factor in factors.items()]
     shapes = first.shapes
     dtype = dtype or first.dtype
+    weight_of = dict(zip(models, weights or [1.0] * len(models), strict=True))
+    card = merged_card(factors, weight_of, base, [m.files for m in opened.values()], dtype)
     export_hugging_face(
         final,
         {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
         config=first.config(dtype),
         dtype=dtype,
-        files={**first.files, RECORD: _record(models, weights, base)},
+        files={**with_card(first.files, card), RECORD: _record(models, weights, base)},
         parameters_per_file=_PARAMETERS_PER_FILE,
         step=0,
         part_of=lambda name: _sum(name, parts, shapes[name], rows),

@@ -72,19 +72,23 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
             if name not in ("model.safetensors", folders.MANIFEST)
         }
 
+    def exported(folder: Path) -> dict[str, bytes]:
+        """The files of an export: its card aside, and the source's under its name there."""
+        found = files(folder)
+        assert b"library_name: transformers" in found.pop("README.md")
+        return found
+
     assert run(arguments) == 0
     # The model is in fp32 and was trained in fp32: even config.json has the same bytes.
-    assert (
-        files(tmp_path / "run" / "export" / "llama" / "2")
-        == files(tmp_path / "run" / "pretrained")
-        == small
-    )
+    assert files(tmp_path / "run" / "pretrained") == small
+    small["BASE_README.md"] = small.pop("README.md")
+    assert exported(tmp_path / "run" / "export" / "llama" / "2") == small
     convert(tmp_path / "run" / "checkpoint" / "2", tmp_path / "converted")
-    assert files(tmp_path / "converted") == small
+    assert exported(tmp_path / "converted") == small
     shutil.rmtree(tmp_path / "run" / "export")
     (tmp_path / "model").rename(tmp_path / "gone")
     assert run(arguments) == 0
-    assert files(tmp_path / "run" / "export" / "llama" / "2") == small
+    assert exported(tmp_path / "run" / "export" / "llama" / "2") == small
     shutil.rmtree(tmp_path / "run" / "export")
     shutil.rmtree(
         tmp_path / "run" / "pretrained" / "additional_chat_templates"
@@ -94,9 +98,9 @@ def test_small_files_reach_the_export_by_every_way(tmp_path: Path) -> None:
     left = {
         name: data
         for name, data in small.items()
-        if name != "README.md" and "additional" not in name
+        if name != "BASE_README.md" and "additional" not in name
     }
-    assert files(tmp_path / "run" / "export" / "llama" / "2") == left
+    assert exported(tmp_path / "run" / "export" / "llama" / "2") == left
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
