@@ -46,7 +46,7 @@ class SourceConfig(Section):
     """Column with spans of characters that are not trained on, such as prompts: a list of `[begin,
     end]` for each document, counted from 0, with both ends inside. A token with a character in a
     span is no target; the model still reads it. Documents whose spans are not in their text are
-    skipped and counted. JSON and JSON Lines only."""
+    skipped and counted. Files of plain text have no columns."""
     max_document_bytes: Annotated[
         int, Field(ge=1, le=2**40), Allowed("a number of bytes above 0")
     ] = 2**26

@@ -217,8 +217,9 @@ class TokenizerConfig(Section):
 
 class FimConfig(Section):
     """Fill-in-the-middle (Bavarian et al. 2022): documents of training are cut at two random
-    characters and rearranged. Validation and test are not. The tokens must be the model's own; the
-    tokenizer is the pretrained model's, or that of `data.tokenizer.path`.
+    characters and rearranged. Validation, test and sources with masked tokens
+    (`dataset.loss_masking_spans`) are not. The tokens must be the model's own; the tokenizer is the
+    pretrained model's, or that of `data.tokenizer.path`.
     """
 
     rate: Probability = 0.0

@@ -1,11 +1,11 @@
-"""Parquet and arrow files. Only the column of the field is read, with pyarrow.
+"""Parquet and arrow files. Only the columns of text and masked spans are read, with pyarrow.
 
 Opening a file reads its metadata. The parent process decodes rows, a few at a time, and sends them
 to the workers. So workers need no pyarrow, and a row group may be larger than memory.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class ArrowTable:
     groups: NDArray[np.int64]
     """[groups + 1]: rows before each row group or record batch, and in all."""
     blank_rows: int = 0
+    masks: str | None = None
+    """The column with masked spans, if the file has it."""
 
     def name(self, row: int) -> str:
         return f"{self.path}, row {row}"
@@ -51,11 +53,12 @@ class ArrowTable:
                 lengths = np.full(end - at, -1, np.int64)
                 yield ColumnTask(begin + at - first, begin + end - first, lengths, b"", False)
             return
-        for at, array in self._arrays(first, last):
+        for at, array, spans in self._arrays(first, last):
             one, end = max(first - at, 0), min(last - at, len(array))
             if one >= end:
                 continue
             lengths, data, json_inside = _values_as_bytes(array.slice(one, end - one))
+            masked = None if spans is None else spans.slice(one, end - one).to_pylist()
             ends = np.cumsum(np.maximum(lengths, 0))
             row = begin + at + one - first
             for begin_row, end_row in ranges_by_size(np.maximum(lengths, 0), target):
@@ -66,20 +69,22 @@ class ArrowTable:
                     lengths[begin_row:end_row],
                     bytes(part),
                     json_inside,
+                    None if masked is None else masked[begin_row:end_row],
                 )
 
-    def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
-        """The column in pieces, each with the number of its first row. May leave out pieces before
-        `first`.
+    def _arrays(self, first: int, last: int) -> Iterator[tuple[int, Any, Any]]:
+        """The columns of text and masks (or None) in pieces, each with the number of its first row.
+        May leave out pieces before `first`.
         """
         at = first
+        columns = [self.field] if self.masks is None else [self.field, self.masks]
         try:
             with contextlib.ExitStack() as stack:
                 if not self.parquet:
-                    for number, batch in enumerate(_batches(stack, self.path, self.field)):
+                    for number, batch in enumerate(_batches(stack, self.path, columns)):
                         if self.groups[number + 1] > first:
                             at = int(self.groups[number])
-                            yield at, batch.column(0)
+                            yield at, *self._columns(batch)
                         if self.groups[number + 1] >= last:
                             return
                     return
@@ -89,8 +94,8 @@ class ArrowTable:
                     if self.groups[group + 1] <= first or self.groups[group] >= last:
                         continue
                     at = int(self.groups[group])
-                    for batch in file.iter_batches(rows, row_groups=[group], columns=[self.field]):
-                        yield at, batch.column(batch.schema.get_field_index(self.field))
+                    for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+                        yield at, *self._columns(batch)
                         at += batch.num_rows
                         if at >= last:
                             break
@@ -98,6 +103,12 @@ class ArrowTable:
             raise DataError(
                 f"{self.path}, row {at}: cannot be read: {_first_line(error)}"
             ) from error
+
+    def _columns(self, batch: Any) -> tuple[Any, Any]:
+        """The columns of text and masks of a record batch."""
+        place = batch.schema.get_field_index
+        masks = None if self.masks is None else batch.column(place(self.masks))
+        return batch.column(place(self.field)), masks
 
 
 def _first_line(error: BaseException) -> str:
@@ -123,8 +134,8 @@ def _open_parquet(stack: contextlib.ExitStack, path: str) -> Any:
     )
 
 
-def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Iterator[Any]:
-    """The record batches of an arrow file, with only the column `field` if there is one."""
+def _batches(stack: contextlib.ExitStack, path: str, columns: Sequence[str] = ()) -> Iterator[Any]:
+    """The record batches of an arrow file, with only these columns if there is one of them."""
     pyarrow = _pyarrow(path)
     source = stack.enter_context(
         pyarrow.PythonFile(stack.enter_context(open_ranges(path)), "r")
@@ -140,8 +151,10 @@ def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Itera
         return pyarrow.ipc.open_stream(source, options=options), False
 
     reader, indexed = opened()
-    if field is not None and field in reader.schema.names:
-        options = pyarrow.ipc.IpcReadOptions(included_fields=[reader.schema.get_field_index(field)])
+    if places := [
+        reader.schema.get_field_index(name) for name in columns if name in reader.schema.names
+    ]:
+        options = pyarrow.ipc.IpcReadOptions(included_fields=places)
         source.seek(0)
         reader, indexed = opened()
     if indexed:
@@ -150,9 +163,9 @@ def _batches(stack: contextlib.ExitStack, path: str, field: str | None) -> Itera
         yield from reader
 
 
-def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
-    """Read the metadata of a file. Raises DataError if it is damaged, MissingPackage without
-    pyarrow.
+def open_arrow(path: str, field: str, parquet: bool, masks: str | None = None) -> ArrowTable:
+    """Read the metadata of a file. Raises DataError if it is damaged or has no spans in the column
+    `masks`, MissingPackage without pyarrow.
     """
     pyarrow = _pyarrow(path)
     try:
@@ -170,7 +183,7 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
                 )
             else:
                 counts, size, schema = [], 0, None
-                for batch in _batches(stack, path, field):
+                for batch in _batches(stack, path):
                     schema = schema or batch.schema
                     counts.append(batch.num_rows)
                     size += batch.nbytes
@@ -193,6 +206,7 @@ def open_arrow(path: str, field: str, parquet: bool) -> ArrowTable:
         size,
         explain_missing_field(schema, field) if rows else None,
         edges,
+        masks=masks if masks is not None and has_spans(schema, masks, path) else None,
     )
 
 
@@ -201,7 +215,7 @@ def column_names(path: str, parquet: bool) -> list[str]:
     with contextlib.ExitStack() as stack:
         if parquet:
             return list(_open_parquet(stack, path).schema_arrow.names)
-        batch = next(_batches(stack, path, None), None)
+        batch = next(_batches(stack, path), None)
         return [] if batch is None else list(batch.schema.names)
 
 
@@ -225,6 +239,36 @@ def explain_missing_field(schema: Any, field: str) -> str | None:
     if is_json_column(kind) or any(getattr(types, f"is_{name}")(inside) for name in readable):
         return None
     return f"holds {kind} in column {field}, must be text"
+
+
+def has_spans(schema: Any, column: str, path: str) -> bool:
+    """Whether a schema has the column of masked spans. Raises DataError if it holds others."""
+    import pyarrow.types as types
+
+    if column not in schema.names:
+        return False
+    kind = inside = schema.field(column).type
+    for _ in range(2):  # lists of lists; of empty lists alone, no type is known
+        lists = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+        if any(getattr(types, f"is_{name}")(inside) for name in lists):
+            inside = inside.value_type
+        elif not types.is_null(inside):
+            break
+    else:
+        if types.is_null(inside) or types.is_integer(inside):
+            return True
+    raise DataError(
+        f"dataset.loss_masking_spans: {path} holds {kind} in column {column}, must be a list of"
+        " [begin, end], both integers, for each document"
+    )
+
+
+def missing_spans(path: str, column: str, names: Sequence[str]) -> DataError:
+    """The error for a dataset without the column of masked spans."""
+    return DataError(
+        f"dataset.loss_masking_spans: {path} has no column {column}; it has"
+        f" {', '.join(names[:20]) or 'none'}"
+    )
 
 
 def _values_as_bytes(array: Any) -> tuple[NDArray[np.int64], memoryview, bool]:

@@ -184,7 +184,8 @@ class Dataset:
         packed = source.read(number)
         if source.number:
             packed = replace(packed, source=source.number)
-        if self.fim is not None and split == "training":
+        # Rearranging would move masked tokens.
+        if self.fim is not None and split == "training" and not source.masked:
             return self.fim.sequence(packed, index)
         return packed
 
@@ -231,6 +232,12 @@ class Dataset:
     def masked_sources(self) -> list[Source | RandomSource]:
         """The sources of training with tokens that are masked."""
         return [source for source in self._sources("training") if source.masked]
+
+    @property
+    def all_masked(self) -> list[str]:
+        """The names of training's sources, if each has tokens that are masked."""
+        names = [source.name for source in self.masked_sources]
+        return names if len(names) == len(self._sources("training")) else []
 
     def epochs(self, split: str, sequences: int) -> list[tuple[Source | RandomSource, float]]:
         """How many epochs of each source are in the first `sequences` sequences of a run."""

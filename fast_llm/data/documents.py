@@ -42,7 +42,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fast_llm import hub
-from fast_llm.data.columns import ArrowTable, explain_missing_field, open_arrow
+from fast_llm.data.columns import (
+    ArrowTable,
+    column_names,
+    explain_missing_field,
+    has_spans,
+    missing_spans,
+    open_arrow,
+)
 from fast_llm.data.files import HUB, DatasetFiles, parse_split
 from fast_llm.data.reading import (
     COMPRESSED,
@@ -191,20 +198,20 @@ def open_documents(
     """
     config = found.config
     max_bytes = config.max_document_bytes
-    if config.loss_masking_spans is not None and found.kind != "json":
+    bad, spans = config.max_bad_lines, config.loss_masking_spans
+    if spans is not None and found.kind == "file":
         raise DataError(
-            f"dataset.loss_masking_spans: is read from JSON and JSON Lines, but {config.path} is"
-            f" {found.kind}; write its documents to JSON Lines, with columns {config.field} and"
-            f" {config.loss_masking_spans}"
+            f"dataset.loss_masking_spans: given {spans}, but {config.path} has files of text, which"
+            f" have no columns; write its documents to JSON Lines or parquet, with columns"
+            f" {config.field} and {spans}"
         )
     if found.kind in ("saved", "hub"):
         rows, digest = _open_hub(found, loading_workers)
         table = HubTable(rows, config.field, config.path)
         parts: list[tuple[Table, int, int]] = [(table, 0, table.rows)]
-        reader = Reader(config.field, max_bytes, 0, rows, config.deduplicate, config.filter)
+        reader = Reader(config.field, max_bytes, 0, rows, config.deduplicate, config.filter, spans)
         return _corpus(parts, reader, digest, found)
     assert found.digest is not None
-    bad, spans = config.max_bad_lines, config.loss_masking_spans
     reader = Reader(config.field, max_bytes, bad, None, config.deduplicate, config.filter, spans)
     if found.kind == "file":
         files = found.files["train"]
@@ -228,6 +235,8 @@ def open_documents(
         open_shared,
     )
     _check_field(config.path, list(tables.values()))
+    if spans is not None:
+        _check_spans(spans, list(tables.values()))
     parts = [
         part
         for split, first, last in parts_of
@@ -244,6 +253,15 @@ def _check_field(path: str, tables: Sequence[Table]) -> None:
         table.missing_field is not None or table.rows == table.blank_rows for table in tables
     ):
         raise DataError(f"dataset.field: {path} {without[0].missing_field}")
+
+
+def _check_spans(column: str, tables: Sequence[Table]) -> None:
+    """Raise DataError if no file with rows has the column of masked spans. What JSON holds is known
+    once it is read.
+    """
+    filled = [table for table in tables if isinstance(table, ArrowTable) and table.rows]
+    if filled and all(table.masks is None for table in filled):
+        raise missing_spans(filled[0].path, column, column_names(filled[0].path, filled[0].parquet))
 
 
 def _check_bad_rows(parts: list[tuple[Table, int, int]], allowed: int) -> None:
@@ -288,7 +306,8 @@ def _open_tables(
             if stop.is_set():  # it was not read to its end
                 raise CancelledError
             return table
-        return open_arrow(path, config.field, found.kind == "parquet")
+        spans = config.loss_masking_spans
+        return open_arrow(path, config.field, found.kind == "parquet", spans)
 
     if open_shared is not None:
         tables = open_shared(found, paths, opened, workers, stop)
@@ -331,7 +350,7 @@ def _slice(
 
 
 def _open_hub(found: DatasetFiles, workers: int) -> tuple[Any, str]:
-    """A datasets.Dataset that gives Arrow tables of one column, and its digest."""
+    """A datasets.Dataset that gives Arrow tables of the columns that are read, and its digest."""
     config = found.config
     try:
         import datasets
@@ -371,7 +390,12 @@ def _open_hub(found: DatasetFiles, workers: int) -> tuple[Any, str]:
         raise DataError(f"dataset.field: {config.path} {missing_field}")
     # The fingerprint depends on the revision on the Hub; save_to_disk stores it.
     digest = hashlib.sha256(f"{rows._fingerprint} {rows.split}".encode()).hexdigest()
-    return rows.select_columns([config.field]).with_format("arrow"), digest
+    columns, spans = [config.field], config.loss_masking_spans
+    if spans is not None:
+        if not has_spans(rows.data.schema, spans, config.path):
+            raise missing_spans(config.path, spans, rows.data.schema.names)
+        columns.append(spans)
+    return rows.select_columns(columns).with_format("arrow"), digest
 
 
 def _load(datasets: Any, found: DatasetFiles, processes: int | None) -> Any:

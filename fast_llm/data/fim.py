@@ -8,7 +8,9 @@ encoded again, and they become
     PSM  <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle
     SPM  <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle
 
-BOS stays in front and EOS at the end. The sequence is then cut to its length, or padded with tokens
+BOS stays in front and EOS at the end. If a document of the token file has BOS or EOS inside, each
+text between them is a document, as in the published code; `prepare` writes no such documents. Empty
+ones are not rearranged. The sequence is then cut to its length, or padded with tokens
 that are no targets. All random numbers come from numpy's RandomState((seed + i) mod 2³²) for
 sequence i of the run, so they depend neither on processes nor on where a run was resumed.
 
@@ -18,7 +20,7 @@ tokenizer finds again, as in the published code. In a document without them, suc
 It differs from Fast-LLM 0.2 in what that loses: adjacent split tokens are kept; padding of
 sequences is no target. And these documents are left as they are: text with U+FFFD, such as a
 character that the border of the sequence cuts; special tokens that a cut falls into or that are not
-found again; documents with tokens of FIM in them, or BOS or EOS inside.
+found again; documents with tokens of FIM in them.
 
 Decoding and encoding a document of 4,096 tokens takes some 30 ms, in the loader's threads.
 """
@@ -63,8 +65,7 @@ class Fim:
     @functools.cached_property
     def kept(self) -> frozenset[int]:
         """Ids that a document must not have inside to be rearranged."""
-        ends = {token for token in (self.bos, self.eos) if token is not None}
-        return frozenset(self.ids.values()) | ends
+        return frozenset(self.ids.values())
 
     def sequence(self, packed: PackedSample, index: int) -> PackedSample:
         """Sequence `index` of the run, with the documents in it rearranged."""
@@ -75,7 +76,7 @@ class Fim:
         filled = size - packed.padding
         begins = packed.starts[packed.starts < filled]
         documents = np.split(packed.tokens[:filled], begins[1:])
-        counts = FimCounts(documents=len(documents))
+        counts = FimCounts()
         changed = [self.document(tokens, draw, counts) for tokens in documents]
         starts = np.cumsum([0, *(len(tokens) for tokens in changed[:-1])])
         # Where a sequence is joined from several ranges, a document does not continue with the next
@@ -101,9 +102,20 @@ class Fim:
         self, tokens: Tokens, draw: np.random.RandomState, counts: "FimCounts | None" = None
     ) -> Tokens:
         """A document, or a part of one, with its BOS and EOS where they were."""
-        counts = counts or FimCounts()
+        counts = FimCounts() if counts is None else counts
+        after = 1 + np.flatnonzero(tokens == (-1 if self.eos is None else self.eos))
+        before = np.flatnonzero(tokens == (-1 if self.bos is None else self.bos))
+        borders = np.union1d(after, before)
+        texts = np.split(tokens, borders[(borders > 0) & (borders < len(tokens))])
+        return np.concatenate([self._text(text, draw, counts) for text in texts])
+
+    def _text(self, tokens: Tokens, draw: np.random.RandomState, counts: "FimCounts") -> Tokens:
+        """A document without BOS and EOS inside."""
+        counts.documents += 1
         begin = int(len(tokens) > 0 and tokens[0] == self.bos)
         end = len(tokens) - int(len(tokens) > begin and tokens[-1] == self.eos)
+        if begin == end:
+            return tokens
         text = self._fragments(tokens[begin:end], draw, counts)
         return np.concatenate([tokens[:begin], text, tokens[end:]])
 
@@ -211,7 +223,8 @@ def make_fim(
     masked: Sequence[str] = (),
 ) -> Fim:
     """The transformation that `data.fim` describes. Raises ConfigError for a tokenizer that is
-    missing or does not have its tokens, and for sources with masked tokens (`masked`: their names).
+    missing or does not have its tokens, and if all sources have masked tokens (`masked`: their
+    names).
     """
     if masked:
         raise ConfigError(

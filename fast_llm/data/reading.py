@@ -12,6 +12,7 @@ matter. A line that is not JSON ends the preparation with its file and line numb
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -81,6 +82,8 @@ class ColumnTask:
     data: bytes
     json: bool
     """Whether the values are JSON, which may hold text."""
+    spans: list[Any] | None = None
+    """[rows]: the masked spans of each; None if the file has no such column."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,13 @@ class Reader:
         else:
             assert self.table is not None
             last = task.begin + task.last - task.first
-            column = self.table[task.begin : last].column(self.field)
+            rows = self.table[task.begin : last]
+            column = rows.column(self.field)
             json_inside = is_json_column(column.type)
-            for value in column:
-                yield self._scalar(value, json_inside)
+            spans = itertools.repeat(None) if self.masks is None else rows.column(self.masks)
+            for value, given in zip(column, spans, strict=False):
+                masked = None if given is None else given.as_py()
+                yield self._masked(self._scalar(value, json_inside), masked)
 
     def document(self, content: Any) -> str | SkippedDocument:
         """The content of a field as a document."""
@@ -184,10 +190,15 @@ class Reader:
         """A parsed row of JSON as a document."""
         if isinstance(parsed, SkippedDocument):
             return parsed
-        found = self.document(parsed.get(self.field) if isinstance(parsed, dict) else None)
+        row = parsed if isinstance(parsed, dict) else {}
+        spans = None if self.masks is None else row.get(self.masks)
+        return self._masked(self.document(row.get(self.field)), spans)
+
+    def _masked(self, found: str | SkippedDocument, spans: Any) -> str | SkippedDocument:
+        """A document with the spans that its row has in the column of masks."""
         if self.masks is None or not isinstance(found, str):
             return found
-        return masked_text(found, parsed.get(self.masks)) or SkippedDocument(WRONG_SPANS)
+        return masked_text(found, spans) or SkippedDocument(WRONG_SPANS)
 
     def _lines(self, task: LinesTask) -> Iterator[str | SkippedDocument | None]:
         content = task.content
@@ -223,13 +234,14 @@ class Reader:
 
     def _column(self, task: ColumnTask) -> Iterator[str | SkippedDocument]:
         at = 0
-        for length in task.lengths.tolist():
+        spans = task.spans or itertools.repeat(None)
+        for length, masked in zip(task.lengths.tolist(), spans, strict=False):
             if length < 0:
                 yield SkippedDocument("not_text")
                 continue
             try:
                 text: Any = task.data[at : at + length].decode()
-                yield self.values({self.field: parse(text)}) if task.json else self.document(text)
+                yield self._masked(self.document(parse(text) if task.json else text), masked)
             except UnicodeDecodeError:
                 yield SkippedDocument("not_utf8")
             at += length

@@ -258,7 +258,7 @@ def _add_fim(
 ) -> None:
     if config.data.fim.rate:
         seed, vocabulary = config.model.distributed.seed, config.model.base_model.vocab_size
-        masked = [source.name for source in dataset.masked_sources]
+        masked = dataset.all_masked
         dataset.fim = problems.attempt(
             lambda: make_fim(config.data.fim, loaded, seed, vocabulary, masked), "data.fim"
         )

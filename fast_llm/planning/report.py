@@ -250,6 +250,9 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
             f"{masked:,} of {tokens:,} training tokens are no targets, {share:.1%} of what the run"
             " reads"
         )
+        if dataset.fim is not None:
+            names = ", ".join(source.name for source in dataset.masked_sources)
+            words += f"; data.fim leaves {names} as it is"
         rows.append(("Masked", words))
     if dataset.documents("training"):
         shares = [

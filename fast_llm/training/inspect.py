@@ -219,7 +219,7 @@ def _open(config: TrainConfig) -> Dataset:
     if config.data.fim.rate:
         named = config.data.tokenizer.path
         loaded = _model_tokenizer(config) if named is None else tokenizer.load(named)
-        masked = [source.name for source in dataset.masked_sources]
+        masked = dataset.all_masked
         dataset.fim = make_fim(config.data.fim, loaded, seed, vocabulary, masked)
     return dataset
 

@@ -188,14 +188,14 @@ def test_special_tokens_are_found_again(loaded: Loaded) -> None:
 
 
 def test_documents_that_are_left(loaded: Loaded) -> None:
-    """Tokens of FIM, BOS or EOS inside; text that spells a special token beside a real one."""
+    """Tokens of FIM inside; text that spells a special token beside a real one."""
     made = fim(loaded, rate=1.0)
     encode = loaded.tokenizer.encode
     text = encode("def a return b", add_special_tokens=False).ids
     made.tokenizer.encode_special_tokens = True
     spelled = made.tokenizer.encode("<file_sep>", add_special_tokens=False).ids
     assert SPLIT not in spelled
-    for inside in ([PREFIX], [0], [1], [SPLIT, *spelled]):
+    for inside in ([PREFIX], [SPLIT, *spelled]):
         document = np.array([0, *text, *inside, *text, 1])
         for seed in range(10):
             counts = FimCounts()
@@ -205,6 +205,36 @@ def test_documents_that_are_left(loaded: Loaded) -> None:
     document = np.array([0, *text, *spelled, *text, 1])  # text alone stays text
     found = made.document(document, np.random.RandomState(0))
     assert PREFIX in found and SPLIT not in found
+
+
+@pytest.mark.parametrize(
+    "join",
+    [[1], [1, 0], [0], [1, 1], [1, 0, 1, 0]],
+    ids=["EOS", "EOS BOS", "BOS", "2 EOS", "empty"],
+)
+def test_bos_and_eos_inside_separate_texts(loaded: Loaded, join: list[int]) -> None:
+    """As in the published code: each text has draws of its own, an empty one has none."""
+    made, encode = fim(loaded, rate=0.6), loaded.tokenizer.encode
+    texts = [encode(text, add_special_tokens=False).ids for text in ("def a x1", "return b", "c")]
+    plain = load(str(loaded.path.parent)).tokenizer
+    document = [0, *texts[0], *join, *texts[1], *join, *texts[2], 1]
+    rearranged = set()
+    for seed in range(30):
+        draw, counts = np.random.RandomState(seed), FimCounts()
+        found = made.document(np.array(document), draw, counts).tolist()
+        again = np.random.RandomState(seed)
+        one, other, last = (
+            definition(
+                text, again, 0.6, {}, lambda text: plain.encode(text, add_special_tokens=False).ids,
+                lambda ids: plain.decode(ids, skip_special_tokens=False),
+            )
+            for text in texts
+        )  # fmt: skip
+        assert found == [0, *one, *join, *other, *join, *last, 1]
+        assert draw.randint(2**30) == again.randint(2**30)
+        assert counts.rearranged == found.count(MIDDLE) and counts.left == 0
+        rearranged.add(counts.rearranged)
+    assert rearranged == {0, 1, 2, 3}
 
 
 def test_undecodable_text_stays(loaded: Loaded) -> None:

@@ -5,7 +5,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
@@ -36,6 +40,7 @@ from fast_llm.planning.preflight import preflight
 from fast_llm.planning.report import describe_run
 from tests.data import synthetic
 from tests.data.preparing import configure, content, everything
+from tests.data.test_fim import PREFIX, with_tokens
 from tests.helpers import slow, spawn
 from tests.training.runs import MODEL, records, run, run_all, write_tokens
 
@@ -186,6 +191,79 @@ def test_the_same_bytes_however_it_is_prepared(
     for name, data in everything(prepared.with_suffix("")).items():
         if name.endswith((".bin", ".idx", ".npy")):
             assert (other.with_suffix("") / name).read_bytes() == data, name
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
+def test_columns_give_the_bytes_of_json_lines(
+    source: Path, model: Path, tmp_path: Path, kind: str
+) -> None:
+    """Of several row groups, over units of work, in two processes; one file has no such column."""
+    typed = [row for number, row in enumerate(rows()) if number != 52]
+    more = {"text": [f"{number} without a prompt" for number in range(9)]}
+    lines = tmp_path / "rows.jsonl"
+    every = [*typed, *({"text": text} for text in more["text"])]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in every))
+    columns = {name: [row.get(name) for row in typed] for name in ("spans", "text")}
+    table, path = pyarrow.table(columns), tmp_path / kind
+    if kind == "saved":
+        joined = pyarrow.concat_tables([table, pyarrow.table(more)], promote_options="default")
+        datasets.Dataset(joined).save_to_disk(str(path))
+    elif kind == "parquet":
+        path.mkdir()
+        pyarrow.parquet.write_table(table, path / "0.parquet", row_group_size=37)
+        pyarrow.parquet.write_table(pyarrow.table(more), path / "1.parquet")
+    else:
+        path.mkdir()
+        for number, part in enumerate((table, pyarrow.table(more))):
+            with pyarrow.ipc.new_file(path / f"{number}.arrow", part.schema) as file:
+                file.write_table(part, max_chunksize=37)
+    wanted = prepare(configure(tmp_path / "wanted", lines, model, **SPANS))
+    assert content(wanted)["skipped"] == {"wrong_spans": 2}
+    more_settings: list[dict[str, Any]] = [{"tokenize_workers": 2}, {"dataset__deduplicate": True}]
+    for number, changes in enumerate(more_settings):
+        found = prepare(configure(tmp_path / f"{number}", path, model, **SPANS, **changes))
+        assert content(found)["skipped"] == {"wrong_spans": 2}
+        for suffix in (".bin", ".idx", ".masks.npy"):
+            one, other = (each.with_suffix("") / f"shard_0_0{suffix}" for each in (found, wanted))
+            assert one.read_bytes() == other.read_bytes(), suffix
+
+
+@pytest.mark.parametrize(
+    ("spans", "problem"),
+    [
+        (
+            [[{"begin": 0, "end": 1}]],
+            "holds list<item: struct<begin: int64, end: int64>> in column",
+        ),
+        ([[[0.0, 1.0]]], "holds list<item: list<item: double>> in column"),
+        (["[[0, 1]]"], "holds string in column"),
+        ([[0, 1]], "holds list<item: int64> in column"),
+        ([[[[0, 1]]]], "holds list<item: list<item: list<item: int64>>> in column"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_columns_that_hold_no_spans(
+    model: Path, tmp_path: Path, kind: str, spans: Any, problem: str
+) -> None:
+    table, path = pyarrow.table({"text": ["a text"], "spans": spans}), tmp_path / "data"
+    if kind == "saved":
+        datasets.Dataset(table).save_to_disk(str(path))
+    else:
+        path.mkdir()
+        pyarrow.parquet.write_table(table, path / "0.parquet")
+    where = path if kind == "saved" else path / "0.parquet"
+    with pytest.raises(DataError) as error:
+        prepare(configure(tmp_path / "out", path, model, **SPANS))
+    said = str(error.value).replace("element:", "item:")
+    assert said == (
+        f"dataset.loss_masking_spans: {where} {problem} spans, must be a list of [begin, end], both"
+        " integers, for each document"
+    )
+    with pytest.raises(DataError) as error:
+        prepare(configure(tmp_path / "out", path, model, dataset__loss_masking_spans="masks"))
+    assert str(error.value) == (
+        f"dataset.loss_masking_spans: {where} has no column masks; it has text, spans"
+    )
 
 
 @slow
@@ -353,6 +431,54 @@ def test_the_plan_has_the_masked_share_of_what_is_read(prepared: Path, tmp_path:
     assert f"training tokens are no targets, {share / 4:.1%} of what the run reads" in shown
 
 
+def test_a_mixture_masks_and_rearranges_by_source(
+    prepared: Path, model: Path, tmp_path: Path
+) -> None:
+    """Masks apply to the source that has them, fill-in-the-middle to the other one."""
+    folder = with_tokens(tmp_path / "model")
+    given = [
+        *MODEL,
+        "model.base_model.vocab_size=1000",
+        "data.format=mixture",
+        f"data.sources={{chats: {prepared}, plain: {plain_data(model, tmp_path)}}}",
+        "data.stages=[{until: 3, weights: {plain: 1}}, {weights: {chats: 1, plain: 1}}]",
+        "data.split=[1,0,0]",
+        "data.fim.rate=1",
+        f"data.tokenizer.path={folder}",
+        "batch.sequence_length=48",
+        "batch.batch_size=4",
+        "training.train_iters=6",
+        "training.logs.interval=1",
+        f"run.experiment_dir={tmp_path / 'run'}",
+    ]
+    spec = preflight(read(None, given), 1, weights=True)
+    shown = " ".join(describe_run(spec).split())
+    assert "of what the run reads; data.fim leaves chats as it is" in shown
+    assert run(given) == 0
+    data, found = spec.dataset, records(tmp_path / "run")
+    for step in range(1, 7):
+        packed = [data.read("training", index) for index in range(step * 4 - 4, step * 4)]
+        masked = [sequence for sequence in packed if sequence.source == 0]
+        assert len(masked) == (0 if step < 4 else 2)
+        for sequence in packed:
+            assert sequence.source == 0 or not len(sequence.masked)
+            assert (PREFIX in sequence.tokens) == bool(sequence.fim[1]) == (sequence.source == 1)
+        assert found[step]["fim_documents"] == sum(one.fim[0] for one in packed)
+        # Isolated documents end without a target, so that the sum counts masks alone too.
+        hidden = sum(len(set(one.masked) | set(one.ends)) for one in masked)
+        if masked:
+            assert hidden > sum(len(one.ends) for one in masked)
+            (chats, _) = found[step]["sources"].values()
+            assert chats["target_tokens"] == 48 * len(masked) - hidden
+
+
+def plain_data(model: Path, folder: Path) -> Path:
+    """Documents without masks."""
+    path = folder / "plain.jsonl"
+    path.write_text("".join(json.dumps({"text": synthetic.text(n, 30)}) + "\n" for n in range(200)))
+    return prepare(configure(folder / "plain", path, model))
+
+
 def test_mistakes(prepared: Path, source: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         prepare(configure(tmp_path / "a", source, model, dataset__loss_masking_spans="masks"))
@@ -365,8 +491,9 @@ def test_mistakes(prepared: Path, source: Path, model: Path, tmp_path: Path) -> 
     with pytest.raises(DataError) as error:
         prepare(configure(tmp_path / "b", tmp_path / "text", model, **SPANS))
     assert str(error.value) == (
-        f"dataset.loss_masking_spans: is read from JSON and JSON Lines, but {tmp_path / 'text'} is"
-        " file; write its documents to JSON Lines, with columns text and spans"
+        f"dataset.loss_masking_spans: given spans, but {tmp_path / 'text'} has files of text, which"
+        " have no columns; write its documents to JSON Lines or parquet, with columns text and"
+        " spans"
     )
     with pytest.raises(DataError, match=r"was started with dataset.loss_masking_spans \"spans\""):
         prepare(configure(prepared.with_suffix(""), source, model))
