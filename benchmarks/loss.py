@@ -110,6 +110,7 @@ def real(folder: Path, steps: int) -> None:
         *("model.base_model.vocab_size=128256", "model.multi_stage.compile_all=yes"),
         *("data.format=file", f"data.path={data}/code.json"),
         *common(steps),
+        *("data.split=[85,15,0]", "training.validation.iterations=10"),
     ]
     formats = {
         "bf16, fp32 moments": ["optimizer.moments_dtype=fp32"],
