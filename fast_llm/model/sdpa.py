@@ -1,7 +1,8 @@
 """Causal attention through PyTorch's scaled_dot_product_attention, where no other kernel runs.
 
 With a window, limited scores or sinks, queries are taken in blocks. A block of n queries sees at
-most n + window - 1 keys, under a mask of that size. So time and memory grow with S · window.
+most n + window - 1 keys, under a mask of that size. So time grows with S · window, and memory with
+min(n, 1024) · window.
 
 Letters: B sequences, S tokens of a sequence, H query heads, K key and value heads, D head
 dimensions.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fast_llm.models.sizes import FEWEST_QUERIES, MOST_QUERIES
+from fast_llm.models.sizes import queries_per_block
 
 # PyTorch compiles its 16-bit CPU kernel anew for every length, which takes 5 to 10 ms and memory
 # that is never freed. Below 512 tokens its fp32 kernel is as fast: bf16 15.7 ms, fp32 9.3 ms
@@ -80,11 +81,8 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, flash: bool, scoring: Scoring) ->
     so on.
     """
     length, before = q.shape[1], k.shape[1] - q.shape[1]
-    window, size = scoring.window, length
-    if window is not None:
-        size = max(window, FEWEST_QUERIES)
-    elif not scoring.is_plain:
-        size = MOST_QUERIES
+    window = scoring.window
+    size = length if window is None and scoring.is_plain else queries_per_block(window)
     outputs = []
     for start in range(0, length, size):
         end = min(start + size, length)

@@ -11,10 +11,15 @@ LOGITS_PER_CHUNK = {"cuda": 2**29, "cpu": 2**25}
 # Of them, logits that are in fp32 at once where no kernel computes their softmax.
 FP32_LOGITS = {"cuda": 2**26, "cpu": 2**22}
 # Queries of a block of limited or windowed attention in PyTorch: at least so many, however small
-# the window is; so many without a window.
+# the window is; at most so many, because a block's limited scores exist at once.
 FEWEST_QUERIES, MOST_QUERIES = 256, 1024
 # Neighbouring numbers of 8-bit moments that share one int16 `block_absmax`.
 QUANTIZATION_BLOCK = 128
+
+
+def queries_per_block(window: int | None) -> int:
+    """How many queries limited or windowed attention takes at once in PyTorch."""
+    return MOST_QUERIES if window is None else min(max(window, FEWEST_QUERIES), MOST_QUERIES)
 
 
 def chunk_length(device_type: str, tokens: int, vocabulary: int, num_chunks: int | None) -> int:

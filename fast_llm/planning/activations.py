@@ -6,10 +6,9 @@ micro-batch (`LocalSizes`). docs/forecasts.md has the formulas. Only arithmetic.
 
 from fast_llm.models.sizes import (
     CHUNK_ROWS,
-    FEWEST_QUERIES,
     FP32_LOGITS,
-    MOST_QUERIES,
     chunk_length,
+    queries_per_block,
 )
 from fast_llm.planning.layout import LocalSizes
 
@@ -135,7 +134,7 @@ def limited_scores(s: LocalSizes) -> float:
     heads, longest = s.query_size // w.head_size, w.sequence_length
     sizes = []
     for window in w.windows:
-        queries = min(longest, MOST_QUERIES if window is None else max(window, FEWEST_QUERIES))
+        queries = min(longest, queries_per_block(window))
         sizes.append(queries * min(longest, queries + (longest if window is None else window)))
     return 5.0 * 4 * layout.micro_batch_size * heads * max(sizes)
 

@@ -240,6 +240,17 @@ def test_windows_need_no_tensor_of_the_size_of_a_mask(scoring: Scoring) -> None:
         assert kept.total < 20 * q.nbytes + 17 * 256 * 319
 
 
+def test_a_long_window_does_not_need_all_scores_at_once(plain: None) -> None:
+    """As Gemma 2's on a GPU: blocks of 1,024 queries, whatever the window is."""
+    length, scoring = 3000, Scoring(2000, None, 3.0)
+    q, k, v = (torch.randn(1, length, 1, 8, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        out = attention(q, k, v, None, True, *scoring)
+        out.sum().backward()
+    assert largest.elements <= 1024 * (1024 + 1999)
+    assert_close(out, by_hand(q, k, v, (length,), scoring), 1e-6, "results")
+
+
 class Pairs(TorchDispatchMode):
     """Counts the pairs of query and key in each call of PyTorch's CPU kernel."""
 
