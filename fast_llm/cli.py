@@ -66,6 +66,7 @@ def _run(parsed: argparse.Namespace) -> int:
         "prepare": _prepare,
         "convert": _convert,
         "merge": _merge,
+        "upcycle": _upcycle,
         "extend-vocabulary": _extend_vocabulary,
         "report": _report,
         "inspect": _inspect,
@@ -208,6 +209,17 @@ def _merge(parsed: argparse.Namespace) -> int:
     from fast_llm.training.merge import merge
 
     merge(parsed.output, parsed.models, parsed.weights, parsed.base, parsed.dtype)
+    return 0
+
+
+def _upcycle(parsed: argparse.Namespace) -> int:
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fast_llm").setLevel(logging.INFO)
+    from fast_llm.training.upcycle import upcycle
+
+    upcycle(parsed.model, parsed.output, parsed.experts, parsed.experts_per_token, parsed.seed)
     return 0
 
 

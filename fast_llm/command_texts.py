@@ -6,6 +6,7 @@ GROUPS = {
         "plan": "predict memory, speed and the fastest layout",
         "convert": "checkpoint to Hugging Face model, or back",
         "merge": "average models, or add their differences to a base",
+        "upcycle": "make a mixture of experts of a dense model",
     },
     "data": {
         "prepare": "tokenize documents into token files",
@@ -132,6 +133,17 @@ examples:
   # add what an instruct model of the same base has learned
   fast-llm merge OUT RUN/checkpoint/1000 Llama-3.1-8B-Instruct \\
       --base Llama-3.1-8B""",
+    ),
+    "upcycle": (
+        """\
+Write a mixture of experts that computes what a dense model does: its experts
+are copies of the MLP, and its routers are random. Train OUT to make the experts
+different. Llama and Mistral become Mixtral, Qwen3 becomes Qwen3-MoE.
+
+MODEL is a checkpoint, a Hugging Face folder or a model on the Hub.""",
+        """\
+examples:
+  fast-llm upcycle Mistral-7B-v0.3 OUT --experts 8 --experts-per-token 2""",
     ),
     "inspect": (
         """\

@@ -143,6 +143,7 @@ def _add_others(commands: dict[str, Parser]) -> None:
     )
     _add_extend(commands["extend-vocabulary"])
     _add_merge(commands["merge"])
+    _add_upcycle(commands["upcycle"])
     _add_inspect(commands["inspect"])
     commands["verify"].add_argument(
         "paths",
@@ -242,6 +243,21 @@ def _add_merge(command: Parser) -> None:
         type=_one_of(DTYPES),
         choices=DTYPES,
         help="of the weights (default: that of the first model)",
+    )
+
+
+def _add_upcycle(command: Parser) -> None:
+    command.add_argument("model", metavar="MODEL", help="the dense model")
+    command.add_argument("output", metavar="OUT", help="the folder to write")
+    for option, default, what in (
+        ("--experts", 8, "in each block"),
+        ("--experts-per-token", 2, "that compute each token"),
+    ):
+        command.add_argument(
+            option, type=_positive, default=default, metavar="N", help=f"{what} ({default})"
+        )
+    command.add_argument(
+        "--seed", type=_integer, default=1234, metavar="N", help="of the routers (1234)"
     )
 
 

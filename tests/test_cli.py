@@ -64,6 +64,7 @@ COMMANDS = [
     "plan",
     "convert",
     "merge",
+    "upcycle",
     "prepare",
     "extend-vocabulary",
     "report",

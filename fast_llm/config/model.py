@@ -100,6 +100,11 @@ class TransformerConfig(Section):
     most 0.001, unless its output_router_logits is true."""
     expert_z_loss_coefficient: NonNegativeFloat = 0.0
     """Weight of the z-loss, which keeps the router's logits small."""
+    expert_bias_update_rate: NonNegativeFloat | None = None
+    """Load balancing without a loss (DeepSeek-V3): each expert has a bias, which is added to its
+    probability when experts are chosen, and not to its weight. After a step the bias grows by this
+    rate if the expert had fewer tokens than the mean of its layer, and falls if it had more. 0
+    keeps biases as they are. null means no biases. Exports cannot hold them."""
     gated: bool = True
     """Whether the MLP has a gate. Only MLPs with xielu have none."""
     activation_type: Annotated[

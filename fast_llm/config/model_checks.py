@@ -177,6 +177,11 @@ def experts(config: TrainConfig) -> Violations:
             f"given {beyond[0]}, must be below num_layers {t.num_layers}",
         )
     if t.num_experts == 1:
+        if t.expert_bias_update_rate is not None:
+            yield (
+                (f"{above}.expert_bias_update_rate", number),
+                f"given {t.expert_bias_update_rate}, but the model has no experts; set it to null",
+            )
         return
     if t.activation_type not in ("silu", "clamped_swiglu"):
         yield (

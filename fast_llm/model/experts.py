@@ -7,7 +7,8 @@ al. 2022, "MegaBlocks"). All sums have a fixed order, so results repeat to the b
 
 Two losses are added to the cross entropy of a step: load balancing and z-loss. Their value never
 passes through the model's output. `_AddLossGradient` adds their gradient at the router, as
-Megatron-LM does; `RouterLosses` sums their values for the log.
+Megatron-LM does; `RouterLosses` sums their values for the log. A bias of each expert may take part
+in the choice (`Router.selection_bias`).
 
 Written for one device. Parallelism replaces `Experts.core`, which gets rows sorted by expert, and
 `RouterLosses.all_reduce`.
@@ -55,6 +56,9 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts)) if config.has_mlp_biases else None
         self.experts_per_token = config.num_experts_per_token
         self.normalize = config.normalize_expert_weights  # a token's weights sum to 1
+        # [N] in fp32, added to probabilities where experts are chosen (Wang et al. 2024). It is no
+        # parameter: the trainer sets and updates it.
+        self.selection_bias: Tensor | None = None
         self.losses = RouterLosses(experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +71,12 @@ class Router(nn.Module):
         if bias is not None:
             logits = logits + bias.float()
         probabilities = logits.softmax(-1)
-        weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)
+        if self.selection_bias is None:
+            weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)
+        else:
+            biased = probabilities.detach() + self.selection_bias
+            chosen = biased.topk(self.experts_per_token, dim=-1).indices
+            weights = probabilities.gather(-1, chosen)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return self.losses(weights, logits, chosen), chosen

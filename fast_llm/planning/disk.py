@@ -25,7 +25,9 @@ def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     frozen = sum(math.prod(shapes[name]) for name in frozen_names(config.optimizer, shapes))
     moments = 4 if config.optimizer.moments_dtype in ("bf16", "int8") else 8
     weights = 4 * (1 + len(config.training.averages)) * parameters
-    return weights + moments * (parameters - frozen)
+    t = base.transformer
+    biases = 0 if t.expert_bias_update_rate is None else 4 * t.num_experts * len(t.expert_layers())
+    return weights + moments * (parameters - frozen) + biases
 
 
 def copied_bytes(config: TrainConfig, parameters: int) -> int:

@@ -37,6 +37,7 @@ _MIXTURE = ("data.sources", "data.stages")  # recorded with `format: mixture`
 _FIM_DEFAULTS = FimConfig().model_dump(mode="json")
 _FROZEN = "optimizer.learning_rate_scales (frozen parameters)"  # recorded if there are any
 _MODEL = "model.base_model"
+BIAS_RATE = f"{_MODEL}.transformer.expert_bias_update_rate"
 _BASE_MODEL = BaseModelConfig().model_dump(mode="json")
 
 
@@ -64,7 +65,7 @@ def run_identity(config: TrainConfig, batch_size: int, dataset: Dataset) -> dict
         for name, value in base.pop("transformer").items()
         if not name.startswith("init_method")
         and name not in ("use_flash_attention", "mlp_recompute_level")
-        and not (name.startswith("expert_") and name.endswith("_coefficient"))
+        and not (name.startswith("expert_") and name.endswith(("_coefficient", "_update_rate")))
     }
     base = {
         name: value
@@ -157,6 +158,7 @@ def compare(
     used = {name: _value_at(values, name) for name in info["identity"] if name.startswith(optional)}
     used |= identity
     problems += _frozen_problems(info["identity"], identity, checkpoint)
+    problems += _bias_problems(info, config, checkpoint)
     for name, value in used.items():
         if name == _FROZEN:
             continue  # its patterns are compared below
@@ -246,6 +248,22 @@ def _frozen_problems(
     return [
         f"{_setting(_FROZEN)}: {verb} {changed[0]}{more}, unlike {checkpoint}; set it back, or"
         " start a new run, in another run.experiment_dir, from an export (pretrained.path)"
+    ]
+
+
+def has_router_biases(info: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this manifest holds biases of routers."""
+    return _value_at(info.get("settings"), BIAS_RATE) is not None
+
+
+def _bias_problems(info: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> list[str]:
+    """A problem if biases of routers, by which the model chose experts, would be dropped."""
+    t = config.model.base_model.transformer
+    if t.expert_bias_update_rate is not None or not has_router_biases(info):
+        return []
+    return [
+        f"{BIAS_RATE}: given null, but {checkpoint} has biases of routers; set it: 0 keeps them as"
+        " they are"
     ]
 
 

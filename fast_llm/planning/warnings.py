@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fast_llm.checkpoint.folder import Manifest
+from fast_llm.checkpoint.folder import Manifest, read_manifest
 from fast_llm.config.document import Document
 from fast_llm.config.learning_rate import LearningRateConfig
 from fast_llm.config.train import TrainConfig
@@ -11,6 +11,7 @@ from fast_llm.models import family_of_json
 from fast_llm.optim import schedule as schedules
 from fast_llm.planning.disk import disk_warning
 from fast_llm.planning.pretrained import PretrainedModel, experiment_folder
+from fast_llm.planning.resume import BIAS_RATE, has_router_biases
 
 
 def likely_mistakes(
@@ -32,6 +33,8 @@ def likely_mistakes(
         *schedules.likely_mistakes(config.optimizer.learning_rate, config.training.train_iters),
         _rise(config, manifest),
         *_averages(config),
+        _router_biases(config),
+        _dropped_biases(config, pretrained.folder),
         _long_sequences(config, pretrained.folder),
         disk_warning(folder, config, parameters, 0 if manifest is None else manifest.step),
     )
@@ -89,6 +92,29 @@ def _averages(config: TrainConfig) -> list[str]:
             " training.export.interval is null; set it to get models of them"
         )
     return found
+
+
+def _router_biases(config: TrainConfig) -> str:
+    """Biases of routers, which exports cannot hold."""
+    base, training = config.model.base_model, config.training
+    rate = base.transformer.expert_bias_update_rate
+    if rate is None or training.export.interval is None:
+        return ""
+    return (
+        f"{BIAS_RATE}: given {rate}, but exports leave the biases of routers out, because"
+        f" {base.family} models have none: an exported model chooses other experts for some tokens."
+        " Checkpoints hold them"
+    )
+
+
+def _dropped_biases(config: TrainConfig, folder: Path | None) -> str:
+    """Biases of the routers of a pretrained checkpoint that this run would not use."""
+    rate = config.model.base_model.transformer.expert_bias_update_rate
+    if config.pretrained.format != "distributed" or rate is not None or folder is None:
+        return ""
+    if not has_router_biases(read_manifest(folder).info):
+        return ""
+    return f"pretrained.path: the biases of its routers are not used; to use them set {BIAS_RATE}"
 
 
 def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> str:

@@ -21,6 +21,7 @@ TRAINED = "the training data"  # what language_model_loss of a validation is of
 _HOW_TO_TRAIN = (  # settings below model.base_model
     *("z_loss_coefficient", "cross_entropy_impl", "cross_entropy_splits", "mlp_recompute_level"),
     *("use_flash_attention", "expert_auxiliary_loss_coefficient", "expert_z_loss_coefficient"),
+    "expert_bias_update_rate",
 )
 _SMALL = 0.005  # nats: smaller changes count as none
 _PLAN = "What this run does:"

@@ -31,6 +31,7 @@ from fast_llm.parallel.weights import Weights
 from fast_llm.planning.branch import describe_ancestors
 from fast_llm.planning.disk import export_folders
 from fast_llm.planning.history import apply_orders
+from fast_llm.planning.resume import has_router_biases
 from fast_llm.planning.run_spec import RunSpec
 from fast_llm.planning.stages import epoch_problems
 from fast_llm.report.records import RunRecords
@@ -122,7 +123,7 @@ class CheckpointManager:
                 folders.clean(exports)
         self.mesh.barrier()
         training, stored = self.config.training, self._stored()
-        if training.checkpoint.interval is None:
+        if training.checkpoint.interval is None:  # exports alone
             stored = {n: one for n, one in stored.items() if n.startswith((_WEIGHT, _AVERAGE))}
         if self.run.folder is not None and (
             training.checkpoint.interval is not None or training.export.interval is not None
@@ -147,11 +148,14 @@ class CheckpointManager:
         if pretrained.format != "distributed":
             family = family_of(self.config.model.base_model)
             load_weights(tensors, source, family, self.mesh.slow_group)
-        elif pretrained.optimizer_state:
-            self._load_tensors(source, tensors)
-            self.train_step.optimizer.updates = folders.read_manifest(source).info["updates"]
         else:
-            tensor_files.load(source, _named(tensors), self.mesh.slow_group)
+            info = folders.read_manifest(source).info
+            if pretrained.optimizer_state:
+                self._load_tensors(source, tensors)
+                self.train_step.optimizer.updates = info["updates"]
+            else:
+                tensor_files.load(source, _named(tensors), self.mesh.slow_group)
+            self._load_biases(source, info)
         logger.info(f"Starting from the weights of {source}.")
 
     def _branch(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -194,6 +198,7 @@ class CheckpointManager:
         """Load weights, moments and counters of a checkpoint. `info`: its manifest's, if known."""
         info, state = info or folders.read_manifest(path).info, self.state
         self._load_tensors(path, tensors)
+        self._load_biases(path, info)
         for name in self.averages.load(path, info.get("averages", {})):
             logger.info(f"training.averages.{name} begins here: {path} does not hold it.")
         state.step, state.consumed_samples = info["step"], info["samples"]
@@ -212,6 +217,10 @@ class CheckpointManager:
     def _load_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         with self.train_step.optimizer.moments(changed=True) as moments:
             tensor_files.load(path, _named(tensors, *moments), self.mesh.slow_group)
+
+    def _load_biases(self, path: Path, info: Mapping[str, Any]) -> None:
+        if self.train_step.routers is not None:
+            self.train_step.routers.load_biases(path, has_router_biases(info))
 
     # Rewind.
 
@@ -304,7 +313,8 @@ class CheckpointManager:
         weights = self.weights.stored()
         parts = {"weight": weights} | self.train_step.optimizer.stored(weights)
         parts |= {f"average.{name}": self.averages.stored(name) for name in self.averages.averages}
-        return {
+        routers = self.train_step.routers
+        return (routers.stored() if routers is not None else {}) | {
             f"{part}/{name}": one for part, named in parts.items() for name, one in named.items()
         }
 

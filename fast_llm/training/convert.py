@@ -108,6 +108,11 @@ def describe_checkpoint(path: Path) -> CheckpointModel:
         trained_in = settings["model"]["distributed"]["training_dtype"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its manifest does not describe a model") from error
+    if model.transformer.expert_bias_update_rate is not None:
+        logger.warning(
+            f"{path}: the biases of its routers are left out, because {model.family} models have"
+            " none: the model chooses other experts for some tokens."
+        )
     kept = path.parent.parent / "pretrained"
     small = huggingface.small_files(kept) if kept.is_dir() else {}
     return CheckpointModel(

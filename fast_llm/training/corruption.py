@@ -143,7 +143,10 @@ class CorruptionCheck:
     def _replicated_state(self) -> dict[str, Any]:
         """Digests of the weights and moments of which other processes hold copies."""
         step, tensors = self.step, self.step.weights.tensors
-        found: dict[str, Any] = {}
+        biases = step.routers.biases if step.routers is not None else {}
+        found: dict[str, Any] = {
+            f"bias of router {layer}": digest(bias) for layer, bias in biases.items()
+        }
         for name, count in step.replication_factor.items():
             if count > 1:
                 parts = {"weight": local_part(tensors[name])}

@@ -1,4 +1,4 @@
-"""The router losses of a run, and how tokens are spread over experts.
+"""The router losses and biases of a run, and how tokens are spread over experts.
 
 Each router adds the gradient of its own losses in the backward pass (model/experts.py). The step
 says before it what these gradients are multiplied by, so that the update is that of
@@ -8,22 +8,34 @@ says before it what these gradients are multiplied by, so that the update is tha
 with c and z from the settings, and means over layers, micro-batches and processes. Cross entropy is
 a mean over target tokens, whose number must be known for this before the backward pass: one sum
 over processes, for which the host does not wait.
+
+With a bias of each expert (Wang et al. 2024, "Auxiliary-loss-free load balancing"), an update adds
+rate · sign(mean - own) of the numbers of tokens in the step, over all processes. These numbers are
+integers, equal on all processes that hold a bias: so are the biases, in every layout.
 """
 
+import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from fast_llm.checkpoint import state as tensor_files
 from fast_llm.config.model import TransformerConfig
 from fast_llm.model.experts import MixtureOfExperts, RouterLosses
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.tensors import Stored
+
+logger = logging.getLogger("fast_llm")
+
+BIASES = "router_bias"  # before the names of biases in a checkpoint
 
 
 class RouterMonitor:
-    """Scales the router losses of a step, and sums them up for the log."""
+    """Scales the router losses of a step, sums them up for the log, and updates biases."""
 
     def __init__(self, models: Iterable[nn.Module], config: TransformerConfig, mesh: Mesh):
         """`models`: this process's pipeline stages."""
@@ -33,11 +45,16 @@ class RouterMonitor:
         self.auxiliary = config.expert_auxiliary_loss_coefficient or 0.0
         self.z = config.expert_z_loss_coefficient
         self.routers: dict[int, RouterLosses] = {}  # layer → router, of this process
+        self.bias_rate = config.expert_bias_update_rate
+        self.biases: dict[int, Tensor] = {}  # layer → [N] in fp32; empty without a rate
         for model in models:
             for name, module in model.named_modules():
                 if isinstance(module, MixtureOfExperts):
                     layer = next(int(part) for part in name.split(".") if part.isdigit())
                     self.routers[layer] = module.gate.losses
+                    if self.bias_rate is not None:
+                        self.biases[layer] = torch.zeros(self.num_experts, device=mesh.device)
+                        module.gate.selection_bias = self.biases[layer]
         # Of every layer, since the last record: rows of each expert, and both losses.
         self.totals = torch.zeros(
             len(self.layers), self.num_experts + 2, dtype=torch.float64, device=mesh.device
@@ -71,6 +88,36 @@ class RouterMonitor:
             row[: self.num_experts] += router.counts
             row[self.num_experts :] += router.sums
         self.micro_batches += next((r.micro_batches for r in self.routers.values()), 0)
+
+    def update_biases(self) -> None:
+        """Move each bias against the load of its expert in the step that has ended."""
+        for layer, bias in self.biases.items():
+            counts = self.routers[layer].counts
+            if counts is not None and self.bias_rate:
+                lacking = (counts.sum() - counts * self.num_experts).sign()
+                bias.add_(lacking, alpha=self.bias_rate)
+
+    def stored(self) -> dict[str, Stored]:
+        """The biases as checkpoints hold them."""
+        return {
+            f"{BIASES}/layers.{layer}": Stored.of(bias, (bias,))
+            for layer, bias in self.biases.items()
+        }
+
+    def load_biases(self, path: Path, there: bool) -> None:
+        """Restore the biases from a checkpoint; `there`: whether it has any. All processes call it.
+
+        Without them they are 0, which changes no choice.
+        """
+        for bias in self.biases.values():
+            bias.zero_()
+        if self.bias_rate is None:
+            return
+        if not there:
+            logger.info(f"Biases of routers begin at 0: {path} does not hold them.")
+            return
+        named = {f"{BIASES}/layers.{layer}": bias for layer, bias in self.biases.items()}
+        tensor_files.load(path, named, self.mesh.slow_group)
 
     def discard(self) -> None:
         """Forget the steps since the last record, after a rewind."""

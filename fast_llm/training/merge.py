@@ -40,13 +40,16 @@ from fast_llm.training.process import quiet_torch_distributed
 logger = logging.getLogger("fast_llm")
 
 RECORD = "merge.json"
-_PARAMETERS_PER_FILE = 2**32
+PARAMETERS_PER_FILE = 2**32
 # Keys of config.json that say how a model is trained.
-_OF_TRAINING = ("transformer.expert_auxiliary_loss_coefficient",)
+_OF_TRAINING = (
+    "transformer.expert_auxiliary_loss_coefficient",
+    "transformer.expert_bias_update_rate",
+)
 
 
 @dataclass(frozen=True)
-class _Model:
+class StoredModel:
     """A checkpoint or a Hugging Face folder whose weights are read one by one."""
 
     path: Path
@@ -88,7 +91,9 @@ def merge(
     if final.exists():
         raise CheckpointError(f"{final}: exists already; choose another folder")
     factors = _factors(models, weights, base)
-    opened = {path: _open(path) for path in dict.fromkeys([*models, *([base] if base else [])])}
+    opened = {
+        path: open_model(path) for path in dict.fromkeys([*models, *([base] if base else [])])
+    }
     first = opened[models[0]]
     for path, other in opened.items():
         if other is not first:
@@ -105,7 +110,7 @@ def merge(
         config=first.config(dtype),
         dtype=dtype,
         files={**with_card(first.files, card), RECORD: _record(models, weights, base)},
-        parameters_per_file=_PARAMETERS_PER_FILE,
+        parameters_per_file=PARAMETERS_PER_FILE,
         step=0,
         part_of=lambda name: _sum(name, parts, shapes[name], rows),
         family=family_of(first.model),
@@ -146,7 +151,7 @@ def _factors(
     return factors
 
 
-def _open(path: str) -> _Model:
+def open_model(path: str) -> StoredModel:
     """A checkpoint or a Hugging Face folder. Raises CheckpointError if it cannot be read."""
     folder = Path(path).expanduser()
     if folder.is_dir() and folders.is_checkpoint(folder):
@@ -156,7 +161,7 @@ def _open(path: str) -> _Model:
             state.load(folder, {f"weight/{n}": w for n, w in weights.items()}, reader=reader)
 
         kept = folder.parent.parent / "pretrained"
-        return _Model(folder, found.model, found.dtype, found.config, found.files, fill, kept)
+        return StoredModel(folder, found.model, found.dtype, found.config, found.files, fill, kept)
     folder = huggingface.fetch(path, weights=True)
     original = huggingface.read_json(folder / "config.json")
     place = f"{folder}/config.json"
@@ -164,7 +169,7 @@ def _open(path: str) -> _Model:
     model = _of_config_json(original, place)
     if problems := huggingface.check_weights(folder, model):
         raise ConfigError(problems)
-    return _Model(
+    return StoredModel(
         folder,
         model,
         huggingface.stored_dtype(folder, original),
@@ -180,7 +185,7 @@ def _of_config_json(config: dict[str, Any], place: str) -> BaseModelConfig:
     return validate(BaseModelConfig, Document(values, {}, place))
 
 
-def _check_fit(first: _Model, other: _Model, path: str) -> None:
+def _check_fit(first: StoredModel, other: StoredModel, path: str) -> None:
     """Raise CheckpointError or DataError unless the weights of two models mean the same.
 
     The number of tokens may differ. Settings that the weights do not show are only logged.
@@ -216,7 +221,7 @@ def _check_fit(first: _Model, other: _Model, path: str) -> None:
     _check_tokenizers(first, other, path, vocabulary["vocab_size"])
 
 
-def _stored_settings(model: _Model) -> dict[str, Any]:
+def _stored_settings(model: StoredModel) -> dict[str, Any]:
     """The settings of a model that config.json of an export can say, by dotted name.
 
     The others, such as z-loss and recomputation, say how a model was trained.
@@ -235,7 +240,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_tokenizers(first: _Model, other: _Model, path: str, size: int) -> None:
+def _check_tokenizers(first: StoredModel, other: StoredModel, path: str, size: int) -> None:
     """Raise DataError if one of the first `size` tokens differs between two models."""
     vocabularies = []
     for model in (first, other):
@@ -257,7 +262,7 @@ def _check_tokenizers(first: _Model, other: _Model, path: str, size: int) -> Non
 
 
 def _sum(
-    name: str, parts: Sequence[tuple[_Model, float]], shape: tuple[int, ...], rows: int
+    name: str, parts: Sequence[tuple[StoredModel, float]], shape: tuple[int, ...], rows: int
 ) -> Tensor:
     """A weight of the merged model, in fp32.
 

@@ -124,6 +124,27 @@ def merged_card(
     )
 
 
+def upcycled_card(
+    model: str, files: Mapping[str, bytes], dtype: str, experts: int, experts_per_token: int
+) -> str:
+    """The card of a mixture of experts that was made of a dense `model` and is not yet trained.
+
+    `files`: small files of the dense model; `dtype`: of the weights.
+    """
+    base = _Base({"path": model}, files.get(CARD))
+    return "\n".join(
+        [
+            _front_matter(base.front_matter(), "moe"),
+            f"# {base.name} with experts\n",
+            f"Each MLP of {base.link} is now {experts} experts, which are copies of it, and a random"
+            f" router, which chooses {experts_per_token} of them for each token. The model computes"
+            " what the dense one does. It was made with Fast-LLM, to be trained.\n",
+            _usage(dtype, None),
+            base.licence(),
+        ]
+    )
+
+
 def read_front_matter(card: bytes | None) -> dict[str, Any]:
     """The YAML between `---` at the start of a card; empty if there is none, or a damaged one."""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", (card or b"").decode("utf-8", "replace"), re.S)

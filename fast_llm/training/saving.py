@@ -53,6 +53,7 @@ class Saver:
         self.last_saved = -1  # the newest step whose checkpoint is complete
         self.host_copy = HostCopy()
         self.copied_step = -1  # the step that `host_copy` is of
+        self.copied: set[str] = set()  # the names that it has of this step
         self.allocation: threading.Thread | None = None  # of the memory for the copy
         self.checked: set[str] = set()  # names that there is memory for
         self.thread: threading.Thread | None = None
@@ -108,7 +109,7 @@ class Saver:
         `host_copy.before_update` before its sources change.
         """
         began = time.perf_counter()
-        if self.copied_step != step or not stored.keys() <= self.host_copy.copies.keys():
+        if self.copied_step != step or not stored.keys() <= self.copied:
             self._copy(step, stored)
         background = self.background
         tensors = {name: one.like for name, one in stored.items()}
@@ -153,7 +154,7 @@ class Saver:
         self._check_memory(stored)
         if self.background:
             self.host_copy.copy(stored)
-            self.copied_step = step
+            self.copied_step, self.copied = step, set(stored)
 
     def restored(self, step: int) -> None:
         """The run is at the checkpoint of this step. Later steps, if any, are undone."""

@@ -154,6 +154,8 @@ class TrainStep:
             self.before_update()
             self.optimizer.step(gradients, rate, factor)
             self.weights.sync_model_weights()
+            if self.routers is not None:
+                self.routers.update_biases()
         self.loss_scale.update(finite)
         rate *= self.config.default_learning_rate_scale  # as the optimizer does
         return StepResult(

@@ -1,7 +1,8 @@
 """Every family in every kind of layout: gradients of the first step are those of one process.
 
 A checkpoint's first moment is the gradient times 1 - beta1. Differences are at most 1e-5 of a
-gradient's norm, or 3e-5 of it before norms of queries and keys: fp32, summed in other orders.
+gradient's norm: fp32, summed in other orders. docs/decisions/bounds-on-every-processor.md has what
+was measured against float64.
 """
 
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_gradients_are_those_of_one_process(tmp_path: Path, family: str) -> None
         wanted, found = moments(tmp_path, f"one {tied}", tied), moments(tmp_path, name, tied)
         for weight, moment in wanted.items():
             scale = max(moment.norm(), wanted[larger(weight)].norm())
-            assert (found[weight] - moment).norm() <= 3e-5 * scale, (name, weight)
+            assert (found[weight] - moment).norm() <= 1e-5 * scale, (name, weight)
         exported = list((tmp_path / name / "export" / family).iterdir())
         assert [folder.name for folder in exported] == ["2"]
 
@@ -108,7 +109,7 @@ def test_experts_with_biases_on_two_axes(tmp_path: Path) -> None:
     wanted, found = (moments(tmp_path, name, True) for name in ("one", "both"))
     for weight, moment in wanted.items():
         scale = max(moment.norm(), wanted[larger(weight)].norm())
-        assert (found[weight] - moment).norm() <= 3e-5 * scale, weight
+        assert (found[weight] - moment).norm() <= 1e-5 * scale, weight
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ GUIDES = [
     "docs/failures.md",
     "docs/profiling.md",
     "docs/resuming.md",
+    "docs/families.md",
 ]
 QUICK_START = "docs/quick-start.md"  # the guides that continue with its files
 CONTINUE_QUICK_START = (

@@ -33,6 +33,7 @@ EXPERTS = [
     f"{TRANSFORMER}.layers_without_experts=[1]",
     f"{TRANSFORMER}.expert_auxiliary_loss_coefficient=0.05",
     f"{TRANSFORMER}.expert_z_loss_coefficient=0.01",
+    f"{TRANSFORMER}.expert_bias_update_rate=0.01",
 ]
 NAMES = {**test_layouts.NAMES, "ep": "model.distributed.expert_parallel"}
 # A step has 12 sequences. The load that balancing sees depends on how these are divided into
@@ -92,6 +93,9 @@ def read_checkpoint(checkpoint: Path, given: list[str]) -> dict[str, Tensor]:
         f"{part}/{name}": torch.full(shape, torch.nan)
         for part in ("weight", "exp_avg", "exp_avg_sq")
         for name, shape in family_of(base).shapes(base).items()
+    } | {
+        f"router_bias/layers.{layer}": torch.full((base.transformer.num_experts,), torch.nan)
+        for layer in base.transformer.expert_layers()
     }
     state.load(checkpoint, tensors)
     return tensors
@@ -125,6 +129,9 @@ def compare(root: Path, expected: str, found: str, layout: str) -> None:
     for name, tensor in wanted.items():
         if name.startswith("exp_avg/"):
             assert tensor.any() and tensors[name].any(), f"{name}: no gradient"
+        if name.startswith("router_bias/"):
+            # Sums of ±0.01 over five steps, by integer counts: equal to the bit.
+            assert tensor.any() and torch.equal(tensors[name], tensor), name
         if name.startswith("weight/"):
             distance = (tensors[name] - tensor).norm() / tensor.norm().clamp_min(1e-3)
             assert distance < 1e-5, (name, distance)

@@ -114,6 +114,27 @@ def test_losses_as_transformers(seed: int) -> None:
     torch.testing.assert_close(ours.gate.weight.grad, theirs.gate.weight.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_chooses_experts_and_does_not_weigh_them(seed: int) -> None:
+    ours, _, hidden = pair(seed, "qwen3_moe")
+    gate, x = ours.gate, torch.randn(50, hidden)
+    unbiased, chosen = gate(x)
+    gate.selection_bias = torch.zeros(ours.experts.num_experts)
+    assert torch.equal(gate(x)[1], chosen)
+    assert torch.equal(gate(x)[0], unbiased)
+    gate.selection_bias = torch.randn(ours.experts.num_experts)
+    weights, chosen = gate(x)
+    for token, probabilities in enumerate((x @ gate.weight.t()).softmax(-1)):
+        ranked = sorted(
+            range(len(probabilities)), key=lambda i: -(probabilities + gate.selection_bias)[i]
+        )
+        wanted = ranked[: gate.experts_per_token]
+        assert chosen[token].tolist() == wanted
+        expected = probabilities[wanted]
+        expected = expected / expected.sum() if gate.normalize else expected
+        torch.testing.assert_close(weights[token], expected)
+
+
 def test_load_is_of_the_step_so_far() -> None:
     ours, _, hidden = pair(1, "qwen3_moe")
     losses = ours.gate.losses

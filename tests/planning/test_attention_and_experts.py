@@ -63,9 +63,7 @@ def test_limited_scores() -> None:
     assert limited_scores(limited) == 5 * 4 * 2 * 32 * 1024 * 4096
     assert backward_temporaries(limited) > backward_temporaries(sizes(1))
     # 1024 queries of a window of 2000 see 3024 keys.
-    windowed = sizes(
-        1, f"{TRANSFORMER}.attention_softcap=50", f"{TRANSFORMER}.window_size=2000"
-    )
+    windowed = sizes(1, f"{TRANSFORMER}.attention_softcap=50", f"{TRANSFORMER}.window_size=2000")
     assert limited_scores(windowed) == 5 * 4 * 2 * 32 * 1024 * 3024
 
 

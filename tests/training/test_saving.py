@@ -308,3 +308,22 @@ def test_a_failed_checkpoint_is_raised_after_an_export_of_its_step(
     with pytest.raises(CheckpointError, match="the disk is full"):
         saver.wait()
     assert saver.last_started == {"checkpoint": -1, "export": 10}
+
+
+def test_a_checkpoint_after_an_export_of_its_step_is_copied_too(tmp_path: Path) -> None:
+    """The export's copy has the weights alone, in memory that was allocated for all."""
+    stored = {f"{part}/a": torch.full((4,), 1.0) for part in ("weight", "exp_avg")}
+    every = {name: Stored.of(tensor, (tensor,)) for name, tensor in stored.items()}
+    found: dict[str, torch.Tensor] = {}
+
+    def write(tensors: Any, part_of: Callable[[str], torch.Tensor]) -> Path:
+        found.update({name: part_of(name).clone() for name in tensors})
+        return tmp_path
+
+    saver = saving.Saver(None, background=True)
+    saver.host_copy.copies = {name: (torch.zeros(4),) for name in stored}
+    saver.start("export", 0, {"weight/a": every["weight/a"]}, write)
+    saver.start("checkpoint", 0, every, write, last=True)
+    saver.wait()
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
