@@ -136,9 +136,9 @@ def upcycled_card(
         [
             _front_matter(base.front_matter(), "moe"),
             f"# {base.name} with experts\n",
-            f"Each MLP of {base.link} is now {experts} experts, which are copies of it, and a random"
-            f" router, which chooses {experts_per_token} of them for each token. The model computes"
-            " what the dense one does. It was made with Fast-LLM, to be trained.\n",
+            f"Each MLP of {base.link} is now {experts} experts, which are copies of it, and a"
+            f" random router, which chooses {experts_per_token} of them for each token. The model"
+            " computes what the dense one does. It was made with Fast-LLM, to be trained.\n",
             _usage(dtype, None),
             base.licence(),
         ]
