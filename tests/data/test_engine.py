@@ -182,6 +182,23 @@ def test_any_order_and_spacing_of_tokenizer_json(tokenizer: Tokenizer, tmp_path:
         assert all(made._equal(*pair) for pair in zip(texts, expected, strict=True))
 
 
+def test_spellings_that_the_engine_must_not_see(tokenizer: Tokenizer) -> None:
+    made = fast(tokenizer)
+    assert made.is_safe("[A1] [A2]")
+    for hidden, safe, unsafe in (
+        (["[A1]", "[A23]", "[A2]"], "[A] [A A2]", "x[A2]"),
+        (["[A1]", "</s>"], "A1 /s", "x</s>y"),
+        (["<x>"], "<y>", "<x>"),
+    ):
+        made.hidden, made.prefix = hidden, engine._common_prefix(hidden)
+        assert made.is_safe(safe) and not made.is_safe(unsafe)
+    assert [engine._common_prefix(some) for some in (["ab", "abc"], ["a", "b"], [])] == [
+        "ab",
+        "",
+        "",
+    ]
+
+
 def write(folder: Path, texts: list[str]) -> Path:
     path = folder / "texts.jsonl"
     path.write_bytes(jsonl(texts))
