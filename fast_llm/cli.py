@@ -68,6 +68,7 @@ def _run(parsed: argparse.Namespace) -> int:
         "merge": _merge,
         "upcycle": _upcycle,
         "extend-vocabulary": _extend_vocabulary,
+        "evaluate": _evaluate,
         "report": _report,
         "inspect": _inspect,
         "verify": _verify,
@@ -231,6 +232,32 @@ def _inspect(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(parsed: argparse.Namespace) -> int:
+    import json
+    import logging
+
+    from fast_llm.evaluation.tasks import Wanted, require_packages
+
+    require_packages("`fast-llm evaluate`")
+    if not parsed.json:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("fast_llm").setLevel(logging.INFO)
+    from fast_llm.training.evaluate_models import describe, evaluate
+
+    wanted = Wanted(tuple(parsed.tasks), parsed.include_path, parsed.num_fewshot, parsed.limit)
+    result = evaluate(
+        parsed.models,
+        wanted,
+        data=parsed.data,
+        batch_size=parsed.batch_size,
+        max_length=parsed.max_length,
+        dtype=parsed.dtype,
+        output=parsed.output,
+    )
+    print(json.dumps(result, indent=1) if parsed.json else describe(result))
+    return 0
+
+
 def _report(parsed: argparse.Namespace) -> int:
     from fast_llm.report import write_report
 
@@ -261,14 +288,9 @@ def _why(parsed: argparse.Namespace) -> int:
 
 
 def _demo(parsed: argparse.Namespace) -> int:
-    if parsed.real:
-        from fast_llm.demo.real import demo_real
+    from fast_llm.demo import demo
 
-        demo_real(parsed.folder or "fast-llm-demo-real")
-    else:
-        from fast_llm.demo import demo
-
-        demo(parsed.folder or "fast-llm-demo")
+    demo(parsed.folder)
     return 0
 
 

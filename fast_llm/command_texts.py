@@ -13,6 +13,7 @@ GROUPS = {
         "extend-vocabulary": "add tokens to a model and its tokenizer",
     },
     "inspect": {
+        "evaluate": "score models on tasks of lm-eval, beside each other",
         "report": "write a page about a run, or several side by side",
         "inspect": "show what data holds, down to the sequences of a step",
         "verify": "compare files with their digests",
@@ -183,6 +184,22 @@ examples:
   # rows for a token that was added to the tokenizer alone
   fast-llm extend-vocabulary MODEL OUT --initialisation mean""",
     ),
+    "evaluate": (
+        """\
+Score models on tasks of lm-eval, and print one table with standard errors. A
+MODEL is a Hugging Face folder, an export, a checkpoint or a model on the Hub;
+give the base first, and differences to it are shown. With --data, the tasks'
+texts are looked for in the training data, since a score on examples that were
+trained on says little. Needs the packages lm_eval, accelerate and transformers
+(the extra `evaluate`).""",
+        """\
+examples:
+  fast-llm evaluate Llama-3.1-8B RUN/export/llama/1000 \\
+      --tasks arc_easy hellaswag
+  fast-llm evaluate MODEL --tasks my_task --include-path tasks/ --limit 200
+  fast-llm evaluate RUN/checkpoint/1000 --tasks mmlu --num-fewshot 5 \\
+      --data data/code.json --output scores.json""",
+    ),
     "report": (
         """\
 Write one HTML page about a run, or about several beside each other: what was
@@ -217,16 +234,11 @@ examples:
         """\
 Make a tokenizer, a corpus of prose and one of code from Python's own files,
 pretrain a small Llama on prose and continue on code with the recipe's YAML;
-then compare, kill and resume. Takes minutes on two cores, and no network.
-
-With --real, continue SmolLM2-135M on German manual pages, with and without a
-replay of English, and show what it learned and forgot. `make demo-real` also
-installs the packages for it.""",
+then compare, kill and resume. Takes minutes on two cores, and no network.""",
         """\
 examples:
   fast-llm demo
-  fast-llm demo /tmp/demo
-  fast-llm demo --real""",
+  fast-llm demo /tmp/demo""",
     ),
     "models": (
         """\

@@ -145,6 +145,7 @@ def _add_others(commands: dict[str, Parser]) -> None:
     _add_merge(commands["merge"])
     _add_upcycle(commands["upcycle"])
     _add_inspect(commands["inspect"])
+    _add_evaluate(commands["evaluate"])
     commands["verify"].add_argument(
         "paths",
         nargs="+",
@@ -161,10 +162,7 @@ def _add_others(commands: dict[str, Parser]) -> None:
         "--json", action="store_true", help="print JSON alone, for programs"
     )
     commands["demo"].add_argument(
-        "folder", nargs="?", help="default: fast-llm-demo, or fast-llm-demo-real"
-    )
-    commands["demo"].add_argument(
-        "--real", action="store_true", help="continue SmolLM2-135M on German manual pages"
+        "folder", nargs="?", default="fast-llm-demo", help="default: fast-llm-demo"
     )
     commands["models"].add_argument(
         "--json", action="store_true", help="print JSON alone, for programs"
@@ -262,6 +260,37 @@ def _add_upcycle(command: Parser) -> None:
     command.add_argument(
         "--seed", type=_integer, default=1234, metavar="N", help="of the routers (1234)"
     )
+
+
+def _add_evaluate(command: Parser) -> None:
+    command.add_argument("models", nargs="+", metavar="MODEL", help="what to score")
+    command.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="names of lm-eval, or YAML files"
+    )
+    command.add_argument("--include-path", metavar="FOLDER", help="more tasks")
+    command.add_argument(
+        "--num-fewshot", type=_count, metavar="N", help="examples in a prompt (default: the task's)"
+    )
+    command.add_argument(
+        "--limit", type=_positive, metavar="N", help="examples of each task (default: all)"
+    )
+    command.add_argument(
+        "--data", nargs="+", default=[], metavar="DATA", help="look for the tasks' texts in it"
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="sequences (default: 8)"
+    )
+    command.add_argument(
+        "--max-length", type=_positive, metavar="N", help="tokens (default: the model's)"
+    )
+    command.add_argument(
+        "--dtype",
+        type=_one_of(DTYPES),
+        choices=DTYPES,
+        help="of the weights (default: that of the files)",
+    )
+    command.add_argument("-o", "--output", metavar="FILE", help="write the scores as JSON")
+    command.add_argument("--json", action="store_true", help="print JSON alone, for programs")
 
 
 def _finite(text: str) -> float:

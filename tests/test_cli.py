@@ -67,6 +67,7 @@ COMMANDS = [
     "upcycle",
     "prepare",
     "extend-vocabulary",
+    "evaluate",
     "report",
     "inspect",
     "verify",
