@@ -55,6 +55,7 @@ def violations(config: TrainConfig, processes: int) -> Violations:
         _keep_every,
         _spikes,
         _experiment_dir,
+        _push,
         _validation,
         heads,
         experts,
@@ -293,6 +294,22 @@ def _experiment_dir(config: TrainConfig) -> Violations:
     ):
         if wanted:
             yield (name, "run.experiment_dir"), "needs a folder to write to: set run.experiment_dir"
+
+
+def _push(config: TrainConfig) -> Violations:
+    training, where = config.training, "training.export.push_to_hub"
+    push = training.export.push_to_hub
+    if push.repo is not None and training.export.interval is None:
+        yield (
+            ("training.export.interval", f"{where}.repo"),
+            f"missing: {where}.repo requires it (number of steps, e.g. 1000)",
+        )
+    if push.average is not None and push.average not in training.averages:
+        known = ", ".join(training.averages) or "none"
+        yield (
+            (f"{where}.average", "training.averages"),
+            f"given {push.average}, must be an average of training.averages: {known}",
+        )
 
 
 def _validation(config: TrainConfig) -> Violations:

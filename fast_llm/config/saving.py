@@ -10,7 +10,7 @@ from fast_llm.config.compat import EXPORT_FORMATS
 from fast_llm.config.families import FamilyName
 from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.section import Interval, Section
-from fast_llm.config.types import Count, DType, Fraction, ParametersPerFile, Positive
+from fast_llm.config.types import Count, DType, Fraction, ParametersPerFile, Positive, Text
 
 
 class CallbackConfig(Section):
@@ -130,6 +130,37 @@ class AverageConfig(Section):
         return after_first == 0 or (self.length is not None and after_first % self.length == 0)
 
 
+class PushConfig(Section):
+    """Push exports to the Hugging Face Hub, in the background: each is a commit of one repository.
+    The first process uploads, with the token of its environment (`HF_TOKEN`, or `hf auth login`).
+    A failed upload is logged and retried until the next export; it never stops training. At the
+    end, the run waits for its last upload. A resumed run pushes what an interrupted one did not.
+    """
+
+    repo: Annotated[Text | None, Allowed("organisation/name or null")] = None
+    """Repository, as organisation/name. It is created at the start if it is missing. README.md and
+    weights in it are replaced at each push. null pushes nothing."""
+    private: bool = True
+    """Create a private repository, and push to no public one. `no` accepts both, and creates a
+    public one."""
+    average: Text | None = None
+    """Push the exports of this running average, by its name in `training.averages`, instead of
+    those of the weights."""
+
+    @field_validator("repo")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        # https://huggingface.co/docs/huggingface_hub: validate_repo_id
+        part = r"[A-Za-z0-9_](?:(?!--|\.\.)[\w.-])*"
+        if value is not None and (
+            not re.fullmatch(f"{part}/{part}", value, re.ASCII)
+            or value.endswith((".git", "-", "."))
+            or len(value) > 96
+        ):
+            raise ValueError(f"given {value}, must be the name of a repository: organisation/name")
+        return value
+
+
 class ExportConfig(SavedConfig):
     """Exports: Hugging Face folders with weights, configuration and tokenizer, in
     `export/<family>/<step>/`. With `interval` set, one is also written after the last step.
@@ -159,3 +190,4 @@ class ExportConfig(SavedConfig):
     """Maximum number of parameters in one safetensors file."""
     data_type: DType | None = None
     """Dtype of the exported weights. null means `model.distributed.training_dtype`."""
+    push_to_hub: PushConfig = PushConfig()

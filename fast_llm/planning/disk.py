@@ -66,7 +66,9 @@ def disk_use(
             sum(
                 additional_folders(training.export, exports, completed_steps, last)
                 for exports in export_folders(config, folder).values()
-            ),
+            )
+            # One that is being pushed is deleted later.
+            + (training.export.keep is not None and training.export.push_to_hub.repo is not None),
             export_bytes(config, parameters),
         ),
     }

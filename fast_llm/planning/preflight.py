@@ -210,9 +210,11 @@ def _check_settings(config: TrainConfig, document: Document, processes: int) -> 
 
 
 def _missing_packages(config: TrainConfig) -> list[str]:
+    pushed = config.training.export.push_to_hub.repo
     wanted = [
         ("tensorboard", "training.tensorboard: yes", config.training.tensorboard),
         ("wandb", "training.wandb", config.training.wandb is not None),
+        ("huggingface_hub", "training.export.push_to_hub", pushed is not None),
     ]
     return [
         str(MissingPackage(package, setting))

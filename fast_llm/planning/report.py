@@ -319,6 +319,10 @@ def _saving_rows(spec: RunSpec) -> Rows:
         lines.append(("exports", every, format_bytes(size), _kept(export)))
     if lines:
         rows.append(("Saving", table(("", "every", "size", "kept"), lines, (1, 2))))
+    if (repo := export.push_to_hub.repo) is not None:
+        average, private = export.push_to_hub.average, export.push_to_hub.private
+        what = f"exports of the average {average}" if average else "exports"
+        rows.append(("", f"{what} are pushed to {'the private ' * private}{repo} on the Hub"))
     if saved.interval is not None:
         rows.append(("", _background(spec, copied_bytes(config, parameters))))
     rows += _averages(spec, parameters)

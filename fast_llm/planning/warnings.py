@@ -35,6 +35,7 @@ def likely_mistakes(
         *_averages(config),
         _router_biases(config),
         _dropped_biases(config, pretrained.folder),
+        _push(config),
         _long_sequences(config, pretrained.folder),
         disk_warning(folder, config, parameters, 0 if manifest is None else manifest.step),
     )
@@ -115,6 +116,24 @@ def _dropped_biases(config: TrainConfig, folder: Path | None) -> str:
     if not has_router_biases(read_manifest(folder).info):
         return ""
     return f"pretrained.path: the biases of its routers are not used; to use them set {BIAS_RATE}"
+
+
+def _push(config: TrainConfig) -> str:
+    """Why exports could not be pushed from here."""
+    repo = config.training.export.push_to_hub.repo
+    if repo is None:
+        return ""
+    from huggingface_hub import constants, get_token
+
+    where = f"training.export.push_to_hub.repo: given {repo}, but"
+    if constants.HF_HUB_OFFLINE:
+        return f"{where} HF_HUB_OFFLINE is set: no export will be pushed. Unset it"
+    if get_token() is None:
+        return (
+            f"{where} there is no token here: no export will be pushed. Set HF_TOKEN where"
+            " training is started, or run `hf auth login`"
+        )
+    return ""
 
 
 def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> str:

@@ -38,7 +38,8 @@ from fast_llm.report.records import RunRecords
 from fast_llm.tensors import Stored, distributed_like
 from fast_llm.training.averages import WeightAverages, prefix
 from fast_llm.training.corruption import check_state_finite
-from fast_llm.training.model_card import losses_at, trained_card, with_card
+from fast_llm.training.model_card import with_trained_card
+from fast_llm.training.push import make_pusher
 from fast_llm.training.run import Run
 from fast_llm.training.saving import Saver, Write
 from fast_llm.training.state import TrainState
@@ -73,6 +74,7 @@ class CheckpointManager:
         self.state = TrainState(spec.history)
         self.restored_step = -1  # of the checkpoint that this start resumed from
         self.saver = Saver(mesh.checkpoint_group, spec.config.training.checkpoint.background)
+        self.pusher = make_pusher(spec.config, run)
         # For model cards; read by the thread that exports.
         self.validations = RunRecords(run.folder or Path(), ("validation",))
         self.averages = WeightAverages(
@@ -121,6 +123,8 @@ class CheckpointManager:
             folders.clean(self.run.folder / "checkpoint")
             for exports in export_folders(self.config, self.run.folder).values():
                 folders.clean(exports)
+            if self.pusher is not None:
+                self.pusher.begin(self.state.step)
         self.mesh.barrier()
         training, stored = self.config.training, self._stored()
         if training.checkpoint.interval is None:  # exports alone
@@ -304,9 +308,17 @@ class CheckpointManager:
 
     def _on_written(self, path: Path, settings: CheckpointConfig | ExportConfig, step: int) -> None:
         """Delete what `keep` no longer keeps, and start the callback."""
-        if self.run.is_main:
-            folders.prune(path.parent, settings.keep, settings.is_permanent, current=step)
-            _start_callback(settings.callback, path)
+        if not self.run.is_main:
+            return
+        if self.pusher is not None:
+            self.pusher.push(step, path)
+
+        def stays(step: int) -> bool:
+            pushing = self.pusher is not None and step == self.pusher.pushing_step
+            return settings.is_permanent(step) or pushing
+
+        folders.prune(path.parent, settings.keep, stays, current=step)
+        _start_callback(settings.callback, path)
 
     def _stored(self) -> dict[str, Stored]:
         """A checkpoint's tensors by their names in it."""
@@ -397,7 +409,7 @@ class CheckpointManager:
         def write(tensors: Mapping[str, Tensor], part_of: Callable[[str], Tensor]) -> Path:
             files = export_files(self.spec.extra_files, length)
             if self.run.is_main:  # the others write no small files
-                files = self._with_card(files, info, dtype, average or None)
+                files = with_trained_card(info, files, dtype, self.validations, average or None)
             export_hugging_face(
                 path,
                 {name.removeprefix(before): tensor for name, tensor in tensors.items()},
@@ -414,17 +426,6 @@ class CheckpointManager:
             return path
 
         return write
-
-    def _with_card(
-        self, files: dict[str, bytes], info: Mapping[str, Any], dtype: str, average: str | None
-    ) -> dict[str, bytes]:
-        """The small files of an export with its model card, a problem of which ends no run."""
-        try:
-            losses = losses_at(self.validations, info["step"])
-            return with_card(files, trained_card(info, files, dtype, losses, average))
-        except Exception as error:
-            logger.warning(f"The export of step {info['step']} has no model card: {error}.")
-            return files
 
     # The end of a run.
 

@@ -6,6 +6,7 @@ that was interrupted. Only losses of validations are in it; training losses are 
 last record, which an interruption moves.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from fast_llm.planning.history import History
 from fast_llm.report.facts import Change, changes
 from fast_llm.report.records import RunRecords
 from fast_llm.terminal import counted, short_count
+
+logger = logging.getLogger("fast_llm")
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 _ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -72,6 +75,22 @@ def trained_card(
         base.licence(),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def with_trained_card(
+    info: Mapping[str, Any],
+    files: dict[str, bytes],
+    dtype: str,
+    records: RunRecords,
+    average: str | None,
+) -> dict[str, bytes]:
+    """The small files of an export of a run with its card, a problem of which ends no run."""
+    try:
+        losses = losses_at(records, info["step"])
+        return with_card(files, trained_card(info, files, dtype, losses, average))
+    except Exception as error:
+        logger.warning(f"The export of step {info['step']} has no model card: {error}.")
+        return files
 
 
 def losses_at(records: RunRecords, step: int) -> list[Change]:

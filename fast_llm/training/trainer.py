@@ -22,6 +22,7 @@ from fast_llm.training.evaluate import Evaluator, MakeLoader
 from fast_llm.training.interrupt import Interrupt, describe_stop
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.profile import profiled
+from fast_llm.training.push import wait_for_push
 from fast_llm.training.run import Run
 from fast_llm.training.saving import describe_saved
 from fast_llm.training.spikes import handle_spike
@@ -66,6 +67,14 @@ class Trainer:
             )
             self.heartbeat("saving", step=self.state.step, slow=True)
             self.checkpoints.saver.wait()
+            if self.config.export.push_to_hub.repo is not None:
+                wait_for_push(
+                    self.checkpoints.pusher,
+                    self.mesh,
+                    bool(stopped),
+                    self.should_stop,
+                    self.heartbeat,
+                )
             logger.info(ending)
         except BaseException as error:
             self.checkpoints.on_failure(error)

@@ -42,6 +42,16 @@ def messages(overrides: list[str], processes: int = 1) -> list[str]:
 
 BROKEN: list[tuple[list[str], str]] = [
     (
+        [*GOOD, "training.export.push_to_hub.repo=a/b"],
+        "training.export.interval: missing: training.export.push_to_hub.repo requires it (number of"
+        " steps, e.g. 1000)",
+    ),
+    (
+        [*GOOD, "training.export.push_to_hub.average=ema"],
+        "training.export.push_to_hub.average: given ema, must be an average of training.averages:"
+        " none",
+    ),
+    (
         [
             *GOOD,
             "batch.batch_size=6",

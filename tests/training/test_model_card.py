@@ -124,11 +124,12 @@ def test_losses_of_an_undone_attempt_are_left_out(tmp_path: Path) -> None:
     words = continued(tmp_path)
     assert run(words) == 0
     undone = losses(tmp_path / "run", "validation")[4]
-    for lost in ("checkpoint/4", "checkpoint/3", "export"):
+    for lost in ("checkpoint/4", "checkpoint/3", "export/llama/4", "export/llama-ema/4"):
         shutil.rmtree(tmp_path / "run" / lost)
     off = [word for word in words if not word.startswith("training.validation")]
     assert run([*off, "optimizer.learning_rate.base=1e-4"]) == 0
-    assert f"{undone:.4f}" not in (tmp_path / "run/export/llama/4" / CARD).read_text()
+    after = cells(tmp_path / "run/export/llama/4", "the training data")[1]
+    assert after == f"{losses(tmp_path / 'run', 'validation')[2]:.4f}" != f"{undone:.4f}"
 
 
 def test_a_model_trained_from_random_weights(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_problem_with_the_card_ends_no_run(
     def fail(*_: Any) -> None:
         raise ValueError("of the card")
 
-    monkeypatch.setattr("fast_llm.training.checkpointing.trained_card", fail)
+    monkeypatch.setattr("fast_llm.training.model_card.trained_card", fail)
     write_tokens(tmp_path / "tokens")
     assert run(settings(tmp_path, "training.train_iters=1", "training.export.interval=1")) == 0
     assert "The export of step 1 has no model card: of the card." in capsys.readouterr().out
