@@ -153,6 +153,7 @@ def forecast_rate(run: Run, device: str) -> float:
         "training.train_iters=10",
         "model.distributed.training_dtype=bf16",
         "model.multi_stage.zero_stage=2",
+        "model.multi_stage.compile_all=no",
         f"batch.sequence_length={run.sequence_length}",
         f"batch.micro_batch_size={run.micro_batch_size}",
         f"batch.batch_size={run.batch_size}",

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from fast_llm.kernels import cudnn
 
+NOT_COMPILED = ["model.multi_stage.compile_all=no"]
 SMOL = [
     "model.base_model.vocab_size=49152",
     "model.base_model.transformer.num_layers=30",
@@ -98,7 +99,7 @@ def speed(folder: Path) -> None:
             "SmolLM2-135M, sequence 1024",
             SMOL,
             ["batch.sequence_length=1024", "batch.micro_batch_size=32", "batch.batch_size=64"],
-            [],
+            NOT_COMPILED,
         ),
         (
             "the same, compiled",
@@ -110,7 +111,7 @@ def speed(folder: Path) -> None:
             "8 blocks of Llama-3.1-8B, sequence 4096",
             BIG,
             ["batch.sequence_length=4096", "batch.micro_batch_size=2", "batch.batch_size=8"],
-            [],
+            NOT_COMPILED,
         ),
         (
             "the same, compiled",
@@ -122,13 +123,13 @@ def speed(folder: Path) -> None:
             "the same, not compiled, mlp_recompute_level: selective",
             BIG,
             ["batch.sequence_length=4096", "batch.micro_batch_size=2", "batch.batch_size=8"],
-            ["model.base_model.transformer.mlp_recompute_level=selective"],
+            [*NOT_COMPILED, "model.base_model.transformer.mlp_recompute_level=selective"],
         ),
         (
             "the same, block",
             BIG,
             ["batch.sequence_length=4096", "batch.micro_batch_size=2", "batch.batch_size=8"],
-            ["model.base_model.transformer.mlp_recompute_level=block"],
+            [*NOT_COMPILED, "model.base_model.transformer.mlp_recompute_level=block"],
         ),
     ):
         records = train(folder / "speed", [*shape, *batch, *further], 30)

@@ -38,6 +38,7 @@ SMALL = {
     "model.base_model.transformer.head_groups": 4,
     "model.base_model.transformer.ffn_hidden_size": 1536,
     "optimizer.learning_rate.base": 1e-3,
+    "model.multi_stage.compile_all": "no",
 }
 BIG = {  # the blocks of Llama-3.1-8B, as many as one GPU of 80 GB trains
     "training.train_iters": 16,

@@ -205,7 +205,7 @@ def torchtitan(size: tuple[Any, ...]) -> Callable[[], float]:
 
 CONTENDERS: dict[str, Callable[[tuple[Any, ...]], Callable[[], float]] | list[str]] = {
     "ours": ["model.multi_stage.compile_all=yes"],
-    "ours-eager": [],
+    "ours-eager": ["model.multi_stage.compile_all=no"],
     "ours-fp8": ["model.multi_stage.compile_all=yes", "model.distributed.fp8=yes"],
     "transformers-autocast": lambda size: transformers(size, "autocast"),
     "transformers-autocast-compiled": lambda size: transformers(size, "autocast", compiled=True),

@@ -342,8 +342,10 @@ class MultiStageConfig(Section):
     number below num_layers / pipeline_parallel gives each process several stages. null means one
     stage per process, divided as evenly as possible; the first and last stages have fewer layers,
     to make up for embedding and head."""
-    compile_all: bool = False
-    """Compile each block with torch.compile."""
+    compile_all: Annotated[bool | Literal["auto"], Allowed("yes, no or auto")] = "auto"
+    """Compile each block with torch.compile. `auto` means yes on GPUs, where the family and the
+    layout were tested compiled, and no on the CPU; the plan says which. A run that resumes with
+    `auto` keeps what it began with."""
 
 
 class DistributedConfig(Section):
@@ -362,8 +364,8 @@ class DistributedConfig(Section):
     fp8: bool = False
     """Compute the matrix multiplications of the blocks in fp8, on Hopper (or Ada) and later GPUs.
     Experts and routers are not computed in fp8.
-    Weights, sums and everything else keep their dtype. For speed, set `multi_stage.compile_all:
-    yes` too. Check the effect on the loss."""
+    Weights, sums and everything else keep their dtype. Without `multi_stage.compile_all` it is
+    slower. Check the effect on the loss."""
     tensor_parallel: Positive = 1
     """Tensor parallelism: number of adjacent processes that share each matrix. Must divide the
     heads, the intermediate size of the MLP and the vocabulary. Use it within a node, for models too

@@ -73,7 +73,7 @@ def parallelize(
         apply_expert_parallel(model, plan, mesh)  # 4
         apply_tensor_parallel(model, plan, mesh.tensor, distributed.sequence_tensor_parallel)  # 5
         _freeze(model, config.optimizer)  # after row 5, which makes new parameters
-        if multi_stage.compile_all:
+        if multi_stage.compile_all is True:
             for block in blocks:
                 block.compile()  # 6
         models.append(model)

@@ -5,9 +5,10 @@ as lists of labels or as tables under headings.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from fast_llm.config.train import TrainConfig
+from fast_llm.planning.advice import speed_advice
+from fast_llm.planning.compiler import COMPILE
 from fast_llm.planning.devices import DEVICES, DeviceSpec
 from fast_llm.planning.disk import format_bytes
 from fast_llm.planning.layout import MOMENT_BYTES, ParallelLayout
@@ -15,6 +16,7 @@ from fast_llm.planning.report import MOMENTS, Rows
 from fast_llm.planning.search import (
     MICRO_BATCH_COUNTS,
     Settings,
+    changed_settings,
     fastest_layouts,
     forecast_config,
     require_batch_size,
@@ -77,6 +79,7 @@ class LayoutReport:
     """A configuration's layout, the fastest ones, and the fastest for each number of GPUs."""
 
     configured: Forecast
+    advice: tuple[str, str]  # label and sentence: what to change without another arrangement
     fastest: list[Forecast]
     changes: Rows  # dotted path and value: what to set for the first of the fastest
     by_gpus: list[Forecast]
@@ -88,7 +91,9 @@ def compare_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> 
     Raises ConfigError if batch_size is not given.
     """
     require_batch_size(config)
-    config = resolve_auto(config, processes, device.memory, "cuda")
+    compile_all = config.model.multi_stage.compile_all
+    resolved = resolve_auto(config, processes, device.memory, "cuda")
+    config = with_settings(resolved, {COMPILE: compile_all})  # of each layout anew, if auto
     fastest = fastest_layouts(config, processes, device)
     by_gpus = [
         one
@@ -98,7 +103,8 @@ def compare_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> 
     return LayoutReport(
         configured=forecast_config(config, processes, device),
         fastest=[one for _, one in fastest],
-        changes=_changes(config, fastest[0][0]) if fastest else [],
+        changes=changed_settings(config, fastest[0][0]) if fastest else [],
+        advice=speed_advice(config, processes, device),
         by_gpus=by_gpus,
     )
 
@@ -108,7 +114,8 @@ def describe_layouts(
 ) -> str:
     """The configured layout and the fastest ones, as text of at most `columns` columns."""
     report = compare_layouts(config, processes, device)
-    lines = ["As configured", "", fields(forecast_rows(report.configured), 11, columns), ""]
+    configured = [*forecast_rows(report.configured), report.advice]
+    lines = ["As configured", "", fields(configured, 11, columns), ""]
     lines += [f"The fastest that fit {processes} × {device.name.upper()}", ""]
     if report.fastest:
         lines.append(_layout_table(report.fastest, columns))
@@ -215,23 +222,3 @@ def _arrangement(layout: ParallelLayout) -> str:
         size = getattr(layout, axis)
         words += [f"{axis} {size}"] if size > 1 else []
     return ", ".join([*words, f"data {layout.data}"])
-
-
-def _changes(config: TrainConfig, settings: Settings) -> Rows:
-    """Settings that differ from the configuration's, in YAML."""
-
-    def current(path: str) -> Any:
-        value: Any = config
-        for key in path.split("."):
-            value = getattr(value, key)
-        return value
-
-    return [
-        (path, _written(wanted)) for path, wanted in settings.items() if wanted != current(path)
-    ]
-
-
-def _written(value: Any) -> str:
-    if value is None:
-        return "null"
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)

@@ -69,7 +69,7 @@ class ParallelLayout:
             zero_stage=multi.zero_stage or 1,
             shard_size=multi.shard_size,
             recompute=config.model.base_model.transformer.mlp_recompute_level,
-            compiled=multi.compile_all,
+            compiled=multi.compile_all is True,
         )
 
     @property

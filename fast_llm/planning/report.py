@@ -14,6 +14,7 @@ from fast_llm.data.sampling import UNIT
 from fast_llm.models import family_of
 from fast_llm.optim.schedule import borders, learning_rate
 from fast_llm.planning.branch import describe_ancestors
+from fast_llm.planning.compiler import describe_compiler
 from fast_llm.planning.disk import (
     checkpoint_bytes,
     copied_bytes,
@@ -64,6 +65,7 @@ def run_rows(spec: RunSpec) -> Rows:
             f"computes in {config.model.distributed.training_dtype}{fp8}; fp32 weights and"
             f" gradients, {MOMENTS[config.optimizer.moments_dtype]} moments",
         ),
+        ("Compiler", describe_compiler(config, spec.settings_before)),
         ("Processes", _processes(spec)),
         ("Batch", _batch(spec)),
         (

@@ -52,6 +52,14 @@ class RunSpec:
         )
 
     @property
+    def settings_before(self) -> dict[str, Any] | None:
+        """The resolved settings of the run that wrote `checkpoint`; None without one."""
+        if self.manifest is None:
+            return None
+        settings: dict[str, Any] = self.manifest.info["settings"]
+        return settings
+
+    @property
     def batch_size(self) -> int:
         """Sequences a step, over all processes."""
         return global_batch_size(self.config, self.processes)

@@ -14,6 +14,7 @@ from fast_llm.config.checks import violations
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.models import family_of
+from fast_llm.planning.compiler import COMPILE, resolve_compiler
 from fast_llm.planning.devices import DEVICES, GPUS_PER_NODE, DeviceSpec
 from fast_llm.planning.layout import MOMENT_BYTES, ParallelLayout, Workload
 from fast_llm.planning.memory import required_bytes
@@ -42,6 +43,26 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
     for path, value in settings.items():
         config = put(config, path.split("."), value)
     return config
+
+
+def changed_settings(config: TrainConfig, settings: Settings) -> list[tuple[str, str]]:
+    """Settings that differ from the configuration's, in YAML."""
+
+    def current(path: str) -> Any:
+        value: Any = config
+        for key in path.split("."):
+            value = getattr(value, key)
+        return value
+
+    return [
+        (path, _written(wanted)) for path, wanted in settings.items() if wanted != current(path)
+    ]
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def is_allowed(config: TrainConfig, processes: int) -> bool:
@@ -82,8 +103,9 @@ def resolve_auto(
 
     `moments_dtype` becomes fp32 where that fits without recomputing matmuls, else bf16.
     `micro_batch_size` becomes the fastest that fits, with more recomputation than
-    `mlp_recompute_level` if needed; 1 where none fits.
+    `mlp_recompute_level` if needed; 1 where none fits. `compile_all`: see compiler.py.
     """
+    config = with_settings(config, {COMPILE: resolve_compiler(config, device_kind)})
     any_rows = config.batch.micro_batch_size == "auto"
     moments = config.optimizer.moments_dtype
     if not any_rows and moments != "auto":
@@ -128,12 +150,16 @@ def _fitting(
                 break  # the levels that follow are slower
 
 
-def resolve_run(spec: RunSpec, memory: float, device_kind: str) -> RunSpec:
-    """Resolve `auto` on the device of a run; a resumed run keeps the dtype of its moments."""
-    config = spec.config
-    if spec.manifest is not None and config.optimizer.moments_dtype == "auto":
-        before = spec.manifest.info["settings"]["optimizer"]
-        config = with_settings(config, {_MOMENTS: before.get("moments_dtype", "fp32")})
+def resolve_run(spec: RunSpec, memory: float, device_kind: str, triton: bool = True) -> RunSpec:
+    """Resolve `auto` on the device of a run. A resumed run keeps the dtype of its moments, and
+    whether its blocks are compiled. `triton`: whether Triton is installed.
+    """
+    config, before = spec.config, spec.settings_before
+    if before is not None and config.optimizer.moments_dtype == "auto":
+        moments = before["optimizer"].get("moments_dtype", "fp32")
+        config = with_settings(config, {_MOMENTS: moments})
+    compiled = resolve_compiler(config, device_kind, triton, before)
+    config = with_settings(config, {COMPILE: compiled})
     return replace(spec, config=resolve_auto(config, spec.processes, memory, device_kind))
 
 
@@ -190,6 +216,7 @@ def fastest_layouts(
         changed = with_settings(config, settings)
         if not is_allowed(changed, processes):
             continue
+        changed = with_settings(changed, {COMPILE: resolve_compiler(changed, "cuda")})
         layout = ParallelLayout.of(changed, processes)
         workload = Workload.of(changed, config.batch.batch_size or 0)
         workloads = [workload]

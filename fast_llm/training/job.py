@@ -22,6 +22,7 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError, TrainingStopped, disk_problem
 from fast_llm.kernels import cpu as cpu_kernels
 from fast_llm.kernels import cudnn
+from fast_llm.kernels import triton as triton_kernels
 from fast_llm.model.linear import upcast_to_fp32
 from fast_llm.parallel.failures import Failures
 from fast_llm.parallel.mesh import Mesh
@@ -128,8 +129,8 @@ def exclusive_lock(spec: RunSpec, mesh: Mesh) -> Iterator[None]:
 def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int:
     """Set up the experiment folder, train, and return the exit code."""
     _check_fp8(spec.config, mesh)
-    memory = mesh.broadcast(_device_memory(mesh))
-    spec = resolve_run(spec, memory, _device_kind(spec.config, mesh.device))
+    memory, triton = mesh.broadcast((_device_memory(mesh), triton_kernels.AVAILABLE))
+    spec = resolve_run(spec, memory, _device_kind(spec.config, mesh.device), triton)
     number = mesh.broadcast(next_run_number(spec.folder))
     if mesh.rank == 0:
         prepare_folder(spec)
@@ -176,7 +177,7 @@ def build_watchdog(config: TrainConfig, mesh: Mesh, run: Run) -> Watchdog:
         processes=mesh.size,
         broadcast=mesh.broadcast,
         # The compiler compiles again for as many shapes (its recompile limit).
-        warm_up=8 if config.model.multi_stage.compile_all else 1,
+        warm_up=8 if config.model.multi_stage.compile_all is True else 1,
     )
 
 

@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "model.base_model.transformer.ffn_hidden_size": 1536,
     "optimizer.learning_rate.base": 1e-3,
     "optimizer.learning_rate.warmup_iterations": 4,
+    "model.multi_stage.compile_all": "no",  # but where a setting below says otherwise
 }
 DTYPE, COMPILE = "model.distributed.training_dtype", "model.multi_stage.compile_all"
 STAGE, LEVEL = "model.multi_stage.zero_stage", "model.base_model.transformer.mlp_recompute_level"
