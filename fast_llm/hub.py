@@ -29,6 +29,22 @@ def why_unreachable() -> str:
     )
 
 
+def cache_folder(name: str) -> str:
+    """The folder of a model in the cache."""
+    return f"models--{name.partition('@')[0].replace('/', '--')}"
+
+
+def cached(name: str, file: str) -> str | None:
+    """The path of a model's file in the cache; None if it is not there."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, file)
+    except (ImportError, ValueError):  # not the name of a model
+        return None
+    return found if isinstance(found, str) else None
+
+
 def download(
     path: str,
     failure: type[UserError],

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_llm.config.train import DataConfig
+from fast_llm.data.datatrove import DatatroveFile
 from fast_llm.data.entries import Metadata, open_entries, open_path
 from fast_llm.data.fim import Fim
 from fast_llm.data.metadata import resolve_prefix, size_of, verify
@@ -173,6 +174,7 @@ class Dataset:
         self.seed = seed
         self.fim: Fim | None = None  # of training
         self.source_names: list[str] = []  # of training, validation and test, by number
+        self.token_files: list[TokenFile] = []  # of all splits
         self.validation_metadata: Metadata = {}  # of the further validation sets
         self.validation_sets = [name for name in splits if name not in SPLITS]
 
@@ -296,7 +298,10 @@ class Dataset:
         """Raises DataError for data made with another tokenizer, or with tokens that the model does
         not have.
         """
-        for path, metadata in self.metadata.items():
+        for file in self.token_files:
+            if isinstance(file, DatatroveFile) and model_tokenizer is not None:
+                file.check_tokenizer(model_tokenizer)
+        for path, metadata in (self.metadata | self.validation_metadata).items():
             described = metadata.get("tokenizer", {})
             fingerprint = described.get("fingerprint")
             copy = described.get("path")
@@ -323,8 +328,9 @@ class Dataset:
         That takes about a second a gigabyte. `fast-llm verify` does it for data of any size. Raises
         DataError naming every damaged file.
         """
-        if size_of(list(self.metadata.values())) <= max_bytes:
-            for path, metadata in self.metadata.items():
+        described = self.metadata | self.validation_metadata
+        if size_of(list(described.values())) <= max_bytes:
+            for path, metadata in described.items():
                 if metadata:
                     verify(Path(path))
 
@@ -395,12 +401,14 @@ def open_dataset(config: DataConfig, length: int, seed: int, vocab_size: int) ->
             weights, sources, labels = zip(*found, strict=True)
             splits[split] = Split(split, sources, weights, seed, labels)
     further: Metadata = {}
+    token_files = list(subsets)
     for name, path in config.validation_sets.items():
-        source = _open_validation_set(name, path, subsets, config, length, further)
+        source, files = _open_validation_set(name, path, subsets, config, length, further)
+        token_files += files
         splits[name] = Split(name, [source], [1.0], seed)
     dataset = Dataset(splits, metadata, length, seed)
     dataset.source_names = short_names([name for _, name, _, _ in opened]) or ["random"]
-    dataset.validation_metadata = further
+    dataset.validation_metadata, dataset.token_files = further, token_files
     return dataset
 
 
@@ -455,9 +463,9 @@ def _open_validation_set(
     config: DataConfig,
     length: int,
     metadata: Metadata,
-) -> Source:
-    """A further validation set. Of token files that are also trained on, it has validation's
-    documents only. Adds the content of a dataset.json to `metadata`.
+) -> tuple[Source, list[TokenFile]]:
+    """A further validation set and its files. Of token files that are also trained on, it has
+    validation's documents only. Adds the content of a dataset.json to `metadata`.
     """
     by_size: dict[tuple[int, int], list[TokenFile]] = {}
     for file in training:
@@ -476,7 +484,7 @@ def _open_validation_set(
     best_fit, masked = config.packing == "best_fit", config.use_loss_masking_spans
     source = Source(path, subsets, length, best_fit, masked=masked)
     if source.sequences:
-        return source
+        return source, files
     if not shared:
         raise DataError(
             f"{setting}: {path} has {source.tokens:,} tokens, fewer than one sequence of {length} +"

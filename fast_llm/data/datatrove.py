@@ -10,6 +10,7 @@ index is memory-mapped and checked once (8 bytes a document). A loss mask is rea
 token), because one that is not all ones is refused.
 """
 
+import logging
 import mmap
 import os
 import weakref
@@ -19,8 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fast_llm.data import tokenizer
 from fast_llm.data.tokenfile import TokenFile, open_file, with_file_limit
 from fast_llm.errors import DataError
+from fast_llm.hub import cache_folder, cached
+
+logger = logging.getLogger("fast_llm")
 
 SUFFIX = ".ds"
 _BLOCK = 2**20  # documents checked at a time
@@ -78,7 +83,7 @@ class DatatroveFile(TokenFile):
 
     def _token_size(self, size: int) -> int:
         """The bytes of a token, 2 or 4. `size`: of the .ds file."""
-        named = self._named_token_size()
+        named = self._described()[1]
         if not self.tokens and not size:
             return named or 2
         if size not in (2 * self.tokens, 4 * self.tokens):
@@ -96,15 +101,45 @@ class DatatroveFile(TokenFile):
             )
         return found
 
-    def _named_token_size(self) -> int | None:
-        """The bytes of a token that the .metadata file says; None if there is none."""
+    def _described(self) -> tuple[str, int | None]:
+        """The name of the tokenizer and the bytes of a token that the .metadata file says; "" and
+        None for what it does not say.
+        """
         path = self.bin.with_name(self.bin.name + ".metadata")
         if not path.exists():
-            return None
+            return "", None
         with open_file(path) as (descriptor, _):
             first = os.pread(descriptor, 2**12, 0).partition(b"\n")[0]
-        digits = first.rpartition(b"|")[2].strip()
-        return int(digits) if digits in (b"2", b"4") else None
+        name, _, digits = first.rpartition(b"|")
+        size = int(digits) if digits.strip() in (b"2", b"4") else None
+        return name.decode(errors="replace").strip(), size
+
+    def check_tokenizer(self, model: tokenizer.Loaded) -> None:
+        """Raises DataError if the .metadata file names a tokenizer on this machine that gives text
+        other ids than the model's; warns if the named one is not here. Its EOS is not known.
+        """
+        name, _ = self._described()
+        if not name or name == "Unknown Tokenizer" or cache_folder(name) in model.path.parts:
+            return
+        here = [Path(name), self.bin.parent / name]
+        path = next((str(path) for path in here if path.exists()), None) or cached(
+            name, tokenizer.MAIN
+        )
+        try:
+            theirs = None if path is None else tokenizer.load(path)
+        except DataError:
+            theirs = None
+        if theirs is None:
+            logger.warning(
+                f"{self.bin}: its tokens are of the tokenizer {name}, which is not on this machine"
+                " and is not compared with the model's."
+            )
+        elif theirs.fingerprint([], []) != model.fingerprint([], []):
+            raise DataError(
+                f"{self.bin}: made with another tokenizer than the model's: its .metadata file"
+                f" names {name}, which gives text other ids than {model.path}; tokenize again with"
+                " the model's tokenizer"
+            )
 
     def _check_mask(self) -> None:
         """Raises DataError if some tokens have no loss."""

@@ -407,6 +407,12 @@ def test_tokenizer_and_vocabulary_must_fit(tmp_path: Path) -> None:
         dataset.check_vocabulary(50, gpt2)
     with pytest.raises(DataError, match="holds token 49, but the model's vocab_size is 49"):
         dataset.check_vocabulary(49, llama)
+    # A further validation set, whose losses would be nonsense.
+    numbered(tmp_path / "b", [90])
+    dataset = opened(str(tmp_path / "b"), validation_sets={"old": str(tmp_path / "d.json")})
+    dataset.check_vocabulary(50, llama)
+    with pytest.raises(DataError, match=r"d\.json: made with another tokenizer"):
+        dataset.check_vocabulary(50, gpt2)
 
 
 def test_verify(tmp_path: Path) -> None:
@@ -426,6 +432,10 @@ def test_verify(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.bin: its content is not what was prepared"):
         data.check_digests(12)
     data.check_digests(11)  # too large to be read at each start
+    numbered(tmp_path / "b", [90])
+    data = opened(str(tmp_path / "b"), 2, validation_sets={"old": str(tmp_path / "d.json")})
+    with pytest.raises(DataError, match=r"a\.bin: its content is not what was prepared"):
+        data.check_digests()
 
 
 def test_a_validation_set_that_is_trained_on(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files of datatrove's DocumentTokenizer: the same data as a .bin/.idx pair, and damaged."""
 
 import json
+import shutil
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +16,9 @@ from fast_llm.cli import main
 from fast_llm.data.datatrove import DatatroveFile
 from fast_llm.data.entries import open_path
 from fast_llm.data.metadata import verify
+from fast_llm.data.tokenizer import load
 from fast_llm.errors import DataError
+from tests.data import synthetic
 from tests.data.test_dataset import opened
 from tests.data.test_tokenfile import write
 
@@ -116,6 +119,46 @@ def test_the_same_sequences_and_splits_as_from_a_pair(tmp_path: Path, listed: bo
             ]
             found = second.locate(split, index)
             assert [(span.document, span.begin, span.tokens) for span in found] == spans
+
+
+def test_the_named_tokenizer_is_the_models(
+    written: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By its path, next to the data, or in the cache of the Hub; a name alone only warns."""
+    llama = load(str(synthetic.llama(tmp_path / "llama")))
+    gpt2 = load(str(synthetic.gpt2(tmp_path / "gpt2")))
+    metadata = written.with_name(written.name + ".metadata")
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--some--llama" / "snapshots" / "abc"
+    shutil.copytree(tmp_path / "llama", snapshot)
+    (cache / "models--some--llama" / "refs").mkdir()
+    (cache / "models--some--llama" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    for name in (str(tmp_path / "llama"), "llama/tokenizer.json", "some/llama"):
+        metadata.write_text(f"{name}|2\n16\n16.0 T")
+        opened([str(written)], 4).check_vocabulary(6, llama)
+        opened([str(written)], 4).check_vocabulary(6, None)
+        with pytest.raises(DataError) as caught:
+            opened([str(written)], 4).check_vocabulary(6, gpt2)
+        assert str(caught.value) == (
+            f"{written}: made with another tokenizer than the model's: its .metadata file names"
+            f" {name}, which gives text other ids than {gpt2.path}; tokenize again with the"
+            " model's tokenizer"
+        )
+    # The model itself, from the cache, is not read again.
+    opened([str(written)], 4).check_vocabulary(6, load(str(snapshot)))
+    assert not caplog.messages
+    for name, warns in (("other/model", True), ("gone.json", True), ("Unknown Tokenizer", False)):
+        caplog.clear()
+        metadata.write_text(f"{name}|2\n16\n16.0 T")
+        opened([str(written)], 4).check_vocabulary(6, llama)
+        assert caplog.messages == warns * [
+            f"{written}: its tokens are of the tokenizer {name}, which is not on this machine and"
+            " is not compared with the model's."
+        ]
 
 
 def test_inspect(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
