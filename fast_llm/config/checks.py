@@ -56,6 +56,7 @@ def violations(config: TrainConfig, processes: int) -> Violations:
         _spikes,
         _experiment_dir,
         _push,
+        _samples,
         _validation,
         heads,
         experts,
@@ -290,10 +291,33 @@ def _experiment_dir(config: TrainConfig) -> Violations:
         ("training.export.interval", training.export.interval is not None),
         ("training.shutdown.interval", training.shutdown.interval is not None),
         ("training.profiling.interval", training.profiling.interval is not None),
+        ("training.samples.interval", training.samples.interval is not None),
         ("training.tensorboard", training.tensorboard),
     ):
         if wanted:
             yield (name, "run.experiment_dir"), "needs a folder to write to: set run.experiment_dir"
+
+
+def _samples(config: TrainConfig) -> Violations:
+    samples, distributed = config.training.samples, config.model.distributed
+    every, prompts = "training.samples.interval", "training.samples.prompts"
+    if samples.prompts and samples.interval is None:
+        yield (
+            (every, prompts),
+            f"missing: {prompts} requires it (number of steps, e.g. 1000)",
+        )
+    if samples.interval is None:
+        return
+    if not samples.prompts:
+        yield (prompts, every), f"missing: {every} requires it (a list of texts)"
+    for name in ("pipeline_parallel", "sequence_data_parallel"):
+        if getattr(distributed, name) > 1:
+            yield (
+                (every, f"model.distributed.{name}"),
+                f"is not possible with model.distributed.{name}: a process needs all layers and all"
+                " tokens of a text; leave one of them out. `fast-llm convert` and transformers"
+                " generate text from any checkpoint",
+            )
 
 
 def _push(config: TrainConfig) -> Violations:

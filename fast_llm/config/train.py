@@ -54,6 +54,19 @@ class ValidationConfig(Interval):
     with `interval`."""
 
 
+class SamplesConfig(Interval):
+    """Text that the model continues, for the report: before the first step, every `interval` steps,
+    and after the last step. Each next token is the most likely one. Texts are written to
+    metrics.jsonl. Each time takes `max_tokens` forward passes of all prompts together, without a
+    cache of keys and values.
+    """
+
+    prompts: Annotated[list[Text], Field(max_length=16), Allowed("a list of at most 16 texts")] = []
+    """Beginnings of texts."""
+    max_tokens: Annotated[int, Field(ge=1, le=1024), Allowed("an integer from 1 to 1024")] = 48
+    """Tokens that continue each prompt, unless the text ends before."""
+
+
 class ShutdownConfig(Interval):
     """Stop after every `interval` steps, for queues with a time limit. The process saves a
     checkpoint and exits with code 0; the same command resumes.
@@ -150,6 +163,7 @@ class TrainingConfig(Section):
     averages: dict[str, AverageConfig] = {}
     """Running averages of the weights: name → settings. For example `ema: {decay: 0.999}`, or
     `tail: {start: 90_000}`."""
+    samples: SamplesConfig = SamplesConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     spikes: SpikesConfig = SpikesConfig()
     double_check: DoubleCheckConfig = DoubleCheckConfig()

@@ -44,6 +44,7 @@ from fast_llm.planning.pretrained import (
     experiment_folder,
     with_pretrained_model,
 )
+from fast_llm.planning.prompts import encode_prompts
 from fast_llm.planning.resume import (
     check_info,
     compare,
@@ -91,6 +92,7 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
 
     assert dataset is not None  # else there was a problem
     extra_files, special_tokens = _model_files(pretrained, dataset, loaded)
+    encode_prompts(config, extra_files, special_tokens, dataset)
     history, data_changes = _continue_history(resumed, config, batch_size, dataset)
     if (training := dataset.splits.get("training")) is not None:
         now = resumed.completed_steps, resumed.consumed_samples

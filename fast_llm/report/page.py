@@ -14,6 +14,7 @@ from typing import Any
 
 from fast_llm.report import facts
 from fast_llm.report.records import Columns, RunRecords, thin
+from fast_llm.report.samples import samples
 from fast_llm.storage import write_atomically
 from fast_llm.terminal import short_duration
 
@@ -156,6 +157,7 @@ class Report:
             for run, name in zip(self.runs, names, strict=True)
         )
         yield _changes(self.runs, names)
+        yield samples(self.runs, names)
         if several:
             yield _differences(self.runs, names)
         yield '<h2>Curves</h2>\n<div id="charts"></div>\n'

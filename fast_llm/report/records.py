@@ -79,6 +79,7 @@ class RunRecords:
         self.folder = folder
         self.columns = {phase: Columns() for phase in phases}
         self.events: list[Event] = []
+        self.samples: dict[int, dict[str, str]] = {}  # step → prompt → text
         self.train_iters = 0
         self.starts = 0
         self.began: datetime | None = None  # the times of the first and the last training record
@@ -131,6 +132,8 @@ class RunRecords:
             self.events.append(Event(spike, "rewind", f"spike; rewound to step {step}"))
             self.undo(step)
             return
+        if phase == "samples" and len(self.columns) == len(PHASES):
+            self._add_samples(step, record.get("samples"))
         if phase not in self.columns:
             return
         self.train_iters = record.get("train_iters", self.train_iters)
@@ -143,10 +146,16 @@ class RunRecords:
                 break  # a spike's update is skipped, too
         self._time(record)
 
+    def _add_samples(self, step: int, samples: Any) -> None:
+        kept = {s: texts for s, texts in self.samples.items() if s < step}
+        pairs = [each for each in samples or () if isinstance(each, dict)]
+        self.samples = kept | {step: {str(p.get("prompt")): str(p.get("text")) for p in pairs}}
+
     def undo(self, after: int) -> None:
         """Drop the records after a step."""
         for columns in self.columns.values():
             columns.undo(after)
+        self.samples = {step: texts for step, texts in self.samples.items() if step <= after}
 
     def _resumed_after(self, start: int) -> int | None:
         """The step after which a start of the run resumed, as its log says."""

@@ -20,6 +20,7 @@ from fast_llm.training.experts import RouterMonitor
 from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Z_LOSS, Metrics
 from fast_llm.training.run import Run
+from fast_llm.training.samples import Sampler
 from fast_llm.training.source_losses import SUMS, SourceMonitor
 from fast_llm.training.spikes import SpikeDetector
 from fast_llm.training.step import PADDING, TrainStep
@@ -62,6 +63,7 @@ def build_trainer(
     )
     checkpoints = CheckpointManager(spec, mesh, run, weights, train_step, heartbeat)
     evaluator = Evaluator(spec, mesh, train_step, loader, metrics, interrupt, heartbeat)
+    sampler = Sampler(spec, mesh, run, models[0], heartbeat)
     return Trainer(
         spec,
         mesh,
@@ -69,6 +71,7 @@ def build_trainer(
         train_step,
         checkpoints,
         evaluator,
+        sampler,
         loader,
         metrics,
         interrupt,

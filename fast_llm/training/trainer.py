@@ -24,6 +24,8 @@ from fast_llm.training.metrics import Metrics
 from fast_llm.training.profile import profiled
 from fast_llm.training.push import wait_for_push
 from fast_llm.training.run import Run
+from fast_llm.training.samples import PHASE as SAMPLES
+from fast_llm.training.samples import Sampler
 from fast_llm.training.saving import describe_saved
 from fast_llm.training.spikes import handle_spike
 from fast_llm.training.step import StepResult, TrainStep
@@ -41,6 +43,7 @@ class Trainer:
     train_step: TrainStep
     checkpoints: CheckpointManager
     evaluator: Evaluator
+    sampler: Sampler
     loader: MakeLoader
     metrics: Metrics
     interrupt: Interrupt
@@ -164,6 +167,7 @@ class Trainer:
         """Validate, save and export, as due after a step. A run that is stopping only saves."""
         if self.evaluator.validation_due(step) and not self.stopping:
             self.stopping |= not self.evaluator.validate(step)
+        self.sample(step)
         saves = self.run.folder is not None
         # At a shutdown a checkpoint is due too: config/checks.py demands it.
         if self.checkpoints.save_due(step) or (self.stopping and saves):
@@ -183,8 +187,17 @@ class Trainer:
             step == 0 or not self.metrics.is_logged("validation", step)
         ):
             self.stopping |= not self.evaluator.validate(step)
+        self.sample(step)
         if self.checkpoints.export_due(step) and not self.stopping:
             self.checkpoints.export()
+
+    def sample(self, step: int) -> None:
+        """Continue the prompts of `training.samples`, if that is due and was not done."""
+        if not self.sampler.due(step) or self.stopping:
+            return
+        # After a step of this start, a record is of an attempt that was undone.
+        if self.lifecycle == "steps" or not self.metrics.is_logged(SAMPLES, step):
+            self.sampler.sample(step)
 
     def finish(self) -> str:
         """Do what is due after the last step. A finished run that is restarted begins here."""
@@ -193,6 +206,7 @@ class Trainer:
         self.heartbeat("end of training", step=step, slow=True)
         if self.evaluator.validation_due(step) and not self.metrics.is_logged("validation", step):
             self.stopping |= not self.evaluator.validate(step)
+        self.sample(step)
         tested = not self.config.test_iters or self.metrics.is_logged("test", step)
         if not tested and not self.stopping:
             self.stopping |= not self.evaluator.test(step)

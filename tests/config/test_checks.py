@@ -42,6 +42,16 @@ def messages(overrides: list[str], processes: int = 1) -> list[str]:
 
 BROKEN: list[tuple[list[str], str]] = [
     (
+        [*GOOD, "run.experiment_dir=x", "training.samples={prompts: [a]}"],
+        "training.samples.interval: missing: training.samples.prompts requires it (number of steps,"
+        " e.g. 1000)",
+    ),
+    (
+        [*GOOD, "run.experiment_dir=x", "training.samples={interval: 5}"],
+        "training.samples.prompts: missing: training.samples.interval requires it (a list of"
+        " texts)",
+    ),
+    (
         [*GOOD, "training.export.push_to_hub.repo=a/b"],
         "training.export.interval: missing: training.export.push_to_hub.repo requires it (number of"
         " steps, e.g. 1000)",
@@ -781,6 +791,18 @@ SHAPE = [
 PIPELINE = [*SHAPE, f"{AXES}.pipeline_parallel=2", "batch.batch_size=8", "batch.micro_batch_size=1"]
 # The settings of a layout, the number of processes, the message.
 LAYOUTS: list[tuple[list[str], int, str]] = [
+    (
+        [
+            *PIPELINE,
+            f"{AXES}.pipeline_parallel=2",
+            "run.experiment_dir=x",
+            "training.samples={interval: 5, prompts: [a]}",
+        ],
+        2,
+        "training.samples.interval: is not possible with model.distributed.pipeline_parallel: a"
+        " process needs all layers and all tokens of a text; leave one of them out. `fast-llm"
+        " convert` and transformers generate text from any checkpoint",
+    ),
     (
         [
             *GOOD,
