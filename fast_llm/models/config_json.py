@@ -89,6 +89,7 @@ def dense_family(dialect: Dialect, **different: Any) -> Family:
         "notes": notes,
         "shapes": parameters.shapes,
         "cost": parameters.cost,
+        "backward": parameters.backward,
         "tensor_plan": parameters.tensor_plan,
         "embedding": parameters.EMBEDDING,
         "head": parameters.HEAD,

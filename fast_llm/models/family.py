@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_llm.config.model import BaseModelConfig
-from fast_llm.models.flops import Cost
+from fast_llm.models.flops import BlockBackward, Cost
 from fast_llm.models.tensor_plan import TensorPlan
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,7 +34,10 @@ class Family:
     with_length: Callable[[Mapping[str, Any], int], dict[str, Any]]  # config.json, longer context
     notes: Callable[[Mapping[str, Any]], list[str]]  # what of a config.json is not followed
     shapes: Callable[[BaseModelConfig], dict[str, tuple[int, ...]]]  # of each parameter, by name
-    cost: Callable[[BaseModelConfig, float], Cost]  # at a sequence length, in tokens
+    # At a sequence length in tokens, and the names of frozen parameters.
+    cost: Callable[..., Cost]
+    # What the backward passes of blocks and head compute, by the names of frozen parameters.
+    backward: Callable[..., tuple[list[BlockBackward], BlockBackward]]
     tensor_plan: Callable[[BaseModelConfig], TensorPlan]  # how tensor parallelism cuts each module
     embedding: str  # name of the embedding's weight
     head: str  # name of the head's weight

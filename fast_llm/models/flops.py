@@ -3,6 +3,10 @@
 Counted as "model FLOPs": matmuls alone, a multiplication and an addition each; the backward pass
 costs twice the forward pass; of attention the causal half counts. "Hardware" FLOPs add the
 recomputation of flash attention.
+
+Gradients that no trained parameter needs are not computed and not counted: those of frozen weights,
+and those of inputs below which nothing is trained. An adapter's or a frozen embedding's run has
+fewer FLOPs a token than full training, so its MFU is not flattered.
 """
 
 import re
@@ -43,6 +47,20 @@ class Cost:
     active_parameters: int  # that compute one token: of a router's experts, those it chooses
     model_flops_per_token: float  # forward and backward
     hardware_flops_per_token: float
+
+
+@dataclass(frozen=True)
+class BlockBackward:
+    """What the backward pass of a block computes; all of it, if nothing is frozen."""
+
+    weights: float = 1.0  # share of the matmuls for gradients of weights
+    inputs: float = 1.0  # share of the matmuls for gradients of inputs
+    attention: bool = True  # whether attention is differentiated
+
+    @property
+    def is_any(self) -> bool:
+        """Whether the block has a backward pass."""
+        return self.attention or self.weights > 0 or self.inputs > 0
 
 
 def peak_flops(device: str) -> float | None:

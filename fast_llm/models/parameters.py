@@ -5,11 +5,11 @@ tokens: 8.03 billion parameters, 48.25 GFLOP a token.
 """
 
 import math
-from collections import Counter
-from collections.abc import Container
+from collections import Counter, defaultdict
+from collections.abc import Collection, Container, Sequence
 
 from fast_llm.config.model import BaseModelConfig, TransformerConfig
-from fast_llm.models.flops import Cost
+from fast_llm.models.flops import BlockBackward, Cost
 from fast_llm.models.tensor_plan import (
     Columns,
     ExpertColumns,
@@ -133,8 +133,74 @@ def _block(t: TransformerConfig, layer: int) -> dict[str, tuple[int, ...]]:
     return found | {f"{name}.weight": (hidden,) for name in norm_names(t) if name}
 
 
-def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
+def backward(
+    config: BaseModelConfig, frozen: Collection[str] = ()
+) -> tuple[list[BlockBackward], BlockBackward]:
+    """What the backward passes of all blocks and of the head compute, if parameters are frozen.
+
+    Of an input a gradient is computed if a parameter below it is trained.
+    """
+    t = config.transformer
+    if not frozen:
+        return [BlockBackward()] * t.num_layers, BlockBackward()
+    below = EMBEDDING not in frozen
+    blocks = []
+    for layer in range(t.num_layers):
+        shapes_of = {f"model.layers.{layer}.{name}": s for name, s in _block(t, layer).items()}
+        places: dict[int, list[str]] = defaultdict(list)
+        for name in shapes_of:
+            places[_place(name, norm_names(t))].append(name)
+        work = {name: _multiplications(name, shape, t) for name, shape in shapes_of.items()}
+        weights = sum(size for name, size in work.items() if name not in frozen)
+        inputs, attention = 0.0, False
+        for place in range(len(_PLACES) + 1):
+            inputs += sum(work[name] for name in places[place]) * below
+            below = below or any(name not in frozen for name in places[place])
+            attention = below if place == _BEFORE_ATTENTION else attention
+        total = sum(work.values())
+        blocks.append(BlockBackward(weights / total, inputs / total, attention))
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+    below = below or "model.norm.weight" not in frozen
+    return blocks, BlockBackward(float(head not in frozen), float(below))
+
+
+# The parameters of a block in the order of its computation; norms are found by their names.
+_PLACES = (
+    ("norm 0",),
+    (".q_proj.", ".k_proj.", ".v_proj."),
+    (".q_norm.", ".k_norm.", ".sinks"),
+    (".o_proj.",),
+    ("norm 1",),
+    ("norm 2",),
+    (".gate_proj.", ".up_proj."),
+    (".act_fn.",),
+    (".down_proj.", ".mlp.gate."),
+)
+_BEFORE_ATTENTION = 2
+
+
+def _place(name: str, norms: Sequence[str | None]) -> int:
+    """The place of a block's parameter in `_PLACES`; the last norm comes after all."""
+    for number, norm in enumerate(norms):
+        if norm is not None and f".{norm}." in name:
+            name = f"norm {number}"
+    # Suffixes: experts have their parameters' names with and without `.weight`.
+    found = (at for at, parts in enumerate(_PLACES) if any(part in f"{name}." for part in parts))
+    return next(found, len(_PLACES))
+
+
+def _multiplications(name: str, shape: tuple[int, ...], t: TransformerConfig) -> float:
+    """Multiplications of a token with a parameter's matrix, forward."""
+    if len(shape) < 2 or name.endswith(".bias"):
+        return 0.0
+    chosen = t.num_experts_per_token / t.num_experts if len(shape) == 3 else 1.0
+    return math.prod(shape) * chosen
+
+
+def cost(config: BaseModelConfig, sequence_length: float, frozen: Collection[str] = ()) -> Cost:
     """Parameters, and FLOPs per token of a training step with sequences of `sequence_length`.
+
+    `frozen`: names of parameters that are not trained.
 
     For packed documents, `sequence_length` is Σ length² / Σ length over the documents. A window of
     w tokens leaves w · (1 - w / (2 length)) keys for a mean query, instead of length / 2.
@@ -156,7 +222,18 @@ def cost(config: BaseModelConfig, sequence_length: float) -> Cost:
     head = 6 * t.hidden_size * config.vocab_size
     attended = _attended_of_all(t, sequence_length)
     attention = 6 * t.num_attention_heads * t.kv_channels * attended
-    return Cost(parameters, active, dense + head + attention, dense + head + attention * 7 / 6)
+    blocks, of_head = backward(config, frozen)
+    if all(each == BlockBackward() for each in (*blocks, of_head)):
+        return Cost(parameters, active, dense + head + attention, dense + head + attention * 7 / 6)
+    matmuls = head / 3 * (1 + of_head.weights + of_head.inputs)
+    scores = recomputed = 0.0
+    for layer, block in enumerate(blocks):
+        size = sum(_multiplications(name, one, t) for name, one in _block(t, layer).items())
+        matmuls += 2 * size * (1 + block.weights + block.inputs)
+        keys = t.num_attention_heads * t.kv_channels * _attended(t.window(layer), sequence_length)
+        scores += keys * (6 if block.attention else 2)
+        recomputed += keys * block.attention
+    return Cost(parameters, active, matmuls + scores, matmuls + scores + recomputed)
 
 
 def attended_length(t: TransformerConfig, length: float) -> float:

@@ -6,7 +6,7 @@ micro-batch, columns of its matrices, its parameters. Only arithmetic: no torch,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fast_llm.config.batch import derive_batch_sizes
 from fast_llm.config.model import BaseModelConfig
@@ -14,6 +14,7 @@ from fast_llm.config.parameter_rules import frozen_names
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
 from fast_llm.models import family_of
+from fast_llm.models.flops import BlockBackward
 from fast_llm.models.parameters import attended_length, norm_names
 from fast_llm.models.sizes import QUANTIZATION_BLOCK
 
@@ -125,6 +126,8 @@ class Workload:
     trained_shares: tuple[float, ...]  # by layer
     trains_embedding: bool
     trains_head: bool  # with tied embeddings, the embedding
+    backward: tuple[BlockBackward, ...]  # what each block's backward pass computes
+    backward_of_head: BlockBackward
     norms: int  # of a block, without those of queries and keys
     norms_results: bool  # of attention and MLP
     normed_heads: bool  # queries and keys have norms
@@ -153,6 +156,8 @@ class Workload:
             if name.startswith("model.layers.")
         ]
         shares, trains_embedding, trains_head = _trained(config)
+        frozen = frozen_names(config.optimizer, family_of(base).shapes(base))
+        backward, backward_of_head = family_of(base).backward(base, frozen)
         one_chunk = base.cross_entropy_impl == "torch" and base.z_loss_coefficient > 0
         return Workload(
             layers=t.num_layers,
@@ -177,6 +182,8 @@ class Workload:
             trained_shares=shares,
             trains_embedding=trains_embedding,
             trains_head=trains_head,
+            backward=tuple(backward),
+            backward_of_head=backward_of_head,
             norms=sum(name is not None for name in norm_names(t)),
             norms_results=t.norm_placement != "pre",
             normed_heads=t.qk_norm != "none",
@@ -263,6 +270,13 @@ class LocalSizes:
         self.stages_per_rank = len(layout.layers_per_stage) // layout.pipeline or 1
         own = self._own_stages(len(sizes))
         numbers = [sum(sizes[:stage]) + place for stage in own for place in range(sizes[stage])]
+        # Stages after the first one always send a gradient to the stage before.
+        self.backward = [
+            replace(workload.backward[number], inputs=1.0, attention=True)
+            if number >= sizes[0] and len(sizes) > 1
+            else workload.backward[number]
+            for number in numbers
+        ]
         self.layers = len(numbers)
         self.has_embedding, self.has_head = 0 in own, len(sizes) - 1 in own
         self.block_parameters = (

@@ -20,7 +20,7 @@ from fast_llm.checkpoint import huggingface
 from fast_llm.config.checks import check
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.document import Document
-from fast_llm.config.parameter_rules import rule_problems
+from fast_llm.config.parameter_rules import frozen_names, rule_problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import adding_locations, validate, with_location
 from fast_llm.data import tokenizer
@@ -85,7 +85,8 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     if checkpoint is not None:
         resumed = _resume(checkpoint, config, identity, problems, branches)
     base = config.model.base_model
-    costs = family_of(base).cost(base, config.batch.sequence_length)
+    frozen = frozen_names(config.optimizer, family_of(base).shapes(base))
+    costs = family_of(base).cost(base, config.batch.sequence_length, frozen)
     if folder is not None:
         problems.add(disk_problems(folder, config, costs.parameters, resumed.completed_steps))
     problems.raise_any()

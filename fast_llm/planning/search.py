@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from fast_llm.config.checks import violations
+from fast_llm.config.parameter_rules import frozen_names
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
 from fast_llm.models import family_of
@@ -88,7 +89,9 @@ def require_batch_size(config: TrainConfig) -> int:
 def model_flops(config: TrainConfig) -> float:
     """Floating-point operations of a token, forward and backward."""
     base = config.model.base_model
-    return family_of(base).cost(base, config.batch.sequence_length).model_flops_per_token
+    family = family_of(base)
+    frozen = frozen_names(config.optimizer, family.shapes(base))
+    return family.cost(base, config.batch.sequence_length, frozen).model_flops_per_token
 
 
 # Settings that are `auto`.

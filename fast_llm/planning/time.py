@@ -114,25 +114,32 @@ class StepTime:
         """One micro-batch, forward and backward."""
         s, layout = self.s, self.layout
         seconds: Seconds = defaultdict(float)
-        for one_pass in self.block:
-            for name, spent in one_pass.items():
-                seconds[name] += s.layers * spent
+        forward, backward = self.block
+        for name, spent in forward.items():
+            seconds[name] += s.layers * spent
+        # Gradients that nothing trained needs are not computed.
+        times = {
+            "matmuls": sum(one.weights + one.inputs for one in s.backward) / 2,
+            "attention": sum(one.attention for one in s.backward),
+        }
+        for name, spent in backward.items():
+            seconds[name] += times.get(name, sum(one.is_any for one in s.backward)) * spent
         if s.has_head:
             for name, spent in self.head.items():
                 seconds[name] += spent
         if s.has_embedding:
             seconds["head and embedding"] += self.memory_traffic(
-                10 * s.vocabulary * s.hidden + 4 * s.stream
+                10 * s.vocabulary * s.hidden * self.workload.trains_embedding + 4 * s.stream
             )
         if s.mixed_precision or s.sharded:
             # Low-precision gradients into fp32 sums, or towards their reduction. One GPU's matmuls
             # and cross entropy accumulate in fp32 themselves: they read and write the sums.
-            fused = 0
+            fused = 0.0
             if not s.sharded and self.workload.split_masters:
-                fused = s.parameters - s.outside_parameters
-            separate = s.own_parameters - fused
+                fused = s.trained_in_blocks
+            separate = s.trained_in_blocks * s.own_share + s.trained_outside_parameters - fused
             if s.fuses_head_gradient:
-                separate = s.vocabulary * s.hidden
+                separate = s.vocabulary * s.hidden * self.workload.trains_embedding
             seconds["gradient accumulation"] += self.memory_traffic(10 * separate + 6 * fused)
         seconds["communication within blocks"] += s.layers * self.block_communication
         if layout.pipeline > 1:
@@ -267,8 +274,10 @@ class StepTime:
         chunks = 2 if self.workload.loss != "torch" else 1
         # The gradient goes to its fp32 sum at once, or to the compute dtype.
         written = 12 if s.fuses_head_gradient else 6
+        computed = self.workload.backward_of_head
+        passes = 1 + computed.weights + computed.inputs
         return {
-            "matmuls": 3 * self.matmul(s.tokens, s.vocabulary, s.hidden),
+            "matmuls": passes * self.matmul(s.tokens, s.vocabulary, s.hidden),
             "head and embedding": self.memory_traffic(
                 logit_bytes * logits + (8 * chunks + written) * weights
             ),
@@ -282,7 +291,7 @@ class StepTime:
         if not s.sharded and s.mixed_precision and not self.workload.split_masters:
             weight_bytes += 6  # masters into weights
         shards = self.layout.shards if s.sharded else 1
-        return self.memory_traffic(weight_bytes * s.parameters / shards)
+        return self.memory_traffic(weight_bytes * s.trained_parameters / shards)
 
     # Communication.
 
@@ -369,30 +378,34 @@ class StepTime:
             return 0.0
         gather, reduce = self._gather, self._reduce
         block, outside, others = s.own_block_parameters, s.outside_parameters, s.layers - 1
+        # Frozen weights are gathered, and have no gradient to reduce.
+        trained = s.trained_in_blocks / max(1, s.layers) * s.own_share  # of a mean block
+        trained_outside = s.trained_outside_parameters
         if layout.pipeline > 1:  # all of it before and after the pipeline is filled
             fillings = layout.micro_batches // layout.in_flight
             once = s.layers * gather(block) + gather(outside)
             return (
                 once
-                + fillings * (s.layers * reduce(block) + reduce(outside))
-                + s.layers * self._sum_over_copies(block)
-                + self._sum_over_copies(outside)
+                + fillings * (s.layers * reduce(trained) + reduce(trained_outside))
+                + s.layers * self._sum_over_copies(trained)
+                + self._sum_over_copies(trained_outside)
             )
         # The embedding is gathered before anything is computed, and reduced when nothing is left to
         # compute.
         embedding = outside - s.head_parameters
         head_gather = max(0.0, gather(s.head_parameters) - forward)
-        head_reduce = max(0.0, reduce(s.head_parameters) - backward)
+        head_reduce = max(0.0, reduce(s.trained_head_parameters) - backward)
         first_gathers = gather(embedding) + gather(block) + head_gather
-        last_reductions = reduce(embedding) + reduce(block) + head_reduce
+        of_embedding = reduce(trained_outside - s.trained_head_parameters)
+        last_reductions = of_embedding + reduce(trained) + head_reduce
         gathers = first_gathers + others * max(0.0, gather(block) - forward)
-        reductions = last_reductions + others * max(0.0, reduce(block) - backward)
+        reductions = last_reductions + others * max(0.0, reduce(trained) - backward)
         copies = self._exposed_sum_over_copies(backward)
         if layout.zero_stage == 1:
             return gathers + reductions + copies
         if layout.zero_stage == 2:
             return gathers + layout.micro_batches * reductions + copies
-        both = reduce(block) + gather(block)  # the backward pass gathers again
+        both = reduce(trained) + gather(block)  # the backward pass gathers again
         again = last_reductions + gather(block) + others * max(0.0, both - backward)
         return layout.micro_batches * (gathers + again) + copies
 
@@ -401,12 +414,11 @@ class StepTime:
         s, layout = self.s, self.layout
         if layout.replicas == layout.shards:
             return 0.0
-        reduced, summed = (
-            self._reduce(s.block_parameters),
-            self._sum_over_copies(s.block_parameters),
-        )
+        trained = s.trained_in_blocks / max(1, s.layers)
+        reduced, summed = self._reduce(trained), self._sum_over_copies(trained)
         exposed = max(0.0, reduced + summed - max(backward, reduced))
-        return self._sum_over_copies(s.outside_parameters) + summed + (s.layers - 1) * exposed
+        outside = self._sum_over_copies(s.trained_outside_parameters)
+        return outside + summed + (s.layers - 1) * exposed
 
     def bubble_micro_batches(self) -> float:
         """Micro-batches for whose time a process of a pipeline waits in a step.
