@@ -25,7 +25,7 @@ from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
 from fast_llm.parallel.weights import Weights
-from tests.helpers import TINY, some_fast, spawn
+from tests.helpers import TINY, slow, some_fast, spawn
 
 
 def graphs(
@@ -98,9 +98,10 @@ def test_blocks_are_compiled_once(tensor: int, context: int, sequence: bool, pac
         assert many == one >= 2
 
 
+@slow
 @pytest.mark.parametrize(
     "level",
-    some_fast(["none", "activation", "full", "selective", "block"], "selective".__eq__),
+    ["none", "activation", "full", "selective", "block"],
 )
 def test_recomputed_ones_as_well(level: str) -> None:
     assert spawn(1, graphs, 4, 3, level, 1, 1, False, False) == [2]
@@ -145,7 +146,7 @@ def worst_gradient_here(dtype: torch.dtype, fuse_grad_accumulation: bool, packed
     return max(float((found[1][n] - exact).norm() / exact.norm()) for n, exact in found[0].items())
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", some_fast([False, True], bool))
 @pytest.mark.parametrize("kernels", some_fast([False, True], bool))
 @pytest.mark.parametrize(
     ("dtype", "fuse_grad_accumulation", "bound"),

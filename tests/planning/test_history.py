@@ -39,6 +39,7 @@ from fast_llm.planning.history import (
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.audit import inspect_step
 from fast_llm.training.job import train
+from tests.helpers import slow
 from tests.training.runs import losses, records, run
 
 OLD = Path(__file__).parents[1] / "fixtures" / "v0.1"
@@ -169,14 +170,15 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(
+ANY_HISTORY = given(
     documents=st.lists(
         st.lists(st.integers(0, 9), min_size=4, max_size=20), min_size=3, max_size=3
     ),
     changes=st.lists(SETTINGS, min_size=1, max_size=6),
 )
-def test_any_history_uses_each_target_once_an_epoch(
+
+
+def each_target_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory,
     documents: list[list[int]],
     changes: list[dict[str, Any]],
@@ -239,6 +241,14 @@ def test_any_history_uses_each_target_once_an_epoch(
         assert all((place, before) in used or sum(documents[place]) < 26 for before in range(epoch))
     check_why(history, drawn)
     assert history.inputs(samples) == sum(len(targets) for _, targets in drawn)
+
+
+test_any_history_uses_each_target_once_an_epoch = settings(max_examples=50, deadline=None)(
+    ANY_HISTORY(each_target_once_an_epoch)
+)
+test_many_histories_do = slow(
+    settings(max_examples=300, deadline=None)(ANY_HISTORY(each_target_once_an_epoch))
+)
 
 
 def check_documents(packed: Any, lengths: Sequence[int], start: int) -> None:

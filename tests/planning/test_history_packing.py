@@ -19,6 +19,7 @@ from fast_llm.data.source import Source
 from fast_llm.planning import history as histories
 from fast_llm.planning.history import History
 from tests.data.test_best_fit import numbered, targets_of
+from tests.helpers import slow
 
 CHANGES = st.fixed_dictionaries(
     {
@@ -84,8 +85,7 @@ def test_stages_share_what_is_left_of_an_epoch(
     assert calls == [3]
 
 
-@settings(max_examples=50, deadline=None)
-@given(
+ANY_HISTORY = given(
     documents=st.lists(
         st.lists(st.integers(0, 9) | st.sampled_from([13, 25]), min_size=2, max_size=12),
         min_size=2,
@@ -93,7 +93,9 @@ def test_stages_share_what_is_left_of_an_epoch(
     ),
     changes=st.lists(CHANGES, min_size=1, max_size=6),
 )
-def test_any_history_uses_each_target_once_an_epoch(
+
+
+def each_target_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory,
     documents: list[list[int]],
     changes: list[dict[str, Any]],
@@ -136,3 +138,11 @@ def test_any_history_uses_each_target_once_an_epoch(
         source = histories.open_sources(order.data, order, 2**31)[state.digest]
         stream, number, _ = source.sampler(order.seed, state.key, state.drawn).find(inside)
         assert source.with_stream(stream).read(number).tokens.tolist() == tokens
+
+
+test_any_history_uses_each_target_once_an_epoch = settings(max_examples=16, deadline=None)(
+    ANY_HISTORY(each_target_once_an_epoch)
+)
+test_many_histories_do = slow(
+    settings(max_examples=100, deadline=None)(ANY_HISTORY(each_target_once_an_epoch))
+)

@@ -15,7 +15,7 @@ import torch
 from fast_llm.training import profile
 from fast_llm.training.profile import CATEGORIES, break_down, category, exclusive_intervals, table
 from fast_llm.training.step import TrainStep
-from tests.helpers import spawn
+from tests.helpers import some_fast, spawn
 from tests.training.runs import losses, records, run, run_all, settings, weights, write_tokens
 
 NAMES = {
@@ -180,7 +180,7 @@ def logged(folder: Path, rank: int = 0) -> str:
     return (folder / "runs" / "0" / "logs" / f"logs_rank_{rank}.txt").read_text()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", some_fast(["fp32", "bf16"], "bf16".__eq__))
 def test_a_profile_changes_nothing_and_says_where_time_goes(tmp_path: Path, dtype: str) -> None:
     write_tokens(tmp_path / "tokens")
     how = ("training.checkpoint.interval=4", f"model.distributed.training_dtype={dtype}")

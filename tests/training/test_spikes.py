@@ -20,7 +20,7 @@ from fast_llm.training.audit import inspect_step
 from fast_llm.training.spikes import SpikeDetector, handle_spike
 from fast_llm.training.step import TrainStep
 from fast_llm.training.trainer import Trainer
-from tests.helpers import spawn
+from tests.helpers import some_fast, spawn
 from tests.training.runs import losses, records, run, settings, tell, weights, write_tokens
 
 STEPS, BATCH = 14, 8
@@ -117,7 +117,7 @@ def updates(path: Path) -> int:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", some_fast([1, 2], (2).__eq__))
 def test_skip(tmp_path: Path, world: int) -> None:
     write_tokens(tmp_path / "tokens", 400)
     assert (
@@ -161,7 +161,7 @@ def test_skip(tmp_path: Path, world: int) -> None:
     assert one == other != weights(tmp_path / "run" / "checkpoint" / "14")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", some_fast([1, 2], (2).__eq__))
 def test_rewind(tmp_path: Path, world: int) -> None:
     write_tokens(tmp_path / "tokens", 400)
     # Back from step 8 to the checkpoint of step 6, on with batch 9: step 12 has batch 14, and is a
