@@ -288,9 +288,14 @@ def _why(parsed: argparse.Namespace) -> int:
 
 
 def _demo(parsed: argparse.Namespace) -> int:
-    from fast_llm.demo import demo
+    if parsed.real:
+        from fast_llm.demo.real import demo_real
 
-    demo(parsed.folder)
+        demo_real(parsed.folder or "fast-llm-demo-real")
+    else:
+        from fast_llm.demo import demo
+
+        demo(parsed.folder or "fast-llm-demo")
     return 0
 
 

@@ -234,11 +234,16 @@ examples:
         """\
 Make a tokenizer, a corpus of prose and one of code from Python's own files,
 pretrain a small Llama on prose and continue on code with the recipe's YAML;
-then compare, kill and resume. Takes minutes on two cores, and no network.""",
+then compare, kill and resume. Takes minutes on two cores, and no network.
+
+With --real, continue SmolLM2-135M on German manual pages, with and without a
+replay of English, and show what it learned and forgot. `make demo-real` also
+installs the packages for it.""",
         """\
 examples:
   fast-llm demo
-  fast-llm demo /tmp/demo""",
+  fast-llm demo /tmp/demo
+  fast-llm demo --real""",
     ),
     "models": (
         """\

@@ -162,7 +162,10 @@ def _add_others(commands: dict[str, Parser]) -> None:
         "--json", action="store_true", help="print JSON alone, for programs"
     )
     commands["demo"].add_argument(
-        "folder", nargs="?", default="fast-llm-demo", help="default: fast-llm-demo"
+        "folder", nargs="?", help="default: fast-llm-demo, or fast-llm-demo-real"
+    )
+    commands["demo"].add_argument(
+        "--real", action="store_true", help="continue SmolLM2-135M on German manual pages"
     )
     commands["models"].add_argument(
         "--json", action="store_true", help="print JSON alone, for programs"

@@ -59,7 +59,7 @@ def choose_engine(job: Job, corpus: Corpus, sample: Sequence[str]) -> RangeToken
         )
         return plain
     try:
-        fast = admitted(plain.encoder, sample)
+        fast = admitted(plain.encoder, job.loaded.text, sample)
     except NotAdmitted as error:
         if asked == NAME:
             raise DataError(
@@ -71,11 +71,12 @@ def choose_engine(job: Job, corpus: Corpus, sample: Sequence[str]) -> RangeToken
     return RangeTokenizer(corpus.reader, job.loaded, job.dtype, job.bos, job.eos, fast)
 
 
-def admitted(encoder: Encoder, sample: Sequence[str]) -> FastEncoder:
-    """The engine for a tokenizer. Raises NotAdmitted if it is not right on hard texts and the
-    sample.
+def admitted(encoder: Encoder, text: str, sample: Sequence[str]) -> FastEncoder:
+    """The engine for a tokenizer, whose tokenizer.json is `text`.
+
+    Raises NotAdmitted if it is not right on hard texts and the sample.
     """
-    fast = FastEncoder(encoder)
+    fast = FastEncoder(encoder, text=text)
     fast.admit(sample)
     return fast
 

@@ -73,22 +73,41 @@ def installed() -> str | None:
 class FastEncoder:
     """Encodes with the engine, and compares it with the reference. One per process."""
 
-    def __init__(self, reference: Encoder, max_growth: int = 2**28, rate: int = 256):
+    def __init__(
+        self,
+        reference: Encoder,
+        max_growth: int = 2**28,
+        rate: int = 256,
+        text: str | None = None,
+    ):
         """`max_growth`: bytes of memory after which the engine is made anew. One document in
-        `rate` is compared with the reference.
+        `rate` is compared with the reference. `text`: the tokenizer.json of the reference, whose
+        model comes last; without it the reference writes it, which takes a while.
 
         Raises NotAdmitted if the engine cannot read the tokenizer.
         """
         self.reference = reference
         self.dtype = reference.dtype
         self.max_growth, self.rate = max_growth, rate
-        self.json, self.added_tokens, self.normalizes, self.hidden = _readable_tokenizer(reference)
-        self._start()
+        self._read(text or reference.tokenizer.to_str())
+        try:
+            self._start()
+        except NotAdmitted:
+            if text is None:
+                raise
+            self._read(reference.tokenizer.to_str())  # perhaps it reads only the present format
+            self._start()
         self.memory = _memory()
         self.states = np.zeros(0x110000, np.uint8)  # of each character
         self.states[:128] = _EQUAL
         self.states[0xD800:0xE000] = _DIFFERENT  # surrogates: the reference refuses them
         self.sizes = self._token_sizes()
+
+    def _read(self, text: str) -> None:
+        self.json, self.added_tokens, self.normalizes, self.hidden = _readable_tokenizer(
+            self.reference, text
+        )
+        self.prefix = _common_prefix(self.hidden)
 
     def _start(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
@@ -197,7 +216,8 @@ class FastEncoder:
 
     def is_safe(self, text: str) -> bool:
         """Whether the engine may encode a text."""
-        if self.hidden and any(token in text for token in self.hidden):
+        # Few texts have what all of the spellings begin with.
+        if self.hidden and self.prefix in text and any(token in text for token in self.hidden):
             return False
         if text.isascii():
             return not (len(text) >= 2 * _RUN and _has_long_run(text))
@@ -235,40 +255,48 @@ class FastEncoder:
         return sizes
 
 
-def _readable_tokenizer(reference: Encoder) -> tuple[str, list[str], bool, list[str]]:
-    """A tokenizer.json without special tokens, the spellings of all added tokens, whether it
-    normalizes to NFC, and the spellings that the engine must not see.
+def _readable_tokenizer(reference: Encoder, text: str) -> tuple[str, list[str], bool, list[str]]:
+    """A tokenizer.json (`text`) without special tokens, the spellings of all added tokens, whether
+    it normalizes to NFC, and the spellings that the engine must not see.
 
     Raises NotAdmitted for what the comparisons cannot cover.
     """
     model = reference.tokenizer.model
     if not isinstance(model, models.BPE) or model.dropout:
         raise NotAdmitted(f"the tokenizer's model is {type(model).__name__}, not plain BPE")
-    content = reference.tokenizer.to_str()
-    added, normalizer = _value(content, "added_tokens")[0], _value(content, "normalizer")[0]
+    head, tail = _split(text)
+    added, normalizer = head.get("added_tokens") or [], head.get("normalizer")
     kinds = set(_types(normalizer))
     if kinds - _NORMALIZERS:
         raise NotAdmitted(f"its normalizer {', '.join(sorted(kinds - _NORMALIZERS))}")
-    ordinary = [token for token in added if not token["special"]]
-    content = _replace_value(content, "added_tokens", ordinary)
-    hidden: list[str] = []
-    if (simple := _always_prepending(normalizer)) != normalizer:
-        content = _replace_value(content, "normalizer", simple)
-        hidden = [token["content"] for token in ordinary]
+    ordinary = [token for token in added if not token.get("special")]
+    simple = _always_prepending(normalizer)
+    hidden = [token["content"] for token in ordinary] if simple != normalizer else []
+    changed = {"added_tokens": ordinary, "normalizer": simple, "truncation": None, "padding": None}
+    content = f"{json.dumps(head | changed)[:-1]}, {tail}"
     return content, [token["content"] for token in added], "NFC" in kinds, hidden
 
 
-def _value(content: str, key: str) -> tuple[Any, int, int]:
-    """A value before the vocabulary, and where it begins and ends. Reading all takes longer."""
-    begin = content.index(f'"{key}":') + len(f'"{key}":')
-    value, end = json.JSONDecoder().raw_decode(content, begin)
-    return value, begin, end
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """What a tokenizer.json says before its model, and the text of the rest. Reading all takes
+    longer.
+    """
+    head: dict[str, Any] = {}
+    at, decoder = text.index("{"), json.JSONDecoder()
+    while True:
+        at = _next(text, at + 1)
+        key, end = decoder.raw_decode(text, at)
+        if key == "model":
+            return head, text[at:]
+        head[key], at = decoder.raw_decode(text, _next(text, text.index(":", end) + 1))
+        at = text.index(",", at)
 
 
-def _replace_value(content: str, key: str, value: Any) -> str:
-    """JSON with another value of a key."""
-    _, begin, end = _value(content, key)
-    return content[:begin] + json.dumps(value) + content[end:]
+def _next(text: str, at: int) -> int:
+    """The place of the next character that is not white space."""
+    while text[at].isspace():
+        at += 1
+    return at
 
 
 def _always_prepending(normalizer: Any) -> Any:
@@ -321,6 +349,11 @@ def _sums(
 def _memory() -> int:
     """Bytes that this process takes, which may have been forked after its engine was made."""
     return int(psutil.Process().memory_info().rss)
+
+
+def _common_prefix(texts: list[str]) -> str:
+    pairs = zip(min(texts, default=""), max(texts, default=""), strict=False)
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _has_long_run(text: str) -> bool:

@@ -91,7 +91,7 @@ class RangeTokenizer:
         self.reader = reader
         self.filter = None if reader.filter is None else load_filter(reader.filter)
         self.encoder = Encoder(loaded.tokenizer, dtype)
-        self.fast = FastEncoder(self.encoder) if fast is True else fast or None
+        self.fast = FastEncoder(self.encoder, text=loaded.text) if fast is True else fast or None
         self.bos, self.eos = (
             np.array([] if token is None else [token], dtype).tobytes() for token in (bos, eos)
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from fast_llm.demo.commands import run, run_and_kill, words
 from fast_llm.demo.corpus import VOCABULARY, train_tokenizer, write_code, write_prose
 from fast_llm.demo.results import (
+    PROMPTS,
     compare_logits,
     compare_runs,
     curves,
@@ -98,15 +99,15 @@ def demo(name: str) -> None:
     show_losses(undisturbed / "metrics.jsonl", STEPS)
     picture = folder / "losses.svg"
     picture.write_text(draw(curves(folder / "prose-run", undisturbed)))
-    print(f"as a picture: {picture}")
-    print(f"as a page for a browser: {undisturbed / REPORT}\n")
-    show_samples(pretrained, continued)
+    print(f"as a picture: {picture}\n")
+    show_samples({"before": pretrained, "after": continued}, PROMPTS)
     checks = [
         compare_logits(undisturbed, STEPS, continued),
         compare_runs(undisturbed, killed, STEPS),
     ]
     print(f"\nThe demo took {time.monotonic() - started:.0f} s.", end=" ")
     suggest(folder, pretrained, recipe)
+    print(f"\nThe report of the run, a page for a browser: {undisturbed / REPORT}")
     if not all(checks):
         raise UserError(
             "the demo found a difference where there must be none; please report it with the"

@@ -1,13 +1,14 @@
 """The demo's results: losses, a picture, generated text and two exact comparisons."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fast_llm.demo.commands import read
 from fast_llm.demo.corpus import VOCABULARY
 
-PROMPTS = {"prose": "The function returns a list of", "code": "def __init__(self, "}
+PROMPTS = ("The function returns a list of", "def __init__(self, ")
 
 
 def show_losses(metrics: Path, steps: int) -> None:
@@ -22,20 +23,21 @@ def show_losses(metrics: Path, steps: int) -> None:
         print(f"{label:18} {before:8.3f} {after:8.3f}   {after - before:+.3f}")
 
 
-def show_samples(before: Path, after: Path) -> None:
-    """Print text that both models generate, through transformers' pipeline."""
+def show_samples(models: Mapping[str, Path], prompts: Iterable[str]) -> None:
+    """Print text that models generate, through transformers' pipeline. `models`: by label."""
     from transformers import pipeline
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for label, folder in (("before", before), ("after", after)):
-        pipe = pipeline("text-generation", model=str(folder))
-        for prompt in PROMPTS.values():
+    pipes = {label: pipeline("text-generation", model=str(path)) for label, path in models.items()}
+    width = max(map(len, models))
+    for prompt in prompts:
+        for label, pipe in pipes.items():
             text = pipe(prompt, max_new_tokens=32, do_sample=False, return_full_text=False)[0][
                 "generated_text"
             ]
-            print(f"{label:6} {prompt!r} → {text!r}")
+            print(f"{label:{width}} {prompt!r} → {text!r}")
 
 
 def compare_logits(run_folder: Path, step: int, export: Path) -> bool:

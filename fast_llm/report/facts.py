@@ -23,7 +23,7 @@ _HOW_TO_TRAIN = (  # settings below model.base_model
     *("use_flash_attention", "expert_auxiliary_loss_coefficient", "expert_z_loss_coefficient"),
     "expert_bias_update_rate",
 )
-_SMALL = 0.005  # nats: smaller changes count as none
+SMALL = 0.005  # nats: smaller changes count as none
 _PLAN = "What this run does:"
 
 
@@ -50,7 +50,7 @@ class Change:
         """In a word."""
         if self.first_step == self.last_step:
             return "measured once"
-        if abs(self.change) < _SMALL:
+        if abs(self.change) < SMALL:
             return "unchanged"
         return "learned" if self.change < 0 else "forgot"
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fast_llm.report import facts
+from fast_llm.report import comparison, facts
 from fast_llm.report.records import Columns, RunRecords, thin
 from fast_llm.report.samples import samples
 from fast_llm.storage import write_atomically
@@ -156,6 +156,8 @@ class Report:
             _run_figures(run, name if several else "")
             for run, name in zip(self.runs, names, strict=True)
         )
+        if several and (found := comparison.compare(self.runs, names)):
+            yield comparison.as_html(found)
         yield _changes(self.runs, names)
         yield samples(self.runs, names)
         if several:

@@ -94,8 +94,8 @@ class RunRecords:
 
     @property
     def complete(self) -> bool:
-        """Whether the last step was trained."""
-        steps = self.columns["training"].steps
+        """Whether the last step was trained, or, in a run without steps, a loss was measured."""
+        steps = self.columns["training" if self.train_iters else "validation"].steps
         return bool(steps) and steps[-1] >= self.train_iters
 
     def update(self) -> None:

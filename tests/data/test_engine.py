@@ -1,5 +1,6 @@
 """The fast engine gives the ids of `tokenizers`, or is not used."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fast_llm.data.engine import DifferentTokens, FastEncoder, NotAdmitted
 from fast_llm.data.hard_texts import hard_texts
 from fast_llm.data.job import make_job
 from fast_llm.data.prepare import prepare
+from fast_llm.data.tokenizer import load
 from fast_llm.errors import DataError, MissingPackage
 from tests.data import synthetic
 from tests.data.preparing import configure, content, everything, jsonl
@@ -33,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.llama(tmp_path_factory.mktemp("llama"))
 
 
-def fast(tokenizer: Tokenizer, **settings: int) -> FastEncoder:
+def fast(tokenizer: Tokenizer, **settings: Any) -> FastEncoder:
     return FastEncoder(reference(tokenizer), **settings)
 
 
@@ -159,6 +161,42 @@ def test_not_admitted(tokenizer: Tokenizer, change: dict[str, Any], reason: str)
         setattr(other, name, value)
     with pytest.raises(NotAdmitted, match=reason):
         fast(other).admit([])
+
+
+def test_any_order_and_spacing_of_tokenizer_json(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The engine reads the file's own text: neither truncated, nor with tokens read as special."""
+    given = json.loads(tokenizer.to_str())
+    cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    given["truncation"] = cut
+    texts = [*TEXTS[:50], f"a{synthetic.EOS}b"]
+    expected = reference(tokenizer).encode(texts)
+    for number, names in enumerate((list(given), [*reversed(given)])):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({name: given[name] for name in names}, indent=3))
+        loaded = load(str(path))
+        encoder = Encoder(loaded.tokenizer, np.dtype(np.uint16))
+        made = FastEncoder(encoder, text=loaded.text)
+        made.admit(texts)
+        assert json.loads(made.json)["truncation"] is None
+        assert made.encode(texts, range(1, 52)) == expected
+        assert all(made._equal(*pair) for pair in zip(texts, expected, strict=True))
+
+
+def test_spellings_that_the_engine_must_not_see(tokenizer: Tokenizer) -> None:
+    made = fast(tokenizer)
+    assert made.is_safe("[A1] [A2]")
+    for hidden, safe, unsafe in (
+        (["[A1]", "[A23]", "[A2]"], "[A] [A A2]", "x[A2]"),
+        (["[A1]", "</s>"], "A1 /s", "x</s>y"),
+        (["<x>"], "<y>", "<x>"),
+    ):
+        made.hidden, made.prefix = hidden, engine._common_prefix(hidden)
+        assert made.is_safe(safe) and not made.is_safe(unsafe)
+    assert [engine._common_prefix(some) for some in (["ab", "abc"], ["a", "b"], [])] == [
+        "ab",
+        "",
+        "",
+    ]
 
 
 def write(folder: Path, texts: list[str]) -> Path:

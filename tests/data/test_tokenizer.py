@@ -1,6 +1,7 @@
 """BOS, EOS, fingerprints, and every way in which a tokenizer can be missing."""
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fast_llm.data import tokenizer
 from fast_llm.data.tokenizer import load, same_ids
 from fast_llm.errors import DataError, MissingPackage
 from tests.data import synthetic
@@ -81,6 +83,30 @@ def rewrite(folder: Path, **changes: object) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize("further", [[], ["\ud800"]], ids=["", "half a surrogate pair"])
+def test_fingerprint_with_and_without_orjson(
+    further: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sorted by code points: not as Python 2, Java or UTF-16 sort."""
+    tokens = ["b", "a", "\U0001f600", "\uffee", "", "aa", "\x00", '"', "é", *further]
+    content = {"model": {"type": "BPE", "vocab": {token: at for at, token in enumerate(tokens)}}}
+    model = json.dumps(content["model"], sort_keys=True)
+    assert tokenizer._sorted_json(content["model"]) == model
+    monkeypatch.setitem(sys.modules, "orjson", None)
+    assert tokenizer._sorted_json(content["model"]) == model
+    assert tokenizer._sorted_json(None) == "null"
+
+
+def test_loaded_in_another_process(llama: Path) -> None:
+    given = load(str(llama))
+    sent = pickle.dumps(given)
+    assert len(sent) < 1.5 * len(given.text)  # the tokenizer does not travel twice
+    received = pickle.loads(sent)
+    assert received.tokenizer.to_str() == given.tokenizer.to_str()
+    same = [{**vars(each), "tokenizer": None} for each in (given, received)]
+    assert same[0] == same[1]
 
 
 def test_fingerprint_is_of_what_decides_tokens(llama: Path) -> None:
