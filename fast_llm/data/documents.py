@@ -266,15 +266,15 @@ def _check_spans(column: str, tables: Sequence[Table]) -> None:
 
 def _check_bad_rows(parts: list[tuple[Table, int, int]], allowed: int) -> None:
     """Raises DataError if more lines than allowed are known not to be JSON, in all files."""
-    bad = (
-        table.name(row)
-        for table, first, last in parts
-        if isinstance(table, JsonLines)
-        for row in table.bad_rows
-        if first <= row < last
-    )
-    if (where := next(itertools.islice(bad, allowed, None), None)) is not None:
+    if (where := next(itertools.islice(bad_lines(parts), allowed, None), None)) is not None:
         raise too_many_bad_lines(where, allowed)
+
+
+def bad_lines(parts: Sequence[tuple[Table, int, int]]) -> Iterator[str]:
+    """Lines that were seen not to be JSON while rows were counted."""
+    for table, first, last in parts:
+        if isinstance(table, JsonLines):
+            yield from (table.name(row) for row in table.bad_rows if first <= row < last)
 
 
 def _corpus(

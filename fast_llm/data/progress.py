@@ -92,9 +92,15 @@ class Progress:
         self.hidden = False  # while another rank shows the line
         self.started = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
+        self.without_field = {table.path for table in corpus.tables_without_field}
 
     def skip(self, where: str, reason: str) -> None:
-        """Name a skipped document, unless it is empty or ten were named already."""
+        """Name a skipped document, unless it is empty, its file has no text at all, which the log
+        says at the start, or ten were named already.
+        """
+        files = (where.rpartition(mark)[0] for mark in (":", ", "))  # of a line, row or item
+        if reason == "not_text" and any(file in self.without_field for file in files):
+            return
         self.skipped += reason not in _UNNAMED
         if reason not in _UNNAMED and self.skipped <= NAMED:
             last = "; further ones are only counted" if self.skipped == NAMED else ""

@@ -158,7 +158,10 @@ def _raw(parsed: Namespace, path: str, settings: list[str]) -> dict[str, Any]:
             document = document.with_defaults({name: value}, "inspect")
     config = validate(PrepareConfig, document, PREPARE_REFUSED)
     with nullcontext() if path else adding_locations(document, PrepareConfig):
-        found = find(config.dataset)
+        dataset = config.dataset
+        if not dataset.max_bad_lines:  # to look at files that are not clean yet
+            dataset = dataset.model_copy(update={"max_bad_lines": raw.BAD_LINES})
+        found = find(dataset)
         corpus = open_documents(found, config.loading_workers)
         return raw.describe(found, corpus, parsed.sample or raw.SHOWN)
 

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fast_llm import cli
+from fast_llm.cli import main
 from fast_llm.data import tokenizer
 from fast_llm.data.inspect.pieces import pieces
 from fast_llm.data.prepare import prepare
@@ -46,6 +47,25 @@ def test_a_folder_of_tables(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "columns     id, text; read: text\n" in text
     assert f"no text     {folder}/b.jsonl: not text\n" in text
     assert "left out    README.md (no table)\n" in text
+
+
+def test_lines_that_are_not_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data is looked at before it is clean."""
+    with (folder / "a.jsonl").open("a") as file:
+        file.write("broken\n" + '{"text": "four"}\n')
+    found = inspect(capsys, folder, "--sample", 20)
+    assert found["not_json"] == [f"{folder}/a.jsonl:4"] and found["not_json_lines"] == 1
+    assert {"name": f"{folder}/a.jsonl:4", "skipped": "not_json"} in found["sample"]
+    assert {"name": f"{folder}/a.jsonl:5", "text": "four"} in found["sample"]
+    assert (
+        f"not JSON    1 line, the first {folder}/a.jsonl:4; `prepare` stops there, unless"
+        " dataset.max_bad_lines is 1 or more\n" in shown(capsys, folder)
+    )
+    page = folder.parent / "page.html"
+    assert main(["inspect", str(folder), "--html", str(page)]) == 0
+    assert "Lines that are not JSON" in page.read_text() and "a.jsonl:4" in page.read_text()
+    (folder / "a.jsonl").write_text("broken\n" * 1002)
+    assert "a.jsonl:1001: not JSON" in refused(capsys, folder)
 
 
 def test_other_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

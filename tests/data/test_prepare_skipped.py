@@ -1,12 +1,15 @@
 """Unusable documents are skipped, counted and named; unusual text is kept."""
 
 import errno
+import json
 import logging
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fast_llm.data import documents, files, shards, tokenizer
@@ -42,6 +45,32 @@ def test_odd_rows(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture)
     ]
     assert f"Skipped {path}:4: not UTF-8" in caplog.text
     assert "skipped 1 empty, 1 not text, 1 not UTF-8" in caplog.text
+
+
+def test_rows_of_files_without_the_column_are_not_named_one_by_one(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There are ten names, which are for what the reader does not know yet."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jsonl").write_text('{"content": "a"}\n' * 20)
+    (source / "b.json").write_text(json.dumps([{"content": "a"}] * 20))
+    columns = tmp_path / "columns"
+    columns.mkdir()
+    pq.write_table(pa.table({"content": ["a"] * 20}), columns / "a.parquet")
+    pq.write_table(pa.table({"text": ["d", None]}), columns / "d.parquet")
+    (source / "d.jsonl").write_text('{"text": "d"}\n{"text": null}\n')
+    for folder, number in ((source, 41), (columns, 21)):
+        metadata = prepare(configure(tmp_path / f"out{number}", folder, model))
+        assert content(metadata)["skipped"] == {"not_text": number}
+    named = [message for message in caplog.messages if message.startswith("Skipped ")]
+    assert named == [
+        f"Skipped {source}/d.jsonl:2: not text",
+        f"Skipped {columns}/d.parquet, row 1: not text",
+    ]
+    for path in (source / "a.jsonl", source / "b.json", columns / "a.parquet"):
+        left_out = f"{path} has no column text; it has content: its 20 rows are left out."
+        assert left_out in caplog.messages
 
 
 def test_column_of_several_types(tmp_path: Path, model: Path) -> None:

@@ -232,6 +232,10 @@ def _raw(content: dict[str, Any]) -> Iterator[str]:
     bad = [[each["path"], each["reason"]] for each in content["unusable"]]
     if bad:
         yield "<h2>Files without usable text at their start</h2>\n" + _table(["file", ""], bad)
+    if content["not_json"]:
+        yield "<h2>Lines that are not JSON</h2>\n" + _table(
+            ["line"], [[place] for place in content["not_json"]]
+        )
     if content["left_out"]:
         yield "<h2>Left out</h2>\n" + _table(["file", "reason"], content["left_out"])
     if content["listed_files"]:

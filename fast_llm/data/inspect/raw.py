@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from fast_llm.data.columns import ArrowTable, column_names
-from fast_llm.data.documents import REASONS, Corpus, Table
+from fast_llm.data.documents import REASONS, Corpus, Table, bad_lines
 from fast_llm.data.encode import Encoder
 from fast_llm.data.files import DatasetFiles
 from fast_llm.data.reading import SkippedDocument, open_binary
 from fast_llm.data.tables import HubTable, JsonLines, JsonValue, TextFiles
 from fast_llm.terminal import short_duration
 
+BAD_LINES = 1000  # lines that are not JSON, with which documents are still shown
 SHOWN = 3  # documents, unless more are asked for
 _FIRST = 3  # documents of each file that are read
 _FILES = 1000  # files whose first documents are read
@@ -37,6 +38,7 @@ def describe(found: DatasetFiles, corpus: Corpus, shown: int) -> dict[str, Any]:
     paths = [path for files in found.files.values() for path in files]
     tables = list({id(table): table for table, _, _ in corpus.parts}.values())
     rows = len(corpus) - corpus.blank_rows
+    bad = list(bad_lines(corpus.parts))
     return {
         "kind": "raw",
         "path": found.config.path,
@@ -55,6 +57,8 @@ def describe(found: DatasetFiles, corpus: Corpus, shown: int) -> dict[str, Any]:
         "left_out": [list(each) for each in found.left_out[:_LISTED]],
         "left_out_files": len(found.left_out),
         "unusable": unusable_files(corpus),
+        "not_json": bad[:_LISTED],
+        "not_json_lines": len(bad),
         "sample": [
             {"name": name, "text": text}
             if isinstance(text, str)

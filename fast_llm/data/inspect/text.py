@@ -71,7 +71,11 @@ def _dataset(content: dict[str, Any], stream: Any) -> Iterator[str]:
         rows.append(("duplicates", "not counted, since all tokens must be read: --duplicates"))
     else:
         share = found["documents"] / max(1, content["documents"])
-        text = f"{found['documents']:,} documents ({percent(share)}), {found['tokens']:,} tokens"
+        several = "s" if found["documents"] > 1 else ""
+        text = (
+            f"{found['documents']:,} document{several} ({percent(share)}),"
+            f" {found['tokens']:,} tokens"
+        )
         rows.append(("duplicates", text if found["documents"] else "none"))
     if content["skipped"]:
         counts = (f"{count:,} {reason}" for reason, count in content["skipped"].items())
@@ -102,6 +106,15 @@ def _raw(content: dict[str, Any], stream: Any) -> Iterator[str]:
     if content["files"]:
         rows.append(("files", f"{content['files']:,}, {amount(content['file_bytes'])}"))
     rows += [("no text", f"{each['path']}: {each['reason']}") for each in content["unusable"][:10]]
+    if content["not_json"]:
+        number = content["not_json_lines"]
+        rows.append(
+            (
+                "not JSON",
+                f"{number:,} line{'s' if number > 1 else ''}, the first {content['not_json'][0]};"
+                f" `prepare` stops there, unless dataset.max_bad_lines is {number} or more",
+            )
+        )
     rows += [("left out", f"{name} ({why})") for name, why in content["left_out"][:10]]
     yield from (style(f"{name:<12}", stream, DIM) + text for name, text in rows)
     if content["listed_files"]:
