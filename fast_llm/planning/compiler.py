@@ -14,7 +14,7 @@ COMPILE = "model.multi_stage.compile_all"
 # Families whose compiled blocks were compared on a GPU: tests/gpu/families.py, and the recipe.
 PROVEN_FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral", "olmo2", "olmo3", "gemma2", "gemma3_text"),
-    *("smollm3", "granite", "qwen3_moe"),
+    *("smollm3", "granite", "phi3", "apertus", "gpt_oss", "qwen3_moe"),
 )
 _AXES = ("tensor_parallel", "sequence_data_parallel", "pipeline_parallel")
 
