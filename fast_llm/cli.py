@@ -154,7 +154,8 @@ def _prepare(parsed: argparse.Namespace) -> int:
     if parsed.validate:
         from fast_llm.data.prepare import check
 
-        print(f"{dump(config)}\n{check(config)}", end="")
+        with adding_locations(document, PrepareConfig):
+            print(f"{dump(config)}\n{check(config)}", end="")
         return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fast_llm").setLevel(logging.INFO)

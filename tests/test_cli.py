@@ -161,8 +161,10 @@ def test_help_loads_next_to_nothing() -> None:
         (["train", *SMALL, "pretrained.path=./none"], 2, "pretrained.path: ./none: no such folder"),
         (["train", "--validate", *SMALL], 0, "Training      10 steps"),
         (["prepare", "output_path=x"], 2, "dataset.path: is missing"),
-        (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 2, "z:"
-            " no such file or folder"),
+        (["prepare", "--validate", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 2,
+            "override tokenizer.path=z: tokenizer.path: z: no such file or folder"),
+        (["prepare", "output_path=x", "dataset.path=y", "tokenizer.path=z"], 2,
+            "override tokenizer.path=z: tokenizer.path: z: no such file or folder"),
         (["convert", "input.path=x"], 2, "output.path: is missing"),
         (["verify", "none"], 2, "none: nothing to verify; give a dataset.json, a checkpoint"),
         (["why", "none", "1"], 2, "none: no config.yaml in it"),
