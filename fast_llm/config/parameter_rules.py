@@ -48,6 +48,8 @@ def is_frozen(config: OptimizerConfig, name: str) -> bool:
 
 def frozen_names(config: OptimizerConfig, names: Iterable[str]) -> list[str]:
     """The frozen parameters among `names`, in their order."""
+    if not config.learning_rate_scales:
+        return []
     return [name for name in names if is_frozen(config, name)]
 
 

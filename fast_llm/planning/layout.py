@@ -6,6 +6,7 @@ micro-batch, columns of its matrices, its parameters. Only arithmetic: no torch,
 """
 
 import math
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from fast_llm.config.batch import derive_batch_sizes
@@ -150,13 +151,10 @@ class Workload:
         """The workload of a valid configuration without `auto`."""
         base: BaseModelConfig = config.model.base_model
         t = base.transformer
-        blocks = [
-            shape
-            for name, shape in family_of(base).shapes(base).items()
-            if name.startswith("model.layers.")
-        ]
-        shares, trains_embedding, trains_head = _trained(config)
-        frozen = frozen_names(config.optimizer, family_of(base).shapes(base))
+        shapes = family_of(base).shapes(base)
+        blocks = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+        frozen = frozen_names(config.optimizer, shapes)
+        shares, trains_embedding, trains_head = _trained(base, shapes, set(frozen))
         backward, backward_of_head = family_of(base).backward(base, frozen)
         one_chunk = base.cross_entropy_impl == "torch" and base.z_loss_coefficient > 0
         return Workload(
@@ -173,9 +171,7 @@ class Workload:
             matrix_parameters=sum(math.prod(shape) for shape in blocks if len(shape) > 1)
             // t.num_layers,
             expert_parameters=sum(
-                math.prod(shape)
-                for name, shape in family_of(base).shapes(base).items()
-                if ".experts." in name
+                math.prod(shape) for name, shape in shapes.items() if ".experts." in name
             )
             // t.num_layers,
             vector_parameters=sum(shape[0] for shape in blocks if len(shape) == 1) // t.num_layers,
@@ -205,14 +201,16 @@ class Workload:
         )
 
 
-def _trained(config: TrainConfig) -> tuple[tuple[float, ...], bool, bool]:
+def _trained(
+    base: BaseModelConfig, shapes: Mapping[str, tuple[int, ...]], frozen: Set[str]
+) -> tuple[tuple[float, ...], bool, bool]:
     """The trained share of each block's parameters, and whether embedding and head are trained."""
-    base, optimizer = config.model.base_model, config.optimizer
-    family = family_of(base)
-    sizes = {name: math.prod(shape) for name, shape in family.shapes(base).items()}
-    frozen = set(frozen_names(optimizer, sizes))
+    family, layers = family_of(base), base.transformer.num_layers
+    if not frozen:
+        return (1.0,) * layers, True, True
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     shares = []
-    for layer in range(base.transformer.num_layers):
+    for layer in range(layers):
         names = [name for name in sizes if name.startswith(f"model.layers.{layer}.")]
         trained = sum(sizes[name] for name in names if name not in frozen)
         shares.append(trained / sum(sizes[name] for name in names))
