@@ -10,9 +10,10 @@ report all mistakes of a file at once:
 """
 
 import math
+from itertools import chain
 
 from fast_llm.config.batch import BatchSizes, derive_batch_sizes, with_smallest_micro_batch
-from fast_llm.config.data_checks import data_path, packing, sources, split, stages
+from fast_llm.config.data_checks import data_path, packing, sources, split, stage_length, stages
 from fast_llm.config.document import Document
 from fast_llm.config.learning_rate import schedule_problems
 from fast_llm.config.model_checks import (
@@ -29,6 +30,7 @@ from fast_llm.config.model_checks import (
 )
 from fast_llm.config.stages import pipeline_problems
 from fast_llm.config.train import TrainConfig
+from fast_llm.config.validate import Violation
 from fast_llm.errors import ConfigError
 
 
@@ -40,6 +42,7 @@ def violations(config: TrainConfig, processes: int) -> Violations:
     yield from _expert_parallel(config, processes)
     yield from _profiled_ranks(config, processes)
     yield from _pipeline(config, processes)
+    yield from _in_stages(config, processes)
     for constraint in (
         _micro_sequence,
         tensor_parallel,
@@ -70,6 +73,31 @@ def violations(config: TrainConfig, processes: int) -> Violations:
         _steps,
     ):
         yield from constraint(config)
+
+
+def _in_stages(config: TrainConfig, processes: int) -> Violations:
+    """What the lengths and positions of stages must meet, as those of the whole run do."""
+
+    def found(one: TrainConfig) -> list[Violation]:
+        shaped = _batch(one, processes), _pipeline(one, processes), _sequence_data_parallel(one)
+        return [*chain(*shaped, rotary(one), fp8(one))]
+
+    always, positions = found(config), "model.base_model.transformer.rotary"
+    for number, stage in enumerate(config.data.stages):
+        if not stage.changes_model or any(stage_length(config, number)):
+            continue
+        inside, here = config.in_stage(number), f"data.stages.{number}"
+        length, rows = inside.batch.sequence_length, inside.batch.batch_size
+        for paths, text in found(inside):
+            first = paths[0]
+            if (paths, text) in always:
+                continue
+            if first.startswith(positions):
+                yield (first.replace(positions, f"{here}.rotary"), "data.stages", positions), text
+                continue
+            if first != "batch.sequence_length":
+                text = f"given {length}, which makes batch_size {rows}, but {first}: {text}"
+            yield (f"{here}.sequence_length", "data.stages", *_BATCH, "batch.sequence_length"), text
 
 
 def check(config: TrainConfig, document: Document, processes: int) -> list[str]:

@@ -138,7 +138,33 @@ def stages(config: TrainConfig) -> Violations:
                 (f"{here}.until_tokens", above),
                 f"given {stage.until_tokens}, but until {stage.until} is given too; keep one",
             )
+        yield from stage_length(config, number)
     yield from _stage_ends(config)
+
+
+def stage_length(config: TrainConfig, number: int) -> Violations:
+    """The tokens of a step are a number of sequences of the stage."""
+    size, length = config.batch.batch_size, config.batch.sequence_length
+    wanted, here = config.data.stages[number].sequence_length, f"data.stages.{number}"
+    concerned = (f"{here}.sequence_length", "batch.batch_size", "batch.sequence_length")
+    if wanted is None:
+        return
+    if size is None:
+        yield (
+            ("batch.batch_size", *concerned),
+            f"missing: {here}.sequence_length keeps the tokens of a step, so it needs their number",
+        )
+    elif size * length % wanted:
+        tokens = size * length
+        low = [one for one in range(1, math.isqrt(tokens) + 1) if not tokens % one]
+        divisors = {*low, *(tokens // one for one in low)}
+        near = sorted(divisors, key=lambda one: abs(math.log(one / wanted)))[:2]
+        yield (
+            concerned,
+            f"given {wanted}, must divide the {tokens:,} tokens of a step (batch_size {size} ×"
+            f" sequence_length {length}), which stay the same, e.g."
+            f" {' or '.join(map(str, sorted(near)))}",
+        )
 
 
 def _stage_ends(config: TrainConfig) -> Violations:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, field_serializer
 
 from fast_llm.config.mistakes import Allowed
+from fast_llm.config.rotary import RotaryConfig
 from fast_llm.config.section import Section
 from fast_llm.config.types import NonNegativeFloat, PathText, Positive, PositiveFloat
 
@@ -25,9 +26,17 @@ class DataSourceConfig(Section):
     refused before it starts. null has no limit."""
 
 
+class StageRotaryConfig(RotaryConfig):
+    """The settings of `model.base_model.transformer.rotary` that differ in this stage, for example
+    `{theta: 8e6}`. Those that are not given are the model's, not the defaults that are named here.
+    null changes nothing.
+    """
+
+
 class DataStageConfig(Section):
     """With `format: mixture`, the stages of training, in order. Each has its own shares of the
-    sources, and each source continues where it was. Without stages all of training is one.
+    sources, and each source continues where it was. A stage may have longer sequences and other
+    rotary positions, too. Without stages all of training is one.
     """
 
     until: Positive | None = None
@@ -40,6 +49,21 @@ class DataStageConfig(Section):
     weights: dict[str, NonNegativeFloat] = {}
     """Share of the sequences of each source, relative to the others. A source that is not named
     gets none. Without `weights`, those of `data.sources` apply."""
+    sequence_length: Positive | None = None
+    """Tokens in a sequence of this stage; null means batch.sequence_length. The tokens of a step
+    stay the same: twice the length means half of batch.batch_size, which is required, and half of
+    micro_batch_size, but at least 1. Validation and test keep batch.sequence_length."""
+    rotary: StageRotaryConfig | None = None
+
+    @field_serializer("rotary")
+    def _given(self, rotary: StageRotaryConfig | None) -> dict[str, Any] | None:
+        """What is given alone: the rest is the model's, not the default."""
+        return None if rotary is None else rotary.model_dump(mode="json", exclude_unset=True)
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether the length or the positions of the stage are its own."""
+        return self.sequence_length is not None or self.rotary is not None
 
 
 def _path_alone(value: Any) -> Any:

@@ -263,7 +263,7 @@ class BaseModelConfig(Section):
     vocab_size: Positive = 49152
     """Number of rows of the embedding."""
     max_position_embeddings: Positive = 2048
-    """Context length in the config.json of exports, unless batch.sequence_length is larger."""
+    """Context length in the config.json of exports, unless sequences of training are longer."""
     tie_word_embeddings: bool = True
     """Share one matrix between embedding and head. `no` trains the separate head that a pretrained
     folder has although its config.json says `tie_word_embeddings: true`."""
@@ -292,6 +292,11 @@ class BaseModelConfig(Section):
     """Lower limit for embedding and head. null means transformer.init_method_min."""
     init_method_max_embed: float | None = None
     """Upper limit for embedding and head. null means transformer.init_method_max."""
+
+    def with_rotary(self, rotary: RotaryConfig) -> Self:
+        """This model with other positions (`transformer.rotary`)."""
+        transformer = self.transformer.model_copy(update={"rotary": rotary})
+        return self.model_copy(update={"transformer": transformer})
 
     def for_context(self, length: int) -> Self:
         """This model with rotary angles for contexts of `length`, in tokens."""

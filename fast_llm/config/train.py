@@ -10,7 +10,7 @@ in checks.py; what Fast-LLM 0.2 had is in compat.py.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -211,7 +211,7 @@ class BatchConfig(Section):
     """Micro-batches of a process in a step: depth_first_micro_batches ×
     breadth_first_micro_batches. null derives it from the rest."""
     sequence_length: Positive = 2048
-    """Tokens in a sequence."""
+    """Tokens in a sequence. Stages of `data.stages` may have others."""
     micro_sequence_length: Positive | None = None
     """Only the value of sequence_length is allowed: sequences are not split into parts."""
     cross_document_attention: bool = False
@@ -219,6 +219,26 @@ class BatchConfig(Section):
     documents are kept apart, as in the pretraining of Llama 3.1: attention stays within a document,
     positions start at 0 in each, and the first token of a document is not predicted from the
     previous document."""
+
+    def for_length(self, length: int) -> Self:
+        """These settings with sequences of `length` tokens, and the same tokens in a step.
+
+        `batch_size` is given and divides. A micro-batch keeps its tokens if they divide, and has at
+        least one sequence; if it cannot keep them, the numbers of micro-batches follow.
+        """
+        assert self.batch_size is not None
+        values: dict[str, Any] = {
+            "batch_size": self.batch_size * self.sequence_length // length,
+            "sequence_length": length,
+            "micro_sequence_length": None,
+        }
+        if isinstance(self.micro_batch_size, int):
+            tokens = self.micro_batch_size * self.sequence_length
+            values["micro_batch_size"] = max(1, tokens // length)
+            if values["micro_batch_size"] * length != tokens:
+                kinds = ("depth_first", "breadth_first", "sequential")
+                values |= {f"{kind}_micro_batches": None for kind in kinds}
+        return self.model_copy(update=values)
 
 
 class TokenizerConfig(Section):
@@ -386,3 +406,25 @@ class TrainConfig(Section):
     @classmethod
     def _drop_disabled(cls, values: Any) -> Any:
         return without_disabled(values)
+
+    @property
+    def stages_change_model(self) -> bool:
+        """Whether a stage of `data.stages` has a length or positions of its own."""
+        return any(stage.changes_model for stage in self.data.stages)
+
+    def in_stage(self, number: int | None) -> Self:
+        """The settings in force in a stage of `data.stages`; None: outside of all stages.
+
+        Only `batch` and `rotary` differ. Raises nothing for a valid configuration.
+        """
+        if number is None or not self.data.stages or not self.data.stages[number].changes_model:
+            return self
+        stage, values = self.data.stages[number], dict[str, Any]()
+        if stage.sequence_length not in (None, self.batch.sequence_length):
+            values["batch"] = self.batch.for_length(stage.sequence_length)
+        if stage.rotary is not None:
+            base = self.model.base_model
+            given = {name: getattr(stage.rotary, name) for name in stage.rotary.model_fields_set}
+            base = base.with_rotary(base.transformer.rotary.model_copy(update=given))
+            values["model"] = self.model.model_copy(update={"base_model": base})
+        return self.model_copy(update=values)

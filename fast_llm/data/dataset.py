@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +48,12 @@ class Order:
     first: int
     mixture: Mixture
     samplers: list[SourceSampler]  # one for each source
+    sources: Sequence[Source | RandomSource]  # in sequences of this order's length
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        return self.sources[0].length
 
     def epochs(self, index: int) -> list[float]:
         """How many epochs of each source are complete before sequence `index`."""
@@ -72,7 +78,8 @@ class Split:
         self.labels = labels
         self.mixture = Mixture.of(weights)  # without stages
         samplers = [source.sampler(seed, key) for key, source in enumerate(sources)]
-        self.orders = [Order(0, self.mixture, samplers)]  # the first in force, and later ones
+        # The first in force, and later ones.
+        self.orders = [Order(0, self.mixture, samplers, sources)]
 
     def order(
         self,
@@ -80,17 +87,19 @@ class Split:
         edges: Sequence[int],
         keys: Sequence[int],
         drawn: Sequence[Sequence[Drawn]],
+        length: int | None = None,
     ) -> Order:
         """The order of a run whose settings or stage change at sequence `first`.
 
         `edges`: of the mixture. `keys` and `drawn`: for each source, its key number and what it
-        has given by then.
+        has given by then. `length`: tokens in a sequence, if not that of the sources.
         """
+        sources = [source.with_length(length or source.length) for source in self.sources]
         samplers = [
             source.sampler(self.seed, key, given)
-            for source, key, given in zip(self.sources, keys, drawn, strict=True)
+            for source, key, given in zip(sources, keys, drawn, strict=True)
         ]
-        return Order(first, Mixture(edges), samplers)
+        return Order(first, Mixture(edges), samplers, sources)
 
     def edges(self, weights: Mapping[str, float]) -> list[int]:
         """The edges of the mixture in a stage with these weights of the entries of `data.sources`;
@@ -130,7 +139,29 @@ class Split:
         order = self.order_at(index)
         place, inside = order.mixture.find(index - order.first)
         stream, number, epoch = order.samplers[place].find(inside)
-        return self.sources[place].with_stream(stream), number, epoch
+        return order.sources[place].with_stream(stream), number, epoch
+
+    def inputs(self, first: int, last: int) -> list[tuple[Source | RandomSource, int]]:
+        """The inputs of the sequences [first, last), padding included, of each order and source;
+        without any, those of a part of the mixture.
+        """
+        if last <= first:
+            edges = self.mixture.edges
+            widths = (high - low for low, high in pairwise(edges))
+            return list(zip(self.sources, widths, strict=True))
+        found = list[tuple[Source | RandomSource, int]]()
+        for order, counts in self._counts(first, last):
+            given = zip(order.sources, counts, strict=True)
+            found += [(source, count * order.length) for source, count in given]
+        return found
+
+    def _counts(self, first: int, last: int) -> Iterator[tuple[Order, list[int]]]:
+        """Of each order, how many of the sequences [first, last) each source has."""
+        ends = [*(order.first for order in self.orders[1:]), last]
+        for order, end in zip(self.orders, ends, strict=True):
+            low, high = (max(0, min(at, end, last) - order.first) for at in (first, end))
+            before, after = order.mixture.counts(low), order.mixture.counts(high)
+            yield order, [b - a for a, b in zip(before, after, strict=True)]
 
     def shares(self, first: int, last: int) -> list[float]:
         """The share of each source in the sequences [first, last); without any, in the mixture."""
@@ -138,12 +169,8 @@ class Split:
             edges = self.mixture.edges
             return [(high - low) / edges[-1] for low, high in pairwise(edges)]
         totals = [0] * len(self.sources)
-        ends = [*(order.first for order in self.orders[1:]), last]
-        for order, end in zip(self.orders, ends, strict=True):
-            low, high = (max(0, min(at, end, last) - order.first) for at in (first, end))
-            before, after = order.mixture.counts(low), order.mixture.counts(high)
-            given = zip(totals, before, after, strict=True)
-            totals = [total + b - a for total, a, b in given]
+        for _, counts in self._counts(first, last):
+            totals = [total + count for total, count in zip(totals, counts, strict=True)]
         return [total / sum(totals) for total in totals]
 
     def counts(self, sequences: int) -> list[int]:
@@ -210,16 +237,14 @@ class Dataset:
         """
         if split not in self.splits:
             return 0.0
-        found = self.splits[split]
-        shares = found.shares(0, sequences)
-        pairs = zip(shares, found.sources, strict=True)
-        return sum(share * source.padding for share, source in pairs)
+        inputs = self.splits[split].inputs(0, sequences)
+        padding = sum(count * source.padding for source, count in inputs)
+        return padding / sum(count for _, count in inputs)
 
     def masked(self, first: int, last: int) -> float:
         """Expected share of the tokens of sequences [first, last) of training that are masked."""
-        found = self.splits["training"]
-        pairs = list(zip(found.shares(first, last), found.sources, strict=True))
-        tokens = [(share * (1 - source.padding), source) for share, source in pairs]
+        inputs = self.splits["training"].inputs(first, last)
+        tokens = [(count * (1 - source.padding), source) for source, count in inputs]
         hidden = sum(n * source.masked_tokens / max(1, source.tokens) for n, source in tokens)
         return hidden / sum(n for n, _ in tokens)
 
@@ -255,7 +280,7 @@ class Dataset:
         order = found.order_after(sequences)
         counts = order.mixture.counts(max(0, sequences - order.first))
         return [
-            count * self.length + sum(entry[0] * entry[2] for entry in sampler.drawn)
+            count * order.length + sum(entry[0] * entry[2] for entry in sampler.drawn)
             for sampler, count in zip(order.samplers, counts, strict=True)
         ]
 

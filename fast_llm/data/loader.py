@@ -51,6 +51,7 @@ class Loader:
         shard: Callable[[Batch], Batch] | None = None,
         pin: bool = False,
         warn_ms: float = 1000,
+        length: int | None = None,
     ):
         """`split`: of the dataset; `sizes`: of a step's batches.
 
@@ -58,7 +59,7 @@ class Loader:
         `isolate`: keep documents apart. `workers`: number of threads (0 uses none). `prefetch`:
         steps that each thread prepares ahead. `shard`: reduces a micro-batch to the part that this
         process computes. `pin`: copy to pinned memory. `warn_ms`: warn if preparing the batches of
-        a step takes longer.
+        a step takes longer. `length`: tokens in a sequence, if not the dataset's.
         """
         self.dataset, self.split, self.sizes = dataset, split, sizes
         self.rank, self.processes = rank, processes
@@ -66,7 +67,8 @@ class Loader:
         self.first_sample, self.steps = first_sample, steps
         self.isolate, self.shard, self.pin, self.warn_ms = isolate, shard, pin, warn_ms
         self.ahead = workers * prefetch
-        self.position_ids = np.arange(dataset.length)
+        self.length = length or dataset.length
+        self.position_ids = np.arange(self.length)
         self.by_source = split in SPLITS and len(dataset.source_names) > 1
         dataset.splits[split].open()
         # New threads use the first GPU; they must pin for the GPU of this process.
@@ -128,7 +130,7 @@ class Loader:
         """`count` sequences from `first` on, padded with rows without targets to the size of a
         micro-batch. Raises DataError for a token that the model does not have.
         """
-        size, length = self.sizes.micro_batch_size, self.dataset.length
+        size, length = self.sizes.micro_batch_size, self.length
         tokens, labels, positions = (np.empty((size, length), np.int64) for _ in range(3))
         tokens[count:], labels[count:] = 0, IGNORE_INDEX
         starts = [np.zeros(1, np.int64)] * size
@@ -176,7 +178,7 @@ class Loader:
 
         `starts`: for each row, the indices at which documents begin.
         """
-        length = self.dataset.length
+        length = self.length
         parts = []
         for row, begins in enumerate(starts):
             inside = begins if begins[-1] < length else begins[:-1]

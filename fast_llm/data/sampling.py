@@ -390,6 +390,9 @@ class SourceSampler:
         """How many epochs of the source are complete after `count` more sequences, with a
         fraction.
         """
+        if not self.base + count:  # an epoch may have no sequence, of a source that is not used
+            done = 0.0 if self.stream is self.all else 1 - self.stream.size / self.all.size
+            return self.epoch + done
         if self.stream is self.all:
             return self.epoch + (self.base + count) / self._available(self.all)
         available = self._available(self.stream)

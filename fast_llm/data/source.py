@@ -92,6 +92,17 @@ class Source:
         self.stream: Stream | PackedStream = FullStream(self.inputs)
         self._packings: dict[int, BestFit] = {}  # of all documents, by sequence length
         self._samplers: dict[tuple[Any, ...], SourceSampler] = {}  # by what was given before
+        self._others: dict[int, Source] = {}  # this source with sequences of other lengths
+
+    def with_length(self, length: int) -> "Source":
+        """This source in sequences of `length` tokens."""
+        if length == self.length:
+            return self
+        if length not in self._others:
+            other = copy.copy(self)
+            other.length, other._samplers, other._others = length, {}, {}
+            self._others[length] = other
+        return self._others[length]
 
     @property
     def sequences(self) -> int:
@@ -313,6 +324,10 @@ class RandomSource:
         self.digest = f"random {length} {vocab_size} {seed}"
 
     padding, best_fit = 0.0, False
+
+    def with_length(self, length: int) -> "RandomSource":
+        """Random tokens in sequences of `length` tokens: another source."""
+        return self if length == self.length else RandomSource(length, self.vocab_size, self.seed)
 
     def sampler(self, seed: int, key: int, drawn: Sequence[Drawn] = ()) -> SourceSampler:
         """As of `Source`; there are no documents to pack."""

@@ -88,6 +88,11 @@ class CausalLM(nn.Module):
         if both and self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def set_rotary(self, config: TransformerConfig) -> None:
+        """Give the blocks the rotary positions of `config`, which differs in nothing else."""
+        for number, block in self.model.layers.items():
+            cast(Block, block).rotary = config.rotary_of(int(number))
+
     def forward(
         self,
         tokens: Tensor,

@@ -82,14 +82,17 @@ def family_of_json(config: Mapping[str, Any], source: str) -> Family:
     )
 
 
-def contradictions(config: BaseModelConfig) -> list[tuple[str, str]]:
-    """Settings of a new model that config.json of its family cannot say.
+def contradictions(
+    config: BaseModelConfig, written: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """Settings of a new model that config.json of its family cannot say. `written`: the config.json
+    that should say them, if it is not made from the settings.
 
     Each is a dotted name below `model.base_model`, and what is wrong.
     """
     family = family_of(config)
     try:
-        written = family.export_config(None, config, "fp32", {})
+        written = written or family.export_config(None, config, "fp32", {})
         values = family.architecture(written, "config.json")
     except CheckpointError as error:
         return [("family", f"given {config.family}, whose config.json cannot say this: {error}")]

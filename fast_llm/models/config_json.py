@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from fast_llm.config.model import BaseModelConfig, TransformerConfig
+from fast_llm.config.model import BaseModelConfig, RotaryConfig, TransformerConfig
 from fast_llm.dtypes import BY_NAME
 from fast_llm.errors import CheckpointError
 from fast_llm.models import parameters
@@ -25,6 +25,7 @@ from fast_llm.models.rope import (
     rope_scaling,
     rotary_of,
     with_length,
+    with_rotary,
 )
 
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
@@ -280,12 +281,14 @@ def export_config(
     dtype: str,
     tokens: Mapping[str, int | None],
     sequence_length: int = 0,
+    rotary: RotaryConfig | None = None,
 ) -> dict[str, Any]:
     """config.json of an export.
 
     It is the source's, with the dtype, context length and tied embeddings of the trained model.
     Without a source, all keys are made from `model`. `tokens`: the ids `bos` and `eos`.
-    `sequence_length`: of training, in tokens.
+    `sequence_length`: of training, in tokens. `rotary`: positions, if not those of `model`, which
+    are the source's.
     """
     tied = {**_DEFAULTS, **dialect.defaults}["tie_word_embeddings"]
     if source is not None:
@@ -295,7 +298,26 @@ def export_config(
         changed = {**source, **dict.fromkeys(spellings, BY_NAME[dtype].torch)}
         if bool(source.get("tie_word_embeddings", tied)) != model.tie_word_embeddings:
             changed["tie_word_embeddings"] = model.tie_word_embeddings
+        if rotary is not None:
+            before, after = (
+                _keys_of(dialect, one, dtype, tokens, 0)
+                for one in (model, model.with_rotary(rotary))
+            )
+            changed = with_rotary(changed, before, after)
         return with_length(changed, sequence_length, _default_length(dialect))
+    if rotary is not None:
+        model = model.with_rotary(rotary)
+    return _keys_of(dialect, model, dtype, tokens, sequence_length)
+
+
+def _keys_of(
+    dialect: Dialect,
+    model: BaseModelConfig,
+    dtype: str,
+    tokens: Mapping[str, int | None],
+    sequence_length: int,
+) -> dict[str, Any]:
+    """All keys of a config.json, made from settings."""
     t = model.transformer
     keys = {
         "architectures": [dialect.class_name],

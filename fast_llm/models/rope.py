@@ -188,6 +188,31 @@ def with_length(
     return changed
 
 
+def with_rotary(
+    config: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config.json with other rotary positions, in its own spelling.
+
+    `before`, `after`: all keys of config.json for the old and the new positions, made from
+    settings.
+    """
+    keys = {key for key in {*before, *after} if before.get(key) != after.get(key)}
+    changed = {**config, **{key: after.get(key) for key in keys}}
+    given, scaling = config.get("rope_parameters") or {}, after.get("rope_scaling")
+    if "rope_parameters" in after:  # which rope_scaling would take precedence over
+        return changed | {"rope_scaling": None} if config.get("rope_scaling") else changed
+    if not given:  # its theta may be inside of rope_scaling, which takes precedence
+        return changed | {"rope_theta": after["rope_theta"], "rope_scaling": scaling}
+    rope = {"rope_type": "default", "rope_theta": after["rope_theta"], **(scaling or {})}
+    if (share := after.get("partial_rotary_factor")) not in (1, None):
+        rope["partial_rotary_factor"] = share
+    layers = {"full_attention": rope} if _by_layer(given) else None
+    changed["rope_parameters"] = rope if layers is None else {**given, **layers}
+    for spelling in ("rope_theta", "rope_scaling"):
+        changed.pop(spelling, None)
+    return changed
+
+
 def _with_lengths(rope: dict[str, Any], before: int, original: int | None) -> dict[str, Any]:
     """Parameters that name what they otherwise derive from max_position_embeddings, `before`."""
     kind = _type_of(rope)

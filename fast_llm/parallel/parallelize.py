@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 
-from fast_llm.config.batch import BatchSizes
+from fast_llm.config.batch import BatchSizes, derive_batch_sizes
 from fast_llm.config.optimizer import OptimizerConfig
 from fast_llm.config.parameter_rules import is_frozen
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
@@ -26,7 +26,7 @@ from fast_llm.parallel.context import apply_context_parallel
 from fast_llm.parallel.experts import apply_expert_parallel
 from fast_llm.parallel.fsdp import ShardedWeights, named_weights
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.parallel.pipeline import Pipeline, keep_stage, stages_of_rank
+from fast_llm.parallel.pipeline import MicroBatches, Pipeline, keep_stage, stages_of_rank
 from fast_llm.parallel.recompute import apply_recompute
 from fast_llm.parallel.single import SingleWeights
 from fast_llm.parallel.tensor import apply_tensor_parallel
@@ -110,16 +110,26 @@ def _pipeline(
     config: TrainConfig, batch: BatchSizes, mesh: Mesh, models: dict[int, CausalLM], stages: int
 ) -> Pipeline:
     """The pipeline of `stages` stages in all. `models`: stage number → model, on this process."""
+    kinds = {config.batch.sequence_length: _micro_batches(config, batch, mesh)}
+    for number in range(len(config.data.stages)):
+        inside = config.in_stage(number)
+        if inside.batch.sequence_length not in kinds:
+            sizes = derive_batch_sizes(inside.batch, mesh.data.size, pipeline=True)
+            kinds[inside.batch.sequence_length] = _micro_batches(inside, sizes, mesh)
+    return Pipeline(models, stages, mesh.pipeline, list(kinds.values()), mesh.device)
+
+
+def _micro_batches(config: TrainConfig, batch: BatchSizes, mesh: Mesh) -> MicroBatches:
+    """The micro-batches of the run, or of a stage of its data."""
     distributed = config.model.distributed
     in_flight = micro_batches_in_flight(config, batch)
-    length = config.batch.sequence_length // mesh.context.size
-    if distributed.sequence_tensor_parallel:
-        length //= mesh.tensor.size
+    rows, length = batch.micro_batch_size, config.batch.sequence_length // mesh.context.size
+    exchanged = length // (mesh.tensor.size if distributed.sequence_tensor_parallel else 1)
     hidden = torch.empty(
-        (batch.micro_batch_size, length, config.model.base_model.transformer.hidden_size),
+        (rows, exchanged, config.model.base_model.transformer.hidden_size),
         dtype=torch_dtype(distributed.training_dtype),
         device="meta",
         requires_grad=True,
     )
     schedule = schedule_name(config, in_flight)
-    return Pipeline(models, stages, mesh.pipeline, schedule, in_flight, hidden, mesh.device)
+    return MicroBatches(in_flight, schedule, torch.Size((rows, length)), hidden)

@@ -10,6 +10,7 @@ because every stage needs positions and document boundaries.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,6 +84,16 @@ class _Stage(PipelineStage):
         return super().forward_one_chunk(fwd_chunk_id, args, further, save_forward_output)
 
 
+@dataclass(frozen=True)
+class MicroBatches:
+    """A kind of micro-batches that pass through a pipeline."""
+
+    in_flight: int  # how many are in the pipeline at a time
+    schedule: str
+    tokens: torch.Size  # the shape [B, S] of a process's tokens
+    hidden: Tensor  # a meta tensor with the shape [B, S, E] and dtype of what stages exchange
+
+
 class Pipeline:
     """This process's stages, and the schedule that runs them."""
 
@@ -91,33 +102,16 @@ class Pipeline:
         models: dict[int, CausalLM],
         stages: int,
         axis: Axis,
-        schedule: str,
-        in_flight: int,
-        hidden: Tensor,
+        micro_batches: Sequence[MicroBatches],
         device: torch.device,
     ):
         """`models`: stage number → model, on this process; `stages`: how many in all.
 
-        `in_flight`: micro-batches in the pipeline at a time. `hidden`: a meta tensor with the shape
-        [B, S, E] and dtype of the hidden states that stages exchange.
+        `micro_batches`: each kind of them that steps or evaluations have.
         """
         assert axis.device_mesh is not None
         self.group = axis.device_mesh.get_group()
-        self.axis, self.in_flight = axis, in_flight
-        tokens = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
-        loss = torch.empty((), device="meta", requires_grad=True)
-        self.stages = [
-            _Stage(
-                model,
-                stage,
-                stages,
-                device,
-                input_args=tokens if stage == 0 else hidden,
-                output_args=loss if stage == stages - 1 else hidden,
-                group=self.group,
-            )
-            for stage, model in models.items()
-        ]
+        self.axis, self.device = axis, device
         self.has_loss = stages - 1 in models
         ends = {0, stages - 1} & models.keys()
         # A tied embedding and head are one weight on two processes, whose gradients must be added.
@@ -127,29 +121,51 @@ class Pipeline:
         self.tied_peer_rank = (
             (axis.size - 1 if axis.rank == 0 else 0) if tied and len(ends) == 1 else None
         )
-        kind: Any = get_schedule_class(SCHEDULES[schedule])
-        several = schedule not in ("gpipe", "1f1b")
-        self.schedule = kind(
-            self.stages if several else self.stages[0],
-            in_flight,
-            loss_fn=self._scaled_loss,
-            scale_grads=False,
-        )
+        # By the shape of a process's tokens: how many micro-batches, their stages, the schedule.
+        self.runs: dict[torch.Size, tuple[int, list[_Stage], Any]] = {}
+        for one in micro_batches:
+            kind: Any = get_schedule_class(SCHEDULES[one.schedule])
+            own = self._stages(models, stages, one.hidden)
+            made = kind(
+                own[0] if one.schedule in ("gpipe", "1f1b") else own,
+                one.in_flight,
+                loss_fn=self._scaled_loss,
+                scale_grads=False,
+            )
+            self.runs[one.tokens] = one.in_flight, own, made
         self.seed = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _stages(self, models: dict[int, CausalLM], stages: int, hidden: Tensor) -> list[_Stage]:
+        """This process's stages, for hidden states of one shape."""
+        tokens = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
+        loss = torch.empty((), device="meta", requires_grad=True)
+        return [
+            _Stage(
+                model,
+                stage,
+                stages,
+                self.device,
+                input_args=tokens if stage == 0 else hidden,
+                output_args=loss if stage == stages - 1 else hidden,
+                group=self.group,
+            )
+            for stage, model in models.items()
+        ]
 
     def forward_backward(self, batches: Sequence[Batch], seed: float) -> Tensor:
         """Run the micro-batches of a step. Gradients are those of `seed` times the loss.
 
         Returns their summed loss in float64, 0 on processes without the last stage.
         """
-        return self._run(batches, seed, self.schedule.step)
+        return self._run(batches, seed, self._schedule(batches).step)
 
     def forward(self, batches: Sequence[Batch]) -> Tensor:
         """The summed loss of the micro-batches, without gradients."""
-        plans = getattr(self.schedule, "pipeline_order_with_comms", None)
+        schedule = self._schedule(batches)
+        plans = getattr(schedule, "pipeline_order_with_comms", None)
         if plans is None:
-            return self._run(batches, 1.0, self.schedule.eval)
+            return self._run(batches, 1.0, schedule.eval)
         # PyTorch 2.13's eval also visits backward actions, and fails if two stages of a process are
         # adjacent. So it is given the forward actions only.
         full = plans[self.axis.rank]
@@ -157,7 +173,7 @@ class Pipeline:
             action for action in full if action.computation_type.value in _FORWARD
         ]
         try:
-            return self._run(batches, 1.0, self.schedule.eval)
+            return self._run(batches, 1.0, schedule.eval)
         finally:
             plans[self.axis.rank] = full
 
@@ -179,13 +195,17 @@ class Pipeline:
             work.wait()
         local.add_(other)
 
+    def _schedule(self, batches: Sequence[Batch]) -> Any:
+        return self.runs[batches[0].tokens.shape][2]
+
     def _run(self, batches: Sequence[Batch], seed: float, run: Any) -> Tensor:
         self.seed = seed
         self.loss_sum = torch.zeros_like(self.loss_sum)
         device = self.loss_sum.device
-        for begin in range(0, len(batches), self.in_flight):
-            now = [batch.to(device) for batch in batches[begin : begin + self.in_flight]]
-            for stage in self.stages:
+        in_flight, stages, _ = self.runs[batches[0].tokens.shape]
+        for begin in range(0, len(batches), in_flight):
+            now = [batch.to(device) for batch in batches[begin : begin + in_flight]]
+            for stage in stages:
                 stage.batches = now
             run(target=torch.empty(len(now)), return_outputs=False)
         return self.loss_sum

@@ -19,6 +19,7 @@ from fast_llm.planning.search import (
     changed_settings,
     fastest_layouts,
     forecast_config,
+    forecast_lengths,
     require_batch_size,
     resolve_auto,
     with_settings,
@@ -39,18 +40,25 @@ def describe_gpus(config: TrainConfig, processes: int, columns: int | None = Non
 
 
 def _gpus_table(config: TrainConfig, processes: int) -> str:
-    """A row for each kind of GPU: memory and time as configured, and the fastest micro-batch."""
+    """A row for each kind of GPU: memory and time as configured, and the fastest micro-batch.
+
+    With stages of several lengths: the most memory, and the mean time of a step.
+    """
     lines = []
     for name, gigabytes in _MEMORY_CLASSES.items():
         device = DEVICES[name]
-        own = forecast_config(config, processes, device)
+        own = forecast_lengths(config, processes, device)
+        fits = all(one.fits for _, one in own)
+        total = sum(steps * one.seconds for steps, one in own)
+        steps = sum(steps for steps, _ in own)
+        mean = total / steps if steps else own[-1][1].seconds
         lines.append(
             (
                 f"{name.upper()} {gigabytes} GB",
-                format_bytes(own.memory),
-                "yes" if own.fits else "no",
-                f"{own.seconds:.3g} s" if own.fits else "",
-                short_duration(own.seconds * config.training.train_iters) if own.fits else "",
+                format_bytes(max(one.memory for _, one in own)),
+                "yes" if fits else "no",
+                f"{mean:.3g} s" if fits else "",
+                short_duration(total) if fits else "",
                 *_fastest_micro_batch(config, processes, device),
             )
         )
@@ -80,6 +88,7 @@ class LayoutReport:
 
     configured: Forecast
     advice: tuple[str, str]  # label and sentence: what to change without another arrangement
+    by_length: list[tuple[int, Forecast]]  # with several lengths: steps, and the forecast of each
     fastest: list[Forecast]
     changes: Rows  # dotted path and value: what to set for the first of the fastest
     by_gpus: list[Forecast]
@@ -100,8 +109,10 @@ def compare_layouts(config: TrainConfig, processes: int, device: DeviceSpec) -> 
         for gpus in (2**power for power in range(11))
         for _, one in fastest_layouts(config, gpus, device, 1)
     ]
+    own = forecast_lengths(config, processes, device)
     return LayoutReport(
-        configured=forecast_config(config, processes, device),
+        configured=own[-1][1],
+        by_length=own if len(own) > 1 else [],
         fastest=[one for _, one in fastest],
         changes=changed_settings(config, fastest[0][0]) if fastest else [],
         advice=speed_advice(config, processes, device),
@@ -116,6 +127,9 @@ def describe_layouts(
     report = compare_layouts(config, processes, device)
     configured = [*forecast_rows(report.configured), report.advice]
     lines = ["As configured", "", fields(configured, 11, columns), ""]
+    if report.by_length:
+        lines[0] += f", sequences of {report.configured.workload.sequence_length:,} tokens"
+        lines += ["By sequence length of the stages", "", _lengths_table(report.by_length), ""]
     lines += [f"The fastest that fit {processes} × {device.name.upper()}", ""]
     if report.fastest:
         lines.append(_layout_table(report.fastest, columns))
@@ -130,6 +144,24 @@ def describe_layouts(
         )
     lines += ["", "By number of GPUs", "", _layout_table(report.by_gpus, columns)]
     return "\n".join(lines)
+
+
+def _lengths_table(forecasts: list[tuple[int, Forecast]]) -> str:
+    """A row for each sequence length."""
+    rows = [
+        (
+            f"{one.workload.sequence_length:,}",
+            f"{steps:,}",
+            f"{one.seconds:.3g} s",
+            short_duration(steps * one.seconds),
+            f"{one.mfu:.0%}",
+            format_bytes(one.memory),
+            "yes" if one.fits else "no",
+        )
+        for steps, one in forecasts
+    ]
+    headings = ("length", "steps", "step", "total", "MFU", "memory", "fits")
+    return table(headings, rows, range(6))
 
 
 _AXES = ("ZeRO", "shard", "TP", "CP", "PP", "DP")

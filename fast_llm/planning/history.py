@@ -160,6 +160,15 @@ class History(BaseModel):
         """Inputs of the first `samples` sequences, padding included."""
         return sum(count * order.sequence_length for order, count in self.counts(samples))
 
+    def stage_of(self, step: int, samples: int, config: TrainConfig, batch_size: int) -> int | None:
+        """The stage of `data.stages` that `step`, which `samples` sequences end, is in; None for
+        step 0. `batch_size`: as of `continued`.
+        """
+        if not step or not config.data.stages:
+            return None
+        before = samples - self.batch_entry_at(step).batch_size
+        return remaining_stages(config, step - 1, before, self.inputs(before), batch_size)[0].number
+
     def expected_padding(self, samples: int) -> dict[int, float]:
         """As of `DataOrder`, over all orders."""
         total: dict[int, float] = {}
@@ -182,13 +191,42 @@ class History(BaseModel):
             kept.append(BatchSizeEntry(after=step, index=samples, batch_size=batch_size))
         return History(batches=kept, orders=self.orders)
 
-    def with_data(self, step: int, samples: int, config: TrainConfig, split: Split) -> "History":
-        """Copy the history with the data of `split` after `step`, which `samples` sequences end:
-        the stage that is then in force, and those to come.
+    def continued(
+        self,
+        step: int,
+        samples: int,
+        config: TrainConfig,
+        split: Split,
+        batch_size: int,
+        skipped: int = 0,
+    ) -> "History":
+        """Copy the history with these settings after `step`, which `samples` sequences end. Then
+        `skipped` sequences are skipped. `batch_size`: of sequences of `batch.sequence_length`.
         """
-        size, tokens = self.batches[-1].batch_size, self.inputs(samples)
+        tokens = self.inputs(samples + skipped)
+        now = remaining_stages(config, step, samples + skipped, tokens, batch_size)[0]
+        changed = self.with_batches(step, samples, now.batch_size)
+        return changed.with_data(step, samples + skipped, config, split, batch_size)
+
+    def with_data(
+        self,
+        step: int,
+        samples: int,
+        config: TrainConfig,
+        split: Split,
+        batch_size: int | None = None,
+    ) -> "History":
+        """Copy the history with the data of `split` after `step`, which `samples` sequences end:
+        the stage that is then in force, and those to come. `batch_size`: as of `continued`, if not
+        that of `step`.
+        """
+        size, tokens = batch_size or self.batches[-1].batch_size, self.inputs(samples)
         kept = [order for order in self.orders if order.index < samples]
+        batches = [entry for entry in self.batches if entry.after <= step]
         for span in remaining_stages(config, step, samples, tokens, size):
+            if span.after > step and span.batch_size != batches[-1].batch_size:
+                entry = {"after": span.after, "index": span.index, "batch_size": span.batch_size}
+                batches.append(BatchSizeEntry.model_validate(entry))
             states = list[SourceState]()
             if kept:
                 states = [*kept[-1].states_at(span.index), *kept[-1].left_out]
@@ -202,7 +240,7 @@ class History(BaseModel):
                 kept[-1] = kept[-1].model_copy(update={"data": order.data, "sources": named})
             else:
                 kept.append(order)
-        return History(batches=self.batches, orders=kept)
+        return History(batches=batches, orders=kept)
 
     def describe_sources(self, before: "History", samples: int, split: Split) -> list[str]:
         """For each source, where in its data it continues after `samples` sequences, as text; empty
@@ -220,10 +258,11 @@ class History(BaseModel):
 
 
 def new_history(config: TrainConfig, batch_size: int, dataset: Dataset) -> History:
-    """The history of a new run."""
-    batches = [BatchSizeEntry(after=0, index=0, batch_size=batch_size)]
+    """The history of a new run. `batch_size`: of sequences of `batch.sequence_length`."""
+    first = remaining_stages(config, 0, 0, 0, batch_size)[0]
+    batches = [BatchSizeEntry(after=0, index=0, batch_size=first.batch_size)]
     empty = History.model_construct(batches=batches, orders=[])
-    return empty.with_data(0, 0, config, dataset.splits["training"])
+    return empty.with_data(0, 0, config, dataset.splits["training"], batch_size)
 
 
 def apply_orders(split: Split, history: History, samples: int) -> None:
@@ -235,6 +274,7 @@ def apply_orders(split: Split, history: History, samples: int) -> None:
             order.edges,
             [source.key for source in order.sources],
             [source.drawn for source in order.sources],
+            order.sequence_length,
         )
         for order in history.orders
         if order.index >= now.index
@@ -250,7 +290,7 @@ def _order(
     """
     states, sources = list(states), []
     unused = max((state.key for state in states), default=-1) + 1
-    for source in split.sources:
+    for source in (source.with_length(span.length) for source in split.sources):
         known = next((state for state in states if state.digest == source.digest), None)
         if known is not None:
             states.remove(known)
@@ -263,7 +303,7 @@ def _order(
         unused += 1
     return DataOrder(
         index=span.index,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=span.length,
         seed=config.model.distributed.seed,
         data=data_settings(config.data),
         edges=split.edges(span.weights),

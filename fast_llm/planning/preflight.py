@@ -20,7 +20,7 @@ from fast_llm.checkpoint import huggingface
 from fast_llm.config.checks import check
 from fast_llm.config.compat import REFUSED, RENAMED
 from fast_llm.config.document import Document
-from fast_llm.config.parameter_rules import frozen_names, rule_problems
+from fast_llm.config.parameter_rules import rule_problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import adding_locations, validate, with_location
 from fast_llm.data import tokenizer
@@ -52,7 +52,12 @@ from fast_llm.planning.resume import (
     run_identity,
 )
 from fast_llm.planning.run_spec import RunSpec, SpecialTokens, global_batch_size
-from fast_llm.planning.stages import epoch_problems, stage_problems
+from fast_llm.planning.stages import (
+    epoch_problems,
+    length_problems,
+    stage_problems,
+    training_cost,
+)
 from fast_llm.planning.warnings import likely_mistakes
 
 logger = logging.getLogger("fast_llm")
@@ -69,7 +74,7 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     weights = weights and document.get("pretrained.model_weights", True) is True
     document, pretrained = _complete(document, weights)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
-    _check_settings(config, document, processes)
+    _check_settings(config, document, processes, pretrained.config)
     problems = _Problems(document)
     batch_size = global_batch_size(config, processes)
     loaded = _load_tokenizer(config, pretrained, problems)
@@ -84,9 +89,7 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     resumed = _Resumed()
     if checkpoint is not None:
         resumed = _resume(checkpoint, config, identity, problems, branches)
-    base = config.model.base_model
-    frozen = frozen_names(config.optimizer, family_of(base).shapes(base))
-    costs = family_of(base).cost(base, config.batch.sequence_length, frozen)
+    costs = training_cost(config)
     if folder is not None:
         problems.add(disk_problems(folder, config, costs.parameters, resumed.completed_steps))
     problems.raise_any()
@@ -94,12 +97,15 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     assert dataset is not None  # else there was a problem
     extra_files, special_tokens = _model_files(pretrained, dataset, loaded)
     encode_prompts(config, extra_files, special_tokens, dataset)
+    if (training := dataset.splits.get("training")) is not None:
+        problems.add(length_problems(config, training))
+    problems.raise_any()
     history, data_changes = _continue_history(resumed, config, batch_size, dataset)
     if (training := dataset.splits.get("training")) is not None:
         now = resumed.completed_steps, resumed.consumed_samples
         tokens = history.inputs(now[1]) if history is not None else 0
         problems.add(stage_problems(config, *now, tokens, batch_size))
-        problems.add(epoch_problems(config, training, *now, batch_size))
+        problems.add(epoch_problems(config, training, *now, tokens, batch_size))
     problems.raise_any()
     return RunSpec(
         config=config,
@@ -127,20 +133,25 @@ def read_config(document: Document, processes: int) -> TrainConfig:
 
     Raises ConfigError with all of its mistakes.
     """
-    document = with_pretrained_model(document, weights=False)[0]
+    document, pretrained = with_pretrained_model(document, weights=False)
     config = validate(TrainConfig, document, REFUSED, RENAMED)
-    if problems := check(config, document, processes) + _of_family(document, config):
+    family = _of_family(document, config, pretrained.config)
+    if problems := check(config, document, processes) + family:
         raise ConfigError(problems)
     return config
 
 
-def _of_family(document: Document, config: TrainConfig) -> list[str]:
-    """Settings of a new model that its family has not, and patterns of parameter names."""
+def _of_family(
+    document: Document, config: TrainConfig, source: Mapping[str, Any] | None
+) -> list[str]:
+    """Settings of a new model that its family has not, and patterns of parameter names. `source`:
+    config.json of the pretrained model.
+    """
     base = config.model.base_model
     patterns = [
         f"{document.where(setting)}: {setting}: {text}"
         for setting, text in rule_problems(config.optimizer, family_of(base).shapes(base))
-    ]
+    ] + _of_stages(document, config, source)
     if isinstance(config.pretrained.path, str):
         return patterns  # its config.json decides about the rest
     return patterns + [
@@ -148,6 +159,28 @@ def _of_family(document: Document, config: TrainConfig) -> list[str]:
         for name, text in contradictions(config.model.base_model)
         for path in [f"model.base_model.{name}"]
     ]
+
+
+def _of_stages(
+    document: Document, config: TrainConfig, source: Mapping[str, Any] | None
+) -> list[str]:
+    """Positions of stages that config.json of an export cannot say. `source`: the model's."""
+    problems, above, base = list[str](), "transformer.rotary", config.model.base_model
+    changed = [number for number, stage in enumerate(config.data.stages) if stage.rotary]
+    always = {name for name, _ in contradictions(base)} if changed else set()
+    for number in changed:
+        inside = config.in_stage(number).model.base_model
+        rotary = inside.transformer.rotary
+        written = family_of(base).export_config(source, base, "fp32", {}, 0, rotary)
+        found = contradictions(inside, written)
+        kind = [one for one in found if one[0] == f"{above}.type"]  # other differences follow
+        for name, text in kind or found:
+            if name in always or not (name == "family" or name.startswith(above)):
+                continue
+            path = f"data.stages.{number}.rotary{name.removeprefix(above)}".removesuffix("family")
+            text = text.replace("choose another model.base_model.family", "leave it out")
+            problems.append(f"{document.where(path)}: {path}: {text}")
+    return problems
 
 
 def _complete(document: Document, weights: bool) -> tuple[Document, PretrainedModel]:
@@ -203,12 +236,15 @@ class _Problems:
             raise ConfigError(self.found)
 
 
-def _check_settings(config: TrainConfig, document: Document, processes: int) -> None:
+def _check_settings(
+    config: TrainConfig, document: Document, processes: int, source: Mapping[str, Any] | None
+) -> None:
     """Raise ConfigError for settings that contradict each other, and for missing packages."""
     missing = [
         with_location(problem, document, TrainConfig) for problem in _missing_packages(config)
     ]
-    if wrong := check(config, document, processes) + missing + _of_family(document, config):
+    family = _of_family(document, config, source)
+    if wrong := check(config, document, processes) + missing + family:
         raise ConfigError(wrong)
 
 
@@ -455,7 +491,6 @@ def _continue_history(
         before, notes = histories.reconstruct(
             info, folder, dataset, config.model.base_model.vocab_size
         )
-    now = before.with_batches(info["step"], info["samples"], batch_size)
-    now = now.with_data(info["step"], info["samples"], config, split)
+    now = before.continued(info["step"], info["samples"], config, split, batch_size)
     histories.apply_orders(split, now, info["samples"])
     return now, notes + now.describe_sources(before, info["samples"], split)

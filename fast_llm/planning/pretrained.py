@@ -14,9 +14,10 @@ from typing import Any
 from fast_llm.checkpoint import folder as checkpoints
 from fast_llm.checkpoint import huggingface
 from fast_llm.config.document import Document
+from fast_llm.config.model import BaseModelConfig, RotaryConfig
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.types import path_text
-from fast_llm.config.validate import adding_locations
+from fast_llm.config.validate import adding_locations, validate
 from fast_llm.data import tokenizer
 from fast_llm.data.dataset import Dataset
 from fast_llm.errors import CheckpointError, ConfigError, UserError
@@ -145,6 +146,9 @@ def _of_checkpoint(document: Document, checkpoint: Path) -> PretrainedModel:
     if config is None:
         with suppress(KeyError, TypeError):  # a checkpoint of an early version
             settings = dict(info["settings"]["model"]["base_model"])
+            if (rotary := in_force(info)[1]) is not None:
+                positions = {"rotary": rotary.model_dump(mode="json")}
+                settings["transformer"] = settings["transformer"] | positions
     return PretrainedModel(checkpoint, config, files, settings)
 
 
@@ -173,16 +177,38 @@ def _without_ways(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_force(info: Mapping[str, Any]) -> tuple[int, RotaryConfig | None]:
+    """The sequence length of a checkpoint's stage, and its rotary positions if they are not the
+    model's. `info`: of its manifest, where runs whose stages change these record them.
+
+    0 for a length that an early version did not record.
+    """
+    stage = info.get("stage")
+    if stage is None:
+        return info.get("settings", {}).get("batch", {}).get("sequence_length", 0), None
+    rotary = stage.get("rotary")
+    length: int = stage["sequence_length"]
+    return length, None if rotary is None else RotaryConfig.model_validate(rotary)
+
+
 def _as_trained(config: dict[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config.json with the head and sequence length that a checkpoint records."""
-    settings = info.get("settings") or {}
+    """A run's config.json with the head, sequence length and positions that a checkpoint
+    records.
+    """
+    settings, place = info.get("settings") or {}, "config.json"
     with suppress(KeyError, TypeError):
         config = config | {
             "tie_word_embeddings": bool(settings["model"]["base_model"]["tie_word_embeddings"])
         }
     with suppress(KeyError, TypeError):
-        length = int(settings["batch"]["sequence_length"])
-        config = family_of_json(config, "config.json").with_length(config, length)
+        length, rotary = in_force(info)
+        family = family_of_json(config, place)
+        if rotary is not None:
+            document = Document(family.architecture(config, place), {}, place)
+            dtype = settings["model"]["distributed"]["training_dtype"]
+            base = validate(BaseModelConfig, document)
+            config = family.export_config(config, base, dtype, {}, 0, rotary)
+        config = family.with_length(config, length)
     return config
 
 

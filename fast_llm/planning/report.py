@@ -24,7 +24,13 @@ from fast_llm.planning.disk import (
     free_bytes,
 )
 from fast_llm.planning.run_spec import RunSpec
-from fast_llm.planning.stages import remaining_stages
+from fast_llm.planning.stages import (
+    StageSpan,
+    describe_stage,
+    last_sequence,
+    remaining_stages,
+    total_flops,
+)
 from fast_llm.terminal import counted, fields, table
 
 Rows = list[tuple[str, str]]  # label and text; an empty label continues the row above
@@ -48,7 +54,7 @@ def run_rows(spec: RunSpec) -> Rows:
     transformer = config.model.base_model.transformer
     fp8 = ", matmuls of the blocks in fp8" * config.model.distributed.fp8
     tokens = spec.batch_size * config.batch.sequence_length
-    flops = spec.cost.model_flops_per_token * training.train_iters * tokens
+    flops = total_flops(config, spec.batch_size)
     rows = [
         (
             "Model",
@@ -92,8 +98,14 @@ def _remaining(spec: RunSpec, step_tokens: int) -> str:
 
 def _last_sequence(spec: RunSpec) -> int:
     """How many sequences the run has consumed by its end."""
-    steps = spec.config.training.train_iters - spec.completed_steps
-    return spec.consumed_samples + steps * spec.batch_size
+    return last_sequence(spec.config, _spans(spec))
+
+
+def _spans(spec: RunSpec) -> list[StageSpan]:
+    """The stages from where the run is."""
+    samples = spec.consumed_samples
+    tokens = spec.history.inputs(samples) if spec.history is not None else 0
+    return remaining_stages(spec.config, spec.completed_steps, samples, tokens, spec.batch_size)
 
 
 def _padding(spec: RunSpec, tokens: int) -> str:
@@ -245,6 +257,11 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
     if stages := _stage_lines(spec):
         headings = ("steps", "tokens", "share", "epochs", "source")
         rows.append(("Stages", table(headings, stages, (0, 1, 2, 3))))
+        rows += [
+            ("", f"stage {number + 1}: {describe_stage(spec.config, number)}")
+            for number, stage in enumerate(spec.config.data.stages)
+            if stage.changes_model
+        ]
     if masked := sum(source.masked_tokens for source in dataset.masked_sources):
         tokens = dataset.tokens("training")
         share = dataset.masked(spec.consumed_samples, sequences)
@@ -282,19 +299,17 @@ def _stage_lines(spec: RunSpec) -> list[tuple[str, ...]]:
     if not config.data.stages or history is None:
         return []
     split, end = spec.dataset.splits["training"], config.training.train_iters
-    step, samples = spec.completed_steps, spec.consumed_samples
-    tokens = history.inputs(samples)
     lines: list[tuple[str, ...]] = []
-    for span in remaining_stages(config, step, samples, tokens, spec.batch_size):
+    for span in _spans(spec):
         steps = min(span.last or end, end) - span.after
         if steps <= 0:
             lines.append(("", "", "", "", f"stage {span.number + 1} is after the last step"))
             continue
-        count = steps * spec.batch_size
+        count = steps * span.batch_size
         order, edges = split.order_at(span.index), split.edges(span.weights)
         first = (
             f"{span.after + 1:,} to {span.after + steps:,}",
-            f"{count * config.batch.sequence_length:,}",
+            f"{count * span.length:,}",
         )
         for source, epochs, (low, high) in zip(
             split.sources, order.epochs(span.index + count), pairwise(edges), strict=True

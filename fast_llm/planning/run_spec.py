@@ -12,8 +12,24 @@ from fast_llm.data.dataset import Dataset
 from fast_llm.models.flops import Cost
 from fast_llm.planning.branch import Ancestor
 from fast_llm.planning.history import History
+from fast_llm.planning.stages import training_cost
 
 SpecialTokens = dict[str, int | None]  # bos and eos → id
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What is in force in a stage of `data.stages`."""
+
+    number: int | None  # None: outside of all stages
+    config: TrainConfig
+    batch: BatchSizes
+    cost: Cost
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        return self.config.batch.sequence_length
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,14 @@ class RunSpec:
     def batch(self) -> BatchSizes:
         """The sizes of a batch; `resolve_auto` comes first."""
         return _batch_sizes(self.config, self.processes)
+
+    def in_stage(self, number: int | None) -> StageSettings:
+        """What is in force in a stage; None: outside of all stages, as validation is."""
+        config = self.config.in_stage(number)
+        if config is self.config:
+            return StageSettings(number, config, self.batch, self.cost)
+        sizes = _batch_sizes(config, self.processes)
+        return StageSettings(number, config, sizes, training_cost(config))
 
     def evaluation_steps(self, split: str, iterations: int) -> int:
         """The batches of a split to evaluate: at most all that an additional set has."""

@@ -5,21 +5,20 @@ the trainer see only configurations without it. A search tries a few thousand la
 or two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from fast_llm.config.checks import violations
-from fast_llm.config.parameter_rules import frozen_names
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import ConfigError
-from fast_llm.models import family_of
 from fast_llm.planning.compiler import COMPILE, resolve_compiler
 from fast_llm.planning.devices import DEVICES, GPUS_PER_NODE, DeviceSpec
 from fast_llm.planning.layout import MOMENT_BYTES, ParallelLayout, Workload
 from fast_llm.planning.memory import required_bytes
 from fast_llm.planning.run_spec import RunSpec
+from fast_llm.planning.stages import by_length, training_cost
 from fast_llm.planning.time import Forecast, forecast
 
 Settings = dict[str, Any]  # dotted path → value
@@ -88,10 +87,7 @@ def require_batch_size(config: TrainConfig) -> int:
 
 def model_flops(config: TrainConfig) -> float:
     """Floating-point operations of a token, forward and backward."""
-    base = config.model.base_model
-    family = family_of(base)
-    frozen = frozen_names(config.optimizer, family.shapes(base))
-    return family.cost(base, config.batch.sequence_length, frozen).model_flops_per_token
+    return training_cost(config).model_flops_per_token
 
 
 # Settings that are `auto`.
@@ -113,6 +109,15 @@ def resolve_auto(
     moments = config.optimizer.moments_dtype
     if not any_rows and moments != "auto":
         return config
+    longest, length = by_length(config)[-1][1], config.batch.sequence_length
+    if longest.batch.sequence_length > length:  # it needs the most memory
+        chosen = resolve_auto(longest, processes, memory, device_kind)
+        found: Settings = {_MOMENTS: chosen.optimizer.moments_dtype}
+        if any_rows:
+            tokens = int(chosen.batch.micro_batch_size or 1) * longest.batch.sequence_length
+            found[_MICRO_BATCH_SIZE] = max(1, tokens // length)
+            found[RECOMPUTE] = chosen.model.base_model.transformer.mlp_recompute_level
+        return with_settings(config, found)
     dtypes = ("fp32", "bf16") if moments == "auto" else (moments,)
     for dtype in dtypes:
         fitting = list(_fitting(config, processes, memory, device_kind, dtype))
@@ -174,6 +179,16 @@ def forecast_config(config: TrainConfig, processes: int, device: DeviceSpec) -> 
     return forecast(Workload.of(config, rows), layout, device, model_flops(config))
 
 
+def forecast_lengths(
+    config: TrainConfig, processes: int, device: DeviceSpec
+) -> list[tuple[int, Forecast]]:
+    """Forecasts of a valid configuration: of each sequence length of its stages, with the number of
+    steps that have it; the shortest first.
+    """
+    config = resolve_auto(config, processes, device.memory, "cuda")
+    return [(steps, forecast_config(one, processes, device)) for steps, one in by_length(config)]
+
+
 # Layouts.
 
 
@@ -210,27 +225,36 @@ def candidates(config: TrainConfig, processes: int) -> Iterator[Settings]:
 def fastest_layouts(
     config: TrainConfig, processes: int, device: DeviceSpec, count: int = 3
 ) -> list[tuple[Settings, Forecast]]:
-    """The fastest layouts that fit, one for each arrangement of processes, the fastest first."""
-    flops, auto_moments = model_flops(config), config.optimizer.moments_dtype == "auto"
+    """The fastest layouts that fit, one for each arrangement of processes, the fastest first.
+
+    With stages of several sequence lengths, all must fit, the run as a whole is the fastest, and
+    the forecast is that of the longest sequences.
+    """
+    auto_moments = config.optimizer.moments_dtype == "auto"
     if auto_moments:
         config = with_settings(config, {_MOMENTS: "fp32"})
-    found: list[tuple[Settings, Forecast]] = []
+    flops = [model_flops(one) for _, one in by_length(config)]
+    found: list[tuple[float, Settings, Forecast]] = []
     for settings in candidates(config, processes):
         changed = with_settings(config, settings)
         if not is_allowed(changed, processes):
             continue
         changed = with_settings(changed, {COMPILE: resolve_compiler(changed, "cuda")})
-        layout = ParallelLayout.of(changed, processes)
-        workload = Workload.of(changed, config.batch.batch_size or 0)
-        workloads = [workload]
-        if auto_moments:
-            workloads.append(replace(workload, moment_bytes=MOMENT_BYTES["bf16"]))
-        if fitting := _least_recomputation(workloads, layout, device, flops):
-            level = fitting.layout.recompute
-            found.append((settings | {RECOMPUTE: level}, fitting))
-    found.sort(key=lambda pair: (-pair[1].gpu_tokens_per_second, pair[1].memory))
+        parts = by_length(changed)
+        shapes = [
+            (Workload.of(one, one.batch.batch_size or 0), ParallelLayout.of(one, processes))
+            for _, one in parts
+        ]
+        moments = (None, MOMENT_BYTES["bf16"]) if auto_moments else (None,)
+        if fitting := _least_recomputation(shapes, moments, device, flops):
+            level = fitting[-1].layout.recompute
+            steps = [count for count, _ in parts]
+            total = sum(n * one.seconds for n, one in zip(steps, fitting, strict=True))
+            mean = total / sum(steps) if sum(steps) else fitting[-1].seconds
+            found.append((mean, settings | {RECOMPUTE: level}, fitting[-1]))
+    found.sort(key=lambda one: (one[0], one[2].memory))
     arrangements: dict[tuple[int, ...], tuple[Settings, Forecast]] = {}
-    for settings, one in found:
+    for _, settings, one in found:
         layout = one.layout
         axes = (layout.tensor, layout.context, layout.pipeline)
         arrangements.setdefault((*axes, layout.zero_stage, layout.shards), (settings, one))
@@ -238,12 +262,24 @@ def fastest_layouts(
 
 
 def _least_recomputation(
-    workloads: list[Workload], layout: ParallelLayout, device: DeviceSpec, flops: float
-) -> Forecast | None:
-    """The forecast with the least recomputation, and then the first workload, that fits."""
+    shapes: Sequence[tuple[Workload, ParallelLayout]],
+    moments: Sequence[float | None],
+    device: DeviceSpec,
+    flops: Sequence[float],
+) -> list[Forecast]:
+    """The forecasts of all shapes with the least recomputation, and then the first size of moments,
+    with which all fit; empty without any. `flops`: of a token of each shape.
+    """
     for level in RECOMPUTE_LEVELS:
-        for workload in workloads:
-            one = forecast(workload, replace(layout, recompute=level), device, flops)
-            if one.fits:
-                return one
-    return None
+        for size in moments:
+            found = list[Forecast]()
+            for (workload, layout), of_token in zip(shapes, flops, strict=True):
+                if size is not None:
+                    workload = replace(workload, moment_bytes=size)
+                one = forecast(workload, replace(layout, recompute=level), device, of_token)
+                if not one.fits:
+                    break
+                found.append(one)
+            else:
+                return found
+    return []

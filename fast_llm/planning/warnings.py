@@ -36,7 +36,7 @@ def likely_mistakes(
         _router_biases(config),
         _dropped_biases(config, pretrained.folder),
         _push(config),
-        _long_sequences(config, pretrained.folder),
+        *_long_sequences(config, pretrained.folder),
         disk_warning(folder, config, parameters, 0 if manifest is None else manifest.step),
     )
     placed = [
@@ -136,14 +136,22 @@ def _push(config: TrainConfig) -> str:
     return ""
 
 
-def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> str:
-    length, most = config.batch.sequence_length, config.model.base_model.max_position_embeddings
-    if length <= most:
-        return ""
+def _long_sequences(config: TrainConfig, pretrained_folder: Path | None) -> list[str]:
+    """Sequences that are longer than the model's context, of the run and of each stage that leaves
+    the model's positions as they are.
+    """
+    most = config.model.base_model.max_position_embeddings
+    lengths = {"batch.sequence_length": config.batch.sequence_length} | {
+        f"data.stages.{number}.sequence_length": stage.sequence_length
+        for number, stage in enumerate(config.data.stages)
+        if stage.sequence_length is not None and stage.rotary is None
+    }
     where = "model.base_model.max_position_embeddings"
     if pretrained_folder is not None:
         where = f"max_position_embeddings of {pretrained_folder}/config.json"
-    return (
-        f"batch.sequence_length: given {length}, above {where}, {most}: positions from {most} on"
+    return [
+        f"{setting}: given {length}, above {where}, {most}: positions from {most} on"
         " are new to the model, and other programs may refuse them. Lower it, or raise the other"
-    )
+        for setting, length in lengths.items()
+        if length > most
+    ]

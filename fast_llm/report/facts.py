@@ -179,14 +179,25 @@ def borders(records: RunRecords, ours: Mapping[str, Any]) -> list[Event]:
         until, tokens = stage.get("until"), stage.get("until_tokens")
         if tokens is not None:
             # Padding counts here, unlike in `consumed_tokens`.
-            steps, samples = records.columns["training"].points("consumed_samples")
-            length = ours.get("batch.sequence_length") or math.inf
-            until = next(
-                (s for s, n in zip(steps, samples, strict=True) if n * length >= tokens), None
-            )
+            until = _step_of_tokens(records, ours, tokens)
         if until is not None and until <= records.step:
             found.append(Event(until, "stage", f"end of stage {number} of the data"))
     return found
+
+
+def _step_of_tokens(records: RunRecords, ours: Mapping[str, Any], tokens: int) -> int | None:
+    """The first logged step at which the run has consumed so many tokens, padding included."""
+    training = records.columns["training"]
+    steps, samples = training.points("consumed_samples")
+    base, before, consumed = ours.get("batch.sequence_length") or math.inf, 0.0, 0.0
+    for step, count in zip(steps, samples, strict=True):
+        # Recorded where stages have several lengths.
+        length = training.at("sequence_length", step)
+        consumed += (count - before) * (length if math.isfinite(length) else base)
+        before = count
+        if consumed >= tokens:
+            return step
+    return None
 
 
 def other_settings(ours: Mapping[str, Any]) -> list[tuple[str, str, str]]:

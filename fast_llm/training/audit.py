@@ -224,12 +224,14 @@ def _history(folder: Path, config: TrainConfig) -> tuple[History, list[dict[str,
             "version 0.1 did not record changes of data: steps before a change are shown with the"
             " data after it"
         )
-    history = history.with_batches(info["step"], info["samples"], size)
     training = data.splits["training"]
-    history = history.with_data(info["step"], info["samples"], config, training)
+    history = history.continued(info["step"], info["samples"], config, training, size)
     for number, one in enumerate(moved, 1):
-        samples = history.first_sequence(one["after"] + 1, skipped + since[:number])
-        history = history.with_data(one["after"], samples, config, training)
+        step = one["after"]
+        until = history.first_sequence(step + 1, skipped + since[:number])
+        before = [skip for skip in skipped + since if skip["after"] < step]
+        samples = history.first_sequence(step + 1, before)
+        history = history.continued(step, samples, config, training, size, until - samples)
     return history, skipped + since, "; ".join(notes)
 
 

@@ -13,7 +13,7 @@ from fast_llm.optim.optimizer import Optimizer
 from fast_llm.parallel.context import shard_batch
 from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.parallelize import parallelize, uses_triton
-from fast_llm.planning.run_spec import RunSpec
+from fast_llm.planning.run_spec import RunSpec, StageSettings
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.evaluate import Evaluator
 from fast_llm.training.experts import RouterMonitor
@@ -76,7 +76,16 @@ def build_trainer(
         metrics,
         interrupt,
         heartbeat,
+        partial(_apply_stage, models, watchdog),
     )
+
+
+def _apply_stage(models: Sequence[CausalLM], watchdog: Watchdog, stage: StageSettings) -> None:
+    """Give the model the rotary positions of a stage, whose shapes may be new to the compiler."""
+    watchdog.begin_warm_up()
+    base = stage.config.model.base_model.for_context(stage.length)
+    for model in models:
+        model.set_rotary(base.transformer)
 
 
 def _add_sums(
@@ -104,13 +113,23 @@ def _add_sums(
         )
 
 
-def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps: int) -> Loader:
-    """This process's micro-batches of `steps` steps, from sequence `first_sample` of a split on."""
+def build_loader(
+    spec: RunSpec,
+    mesh: Mesh,
+    split: str,
+    first_sample: int,
+    steps: int,
+    stage: StageSettings | None = None,
+) -> Loader:
+    """This process's micro-batches of `steps` steps, from sequence `first_sample` of a split on.
+
+    `stage`: of training; None outside of all stages.
+    """
     config = spec.config
     return Loader(
         spec.dataset,
         split,
-        spec.batch,
+        spec.batch if stage is None else stage.batch,
         rank=mesh.data.rank,
         processes=mesh.data.size,
         vocab_size=config.model.base_model.vocab_size,
@@ -127,4 +146,5 @@ def build_loader(spec: RunSpec, mesh: Mesh, split: str, first_sample: int, steps
         ),
         pin=mesh.device.type == "cuda",
         warn_ms=config.data.data_sample_warn_time_ms,
+        length=None if stage is None else stage.length,
     )

@@ -21,6 +21,7 @@ from fast_llm.checkpoint import state as tensor_files
 from fast_llm.checkpoint.huggingface import export_files
 from fast_llm.checkpoint.weights import export_hugging_face, load_weights
 from fast_llm.collectives import all_gather_object
+from fast_llm.config.model import RotaryConfig
 from fast_llm.config.saving import CallbackConfig, CheckpointConfig, ExportConfig
 from fast_llm.config.train import TrainConfig
 from fast_llm.errors import CheckpointError, TrainingStopped
@@ -30,7 +31,7 @@ from fast_llm.parallel.mesh import Mesh
 from fast_llm.parallel.weights import Weights
 from fast_llm.planning.branch import describe_ancestors
 from fast_llm.planning.disk import export_folders
-from fast_llm.planning.history import apply_orders
+from fast_llm.planning.history import History, apply_orders
 from fast_llm.planning.resume import has_router_biases
 from fast_llm.planning.run_spec import RunSpec
 from fast_llm.planning.stages import epoch_problems
@@ -71,7 +72,7 @@ class CheckpointManager:
         self.weights = weights
         self.train_step = train_step
         self.heartbeat = heartbeat
-        self.state = TrainState(spec.history)
+        self.state = TrainState(spec.history, spec.in_stage(None))
         self.restored_step = -1  # of the checkpoint that this start resumed from
         self.saver = Saver(mesh.checkpoint_group, spec.config.training.checkpoint.background)
         self.pusher = make_pusher(spec.config, run)
@@ -206,6 +207,11 @@ class CheckpointManager:
         for name in self.averages.load(path, info.get("averages", {})):
             logger.info(f"training.averages.{name} begins here: {path} does not hold it.")
         state.step, state.consumed_samples = info["step"], info["samples"]
+        if state.history is not None and self.config.stages_change_model:
+            number = state.history.stage_of(
+                state.step, state.consumed_samples, self.config, self.spec.batch_size
+            )
+            state.stage = self.spec.in_stage(number)
         state.skipped_ranges = info.get("passed_over", [])
         state.nonfinite_steps = info["skipped"]
         state.padding = {int(key): count for key, count in info.get("padding", {}).items()}
@@ -258,14 +264,16 @@ class CheckpointManager:
         state.skipped_ranges = [*ranges, skipped]
         if state.history is not None:
             # The checkpoint may precede the one of this start, and have another batch size.
-            state.history = state.history.with_batches(
-                state.step, state.consumed_samples, self.spec.batch.batch_size
-            )
+            size, samples = self.spec.batch.batch_size, state.consumed_samples
             if self.config.data.stages:  # their borders move by the skipped sequences
                 split = self.spec.dataset.splits["training"]
-                state.history = state.history.with_data(state.step, until, self.config, split)
+                state.history = state.history.continued(
+                    state.step, samples, self.config, split, size, until - samples
+                )
                 apply_orders(split, state.history, until)
-            for problem in self._exceeded_epochs(until):
+            else:
+                state.history = state.history.with_batches(state.step, samples, size)
+            for problem in self._exceeded_epochs(until, state.history):
                 logger.warning(f"{problem}. A resume is refused until then.")
         state.consumed_samples, state.padding = until, padding
         if self.run.is_main and self.run.folder is not None:
@@ -275,10 +283,11 @@ class CheckpointManager:
                         folders.delete(folder)  # its step is undone
         self.mesh.barrier()
 
-    def _exceeded_epochs(self, samples: int) -> list[str]:
+    def _exceeded_epochs(self, samples: int, history: History) -> list[str]:
         """Sources of which the run takes more than `max_epochs` because of skipped data."""
         split, size = self.spec.dataset.splits["training"], self.spec.batch.batch_size
-        return epoch_problems(self.config, split, self.state.step, samples, size)
+        tokens = history.inputs(samples)
+        return epoch_problems(self.config, split, self.state.step, samples, tokens, size)
 
     # Save and export.
 
@@ -352,6 +361,10 @@ class CheckpointManager:
             further["ancestors"] = [one.model_dump() for one in ancestors]
         if state.history is not None and any(order.best_fit for order in state.history.orders):
             further["padding"] = {str(key): count for key, count in state.padding.items()}
+        if self.config.stages_change_model:
+            further["stage"] = {"sequence_length": state.stage.length}
+            if (rotary := self._changed_rotary()) is not None:
+                further["stage"]["rotary"] = rotary.model_dump(mode="json")
         return further | {
             "step": state.step,
             "samples": state.consumed_samples,
@@ -399,11 +412,12 @@ class CheckpointManager:
 
         `before`: what precedes the names of weights in the copy.
         """
-        settings, length = self.config.training.export, self.config.batch.sequence_length
+        settings, length = self.config.training.export, self.state.stage.length
         dtype = settings.data_type or self.config.model.distributed.training_dtype
         model, tokens = self.config.model.base_model, self.spec.special_tokens
         family = family_of(model)
-        config = family.export_config(self.spec.pretrained_config, model, dtype, tokens, length)
+        source, rotary = self.spec.pretrained_config, self._changed_rotary()
+        config = family.export_config(source, model, dtype, tokens, length, rotary)
         group, info = self.mesh.checkpoint_group, self._info()
 
         def write(tensors: Mapping[str, Tensor], part_of: Callable[[str], Tensor]) -> Path:
@@ -426,6 +440,14 @@ class CheckpointManager:
             return path
 
         return write
+
+    def _changed_rotary(self) -> RotaryConfig | None:
+        """The rotary positions in force, if they are not the model's own."""
+        ours, now = (
+            one.model.base_model.transformer.rotary
+            for one in (self.config, self.state.stage.config)
+        )
+        return None if ours == now else now
 
     # The end of a run.
 

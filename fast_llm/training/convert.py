@@ -22,6 +22,7 @@ from fast_llm.config.validate import validate
 from fast_llm.data import tokenizer
 from fast_llm.errors import CheckpointError, ConfigError
 from fast_llm.models import family_of, family_of_json
+from fast_llm.planning.pretrained import in_force
 from fast_llm.report.records import RunRecords
 from fast_llm.training.averages import prefix
 from fast_llm.training.model_card import losses_at, trained_card, with_card
@@ -79,10 +80,11 @@ def _check_family(config: ConvertConfig, name: str, path: Path, family: str) -> 
 class CheckpointModel:
     """What a checkpoint and its run say about the model, without the weights."""
 
-    model: BaseModelConfig
+    model: BaseModelConfig  # with the rotary positions of the stage
+    base: BaseModelConfig  # as in the settings of the run
     dtype: str  # that it trained in
     step: int
-    length: int  # tokens in a sequence of training; 0 if unknown
+    length: int  # tokens in a sequence of training, in the stage; 0 if unknown
     tokens: Mapping[str, int | None]  # ids of BOS and EOS
     small: Mapping[str, bytes]  # the small files of the pretrained model
     original: Mapping[str, Any] | None  # its config.json
@@ -96,7 +98,10 @@ class CheckpointModel:
     def config(self, dtype: str) -> dict[str, Any]:
         """config.json of an export with weights in a dtype."""
         family = family_of(self.model)
-        return family.export_config(self.original, self.model, dtype, self.tokens, self.length)
+        ours = self.model.transformer.rotary
+        rotary = None if ours == self.base.transformer.rotary else ours
+        given = self.original, self.base, dtype, self.tokens, self.length
+        return family.export_config(*given, rotary)
 
 
 def describe_checkpoint(path: Path) -> CheckpointModel:
@@ -104,22 +109,24 @@ def describe_checkpoint(path: Path) -> CheckpointModel:
     info = folders.verify(path).info
     try:
         settings = info["settings"]
-        model = _model(settings["model"]["base_model"], str(path))
+        base = _model(settings["model"]["base_model"], str(path))
+        length, rotary = in_force(info)
         trained_in = settings["model"]["distributed"]["training_dtype"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its manifest does not describe a model") from error
-    if model.transformer.expert_bias_update_rate is not None:
+    if base.transformer.expert_bias_update_rate is not None:
         logger.warning(
-            f"{path}: the biases of its routers are left out, because {model.family} models have"
+            f"{path}: the biases of its routers are left out, because {base.family} models have"
             " none: the model chooses other experts for some tokens."
         )
     kept = path.parent.parent / "pretrained"
     small = huggingface.small_files(kept) if kept.is_dir() else {}
     return CheckpointModel(
-        model,
+        base if rotary is None else base.with_rotary(rotary),
+        base,
         trained_in,
         info["step"],
-        settings.get("batch", {}).get("sequence_length", 0),
+        length,
         info.get("tokens") or _tokens(kept),
         small,
         huggingface.read_json(kept / "config.json") if "config.json" in small else None,

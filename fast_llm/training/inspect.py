@@ -31,6 +31,7 @@ from fast_llm.data.tokenizer import Loaded
 from fast_llm.errors import ConfigError, DataError, UserError
 from fast_llm.planning.history import apply_orders, new_history
 from fast_llm.planning.pretrained import with_pretrained_model
+from fast_llm.planning.stages import last_sequence, remaining_stages
 from fast_llm.storage import write_atomically
 
 _PAGE_DOCUMENTS, _PAGE_SEQUENCES = 10, 3  # that a page shows besides statistics
@@ -192,7 +193,11 @@ def _prepared(parsed: Namespace, path: str, settings: list[str]) -> dict[str, An
         if has_length:
             dataset = _open(config)
             steps = config.training.train_iters if parsed.config is not None else None
-            content |= describe_run(dataset, steps, config.batch.batch_size)
+            size = config.batch.batch_size
+            sequences = (steps or 0) * (size or 0)
+            if config.data.stages and steps and size:
+                sequences = last_sequence(config, remaining_stages(config, 0, 0, 0, size))
+            content |= describe_run(dataset, steps, size, sequences)
             if config.data.stages and "run" in content:
                 given = zip(content["sources"], content["run"]["epochs"], strict=True)
                 for source, taken in given:
@@ -278,7 +283,7 @@ def _sequences(
             ]
         )
     size, steps = config.batch.batch_size, config.training.train_iters
-    numbers = [parsed.sequence]
+    dataset, numbers = _open(config), [parsed.sequence]
     if parsed.step is not None:
         if size is None:
             raise ConfigError(
@@ -292,5 +297,9 @@ def _sequences(
                 f"--step: given {parsed.step}, must be from 1 to {steps} (training.train_iters)"
             )
         numbers = list(range((parsed.step - 1) * size, parsed.step * size))
+        if config.data.stages and "training" in dataset.splits:
+            history = new_history(config, size, dataset)
+            first = history.first_sequence(parsed.step, ())
+            numbers = list(range(first, first + history.batch_entry_at(parsed.step).batch_size))
     isolate = not config.batch.cross_document_attention
-    return contents.sequences(_open(config), parsed.split, numbers, isolate, loaded)
+    return contents.sequences(dataset, parsed.split, numbers, isolate, loaded)

@@ -265,11 +265,11 @@ def _device_memory(mesh: Mesh) -> float:
 
 
 def _log_memory(spec: RunSpec, mesh: Mesh, memory: float) -> None:
-    shape, layout = (
-        Workload.of(spec.config, spec.batch.batch_size),
-        ParallelLayout.of(spec.config, mesh.size),
-    )
-    used = required_bytes(shape, layout, _device_kind(spec.config, mesh.device))
+    kind, used = _device_kind(spec.config, mesh.device), 0.0
+    for number in (None, *range(len(spec.config.data.stages))):
+        stage = spec.in_stage(number)
+        shape = Workload.of(stage.config, stage.batch.batch_size)
+        used = max(used, required_bytes(shape, ParallelLayout.of(stage.config, mesh.size), kind))
     words = f"Memory by forecast: {format_bytes(used)} of {format_bytes(memory)} a process"
     if used <= memory:
         logger.info(f"{words}.")

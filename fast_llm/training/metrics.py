@@ -24,6 +24,7 @@ from fast_llm.config.train import TrainConfig
 from fast_llm.data.fim import FIM_COUNTS
 from fast_llm.models.flops import Cost, peak_flops
 from fast_llm.parallel.mesh import Mesh
+from fast_llm.planning.run_spec import StageSettings
 from fast_llm.report import LiveReport
 from fast_llm.terminal import short_duration
 from fast_llm.training.charts import TensorBoard, Wandb
@@ -59,7 +60,8 @@ class Metrics:
         self.batch = batch
         self.cost = cost
         self.sources, self.routers = sources, routers
-        self.inputs = batch.batch_size * config.batch.sequence_length  # of a step
+        self.length = config.batch.sequence_length
+        self.inputs = batch.batch_size * self.length  # of a step, in all stages
         self.tokens = 0  # of the steps since this start, without padding
         self.device_name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else None
         self.start_step = first
@@ -69,6 +71,7 @@ class Metrics:
         self.average_step_seconds = 0.0  # over the steps of the last record; 0 before it
         self._since = time.perf_counter()
         self._steps: list[StepResult] = []
+        self._costs: list[Cost] = []  # of the tokens of these steps
         self.steps_without_targets = 0  # since this start
         self.global_max_reserved = 0.0
         self.tensorboard: TensorBoard | None = None
@@ -78,6 +81,10 @@ class Metrics:
         self.report = LiveReport(run.folder) if run.is_main and run.folder is not None else None
         if run.is_main and config.training.wandb is not None:
             self.wandb = Wandb(config.training.wandb, config, run)
+
+    def begin_stage(self, stage: StageSettings) -> None:
+        """Count the coming steps by the settings of a stage."""
+        self.batch, self.cost, self.length = stage.batch, stage.cost, stage.length
 
     def is_logged(self, phase: str, step: int) -> bool:
         """Whether metrics.jsonl has a record of a phase at a step. Every process calls it."""
@@ -118,6 +125,7 @@ class Metrics:
     def add(self, step: int, result: StepResult) -> None:
         """Add the result of one step."""
         self._steps.append(result)
+        self._costs.append(self.cost)
         self.tokens += self.inputs - _padding(result)
         if not result.targets:
             self._warn_no_targets(step)
@@ -150,6 +158,7 @@ class Metrics:
         self.train_seconds = self.train_seconds_at_last = self.data_seconds_at_last = 0.0
         self._since = time.perf_counter()
         self._steps.clear()
+        self._costs.clear()
         if self.routers is not None:
             self.routers.discard()
         if self.tensorboard is not None:
@@ -172,12 +181,14 @@ class Metrics:
         self.train_seconds += now - self._since
         self._since = now
         steps, self._steps = self._steps, []
+        costs, self._costs = self._costs, []
         if not steps:
             return
         step_seconds = (self.train_seconds - self.train_seconds_at_last) / len(steps)
         values = {
             **self._header(step, "training"),
             "batch_size": self.batch.batch_size,
+            **({"sequence_length": self.length} if self.config.stages_change_model else {}),
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_tokens,
             **_results(steps),
@@ -185,7 +196,11 @@ class Metrics:
             **self.sources.training(steps, consumed_samples, padding),
             **(self.routers.summary() if self.routers is not None else {}),
             **self._speed(
-                step, steps, step_seconds, (data_seconds - self.data_seconds_at_last) / len(steps)
+                step,
+                steps,
+                costs,
+                step_seconds,
+                (data_seconds - self.data_seconds_at_last) / len(steps),
             ),
             **self._progress(step),
             **self._memory(),
@@ -205,15 +220,19 @@ class Metrics:
         }
 
     def _speed(
-        self, step: int, steps: list[StepResult], step_seconds: float, data_seconds: float
+        self,
+        step: int,
+        steps: list[StepResult],
+        costs: list[Cost],
+        step_seconds: float,
+        data_seconds: float,
     ) -> dict[str, Any]:
-        """Times of a step, and throughput per process."""
+        """Times of a step, and throughput per process. `costs`: of a token, of each step."""
         padding = sum(map(_padding, steps)) / (len(steps) * self.inputs)
         rate = self.inputs * (1 - padding) / step_seconds / self.mesh.size
-        model_flops = self.cost.model_flops_per_token * rate
-        hardware_flops = (
-            self.cost.hardware_flops_per_token * self.inputs / step_seconds / self.mesh.size
-        )
+        model_flops = rate * sum(one.model_flops_per_token for one in costs) / len(steps)
+        hardware_flops = self.inputs / step_seconds / self.mesh.size
+        hardware_flops *= sum(one.hardware_flops_per_token for one in costs) / len(steps)
         peak = peak_flops(self.device_name) if self.device_name else None
         return {
             "step_time_ms": step_seconds * 1e3,

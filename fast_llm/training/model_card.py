@@ -17,6 +17,7 @@ import yaml
 from fast_llm.data.sampling import Mixture
 from fast_llm.data.source import short_names
 from fast_llm.planning.history import History
+from fast_llm.planning.pretrained import in_force
 from fast_llm.report.facts import Change, changes
 from fast_llm.report.records import RunRecords
 from fast_llm.terminal import counted, short_count
@@ -68,7 +69,7 @@ def trained_card(
         f"This model {start}: {trained}, with Fast-LLM."
         + _describe_average(settings, average)
         + "\n",
-        _usage(dtype, settings.get("batch", {}).get("sequence_length")),
+        _usage(dtype, in_force(info)[0] or None),
         _sources(tokens),
         _losses(losses, average),
         _schedule(settings, info),
@@ -343,11 +344,13 @@ def _schedule(settings: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     if "learning_rate" not in optimizer:
         return ""
     batches = (info.get("history") or {}).get("batches") or [{}]
+    # Those of later stages are planned.
+    begun = [one for one in batches if one.get("after", 0) < info["step"]] or batches[:1]
     rate = {k: v for k, v in optimizer["learning_rate"].items() if v is not None}
     shown = {
         "steps": f"{info['step']:,} of {settings['training']['train_iters']:,}",
-        "sequences a step": batches[-1].get("batch_size"),
-        "tokens a sequence": settings.get("batch", {}).get("sequence_length"),
+        "sequences a step": begun[-1].get("batch_size"),
+        "tokens a sequence": in_force(info)[0] or None,
         "dtype": model.get("distributed", {}).get("training_dtype"),
         **{f"learning rate: {name}": value for name, value in rate.items()},
         **{f"AdamW: {n}": optimizer.get(n) for n in ("beta_1", "beta_2", "epsilon")},

@@ -15,10 +15,11 @@ from fast_llm.data.loader import Loader
 from fast_llm.errors import TrainingStopped
 from fast_llm.model.batch import Batch
 from fast_llm.parallel.mesh import Mesh
-from fast_llm.planning.run_spec import RunSpec
+from fast_llm.planning.run_spec import RunSpec, StageSettings
+from fast_llm.planning.stages import describe_stage, remaining_stages
 from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.corruption import CorruptionCheck, check_state_finite
-from fast_llm.training.evaluate import Evaluator, MakeLoader
+from fast_llm.training.evaluate import Evaluator
 from fast_llm.training.interrupt import Interrupt, describe_stop
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.profile import profiled
@@ -44,10 +45,11 @@ class Trainer:
     checkpoints: CheckpointManager
     evaluator: Evaluator
     sampler: Sampler
-    loader: MakeLoader
+    loader: Callable[..., Loader]  # of build.py
     metrics: Metrics
     interrupt: Interrupt
     heartbeat: Callable[..., None]  # tells the watchdog which phase begins
+    apply_stage: Callable[[StageSettings], None]  # gives the model its rotary positions
     stopping: bool = False
     lifecycle: str = "start"  # then "steps" and "end"
 
@@ -92,6 +94,7 @@ class Trainer:
         with self.metrics.exclude_from_speed():
             if not self.should_stop():
                 self.checkpoints.restore()
+                self.apply_stage(self.state.stage)
             if not self.should_stop():
                 self.run_pending()
         if self.stopping:
@@ -103,8 +106,9 @@ class Trainer:
         self.lifecycle = "steps"
         state, train_iters = self.state, self.config.train_iters
         while state.step < train_iters and not self.stopping:
-            steps_left = train_iters - state.step
-            with self.loader("training", state.consumed_samples, steps_left) as loader:
+            steps_left = self.begin_stage() - state.step
+            first, stage = state.consumed_samples, state.stage
+            with self.loader("training", first, steps_left, stage) as loader:
                 self.heartbeat("data", step=state.step + 1)
                 for micro_batches in loader:
                     result = self.run_step(state.step + 1, micro_batches)
@@ -125,6 +129,28 @@ class Trainer:
             return f"Stopped by a signal after step {state.step}"
         return ""
 
+    def begin_stage(self) -> int:
+        """Let the lengths and positions of the next step's stage be in force. Returns the last step
+        for which they are.
+        """
+        state, spec, train_iters = self.state, self.spec, self.config.train_iters
+        if state.history is None or not spec.config.stages_change_model:
+            return train_iters
+        step, samples = state.step, state.consumed_samples
+        tokens = state.history.inputs(samples)
+        span, *_ = remaining_stages(spec.config, step, samples, tokens, spec.batch.batch_size)
+        if span.number != state.stage.number:
+            state.stage = spec.in_stage(span.number)
+            epochs = spec.dataset.epochs("training", samples)
+            logger.info(
+                f"Stage {span.number + 1} of the data begins after step {step}:"
+                f" {describe_stage(spec.config, span.number)}; epochs until here:"
+                f" {', '.join(f'{source.name} {done:.3g}' for source, done in epochs)}."
+            )
+        self.apply_stage(state.stage)
+        self.metrics.begin_stage(state.stage)
+        return min(train_iters, span.last or train_iters)
+
     def run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Train on one batch. TrainStep (step.py): forward and backward, one reduction, AdamW."""
         check = partial(self.check_corruption, step) if self.config.double_check.due(step) else None
@@ -139,7 +165,7 @@ class Trainer:
             result = self.train_step(
                 micro_batches, stop=lambda: self.interrupt.signal != 0, check=check
             )
-        self.state.advance(result, self.spec.batch.batch_size)
+        self.state.advance(result)
         self.checkpoints.averages.update(step)
         self.stopping |= result.stop
         return result

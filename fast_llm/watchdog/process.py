@@ -125,6 +125,10 @@ class Watchdog:
             allowed = self.timeout if last <= self.timeout else 2 * last
         HEARTBEAT.pack_into(self.memory, 0, self.heartbeats, self.step, allowed, phase.encode())
 
+    def begin_warm_up(self) -> None:
+        """Let each phase be slow for the first `warm_up` times again, for new shapes."""
+        self.counts.clear()
+
     def failed(self, error: BaseException) -> None:
         """This process ends with an error: of its own, or because a collective timed out."""
         text = str(error).lower()

@@ -5,6 +5,7 @@ MIXTURE = [
     "data.format=mixture",
     "data.sources={code: c.json, prose: {path: p.json}}",
 ]
+SIZES = ["batch.batch_size=8", "batch.sequence_length=128"]
 FIRST = "{until: 4, weights: {code: 1}}"
 BROKEN: list[tuple[list[str], str]] = [
     (
@@ -65,12 +66,54 @@ BROKEN: list[tuple[list[str], str]] = [
         "data.stages.1.until: given 9, but training.train_iters is 10; leave it out, so that the"
         " last stage lasts until the end, or add a stage",
     ),
+    (
+        [*MIXTURE, "data.stages=[{sequence_length: 24}]"],
+        "batch.batch_size: missing: data.stages.0.sequence_length keeps the tokens of a step, so it"
+        " needs their number",
+    ),
+    (
+        [*MIXTURE, *SIZES, f"data.stages=[{FIRST}, {{sequence_length: 300}}]"],
+        "data.stages.1.sequence_length: given 300, must divide the 1,024 tokens of a step"
+        " (batch_size 8 × sequence_length 128), which stay the same, e.g. 256 or 512",
+    ),
+    (
+        [*MIXTURE, *SIZES, "data.stages=[{rotary: {type: yarn, beta_fast: 1}}]"],
+        "data.stages.0.rotary.beta_fast: given 1.0, must be above beta_slow 1.0",
+    ),
+    (
+        [*MIXTURE, *SIZES, "data.stages=[{rotary: {partial_rotary_factor: 0.001}}]"],
+        "data.stages.0.rotary.partial_rotary_factor: given 0.001, which rotates 0 dimensions of a"
+        " head of 128; they must be even and above 0",
+    ),
 ]
 MET = [
+    [*MIXTURE, *SIZES, f"data.stages=[{FIRST}, {{sequence_length: 512, rotary: {{theta: 1e6}}}}]"],
+    [*MIXTURE, *SIZES, "data.stages=[{sequence_length: 64}]"],
     MIXTURE,
     [*MIXTURE, f"data.stages=[{FIRST}, {{until: 10}}]"],
     [*MIXTURE, f"data.stages=[{FIRST}, {{until: 99, weights: {{prose: 1}}}}]"],
     [*MIXTURE, f"data.stages=[{FIRST}, {{}}]"],
     [*MIXTURE, "data.stages=[{until_tokens: 7}, {until_tokens: 8}]"],
     [*MIXTURE, "data.sources={code: {path: c.json, weight: 2}, prose: {path: p, weight: 0.5}}"],
+]
+# Processes, and the problem: what stages make of the batch must fit the layout, too.
+LAYOUTS: list[tuple[list[str], int, str]] = [
+    (
+        [*MIXTURE, *SIZES, f"data.stages=[{FIRST}, {{sequence_length: 1024}}]"],
+        2,
+        "data.stages.1.sequence_length: given 1024, which makes batch_size 1, but batch.batch_size:"
+        " batch_size 1 / micro_batch_size 1 = 1 micro-batch for 2 processes: 1 would have nothing"
+        " to do; raise it, lower micro_batch_size or start fewer",
+    ),
+    (
+        [
+            *MIXTURE,
+            *SIZES,
+            f"data.stages=[{FIRST}, {{sequence_length: 2}}]",
+            "model.distributed.sequence_data_parallel=2",
+        ],
+        2,
+        "data.stages.1.sequence_length: given 2, must be a multiple of 2 × sequence_data_parallel 2"
+        " = 4: each process holds a chunk from the front and one from the back",
+    ),
 ]

@@ -791,6 +791,7 @@ SHAPE = [
 PIPELINE = [*SHAPE, f"{AXES}.pipeline_parallel=2", "batch.batch_size=8", "batch.micro_batch_size=1"]
 # The settings of a layout, the number of processes, the message.
 LAYOUTS: list[tuple[list[str], int, str]] = [
+    *mixtures.LAYOUTS,
     (
         [
             *PIPELINE,

@@ -43,7 +43,9 @@ def test_every_setting_says_what_it_must_be(path: str, field: Any) -> None:
     def assigned(value: str) -> list[str]:
         if is_item:  # of a list, which the command line gives as one
             required = {"until": "1", "shape": "constant"} if "rate" in around else {}
-            inside = ", ".join(f"{key}: {one}" for key, one in {**required, name: value}.items())
+            above, dot, below = name.partition(".")  # of a section inside of the item
+            own = {above: f"{{{below}: {value}}}" if dot else value}
+            inside = ", ".join(f"{key}: {one}" for key, one in {**required, **own}.items())
             return [f"{around}=[{{{inside}}}]"]
         needed = "data.sources.NAME.path"  # a source must have it
         return [f"{needed}=x"] * (path.startswith("data.sources.") and path != needed) + [

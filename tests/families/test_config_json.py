@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast_llm.checkpoint import huggingface
 from fast_llm.checkpoint.weights import export_hugging_face
@@ -15,11 +15,14 @@ from fast_llm.config.document import Document
 from fast_llm.config.model import BaseModelConfig
 from fast_llm.config.validate import validate
 from fast_llm.model.decoder import CausalLM
-from fast_llm.models import contradictions, family_of
+from fast_llm.models import FAMILIES, contradictions, family_of
 from tests.families.architectures import family_seeds, random_architecture
 from tests.families.reference import EXPERTS, make, read, settings_of, their_loss
 from tests.helpers import some_fast
 
+# Types of positions that the architectures below cannot change to: phi3 knows two; full layers of
+# EXAONE 4 have none; Ministral 3 has one original length for positions and for its temperature.
+CANNOT = {"phi3": ("yarn",), "exaone4": ("yarn", "default"), "ministral3": ("yarn",)}
 CASES = some_fast(family_seeds(6), lambda one: one[1] == 0)
 
 
@@ -106,3 +109,32 @@ def test_a_family_that_rotates_all_dimensions_is_refused_a_share() -> None:
             "given [0.5, 0.5], but Llama has [1.0, 1.0]; choose another model.base_model.family",
         )
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_a_stage_are_exported(family: str) -> None:
+    """In each spelling, and from settings: what is written reads as these positions, or the
+    preflight refuses them.
+    """
+    values = random_architecture(family, 0)
+    config = AutoConfig.for_model(family, **values, dtype="float32")
+    made = json.loads(config.to_json_string(use_diff=False))
+    for source in (made, published(json.loads(json.dumps(made)))):
+        base = settings_of(source)
+        own = base.transformer.rotary
+        assert own is not None
+        for change in (
+            {"theta": 777.0},
+            {"type": "yarn", "scale_factor": 4.0, "original_context_length": 64},
+            {"type": "default"},
+        ):
+            changed = base.with_rotary(own.model_copy(update=change))
+            rotary = changed.transformer.rotary
+            for given in (source, None):
+                written = family_of(base).export_config(given, base, "fp32", {}, 0, rotary)
+                found = [name for name, _ in contradictions(changed, written)]
+                refused = "type" in change and family in CANNOT
+                assert bool(found) == (refused and change["type"] in CANNOT[family]), (
+                    change,
+                    found,
+                )

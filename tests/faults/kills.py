@@ -23,7 +23,11 @@ STEPS, INTERVAL = 24, 3
 WORLDS = (1, 2, 4)
 VICTIMS = ("one rank", "all ranks", "launcher")
 BORDERS = (8, 15)  # last steps of stages
-STAGES = "[{until: 8, weights: {a: 0.8, b: 0.2}}, {until: 15, weights: {b: 1}}, {weights: {a: 1}}]"
+STAGES = (  # the second has longer sequences and other positions
+    "[{until: 8, weights: {a: 0.8, b: 0.2}},"
+    " {until: 15, weights: {b: 1}, sequence_length: 48, rotary: {theta: 500000}},"
+    " {weights: {a: 1}}]"
+)
 
 
 def slow_disk(rank: int) -> None:

@@ -5,7 +5,14 @@ import pytest
 from fast_llm.planning.devices import DEVICES
 from fast_llm.planning.layout import LocalSizes, ParallelLayout, Workload
 from fast_llm.planning.memory import ProcessMemory, required_bytes
-from fast_llm.planning.search import fastest_layouts, forecast_config, resolve_auto
+from fast_llm.planning.search import (
+    fastest_layouts,
+    forecast_config,
+    forecast_lengths,
+    resolve_auto,
+)
+from fast_llm.planning.stages import total_flops
+from tests.helpers import slow
 from tests.planning.configs import LEVEL, LLAMA, config
 
 
@@ -80,3 +87,56 @@ def test_what_auto_becomes() -> None:
     assert resolved(40e9, small, kind="cpu")[2] == "fp32" and resolved(40e9, small, kind="cpu")[
         0
     ] in (1, 2, 4, 8, 16)
+
+
+STAGED = [
+    *(one for one in LLAMA if not one.startswith("data.")),
+    "data.format=mixture",
+    "data.sources={a: a}",
+    "data.stages=[{until: 8}, {sequence_length: 32768, rotary: {theta: 8e6}}]",
+]
+
+
+def test_stages_of_several_lengths() -> None:
+    """Each length is forecast as a run of its own; `auto` is what the longest one needs."""
+    device = DEVICES["h200"]
+    found = forecast_lengths(config(STAGED), 8, device)
+    alone = [
+        forecast_config(config([*LLAMA, "optimizer.moments_dtype=bf16", *settings]), 8, device)
+        for settings in (
+            [],
+            ["batch.sequence_length=32768", "batch.batch_size=32", "batch.micro_batch_size=1"],
+        )
+    ]
+    assert [steps for steps, _ in found] == [8, 2]
+    for (_, one), other in zip(found, alone, strict=True):
+        packed = other.workload.__dict__ | {"packed": True}  # random tokens are not
+        assert one.workload.__dict__ == packed and one.layout == other.layout
+        assert one.model_flops == other.model_flops
+    assert found[1][1].memory > found[0][1].memory
+    flops = sum(steps * 2**20 * one.model_flops for steps, one in found)
+    assert total_flops(config(STAGED), 256) == pytest.approx(flops)
+    auto = ["batch.micro_batch_size=auto", "optimizer.moments_dtype=auto"]
+    long = ["batch.sequence_length=32768", "batch.batch_size=32", *auto, "data.stages=[]"]
+    chosen = resolve_auto(config([*STAGED, *auto]), 8, device.memory, "cuda")
+    wanted = resolve_auto(config([*STAGED, *long]), 8, device.memory, "cuda")
+    assert chosen.in_stage(1).batch.micro_batch_size == wanted.batch.micro_batch_size
+    rows = wanted.batch.micro_batch_size
+    assert isinstance(rows, int) and chosen.batch.micro_batch_size == rows * 8
+    for inside in (chosen, chosen.in_stage(1)):
+        assert inside.optimizer.moments_dtype == wanted.optimizer.moments_dtype
+        assert (
+            inside.model.base_model.transformer.mlp_recompute_level
+            == wanted.model.base_model.transformer.mlp_recompute_level
+        )
+
+
+@slow
+def test_the_fastest_layouts_fit_every_length() -> None:
+    device = DEVICES["h200"]
+    fastest = fastest_layouts(config(STAGED), 8, device)
+    assert fastest and all(one.workload.sequence_length == 32768 for _, one in fastest)
+    for choice, _ in fastest:
+        settings = [f"{path}={'null' if v is None else v}" for path, v in choice.items()]
+        again = forecast_lengths(config([*STAGED, *settings]), 8, device)
+        assert all(one.fits for _, one in again)

@@ -172,8 +172,8 @@ def test_a_source_beyond_its_epochs_may_go_on_unused() -> None:
         source = SimpleNamespace(name="a", tokens=10)
         return SimpleNamespace(labels=NAMES, order_at=lambda index: order, sources=[source] * 3)
 
-    assert epoch_problems(config, split(0.0), 10, 40, 4) == []
-    (problem,) = epoch_problems(config, split(0.01), 10, 40, 4)
+    assert epoch_problems(config, split(0.0), 10, 40, 0, 4) == []
+    (problem,) = epoch_problems(config, split(0.01), 10, 40, 0, 4)
     assert problem.startswith("data.sources.a.max_epochs: given 1, but the run takes 1.6 epochs")
 
 

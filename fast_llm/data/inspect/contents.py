@@ -139,7 +139,8 @@ def sequences(
             if source.masked:
                 part |= _masked(tokens, _masked_in(source, span), loaded)
             parts.append(part)
-        padded = range(dataset.length - packed.padding, dataset.length)
+        length = source.length
+        padded = range(length - packed.padding, length)
         lost = sorted({*ends, *padded, *packed.masked.tolist()})
         found.append(
             {
@@ -147,8 +148,8 @@ def sequences(
                 "split": split,
                 "source": source.name,
                 "epoch": epoch,
-                "length": dataset.length,
-                "targets": dataset.length - len(lost),
+                "length": length,
+                "targets": length - len(lost),
                 "padding": packed.padding,
                 "masked": lost,
                 "starts": packed.starts.tolist(),

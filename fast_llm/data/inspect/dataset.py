@@ -110,9 +110,12 @@ def describe(data: PreparedData, length: int | None, duplicates: bool) -> dict[s
     }
 
 
-def describe_run(dataset: Dataset, steps: int | None, batch_size: int | None) -> dict[str, Any]:
-    """Splits of a run, and the epochs of each source after all of its steps."""
-    sequences = (steps or 0) * (batch_size or 0)
+def describe_run(
+    dataset: Dataset, steps: int | None, batch_size: int | None, sequences: int
+) -> dict[str, Any]:
+    """Splits of a run, and the epochs of each source after all of its steps, which take
+    `sequences` sequences.
+    """
     splits = {
         name: {
             "documents": dataset.documents(name),
@@ -126,12 +129,14 @@ def describe_run(dataset: Dataset, steps: int | None, batch_size: int | None) ->
         return {"splits": splits}
     epochs = dataset.epochs("training", sequences)
     shares = dataset.splits["training"].shares(0, sequences)
+    inputs = sum(count for _, count in dataset.splits["training"].inputs(0, sequences))
+    inputs *= sequences > 0  # of no sequence, `inputs` has those of the mixture
     return {
         "splits": splits,
         "run": {
             "steps": steps,
             "batch_size": batch_size,
-            "tokens": round(sequences * dataset.length * (1 - splits["training"]["padding"])),
+            "tokens": round(inputs * (1 - splits["training"]["padding"])),
             "epochs": [
                 {
                     "source": source.name,
