@@ -22,6 +22,7 @@ from fast_llm.config.batch import BatchSizes
 from fast_llm.config.document import read
 from fast_llm.config.train import DataConfig
 from fast_llm.data import tokenizer
+from fast_llm.data.columns import open_arrow
 from fast_llm.data.dataset import Dataset, open_dataset
 from fast_llm.data.loader import Loader
 from fast_llm.data.masks import (
@@ -35,6 +36,7 @@ from fast_llm.data.masks import (
 )
 from fast_llm.data.metadata import verify
 from fast_llm.data.prepare import prepare
+from fast_llm.data.reading import Reader, SkippedDocument
 from fast_llm.errors import ConfigError, DataError
 from fast_llm.planning.preflight import preflight
 from fast_llm.planning.report import describe_run
@@ -226,6 +228,26 @@ def test_columns_give_the_bytes_of_json_lines(
         for suffix in (".bin", ".idx", ".masks.npy"):
             one, other = (each.with_suffix("") / f"shard_0_0{suffix}" for each in (found, wanted))
             assert one.read_bytes() == other.read_bytes(), suffix
+
+
+def test_any_rows_of_a_column_have_their_own_spans(tmp_path: Path) -> None:
+    """In tasks of few rows, from the middle of a row group to the middle of another."""
+    typed = [row for number, row in enumerate(rows()) if number != 52]
+    columns = {name: [row.get(name) for row in typed] for name in ("text", "spans")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=37)
+    table = open_arrow(str(tmp_path / "a.parquet"), "text", True, "spans")
+    reader = Reader("text", 2**20, masks="spans")
+    for first, last in ((0, len(typed)), (5, 91), (40, 41)):
+        tasks = list(table.tasks(first, last, 0, 2000))
+        found = [text for task in tasks for text in reader.texts(task)]
+        assert len(tasks) >= (last - first) // 20
+        for text, row in zip(found, typed[first:last], strict=True):
+            expected = masked_text(row["text"], row.get("spans"))
+            if expected is None:
+                assert text == SkippedDocument("wrong_spans")
+            else:
+                assert isinstance(text, MaskedText) and text == expected
+                assert np.array_equal(text.spans, expected.spans)
 
 
 @pytest.mark.parametrize(
