@@ -10,7 +10,7 @@ import math
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,14 @@ from typing import Any
 LONGEST_HEAD = 2**18  # characters at the start of a log, in which the plan and the start are
 _RESUMED = re.compile(r"Resuming from .*, after step (\d+)\.")
 PHASES = ("training", "validation", "test")
-_NOT_SHOWN = ("run", "iteration", "train_iters", "percent_done", "step")
+# Of these a page has no use; they are left out, as reading 100,000 records takes seconds.
+# fmt: off
+_NOT_SHOWN = (
+    *("run", "iteration", "train_iters", "percent_done", "step", "batch_size", "perplexity"),
+    *("remaining_time", "allocated", "reserved", "global_max_reserved", "step_time_average_ms"),
+    *("model_tflops", "hardware_tflops", "nan_iters", "target_tokens"),
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,9 @@ class Columns:
         for name, value in values.items():
             column = self.fields.get(name)
             if column is None:
-                column = self.fields[name] = array("d", [math.nan]) * count
-            column.extend([math.nan] * (count - len(column)))
+                column = self.fields[name] = array("d")
+            if len(column) < count:
+                column.extend([math.nan] * (count - len(column)))
             column.append(value)
 
     def undo(self, after: int) -> None:
@@ -137,7 +145,7 @@ class RunRecords:
         if phase not in self.columns:
             return
         self.train_iters = record.get("train_iters", self.train_iters)
-        self.columns[phase].add(step, dict(_numbers(record)))
+        self.columns[phase].add(step, _numbers(record))
         if phase != "training":
             return
         for name, kind in (("spikes", "spike"), ("skipped_iters", "skipped")):
@@ -186,13 +194,18 @@ class RunRecords:
 _WORDS = {"spike": "spikes since the last record", "skipped": "updates skipped"}
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a record; those of a mapping inside it as name/inner."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and (prefix or name not in _NOT_SHOWN):
-            yield prefix + name, float(value)
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record that a page shows; those of a mapping inside it as name/inner."""
+    found: dict[str, float] = {}
+    inside = [("", record)]
+    for prefix, values in inside:  # which grows
+        for name, value in values.items():
+            kind = type(value)
+            if kind is dict:
+                inside.append((f"{prefix}{name}/", value))
+            elif (kind is float or kind is int) and name not in _NOT_SHOWN:
+                found[prefix + name] = value
+    return found
 
 
 def thin(steps: list[int], values: list[float], most: int) -> tuple[list[int], list[float]]:
