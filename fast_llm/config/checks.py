@@ -32,6 +32,7 @@ from fast_llm.config.stages import pipeline_problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import Violation
 from fast_llm.errors import ConfigError
+from fast_llm.terminal import nearest
 
 
 def violations(config: TrainConfig, processes: int) -> Violations:
@@ -61,6 +62,7 @@ def violations(config: TrainConfig, processes: int) -> Violations:
         _push,
         _samples,
         _validation,
+        _evaluations,
         heads,
         experts,
         layer_kinds,
@@ -379,12 +381,40 @@ def _validation(config: TrainConfig) -> Violations:
             " null)",
         )
     never = validation.interval is None and "interval" in validation.model_fields_set
-    if config.data.validation_sets and validation.interval is None and not never:
+    left = set(config.data.validation_sets) - {
+        name for one in config.training.evaluations.values() for name in one.validation_sets
+    }
+    if left and validation.interval is None and not never:
         yield (
             (every, "data.validation_sets"),
             "missing: data.validation_sets requires it (number of steps, e.g. 1000, or null for"
             " never)",
         )
+
+
+def _evaluations(config: TrainConfig) -> Violations:
+    """Each evaluation is complete; its sets exist, and each is measured once."""
+    measured: dict[str, str] = {}
+    for name, evaluation in config.training.evaluations.items():
+        if evaluation.problem:
+            yield (f"training.evaluations.{name}",), evaluation.problem
+        here = f"training.evaluations.{name}.validation_sets"
+        for number, one in enumerate(evaluation.validation_sets):
+            concerned = (f"{here}.{number}", "data.validation_sets", here)
+            if one not in config.data.validation_sets:
+                known = ", ".join(config.data.validation_sets) or "no sets"
+                hint = nearest(one, config.data.validation_sets)
+                yield (
+                    concerned,
+                    f"given {one}, not a name of data.validation_sets{hint} (it has {known})",
+                )
+            elif one in measured:
+                yield (
+                    concerned,
+                    f"given {one}, which training.evaluations.{measured[one]} measures already;"
+                    " name it once",
+                )
+            measured.setdefault(one, name)
 
 
 def _pretrained(config: TrainConfig) -> Violations:
@@ -407,6 +437,7 @@ def _steps(config: TrainConfig) -> Violations:
         training.train_iters
         or training.test_iters
         or training.validation.interval is not None
+        or any(one.interval is not None for one in training.evaluations.values())
         or training.export.interval is not None
         or training.checkpoint.interval is not None
     ):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fast_llm.config.disabled import without_disabled
+from fast_llm.config.evaluation import EvaluationConfig
 from fast_llm.config.mistakes import Allowed, unsupported
 from fast_llm.config.mixture import DataSource, DataStageConfig
 from fast_llm.config.model import ModelConfig, PretrainedConfig
@@ -158,6 +159,10 @@ class TrainingConfig(Section):
     a step they wait `model.distributed.timeout`. null means a week."""
     logs: LogsConfig = LogsConfig()
     validation: ValidationConfig = ValidationConfig()
+    evaluations: dict[str, EvaluationConfig] = {}
+    """Evaluations on intervals of their own: name → settings. For example `quick: {interval: 500,
+    tasks: [arc_easy], limit: 500}`, or `old: {interval: 100, validation_sets: [prose],
+    iterations: 25}`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     averages: dict[str, AverageConfig] = {}
@@ -171,6 +176,18 @@ class TrainingConfig(Section):
     tensorboard: bool = False
     """Also write metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
     wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None
+
+    @field_validator("evaluations")
+    @classmethod
+    def _names_of_evaluations(
+        cls, value: dict[str, EvaluationConfig]
+    ) -> dict[str, EvaluationConfig]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(
+                    f"{name} cannot be the name of an evaluation; use letters, digits and _"
+                )
+        return value
 
     @field_validator("averages")
     @classmethod

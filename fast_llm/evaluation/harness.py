@@ -111,7 +111,7 @@ def _scores(name: str, values: Mapping[str, Any], results: Mapping[str, Any]) ->
 def reproducible() -> Iterator[None]:
     """Seed Python, NumPy and torch as lm-eval does, and restore their states afterwards."""
     before = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         random.seed(_SEEDS["python"])
         np.random.seed(_SEEDS["numpy"])

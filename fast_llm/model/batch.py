@@ -20,7 +20,8 @@ class Batch:
     positions: Tensor  # int64 B S
     documents: DocumentBoundaries | None  # None: each sequence is one document
     targets: int  # labels that are not -100
-    sources: Tensor | None = None  # int64 B, the source of each sequence, if there are several
+    # int64 B, the source of each sequence, if there are several; B S for `Head.token_scores`
+    sources: Tensor | None = None
     fim: tuple[int, ...] = ()  # counts of fill-in-the-middle, over all of the micro-batch
     padding: tuple[int, ...] = ()  # inputs without a token, of each source, as `fim`
 

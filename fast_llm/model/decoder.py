@@ -25,7 +25,14 @@ from fast_llm.model.attention import DocumentBoundaries
 from fast_llm.model.experts import MixtureOfExperts
 from fast_llm.model.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, UngatedMLP
 from fast_llm.model.linear import linear
-from fast_llm.model.loss import SourceLosses, VocabShard, ZLoss, cap_logits, cross_entropy
+from fast_llm.model.loss import (
+    SourceLosses,
+    TokenScores,
+    VocabShard,
+    ZLoss,
+    cap_logits,
+    cross_entropy,
+)
 from fast_llm.model.rope import Angles, rotary_angles
 from fast_llm.models.parameters import norm_names
 from fast_llm.tensors import local_part, local_region
@@ -119,10 +126,12 @@ class Head(Linear):
 
     If `main_grad` is set, the weight's gradient is added to that tensor (model/loss.py). If
     `source_losses` is set, losses of labels whose sources are given are added there; if `z_loss` is
-    set, its gradient is added.
+    set, its gradient is added. With `token_scores`, for evaluations, `sources` [B, S] are the slots
+    of the labels in it.
     """
 
     source_losses: SourceLosses | None = None
+    token_scores: TokenScores | None = None
     z_loss: ZLoss | None = None
 
     def __init__(self, config: BaseModelConfig, cross_entropy_impl: str):
@@ -153,6 +162,9 @@ class Head(Linear):
         main_grad: Tensor | None = None,
     ) -> Tensor:
         """The summed loss of scaled hidden states under `weight`, this head's or a shard of it."""
+        if self.token_scores is not None and sources is not None:
+            flat = hidden.flatten(0, 1), weight, labels.flatten(), sources.flatten()
+            return self.token_scores.add(*flat, shard, self.softcap)
         by_source = None if sources is None else self.source_losses
         token_losses = (
             None

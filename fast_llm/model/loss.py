@@ -84,6 +84,51 @@ class SourceLosses:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities of labels one by one, for evaluations; without gradients."""
+
+    # fp32 [2, slots]: log p, and 1 for a label that is not the most likely token. Of equal logits
+    # the first one counts as the most likely, as in torch.argmax.
+    values: Tensor
+
+    def add(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        slots: Tensor,
+        shard: "VocabShard | None",
+        softcap: float | None,
+    ) -> Tensor:
+        """Write the values of labels [T] that are not -100 to their slots [T].
+
+        `hidden` [T, E], `weight` and `shard` are as in `cross_entropy`, whose loss this returns.
+        """
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        kept = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        limit = FP32_LOGITS.get(hidden.device.type, FP32_LOGITS["cuda"])
+        for rows in kept.split(max(1, limit // weight.shape[0])):
+            logits = cap_logits(linear(hidden[rows], weight), softcap).float()
+            log_sums, targets = torch.logsumexp(logits, -1), labels[rows]
+            own = targets if shard is None else _local_labels(targets, shard, weight.shape[0])
+            chosen = logits.gather(1, own.clamp_min(0)[:, None])[:, 0].where(own >= 0, 0)
+            if shard is not None:
+                log_sums, chosen = shard.combine(log_sums, chosen)
+            tokens = torch.arange(weight.shape[0], device=logits.device)
+            tokens = tokens if shard is None else tokens + shard.first
+            above = (logits > chosen[:, None]) | (
+                (logits == chosen[:, None]) & (tokens < targets[:, None])
+            )
+            ahead = above.sum(-1, dtype=torch.float32)
+            if shard is not None:
+                ahead = shard.combine(log_sums, ahead)[1]
+            self.values[0, slots[rows]] = chosen - log_sums
+            self.values[1, slots[rows]] = (ahead > 0).float()
+            loss -= (chosen - log_sums).sum()
+        return loss
+
+
+@dataclass(frozen=True)
 class VocabShard:
     """Which rows of a vocabulary-sharded head a process has."""
 

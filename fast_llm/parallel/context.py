@@ -93,9 +93,12 @@ def shard_batch(batch: Batch, rank: int, size: int, window: int | None = None) -
     chunk = length // (2 * size)
     chunks = (rank, 2 * size - 1 - rank)
     own = torch.cat([torch.arange(p * chunk, (p + 1) * chunk) for p in chunks])
-    labels = batch.labels[:, own]
+    labels, sources = batch.labels[:, own], batch.sources
+    if sources is not None and sources.dim() == 2:  # of tokens, in an evaluation
+        sources = sources[:, own]
     return replace(
         batch,
+        sources=sources,
         tokens=batch.tokens[:, own],
         labels=labels,
         positions=batch.positions[:, own],

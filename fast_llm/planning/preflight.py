@@ -37,6 +37,11 @@ from fast_llm.planning.branch import (
     recorded_ancestors,
 )
 from fast_llm.planning.disk import disk_problems
+from fast_llm.planning.evaluations import (
+    evaluation_problems,
+    measured_sets,
+    missing_for_evaluations,
+)
 from fast_llm.planning.history import History
 from fast_llm.planning.pretrained import (
     PretrainedModel,
@@ -82,6 +87,9 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     if dataset is not None:
         _check_dataset(config, dataset, batch_size, loaded, problems)
         _add_fim(config, dataset, loaded, problems)
+    for name in config.training.evaluations:
+        wrong = problems.attempt(partial(evaluation_problems, config, name, loaded is not None))
+        problems.add(wrong or [])
     checkpoint, branches = _starting_point(config, folder, problems)
     if checkpoint is None:
         _check_weights(config, pretrained, weights, problems)
@@ -259,7 +267,7 @@ def _missing_packages(config: TrainConfig) -> list[str]:
         str(MissingPackage(package, setting))
         for package, setting, used in wanted
         if used and importlib.util.find_spec(package) is None
-    ]
+    ] + missing_for_evaluations(config)
 
 
 # Data and tokenizer.
@@ -330,6 +338,9 @@ def _check_dataset(
     if training.validation.interval is not None and iterations is not None:
         require("validation", iterations, "training.validation.iterations")
         for name in dataset.validation_sets:
+            require(name, 1, "batch.batch_size")
+    if training.validation.interval is None:  # else all sets were checked
+        for name in measured_sets(config):
             require(name, 1, "batch.batch_size")
     if training.test_iters:
         require("test", training.test_iters, "training.test_iters")

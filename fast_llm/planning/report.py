@@ -23,6 +23,7 @@ from fast_llm.planning.disk import (
     format_bytes,
     free_bytes,
 )
+from fast_llm.planning.evaluations import measured_sets
 from fast_llm.planning.run_spec import RunSpec
 from fast_llm.planning.stages import (
     StageSpan,
@@ -282,14 +283,28 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
     if training.validation.interval is not None and training.validation.iterations is not None:
         measured = training.validation.iterations * step_tokens
         measured = round(measured * (1 - dataset.padding("validation")))
+        own = measured_sets(spec.config)
+        named = [name for name in dataset.validation_sets if name not in own]
         rows.append(
             (
                 "Validation",
                 f"at the start, {_every(training.validation.interval)} and at the end, on the"
                 f" same {measured:,} of {dataset.tokens('validation'):,} tokens"
-                + (f", and on {', '.join(named)}" if (named := dataset.validation_sets) else ""),
+                + (f", and on {', '.join(named)}" if named else ""),
             )
         )
+    return rows + _evaluation_rows(spec.config)
+
+
+def _evaluation_rows(config: TrainConfig) -> Rows:
+    """The evaluations on intervals of their own."""
+    rows: Rows = []
+    for name, one in config.training.evaluations.items():
+        if one.interval is not None:
+            what = f"tasks {', '.join(one.tasks)}" if one.tasks else ", ".join(one.validation_sets)
+            limit = f", {one.limit:,} examples of each" if one.limit is not None else ""
+            when = f"at the start, {_every(one.interval)} and at the end"
+            rows.append(("Evaluations" if not rows else "", f"{name}: {what}{limit}, {when}"))
     return rows
 
 

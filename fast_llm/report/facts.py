@@ -89,6 +89,57 @@ def changes(records: RunRecords) -> list[Change]:
     return found
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task at the first and the last evaluation."""
+
+    evaluation: str
+    task: str
+    metric: str
+    first_step: int
+    first: float
+    last_step: int
+    last: float
+    error: float  # the standard error at the end; NaN if there is none
+    found: str  # how many examples the training data holds: "4 of 30"; "" if unknown
+
+
+def task_scores(records: RunRecords) -> list[TaskScore]:
+    """The scores of `training.evaluations` on tasks."""
+    columns = records.columns.get("evaluation")
+    found: list[TaskScore] = []
+    for field in columns.fields if columns is not None else ():
+        evaluation, _, rest = field.partition("/")
+        task, _, metric = rest.partition("/")
+        if metric == "examples" or metric.startswith("contamination/"):
+            continue
+        if metric.endswith("_stderr"):
+            continue
+        assert columns is not None
+        steps, values = columns.points(field)
+        if not steps:
+            continue
+        held = [
+            columns.points(f"{evaluation}/{task}/contamination/{name}")[1][-1:]
+            for name in ("found", "examples")
+        ]
+        errors = columns.points(f"{field}_stderr")[1]
+        found.append(
+            TaskScore(
+                evaluation,
+                task,
+                metric,
+                steps[0],
+                values[0],
+                steps[-1],
+                values[-1],
+                errors[-1] if errors else math.nan,
+                " of ".join(f"{number[0]:,.0f}" for number in held) if all(held) else "",
+            )
+        )
+    return found
+
+
 def summary(found: Sequence[Change]) -> str:
     """What was learned and forgotten, in words: "learned code (-1.20) and forgot prose (+0.10)"."""
     parts = []

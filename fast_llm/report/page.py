@@ -59,6 +59,11 @@ CHARTS = (
             ("validation", "sources/*/bits_per_byte", "validation of *"),
         ),
     ),
+    Chart(
+        "Accuracy on tasks",
+        "",
+        (("evaluation", "*/acc", "*"), ("evaluation", "*/acc_norm", "*, by length")),
+    ),
     Chart("Learning rate", "", (("training", "learning_rate", "learning rate"),)),
     Chart(
         "Gradient norm", "before clipping", (("training", "grad_norm", "gradient norm"),), log=True
@@ -158,6 +163,7 @@ class Report:
             if not several or run.train_iters:  # else it only measures a model
                 yield _run_figures(run, name if several else "")
         yield _changes(self.runs, names)
+        yield _task_scores(self.runs, names)
         yield samples(self.runs, names)
         if several:
             yield _differences(self.runs, names)
@@ -338,6 +344,35 @@ def _changes(runs: Sequence[RunRecords], names: Sequence[str]) -> str:
         + _table([*heads, *(["bits per byte"] if bits else [])], rows, "of-runs" if several else "")
         + note
     )
+
+
+def _task_scores(runs: Sequence[RunRecords], names: Sequence[str]) -> str:
+    """The scores on tasks, at the first and the last evaluation; empty without any."""
+    several = len(runs) > 1
+    rows = [
+        [
+            *([escape(name)] if several else []),
+            escape(f"{one.evaluation}: {one.task}"),
+            escape(one.metric),
+            f'{one.first:.4f} <span class="dim">step {one.first_step:,}</span>',
+            f"{one.last:.4f}"
+            + (f" ± {one.error:.4f}" if math.isfinite(one.error) else "")
+            + f' <span class="dim">step {one.last_step:,}</span>',
+            f"<b>{one.last - one.first:+.4f}</b>" if one.last_step > one.first_step else "–",
+            one.found,
+        ]
+        for run, name in zip(runs, names, strict=True)
+        for one in facts.task_scores(run)
+    ]
+    if not rows:
+        return ""
+    heads = ["task", "metric", "before", "now", "change", "examples in the data"]
+    note = (
+        '<p class="dim">± is the standard error. Examples in the data share 13 tokens in a row with'
+        " the training data.</p>\n"
+    )
+    table = _table([*(["run"] if several else []), *heads], rows, "of-runs" if several else "")
+    return "<h2>Tasks</h2>\n" + table + note
 
 
 def _differences(runs: Sequence[RunRecords], names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 LONGEST_HEAD = 2**18  # characters at the start of a log, in which the plan and the start are
 _RESUMED = re.compile(r"Resuming from .*, after step (\d+)\.")
-PHASES = ("training", "validation", "test")
+PHASES = ("training", "validation", "test", "evaluation")
 # Of these a page has no use; they are left out, as reading 100,000 records takes seconds.
 # fmt: off
 _NOT_SHOWN = (
@@ -57,6 +57,18 @@ class Columns:
             if len(column) < count:
                 column.extend([math.nan] * (count - len(column)))
             column.append(value)
+
+    def join(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a record to that of this step, if there is one: another evaluation's."""
+        self.undo(step)
+        if not self.steps or self.steps[-1] != step:
+            self.add(step, values)
+            return
+        count = len(self.steps)
+        for name, value in values.items():
+            column = self.fields.setdefault(name, array("d"))
+            column.extend([math.nan] * (count - len(column)))
+            column[-1] = value
 
     def undo(self, after: int) -> None:
         """Drop the records after a step."""
@@ -145,6 +157,9 @@ class RunRecords:
         if phase not in self.columns:
             return
         self.train_iters = record.get("train_iters", self.train_iters)
+        if phase == "evaluation":
+            self.columns[phase].join(step, _task_numbers(record))
+            return
         self.columns[phase].add(step, _numbers(record))
         if phase != "training":
             return
@@ -205,6 +220,17 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
                 inside.append((f"{prefix}{name}/", value))
             elif (kind is float or kind is int) and name not in _NOT_SHOWN:
                 found[prefix + name] = value
+    return found
+
+
+def _task_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of an evaluation's record, as evaluation/task/metric."""
+    found: dict[str, float] = {}
+    for task, fields in (record.get("tasks") or {}).items():
+        held = {f"contamination/{k}": v for k, v in (fields.get("contamination") or {}).items()}
+        for name, value in {**fields, **held}.items():
+            if isinstance(value, int | float):
+                found[f"{record.get('evaluation')}/{task}/{name}"] = float(value)
     return found
 
 

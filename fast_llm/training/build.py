@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from fast_llm.data.fim import FIM_COUNTS
 from fast_llm.data.loader import Loader
 from fast_llm.model.decoder import CausalLM, Head
 from fast_llm.model.loss import ZLoss
@@ -21,9 +22,11 @@ from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Z_LOSS, Metrics
 from fast_llm.training.run import Run
 from fast_llm.training.samples import Sampler
+from fast_llm.training.scoring import Scorer
 from fast_llm.training.source_losses import SUMS, SourceMonitor
 from fast_llm.training.spikes import SpikeDetector
 from fast_llm.training.step import PADDING, TrainStep
+from fast_llm.training.task_evaluation import TaskEvaluator
 from fast_llm.training.trainer import Trainer
 from fast_llm.watchdog.process import Watchdog
 
@@ -62,7 +65,18 @@ def build_trainer(
         config, run, mesh, spec.batch, spec.cost, spec.completed_steps, sources, routers
     )
     checkpoints = CheckpointManager(spec, mesh, run, weights, train_step, heartbeat)
-    evaluator = Evaluator(spec, mesh, train_step, loader, metrics, interrupt, heartbeat)
+    scorer = Scorer(
+        train_step,
+        mesh,
+        models,
+        (spec.batch.micro_batch_size, config.batch.sequence_length),
+        transformer.window_size,
+        ((0,) * len(FIM_COUNTS), (0,) * len(spec.dataset.source_names)),
+        lambda: interrupt.signal != 0,
+        heartbeat,
+    )
+    tasks = TaskEvaluator(spec, mesh, run, scorer, metrics, heartbeat)
+    evaluator = Evaluator(spec, mesh, train_step, loader, metrics, interrupt, heartbeat, tasks)
     sampler = Sampler(spec, mesh, run, models[0], heartbeat)
     return Trainer(
         spec,

@@ -1,7 +1,8 @@
 """Validation and test losses.
 
 Each evaluation uses the same sequences: of the validation or test split, and of each of
-`data.validation_sets`.
+`data.validation_sets`. The sets that `training.evaluations` names are measured on its intervals;
+all that is due at a step is one record. task_evaluation.py runs tasks of lm-eval.
 """
 
 import logging
@@ -16,6 +17,7 @@ from fast_llm.training.interrupt import Interrupt
 from fast_llm.training.metrics import Metrics
 from fast_llm.training.source_losses import SUMS
 from fast_llm.training.step import TrainStep
+from fast_llm.training.task_evaluation import TaskEvaluator
 
 logger = logging.getLogger("fast_llm")
 
@@ -36,35 +38,65 @@ class Evaluator:
     metrics: Metrics
     interrupt: Interrupt
     heartbeat: Callable[..., None]  # tells the watchdog which phase begins
+    tasks: TaskEvaluator
 
     def __post_init__(self) -> None:
         self.config = self.spec.config.training
 
-    def validation_due(self, step: int) -> bool:
-        """Whether validation is due: before the first step, at the interval, and at the end."""
-        settings = self.config.validation
-        at_ends = step == 0 or step >= self.config.train_iters
-        return settings.interval is not None and (at_ends or settings.due(step))
+    def run(self, step: int, again: bool = True) -> bool:
+        """Everything that is due after a step. Returns False if a signal interrupted it.
 
-    def validate(self, step: int) -> bool:
-        """Measure and log the validation losses. Returns False if a signal interrupted it."""
-        names = {f"{name}_loss": name for name in self.spec.dataset.validation_sets}
-        iterations = self.config.validation.iterations or 1
-        return self._evaluate(
-            "validation", step, {"language_model_loss": "validation", **names}, iterations
-        )
+        `again`: also what metrics.jsonl has already.
+        """
+        if splits := self._due_splits(step):
+            logged = not again and self.metrics.is_logged("validation", step)
+            if not logged and not self._evaluate("validation", step, splits):
+                return False
+        for name, evaluation in self.config.evaluations.items():
+            if not evaluation.tasks or not evaluation.due_at(step, self.config.train_iters):
+                continue
+            logged = not again and self.metrics.is_logged("evaluation", step, name)
+            if not logged and not self.tasks.run(name, step):
+                return False
+        return True
+
+    def _due_splits(self, step: int) -> dict[str, tuple[str, int]]:
+        """The splits that are measured after a step: name of the loss → split and batches.
+
+        Before the first step, at the interval, and at the end.
+        """
+        last, settings = self.config.train_iters, self.config.validation
+        found: dict[str, tuple[str, int]] = {}
+        owned = {
+            name: one for one in self.config.evaluations.values() for name in one.validation_sets
+        }
+        at_ends = step == 0 or step >= last
+        if settings.interval is not None and (at_ends or settings.due(step)):
+            iterations = settings.iterations or 1
+            found["language_model_loss"] = "validation", iterations
+            found |= {
+                f"{name}_loss": (name, iterations)
+                for name in self.spec.dataset.validation_sets
+                if name not in owned
+            }
+        return found | {
+            f"{name}_loss": (name, one.iterations or 1)
+            for name, one in owned.items()
+            if one.due_at(step, last)
+        }
 
     def test(self, step: int) -> bool:
         """Measure and log the test loss. Returns False if a signal interrupted it."""
-        return self._evaluate("test", step, {"language_model_loss": "test"}, self.config.test_iters)
+        splits = {"language_model_loss": ("test", self.config.test_iters)}
+        return self._evaluate("test", step, splits)
 
-    def _evaluate(self, phase: str, step: int, splits: dict[str, str], iterations: int) -> bool:
-        """`splits`: the split of each metric."""
+    def _evaluate(self, phase: str, step: int, splits: dict[str, tuple[str, int]]) -> bool:
+        """`splits`: the split of each metric, and its batches."""
         started = time.perf_counter()
         losses: dict[str, float | None] = {}
         by_source: list[float] = []
         tokens = 0
-        for metric, split in splits.items():
+        for metric, (split, iterations) in splits.items():
             found = self._loss(phase, step, split, iterations)
             if found is None:
                 logger.info(f"{phase.capitalize()} at step {step} was interrupted by a signal.")

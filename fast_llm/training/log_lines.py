@@ -66,6 +66,25 @@ def evaluation_lines(values: Mapping[str, Any], losses: Mapping[str, float | Non
     return lines
 
 
+def score_lines(values: Mapping[str, Any]) -> list[str]:
+    """A line for each task of a record of an evaluation; the first has the time."""
+    lines: list[str] = []
+    for task, fields in values["tasks"].items():
+        parts = [_position(values), f"{values['evaluation']}: {task}"]
+        for name, value in fields.items():
+            if name in ("examples", "contamination") or name.endswith("_stderr"):
+                continue
+            error = fields.get(f"{name}_stderr")
+            shown = "not finite" if value is None else _loss(value)
+            parts.append(f"{name} {shown}" + (f" ± {_loss(error)}" if error else ""))
+        parts.append(f"{fields['examples']:,} examples")
+        if not lines:
+            every = " of all tasks" * (len(values["tasks"]) > 1)
+            parts.append(f"{values['seconds']:.1f} s{every}")
+        lines.append("  ".join(parts))
+    return lines
+
+
 def _sources(values: Mapping[str, Any]) -> str:
     """The loss of each source of a record, or "" if it has too many of them or none."""
     found = values.get("sources", {})

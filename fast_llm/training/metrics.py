@@ -29,7 +29,7 @@ from fast_llm.report import LiveReport
 from fast_llm.terminal import short_duration
 from fast_llm.training.charts import TensorBoard, Wandb
 from fast_llm.training.experts import RouterMonitor
-from fast_llm.training.log_lines import evaluation_lines, training_line
+from fast_llm.training.log_lines import evaluation_lines, score_lines, training_line
 from fast_llm.training.run import Run
 from fast_llm.training.source_losses import SourceMonitor
 from fast_llm.training.step import PADDING, StepResult
@@ -86,10 +86,15 @@ class Metrics:
         """Count the coming steps by the settings of a stage."""
         self.batch, self.cost, self.length = stage.batch, stage.cost, stage.length
 
-    def is_logged(self, phase: str, step: int) -> bool:
-        """Whether metrics.jsonl has a record of a phase at a step. Every process calls it."""
+    def is_logged(self, phase: str, step: int, evaluation: str | None = None) -> bool:
+        """Whether metrics.jsonl has a record of a phase at a step. Every process calls it.
+
+        `evaluation`: its name in `training.evaluations`, for that phase.
+        """
         found = any(
-            record.get("phase") == phase and record.get("step") == step
+            record.get("phase") == phase
+            and record.get("step") == step
+            and record.get("evaluation") == evaluation
             for record in self.run.recorded()
         )
         logged: bool = self.mesh.broadcast(found)
@@ -282,6 +287,22 @@ class Metrics:
         if self.report is not None:
             self.report.write()
 
+    def write_scores(
+        self, step: int, evaluation: str, tasks: dict[str, dict[str, Any]], seconds: float
+    ) -> None:
+        """Write the scores of an evaluation's tasks: task → metric → value."""
+        values = {
+            **self._header(step, "evaluation"),
+            "evaluation": evaluation,
+            "tasks": tasks,
+            "seconds": seconds,
+        }
+        self._send(step, "Evaluation", values)
+        for line in score_lines(values):
+            logger.info(line)
+        if self.report is not None:
+            self.report.write()
+
     def close(self, status: str) -> None:
         """Flush everything; `status` (ended, crashed) is for an alert of Weights & Biases."""
         if self.tensorboard is not None:
@@ -298,9 +319,14 @@ class Metrics:
             for source, fields in values.get("sources", {}).items()
             for name, value in fields.items()
         }
+        of_tasks = {
+            f"{values['evaluation']}/{task}/{name}": value
+            for task, fields in values.get("tasks", {}).items()
+            for name, value in (fields | _flat_contamination(fields)).items()
+        }
         numbers = {
             name: value
-            for name, value in (values | of_sources).items()
+            for name, value in (values | of_sources | of_tasks).items()
             if isinstance(value, int | float) and name not in ("step", "iteration", "run")
         }
         if self.tensorboard is not None:
@@ -321,6 +347,11 @@ class Metrics:
         torch.cuda.reset_peak_memory_stats()
         self.global_max_reserved = max(self.global_max_reserved, values["max_reserved"])
         return values | {"global_max_reserved": self.global_max_reserved}
+
+
+def _flat_contamination(fields: dict[str, Any]) -> dict[str, int]:
+    """How many examples of a task the training data holds, for charts."""
+    return {f"contamination_{k}": v for k, v in fields.get("contamination", {}).items()}
 
 
 def _padding(result: StepResult) -> int:

