@@ -173,6 +173,12 @@ class TrainingConfig(Section):
     spikes: SpikesConfig = SpikesConfig()
     double_check: DoubleCheckConfig = DoubleCheckConfig()
     profiling: ProfilingConfig = ProfilingConfig()
+    slow_process_factor: Annotated[float, Field(gt=1.0), Allowed("a number above 1")] | None = None
+    """Name the process for which all others wait, if it takes more than this factor of the median
+    over processes. Before the first step, each times matmuls, exchanges with its neighbours and a
+    write to the experiment folder. While training, each times matmuls and its wait for data in
+    every step, compared with each record of metrics.jsonl. 1.2 is a good value for GPUs. null
+    turns it off."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard, to `<experiment_dir>/tensorboard`."""
     wandb: Annotated[WandbConfig | None, BeforeValidator(lambda value: value or None)] = None

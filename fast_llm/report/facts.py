@@ -1,6 +1,7 @@
 """What a report says besides curves: losses before and after, figures, times, settings."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,21 @@ def figures(records: RunRecords) -> list[tuple[str, str]]:
     memory = [*training.points("max_reserved")[1], *training.points("resident")[1]]
     if memory:
         found.append((f"{max(memory) * 2**20 / 1e9:.1f} GB", "memory of the first process, peak"))
+    if (slow := slowest(records)) is not None:
+        found.append((slow, "was slower than the others, most often"))
     if records.starts > 1:
         found.append((str(records.starts), "starts"))
     return found
+
+
+def slowest(records: RunRecords) -> str | None:
+    """The rank that training.slow_process_factor named most often, and in how many records."""
+    training = records.columns["training"]
+    _, ranks = training.points("slowest_rank")
+    if not ranks:
+        return None
+    rank, count = Counter(map(int, ranks)).most_common(1)[0]
+    return f"rank {rank}, in {count} of {len(training.points('step_time_ms')[1])} records"
 
 
 def times(records: RunRecords) -> list[tuple[str, float]]:

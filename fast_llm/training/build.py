@@ -19,6 +19,7 @@ from fast_llm.training.checkpointing import CheckpointManager
 from fast_llm.training.evaluate import Evaluator
 from fast_llm.training.experts import RouterMonitor
 from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.machines import SpeedMonitor
 from fast_llm.training.metrics import Z_LOSS, Metrics
 from fast_llm.training.run import Run
 from fast_llm.training.samples import Sampler
@@ -62,7 +63,15 @@ def build_trainer(
     _add_sums(spec, train_step, models, sources)
     loader = partial(build_loader, spec, mesh)
     metrics = Metrics(
-        config, run, mesh, spec.batch, spec.cost, spec.completed_steps, sources, routers
+        config,
+        run,
+        mesh,
+        spec.batch,
+        spec.cost,
+        spec.completed_steps,
+        sources,
+        routers,
+        SpeedMonitor.of(mesh, config.training.slow_process_factor),
     )
     checkpoints = CheckpointManager(spec, mesh, run, weights, train_step, heartbeat)
     scorer = Scorer(

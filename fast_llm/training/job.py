@@ -36,6 +36,7 @@ from fast_llm.tensors import torch_dtype
 from fast_llm.terminal import counted, wrap_width
 from fast_llm.training.build import build_trainer
 from fast_llm.training.interrupt import Interrupt
+from fast_llm.training.machines import check_machines
 from fast_llm.training.process import configure_process
 from fast_llm.training.run import Run, lock, next_run_number, prepare_folder
 from fast_llm.training.saving import describe_saved
@@ -145,6 +146,8 @@ def _run(spec: RunSpec, mesh: Mesh, interrupt: Interrupt, started: float) -> int
             logger.warning(f"{warning}.")
         _log_memory(spec, mesh, memory)
         _load_kernels(spec.config, mesh)
+        if (factor := spec.config.training.slow_process_factor) and mesh.size > 1:
+            check_machines(mesh, factor, spec.folder)
         trainer = build_trainer(spec, mesh, run, interrupt, watchdog)
         interrupt.effect = trainer.on_signal
         logger.info(f"Ready on {_describe_device(mesh)} in {time.perf_counter() - started:.1f} s.")

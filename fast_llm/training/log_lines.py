@@ -2,8 +2,8 @@
 
 A training line fits a terminal of 100 columns behind the time: step, loss, gradient norm, learning
 rate, tokens/s of all processes, memory of this process, time left. What is unusual follows it:
-skipped updates, losses that are not finite, spikes, waiting for data; then the losses of up to six
-sources. Everything else is in metrics.jsonl.
+skipped updates, losses that are not finite, spikes, waiting for data, a slow process; then the
+losses of up to six sources. Everything else is in metrics.jsonl.
 """
 
 import math
@@ -37,6 +37,8 @@ def training_line(values: Mapping[str, Any], processes: int) -> str:
     waiting = values["data_wait_ms"] / values["step_time_ms"]
     if waiting > _MUCH_WAITING:
         parts.append(f"{waiting:.0%} waiting for data")
+    if "slowest_rank" in values:
+        parts.append(f"rank {values['slowest_rank']} is {values['slowest_times']:.3g} × as slow")
     if sources := _sources(values):
         parts.append(f"({sources})")
     return "  ".join(parts)

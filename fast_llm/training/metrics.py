@@ -30,6 +30,7 @@ from fast_llm.terminal import short_duration
 from fast_llm.training.charts import TensorBoard, Wandb
 from fast_llm.training.experts import RouterMonitor
 from fast_llm.training.log_lines import evaluation_lines, score_lines, training_line
+from fast_llm.training.machines import SpeedMonitor
 from fast_llm.training.run import Run
 from fast_llm.training.source_losses import SourceMonitor
 from fast_llm.training.step import PADDING, StepResult
@@ -52,6 +53,7 @@ class Metrics:
         first: int,
         sources: SourceMonitor,
         routers: RouterMonitor | None = None,
+        machines: SpeedMonitor | None = None,
     ):
         """`first`: the step from which this start of the run continues."""
         self.config = config
@@ -59,7 +61,7 @@ class Metrics:
         self.mesh = mesh
         self.batch = batch
         self.cost = cost
-        self.sources, self.routers = sources, routers
+        self.sources, self.routers, self.machines = sources, routers, machines
         self.length = config.batch.sequence_length
         self.inputs = batch.batch_size * self.length  # of a step, in all stages
         self.tokens = 0  # of the steps since this start, without padding
@@ -166,6 +168,8 @@ class Metrics:
         self._costs.clear()
         if self.routers is not None:
             self.routers.discard()
+        if self.machines is not None:
+            self.machines.discard()
         if self.tensorboard is not None:
             self.tensorboard.rewind(step)
 
@@ -190,6 +194,7 @@ class Metrics:
         if not steps:
             return
         step_seconds = (self.train_seconds - self.train_seconds_at_last) / len(steps)
+        waited = (data_seconds - self.data_seconds_at_last) / len(steps)
         values = {
             **self._header(step, "training"),
             "batch_size": self.batch.batch_size,
@@ -200,13 +205,8 @@ class Metrics:
             **_mean_z_loss(steps),
             **self.sources.training(steps, consumed_samples, padding),
             **(self.routers.summary() if self.routers is not None else {}),
-            **self._speed(
-                step,
-                steps,
-                costs,
-                step_seconds,
-                (data_seconds - self.data_seconds_at_last) / len(steps),
-            ),
+            **self._speed(step, steps, costs, step_seconds, waited),
+            **(self.machines.summary(step_seconds, waited) if self.machines is not None else {}),
             **self._progress(step),
             **self._memory(),
         }

@@ -155,6 +155,8 @@ class Trainer:
 
     def run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Train on one batch. TrainStep (step.py): forward and backward, one reduction, AdamW."""
+        if self.metrics.machines is not None:
+            self.metrics.machines.before_step()
         check = partial(self.check_corruption, step) if self.config.double_check.due(step) else None
         with ExitStack() as around:
             if self.config.profiling.due(step):

@@ -145,6 +145,23 @@ def test_where_the_time_went(tmp_path: Path) -> None:
     assert spent["saving, starts, and steps that were undone"] == pytest.approx(120 - 60 - 2)
 
 
+def test_the_process_that_was_slow(tmp_path: Path) -> None:
+    """The rank that was named most often; nothing where none was."""
+    time: dict[str, Any] = {"step_time_ms": 100.0}
+    none = write(tmp_path / "none", trained(1, **time), trained(2, **time))
+    assert facts.slowest(none) is None
+    assert "slower" not in str(facts.figures(none))
+    some = write(
+        tmp_path / "some",
+        trained(1, **time, slowest_rank=3, slowest_times=1.5),
+        trained(2, **time),
+        trained(3, **time, slowest_rank=1, slowest_times=1.3),
+        trained(4, **time, slowest_rank=3, slowest_times=1.4),
+    )
+    found = "rank 3, in 2 of 4 records", "was slower than the others, most often"
+    assert found in facts.figures(some)
+
+
 def test_borders_of_stages_and_branches(tmp_path: Path) -> None:
     found = write(tmp_path / "run", *(trained(s, consumed_samples=2 * s) for s in range(5, 31, 5)))
     settings = {
