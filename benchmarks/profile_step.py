@@ -126,7 +126,7 @@ def profiled(length: int, steps: int) -> dict[str, Any]:
     """A trace of the step of benchmarks/step_cpu.py."""
     from benchmarks.step_cpu import ours
 
-    step = ours(1, length)
+    step = ours("smollm2", 1, length)
     for _ in range(3):
         step()
     with torch.profiler.profile(record_shapes=True) as profile:

@@ -16,6 +16,7 @@ FamilyName = Literal[
     "smollm3",
     "olmo2",
     "olmo3",
+    "gemma",
     "gemma2",
     "gemma3_text",
     "exaone4",

@@ -17,6 +17,7 @@ from fast_llm.errors import CheckpointError
 from fast_llm.models import (
     apertus,
     exaone4,
+    gemma,
     gemma2,
     gemma3,
     gpt_oss,
@@ -50,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": smollm3.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
+    "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
     "exaone4": exaone4.FAMILY,

@@ -11,7 +11,6 @@ _LAYER_NORM = "it has LayerNorm and an MLP without gate"
 OTHERS: dict[str, str] = {
     "gemma3": _NESTED.format("gemma3", "gemma3_text"),
     "mistral3": _NESTED.format("mistral3", "ministral3 or mistral"),
-    "gemma": "Gemma 1 has other norms than Gemma 2 and 3",
     "gemma3n": "it has embeddings in every layer, and layers that share keys and values",
     "gemma4": "it has embeddings in every layer, and layers that share keys and values",
     "gemma4_text": "it has embeddings in every layer, and layers that share keys and values",

@@ -174,6 +174,14 @@ def _olmo3(rng: random.Random, values: Values) -> Values:
     return _olmo2(rng, values) | _pattern(rng) | {"rope_parameters": rope}
 
 
+def _gemma(rng: random.Random, values: Values) -> Values:
+    return {
+        "attention_bias": rng.random() < 0.5,
+        "head_dim": rng.choice([4, 10]),
+        "hidden_act": rng.choice(["gelu", "gelu_pytorch_tanh"]),
+    }
+
+
 def _gemma2(rng: random.Random, values: Values) -> Values:
     return _pattern(rng) | {
         "attention_bias": rng.random() < 0.3,
@@ -297,6 +305,7 @@ _OWN = {
     "smollm3": _smollm3,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "exaone4": _exaone4,
