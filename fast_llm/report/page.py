@@ -408,7 +408,7 @@ def _bits(change: facts.Change) -> str:
 
 def _perplexity(loss: float) -> str:
     value = math.exp(min(loss, 700))
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _details(run: RunRecords, name: str) -> Iterator[str]:
