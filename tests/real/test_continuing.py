@@ -1,12 +1,14 @@
-"""benchmarks/continue_well.py in its shortest form: two steps of tiny batches."""
+"""`fast-llm demo --real` and benchmarks/continue_well.py, each with two steps of tiny batches."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fast_llm import cli
 from fast_llm.demo import real
 from fast_llm.demo.manpages import package, write_german
 from fast_llm.errors import UserError
@@ -55,3 +57,46 @@ def test_the_experiment(model: Path, packages: Path, tmp_path: Path) -> None:
     assert half < -0.01 and half != changes["replay-0"][0]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<circle ") == 2 * len(RUNS)
+
+
+def test_the_demo(
+    model: Path,
+    packages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    text = real.CONFIG.read_text()
+    for name, long, short in (
+        ("train_iters", 40, 2),
+        ("interval", 40, 2),
+        ("decay_iterations", 40, 2),
+        ("warmup_iterations", 4, 1),
+        ("iterations", 4, 1),
+        ("sequence_length", 512, 64),
+    ):
+        assert f" {name}: {long}\n" in text
+        text = text.replace(f" {name}: {long}\n", f" {name}: {short}\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    monkeypatch.setattr(real, "CONFIG", config)
+    monkeypatch.setattr(real, "STEPS", 2)
+    monkeypatch.setattr(real, "PROMPTS", ("Die Datei",))
+    folder = tmp_path / "demo"
+    assert cli.main(["demo", "--real", str(folder)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    samples = [line.split()[0] for line in lines if "'Die Datei' \N{RIGHTWARDS ARROW} " in line]
+    assert samples == ["before", "alone", "replay"]
+    table = [line for line in lines if line.startswith("| ")]
+    assert table[0] == "| | german | english | jargon |"
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1] for line in table[2:]}
+    assert list(rows) == [
+        "german-alone",
+        "with-replay",
+        "german-alone-half-way",
+        "with-replay-average",
+    ]
+    assert float(rows["german-alone"]) < -0.02
+    assert lines[-1] == f"The report, a page for a browser: {folder}/report.html"
+    assert re.search(r"The demo took \d+ s\.", lines[-2])
+    assert (folder / "report.html").read_text().count("<circle ") == 2 * len(rows)
