@@ -42,6 +42,32 @@ def messages(overrides: list[str], processes: int = 1) -> list[str]:
 
 BROKEN: list[tuple[list[str], str]] = [
     (
+        [*GOOD, "training.evaluations.rare={interval: 5}"],
+        "training.evaluations.rare: give tasks or validation_sets; neither is given",
+    ),
+    (
+        [*GOOD, "training.evaluations.rare={interval: 5, iterations: 1, validation_sets: [a]}"],
+        "training.evaluations.rare.validation_sets.0: given a, not a name of data.validation_sets"
+        " (it has no sets)",
+    ),
+    (
+        [
+            *GOOD,
+            "data.validation_sets.a=b",
+            *(
+                f"training.evaluations.{name}={{interval: 5, iterations: 1, validation_sets: [a]}}"
+                for name in ("one", "two")
+            ),
+        ],
+        "training.evaluations.two.validation_sets.0: given a, which training.evaluations.one"
+        " measures already; name it once",
+    ),
+    (
+        [*GOOD, "model.base_model.transformer.expert_bias_update_rate=0.001"],
+        "model.base_model.transformer.expert_bias_update_rate: given 0.001, but the model has no"
+        " experts; set it to null",
+    ),
+    (
         [*GOOD, "run.experiment_dir=x", "training.samples={prompts: [a]}"],
         "training.samples.interval: missing: training.samples.prompts requires it (number of steps,"
         " e.g. 1000)",
