@@ -50,7 +50,7 @@ def test_the_experiment(model: Path, packages: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in table] == ["| ", "| before: loss", *(f"| {name}" for name in RUNS)]
+    assert [row[0] for row in table] == ["|", "| before: loss", *(f"| {name}" for name in RUNS)]
     changes = {row[0][2:]: [float(cell.strip("| ")) for cell in row[1:]] for row in table[2:]}
     assert changes["replay-0"][0] < -0.02  # German is learned already
     half = changes["replay-0-merged-0.5"][0]
