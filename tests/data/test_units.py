@@ -277,7 +277,7 @@ def test_a_rank_leaves_token_files_to_others(
 
     def taken(claims: Claims, number: int) -> bool:
         held.add(number)
-        most.append(sum(each >= ranks._FILES for each in held))
+        most.append(sum(ranks._FILES <= each < ranks._PROGRESS for each in held))
         return take(claims, number)
 
     def released(claims: Claims, number: int) -> None:
