@@ -142,11 +142,13 @@ class _Scanner:
             step = _CHUNK
             starts = range(0, len(tokens) - LENGTH + 1, step)
             return np.concatenate([self._hash(tokens[a : a + step + LENGTH - 1]) for a in starts])
-        windows = max(0, len(tokens) - LENGTH + 1)
+        if len(tokens) < LENGTH:
+            return np.zeros(0, np.uint64)
+        windows = len(tokens) - LENGTH + 1
         known = np.minimum(tokens, len(self.values) - 1)
         sums = np.zeros(len(tokens) + 1, np.uint64)
         np.cumsum(self.values[known] * self.powers[: len(tokens)], out=sums[1:])
-        return (sums[LENGTH:] - sums[: len(sums) - LENGTH])[:windows] * self.inverses[:windows]
+        return (sums[LENGTH:] - sums[:windows]) * self.inverses[:windows]
 
     def find(self, tokens: NDArray[np.int64], seen: NDArray[np.bool_]) -> None:
         """Mark the n-grams that occur in a chunk."""

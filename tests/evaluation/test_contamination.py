@@ -51,6 +51,17 @@ def test_tokens_beyond_those_of_the_texts_are_not_confused(tmp_path: Path) -> No
     assert not scan(ngrams.tokens, [file]).any()  # type: ignore[union-attr]
 
 
+def test_a_last_chunk_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one with fewer tokens than an n-gram, in which there is nothing to find."""
+    monkeypatch.setattr(contamination, "_CHUNK", 64)
+    document = np.arange(64 + LENGTH + 1)
+    ngrams = Ngrams({"task": [[document.tolist()]]})
+    for tokens in (*range(1, LENGTH + 2), *range(64, len(document) + 1)):
+        file = token_file(tmp_path / str(tokens), [document[:tokens]])
+        seen = scan(ngrams.tokens, [file])
+        assert seen is not None and seen.sum() == max(0, tokens - LENGTH + 1)
+
+
 def test_counts(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     document = random.integers(0, 1000, 500)
