@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from fast_llm.collectives import all_gather_object
 from fast_llm.config.evaluation import EvaluationConfig
 from fast_llm.data.source import RandomSource
 from fast_llm.errors import ConfigError
@@ -112,8 +113,10 @@ class TaskEvaluator:
                 raise ConfigError([f"{setting}: {text}" for text in error.problems]) from error
             evaluation = self.evaluations[name] = _Evaluation(config, loaded)
             if config.contamination:
+                folder = self.experiment.folder
+                others = [one.search for one in self.evaluations.values() if one.search is not None]
                 evaluation.search = Search.start(
-                    name, self.spec, self.experiment.folder, loaded, config.limit, own
+                    name, self.spec, folder, loaded, config.limit, own, others
                 )
 
     def run(self, name: str, step: int) -> bool:
@@ -121,16 +124,18 @@ class TaskEvaluator:
         started = time.perf_counter()
         self.heartbeat("evaluation", step=step, slow=True)
         try:
-            if self.mesh.rank != 0:
+            values = None
+            if self.mesh.rank == 0:
+                values = self._scores(name, step)
+            else:
                 self.scorer.serve()
-                return True
-            values = self._scores(name, step)
+            if step >= self.spec.config.training.train_iters:
+                self._wait_for_search(name if values is not None else None)
         except Interrupted:
             logger.info(f"Evaluation {name} at step {step} was interrupted by a signal.")
             return False
         if values is not None:
-            last = step >= self.spec.config.training.train_iters
-            self._add_contamination(name, values, wait=last)
+            self._add_contamination(name, values)
             self.metrics.write_scores(step, name, values, time.perf_counter() - started)
         return True
 
@@ -167,12 +172,33 @@ class TaskEvaluator:
             task["examples"] = score.examples
         return values
 
-    def _add_contamination(self, name: str, values: dict[str, dict[str, Any]], wait: bool) -> None:
+    def _wait_for_search(self, name: str | None) -> None:
+        """Wait until the search for an evaluation has ended, on the first process; None: for none.
+
+        It may take hours. All processes wait here, so that no phase reaches its timeout, and the
+        signal to stop that any of them gets ends the wait. Raises Interrupted.
+        """
+        evaluation = None if name is None else self.evaluations[name]
+        search = None if evaluation is None else evaluation.search
+        logged = False
+        while True:
+            waits = search is not None and not search.ended(seconds=1.0)
+            states = all_gather_object((waits, self.scorer.stop()), self.mesh.slow_group)
+            if not any(waiting for waiting, _ in states):
+                return
+            if any(stopped for _, stopped in states):
+                raise Interrupted
+            if waits and not logged:
+                logger.info(f"Evaluation {name} waits for the search in the training data.")
+                logged = True
+            self.heartbeat("evaluation", slow=True)
+
+    def _add_contamination(self, name: str, values: dict[str, dict[str, Any]]) -> None:
         """Add the examples that the training data holds, once they are known."""
         search = self.evaluations[name].search
         if search is None:
             return
-        for task, overlap in search.result(wait).items():
+        for task, overlap in search.result().items():
             if task in values:
                 values[task]["contamination"] = overlap.as_dict()
 
@@ -202,8 +228,13 @@ class Search:
         loaded: Mapping[str, Any],
         limit: int | None,
         tokenizer: Tokenizer,
+        others: "Sequence[Search]" = (),
     ) -> "Search | None":
-        """Begin, unless the experiment folder has the result; None without training data."""
+        """Begin, unless the experiment folder has the result; None without training data.
+
+        One of the `others` may look for the same texts already, such as with other few-shot
+        examples: both wait for its process.
+        """
         from fast_llm.evaluation.texts import ngrams_of
 
         training = spec.dataset.splits.get("training")
@@ -219,7 +250,11 @@ class Search:
         kept.mkdir(exist_ok=True)
         search = cls(name, ngrams, kept / contamination.fingerprint(ngrams, files))
         search.temporary = temporary
-        if not search.result():
+        if search.result():
+            return search
+        same = (one.process for one in others if one.place == search.place)
+        search.process = next(same, None)
+        if search.process is None:
             contamination.write_job(search.place.with_suffix(".npz"), ngrams, files)
             search.process = subprocess.Popen(
                 [sys.executable, "-m", contamination.__name__, str(search.place) + ".npz"],
@@ -230,12 +265,21 @@ class Search:
             )
         return search
 
-    def result(self, wait: bool = False) -> dict[str, Overlap]:
-        """What was found of each task; nothing while the search runs. `wait`: until it ends."""
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Whether the process has ended, within some seconds."""
+        if self.process is not None:
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return False
+        return True
+
+    def result(self) -> dict[str, Overlap]:
+        """What was found of each task; nothing while the search runs."""
         if self.found:
             return self.found
-        if self.process is not None and (wait or self.process.poll() is not None):
-            if code := self.process.wait():
+        if self.process is not None and self.ended():
+            if code := self.process.returncode:
                 logger.warning(
                     f"The search for texts of evaluation {self.name} in the training data failed"
                     f" (exit code {code}); `fast-llm evaluate --data` does the same."
