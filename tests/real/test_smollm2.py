@@ -23,6 +23,7 @@ from fast_llm.model.decoder import CausalLM
 from fast_llm.models import FAMILIES, llama
 from fast_llm.planning.preflight import preflight
 from fast_llm.training.job import train
+from fast_llm.training.model_card import CARD
 from tests.training.runs import records
 
 LENGTH, STEPS, SEED = 128, 6, 1234
@@ -107,7 +108,7 @@ def test_there_and_back_is_the_same_folder(model: Path, data: Path, tmp_path: Pa
     assert loss < 4  # the model knows code: a random one would have 10.8
     export = tmp_path / "run" / "export" / "llama" / "0"
     names = {path.name for path in model.iterdir()}
-    assert {path.name for path in export.iterdir()} == names | {folders.MANIFEST}
+    assert {path.name for path in export.iterdir()} == names | {folders.MANIFEST, CARD}
     assert all((export / name).read_bytes() == (model / name).read_bytes() for name in names)
 
 
