@@ -1,6 +1,7 @@
 """What a report says besides curves: losses before and after, figures, times, settings."""
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,11 @@ class Change:
         return "learned" if self.change < 0 else "forgot"
 
 
-def changes(records: RunRecords) -> list[Change]:
-    """How each loss of validation changed: of all data, each source, and each further set."""
+def changes(records: RunRecords, until: float = math.inf) -> list[Change]:
+    """How each loss of validation changed: of all data, each source, and each further set.
+
+    `until`: the last step whose losses count.
+    """
     columns = records.columns["validation"]
     found = []
     for field in columns.fields:
@@ -71,6 +75,8 @@ def changes(records: RunRecords) -> list[Change]:
         else:
             continue
         steps, losses = columns.points(field)
+        steps = steps[: bisect_right(steps, until)]
+        losses = losses[: len(steps)]
         if not steps:
             continue
         best = min(range(len(losses)), key=losses.__getitem__)

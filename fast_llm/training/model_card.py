@@ -95,10 +95,12 @@ def with_trained_card(
 
 
 def losses_at(records: RunRecords, step: int) -> list[Change]:
-    """The validation losses of a run up to a step, without those of steps that were undone."""
+    """The validation losses of a run up to a step, without those of steps that were undone.
+
+    `records` keeps those of later steps: an export is written while training continues.
+    """
     records.update()
-    records.undo(step)
-    return changes(records)
+    return changes(records, step)
 
 
 def merged_card(
@@ -318,7 +320,9 @@ def _losses(found: Sequence[Change], average: str | None) -> str:
     if not found:
         return ""
     bits = any(change.bits for change in found)
-    heads = ["Data", "Before", "After", "Change", *(["Bits per byte"] if bits else [])]
+    apart = len({(change.first_step, change.last_step) for change in found}) > 1
+    heads = ["Data", "Before", "After", "Change"]
+    heads += ["Bits per byte"] * bits + ["Steps"] * apart
     rows = [
         [
             f"{change.name}",
@@ -326,10 +330,12 @@ def _losses(found: Sequence[Change], average: str | None) -> str:
             f"{change.last:.4f}",
             f"{change.change:+.4f}",
             *([f"{change.bits[0]:.3f} → {change.bits[1]:.3f}" if change.bits else ""] * bits),
+            *([f"{change.first_step:,} → {change.last_step:,}"] * apart),
         ]
         for change in found
     ]
     steps = f"at step {found[0].first_step:,} and step {found[0].last_step:,}"
+    steps = "at the steps named" if apart else steps  # sets with intervals of their own
     of = ", with the weights in training, not their average" * (average is not None)
     return (
         "## Losses\n\n"

@@ -1,5 +1,6 @@
 """Model cards of exports: the same bytes by every way, what they say, what the Hub reads."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from fast_llm import cli
 from fast_llm.checkpoint import folder as folders
+from fast_llm.report.records import RunRecords
 from fast_llm.training import model_card
 from fast_llm.training.merge import merge
 from fast_llm.training.model_card import BASE_CARD, CARD, read_front_matter
@@ -130,6 +132,25 @@ def test_losses_of_an_undone_attempt_are_left_out(tmp_path: Path) -> None:
     assert run([*off, "optimizer.learning_rate.base=1e-4"]) == 0
     after = cells(tmp_path / "run/export/llama/4", "the training data")[1]
     assert after == f"{losses(tmp_path / 'run', 'validation')[2]:.4f}" != f"{undone:.4f}"
+
+
+def test_losses_of_later_steps_are_kept_for_later_exports(tmp_path: Path) -> None:
+    """An export is written while training continues: later losses are there already."""
+    lines = [
+        {"run": 0, "phase": "validation", "step": step, "language_model_loss": 4.0 - step}
+        for step in (0, 3)
+    ]
+    lines.append({"run": 0, "phase": "validation", "step": 4, "further_loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = RunRecords(tmp_path, ("validation",))
+    (early,) = model_card.losses_at(records, 2)
+    assert (early.last_step, early.last) == (0, 4.0)
+    late, further = model_card.losses_at(records, 4)
+    assert (late.last_step, late.last, further.last_step) == (3, 1.0, 4)
+    # Each loss has its own steps, if a set was measured on another interval.
+    info = {"step": 4, "settings": {}}
+    assert "| 0 → 3 |" in model_card.trained_card(info, {}, "bf16", [late, further])
+    assert "at step 0 and step 3" in model_card.trained_card(info, {}, "bf16", [late])
 
 
 def test_a_model_trained_from_random_weights(tmp_path: Path) -> None:
