@@ -111,11 +111,11 @@ class Fim:
 
     def _text(self, tokens: Tokens, draw: np.random.RandomState, counts: "FimCounts") -> Tokens:
         """A document without BOS and EOS inside."""
-        counts.documents += 1
         begin = int(len(tokens) > 0 and tokens[0] == self.bos)
         end = len(tokens) - int(len(tokens) > begin and tokens[-1] == self.eos)
         if begin == end:
             return tokens
+        counts.documents += 1
         text = self._fragments(tokens[begin:end], draw, counts)
         return np.concatenate([tokens[:begin], text, tokens[end:]])
 

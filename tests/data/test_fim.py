@@ -1,5 +1,6 @@
 """Fill-in-the-middle: equal to its definition, of constant length, and the same on every layout."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -233,8 +234,19 @@ def test_bos_and_eos_inside_separate_texts(loaded: Loaded, join: list[int]) -> N
         assert found == [0, *one, *join, *other, *join, *last, 1]
         assert draw.randint(2**30) == again.randint(2**30)
         assert counts.rearranged == found.count(MIDDLE) and counts.left == 0
+        assert counts.documents == 3
         rearranged.add(counts.rearranged)
     assert rearranged == {0, 1, 2, 3}
+
+
+def test_one_token_for_bos_and_eos(loaded: Loaded) -> None:
+    """As StarCoder has it: the token that ends a document is no document."""
+    made = dataclasses.replace(fim(loaded, rate=1.0), bos=1)
+    text = loaded.tokenizer.encode("def a return b", add_special_tokens=False).ids
+    counts = FimCounts()
+    found = made.document(np.array([*text, 1, *text, 1]), np.random.RandomState(0), counts).tolist()
+    assert (counts.documents, counts.rearranged, found.count(MIDDLE)) == (2, 2, 2)
+    assert (found.count(1), found[-1]) == (2, 1)
 
 
 def test_undecodable_text_stays(loaded: Loaded) -> None:
