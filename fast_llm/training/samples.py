@@ -6,6 +6,7 @@ again.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from fast_llm.training.run import Run
 logger = logging.getLogger("fast_llm")
 
 PHASE = "samples"
-_LENGTHS = 64  # inputs of a pass are a multiple of it: tensor parallelism and fp8 divide them
+_LENGTHS = 64  # inputs of a pass are a multiple of it, and of the processes that may share them
 
 
 class Sampler:
@@ -70,7 +71,8 @@ class Sampler:
 def greedy(model: nn.Module, prompts: list[list[int]], count: int, mesh: Mesh) -> list[list[int]]:
     """The most likely `count` tokens after each prompt, one after the other."""
     longest = max(map(len, prompts)) + count
-    tokens = torch.zeros(len(prompts), -(-longest // _LENGTHS) * _LENGTHS, dtype=torch.int64)
+    multiple = math.lcm(_LENGTHS, mesh.tensor.size)
+    tokens = torch.zeros(len(prompts), -(-longest // multiple) * multiple, dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(mesh.device)

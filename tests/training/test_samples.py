@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,20 @@ def test_layouts(folder: Path, layout: str) -> None:
     assert run([*words, f"run.experiment_dir={folder}/one"]) == 0
     assert spawn(2, run, [*words, layout]) == [0, 0]
     assert texts(folder / "run") == texts(folder / "one")
+
+
+@slow
+def test_three_processes_share_a_sequence(tmp_path: Path) -> None:
+    """Inputs of a pass are divided by any number of them."""
+    write_tokens(tmp_path / "tokens", 400, vocabulary=320)
+    sizes: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+    sizes |= {"intermediate_size": 33, "initializer_range": 0.3}
+    make(tmp_path / "model", 0, size=321, **sizes)
+    words = arguments(tmp_path, "optimizer.learning_rate.base=0", "batch.sequence_length=96")
+    assert run([*words, f"run.experiment_dir={tmp_path}/one"]) == 0
+    layout = "{tensor_parallel: 3, sequence_tensor_parallel: yes}"
+    assert spawn(3, run, [*words, f"model.distributed={layout}"]) == [0, 0, 0]
+    assert texts(tmp_path / "run") == texts(tmp_path / "one")
 
 
 def test_the_report_shows_before_and_after(folder: Path) -> None:
