@@ -1,6 +1,7 @@
 """Slow machines are named: before the first step, and while training."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -121,7 +122,8 @@ def test_a_slow_process_is_named_while_training(tmp_path: Path) -> None:
         assert record["slowest_host"].endswith(", the CPU")
         assert record["slowest_times"] == record["matmul_spread"] > 2
     log = next((tmp_path / "run").glob("runs/0/logs/logs_rank_0.txt")).read_text()
-    assert log.count("Rank 2 on ") == 2  # before the first step, and while training
+    # Before the first step, and while training. A busy disk may have been slow for it, too.
+    assert len(re.findall("Rank 2 on .* for matmuls, above", log)) == 2
     assert log.count("rank 2 is ") == 2
 
 
