@@ -39,6 +39,7 @@ class Evaluator:
     interrupt: Interrupt
     heartbeat: Callable[..., None]  # tells the watchdog which phase begins
     tasks: TaskEvaluator
+    finished: int = -1  # the last step after which `run` did everything
 
     def __post_init__(self) -> None:
         self.config = self.spec.config.training
@@ -46,8 +47,10 @@ class Evaluator:
     def run(self, step: int, again: bool = True) -> bool:
         """Everything that is due after a step. Returns False if a signal interrupted it.
 
-        `again`: also what metrics.jsonl has already.
+        `again`: also what was done after this step already, by this start or as metrics.jsonl says.
         """
+        if not again and self.finished == step:  # without an experiment folder nothing is logged
+            return True
         if splits := self._due_splits(step):
             logged = not again and self.metrics.is_logged("validation", step)
             if not logged and not self._evaluate("validation", step, splits):
@@ -58,6 +61,7 @@ class Evaluator:
             logged = not again and self.metrics.is_logged("evaluation", step, name)
             if not logged and not self.tasks.run(name, step):
                 return False
+        self.finished = step
         return True
 
     def _due_splits(self, step: int) -> dict[str, tuple[str, int]]:

@@ -48,6 +48,17 @@ def test_a_set_is_measured_on_the_interval_of_its_evaluation(tmp_path: Path) -> 
     assert "validation_tokens" not in plan and "and on usual" in plan
 
 
+def test_the_last_step_is_measured_once_without_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tokens(tmp_path / "tokens", documents=150)
+    write_tokens(tmp_path / "rare", documents=60)
+    saved = ("run.experiment_dir", "training.checkpoint", "training.export")
+    assert run([one for one in arguments(tmp_path) if not one.startswith(saved)]) == 0
+    shown = "".join(capsys.readouterr())
+    assert [shown.count(f"step {step}/5  validation loss") for step in (0, 2, 4, 5)] == [1] * 4
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
