@@ -165,6 +165,10 @@ def test_classes() -> None:
         (["train", "llama", "a.b=1"], "llama: must be gpt or a setting a.b=c"),
         (["prepare", "gpt", "a.b=1"], "gpt: must be gpt_memmap or a setting a.b=c"),
         (
+            ["train", "a.b", "50"],
+            "a.b: must be gpt or a setting a.b=c; write a.b=50",
+        ),
+        (
             ["train", "c.yaml"],
             "c.yaml: must be gpt or a setting a.b=c; a file is given as --config c.yaml",
         ),

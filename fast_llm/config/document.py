@@ -181,6 +181,8 @@ def read_arguments(
         if given != word:
             is_file = given.endswith((".yaml", ".yml"))
             hint = f"; a file is given as --config {given}" if is_file else ""
+            if "." in given and not is_file:
+                hint = f"; write {given}={settings[0] if settings else 'VALUE'}"
             raise ConfigError([f"{given}: must be {word} or a setting a.b=c{hint}"])
     if path is None and not settings:
         raise ConfigError(

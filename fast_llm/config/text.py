@@ -121,7 +121,7 @@ class YamlReader:
         except yaml.MarkedYAMLError as error:
             self.not_yaml = True
             mark = error.problem_mark or error.context_mark
-            self._problem(mark.line + 1 if mark else None, "", f"not YAML: {_why(error)}")
+            self._problem(mark.line + 1 if mark else None, "", f"not YAML: {_why(error, text)}")
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             self._problem(
@@ -253,18 +253,24 @@ def with_space(text: str) -> str:
     return f"`{found[1]}: {found[2]}`" if found else ""
 
 
-def _why(error: yaml.MarkedYAMLError) -> str:
+def _why(error: yaml.MarkedYAMLError, document: str) -> str:
+    mark = error.problem_mark
+    before = document.split("\n")[mark.line][: mark.column] if mark else ""
     text = error.problem or error.context or "cannot be read"
     if "'\\t'" in text:
         text += " (indent with spaces, not tabs)"
     elif "cannot start any token" in text:
         text += "; quote text that begins with it"
+    elif "mapping values are not allowed" in text and re.fullmatch(r"\s*[\w.]+", before):
+        text += "; indent it like the settings beside it"
     elif "mapping values are not allowed" in text:
         text += "; quote text that holds ': '"
     elif "expected alphabetic or numeric character" in text:
         text += "; quote text that begins with & or *"
     elif "expected <block end>, but found '<scalar>'" in text:
         text += "; quote text that begins with [, { or a quotation mark"
+    elif "expected <block end>, but found '<block mapping start>'" in text:
+        text = "the indentation fits no line above; indent it like the settings beside it"
     if "expected a single document" in (error.context or ""):
         text = "a second document begins here (---); keep one"
     return text

@@ -54,7 +54,9 @@ def output_types(wanted: Wanted) -> dict[str, str]:
     found: dict[str, str] = {}
     unknown: list[str] = []
     for name in wanted.tasks:
-        if name not in index and not is_file(name):
+        if name not in index and name.endswith((".yaml", ".yml")) and not is_file(name):
+            unknown.append(f"{name}: no such file")
+        elif name not in index and not is_file(name):
             hint = nearest(name, index)
             where = f", nor in {wanted.include_path}" if wanted.include_path else ""
             unknown.append(

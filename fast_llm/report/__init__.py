@@ -62,7 +62,7 @@ def write_report(runs: Sequence[str], output: str | None = None) -> Path:
     if len(folders) > 1 and output is None:
         problems.append("--output: missing: with several runs, say which file to write")
     place = Path(output).expanduser() if output is not None else folders[0] / NAME
-    if not place.parent.is_dir() or place.is_dir():
+    if place.is_dir() or (output is not None and not place.parent.is_dir()):
         problems.append(f"--output: {place}: cannot be a file; its folder must exist")
     if problems:
         raise ConfigError(problems)

@@ -141,10 +141,14 @@ def task_scores(records: RunRecords) -> list[TaskScore]:
                 steps[-1],
                 values[-1],
                 errors[-1] if errors else math.nan,
-                " of ".join(f"{number[0]:,.0f}" for number in held) if all(held) else "",
+                _held(held[0][0], held[1][0]) if all(held) else "",
             )
         )
     return found
+
+
+def _held(found: float, examples: float) -> str:
+    return f"{found:,.0f} of {examples:,.0f}" if examples else "too short to be found"
 
 
 def summary(found: Sequence[Change]) -> str:

@@ -1,5 +1,6 @@
 """Samples of text in a report: how each run continued each prompt, before, now and between."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -7,6 +8,7 @@ from fast_llm.report.records import RunRecords
 
 _BETWEEN = 6  # steps between the first and the last that are shown, folded
 _LONGEST = 2000  # characters of a text
+_EMPTY_LINES = re.compile(r"\n(?:[ \t]*\n){3,}")
 
 
 def samples(runs: Sequence[RunRecords], names: Sequence[str]) -> str:
@@ -47,4 +49,10 @@ def _between(texts: Mapping[int, str]) -> list[int]:
 
 def _line(name: str, step: int, text: str) -> str:
     of = f"<b>{escape(name)}</b> " if name else ""
-    return f"<dt>{of}step {step:,}</dt><dd>{escape(text[:_LONGEST])}</dd>"
+    shown = _EMPTY_LINES.sub(_count_empty, escape(text[:_LONGEST]))
+    return f"<dt>{of}step {step:,}</dt><dd>{shown}</dd>"
+
+
+def _count_empty(lines: re.Match[str]) -> str:
+    """A note in place of many empty lines, which would fill the page."""
+    return f'\n<span class="dim">[{lines[0].count(chr(10)) - 1} empty lines]</span>\n'

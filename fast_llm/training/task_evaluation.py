@@ -289,9 +289,10 @@ class Search:
         if seen is not None:
             self.found = self.ngrams.overlaps(seen)
             for task, overlap in self.found.items():
+                short = f"; {overlap.short:,} are too short to be found" if overlap.short else ""
                 logger.info(
                     f"Evaluation {self.name}: the training data holds text of {overlap.found:,} of"
-                    f" {overlap.examples:,} examples of {task}, most of {overlap.mostly:,}."
+                    f" {overlap.examples:,} examples of {task}, most of {overlap.mostly:,}{short}."
                 )
         return self.found
 

@@ -153,6 +153,16 @@ def test_an_empty_section_is_all_defaults(yaml: Any) -> None:
             "c.yaml:2: not YAML: found character '\\t' that cannot start any token (indent with"
             " spaces, not tabs)",
         ),
+        (
+            "a:\n  b: 1\n c: 2\n",
+            "c.yaml:3: not YAML: the indentation fits no line above; indent it like the settings"
+            " beside it",
+        ),
+        (
+            "a: 1\n  b: 2\n",
+            "c.yaml:2: not YAML: mapping values are not allowed here; indent it like the settings"
+            " beside it",
+        ),
         ("a: [1\nb: 2\n", "c.yaml:2: not YAML: expected ',' or ']', but got ':'"),
         ("a: 'x\n", "c.yaml:2: not YAML: found unexpected end of stream"),
         ("a: 1\n---\nb: 1\n", "c.yaml:2: not YAML: a second document begins here (---); keep one"),

@@ -121,6 +121,7 @@ def test_texts_in_the_data(place: Path, capsys: pytest.CaptureFixture[str]) -> N
             "--tasks: tiny_choise: no task of lm-eval has this name, nor in {tasks}; did you mean"
             " tiny_choice?; `lm-eval ls tasks` lists all\n",
         ),
+        (["--tasks", "choise.yaml"], "--tasks: choise.yaml: no such file\n"),
         (
             ["--tasks", "tiny", "--output", "{tasks}/none/scores.json"],
             "--output: {tasks}/none/scores.json: cannot be a file; its folder must exist\n",

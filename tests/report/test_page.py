@@ -131,10 +131,22 @@ def test_text_of_users_is_escaped(tmp_path: Path) -> None:
     assert "</script><b>" in labels
 
 
+def test_empty_lines_of_a_sample_do_not_fill_the_page(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "text": "b" + "\n" * 60 + "<c>\n\nd"}
+    found = write(tmp_path / "run", trained(1), {"phase": "samples", "step": 1, "samples": [pair]})
+    Report([found.folder]).write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert 'b\n<span class="dim">[59 empty lines]</span>\n&lt;c&gt;\n\nd</dd>' in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["none"], "none: no such folder with metrics.jsonl; give the run.experiment_dir of a run"),
+        (
+            ["none"],
+            "fast-llm report: none: no such folder with metrics.jsonl; give the run.experiment_dir"
+            " of a run\n",
+        ),
         (["run", "run"], "a run is given twice"),
         (["run", "other"], "--output: missing: with several runs, say which file to write"),
         (["run", "-o", "none/page.html"], "--output: none/page.html: cannot be a file; its folder"),
