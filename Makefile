@@ -31,7 +31,7 @@ test-slow: install
 # packages, some minutes on two cores.
 test-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/requirements.txt
-	$(BIN)/pytest tests/real
+	$(BIN)/pytest tests/real "tests/guides/test_guides.py::test_guide[docs/evaluating.md]"
 
 # Every numeric test as on each processor that this one can emulate, one after the other.
 test-processors: install
