@@ -161,8 +161,8 @@ def _guide(trainer: Trainer, reference: Course) -> None:
                 for name, tensor in part.items():
                     tensor.copy_(old[name])
 
-    def guided(phase: str, first_sample: int, steps: int) -> Loader:
-        made = loader(phase, first_sample, steps)
+    def guided(phase: str, first_sample: int, steps: int, *stage: Any) -> Loader:
+        made = loader(phase, first_sample, steps, *stage)
         give, first = made.step, first_sample // BATCH
         if phase == "training":
             made.step = lambda number: give(reference.batch_of[first + number + 1] - first - 1)  # type: ignore[method-assign, assignment]
