@@ -57,7 +57,9 @@ def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float =
         results = _context.Queue()
         workers = [
             _context.Process(
-                target=_worker, args=(function, args, rank, world, folder, results), daemon=True
+                target=_worker,
+                args=(function, args, rank, world, folder, results, dict(os.environ)),
+                daemon=True,
             )
             for rank in range(world)
         ]
@@ -86,11 +88,14 @@ def _worker(
     world: int,
     folder: str,
     results: Any,
+    environment: dict[str, str],
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ |= {
+    # The server keeps the environment of the test that started it; this test may have changed it.
+    os.environ.clear()
+    os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(rank),

@@ -52,14 +52,19 @@ class Biased:
 
 def plain_loop(
     start: Path, tokens: Path, with_biases: bool
-) -> tuple[Any, list[tuple[float, float]], list[Tensor]]:
-    """transformers' model, trained on the run's sequences; both losses of each step; biases."""
+) -> tuple[Any, list[tuple[float, float]], dict[str, Tensor]]:
+    """transformers' model, trained on the run's sequences; both losses of each step; the biases of
+    each layer with experts, by their names in checkpoints.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         start, dtype=torch.float32, attn_implementation="eager"
     )
     model.set_experts_implementation("eager")
-    routers = [module for name, module in model.named_modules() if name.endswith(".gate")]
-    biased = [Biased(router) for router in routers] if with_biases else []
+    biased = {
+        f"router_bias/layers.{name.split('.')[2]}": Biased(router)  # model.layers.N.mlp.gate
+        for name, router in list(model.named_modules())
+        if with_biases and name.endswith(".gate")
+    }
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
@@ -88,9 +93,9 @@ def plain_loop(
         (loss + COEFFICIENT * balancing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        for each in biased:
+        for each in biased.values():
             each.update()
-    return model, found, [each.bias for each in biased]
+    return model, found, {name: each.bias for name, each in biased.items()}
 
 
 @pytest.mark.parametrize(
@@ -137,11 +142,12 @@ def test_twenty_steps_equal_a_plain_loop(
         assert found[step]["language_model_loss"] == pytest.approx(loss, rel=1e-5), step
         if not biases:
             assert found[step]["expert_auxiliary_loss"] == pytest.approx(balancing, rel=1e-5), step
-    there = {f"router_bias/layers.{layer}": torch.full((8,), torch.nan) for layer in range(2)}
     if biases:
+        there = {name: torch.full_like(bias, torch.nan) for name, bias in wanted.items()}
         state.load(tmp_path / "run" / "checkpoint" / str(STEPS), there)
-        for bias, one in zip(there.values(), wanted, strict=True):
-            assert one.any() and torch.equal(bias, one)  # sums of ± the rate
+        for name, bias in wanted.items():
+            assert bias.any() and torch.equal(there[name], bias)  # sums of ± the rate
+    assert bool(wanted) == biases
     exported = tmp_path / "run" / "export" / family / str(STEPS)
     trained = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
     for name, weight in model.state_dict().items():
