@@ -40,7 +40,7 @@ _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3_SPECIAL = (  # as Llama 3.1's tokenizer.json names tokens 128,000 to 128,255
+LLAMA3_SPECIAL = (  # as Llama 3.1's tokenizer.json names tokens 128,000 to 128,255
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -158,9 +158,9 @@ def _meta(name: str, data: bytes) -> tuple[Tokenizer, str, str]:
             f" cut into words; only Llama 3's {_LLAMA3_RANKS:,} tokens are known. Use the"
             " tokenizer.json of the model"
         )
-    special = {token: len(ranks) + number for number, token in enumerate(_LLAMA3_SPECIAL)}
+    special = {token: len(ranks) + number for number, token in enumerate(LLAMA3_SPECIAL)}
     made = _byte_level(ranks, _LLAMA3_PATTERN, special)
-    return made, _LLAMA3_SPECIAL[0], _LLAMA3_SPECIAL[1]
+    return made, LLAMA3_SPECIAL[0], LLAMA3_SPECIAL[1]
 
 
 def _tekken(name: str, data: bytes) -> tuple[Tokenizer, str, str]:

@@ -24,7 +24,7 @@ from fast_llm.config.parameter_rules import rule_problems
 from fast_llm.config.train import TrainConfig
 from fast_llm.config.validate import adding_locations, validate, with_location
 from fast_llm.data import tokenizer
-from fast_llm.data.dataset import Dataset, open_dataset
+from fast_llm.data.dataset import Dataset, Split, open_dataset
 from fast_llm.data.fim import make_fim
 from fast_llm.errors import ConfigError, DataError, MissingPackage, UserError
 from fast_llm.models import contradictions, family_of
@@ -110,10 +110,7 @@ def preflight(document: Document, processes: int, weights: bool) -> RunSpec:
     problems.raise_any()
     history, data_changes = _continue_history(resumed, config, batch_size, dataset)
     if (training := dataset.splits.get("training")) is not None:
-        now = resumed.completed_steps, resumed.consumed_samples
-        tokens = history.inputs(now[1]) if history is not None else 0
-        problems.add(stage_problems(config, *now, tokens, batch_size))
-        problems.add(epoch_problems(config, training, *now, tokens, batch_size))
+        _check_stages(config, training, resumed, history, batch_size, problems)
     problems.raise_any()
     return RunSpec(
         config=config,
@@ -477,6 +474,21 @@ def _resume(
             ]
         )
     return resumed
+
+
+def _check_stages(
+    config: TrainConfig,
+    training: Split,
+    resumed: _Resumed,
+    history: History | None,
+    batch_size: int,
+    problems: "_Problems",
+) -> None:
+    """Check the stages that are left, and the epochs that the run takes of each source."""
+    now = resumed.completed_steps, resumed.consumed_samples
+    tokens = history.inputs(now[1]) if history is not None else 0
+    problems.add(stage_problems(config, *now, tokens, batch_size))
+    problems.add(epoch_problems(config, training, *now, tokens, batch_size))
 
 
 def _continue_history(

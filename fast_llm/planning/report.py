@@ -10,6 +10,7 @@ from fast_llm.config.parameter_rules import covered, frozen_names
 from fast_llm.config.saving import CheckpointConfig, ExportConfig
 from fast_llm.config.stages import micro_batches_in_flight, schedule_name, stage_sizes
 from fast_llm.config.train import TrainConfig
+from fast_llm.data.dataset import Dataset
 from fast_llm.data.sampling import UNIT
 from fast_llm.models import family_of
 from fast_llm.optim.schedule import borders, learning_rate
@@ -239,22 +240,7 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
                 f"with other batch sizes before, or skipped data: {consumed:,} tokens by the end",
             )
         )
-    found = dataset.epochs("training", sequences)
-    padded = int(any(source.padding for source, _ in found))
-    sources = [
-        (
-            f"{source.tokens:,}",
-            f"{epochs:.3g}",
-            *[f"{100 * source.padding:.3g} %"] * padded,
-            source.name,
-        )
-        if source.tokens
-        else ("unlimited", "-", source.name)  # format: random
-        for source, epochs in found
-    ]
-    if sources:
-        heads = ("training tokens", "epochs", *["padding"] * padded, "source")
-        rows.append(("Data", table(heads, sources, range(2 + padded))))
+    rows += _source_rows(dataset, sequences)
     if stages := _stage_lines(spec):
         headings = ("steps", "tokens", "share", "epochs", "source")
         rows.append(("Stages", table(headings, stages, (0, 1, 2, 3))))
@@ -263,17 +249,7 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
             for number, stage in enumerate(spec.config.data.stages)
             if stage.changes_model
         ]
-    if masked := sum(source.masked_tokens for source in dataset.masked_sources):
-        tokens = dataset.tokens("training")
-        share = dataset.masked(spec.consumed_samples, sequences)
-        words = (
-            f"{masked:,} of {tokens:,} training tokens are no targets, {share:.1%} of what the run"
-            " reads"
-        )
-        if dataset.fim is not None:
-            names = ", ".join(source.name for source in dataset.masked_sources)
-            words += f"; data.fim leaves {names} as it is"
-        rows.append(("Masked", words))
+    rows += _masked_rows(dataset, spec.consumed_samples, sequences)
     if dataset.documents("training"):
         shares = [
             (split, f"{dataset.documents(split):,}", f"{dataset.tokens(split):,}")
@@ -294,6 +270,41 @@ def _data_rows(spec: RunSpec, step_tokens: int) -> Rows:
             )
         )
     return rows + _evaluation_rows(spec.config)
+
+
+def _source_rows(dataset: Dataset, sequences: int) -> Rows:
+    """Each source's tokens, and its epochs after this many sequences."""
+    found = dataset.epochs("training", sequences)
+    padded = int(any(source.padding for source, _ in found))
+    sources = [
+        (
+            f"{source.tokens:,}",
+            f"{epochs:.3g}",
+            *[f"{100 * source.padding:.3g} %"] * padded,
+            source.name,
+        )
+        if source.tokens
+        else ("unlimited", "-", source.name)  # format: random
+        for source, epochs in found
+    ]
+    heads = ("training tokens", "epochs", *["padding"] * padded, "source")
+    return [("Data", table(heads, sources, range(2 + padded)))] if sources else []
+
+
+def _masked_rows(dataset: Dataset, first: int, last: int) -> Rows:
+    """What label masks leave out of the sequences from `first` to before `last`."""
+    masked = sum(source.masked_tokens for source in dataset.masked_sources)
+    if not masked:
+        return []
+    tokens, share = dataset.tokens("training"), dataset.masked(first, last)
+    words = (
+        f"{masked:,} of {tokens:,} training tokens are no targets, {share:.1%} of what the run"
+        " reads"
+    )
+    if dataset.fim is not None:
+        names = ", ".join(source.name for source in dataset.masked_sources)
+        words += f"; data.fim leaves {names} as it is"
+    return [("Masked", words)]
 
 
 def _evaluation_rows(config: TrainConfig) -> Rows:

@@ -1,6 +1,6 @@
 """Build the parts of a run from its RunSpec: each once, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -74,16 +74,7 @@ def build_trainer(
         SpeedMonitor.of(mesh, config.training.slow_process_factor),
     )
     checkpoints = CheckpointManager(spec, mesh, run, weights, train_step, heartbeat)
-    scorer = Scorer(
-        train_step,
-        mesh,
-        models,
-        (spec.batch.micro_batch_size, config.batch.sequence_length),
-        transformer.window_size,
-        ((0,) * len(FIM_COUNTS), (0,) * len(spec.dataset.source_names)),
-        lambda: interrupt.signal != 0,
-        heartbeat,
-    )
+    scorer = _build_scorer(spec, train_step, models, interrupt, heartbeat)
     tasks = TaskEvaluator(spec, mesh, run, scorer, metrics, heartbeat)
     evaluator = Evaluator(spec, mesh, train_step, loader, metrics, interrupt, heartbeat, tasks)
     sampler = Sampler(spec, mesh, run, models[0], heartbeat)
@@ -100,6 +91,25 @@ def build_trainer(
         interrupt,
         heartbeat,
         partial(_apply_stage, models, watchdog),
+    )
+
+
+def _build_scorer(
+    spec: RunSpec,
+    train_step: TrainStep,
+    models: Sequence[CausalLM],
+    interrupt: Interrupt,
+    heartbeat: Callable[..., None],
+) -> Scorer:
+    return Scorer(
+        train_step,
+        train_step.mesh,
+        models,
+        (spec.batch.micro_batch_size, spec.config.batch.sequence_length),
+        spec.config.model.base_model.transformer.window_size,
+        ((0,) * len(FIM_COUNTS), (0,) * len(spec.dataset.source_names)),
+        lambda: interrupt.signal != 0,
+        heartbeat,
     )
 
 

@@ -137,10 +137,8 @@ class TrainStep:
         )
         sums = self.sums_by_name(summed)
         self.heartbeat("update")
-        scale, rate = (
-            self.loss_scale.value,
-            learning_rate(self.optimizer.updates + 1, self.config.learning_rate),
-        )
+        scale = self.loss_scale.value
+        rate = learning_rate(self.optimizer.updates + 1, self.config.learning_rate)
         if not total_targets:  # an update would only decay weights and moments
             return StepResult(math.nan, math.nan, rate, scale, 0, False, stops > 0, sums=sums)
         correction = tokens / (total_targets * scale)

@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.gpu.files import BOS, EOS, SPECIAL
+from fast_llm.data.tokenizer_formats import LLAMA3_SPECIAL
+from tests.gpu.files import BOS, EOS
 
 BYTES = 10_500_000  # of text
 
@@ -30,7 +31,7 @@ def tokenizer(folder: Path) -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     model = Path(next(iter(found.submodule_search_locations))) / "llama3" / "tokenizer.model"
-    made = TikTokenConverter(str(model), extra_special_tokens=SPECIAL).converted()
+    made = TikTokenConverter(str(model), extra_special_tokens=list(LLAMA3_SPECIAL)).converted()
     template = TemplateProcessing(
         single=f"{BOS}:0 $A:0",
         pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1",

@@ -8,23 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fast_llm.data.tokenizer_formats import LLAMA3_SPECIAL
 from tests.models.published import LLAMA_8B_JSON
 
-SPECIAL = [  # Llama 3.1's, from token 128,000 on
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
-]
-BOS, EOS = SPECIAL[:2]
+BOS, EOS = LLAMA3_SPECIAL[:2]
 HEAD = {
     "model.embed_tokens.weight": (128256, 4096),
     "lm_head.weight": (128256, 4096),

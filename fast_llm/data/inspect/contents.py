@@ -99,6 +99,13 @@ def evenly_spread(count: int, wanted: int) -> list[int]:
     return sorted({round(at) for at in np.linspace(0, count - 1, min(count, wanted))})
 
 
+def _require_split(dataset: Dataset, split: str) -> None:
+    if split not in dataset.splits:
+        empty = f": data.split gives {split} no documents"
+        why = empty if split in SPLITS else nearest(split, dataset.splits)
+        raise DataError(f"--split: given {split}, must be {' or '.join(dataset.splits)}{why}")
+
+
 def sequences(
     dataset: Dataset, split: str, numbers: Iterable[int], isolate: bool, loaded: Loaded | None
 ) -> list[dict[str, Any]]:
@@ -107,10 +114,7 @@ def sequences(
     `isolate`: documents are kept apart (batch.cross_document_attention: no), so that the last token
     of each document has no target. Raises DataError for a split that the data does not have.
     """
-    if split not in dataset.splits:
-        empty = f": data.split gives {split} no documents"
-        why = empty if split in SPLITS else nearest(split, dataset.splits)
-        raise DataError(f"--split: given {split}, must be {' or '.join(dataset.splits)}{why}")
+    _require_split(dataset, split)
     found = []
     for index in numbers:
         packed = dataset.read(split, index)
