@@ -145,7 +145,7 @@ class RemainingPieces:
 
 def _split_by_document(ranges: Ints, documents: Block) -> tuple[Ints, Ints, NDArray[np.bool_]]:
     """Of the pieces of documents in unused inputs: the source's token at which each begins, its
-    tokens, and whether the document goes on after it.
+    tokens, and whether the document continues after it.
 
     `ranges` [n, 2]: the inputs, ascending. A document's last token is no piece of its own: it has
     no target in the document.

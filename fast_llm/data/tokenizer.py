@@ -300,7 +300,7 @@ def make(file: Path, content: str) -> Tokenizer:
 
 
 def _from_text(values: Mapping[str, Any]) -> Loaded:
-    """In another process: `tokenizers` would send the text once more."""
+    """In another process: `tokenizers` would send the text again."""
     return Loaded(tokenizer=make(values["path"], values["text"]), **values)
 
 

@@ -69,13 +69,13 @@ def describe_compiler(config: TrainConfig, before: Mapping[str, Any] | None) -> 
     """What `compile_all` means for a run, for the plan."""
     given = config.model.multi_stage.compile_all
     if given != "auto":
-        return "compiles each block with torch.compile" if given else "compiles nothing"
+        return "each block, with torch.compile" if given else "not used"
     if reason := why_not_compiled(config, "cuda"):
-        return f"compiles nothing: {reason}"
+        return f"not used: {reason}"
     if before is not None:
-        kept = "compiles each block" if _was_compiled(before) else "compiles nothing"
-        return f"on GPUs {kept}, as before the checkpoint; nothing on the CPU"
-    return "on GPUs compiles each block with torch.compile; nothing on the CPU"
+        kept = "each block" if _was_compiled(before) else "not used"
+        return f"on GPUs {kept}, as before the checkpoint; not on the CPU"
+    return "on GPUs each block, with torch.compile; not on the CPU"
 
 
 def _was_compiled(before: Mapping[str, Any]) -> bool:

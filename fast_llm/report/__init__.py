@@ -43,7 +43,7 @@ class LiveReport:
             self.report.write(self.place)
         except Exception as error:
             self.failed = True
-            logger.warning(f"{self.place} could not be written: {error}. Training goes on.")
+            logger.warning(f"{self.place} could not be written: {error}. Training continues.")
 
 
 def write_report(runs: Sequence[str], output: str | None = None) -> Path:

@@ -2,7 +2,7 @@
 
 The first process runs lm-eval and looks for the tasks' texts in the training data, in a process of
 its own; all processes compute (scoring.py). Tasks are loaded when the run starts, so that a missing
-file or network is found then. A problem of an evaluation later is logged, and training goes on.
+file or network is found then. A problem of an evaluation later is logged, and training continues.
 """
 
 import logging
@@ -153,7 +153,7 @@ class TaskEvaluator:
             self.scorer.finish()
             first = (str(error).strip().splitlines() or [""])[0]
             logger.warning(
-                f"Evaluation {name} at step {step} failed, and training goes on:"
+                f"Evaluation {name} at step {step} failed, and training continues:"
                 f" {type(error).__name__}: {first}"
             )
             return None

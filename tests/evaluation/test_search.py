@@ -22,7 +22,7 @@ from tests.helpers import spawn
 
 
 def waiting(folder: Path, stops: bool) -> tuple[int, bool]:
-    """How often this process has told the watchdog that it lives, and whether it was stopped.
+    """How often this process has reported to the watchdog, and whether it was stopped.
 
     The search of the first process ends after the third time. `stops`: the second process has got
     a signal.

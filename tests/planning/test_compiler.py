@@ -55,7 +55,7 @@ def test_where_auto_means_yes(given: list[str], reason: str) -> None:
     found = config([*LLAMA, *given])
     assert why_not_compiled(found, "cuda") == reason
     assert resolve_compiler(found, "cuda") is (not reason)
-    expected = "compiles nothing: " + reason if reason else "on GPUs compiles each block"
+    expected = "not used: " + reason if reason else "on GPUs each block"
     assert describe_compiler(found, None).startswith(expected)
     assert resolve_compiler(found, "cpu") is False
     assert resolve_compiler(found, "cuda", triton=False) is False
@@ -104,7 +104,7 @@ def test_forecasts_follow() -> None:
 
 
 def test_a_run_that_resumes_keeps_what_it_began_with(tmp_path: Path) -> None:
-    """A run on the CPU compiles nothing, and its GPU then neither; one that compiled goes on so."""
+    """A run on the CPU compiles nothing, and then not on a GPU; one that compiled still does."""
     write_tokens(tmp_path / "tokens")
     arguments = settings(tmp_path, "training.train_iters=1", "training.checkpoint.interval=1")
     assert run(arguments) == 0
@@ -114,13 +114,13 @@ def test_a_run_that_resumes_keeps_what_it_began_with(tmp_path: Path) -> None:
     assert spec.changes == ["training.train_iters: 1 → 2"]
     assert _resolved(spec) is False
     assert describe_compiler(spec.config, spec.settings_before) == (
-        "on GPUs compiles nothing, as before the checkpoint; nothing on the CPU"
+        "on GPUs not used, as before the checkpoint; not on the CPU"
     )
     assert spec.manifest is not None and spec.settings_before is not None
     spec.settings_before["model"]["multi_stage"]["compile_all"] = True
     assert _resolved(spec) is True and _resolved(spec, "cpu") is False
     assert describe_compiler(spec.config, spec.settings_before) == (
-        "on GPUs compiles each block, as before the checkpoint; nothing on the CPU"
+        "on GPUs each block, as before the checkpoint; not on the CPU"
     )
     assert _resolved(replace(spec, manifest=None)) is True  # a new run
 

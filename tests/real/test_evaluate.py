@@ -268,7 +268,7 @@ def test_a_failure_of_a_task_does_not_end_training(
     quick = f"{{interval: 2, tasks: [tiny_last], include_path: {long}, contamination: no}}"
     assert run(settings(training, "failing", f"training.evaluations.quick={quick}")) == 0
     shown = "".join(capsys.readouterr())
-    assert "Evaluation quick at step 0 failed, and training goes on: ValueError: a" in shown
+    assert "Evaluation quick at step 0 failed, and training continues: ValueError: a" in shown
     assert not evaluations(training / "failing")
 
 

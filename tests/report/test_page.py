@@ -87,7 +87,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     report.write(wait=True)
     report.write(wait=True)
     assert caplog.text.count("report.html could not be written: ") == 1
-    assert "Training goes on." in caplog.text
+    assert "Training continues." in caplog.text
 
 
 def test_without_validation(tmp_path: Path) -> None:

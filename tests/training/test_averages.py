@@ -124,7 +124,7 @@ def test_resume(tmp_path: Path, world: int, further: list[str]) -> None:
 
 @pytest.mark.slow
 def test_another_layout_continues_the_averages(tmp_path: Path) -> None:
-    """A run of two processes goes on with one, and each average is that of a run on one."""
+    """A run of two processes continues with one, and each average is that of a run on one."""
     write_tokens(tmp_path / "tokens")
     sharded = ["model.multi_stage.zero_stage=3", "optimizer.epsilon=1e-4"]
     assert spawn(2, run, arguments(tmp_path, "moved", 6, *sharded)) == [0, 0]
